@@ -1,0 +1,1 @@
+"""An open shim of the MoAI Platform."""

@@ -1,0 +1,80 @@
+"""Devices and accelerator flavors, read from the JSON files in `data/`."""
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from moreh.errors import AcceleratorError
+
+_DATA = Path(__file__).parent / "data"
+
+
+@dataclass(frozen=True)
+class Device:
+    """One physical device, as the driver counts them.
+
+    `memory_mib` is what a job can use, in MiB; rates are peaks from the data sheet that `source` names.
+    """
+
+    name: str
+    memory_mib: int
+    bfloat16_flops_per_second: float
+    memory_bytes_per_second: float
+    source: str
+
+    @property
+    def memory_bytes(self) -> int:
+        """Usable memory in bytes."""
+        return self.memory_mib * 2**20
+
+
+@dataclass(frozen=True)
+class Flavor:
+    """A size of accelerator: how many physical devices of one kind, on how many nodes."""
+
+    name: str
+    devices: int
+    nodes: int
+    device: Device
+
+    @property
+    def memory_mib(self) -> int:
+        """Usable memory of all devices together, in MiB."""
+        return self.devices * self.device.memory_mib
+
+
+def _load(file_name: str) -> Any:
+    return json.loads((_DATA / file_name).read_text(encoding="utf-8"))
+
+
+@cache
+def all_flavors() -> tuple[Flavor, ...]:
+    """Every flavor, in the order of the numbered list that the tools show (the first one is number 1)."""
+    table = _load("flavors.json")
+    device = Device(name=table["device"], **_load("devices.json")[table["device"]])
+    return tuple(Flavor(device=device, **row) for row in table["flavors"])
+
+
+@cache
+def default_flavor() -> Flavor:
+    """The flavor of the accelerator that exists before the user has chosen any."""
+    return find_flavor(_load("flavors.json")["default"])
+
+
+def find_flavor(selection: str) -> Flavor:
+    """The flavor with this name (any case) or this number of the list, counted from 1.
+
+    Raises:
+        AcceleratorError: there is no such flavor.
+    """
+    flavors = all_flavors()
+    text = selection.strip()
+    if text.isdecimal() and 1 <= int(text) <= len(flavors):
+        return flavors[int(text) - 1]
+    for flavor in flavors:
+        if flavor.name.lower() == text.lower():
+            return flavor
+    names = ", ".join(f.name for f in flavors)
+    raise AcceleratorError(f"no model {selection!r}: give a number from 1 to {len(flavors)} or one of {names}")

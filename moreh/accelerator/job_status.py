@@ -1,0 +1,91 @@
+"""What a running job reports of itself, and what a reader in another process makes of it."""
+
+import os
+import time
+from dataclasses import asdict, dataclass
+
+import psutil
+
+from moreh.accelerator.registry import Job, job_status_path
+from moreh.accelerator.state_files import read_json, replace_json
+
+# The kernel counts processor time in hundredths of a second; over a shorter time a percentage means nothing.
+SHORTEST_SAMPLE_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class ProcessorSample:
+    """Processor seconds that the job's process had used at a moment (seconds since the epoch)."""
+
+    time: float
+    processor_seconds: float
+
+
+@dataclass(frozen=True)
+class JobStatus:
+    """The last report of a running job. `memory_bytes` maps a kind (parameters, gradients, ...) to bytes.
+
+    `simulated` tells that memory and utilization stand for devices that this machine does not have. `earlier` and
+    `latest` are two samples of processor time, so that a reader always has one that is old enough.
+    """
+
+    memory_bytes: dict[str, int]
+    simulated: bool
+    cores: int
+    earlier: ProcessorSample
+    latest: ProcessorSample
+
+    @property
+    def total_memory_bytes(self) -> int:
+        """All kinds of memory together, in bytes."""
+        return sum(self.memory_bytes.values())
+
+
+def sample_processor_time(process: psutil.Process) -> ProcessorSample:
+    """The processor time that a process has used until now.
+
+    Raises:
+        psutil.NoSuchProcess: it has ended.
+    """
+    times = process.cpu_times()
+    return ProcessorSample(time=time.time(), processor_seconds=times.user + times.system)
+
+
+def write_status(job: Job, status: JobStatus) -> None:
+    """Publish the status of this process's job."""
+    replace_json(job_status_path(job.id), asdict(status), durable=False)
+
+
+def read_status(job: Job) -> JobStatus | None:
+    """The last report of a job; None until it has made one."""
+    content = read_json(job_status_path(job.id))
+    if content is None:
+        return None
+    samples = {name: ProcessorSample(**content[name]) for name in ("earlier", "latest")}
+    return JobStatus(**{**content, **samples})
+
+
+def utilization_percent(job: Job, status: JobStatus) -> int | None:
+    """How busy a simulated device is now: the share of the cores' time that the job's process used since a recent sample.
+
+    None if the job runs on real devices, whose utilization this figure does not tell, or has just ended.
+    """
+    if not status.simulated:
+        return None
+    try:
+        now = sample_processor_time(psutil.Process(job.pid))
+    except psutil.NoSuchProcess:
+        return None
+    since = status.latest if now.time - status.latest.time >= SHORTEST_SAMPLE_SECONDS else status.earlier
+    elapsed = now.time - since.time
+    if elapsed <= 0:
+        return None
+    share = (now.processor_seconds - since.processor_seconds) / (elapsed * status.cores)
+    return round(100 * min(max(share, 0.0), 1.0))
+
+
+def available_cores() -> int:
+    """The number of processor cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -1,0 +1,260 @@
+"""The registry: which accelerators there are, which one is current, and which job runs on which.
+
+One JSON file under the user's state directory. Readers take no lock, for the file is only ever replaced whole; writers
+take one. A job is its process, named by process id *and* start time, because process ids are used again; a job
+whose process is gone is not seen by any reader and is cleared by the next writer.
+"""
+
+import os
+import secrets
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+
+from moreh.accelerator.flavors import Flavor, default_flavor, find_flavor
+from moreh.accelerator.state_files import read_json, replace_json, state_directory, writer_lock
+from moreh.errors import AcceleratorError, RegistryError
+
+MAX_ACCELERATORS = 5
+# A process's start time is derived from the boot time, which moves by fractions of a second when the clock is set.
+START_TIME_TOLERANCE_SECONDS = 1.0
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Accelerator:
+    """One accelerator of this environment; `token` identifies it, as on the platform."""
+
+    index: int
+    model: str
+    token: str
+
+    @property
+    def flavor(self) -> Flavor:
+        """The size that `model` names."""
+        return find_flavor(self.model)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A process that uses an accelerator. Times are in seconds since the epoch."""
+
+    id: int
+    accelerator: int
+    pid: int
+    process_start_time: float
+    command: str
+
+    def is_running(self) -> bool:
+        """Whether the very process that registered this job is still there (a zombie is not)."""
+        try:
+            process = psutil.Process(self.pid)
+            same = abs(process.create_time() - self.process_start_time) < START_TIME_TOLERANCE_SECONDS
+            return same and process.status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
+
+
+@dataclass(frozen=True)
+class Registry:
+    """The whole content of the registry file."""
+
+    current: int
+    next_job_id: int
+    accelerators: tuple[Accelerator, ...]
+    jobs: tuple[Job, ...] = field(default=())
+
+    def accelerator(self, index: int) -> Accelerator:
+        """The accelerator with this index.
+
+        Raises:
+            AcceleratorError: there is none.
+        """
+        for accelerator in self.accelerators:
+            if accelerator.index == index:
+                return accelerator
+        known = ", ".join(str(a.index) for a in self.accelerators)
+        raise AcceleratorError(f"no accelerator {index}: there are {known}. 'moreh-smi device --list' shows them")
+
+    def job_on(self, index: int) -> Job | None:
+        """The running job of an accelerator, if there is one."""
+        return next((job for job in self.jobs if job.accelerator == index), None)
+
+
+def read_registry() -> Registry:
+    """The registry as it is now, with running jobs only. Writes nothing, also when there is no file yet."""
+    registry = _parse(read_json(_registry_path()))
+    return replace(registry, jobs=tuple(job for job in registry.jobs if job.is_running()))
+
+
+def ensure_registry() -> Registry:
+    """The registry, written to its file if there was none, so that what it says of the first accelerator stays."""
+    return _update(lambda registry: (registry, registry))
+
+
+def add_accelerator(model: str) -> Accelerator:
+    """Add an accelerator with the lowest free index. It does not become the current one.
+
+    Raises:
+        AcceleratorError: unknown model, or there are five already.
+    """
+    flavor = find_flavor(model)
+
+    def change(registry: Registry) -> tuple[Registry, Accelerator]:
+        if len(registry.accelerators) >= MAX_ACCELERATORS:
+            raise AcceleratorError(
+                f"there are {MAX_ACCELERATORS} accelerators already, the most one environment can have: "
+                "remove one with 'moreh-smi device --rm'"
+            )
+        taken = {a.index for a in registry.accelerators}
+        index = next(i for i in range(MAX_ACCELERATORS) if i not in taken)
+        added = Accelerator(index=index, model=flavor.name, token=_new_token())
+        accelerators = tuple(sorted((*registry.accelerators, added), key=lambda a: a.index))
+        return replace(registry, accelerators=accelerators), added
+
+    return _update(change)
+
+
+def remove_accelerator(index: int) -> Accelerator:
+    """Remove an accelerator that runs no job; if it was the current one, the lowest remaining index becomes current.
+
+    Raises:
+        AcceleratorError: unknown index, a job is running on it, or it is the only one.
+    """
+
+    def change(registry: Registry) -> tuple[Registry, Accelerator]:
+        removed = registry.accelerator(index)
+        _require_idle(registry, index, "removed")
+        remaining = tuple(a for a in registry.accelerators if a.index != index)
+        if not remaining:
+            raise AcceleratorError(
+                f"accelerator {index} is the only one and cannot be removed: 'moreh-switch-model' changes its model"
+            )
+        current = remaining[0].index if registry.current == index else registry.current
+        return replace(registry, accelerators=remaining, current=current), removed
+
+    return _update(change)
+
+
+def select_accelerator(index: int) -> Accelerator:
+    """Make an accelerator the current one: the one that the next process will use.
+
+    Raises:
+        AcceleratorError: unknown index.
+    """
+    return _update(lambda registry: (replace(registry, current=index), registry.accelerator(index)))
+
+
+def switch_model(model: str) -> Accelerator:
+    """Give the current accelerator another model.
+
+    Raises:
+        AcceleratorError: unknown model, or a job is running on the accelerator.
+    """
+    flavor = find_flavor(model)
+
+    def change(registry: Registry) -> tuple[Registry, Accelerator]:
+        current = registry.accelerator(registry.current)
+        if current.model == flavor.name:
+            return registry, current
+        _require_idle(registry, current.index, "switched")
+        switched = replace(current, model=flavor.name)
+        accelerators = tuple(switched if a.index == current.index else a for a in registry.accelerators)
+        return replace(registry, accelerators=accelerators), switched
+
+    return _update(change)
+
+
+def start_job(command: str) -> tuple[Job, Accelerator]:
+    """Register this process as the job of the current accelerator.
+
+    Raises:
+        AcceleratorError: another process is using it.
+    """
+    process = psutil.Process()
+
+    def change(registry: Registry) -> tuple[Registry, tuple[Job, Accelerator]]:
+        accelerator = registry.accelerator(registry.current)
+        _require_idle(registry, accelerator.index, "shared")
+        job = Job(registry.next_job_id, accelerator.index, process.pid, process.create_time(), command)
+        changed = replace(registry, jobs=(*registry.jobs, job), next_job_id=job.id + 1)
+        return changed, (job, accelerator)
+
+    return _update(change)
+
+
+def end_job(job_id: int) -> None:
+    """Take a job off the registry, with its status file. Does nothing if it is not there."""
+    _update(lambda registry: (replace(registry, jobs=tuple(j for j in registry.jobs if j.id != job_id)), None))
+
+
+def job_status_path(job_id: int) -> Path:
+    """The file in which a running job reports its memory and processor time."""
+    return state_directory() / "jobs" / f"{job_id}.json"
+
+
+def _require_idle(registry: Registry, index: int, verb: str) -> None:
+    job = registry.job_on(index)
+    if job is not None:
+        raise AcceleratorError(
+            f"accelerator {index} is in use by job {job.id} (process {job.pid}: {job.command}) and cannot be {verb}: "
+            "wait until it ends, end it with 'moreh-smi --reset', or add another accelerator with "
+            "'moreh-smi device --add' and select it with 'moreh-smi device --switch'"
+        )
+
+
+def _update(change: Callable[[Registry], tuple[Registry, Result]]) -> Result:
+    """Apply a change to the registry under the writers' lock, and clear what dead processes left."""
+    with writer_lock():
+        _clear_temporary_files(_registry_path())
+        before = read_registry()
+        after, result = change(before)
+        replace_json(_registry_path(), asdict(after), durable=True)
+        running = {job.id for job in after.jobs}
+        for path in job_status_path(0).parent.glob("*.json*"):
+            if path.name.split(".")[0] not in {str(i) for i in running}:
+                path.unlink(missing_ok=True)
+    return result
+
+
+def _clear_temporary_files(path: Path) -> None:
+    """Delete what a writer that was killed left beside `path`. Only to be called while holding the lock."""
+    for leftover in path.parent.glob(path.name + ".*.tmp"):
+        leftover.unlink(missing_ok=True)
+
+
+def _registry_path() -> Path:
+    return state_directory() / "registry.json"
+
+
+def _new_token() -> str:
+    return secrets.token_hex(16)
+
+
+def _parse(content: Any) -> Registry:
+    if content is None:
+        first = Accelerator(index=0, model=default_flavor().name, token=_new_token())
+        return Registry(current=0, next_job_id=1, accelerators=(first,))
+    try:
+        registry = Registry(
+            current=content["current"],
+            next_job_id=content["next_job_id"],
+            accelerators=tuple(Accelerator(**row) for row in content["accelerators"]),
+            jobs=tuple(Job(**row) for row in content["jobs"]),
+        )
+        registry.accelerator(registry.current)
+    except (KeyError, TypeError, AcceleratorError) as error:
+        raise RegistryError(
+            f"{_registry_path()} is damaged ({error}): delete it, and one accelerator is set up anew"
+        ) from None
+    return registry
+
+
+def command_line_of_this_process() -> str:
+    """The real command line, as the user typed it and as `ps` shows it, with the interpreter's directory left out."""
+    words = psutil.Process(os.getpid()).cmdline()
+    return " ".join([Path(words[0]).name, *words[1:]]) if words else f"process {os.getpid()}"

@@ -1,0 +1,85 @@
+"""Where the accelerators' state lives, and how it is written so that a crash or many writers never leave it half done."""
+
+import json
+import os
+import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from moreh.errors import RegistryError
+
+LOCK_TIMEOUT_SECONDS = 30.0
+
+
+def state_directory() -> Path:
+    """The directory of the registry and the job files.
+
+    `MOREH_STATE_DIR` if it is set; else `moreh/<host name>` under `XDG_STATE_HOME`, by default `~/.local/state`. The host
+    name is part of it because a home directory may be shared by machines whose process ids mean different processes.
+    """
+    given = os.environ.get("MOREH_STATE_DIR")
+    if given:
+        return Path(given)
+    base = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
+    return Path(base) / "moreh" / socket.gethostname()
+
+
+@contextmanager
+def writer_lock() -> Iterator[None]:
+    """Hold the lock that every writer of the registry takes. The system frees it when its holder dies.
+
+    Raises:
+        RegistryError: the directory cannot be written, or another process held the lock for 30 s.
+    """
+    from filelock import FileLock, Timeout  # a third of the tools' start-up time, and readers do without it
+
+    path = state_directory() / "registry.lock"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path, timeout=LOCK_TIMEOUT_SECONDS):
+            yield
+    except Timeout:
+        raise RegistryError(
+            f"{path} has been locked by another process for {LOCK_TIMEOUT_SECONDS:.0f} s: end that process and try again"
+        ) from None
+    except PermissionError as error:
+        raise RegistryError(
+            f"cannot write {error.filename or path.parent}: permission denied. Set MOREH_STATE_DIR to a directory of yours"
+        ) from None
+
+
+def read_json(path: Path) -> Any | None:
+    """The content of a JSON file, or None if there is no such file.
+
+    Raises:
+        RegistryError: the file is not JSON (replacement is atomic, so somebody edited it).
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise RegistryError(f"{path} is damaged ({error}): delete it, and one accelerator is set up anew") from None
+
+
+def replace_json(path: Path, content: Any, *, durable: bool) -> None:
+    """Write a JSON file so that a reader sees the old content or the new one, never a part.
+
+    `durable` waits until the content is on the disk before it replaces the old one, so that this also holds if the
+    machine goes down.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(prefix=path.name + ".", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            json.dump(content, file, indent=1)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

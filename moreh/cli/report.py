@@ -1,0 +1,172 @@
+"""What moreh-smi shows of each accelerator: gathered once, then drawn as tables or given as JSON."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from moreh.accelerator.job_status import JobStatus, read_status, utilization_percent
+from moreh.accelerator.registry import Accelerator, Job, Registry
+from moreh.cli.tables import Column, draw_table
+from moreh.version import __version__
+
+NAME = "MoAI Accelerator"
+SIMULATED_NOTE = (
+    "Memory usage and utilization are simulated: the job computes on this machine's processor.\n"
+    "Memory is what its tensors would take on the device; utilization is the share of the cores that it uses."
+)
+DEVICE_COLUMNS = (
+    Column("Device", 6),
+    Column("Name", 17, "right"),
+    Column("Model", 11),
+    Column("Memory Usage", 12),
+    Column("Total Memory", 12),
+    Column("Utilization", 11),
+)
+PROCESS_COLUMNS = (
+    Column("Device", 6, "right"),
+    Column("Job ID", 6, "right"),
+    Column("PID", 7, "right"),
+    Column("Process", 27),
+    Column("Memory Usage", 12),
+)
+PHYSICAL_COLUMNS = (
+    Column("Device", 6, "right"),
+    Column("Physical", 8, "right"),
+    Column("Node", 4, "right"),
+    Column("Name", 9),
+    Column("Memory Usage", 12),
+    Column("Total Memory", 12),
+    Column("Utilization", 11),
+)
+
+
+@dataclass(frozen=True)
+class AcceleratorReport:
+    """One accelerator with its running job, as far as there is one and it has reported yet."""
+
+    accelerator: Accelerator
+    is_current: bool
+    job: Job | None
+    status: JobStatus | None
+    utilization_percent: int | None
+
+    @property
+    def memory_mib(self) -> int | None:
+        """The job's memory in MiB, rounded up; None without a report."""
+        return None if self.status is None else -(-self.status.total_memory_bytes // 2**20)
+
+
+def collect_reports(registry: Registry) -> list[AcceleratorReport]:
+    """One report for every accelerator of the registry."""
+    reports = []
+    for accelerator in registry.accelerators:
+        job = registry.job_on(accelerator.index)
+        status = None if job is None else read_status(job)
+        percent = None if job is None or status is None else utilization_percent(job, status)
+        reports.append(AcceleratorReport(accelerator, accelerator.index == registry.current, job, status, percent))
+    return reports
+
+
+def draw_reports(reports: Sequence[AcceleratorReport], *, physical: bool) -> str:
+    """The documented tables: accelerators, physical devices where asked for, and the processes that run."""
+    parts = [
+        datetime.now().strftime("%H:%M:%S %B %d, %Y"),
+        draw_table(
+            DEVICE_COLUMNS,
+            [_device_row(report) for report in reports],
+            # Nobody is asked over the network which version is the latest.
+            title=f"Current Version: {__version__}  Latest Version: -",
+        ),
+    ]
+    if physical:
+        parts += ["", draw_table(PHYSICAL_COLUMNS, [row for report in reports for row in _physical_rows(report)])]
+    running = [report for report in reports if report.job is not None]
+    if running:
+        parts += ["", "Processes:", draw_table(PROCESS_COLUMNS, [_process_row(report) for report in running])]
+    if any(report.status is not None and report.status.simulated for report in reports):
+        parts += ["", SIMULATED_NOTE]
+    return "\n".join(parts)
+
+
+def as_json(reports: Sequence[AcceleratorReport], *, physical: bool) -> dict[str, Any]:
+    """The same for machines. What is not known is null; memory is in MiB and, by kind, in bytes."""
+    rows = []
+    for report in reports:
+        flavor = report.accelerator.flavor
+        row: dict[str, Any] = {
+            "index": report.accelerator.index,
+            "current": report.is_current,
+            "name": NAME,
+            "model": flavor.name,
+            "memory_used_mib": report.memory_mib,
+            "memory_total_mib": flavor.memory_mib,
+            "utilization_percent": report.utilization_percent,
+            "simulated": None if report.status is None else report.status.simulated,
+            "processes": [],
+        }
+        if report.job is not None:
+            memory_bytes = None if report.status is None else report.status.memory_bytes
+            job = report.job
+            row["processes"].append(
+                {"job_id": job.id, "pid": job.pid, "command": job.command, "memory_bytes": memory_bytes}
+            )
+        if physical:
+            row["physical_devices"] = [
+                dict(zip(("physical", "node", "name", "memory_used", "memory_total", "utilization"), cells, strict=True))
+                for cells in (line[1:] for line in _physical_rows(report))
+            ]
+        rows.append(row)
+    return {"version": __version__, "accelerators": rows}
+
+
+def _device_row(report: AcceleratorReport) -> tuple[str, ...]:
+    busy = report.job is not None
+    return (
+        f"{'*' if report.is_current else ' '} {report.accelerator.index}",
+        NAME,
+        report.accelerator.model,
+        _mib(report.memory_mib),
+        _mib(report.accelerator.flavor.memory_mib if busy else None),
+        _percent(report.utilization_percent),
+    )
+
+
+def _process_row(report: AcceleratorReport) -> tuple[str, ...]:
+    assert report.job is not None
+    return (
+        str(report.accelerator.index),
+        str(report.job.id),
+        str(report.job.pid),
+        report.job.command,
+        _mib(report.memory_mib),
+    )
+
+
+def _physical_rows(report: AcceleratorReport) -> list[tuple[str, ...]]:
+    """A row per physical device. A job of one worker lives on the first one; the others are idle."""
+    flavor = report.accelerator.flavor
+    devices_per_node = -(-flavor.devices // flavor.nodes)
+    rows = []
+    for physical in range(flavor.devices):
+        used = report if physical == 0 else None
+        rows.append(
+            (
+                str(report.accelerator.index),
+                str(physical),
+                str(physical // devices_per_node),
+                flavor.device.name,
+                _mib(used.memory_mib if used else None),
+                _mib(flavor.device.memory_mib),
+                _percent(used.utilization_percent if used else None),
+            )
+        )
+    return rows
+
+
+def _mib(amount: int | None) -> str:
+    return "-" if amount is None else f"{amount} MiB"
+
+
+def _percent(amount: int | None) -> str:
+    return "-" if amount is None else f"{amount}%"

@@ -1,0 +1,65 @@
+"""moreh-switch-model: show the model of the current accelerator and give it another one."""
+
+import argparse
+import json
+import sys
+
+from moreh.accelerator.flavors import all_flavors, find_flavor
+from moreh.accelerator.registry import read_registry, switch_model
+from moreh.cli.terminal import ask, print_models, run_tool, selection_question
+
+
+def main() -> int:
+    """Entry point of the command."""
+    return run_tool(_switch_model)
+
+
+def _switch_model(arguments: list[str]) -> int:
+    options = _parse(arguments)
+    registry = read_registry()
+    current = registry.accelerator(registry.current).model
+    if options.json and options.selection is None:
+        models = [
+            {"number": i, "name": f.name, "devices": f.devices, "nodes": f.nodes, "memory_mib": f.memory_mib}
+            for i, f in enumerate(all_flavors(), start=1)
+        ]
+        print(json.dumps({"accelerator": registry.current, "current": current, "models": models}, indent=1))
+        return 0
+    if options.selection is not None:
+        switched = switch_model(options.selection)
+        if options.json:
+            print(json.dumps({"accelerator": switched.index, "current": switched.model}, indent=1))
+        else:
+            _confirm(switched.model)
+        return 0
+    print(f"Current MoAI Accelerator: {current}\n")
+    while True:
+        print_models(current)
+        print()
+        name = ask(selection_question(), lambda entered: find_flavor(entered).name)
+        if name is None:
+            return 0
+        current = switch_model(name).model
+        _confirm(current)
+        print()
+
+
+def _confirm(model: str) -> None:
+    print(f'The MoAI Accelerator model is successfully switched to "{model}".')
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="moreh-switch-model",
+        description="Show the model of the current MoAI Accelerator and switch it. Without an argument it asks.",
+        epilog="Exit codes: 0 done, 1 refused (the message says why), 2 wrong usage.",
+    )
+    parser.add_argument(
+        "selection", nargs="?", help="the new model, by its number in the list or its name; nothing is asked"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON: the models, or the result of the switch")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,64 @@
+"""What the tools share: asking a question, the numbered list of models, and ending with one line on an error."""
+
+import sys
+from collections.abc import Callable
+
+from moreh.accelerator.flavors import all_flavors
+from moreh.errors import MorehError
+
+# 2 is what argparse ends with when the command line itself is wrong.
+EXIT_REFUSED = 1
+
+
+class QuestionAborted(MorehError):
+    """Standard input ended, or the user asked to leave, before a question was answered."""
+
+
+def run_tool(main: Callable[[list[str]], int]) -> int:
+    """Run a tool's main function; a refusal becomes one line on standard error and exit code 1."""
+    try:
+        return main(sys.argv[1:])
+    except MorehError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_REFUSED
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        sys.stderr.close()
+        return EXIT_REFUSED
+
+
+def ask(question: str, answer: Callable[[str], str | None]) -> str | None:
+    """Ask until `answer` returns a text, saying what is wrong with each unusable one; None when the user enters q or Q.
+
+    Raises:
+        QuestionAborted: standard input ended.
+    """
+    while True:
+        try:
+            entered = input(question).strip()
+        except EOFError:
+            print()
+            raise QuestionAborted("no answer on standard input: give the value as an argument") from None
+        if entered in {"q", "Q"}:
+            return None
+        try:
+            accepted = answer(entered)
+        except MorehError as error:
+            print(error)
+            continue
+        if accepted is not None:
+            return accepted
+
+
+def print_models(current: str | None) -> None:
+    """The numbered list of models, `*` at the current one."""
+    for number, flavor in enumerate(all_flavors(), start=1):
+        mark = "  *" if flavor.name == current else ""
+        print(f"{number}. {flavor.name}{mark}")
+
+
+def selection_question() -> str:
+    """The question that follows the numbered list."""
+    return f"Selection (1-{len(all_flavors())}, q, Q): "

@@ -1,0 +1,17 @@
+"""The errors of this package. Each message names the value that was given, what is allowed and the next step."""
+
+
+class MorehError(Exception):
+    """Base of every error that a user's action, not a defect, can cause."""
+
+
+class OptionError(MorehError, ValueError):
+    """An option of the hook, or an environment variable, has a value that cannot be used."""
+
+
+class AcceleratorError(MorehError, RuntimeError):
+    """An accelerator cannot do what was asked: unknown, busy, or too many of them."""
+
+
+class RegistryError(MorehError, RuntimeError):
+    """The files of the registry cannot be read or written."""
