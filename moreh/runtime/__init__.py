@@ -1,1 +1,1 @@
-"""x"""
+"""Carries out, on the workers that there are, what was decided for a model. In this version that is one worker."""

@@ -1,0 +1,33 @@
+"""The simulated out-of-memory error."""
+
+import torch
+
+from moreh.accelerator.registry import Accelerator
+from moreh.errors import MorehError
+
+
+class SimulatedOutOfMemoryError(torch.OutOfMemoryError, MorehError):
+    """What a job needs does not fit the simulated device. Caught by `except torch.cuda.OutOfMemoryError`."""
+
+
+def out_of_memory_error(
+    *, what: str, requested_bytes: int, used_bytes: int, accelerator: Accelerator, all_devices: bool
+) -> SimulatedOutOfMemoryError:
+    """The error for `requested_bytes` more of `what`, on one device or on all devices of the accelerator together."""
+    flavor = accelerator.flavor
+    memory_mib = flavor.memory_mib if all_devices else flavor.device.memory_mib
+    available_bytes = max(memory_mib * 2**20 - used_bytes, 0)
+    if all_devices:
+        where = f"the {flavor.devices} device(s) of accelerator {accelerator.index} ({flavor.name}) have together"
+        remedy = "Switch to a larger model with 'moreh-switch-model', or use a smaller batch."
+    else:
+        where = f"one device of accelerator {accelerator.index} ({flavor.device.name}) has"
+        remedy = (
+            "Call torch.moreh.option.enable_advanced_parallelization() before the model is loaded so that it may use "
+            f"all {flavor.devices} device(s), switch to a larger model with 'moreh-switch-model' if these are too few, or use "
+            "a smaller batch."
+        )
+    return SimulatedOutOfMemoryError(
+        f"Error Code 4: OUT_OF_MEMORY (simulated). Requested {requested_bytes} bytes for {what}; available are "
+        f"{available_bytes} bytes of the {memory_mib} MiB that {where}. {remedy}"
+    )

@@ -1,0 +1,65 @@
+"""Counts the bytes of the activations that autograd keeps between the forward and the backward pass."""
+
+import threading
+from collections.abc import Callable
+
+import torch
+
+
+class SavedTensor:
+    """A tensor that autograd saved; while it exists, its storage counts."""
+
+    __slots__ = ("key", "owner", "tensor", "version")
+
+    def __init__(self, owner: "SavedActivations", tensor: torch.Tensor, key: int) -> None:
+        self.owner, self.tensor, self.key = owner, tensor, key
+        self.version = tensor._version
+
+    def __del__(self) -> None:
+        self.owner.release(self.key)
+
+
+class SavedActivations:
+    """The storages that saved tensors keep alive, each counted once however many tensors share it."""
+
+    def __init__(self, is_counted_elsewhere: Callable[[int], bool]) -> None:
+        """`is_counted_elsewhere` tells, by a storage's address, that it is a parameter or an input, not an activation."""
+        self._is_counted_elsewhere = is_counted_elsewhere
+        self._users: dict[int, int] = {}
+        self._bytes: dict[int, int] = {}
+        self._lock = threading.RLock()  # the autograd engine frees tensors in threads of its own
+        self.total_bytes = 0
+
+    def hooks(self) -> torch.autograd.graph.saved_tensors_hooks:
+        """A context in which every tensor that autograd saves is counted."""
+        return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
+
+    def release(self, key: int) -> None:
+        """One saved tensor less on the storage with this address."""
+        with self._lock:
+            self._users[key] -= 1
+            if self._users[key] == 0:
+                del self._users[key]
+                self.total_bytes -= self._bytes.pop(key)
+
+    def _pack(self, tensor: torch.Tensor) -> SavedTensor:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        with self._lock:
+            self._users[key] = self._users.get(key, 0) + 1
+            if self._users[key] == 1:
+                self._bytes[key] = 0 if self._is_counted_elsewhere(key) else storage.nbytes()
+                self.total_bytes += self._bytes[key]
+        return SavedTensor(self, tensor, key)
+
+    @staticmethod
+    def _unpack(saved: SavedTensor) -> torch.Tensor:
+        # With hooks on, autograd leaves out its own check for tensors that were changed after they were saved, and the
+        # gradients would be wrong without any error.
+        if saved.tensor._version != saved.version:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                f"a tensor of shape {list(saved.tensor.shape)} is at version {saved.tensor._version}; "
+                f"expected version {saved.version} instead"
+            )
+        return saved.tensor

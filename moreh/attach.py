@@ -1,0 +1,21 @@
+"""Attaches this package to torch: the name `torch.moreh` and, on a machine without a GPU, the CUDA face."""
+
+import sys
+
+
+def attach_to_torch() -> None:
+    """Make `torch.moreh` available. PyTorch calls this at the end of `import torch`; a second call does nothing."""
+    import torch
+
+    if hasattr(torch, "moreh"):
+        return
+    import moreh.option
+
+    torch.moreh = sys.modules["moreh"]  # type: ignore[attr-defined]
+    # device_count() asks the driver's library without starting CUDA, which would forbid forking later on.
+    if torch.cuda.device_count() == 0:
+        from moreh.accelerator.cuda_moves import install_moves
+        from moreh.accelerator.cuda_probes import install_probes
+
+        install_probes()
+        install_moves()
