@@ -43,8 +43,10 @@ class _Runtime:
         if forward.model is not None:
             forward.depth += module is forward.model
             return
+        if torch.compiler.is_compiling() or _in_backward_pass():
+            return
         parameter = next(module.parameters(), None)
-        if parameter is None or torch.compiler.is_compiling():
+        if parameter is None:
             return
         if module not in self._prepared:
             self._prepare(module)
@@ -69,13 +71,13 @@ class _Runtime:
         self._prepared.add(model)
         self.job.watch_module(model)
         if self.options.activation_recomputation is True:
-            enable: Any = getattr(model, "gradient_checkpointing_enable", None)
-            if enable is None or not getattr(model, "supports_gradient_checkpointing", False):
+            if not getattr(model, "supports_gradient_checkpointing", False):
                 raise OptionError(
                     f"activation_recomputation=True: {type(model).__name__} does not support recomputation; use False or "
                     '"auto"'
                 )
-            enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            enable: Any = model.activation_checkpointing_enable
+            enable(activation_checkpointing_kwargs={"use_reentrant": False})
 
     def _uses_bfloat16(self, device: torch.device) -> bool:
         if device not in self._low_precision:
@@ -102,6 +104,11 @@ class _Runtime:
             recomputation,
         )
         logger.info("train: true")
+
+
+def _in_backward_pass() -> bool:
+    """Whether this thread is inside autograd's engine, where recomputation calls parts of a model by themselves."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def run_models_with(options: ParallelOptions) -> None:
