@@ -9,7 +9,6 @@ def attach_to_torch() -> None:
 
     if hasattr(torch, "moreh"):
         return
-    import moreh.option
 
     torch.moreh = sys.modules["moreh"]  # type: ignore[attr-defined]
     # device_count() asks the driver's library without starting CUDA, which would forbid forking later on.

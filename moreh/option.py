@@ -71,13 +71,20 @@ def enable_advanced_parallelization(
     global _enabled
     _refuse_unknown(unknown)
     options = ParallelOptions(
-        pipeline_parallel, num_stages, num_micro_batches, activation_recomputation, distribute_parameter, mixed_precision
+        pipeline_parallel,
+        num_stages,
+        num_micro_batches,
+        activation_recomputation,
+        distribute_parameter,
+        mixed_precision,
     )
     _check_values(options)
     _check_one_worker(options)
     if _enabled is not None and _enabled != options:
         raise OptionError(f"advanced parallelization is already enabled, with {_enabled}: call it once for a process")
-    from moreh.runtime.forward import run_models_with  # needs torch, which is still being imported when this file is read
+    from moreh.runtime.forward import (
+        run_models_with,
+    )  # needs torch, which is still being imported when this file is read
 
     run_models_with(options)
     _enabled = options
@@ -101,9 +108,7 @@ def _check_values(options: ParallelOptions) -> None:
         if not valid:
             raise OptionError(f"{name}={value!r}: allowed is {allowed}")
     if not options.pipeline_parallel and options.num_stages not in ("auto", 1):
-        raise OptionError(
-            f"num_stages={options.num_stages!r} with pipeline_parallel=False: stages need pipeline_parallel=True"
-        )
+        raise OptionError(f"num_stages={options.num_stages!r} with pipeline_parallel=False: stages need pipeline_parallel=True")
 
 
 def _check_one_worker(options: ParallelOptions) -> None:

@@ -12,7 +12,7 @@ a model computes.
 import functools
 import threading
 import warnings
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -100,16 +100,14 @@ def _replace_factories() -> None:
     modules = (torch, torch.fft, torch.nested)
     for module in modules:
         for name in dir(module):
-            function = getattr(module, name)
-            if isinstance(function, Hashable) and (function in constructors or (module is torch and name in _LIKE)):
+            function: Any = getattr(module, name)
+            if callable(function) and (function in constructors or (module is torch and name in _LIKE)):
                 replaced[function] = _creates(function)
                 setattr(module, name, replaced[function])
     for name in _NEW:
         setattr(torch.Tensor, name, _creates(getattr(torch.Tensor, name)))
 
-    def torch_function(
-        self: DeviceContext, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def torch_function(self: DeviceContext, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         """What `with torch.device("cuda")` and `set_default_device` do to each call."""
         kwargs = kwargs or {}
         if func in constructors and kwargs.get("device") is None:

@@ -102,10 +102,7 @@ class LocalJob:
             return
         self._next_report = now + SECONDS_BETWEEN_REPORTS
         self._earlier, self._latest = self._latest, sample_processor_time(self._process)
-        if self.simulated:
-            memory_bytes = self.ledger.usage_bytes()
-        else:
-            memory_bytes = {"allocated": torch.cuda.memory_allocated()}
+        memory_bytes = self.ledger.usage_bytes() if self.simulated else {"allocated": torch.cuda.memory_allocated()}
         write_status(self.job, JobStatus(memory_bytes, self.simulated, available_cores(), self._earlier, self._latest))
 
     def _observe(self, what: str) -> None:

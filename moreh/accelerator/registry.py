@@ -248,9 +248,7 @@ def _parse(content: Any) -> Registry:
         )
         registry.accelerator(registry.current)
     except (KeyError, TypeError, AcceleratorError) as error:
-        raise RegistryError(
-            f"{_registry_path()} is damaged ({error}): delete it, and one accelerator is set up anew"
-        ) from None
+        raise RegistryError(f"{_registry_path()} is damaged ({error}): delete it, and one accelerator is set up anew") from None
     return registry
 
 

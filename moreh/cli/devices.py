@@ -19,9 +19,7 @@ def list_devices(*, as_json: bool) -> None:
     """Print the accelerators, `*` at the current one."""
     registry = read_registry()
     if as_json:
-        rows = [
-            {"index": a.index, "current": a.index == registry.current, "model": a.model} for a in registry.accelerators
-        ]
+        rows = [{"index": a.index, "current": a.index == registry.current, "model": a.model} for a in registry.accelerators]
         print(json.dumps({"accelerators": rows}, indent=1))
     else:
         print(_draw_list(registry))

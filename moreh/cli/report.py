@@ -108,9 +108,7 @@ def as_json(reports: Sequence[AcceleratorReport], *, physical: bool) -> dict[str
         if report.job is not None:
             memory_bytes = None if report.status is None else report.status.memory_bytes
             job = report.job
-            row["processes"].append(
-                {"job_id": job.id, "pid": job.pid, "command": job.command, "memory_bytes": memory_bytes}
-            )
+            row["processes"].append({"job_id": job.id, "pid": job.pid, "command": job.command, "memory_bytes": memory_bytes})
         if physical:
             row["physical_devices"] = [
                 dict(zip(("physical", "node", "name", "memory_used", "memory_total", "utilization"), cells, strict=True))
@@ -143,11 +141,11 @@ def _process_row(report: AcceleratorReport) -> tuple[str, ...]:
     )
 
 
-def _physical_rows(report: AcceleratorReport) -> list[tuple[str, ...]]:
+def _physical_rows(report: AcceleratorReport) -> list[Sequence[str]]:
     """A row per physical device. A job of one worker lives on the first one; the others are idle."""
     flavor = report.accelerator.flavor
     devices_per_node = -(-flavor.devices // flavor.nodes)
-    rows = []
+    rows: list[Sequence[str]] = []
     for physical in range(flavor.devices):
         used = report if physical == 0 else None
         rows.append(

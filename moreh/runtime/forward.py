@@ -73,8 +73,7 @@ class _Runtime:
         if self.options.activation_recomputation is True:
             if not getattr(model, "supports_gradient_checkpointing", False):
                 raise OptionError(
-                    f"activation_recomputation=True: {type(model).__name__} does not support recomputation; use False or "
-                    '"auto"'
+                    f'activation_recomputation=True: {type(model).__name__} does not support recomputation; use False or "auto"'
                 )
             enable: Any = model.activation_checkpointing_enable
             enable(activation_checkpointing_kwargs={"use_reentrant": False})

@@ -1,0 +1,126 @@
+"""Ask a fine-tuned checkpoint: the prompt from the command line, a file, or standard input; the answer is streamed.
+
+python generate.py runs/gpt/model 'def add(a, b): ...'
+python generate.py runs/gpt/model --file prompt.txt --temperature 0.8 --top-p 0.95
+cat prompt.txt | python generate.py runs/gpt/model
+"""
+
+import argparse
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, TextStreamer, logging
+
+from utils.dataset import load_tokenizer
+from utils.errors import UserError
+from utils.program import exit_code_of
+from utils.tokenization import encode_prompts
+
+
+def answer(arguments: argparse.Namespace) -> None:
+    """Generate and print as the arguments say.
+
+    Raises:
+        UserError: the checkpoint or the prompt cannot be used.
+    """
+    prompt = _read_prompt(arguments)
+    tokenizer = load_tokenizer(arguments.checkpoint)
+    model = _load_checkpoint(arguments.checkpoint)
+    (prompt_ids,) = encode_prompts([prompt], tokenizer)
+    if not prompt_ids:
+        prompt_ids = [tokenizer.bos_token_id or tokenizer.eos_token_id]  # an empty prompt is the beginning of a text
+    _check_length(model, len(prompt_ids), arguments.max_new_tokens)
+    torch.manual_seed(arguments.seed)
+    sampling = (
+        {"do_sample": True, "temperature": arguments.temperature, "top_p": arguments.top_p, "top_k": arguments.top_k}
+        if arguments.temperature > 0
+        else {"do_sample": False}
+    )
+    # A real GPU if there is one. Asking needs no simulated accelerator, which a training job may be using.
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    input_ids = torch.tensor([prompt_ids], device=device)
+    model.to(device).eval().generate(
+        input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        max_new_tokens=arguments.max_new_tokens,
+        repetition_penalty=arguments.repetition_penalty,
+        pad_token_id=tokenizer.pad_token_id,
+        streamer=TextStreamer(tokenizer, skip_prompt=not arguments.echo, skip_special_tokens=True),
+        **sampling,
+    )
+
+
+def _read_prompt(arguments: argparse.Namespace) -> str:
+    if arguments.prompt is not None and arguments.file is not None:
+        raise UserError("give the prompt on the command line or in --file, not both")
+    if arguments.prompt is not None:
+        # A shell makes it hard to type a line break.
+        return arguments.prompt.replace("\\n", "\n")
+    if arguments.file is None:
+        if sys.stdin.isatty():
+            print("Prompt (end with Ctrl-D):", file=sys.stderr)
+        return sys.stdin.read()
+    try:
+        return Path(arguments.file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--file: {arguments.file} cannot be read: {error}") from error
+
+
+def _load_checkpoint(name: str) -> Any:
+    try:
+        return AutoModelForCausalLM.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise UserError(f"the model {name!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+
+
+def _check_length(model: Any, prompt_length: int, new_tokens: int) -> None:
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and prompt_length + new_tokens > positions:
+        raise UserError(
+            f"the prompt has {prompt_length} tokens and --max-new-tokens is {new_tokens}, but the model has only {positions} "
+            "positions: shorten one of them"
+        )
+
+
+def _number(text: str, low: float, high: float) -> float:
+    number = float(text)
+    if not low <= number <= high:
+        raise argparse.ArgumentTypeError(f"{text}: allowed is a number from {low:g} to {high:g}")
+    return number
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Ask a fine-tuned checkpoint; the answer is streamed.")
+    parser.add_argument("checkpoint", help="directory of a saved model, or a name on the hub")
+    parser.add_argument("prompt", nargs="?", help="the prompt (\\n is a line break); without it, --file or standard input")
+    parser.add_argument("--file", metavar="FILE", help="read the prompt from a file")
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="default: %(default)s")
+    parser.add_argument(
+        "--temperature",
+        type=lambda text: _number(text, 0, 100),
+        default=0.0,
+        help="0 takes the most likely token; above 0 tokens are drawn (default: %(default)s)",
+    )
+    parser.add_argument("--top-p", type=lambda text: _number(text, 0, 1), default=1.0, help="default: %(default)s")
+    parser.add_argument("--top-k", type=int, default=0, help="0: no limit (default: %(default)s)")
+    parser.add_argument(
+        "--repetition-penalty", type=lambda text: _number(text, 0.01, math.inf), default=1.0, help="default: %(default)s"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the drawing (default: %(default)s)")
+    parser.add_argument("--echo", action="store_true", help="print the prompt too")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    arguments = parser.parse_args()
+    if arguments.max_new_tokens < 1 or arguments.top_k < 0:
+        parser.error("--max-new-tokens must be at least 1 and --top-k at least 0")
+    if arguments.temperature == 0 and (arguments.top_p != 1.0 or arguments.top_k != 0):
+        parser.error("--top-p and --top-k need a --temperature above 0")
+    return arguments
+
+
+if __name__ == "__main__":
+    logging.set_verbosity_error()
+    given = _parse()
+    sys.exit(exit_code_of(lambda: answer(given), debug=given.debug))

@@ -1,0 +1,138 @@
+"""Fine-tune a GPT model for code generation.
+
+python train_gpt.py --config configs/gpt.yaml
+python train_gpt.py --config configs/gpt.yaml train.lr=1e-4 train.steps=200
+
+This is the loop that one would write for a single GPU. Everything parallel is in the one line that is marked below.
+"""
+
+import math
+import sys
+import time
+
+import torch
+
+from moreh.accelerator.registry import switch_model
+from utils.batches import batches_of_steps, evaluation_loader, mask_and_labels, total_steps, training_loader
+from utils.config import Config
+from utils.dataset import prepare_data
+from utils.errors import UserError
+from utils.evaluation import evaluate, write_sample
+from utils.masks import count_labels
+from utils.model import load_model
+from utils.program import run_script
+from utils.run_log import RunLog
+from utils.schedule import make_scheduler
+
+
+def train(config: Config, log: RunLog) -> None:
+    """Train as the settings say; everything is left in the directory of the log."""
+    torch.manual_seed(config.train.seed)
+    if config.accelerator.model is not None:
+        switch_model(config.accelerator.model)
+
+    # The one line: from here on, models are planned and run on all devices of the accelerator.
+    if config.accelerator.advanced_parallelization is not None:
+        torch.moreh.option.enable_advanced_parallelization(**config.accelerator.advanced_parallelization.model_dump())
+
+    # Load the tokenizer, the data and the model
+    data = prepare_data(config, log.say)
+    tokenizer = data.tokenizer
+    log.say(f"Training rows: {data.train_counts}")
+    log.say(f"Held-out rows: {data.evaluation_counts}")
+    loader = training_loader(data.train, tokenizer, config)
+    held_out = evaluation_loader(data.evaluation, tokenizer, config)
+    model = load_model(config, tokenizer)
+    log.say(f"Model: {type(model).__name__} with {model.num_parameters():,} parameters, vocabulary {len(tokenizer):,}")
+
+    # Prepare the model for training on the accelerator
+    model.cuda()
+    model.train()
+
+    # Define the optimizer and the learning rate over the steps
+    steps = total_steps(loader, config)
+    optim = torch.optim.AdamW(model.parameters(), lr=config.train.lr, weight_decay=config.train.weight_decay)
+    scheduler = make_scheduler(optim, steps, config.train)
+
+    def evaluate_and_show(step: int) -> float:
+        eval_loss = evaluate(model, held_out, tokenizer, config.data.loss_on)
+        log.say(f"[Step {step}/{steps}] | Held-out loss: {eval_loss:.4f}")
+        if config.log.sample_tokens > 0:
+            row = data.evaluation[0]
+            prompt_ids = row["input_ids"][: row["prompt_length"]]
+            sample = write_sample(model, prompt_ids, tokenizer, config.log.sample_tokens)
+            log.say(f"Sample:\n{tokenizer.decode(prompt_ids)}>>>\n{sample}")
+        return eval_loss
+
+    first_eval_loss = eval_loss = evaluate_and_show(0)
+    log.step_done({"step": 0, "eval_loss": eval_loss})
+    log.show_progress(steps)
+    tokens_since_log, seconds_since_log = 0, 0.0
+
+    for step, batches in enumerate(batches_of_steps(loader, config.train.gradient_accumulation, steps), start=1):
+        start = time.perf_counter()
+        inputs = [(batch["input_ids"], *mask_and_labels(batch, tokenizer, config.data.loss_on)) for batch in batches]
+        label_tokens = sum(count_labels(labels) for _, _, labels in inputs)
+
+        # Each batch counts by its label tokens, so the gradient is the same however the rows are cut into batches.
+        loss = 0.0
+        for input_ids, attention_mask, labels in inputs:
+            outputs = model(input_ids.cuda(), attention_mask=attention_mask.cuda(), labels=labels.cuda(), use_cache=False)
+            batch_loss = outputs[0] * (count_labels(labels) / label_tokens)
+            batch_loss.backward()
+            loss += batch_loss.item()
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.train.max_grad_norm).item()
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            places = ", ".join(place for batch in batches for place in batch["places"])
+            log.say(f"[Step {step}/{steps}] | Loss: {loss} | Gradient norm: {grad_norm} | Rows: {places}")
+            raise UserError(
+                f"step {step}: the loss is {loss} and the gradient norm {grad_norm}; the rows of the step are in "
+                f"{log.directory / 'train.log'}. A smaller train.lr, a longer train.warmup_steps or those rows may be the cause"
+            )
+        lr = scheduler.get_last_lr()[0]
+        optim.step()
+        scheduler.step()
+        model.zero_grad(set_to_none=True)
+
+        # Log
+        seconds = time.perf_counter() - start
+        real_tokens = sum(int(attention_mask.sum()) for _, attention_mask, _ in inputs)
+        padded_tokens = sum(input_ids.numel() for input_ids, _, _ in inputs)
+        metrics = {
+            "step": step,
+            "loss": loss,
+            "lr": lr,
+            "grad_norm": grad_norm,
+            "real_tokens_per_s": real_tokens / seconds,
+            "label_tokens_per_s": label_tokens / seconds,
+            "padded_tokens_per_s": padded_tokens / seconds,
+            "memory_bytes": torch.cuda.max_memory_allocated(),
+        }
+        tokens_since_log += real_tokens
+        seconds_since_log += seconds
+        if step % config.log.every_steps == 0 or step == steps:
+            log.say(
+                f"[Step {step}/{steps}] | Loss: {loss:.4f} | Duration: {seconds_since_log:.2f} sec | "
+                f"Throughput: {tokens_since_log / seconds_since_log:.2f} tokens/sec"
+            )
+            tokens_since_log, seconds_since_log = 0, 0.0
+        if step == steps or (config.log.eval_every_steps and step % config.log.eval_every_steps == 0):
+            metrics["eval_loss"] = eval_loss = evaluate_and_show(step)
+        log.step_done(metrics)
+
+    # Save the model and its tokenizer
+    model.save_pretrained(log.directory / "model")
+    tokenizer.save_pretrained(log.directory / "model")
+    log.say(f"Held-out loss: {first_eval_loss:.4f} before, {eval_loss:.4f} after ({1 - eval_loss / first_eval_loss:.1%} less)")
+    log.say(f"Loss curves: {log.draw_losses()}")
+    log.say(f"Model: {log.directory / 'model'}")
+
+
+def main(config: Config) -> None:
+    """Train with the logs of the run open."""
+    with RunLog(config) as log:
+        train(config, log)
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main, description="Fine-tune a GPT model for code generation.", default_config="configs/gpt.yaml"))

@@ -1,0 +1,11 @@
+"""The one kind of error that a user's input can cause, shown without a traceback."""
+
+from collections.abc import Sequence
+
+
+class UserError(Exception):
+    """Something the user gave cannot be used. Each problem is one line: the place, what was given, what is allowed."""
+
+    def __init__(self, problems: str | Sequence[str]) -> None:
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        super().__init__("\n".join(self.problems))

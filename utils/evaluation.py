@@ -1,0 +1,51 @@
+"""The loss on held-out rows, and a sample of what the model writes."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from utils.batches import Batch, mask_and_labels
+from utils.masks import count_labels
+
+
+def evaluate(model: Any, batches: Iterable[Batch], tokenizer: Any, loss_on: str) -> float:
+    """The mean loss over all label tokens of the batches, which does not depend on how the rows are batched."""
+    loss_sum, label_tokens = 0.0, 0
+    with _evaluating(model):
+        for batch in batches:
+            attention_mask, labels = mask_and_labels(batch, tokenizer, loss_on)
+            outputs = model(
+                batch["input_ids"].cuda(), attention_mask=attention_mask.cuda(), labels=labels.cuda(), use_cache=False
+            )
+            count = count_labels(labels)
+            loss_sum += outputs.loss.item() * count
+            label_tokens += count
+    return loss_sum / label_tokens
+
+
+def write_sample(model: Any, prompt_ids: list[int], tokenizer: Any, max_new_tokens: int) -> str:
+    """The most likely continuation of a prompt, token by token, until the end of text or `max_new_tokens`."""
+    input_ids = torch.tensor([prompt_ids])
+    with _evaluating(model):
+        generated = model.generate(
+            input_ids.cuda(),
+            attention_mask=torch.ones_like(input_ids).cuda(),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    return tokenizer.decode(generated[0, len(prompt_ids) :], skip_special_tokens=True)
+
+
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    """No gradients and no dropout; afterwards the model trains again if it did before."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)

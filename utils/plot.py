@@ -1,0 +1,27 @@
+"""The picture of the loss curves."""
+
+import json
+from pathlib import Path
+
+
+def draw_losses(metrics: Path, picture: Path) -> Path:
+    """Draw training and held-out loss over the steps of a metrics.jsonl file into a PNG; returns its path."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # no screen
+    from matplotlib import pyplot
+
+    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    figure, axes = pyplot.subplots(figsize=(8, 5), dpi=120)
+    for key, label, style in (("loss", "training", {"linewidth": 0.8}), ("eval_loss", "held-out", {"marker": "o"})):
+        points = [(line["step"], line[key]) for line in lines if key in line]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, **style)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (nats per label token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(picture)
+    pyplot.close(figure)
+    return picture

@@ -1,0 +1,116 @@
+"""Reads rows of named fields from JSONL, JSON, CSV and Parquet files, or from the hub; an error names the place."""
+
+import csv
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from utils.errors import UserError
+
+# A row's place ("data.jsonl:17") and its fields.
+Record = tuple[str, dict[str, Any]]
+
+
+def read_file(path: Path) -> Iterator[Record]:
+    """The rows of a file, in the format that its ending names.
+
+    Raises:
+        UserError: unknown ending, a broken line or file, a row that has no named fields, or no rows at all.
+    """
+    reader = _READERS.get(path.suffix.lower())
+    if reader is None:
+        raise UserError(f"{path}: unknown ending {path.suffix!r}: give a file that ends in {', '.join(_READERS)}")
+    empty = True
+    try:
+        for place, row in reader(path):
+            if not isinstance(row, dict):
+                raise UserError(f"{place}: expected an object with named fields, found {type(row).__name__}")
+            empty = False
+            yield place, row
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    if empty:
+        raise UserError(f"{path}: has no rows")
+
+
+def read_hub(name: str, split: str) -> Iterator[Record]:
+    """The rows of a data set of the hub.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    from datasets import load_dataset
+
+    try:
+        rows = load_dataset(name, split=split)
+    except Exception as error:  # the library raises many kinds: no network, no such name, no such split, no access
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(
+            f"data.hub: {name!r} (split {split!r}) cannot be loaded: {reason[0]} "
+            "Check the name and the network, or give local files in data.files"
+        ) from error
+    for number, row in enumerate(rows):
+        yield f"{name}[{split}]:{number}", row
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                try:
+                    yield f"{path}:{number}", json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise UserError(f"{path}:{number}: not valid JSON: {error.msg} at column {error.colno}") from None
+
+
+def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}: not valid JSON: {error.msg} at column {error.colno}") from None
+    if not isinstance(content, list):
+        raise UserError(f"{path}: expected a list of objects, found {type(content).__name__}")
+    for index, row in enumerate(content):
+        yield f"{path}[{index}]", row
+
+
+def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, strict=True)
+        try:
+            header = next(reader, None)
+            if header is None:
+                return
+            for row in reader:
+                place = f"{path}:{reader.line_num}"
+                if row and len(row) != len(header):
+                    raise UserError(f"{place}: {len(row)} columns where the header has {len(header)}")
+                if row:
+                    yield place, dict(zip(header, row, strict=True))
+        except csv.Error as error:
+            raise UserError(f"{path}:{reader.line_num}: not valid CSV: {error}") from None
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
+    try:
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
+            for row in batch.to_pylist():
+                yield f"{path}[{number}]", row
+                number += 1
+    except pyarrow.ArrowException as error:
+        raise UserError(f"{path}: not a valid Parquet file: {str(error).splitlines()[0]}") from None
+
+
+_READERS: dict[str, Callable[[Path], Iterator[tuple[str, Any]]]] = {
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+}
