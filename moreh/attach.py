@@ -9,6 +9,7 @@ def attach_to_torch() -> None:
 
     if hasattr(torch, "moreh"):
         return
+    from moreh import option  # noqa: F401  (torch.moreh.option is there only once it is imported)
 
     torch.moreh = sys.modules["moreh"]  # type: ignore[attr-defined]
     # device_count() asks the driver's library without starting CUDA, which would forbid forking later on.

@@ -59,6 +59,7 @@ def _on_device(tensor: torch.Tensor) -> torch.Tensor:
     if not job.ledger.holds(tensor):
         job.require("a tensor", tensor.nbytes if tensor.layout == torch.strided else 0)
         job.ledger.add_tensor(tensor)
+        job.report()
     return tensor
 
 

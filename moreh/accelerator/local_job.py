@@ -4,7 +4,6 @@ import atexit
 import os
 import threading
 import time
-import weakref
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -41,14 +40,13 @@ class LocalJob:
         self.simulated = not torch.cuda.is_available()
         # Without advanced parallelization a model lives on one physical device.
         self.uses_all_devices = False
-        self._watched: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
         self._forward = threading.local()
         self._process = psutil.Process()
         self._earlier = self._latest = sample_processor_time(self._process)
         self._next_report = 0.0
         if self.simulated:
-            register_optimizer_step_pre_hook(self._before_optimizer_step)
-            register_optimizer_step_post_hook(self._after_optimizer_step)
+            register_optimizer_step_pre_hook(_before_optimizer_step)
+            register_optimizer_step_post_hook(_after_optimizer_step)
 
     @property
     def capacity_bytes(self) -> int:
@@ -90,10 +88,9 @@ class LocalJob:
     def watch_module(self, module: torch.nn.Module) -> None:
         """Count a module, and the activations of each of its forward passes while gradients are on."""
         self.ledger.add_module(module)
-        if module not in self._watched:
-            self._watched.add(module)
-            module.register_forward_pre_hook(self._before_forward)
-            module.register_forward_hook(self._after_forward, always_call=True)
+        if _before_forward not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(_before_forward)
+            module.register_forward_hook(_after_forward, always_call=True)
 
     def report(self) -> None:
         """Tell moreh-smi how this job is doing, at most once a second."""
@@ -105,18 +102,23 @@ class LocalJob:
         memory_bytes = self.ledger.usage_bytes() if self.simulated else {"allocated": torch.cuda.memory_allocated()}
         write_status(self.job, JobStatus(memory_bytes, self.simulated, available_cores(), self._earlier, self._latest))
 
-    def _observe(self, what: str) -> None:
+    def report_soon(self) -> None:
+        """Let the next `report` through, however short the time since the last one."""
+        self._next_report = 0.0
+
+    def observe(self, what: str) -> None:
+        """Check that what is on the device fits, and report.
+
+        Raises:
+            SimulatedOutOfMemoryError: it does not; `what` names what was added last.
+        """
         # Not while a compiler traces a step: its tensors have no storage.
         if not torch.compiler.is_compiling():
             self.require(what, 0)
             self.report()
 
-    # Hooks are methods of this process-wide object, not closures over a model: a deep copy of a model keeps them, and they
-    # serve the copy as well as the original. Each gets the module it is called for.
-
-    def _before_forward(self, module: torch.nn.Module, inputs: Any) -> None:
-        if torch.compiler.is_compiling():
-            return
+    def enter_forward(self) -> None:
+        """A forward pass of a watched module begins in this thread; the outermost one counts its activations."""
         contexts = self._forward_contexts()
         nested = any(context is not None for context in contexts)
         context: AbstractContextManager[Any] | None = None
@@ -125,15 +127,18 @@ class LocalJob:
             context.__enter__()
         contexts.append(context)
 
-    def _after_forward(self, module: torch.nn.Module, inputs: Any, outputs: Any) -> None:
-        if torch.compiler.is_compiling():
-            return
+    def leave_forward(self) -> None:
+        """The forward pass that was entered last has ended, maybe by an error.
+
+        Raises:
+            SimulatedOutOfMemoryError: its activations do not fit.
+        """
         contexts = self._forward_contexts()
         context = contexts.pop() if contexts else None
         if context is not None:
             context.__exit__(None, None, None)
         if not contexts:
-            self._observe("the activations of the forward pass")
+            self.observe("the activations of the forward pass")
 
     def _forward_contexts(self) -> list[AbstractContextManager[Any] | None]:
         """The contexts of the forward passes that this thread is in, the outermost first."""
@@ -142,12 +147,29 @@ class LocalJob:
         contexts: list[AbstractContextManager[Any] | None] = self._forward.contexts
         return contexts
 
-    def _before_optimizer_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        self._observe("the gradients")
 
-    def _after_optimizer_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        self.ledger.add_optimizer(optimizer)
-        self._observe("the optimizer state")
+# Hooks are functions of this file, so that a copied or pickled model takes along their names and nothing else.
+
+
+def _before_forward(module: torch.nn.Module, inputs: Any) -> None:
+    if _local_job is not None and not torch.compiler.is_compiling():
+        _local_job.enter_forward()
+
+
+def _after_forward(module: torch.nn.Module, inputs: Any, outputs: Any) -> None:
+    if _local_job is not None and not torch.compiler.is_compiling():
+        _local_job.leave_forward()
+
+
+def _before_optimizer_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    if _local_job is not None:
+        _local_job.observe("the gradients")
+
+
+def _after_optimizer_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    if _local_job is not None:
+        _local_job.ledger.add_optimizer(optimizer)
+        _local_job.observe("the optimizer state")
 
 
 _lock = threading.Lock()
@@ -193,6 +215,7 @@ def _start_own_job() -> LocalJob:
             available_cores(),
         )
     started.report()
+    started.report_soon()
     return started
 
 

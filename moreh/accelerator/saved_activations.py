@@ -12,7 +12,8 @@ class SavedTensor:
     __slots__ = ("key", "owner", "tensor", "version")
 
     def __init__(self, owner: "SavedActivations", tensor: torch.Tensor, key: int) -> None:
-        self.owner, self.tensor, self.key = owner, tensor, key
+        # Detached, since an operation may save its own output: the output would keep the operation, and that the output.
+        self.owner, self.tensor, self.key = owner, tensor.detach(), key
         self.version = tensor._version
 
     def __del__(self) -> None:

@@ -8,7 +8,7 @@ import time
 
 import psutil
 
-from moreh.accelerator.registry import ensure_registry, read_registry
+from moreh.accelerator.registry import Job, ensure_registry, read_registry
 from moreh.cli.devices import add_device, list_devices, remove_device, switch_device
 from moreh.cli.report import AcceleratorReport, as_json, collect_reports, draw_reports
 from moreh.cli.terminal import run_tool
@@ -90,17 +90,26 @@ def _end_job(index: int | None) -> str:
         if not job.is_running():  # the process id may already belong to somebody else
             return f"The {name} ended by itself."
         process.terminate()
-        try:
-            process.wait(SECONDS_UNTIL_KILL)
+        if _ends_within(SECONDS_UNTIL_KILL, job):
             return f"Ended {name}."
-        except psutil.TimeoutExpired:
-            process.kill()
-            process.wait(SECONDS_UNTIL_KILL)
-            return f"Killed {name}: it did not end within {SECONDS_UNTIL_KILL:.0f} s of being asked to."
+        process.kill()
+        if _ends_within(SECONDS_UNTIL_KILL, job):
+            return f"Killed {name}: it did not end within {SECONDS_UNTIL_KILL:g} s of being asked to."
     except psutil.NoSuchProcess:
         return f"The {name} ended by itself."
     except psutil.AccessDenied:
         raise AcceleratorError(f"{name} belongs to another user and cannot be ended by you") from None
+    raise AcceleratorError(f"{name} was killed but is still there: it may be waiting for a disk or a device")
+
+
+def _ends_within(seconds: float, job: Job) -> bool:
+    """Wait for a job's process to end. One that its parent has not collected yet, a zombie, has ended."""
+    deadline = time.monotonic() + seconds
+    while job.is_running():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
 
 
 def _seconds(text: str) -> float:

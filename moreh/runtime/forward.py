@@ -75,8 +75,9 @@ class _Runtime:
                 raise OptionError(
                     f'activation_recomputation=True: {type(model).__name__} does not support recomputation; use False or "auto"'
                 )
-            enable: Any = model.activation_checkpointing_enable
-            enable(activation_checkpointing_kwargs={"use_reentrant": False})
+            # Older releases of transformers 5 call it gradient_checkpointing_enable.
+            enable: Any = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
 
     def _uses_bfloat16(self, device: torch.device) -> bool:
         if device not in self._low_precision:

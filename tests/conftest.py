@@ -1,0 +1,142 @@
+"""What the tests share: a registry of their own, tiny models and data, and running a script as a user does."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# Before torch is imported anywhere: no test touches the user's own accelerators or asks a hub.
+os.environ["MOREH_STATE_DIR"] = tempfile.mkdtemp(prefix="moreh-test-state-")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.pop("MOREH_JOB_ID", None)
+sys.path.insert(0, str(ROOT))
+
+# Settings of a run that takes about a second. The hook is off: once called, it holds for the whole test process.
+TINY_CONFIG = """
+run: {{name: tiny, directory: {directory}, cache_directory: {directory}/cache}}
+accelerator: {{advanced_parallelization: null}}
+model:
+  architecture: {{model_type: gpt2, n_layer: 1, n_embd: 32, n_head: 2, n_positions: 64,
+                 resid_pdrop: 0.0, embd_pdrop: 0.0, attn_pdrop: 0.0}}
+tokenizer: {{vocabulary_size: 300}}
+data: {{files: [{data}], max_length: 48, eval_rows: 8}}
+train: {{steps: 4, batch_size: 8, lr: 1.0e-3}}
+log: {{every_steps: 2, sample_tokens: 4}}
+"""
+
+
+@pytest.fixture
+def state_directory(tmp_path, monkeypatch):
+    """An empty registry for one test."""
+    monkeypatch.setenv("MOREH_STATE_DIR", str(tmp_path / "state"))
+    return tmp_path / "state"
+
+
+@pytest.fixture
+def environment(state_directory):
+    """The environment of a process that a user starts in a shell of their own, with an empty registry."""
+    variables = {k: v for k, v in os.environ.items() if k != "MOREH_JOB_ID"}
+    return {**variables, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{variables['PATH']}"}
+
+
+@pytest.fixture
+def run(environment, tmp_path):
+    """Run a command to its end; returns the finished process with its output as text."""
+
+    def run_command(*command, input=None, cwd=ROOT, **variables):
+        return subprocess.run(
+            [str(part) for part in command],
+            input=input,
+            cwd=cwd,
+            env={**environment, **variables},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    return run_command
+
+
+@pytest.fixture
+def run_python(run, tmp_path):
+    """Run Python source as a user's script."""
+
+    def run_source(source, *arguments, **variables):
+        script = tmp_path / "script.py"
+        script.write_text(source, encoding="utf-8")
+        return run(sys.executable, script, *arguments, cwd=tmp_path, **variables)
+
+    return run_source
+
+
+@pytest.fixture
+def tiny_rows():
+    """Forty pairs of different lengths."""
+    return [{"prompt": f"def add_{i}(x):\n", "response": "    return x" + " + 1" * (i % 7) + f" + {i}\n"} for i in range(40)]
+
+
+@pytest.fixture
+def tiny_config(tmp_path, tiny_rows):
+    """The path of a settings file for a run on those pairs."""
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in tiny_rows), encoding="utf-8")
+    config = tmp_path / "tiny.yaml"
+    config.write_text(TINY_CONFIG.format(directory=tmp_path / "runs", data=data), encoding="utf-8")
+    return config
+
+
+@pytest.fixture
+def train(tiny_config, tmp_path):
+    """Run train_gpt.py in this process with the tiny settings and some overrides; returns the run's directory."""
+    import train_gpt
+    from utils.config_file import load_config
+
+    def train_tiny(*overrides):
+        train_gpt.main(load_config(str(tiny_config), list(overrides)))
+        return tmp_path / "runs" / "tiny"
+
+    return train_tiny
+
+
+@pytest.fixture
+def read_metrics():
+    """The lines of a run's metrics.jsonl."""
+
+    def read(directory):
+        return [json.loads(line) for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+    return read
+
+
+@pytest.fixture
+def make_gpt2():
+    """Build a tiny GPT-2 with random weights."""
+
+    def make(**changes):
+        import torch
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        settings = {"n_layer": 2, "n_embd": 32, "n_head": 2, "vocab_size": 64, "n_positions": 64}
+        settings |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 0, "eos_token_id": 0}
+        torch.manual_seed(0)
+        model = GPT2LMHeadModel(GPT2Config(**settings | changes))
+        model.loss_type = "ForCausalLM"
+        return model
+
+    return make
+
+
+@pytest.fixture
+def fake_tokenizer():
+    """Just the ids that masks look at."""
+
+    def make(pad, eos=None, bos=None, side="right"):
+        return SimpleNamespace(pad_token_id=pad, eos_token_id=eos, bos_token_id=bos, padding_side=side)
+
+    return make
