@@ -19,6 +19,8 @@ from utils.errors import UserError
 from utils.program import exit_code_of
 from utils.tokenization import encode_prompts
 
+DEFAULT_NEW_TOKENS = 128
+
 
 def answer(arguments: argparse.Namespace) -> None:
     """Generate and print as the arguments say.
@@ -32,7 +34,7 @@ def answer(arguments: argparse.Namespace) -> None:
     (prompt_ids,) = encode_prompts([prompt], tokenizer)
     if not prompt_ids:
         prompt_ids = [tokenizer.bos_token_id or tokenizer.eos_token_id]  # an empty prompt is the beginning of a text
-    _check_length(model, len(prompt_ids), arguments.max_new_tokens)
+    new_tokens = _new_tokens(model, len(prompt_ids), arguments.max_new_tokens)
     torch.manual_seed(arguments.seed)
     sampling = (
         {"do_sample": True, "temperature": arguments.temperature, "top_p": arguments.top_p, "top_k": arguments.top_k}
@@ -45,7 +47,7 @@ def answer(arguments: argparse.Namespace) -> None:
     model.to(device).eval().generate(
         input_ids,
         attention_mask=torch.ones_like(input_ids),
-        max_new_tokens=arguments.max_new_tokens,
+        max_new_tokens=new_tokens,
         repetition_penalty=arguments.repetition_penalty,
         pad_token_id=tokenizer.pad_token_id,
         streamer=TextStreamer(tokenizer, skip_prompt=not arguments.echo, skip_special_tokens=True),
@@ -76,13 +78,15 @@ def _load_checkpoint(name: str) -> Any:
         raise UserError(f"the model {name!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
 
 
-def _check_length(model: Any, prompt_length: int, new_tokens: int) -> None:
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if positions is not None and prompt_length + new_tokens > positions:
+def _new_tokens(model: Any, prompt_length: int, wanted: int | None) -> int:
+    """How many tokens to generate: as many as are wanted, by default 128 or what the model's positions leave."""
+    positions = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+    if prompt_length + (wanted or 1) > positions:
         raise UserError(
-            f"the prompt has {prompt_length} tokens and --max-new-tokens is {new_tokens}, but the model has only {positions} "
-            "positions: shorten one of them"
+            f"the prompt has {prompt_length} tokens and {wanted or 1} more are asked for, but the model has only {positions} "
+            "positions: shorten the prompt or lower --max-new-tokens"
         )
+    return wanted or min(DEFAULT_NEW_TOKENS, positions - prompt_length)
 
 
 def _number(text: str, low: float, high: float) -> float:
@@ -97,7 +101,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("checkpoint", help="directory of a saved model, or a name on the hub")
     parser.add_argument("prompt", nargs="?", help="the prompt (\\n is a line break); without it, --file or standard input")
     parser.add_argument("--file", metavar="FILE", help="read the prompt from a file")
-    parser.add_argument("--max-new-tokens", type=int, default=128, help="default: %(default)s")
+    parser.add_argument(
+        "--max-new-tokens", type=int, metavar="N", help=f"default: {DEFAULT_NEW_TOKENS}, or what the model's positions leave"
+    )
     parser.add_argument(
         "--temperature",
         type=lambda text: _number(text, 0, 100),
@@ -113,7 +119,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--echo", action="store_true", help="print the prompt too")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     arguments = parser.parse_args()
-    if arguments.max_new_tokens < 1 or arguments.top_k < 0:
+    if (arguments.max_new_tokens is not None and arguments.max_new_tokens < 1) or arguments.top_k < 0:
         parser.error("--max-new-tokens must be at least 1 and --top-k at least 0")
     if arguments.temperature == 0 and (arguments.top_p != 1.0 or arguments.top_k != 0):
         parser.error("--top-p and --top-k need a --temperature above 0")

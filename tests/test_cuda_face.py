@@ -1,6 +1,5 @@
 """The CUDA face: what a script calls works without a GPU and means what it means with one."""
 
-import subprocess
 import sys
 import threading
 

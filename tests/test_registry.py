@@ -59,7 +59,7 @@ def test_add_switch_remove():
 def test_limits():
     for _ in range(4):
         r.add_accelerator("1")
-    with pytest.raises(AcceleratorError, match="5 accelerators already.*--rm"):
+    with pytest.raises(AcceleratorError, match=r"5 accelerators already.*--rm"):
         r.add_accelerator("1")
     with pytest.raises(AcceleratorError, match=r"no accelerator 7: there are 0, 1, 2, 3, 4\."):
         r.remove_accelerator(7)
@@ -157,7 +157,7 @@ def test_damaged_registry_names_its_file(state_directory, content):
 
 def test_one_process_on_one_accelerator():
     r.start_job("python first.py")
-    with pytest.raises(AcceleratorError, match="in use by job 1 .*python first.py.*moreh-smi device --add"):
+    with pytest.raises(AcceleratorError, match=r"in use by job 1 .*python first.py.*moreh-smi device --add"):
         r.start_job("python second.py")
     with pytest.raises(AcceleratorError, match="cannot be switched"):
         r.switch_model("1")

@@ -42,6 +42,8 @@ def evaluation_loader(rows: datasets.Dataset, tokenizer: Any, config: Config) ->
         rows,
         batch_size=config.log.eval_batch_size or config.train.batch_size,
         collate_fn=partial(pad_rows, tokenizer=tokenizer, length=config.data.max_length),
+        # Every pass over a loader draws a number, which must not come from the generator that training draws from.
+        generator=torch.Generator(),
         pin_memory=True,
     )
 

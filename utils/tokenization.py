@@ -73,17 +73,16 @@ def encode_pairs(pairs: list[Pair], tokenizer: Any, data: DataSection) -> tuple[
             [pair.response for pair in some], add_special_tokens=False, split_special_tokens=True, verbose=False
         )["input_ids"]
         for pair, prompt, response in zip(some, prompts, responses, strict=True):
-            ids = [*prompt, *response, tokenizer.eos_token_id]
-            if len(ids) > data.max_length:
-                if data.too_long == "drop":
-                    too_long += 1
-                    continue
-                ids = ids[: data.max_length]
-                truncated += 1
+            whole = [*prompt, *response, tokenizer.eos_token_id]
+            if len(whole) > data.max_length and data.too_long == "drop":
+                too_long += 1
+                continue
+            ids = whole[: data.max_length]
             first_label = max(len(prompt) if data.loss_on == "response" else 0, 1)
             if first_label >= len(ids):
                 without_label += 1
                 continue
+            truncated += len(ids) < len(whole)
             rows.append(Row(pair.place, ids, len(prompt)))
     return rows, RowCounts(len(rows), truncated, too_long, without_label)
 

@@ -1,0 +1,213 @@
+"""From sources to rows of token ids: files, docstrings, the tokenizer, the border, the cache and the batches."""
+
+import ast
+import json
+import random
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+
+from utils.batches import batches_of_steps, evaluation_loader, pad_rows, training_loader
+from utils.config import DataSection
+from utils.config_file import load_config
+from utils.dataset import _write_atomically, prepare_data
+from utils.docstring_pairs import read_docstring_pairs
+from utils.errors import UserError
+from utils.pairs import Pair, read_pairs
+from utils.tokenization import encode_pairs, encode_prompts, train_tokenizer
+
+ROWS = [{"ask": "añb", "say": 'x, "y"\nz', "extra": "!"}, {"ask": "", "say": "2", "extra": "?"}]
+
+
+def write(path, text):
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def write_rows(directory, ending):
+    path = directory / f"rows.{ending}"
+    if ending == "jsonl":
+        return write(path, "\n\n".join(json.dumps(row) for row in ROWS))
+    if ending == "json":
+        return write(path, json.dumps(ROWS, indent=2))
+    if ending == "csv":
+        return write(path, '\ufeffask,say,extra\nañb,"x, ""y""\nz",!\n,2,?\n')
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
+    return path
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "json", "csv", "parquet"])
+def test_every_format_gives_the_same_pairs(tmp_path, ending):
+    named = {"prompt_field": "ask", "response_field": "say", "template": "<{prompt}|{extra}>"}
+    data = DataSection(files=[str(write_rows(tmp_path, ending))], **named)
+    assert [(pair.prompt, pair.response) for pair in read_pairs(data)] == [("<añb|!>", 'x, "y"\nz'), ("<|?>", "2")]
+
+
+def test_docstring_pairs_are_the_source(tmp_path, monkeypatch):
+    package = tmp_path / "some_package"
+    (package / "tests").mkdir(parents=True)
+    source = (
+        "class A:\n"
+        "    @property\n"
+        '    def f(self, x=1):\n        """Say\n        hello."""\n'
+        '        # a comment\n        return {\n            "x": x}\n\n'
+        "    def no_docstring(self):\n        return 1\n"
+        'def only_docstring():\n    """Nothing else."""\n'
+        'async def g():\n    """Wait."""\n    return 2\n'
+    )
+    write(package / "__init__.py", source)
+    write(package / "again.py", source)  # the same pairs, given once
+    write(package / "broken.py", "def f(:")
+    write(package / "tests" / "test_it.py", 'def t():\n    """Left out."""\n    return 1\n')
+    monkeypatch.syspath_prepend(tmp_path)
+    pairs = sorted((row["prompt"], row["response"]) for _, row in read_docstring_pairs(["some_package"]))
+    assert pairs == [
+        ('async def g():\n    """Wait."""\n', "    return 2\n"),
+        (
+            'def f(self, x=1):\n    """Say\n    hello."""\n',
+            '    # a comment\n    return {\n        "x": x}\n',
+        ),
+    ]
+
+
+def test_standard_library_gives_thousands_of_pairs_that_are_python():
+    pairs = list(read_docstring_pairs(["stdlib"]))
+    assert len(pairs) > 4000
+    rng = random.Random(0)
+    for place, row in rng.sample(pairs, 300):
+        ast.parse(row["prompt"] + row["response"], place)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(["def f(x):\n    return x + 1\n", "abc abcabc abab"] * 20, 300)
+
+
+def encode(tokenizer, *pairs, **data):
+    return encode_pairs([Pair(str(i), *pair) for i, pair in enumerate(pairs)], tokenizer, DataSection(hub="none", **data))
+
+
+def test_rows_are_prompt_response_and_end(tokenizer):
+    (row,), counts = encode(tokenizer, ("def f(x):\n", "    return x\n"))
+    assert tokenizer.decode(row.input_ids[: row.prompt_length]) == "def f(x):\n"
+    assert tokenizer.decode(row.input_ids[row.prompt_length : -1]) == "    return x\n"
+    assert row.input_ids[-1] == tokenizer.eos_token_id
+    assert counts.kept == 1
+
+
+def test_border_stays_where_tokens_would_merge(tokenizer):
+    """`ab` + `c` is one token when written together; generation sees `ab` alone and must meet the ids it was trained on."""
+    joined = tokenizer("abc")["input_ids"]
+    apart = tokenizer("ab")["input_ids"] + tokenizer("c")["input_ids"]
+    assert joined != apart  # so the mistaken way, tokenizing the whole text, gives other ids
+    (row,), _ = encode(tokenizer, ("ab", "c"))
+    assert row.input_ids[:-1] == apart
+    assert row.input_ids[: row.prompt_length] == encode_prompts(["ab"], tokenizer)[0]
+
+
+def test_name_of_the_end_token_in_a_response_is_text(tokenizer):
+    (row,), _ = encode(tokenizer, ("p", "say <|endoftext|> twice"))
+    assert row.input_ids.count(tokenizer.eos_token_id) == 1
+    assert tokenizer.decode(row.input_ids[row.prompt_length : -1]) == "say <|endoftext|> twice"
+
+
+@pytest.mark.parametrize(
+    ("data", "kept", "truncated", "too_long", "without_label"),
+    [
+        ({"max_length": 500}, 3, 0, 0, 0),
+        ({"max_length": 12}, 2, 1, 0, 1),  # the third prompt alone fills the row: no label is left
+        ({"max_length": 12, "too_long": "drop"}, 1, 0, 2, 0),
+        ({"max_length": 12, "loss_on": "all"}, 3, 2, 0, 0),  # then the prompt's tokens are labels
+    ],
+)
+def test_long_rows_and_rows_without_labels_are_counted(tokenizer, data, kept, truncated, too_long, without_label):
+    rows, counts = encode(tokenizer, ("a", "b"), ("a", "z" * 40), ("z" * 40, "b"), **data)
+    # A row that is cut and then dropped for want of a label counts as dropped only.
+    assert (counts.kept, counts.truncated, counts.dropped_too_long, counts.dropped_without_label) == (
+        kept,
+        truncated,
+        too_long,
+        without_label,
+    )
+    assert len(rows) == kept
+    assert all(len(row.input_ids) <= data["max_length"] for row in rows)
+
+
+def test_data_is_tokenized_once(tiny_config, monkeypatch):
+    config = load_config(str(tiny_config), [])
+    said = []
+    first = prepare_data(config, said.append)
+    assert any("Reading and tokenizing" in line for line in said)
+    monkeypatch.setattr("utils.dataset.read_pairs", None)  # would fail if it were called
+    again = prepare_data(config, said.append)
+    assert first.train.to_list() == again.train.to_list()
+    assert first.evaluation.to_list() == again.evaluation.to_list()
+    assert first.train_counts == again.train_counts
+    held_out = {row["place"] for row in first.evaluation}
+    assert len(held_out) == 8
+    assert held_out.isdisjoint(row["place"] for row in first.train)
+
+
+def test_cache_follows_the_settings_and_the_files(tiny_config):
+    directories = set()
+    for overrides in ([], ["data.max_length=40"], ["data.loss_on=all"], ["train.seed=1"], ["tokenizer.vocabulary_size=310"]):
+        said = []
+        prepare_data(load_config(str(tiny_config), overrides), said.append)
+        directories.add(said[-1])
+    config = load_config(str(tiny_config), [])
+    path = config.data.files[0]
+    with Path(path).open("a", encoding="utf-8") as file:
+        file.write('{"prompt": "one", "response": "more"}\n')
+    said = []
+    assert len(prepare_data(config, said.append).train) == 33
+    assert said[-1] not in directories
+    assert len(directories) == 5
+
+
+def test_cache_is_complete_or_absent(tmp_path):
+    def half(directory):
+        (directory / "part").write_text("x")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        _write_atomically(tmp_path / "cache" / "data", half)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_padding_follows_the_tokenizer(tokenizer):
+    rows = [{"input_ids": [5, 6], "prompt_length": 1, "place": "a"}, {"input_ids": [7], "prompt_length": 0, "place": "b"}]
+    assert pad_rows(rows, tokenizer, 4)["input_ids"].tolist() == [[5, 6, 0, 0], [7, 0, 0, 0]]
+    tokenizer.padding_side = "left"
+    try:
+        assert pad_rows(rows, tokenizer, 4)["input_ids"].tolist() == [[0, 0, 5, 6], [0, 0, 0, 7]]
+    finally:
+        tokenizer.padding_side = "right"
+
+
+def test_batches_come_in_a_fixed_order_whatever_their_size(tiny_config):
+    orders = []
+    for batch_size, accumulation in ((8, 1), (4, 2), (2, 4)):
+        config = load_config(str(tiny_config), [f"train.batch_size={batch_size}"])
+        data = prepare_data(config, lambda _: None)
+        loader = training_loader(data.train, data.tokenizer, config)
+        steps = list(batches_of_steps(loader, accumulation, 6))  # 32 rows, so the fifth step begins a new epoch
+        orders.append([[place for batch in step for place in batch["places"]] for step in steps])
+    assert orders[0] == orders[1] == orders[2]
+    assert sorted(place for step in orders[0][:4] for place in step) == sorted(data.train["place"])
+    assert orders[0][4] != orders[0][0]
+
+
+def test_evaluation_sees_every_row(tiny_config):
+    config = load_config(str(tiny_config), ["log.eval_batch_size=3"])
+    data = prepare_data(config, lambda _: None)
+    batches = list(evaluation_loader(data.evaluation, data.tokenizer, config))
+    assert [len(batch["places"]) for batch in batches] == [3, 3, 2]
+    assert batches[0]["input_ids"].shape == torch.Size([3, 48])
+
+
+def test_hub_that_cannot_be_reached_gives_one_line():
+    with pytest.raises(UserError, match=r"data\.hub: 'no/such' \(split 'train'\) cannot be loaded: .*data\.files"):
+        read_pairs(DataSection(hub="no/such"))

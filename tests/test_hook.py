@@ -1,0 +1,160 @@
+"""enable_advanced_parallelization: its options, and that what it adds to a model changes no loss and no gradient."""
+
+import pytest
+
+from moreh import option
+from moreh.errors import OptionError
+
+# Trains three ways in one process and prints the losses, each as a line of numbers.
+COMPARE = """
+import sys, torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+def losses(before_step=None):
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(n_layer=3, n_embd=32, n_head=2, vocab_size=64, n_positions=32, bos_token_id=0,
+                                       eos_token_id=0, resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1)).cuda()
+    model.train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)  # AdamW would not see a gradient of another length
+    ids = torch.arange(64).reshape(4, 16).cuda()
+    found = []
+    torch.manual_seed(1)
+    for _ in range(5):
+        loss = model(ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        if before_step is not None:
+            before_step(model)
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(loss.item())
+    model.eval()
+    with torch.no_grad():
+        found.append(model(ids, labels=ids).loss.item())
+    print(model(ids).logits.dtype, torch.cuda.max_memory_allocated())
+    return found
+
+def break_one_gradient(model):
+    model.transformer.h[1].mlp.c_fc.weight.grad.mul_(1.01)
+
+print(losses())
+print(losses(break_one_gradient))
+torch.moreh.option.enable_advanced_parallelization(**eval(sys.argv[1]))
+torch.cuda.reset_peak_memory_stats()
+print(losses())
+"""
+
+
+def compare(run_python, options):
+    """Losses of the plain loop, of a plain loop with one gradient slightly wrong, and under the hook; and what was said."""
+    finished = run_python(COMPARE, repr(options))
+    assert finished.returncode == 0, finished.stderr
+    lines = finished.stdout.splitlines()
+    plain, broken, hooked = (eval(line) for line in lines if line.startswith("[") and not line.startswith("[info]"))
+    peaks = [int(line.split()[1]) for line in lines if line.startswith("torch.")]
+    return plain, broken, hooked, peaks, finished.stdout
+
+
+def largest_difference(a, b):
+    return max(abs(x - y) / abs(x) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_float32_gives_the_plain_loops_losses(run_python, recompute):
+    plain, broken, hooked, peaks, said = compare(run_python, {"mixed_precision": False, "activation_recomputation": recompute})
+    assert largest_difference(plain, hooked) < 1e-6
+    assert largest_difference(plain, broken) > 1e-6  # so the comparison sees an error of 1 % in one of 38 gradients
+    assert f"recomputation : {'full(2)' if recompute else 'none(0)'}, distribute_param : false" in said
+    assert (peaks[2] < peaks[0]) == recompute  # it was really active
+
+
+def test_bfloat16_gives_nearly_the_plain_loops_losses(run_python, monkeypatch):
+    plain, _, hooked, _, said = compare(run_python, {})
+    assert largest_difference(plain, hooked) < 0.02
+    computed_in_bfloat16 = "mixed_precision : bfloat16" in said
+    assert computed_in_bfloat16 != ("mixed_precision : off, float32" in said)
+    assert (largest_difference(plain, hooked) > 1e-6) == computed_in_bfloat16
+
+
+def test_documented_log_lines(run_python):
+    *_, said = compare(run_python, {"mixed_precision": False})
+    said = [line for line in said.splitlines() if line.startswith("[info]")]
+    assert said[0] == "[info] MoAI Accelerator is ready to use."
+    assert said[1].startswith("[info] Moreh Version: ")
+    assert said[2] == "[info] Moreh Job ID: 1"
+    assert said[3].startswith("[info] Simulated: ")
+    assert said[-3:] == [
+        "[info] Configuration for parallelism is selected.",
+        "[info] num_stages : 1, num_micro_batches : 1, batch_per_device : 4, No TP, recomputation : none(0), "
+        "distribute_param : false, distribute_low_prec_param : false",
+        "[info] train: true",
+    ]
+
+
+def test_machine_without_bfloat16_units_computes_in_float32(run_python):
+    source = """
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+import moreh.runtime.forward as forward
+forward.bfloat16_speedup = lambda device: 0.4
+torch.moreh.option.enable_advanced_parallelization()
+model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=64)).cuda()
+print(model(torch.zeros(1, 4, dtype=torch.long).cuda()).logits.dtype)
+"""
+    said = run_python(source).stdout
+    assert "[info] mixed_precision : off, float32 (bfloat16 matrix products are 0.4 x as fast as float32 here)" in said
+    assert "torch.float32" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_stage": 4}, r"unknown option num_stage=4; did you mean num_stages\?"),
+        ({"pipeline_parallel": 1}, "pipeline_parallel=1: allowed is True or False"),
+        ({"pipeline_parallel": "auto"}, "pipeline_parallel='auto': allowed is True or False"),
+        ({"mixed_precision": None}, "mixed_precision=None: allowed is True or False"),
+        ({"num_stages": 0}, 'num_stages=0: allowed is a whole number from 1, or "auto"'),
+        ({"num_stages": True}, "num_stages=True: allowed is a whole number"),
+        ({"num_stages": 2.0}, "num_stages=2.0: allowed is a whole number"),
+        ({"num_micro_batches": "many"}, "num_micro_batches='many': allowed is"),
+        ({"activation_recomputation": "full"}, "activation_recomputation='full': allowed is True, False or \"auto\""),
+        ({"distribute_parameter": 1}, "distribute_parameter=1: allowed is"),
+        ({"pipeline_parallel": False, "num_stages": 4}, "stages need pipeline_parallel=True"),
+        # What one worker cannot do is refused, not ignored.
+        ({"num_stages": 4}, "num_stages=4: a stage needs a worker, and this version runs on 1"),
+        ({"num_micro_batches": 2}, "num_micro_batches=2: this version computes a batch in one piece"),
+        ({"distribute_parameter": True}, "distribute_parameter=True: this version runs on 1 worker"),
+    ],
+)
+def test_options_are_checked(options, message):
+    with pytest.raises(OptionError, match=message):
+        option.enable_advanced_parallelization(**options)
+
+
+@pytest.mark.parametrize("variable", ["MOREH_WORKERS", "WORLD_SIZE", "MOREH_ADVANCED_PARALLELIZATION_DETAILED_LOG"])
+def test_environment_that_this_version_cannot_follow_is_refused(monkeypatch, variable):
+    monkeypatch.setenv(variable, "2")
+    with pytest.raises(OptionError, match=f"{variable}=2: this version"):
+        option.enable_advanced_parallelization()
+
+
+def test_second_call_must_agree(run_python):
+    source = (
+        "import torch\n"
+        "enable = torch.moreh.option.enable_advanced_parallelization\n"
+        "enable(mixed_precision=False)\n"
+        "enable(mixed_precision=False)\n"
+        "print('agreed')\n"
+        "enable()\n"
+    )
+    finished = run_python(source)
+    assert "agreed" in finished.stdout
+    assert "already enabled" in finished.stderr
+
+
+def test_model_without_recomputation_is_told(run_python):
+    source = (
+        "import torch\n"
+        "torch.moreh.option.enable_advanced_parallelization(activation_recomputation=True)\n"
+        "torch.nn.Linear(2, 2)(torch.ones(1, 2))\n"
+    )
+    assert "Linear does not support recomputation" in run_python(source).stderr
