@@ -99,6 +99,9 @@ class RunLog:
                 self._tensorboard.add_scalar(key, metrics[key], int(metrics["step"]))
         if self._bar is not None:
             self._bar.update(int(metrics["step"]) - self._bar.n)
+            if self._bar.n == self._bar.total:
+                self._bar.close()  # else the lines that follow would be written above it
+                self._bar = None
 
     def draw_losses(self) -> Path:
         """Draw loss.png from metrics.jsonl."""
