@@ -1,7 +1,7 @@
 """What moreh-smi shows of each accelerator: gathered once, then drawn as tables or given as JSON."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any
 
@@ -57,6 +57,18 @@ class AcceleratorReport:
         return None if self.status is None else -(-self.status.total_memory_bytes // 2**20)
 
 
+@dataclass(frozen=True)
+class PhysicalDevice:
+    """One device of an accelerator; memory in MiB. None where nothing runs on it or nothing is known."""
+
+    index: int
+    node: int
+    name: str
+    memory_used_mib: int | None
+    memory_total_mib: int
+    utilization_percent: int | None
+
+
 def collect_reports(registry: Registry) -> list[AcceleratorReport]:
     """One report for every accelerator of the registry."""
     reports = []
@@ -80,7 +92,8 @@ def draw_reports(reports: Sequence[AcceleratorReport], *, physical: bool) -> str
         ),
     ]
     if physical:
-        parts += ["", draw_table(PHYSICAL_COLUMNS, [row for report in reports for row in _physical_rows(report)])]
+        rows = [_physical_row(report, device) for report in reports for device in _physical_devices(report)]
+        parts += ["", draw_table(PHYSICAL_COLUMNS, rows)]
     running = [report for report in reports if report.job is not None]
     if running:
         parts += ["", "Processes:", draw_table(PROCESS_COLUMNS, [_process_row(report) for report in running])]
@@ -110,10 +123,7 @@ def as_json(reports: Sequence[AcceleratorReport], *, physical: bool) -> dict[str
             job = report.job
             row["processes"].append({"job_id": job.id, "pid": job.pid, "command": job.command, "memory_bytes": memory_bytes})
         if physical:
-            row["physical_devices"] = [
-                dict(zip(("physical", "node", "name", "memory_used", "memory_total", "utilization"), cells, strict=True))
-                for cells in (line[1:] for line in _physical_rows(report))
-            ]
+            row["physical_devices"] = [asdict(device) for device in _physical_devices(report)]
         rows.append(row)
     return {"version": __version__, "accelerators": rows}
 
@@ -141,25 +151,33 @@ def _process_row(report: AcceleratorReport) -> tuple[str, ...]:
     )
 
 
-def _physical_rows(report: AcceleratorReport) -> list[Sequence[str]]:
-    """A row per physical device. A job of one worker lives on the first one; the others are idle."""
+def _physical_devices(report: AcceleratorReport) -> list[PhysicalDevice]:
+    """The physical devices of an accelerator. A job of one worker lives on the first one; the others are idle."""
     flavor = report.accelerator.flavor
     devices_per_node = -(-flavor.devices // flavor.nodes)
-    rows: list[Sequence[str]] = []
-    for physical in range(flavor.devices):
-        used = report if physical == 0 else None
-        rows.append(
-            (
-                str(report.accelerator.index),
-                str(physical),
-                str(physical // devices_per_node),
-                flavor.device.name,
-                _mib(used.memory_mib if used else None),
-                _mib(flavor.device.memory_mib),
-                _percent(used.utilization_percent if used else None),
-            )
+    return [
+        PhysicalDevice(
+            index=index,
+            node=index // devices_per_node,
+            name=flavor.device.name,
+            memory_used_mib=report.memory_mib if index == 0 else None,
+            memory_total_mib=flavor.device.memory_mib,
+            utilization_percent=report.utilization_percent if index == 0 else None,
         )
-    return rows
+        for index in range(flavor.devices)
+    ]
+
+
+def _physical_row(report: AcceleratorReport, device: PhysicalDevice) -> tuple[str, ...]:
+    return (
+        str(report.accelerator.index),
+        str(device.index),
+        str(device.node),
+        device.name,
+        _mib(device.memory_used_mib),
+        _mib(device.memory_total_mib),
+        _percent(device.utilization_percent),
+    )
 
 
 def _mib(amount: int | None) -> str:
