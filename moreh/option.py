@@ -80,7 +80,9 @@ def enable_advanced_parallelization(
     )
     _check_values(options)
     _check_one_worker(options)
-    if _enabled is not None and _enabled != options:
+    if _enabled == options:
+        return
+    if _enabled is not None:
         raise OptionError(f"advanced parallelization is already enabled, with {_enabled}: call it once for a process")
     from moreh.runtime.forward import (
         run_models_with,
@@ -94,17 +96,18 @@ def _refuse_unknown(unknown: dict[str, Any]) -> None:
     names = [f.name for f in fields(ParallelOptions)]
     for name, value in unknown.items():
         close = difflib.get_close_matches(name, names, n=1)
-        meant = f"; did you mean {close[0]}?" if close else ""
+        meant = f"; did you mean {close[0]}?" if close else "."
         raise OptionError(f"unknown option {name}={value!r}{meant} The options are: {', '.join(names)}")
 
 
 def _check_values(options: ParallelOptions) -> None:
     for name, value in asdict(options).items():
         allowed = _ALLOWED[name]
+        auto = isinstance(value, str) and value == "auto"
         if allowed == _COUNT:
-            valid = value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1)
+            valid = auto or (isinstance(value, int) and not isinstance(value, bool) and value >= 1)
         else:
-            valid = isinstance(value, bool) or (allowed == _SWITCH_OR_AUTO and value == "auto")
+            valid = isinstance(value, bool) or (allowed == _SWITCH_OR_AUTO and auto)
         if not valid:
             raise OptionError(f"{name}={value!r}: allowed is {allowed}")
     if not options.pipeline_parallel and options.num_stages not in ("auto", 1):

@@ -14,7 +14,8 @@ ROOT = Path(__file__).parent.parent
 # Before torch is imported anywhere: no test touches the user's own accelerators or asks a hub.
 os.environ["MOREH_STATE_DIR"] = tempfile.mkdtemp(prefix="moreh-test-state-")
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.pop("MOREH_JOB_ID", None)
+# Threads that sleep instead of spinning: many of the tests' processes run beside another one.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 sys.path.insert(0, str(ROOT))
 
 # Settings of a run that takes about a second. The hook is off: once called, it holds for the whole test process.
@@ -41,8 +42,7 @@ def state_directory(tmp_path, monkeypatch):
 @pytest.fixture
 def environment(state_directory):
     """The environment of a process that a user starts in a shell of their own, with an empty registry."""
-    variables = {k: v for k, v in os.environ.items() if k != "MOREH_JOB_ID"}
-    return {**variables, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{variables['PATH']}"}
+    return {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 
 
 @pytest.fixture

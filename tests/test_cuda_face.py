@@ -135,47 +135,6 @@ def test_works_in_every_thread():
     assert found == [True]
 
 
-def test_moving_copies_and_staying_does_not():
-    host = torch.ones(3)
-    moved = host.cuda()
-    moved.zero_()
-    assert host.tolist() == [1, 1, 1]  # a real GPU has a memory of its own
-    assert moved.cuda() is moved
-    assert moved.to("cuda:0") is moved
-    back = moved.cpu()
-    back.fill_(5)
-    assert moved.tolist() == [0, 0, 0]
-    assert moved.to("cpu") is not moved
-    assert host.cpu() is host
-    assert host.to("cpu") is host
-    assert torch.as_tensor(host, device="cuda") is not host
-
-
-def test_snapshot_of_parameters_does_not_follow_training():
-    model = torch.nn.Linear(2, 2).cuda()
-    snapshot = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
-    with torch.no_grad():
-        model.weight.add_(1)
-    assert torch.equal(snapshot["weight"] + 1, model.weight)
-
-
-def test_gradients_flow_through_a_move():
-    leaf = torch.ones(2, requires_grad=True)
-    (leaf.cuda() * 3).sum().backward()
-    assert leaf.grad.tolist() == [3, 3]
-
-
-def test_modules_keep_ties_and_identity():
-    model = torch.nn.Sequential(torch.nn.Embedding(4, 2), torch.nn.Linear(2, 4, bias=False))
-    model[1].weight = model[0].weight
-    weight = model[0].weight
-    assert model.cuda() is model
-    assert model[0].weight is weight
-    assert model[1].weight is weight
-    assert model.to("cuda", torch.float64)[0].weight.dtype == torch.float64
-    assert on_device(model[0].weight)
-
-
 def test_autocast():
     layer = torch.nn.Linear(4, 4).cuda()
     inputs = torch.ones(2, 4).cuda()

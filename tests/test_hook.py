@@ -155,6 +155,76 @@ def test_model_without_recomputation_is_told(run_python):
     source = (
         "import torch\n"
         "torch.moreh.option.enable_advanced_parallelization(activation_recomputation=True)\n"
-        "torch.nn.Linear(2, 2)(torch.ones(1, 2))\n"
+        "model = torch.nn.Sequential(torch.nn.Linear(2, 2))\n"
+        "for _ in range(2):\n"
+        "    try:\n"
+        "        model(torch.ones(1, 2))\n"
+        "    except ValueError as error:\n"
+        "        print(error)\n"
     )
-    assert "Linear does not support recomputation" in run_python(source).stderr
+    assert run_python(source).stdout.count("Sequential is no model of transformers, whose layers could be recomputed") == 2
+
+
+INTERRUPTED = """
+import os, signal, sys, torch
+if len(sys.argv) > 1:
+    torch.moreh.option.enable_advanced_parallelization()
+
+class Interrupted(torch.nn.Linear):
+    def forward(self, x):
+        if x.shape[0] == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return super().forward(x)
+
+model = torch.nn.Sequential(Interrupted(4, 4)).cuda()
+model(torch.ones(2, 4).cuda())
+try:
+    model(torch.ones(3, 4).cuda())
+except KeyboardInterrupt:
+    print("interrupted")
+print((torch.ones(2, 2) @ torch.ones(2, 2)).dtype)
+print(torch._C._autograd._top_saved_tensors_default_hooks(True))
+"""
+
+
+@pytest.mark.parametrize("hook", [[], ["hook"]])
+def test_interrupt_in_a_forward_pass_leaves_nothing_switched_on(run_python, hook):
+    assert run_python(INTERRUPTED, *hook).stdout.endswith("interrupted\ntorch.float32\nNone\n")
+
+
+OTHER_PRECISIONS = """
+import torch
+import moreh.runtime.forward as forward
+forward.bfloat16_speedup = lambda device: 2.0
+torch.moreh.option.enable_advanced_parallelization()
+inputs = torch.ones(2, 4)
+layers = lambda: torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 4)).cuda()
+print(layers()(inputs).dtype)
+with torch.autocast("cuda", enabled=False):
+    print(layers()(inputs).dtype)
+with torch.autocast("cuda", dtype=torch.float16):
+    print(layers()(inputs).dtype)
+print(layers().double()(inputs.double()).dtype)
+print(layers().half()(inputs.half()).dtype)
+compiled = torch.compile(layers(), backend="aot_eager", fullgraph=True)
+print(compiled(inputs).dtype)
+"""
+
+
+def test_precision_that_the_script_chose_is_kept(run_python):
+    finished = run_python(OTHER_PRECISIONS)
+    found = [line.removeprefix("torch.") for line in finished.stdout.splitlines() if line.startswith("torch.")]
+    assert found == ["bfloat16", "float32", "float16", "float64", "float16", "bfloat16"], finished.stderr
+
+
+def test_parts_of_a_model_called_by_themselves(run_python):
+    source = """
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+torch.moreh.option.enable_advanced_parallelization(activation_recomputation=True, mixed_precision=False)
+model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=32, n_head=2, vocab_size=64)).cuda().train()
+ids = torch.zeros(1, 4, dtype=torch.long)
+model(inputs_embeds=model.get_input_embeddings()(ids), use_cache=False).logits.sum().backward()
+print(model.is_gradient_checkpointing)
+"""
+    assert run_python(source).stdout.endswith("True\n")

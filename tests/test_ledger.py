@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch.utils.checkpoint
 
 from moreh.accelerator.ledger import adamw_training_bytes, weight_bytes
 from moreh.accelerator.local_job import local_job
@@ -90,6 +91,79 @@ def test_changed_activation_is_still_an_error():
         loss.backward()
 
 
+def test_hooks_of_others_stay_in_force():
+    """torch uses the innermost hooks on saved tensors only; the ledger's must not put those of a library out of force."""
+    calls = []
+
+    class Layer(torch.nn.Linear):
+        def forward(self, x):
+            calls.append("forward")
+            return super().forward(x)
+
+    layer = Layer(4, 4).cuda()
+    torch.utils.checkpoint.checkpoint(layer, torch.ones(2, 4, requires_grad=True), use_reentrant=False).sum().backward()
+    assert calls == ["forward", "forward"]  # once in the forward pass, and recomputed in the backward pass
+    packed = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t, lambda t: t):
+        layer(torch.ones(2, 4))
+    assert packed
+    with torch.autograd.graph.disable_saved_tensors_hooks("no hooks here"):
+        layer(torch.ones(2, 4))
+
+
+def test_forward_without_backward_leaks_nothing(make_gpt2, usage):
+    model = make_gpt2().cuda()
+    for _ in range(3):
+        model(IDS.cuda(), labels=IDS.cuda(), use_cache=False)
+    assert usage()["activations"] == 0
+
+
+def test_sparse_activations():
+    adjacency = torch.eye(4).to_sparse()
+
+    class Graph(torch.nn.Linear):
+        def forward(self, x):
+            return torch.sparse.mm(adjacency, super().forward(x))
+
+    layer = Graph(2, 2).cuda()
+    layer(torch.ones(4, 2)).sum().backward()
+    assert layer.weight.grad is not None
+
+
+def test_model_of_another_type_is_counted_once(make_gpt2, usage):
+    model = make_gpt2().cuda().double()
+    loss = model(IDS, labels=IDS, use_cache=False).loss
+    activations = usage()["activations"]
+    assert usage()["parameters"] == weight_bytes(model)
+    del loss
+    fresh = make_gpt2().double().cuda()
+    loss = fresh(IDS, labels=IDS, use_cache=False).loss
+    assert usage()["activations"] == activations
+    assert loss is not None
+
+
+def test_many_small_tensors_cost_little_each():
+    """Moving a tensor must not count all others: the number of full counts does not grow with the number of tensors."""
+    ledger, counts = local_job().ledger, []
+    count = ledger.usage_bytes
+    ledger.usage_bytes = lambda: counts.append(1) or count()
+    try:
+        kept = [torch.zeros(4, device="cuda") for _ in range(2000)]
+    finally:
+        del ledger.usage_bytes
+    assert len(kept) == 2000
+    assert len(counts) < 20
+
+
+def test_report_that_cannot_be_written_does_not_end_training(monkeypatch, tmp_path, make_gpt2):
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    monkeypatch.setenv("MOREH_STATE_DIR", str(tmp_path / "file"))
+    job = local_job()
+    monkeypatch.setattr(job, "_next_report", 0.0)
+    make_gpt2().cuda()(IDS)
+    assert job._next_report == float("inf")
+
+
 def test_copy_of_a_model_is_counted_by_itself(make_gpt2, usage):
     model = make_gpt2().cuda()
     twin = copy.deepcopy(model).cuda()
@@ -120,7 +194,7 @@ def test_13b_model_on_the_meta_device_does_not_fit_one_device():
     assert isinstance(caught.value, RuntimeError)
     for part in (
         "Error Code 4: OUT_OF_MEMORY (simulated)",
-        f"Requested {adamw_training_bytes(model)} bytes",
+        f"out of memory: requested {adamw_training_bytes(model)} bytes",
         "of the 65520 MiB that one device",
         "torch.moreh.option.enable_advanced_parallelization()",
         "moreh-switch-model",
@@ -155,7 +229,7 @@ def test_out_of_memory_where_the_device_would_be_full(make_gpt2, monkeypatch, st
         return
     if stage == "tensor":
         limit(399)
-        with pytest.raises(SimulatedOutOfMemoryError, match="Requested 400 bytes for a tensor"):
+        with pytest.raises(SimulatedOutOfMemoryError, match="requested 400 bytes for a tensor"):
             torch.zeros(100, device="cuda")
         return
     model.cuda()

@@ -120,7 +120,7 @@ def test_no_update_is_lost():
 def _take_job_id(_):
     while True:
         try:
-            job, _ = r.start_job("test")
+            job, _ = r.start_job(psutil.Process(), "test")
         except AcceleratorError:
             time.sleep(0.001)
         else:
@@ -156,22 +156,24 @@ def test_damaged_registry_names_its_file(state_directory, content):
 
 
 def test_one_process_on_one_accelerator():
-    r.start_job("python first.py")
+    other = psutil.Process(os.getppid())
+    r.start_job(other, "python first.py")
     with pytest.raises(AcceleratorError, match=r"in use by job 1 .*python first.py.*moreh-smi device --add"):
-        r.start_job("python second.py")
+        r.start_job(psutil.Process(), "python second.py")
     with pytest.raises(AcceleratorError, match="cannot be switched"):
         r.switch_model("1")
     added = r.add_accelerator("1")
     r.select_accelerator(added.index)
-    assert r.start_job("python second.py")[1].index == added.index
+    assert r.start_job(psutil.Process(), "python second.py")[1].index == added.index
     with pytest.raises(AcceleratorError, match="cannot be removed"):
         r.remove_accelerator(0)
+    assert r.start_job(psutil.Process(), "python second.py")[0].id == 2  # asked again, it is the same job
     r.end_job(1)
     r.remove_accelerator(0)
 
 
 def test_process_id_that_is_used_again_is_not_the_job(state_directory):
-    job, _ = r.start_job("python train.py")
+    job, _ = r.start_job(psutil.Process(), "python train.py")
     assert job.is_running()
     path = state_directory / "registry.json"
     content = json.loads(path.read_text(encoding="utf-8"))
@@ -193,7 +195,7 @@ def test_zombie_is_not_running():
 
 
 def test_status_file_of_a_dead_job_is_cleared(state_directory):
-    job, _ = r.start_job("python train.py")
+    job, _ = r.start_job(psutil.Process(), "python train.py")
     replace_json(r.job_status_path(job.id), {}, durable=False)
     orphan = r.job_status_path(999)
     replace_json(orphan, {}, durable=False)

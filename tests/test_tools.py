@@ -172,6 +172,11 @@ def test_switch_model_without_questions(run):
         (["moreh-smi", "-i", "3"], 1, "error: no accelerator 3"),
         (["moreh-smi", "-i", "x"], 2, "invalid int value"),
         (["moreh-smi", "-l", "0"], 2, "give a number of seconds above 0"),
+        (["moreh-smi", "-l", "abc"], 2, "abc: give a number of seconds above 0"),
+        (["moreh-smi", "-l", "1e18"], 2, "at most 86400"),
+        (["moreh-smi", "-v", "device", "--add", "3"], 2, "device and --version cannot be combined"),
+        (["moreh-smi", "-i", "0", "device", "--rm", "1"], 2, "--idx cannot be combined with device"),
+        (["moreh-smi", "-p", "--reset"], 2, "--physical cannot be combined with --reset"),
         (["moreh-smi", "device"], 2, "one of the arguments"),
         (["moreh-smi", "device", "--rm", "x"], 1, "no accelerator 'x'"),
         (["moreh-smi", "device", "--rm", "0"], 1, "is the only one"),
@@ -183,6 +188,59 @@ def test_exit_codes(run, command, code, message):
     assert finished.returncode == code
     assert message in finished.stderr
     assert "Traceback" not in finished.stderr
+
+
+def test_json_of_every_answer(run):
+    added = json.loads(run("moreh-smi", "--json", "device", "--add", "3").stdout)
+    assert [row["model"] for row in added["accelerators"]] == ["xLarge.512GB", "Large.256GB"]
+    assert json.loads(run("moreh-smi", "--json", "--reset").stdout)["result"].startswith("No job is running")
+    assert len(json.loads(run("moreh-smi", "--json", "-t").stdout)["token"]) == 32
+
+
+def test_state_directory_that_cannot_be_used(run, tmp_path):
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    finished = run("moreh-smi", MOREH_STATE_DIR=str(tmp_path / "file"))
+    assert finished.returncode == 1
+    assert "cannot be used: Not a directory. Set MOREH_STATE_DIR" in finished.stderr
+    assert "Traceback" not in run("moreh-switch-model", "1", MOREH_STATE_DIR=str(tmp_path / "file")).stderr
+
+
+def test_strange_command_lines_stay_in_the_table(run, environment):
+    source = "import torch, time\ntorch.zeros(1).cuda()\nprint('ready', flush=True)\ntime.sleep(60)"
+    arguments = [sys.executable, "-c", source, "\033[31m", b"\xff\xe4", "x" * 3000]
+    job = subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, text=True)
+    try:
+        assert any(line == "ready\n" for line in job.stdout)
+        for encoding in ("utf-8:strict", "ascii:strict"):
+            finished = run("moreh-smi", PYTHONIOENCODING=encoding)
+            assert finished.returncode == 0, finished.stderr
+            assert "\033" not in finished.stdout
+            assert max(map(len, finished.stdout.splitlines())) <= 202
+    finally:
+        job.kill()
+        job.wait()
+
+
+def test_one_answer_through_a_pipe_is_enough(run):
+    assert run("moreh-switch-model", input="3\n").returncode == 0
+
+
+def test_workers_of_a_loader_share_their_parents_job(run_python):
+    """They touch the device before their parent does; none of them is a second job."""
+    source = """
+import torch
+class Moved(torch.utils.data.Dataset):
+    def __len__(self):
+        return 8
+    def __getitem__(self, index):
+        return torch.ones(1).cuda()
+if __name__ == "__main__":
+    print(sum(batch.sum().item() for batch in torch.utils.data.DataLoader(Moved(), num_workers=2)))
+    torch.zeros(1).cuda()
+"""
+    finished = run_python(source)
+    assert finished.returncode == 0, finished.stderr
+    assert "8.0" in finished.stdout
 
 
 def test_small_options(run):

@@ -18,6 +18,7 @@ from moreh.accelerator.registry import read_registry
 from moreh.errors import AcceleratorError
 
 NAME = "MoAI Accelerator"
+CAPABILITY = (9, 0)  # what torch for ROCm reports of an MI250
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class DeviceProperties:
 
     name: str
     total_memory: int
+    major: int = CAPABILITY[0]
+    minor: int = CAPABILITY[1]
 
 
 def install_probes() -> None:
@@ -36,6 +39,7 @@ def install_probes() -> None:
         device_count,
         current_device,
         set_device,
+        get_device_capability,
         get_device_name,
         get_device_properties,
         memory_allocated,
@@ -45,12 +49,40 @@ def install_probes() -> None:
         reset_peak_memory_stats,
         mem_get_info,
         synchronize,
+        manual_seed,
+        manual_seed_all,
+        init,
+        ipc_collect,
     ):
-        setattr(torch.cuda, probe.__name__, _for_user_code(probe, getattr(torch.cuda, probe.__name__)))
+        name = probe.__name__
+        replacement = _for_user_code(probe, getattr(torch.cuda, name))
+        setattr(torch.cuda, name, replacement)
+        if hasattr(torch.cuda.memory, name):
+            setattr(torch.cuda.memory, name, replacement)
+    # torch.random.fork_rng, a library's function, calls these for the devices that the script gives it.
+    for state in (get_rng_state, set_rng_state, get_rng_state_all, set_rng_state_all):
+        setattr(torch.cuda, state.__name__, state)
     # `with torch.cuda.device(0):` uses these two, which the compiler expects to be two different functions.
     for name in ("_exchange_device", "_maybe_exchange_device"):
         setattr(torch.cuda, name, functools.partial(_exchange_device))
-    # empty_cache, manual_seed and manual_seed_all already do nothing, or the right thing, without a GPU.
+    # empty_cache already does nothing without a GPU.
+
+
+def names_accelerator(device: Any) -> bool:
+    """Whether a device argument means the accelerator: `"cuda"`, `"cuda:0"`, `torch.device("cuda")` or an index.
+
+    Raises:
+        AcceleratorError: it means a second one, such as `"cuda:1"`.
+    """
+    if isinstance(device, torch.device):
+        named = device.type == "cuda"
+    elif isinstance(device, str):
+        named = device == "cuda" or device.startswith("cuda:")
+    else:
+        named = isinstance(device, int) and not isinstance(device, bool)
+    if named:
+        require_device_zero(device)
+    return named
 
 
 def require_device_zero(device: Any) -> None:
@@ -87,9 +119,48 @@ def set_device(device: Any) -> None:
     require_device_zero(device)
 
 
-def _exchange_device(index: int) -> int:
-    require_device_zero(index if index >= 0 else None)
+def _exchange_device(index: int | None) -> int:
+    # Without an index, as in torch.device("cuda"), or with -1 it means the current device.
+    require_device_zero(None if index in (None, -1) else index)
     return 0
+
+
+def get_device_capability(device: Any = None) -> tuple[int, int]:
+    require_device_zero(device)
+    return CAPABILITY
+
+
+def init() -> None:
+    pass
+
+
+def ipc_collect() -> None:
+    pass
+
+
+def manual_seed(seed: int) -> None:
+    torch.default_generator.manual_seed(seed)  # random numbers on the device come from the processor's generator
+
+
+def manual_seed_all(seed: int) -> None:
+    manual_seed(seed)
+
+
+def get_rng_state(device: Any = None) -> torch.Tensor:
+    return torch.get_rng_state()
+
+
+def set_rng_state(new_state: torch.Tensor, device: Any = None) -> None:
+    torch.set_rng_state(new_state)
+
+
+def get_rng_state_all() -> list[torch.Tensor]:
+    return [get_rng_state()]
+
+
+def set_rng_state_all(new_states: list[torch.Tensor]) -> None:
+    for state in new_states:
+        set_rng_state(state)
 
 
 def get_device_name(device: Any = None) -> str:

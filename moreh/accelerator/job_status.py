@@ -3,11 +3,13 @@
 import os
 import time
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import psutil
 
 from moreh.accelerator.registry import Job, job_status_path
 from moreh.accelerator.state_files import read_json, replace_json
+from moreh.errors import RegistryError
 
 # The kernel counts processor time in hundredths of a second; over a shorter time a percentage means nothing.
 SHORTEST_SAMPLE_SECONDS = 0.5
@@ -57,12 +59,13 @@ def write_status(job: Job, status: JobStatus) -> None:
 
 
 def read_status(job: Job) -> JobStatus | None:
-    """The last report of a job; None until it has made one."""
-    content = read_json(job_status_path(job.id))
-    if content is None:
+    """The last report of a job; None until it has made one, or if another version of this package wrote it."""
+    try:
+        content: Any = read_json(job_status_path(job.id))
+        samples = {name: ProcessorSample(**content[name]) for name in ("earlier", "latest")}
+        return JobStatus(**{**content, **samples})
+    except (RegistryError, KeyError, TypeError):
         return None
-    samples = {name: ProcessorSample(**content[name]) for name in ("earlier", "latest")}
-    return JobStatus(**{**content, **samples})
 
 
 def utilization_percent(job: Job, status: JobStatus) -> int | None:

@@ -1,10 +1,12 @@
 """The job that this process is: registered when it first touches the device, reported while it runs, gone at its end."""
 
 import atexit
+import multiprocessing
 import os
 import threading
 import time
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import psutil
@@ -13,25 +15,18 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from moreh.accelerator.job_status import JobStatus, available_cores, sample_processor_time, write_status
 from moreh.accelerator.ledger import MemoryLedger, adamw_training_bytes, weight_bytes
+from moreh.accelerator.model_calls import run_around_model_calls
 from moreh.accelerator.out_of_memory import out_of_memory_error
-from moreh.accelerator.registry import (
-    Accelerator,
-    Job,
-    command_line_of_this_process,
-    end_job,
-    read_registry,
-    start_job,
-)
+from moreh.accelerator.registry import Accelerator, Job, command_line_of, end_job, read_registry, start_job
+from moreh.errors import RegistryError
 from moreh.log import logger, set_up_logger
 from moreh.version import __version__
 
 SECONDS_BETWEEN_REPORTS = 1.0
-# A process that the job starts inherits this and belongs to the job instead of being refused as a second one.
-JOB_VARIABLE = "MOREH_JOB_ID"
 
 
 class LocalJob:
-    """This process on its accelerator: the ledger, and the hooks that keep it and moreh-smi up to date."""
+    """This process on its accelerator: the ledger, and what keeps it and moreh-smi up to date."""
 
     def __init__(self, job: Job, accelerator: Accelerator) -> None:
         self.job = job
@@ -40,13 +35,13 @@ class LocalJob:
         self.simulated = not torch.cuda.is_available()
         # Without advanced parallelization a model lives on one physical device.
         self.uses_all_devices = False
-        self._forward = threading.local()
         self._process = psutil.Process()
         self._earlier = self._latest = sample_processor_time(self._process)
         self._next_report = 0.0
         if self.simulated:
-            register_optimizer_step_pre_hook(_before_optimizer_step)
-            register_optimizer_step_post_hook(_after_optimizer_step)
+            run_around_model_calls(self._count_activations, self._after_model_call)
+            register_optimizer_step_pre_hook(self._before_optimizer_step)
+            register_optimizer_step_post_hook(self._after_optimizer_step)
 
     @property
     def capacity_bytes(self) -> int:
@@ -60,8 +55,10 @@ class LocalJob:
         Raises:
             SimulatedOutOfMemoryError: they do not.
         """
+        if not self.simulated or self.ledger.estimated_bytes() + requested_bytes <= self.capacity_bytes:
+            return
         used_bytes = self.ledger.total_bytes()
-        if self.simulated and used_bytes + requested_bytes > self.capacity_bytes:
+        if used_bytes + requested_bytes > self.capacity_bytes:
             raise out_of_memory_error(
                 what=what,
                 requested_bytes=requested_bytes,
@@ -82,97 +79,61 @@ class LocalJob:
         if any(parameter.is_meta for parameter in module.parameters()):
             self.require("the weights, gradients and AdamW state of the model", adamw_training_bytes(module))
         else:
-            new = sum(t.nbytes for t in (*module.parameters(), *module.buffers()) if not self.ledger.holds(t))
-            self.require("the weights of the model", min(new, weight_bytes(module)))
-
-    def watch_module(self, module: torch.nn.Module) -> None:
-        """Count a module, and the activations of each of its forward passes while gradients are on."""
-        self.ledger.add_module(module)
-        if _before_forward not in module._forward_pre_hooks.values():
-            module.register_forward_pre_hook(_before_forward)
-            module.register_forward_hook(_after_forward, always_call=True)
+            held = sum(t.nbytes for t in module.parameters() if self.ledger.holds(t))
+            self.require("the weights of the model", max(weight_bytes(module) - held, 0))
 
     def report(self) -> None:
-        """Tell moreh-smi how this job is doing, at most once a second."""
+        """Tell moreh-smi how this job is doing, at most once a second. A disk that is full does not end the training."""
         now = time.monotonic()
         if now < self._next_report or os.getpid() != self.job.pid:
             return
         self._next_report = now + SECONDS_BETWEEN_REPORTS
         self._earlier, self._latest = self._latest, sample_processor_time(self._process)
         memory_bytes = self.ledger.usage_bytes() if self.simulated else {"allocated": torch.cuda.memory_allocated()}
-        write_status(self.job, JobStatus(memory_bytes, self.simulated, available_cores(), self._earlier, self._latest))
+        status = JobStatus(memory_bytes, self.simulated, available_cores(), self._earlier, self._latest)
+        try:
+            write_status(self.job, status)
+        except RegistryError as error:
+            logger.warning("moreh-smi will not show this job's memory any more: %s", error)
+            self._next_report = float("inf")
 
     def report_soon(self) -> None:
         """Let the next `report` through, however short the time since the last one."""
         self._next_report = 0.0
 
-    def observe(self, what: str) -> None:
-        """Check that what is on the device fits, and report.
+    @contextmanager
+    def _count_activations(self, model: torch.nn.Module) -> Iterator[None]:
+        if self.ledger.has_module(model):
+            self.ledger.add_module(model)  # its weights may be new ones, of another type
+        with self.ledger.activations.counting():
+            yield
 
-        Raises:
-            SimulatedOutOfMemoryError: it does not; `what` names what was added last.
-        """
+    def _after_model_call(self, model: torch.nn.Module, outputs: Any) -> None:
+        self._observe("the activations of the forward pass", after_forward=True)
+
+    def _before_optimizer_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        self._observe("the gradients", after_forward=False)
+
+    def _after_optimizer_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        self.ledger.add_optimizer(optimizer)
+        self._observe("the optimizer state", after_forward=False)
+
+    def _observe(self, what: str, *, after_forward: bool) -> None:
         # Not while a compiler traces a step: its tensors have no storage.
-        if not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            return
+        total = self.ledger.observe(after_forward=after_forward)
+        if total > self.capacity_bytes or self._may_be_full():
+            self.ledger.total_bytes()
             self.require(what, 0)
-            self.report()
+        self.report()
 
-    def enter_forward(self) -> None:
-        """A forward pass of a watched module begins in this thread; the outermost one counts its activations."""
-        contexts = self._forward_contexts()
-        nested = any(context is not None for context in contexts)
-        context: AbstractContextManager[Any] | None = None
-        if self.simulated and torch.is_grad_enabled() and not nested:
-            context = self.ledger.activations.hooks()
-            context.__enter__()
-        contexts.append(context)
-
-    def leave_forward(self) -> None:
-        """The forward pass that was entered last has ended, maybe by an error.
-
-        Raises:
-            SimulatedOutOfMemoryError: its activations do not fit.
-        """
-        contexts = self._forward_contexts()
-        context = contexts.pop() if contexts else None
-        if context is not None:
-            context.__exit__(None, None, None)
-        if not contexts:
-            self.observe("the activations of the forward pass")
-
-    def _forward_contexts(self) -> list[AbstractContextManager[Any] | None]:
-        """The contexts of the forward passes that this thread is in, the outermost first."""
-        if not hasattr(self._forward, "contexts"):
-            self._forward.contexts = []
-        contexts: list[AbstractContextManager[Any] | None] = self._forward.contexts
-        return contexts
+    def _may_be_full(self) -> bool:
+        """Whether the memory could have filled up since the last count: gradients and optimizer state come all at once."""
+        return 6 * self.ledger.estimated_bytes() > self.capacity_bytes
 
 
-# Hooks are functions of this file, so that a copied or pickled model takes along their names and nothing else.
-
-
-def _before_forward(module: torch.nn.Module, inputs: Any) -> None:
-    if _local_job is not None and not torch.compiler.is_compiling():
-        _local_job.enter_forward()
-
-
-def _after_forward(module: torch.nn.Module, inputs: Any, outputs: Any) -> None:
-    if _local_job is not None and not torch.compiler.is_compiling():
-        _local_job.leave_forward()
-
-
-def _before_optimizer_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    if _local_job is not None:
-        _local_job.observe("the gradients")
-
-
-def _after_optimizer_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    if _local_job is not None:
-        _local_job.ledger.add_optimizer(optimizer)
-        _local_job.observe("the optimizer state")
-
-
-_lock = threading.Lock()
+_lock = threading.RLock()
 _local_job: LocalJob | None = None
 
 
@@ -183,11 +144,12 @@ def local_job() -> LocalJob:
         AcceleratorError: another process is using the accelerator.
     """
     global _local_job
-    with _lock:
-        if _local_job is None:
-            set_up_logger()
-            _local_job = _join_inherited_job() or _start_own_job()
-        return _local_job
+    if _local_job is None:
+        with _lock:
+            if _local_job is None:
+                set_up_logger()
+                _local_job = _join_job_of_ancestor() or _start_own_job()
+    return _local_job
 
 
 def local_job_if_started() -> LocalJob | None:
@@ -196,8 +158,10 @@ def local_job_if_started() -> LocalJob | None:
 
 
 def _start_own_job() -> LocalJob:
-    job, accelerator = start_job(command_line_of_this_process())
-    os.environ[JOB_VARIABLE] = str(job.id)
+    # The workers of a DataLoader work for the process that started them, which may not have touched the device itself.
+    parent = multiprocessing.parent_process()
+    owner = psutil.Process(os.getpid() if parent is None else parent.pid)
+    job, accelerator = start_job(owner, command_line_of(owner))
     atexit.register(_end_own_job, job)
     started = LocalJob(job, accelerator)
     logger.info("MoAI Accelerator is ready to use.")
@@ -219,12 +183,16 @@ def _start_own_job() -> LocalJob:
     return started
 
 
-def _join_inherited_job() -> LocalJob | None:
-    """The job of the process that started this one, if it is still running."""
-    job_id = os.environ.get(JOB_VARIABLE)
+def _join_job_of_ancestor() -> LocalJob | None:
+    """The running job of this process or of one that it descends from: what a job starts belongs to it."""
     registry = read_registry()
+    if not registry.jobs:
+        return None
+    line = {os.getpid(), *(process.pid for process in psutil.Process().parents())}
     for job in registry.jobs:
-        if str(job.id) == job_id:
+        if job.pid in line:
+            if job.pid == os.getpid():
+                atexit.register(_end_own_job, job)
             return LocalJob(job, registry.accelerator(job.accelerator))
     return None
 

@@ -28,6 +28,6 @@ def out_of_memory_error(
             "a smaller batch."
         )
     return SimulatedOutOfMemoryError(
-        f"Error Code 4: OUT_OF_MEMORY (simulated). Requested {requested_bytes} bytes for {what}; available are "
-        f"{available_bytes} bytes of the {memory_mib} MiB that {where}. {remedy}"
+        f"Error Code 4: OUT_OF_MEMORY (simulated). The accelerator is out of memory: requested {requested_bytes} bytes for "
+        f"{what}; available are {available_bytes} bytes of the {memory_mib} MiB that {where}. {remedy}"
     )

@@ -5,7 +5,6 @@ take one. A job is its process, named by process id *and* start time, because pr
 whose process is gone is not seen by any reader and is cleared by the next writer.
 """
 
-import os
 import secrets
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -169,16 +168,18 @@ def switch_model(model: str) -> Accelerator:
     return _update(change)
 
 
-def start_job(command: str) -> tuple[Job, Accelerator]:
-    """Register this process as the job of the current accelerator.
+def start_job(process: psutil.Process, command: str) -> tuple[Job, Accelerator]:
+    """Register a process as the job of the current accelerator; if it is that already, that job is given back.
 
     Raises:
         AcceleratorError: another process is using it.
     """
-    process = psutil.Process()
 
     def change(registry: Registry) -> tuple[Registry, tuple[Job, Accelerator]]:
         accelerator = registry.accelerator(registry.current)
+        holder = registry.job_on(accelerator.index)
+        if holder is not None and holder.pid == process.pid:
+            return registry, (holder, accelerator)
         _require_idle(registry, accelerator.index, "shared")
         job = Job(registry.next_job_id, accelerator.index, process.pid, process.create_time(), command)
         changed = replace(registry, jobs=(*registry.jobs, job), next_job_id=job.id + 1)
@@ -252,7 +253,7 @@ def _parse(content: Any) -> Registry:
     return registry
 
 
-def command_line_of_this_process() -> str:
-    """The real command line, as the user typed it and as `ps` shows it, with the interpreter's directory left out."""
-    words = psutil.Process(os.getpid()).cmdline()
-    return " ".join([Path(words[0]).name, *words[1:]]) if words else f"process {os.getpid()}"
+def command_line_of(process: psutil.Process) -> str:
+    """The real command line of a process, as `ps` shows it, with the interpreter's directory left out."""
+    words = process.cmdline()
+    return " ".join([Path(words[0]).name, *words[1:]]) if words else f"process {process.pid}"

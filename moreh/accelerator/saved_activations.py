@@ -2,8 +2,12 @@
 
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
+
+from moreh.accelerator.storages import storage_of
 
 
 class SavedTensor:
@@ -11,13 +15,14 @@ class SavedTensor:
 
     __slots__ = ("key", "owner", "tensor", "version")
 
-    def __init__(self, owner: "SavedActivations", tensor: torch.Tensor, key: int) -> None:
+    def __init__(self, owner: "SavedActivations", tensor: torch.Tensor, key: int | None) -> None:
         # Detached, since an operation may save its own output: the output would keep the operation, and that the output.
         self.owner, self.tensor, self.key = owner, tensor.detach(), key
         self.version = tensor._version
 
     def __del__(self) -> None:
-        self.owner.release(self.key)
+        if self.key is not None:
+            self.owner.release(self.key)
 
 
 class SavedActivations:
@@ -31,8 +36,19 @@ class SavedActivations:
         self._lock = threading.RLock()  # the autograd engine frees tensors in threads of its own
         self.total_bytes = 0
 
-    def hooks(self) -> torch.autograd.graph.saved_tensors_hooks:
-        """A context in which every tensor that autograd saves is counted."""
+    def counting(self) -> AbstractContextManager[Any]:
+        """A context in which every tensor that autograd saves is counted.
+
+        Does nothing where gradients are off, and where somebody else's hooks on saved tensors are in force, such as those
+        of activation recomputation: torch uses only the innermost ones, so these would put theirs out of force.
+        """
+        autograd: Any = torch._C._autograd
+        if (
+            not torch.is_grad_enabled()
+            or not autograd._saved_tensors_hooks_is_enabled()
+            or autograd._top_saved_tensors_default_hooks(True) is not None
+        ):
+            return nullcontext()
         return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
 
     def release(self, key: int) -> None:
@@ -44,7 +60,9 @@ class SavedActivations:
                 self.total_bytes -= self._bytes.pop(key)
 
     def _pack(self, tensor: torch.Tensor) -> SavedTensor:
-        storage = tensor.untyped_storage()
+        storage = storage_of(tensor)
+        if storage is None:
+            return SavedTensor(self, tensor, None)
         key = storage._cdata
         with self._lock:
             self._users[key] = self._users.get(key, 0) + 1

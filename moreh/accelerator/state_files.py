@@ -6,6 +6,7 @@ import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,18 @@ def state_directory() -> Path:
     """
     given = os.environ.get("MOREH_STATE_DIR")
     if given:
-        return Path(given)
-    base = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
-    return Path(base) / "moreh" / socket.gethostname()
+        return _absolute(given)
+    try:
+        base = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
+    except RuntimeError:
+        raise RegistryError("there is no home directory: set MOREH_STATE_DIR to a directory of yours") from None
+    return _absolute(base) / "moreh" / socket.gethostname()
+
+
+@cache
+def _absolute(directory: str) -> Path:
+    """What a relative path means when it is first used, also if the program changes its directory later."""
+    return Path(directory).absolute()
 
 
 @contextmanager
@@ -45,22 +55,22 @@ def writer_lock() -> Iterator[None]:
         raise RegistryError(
             f"{path} has been locked by another process for {LOCK_TIMEOUT_SECONDS:.0f} s: end that process and try again"
         ) from None
-    except PermissionError as error:
-        raise RegistryError(
-            f"cannot write {error.filename or path.parent}: permission denied. Set MOREH_STATE_DIR to a directory of yours"
-        ) from None
+    except OSError as error:
+        raise _unusable(path.parent, error) from None
 
 
 def read_json(path: Path) -> Any | None:
     """The content of a JSON file, or None if there is no such file.
 
     Raises:
-        RegistryError: the file is not JSON (replacement is atomic, so somebody edited it).
+        RegistryError: the file cannot be read or is not JSON (replacement is atomic, so somebody edited it).
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise _unusable(path, error) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise RegistryError(f"{path} is damaged ({error}): delete it, and one accelerator is set up anew") from None
 
@@ -70,16 +80,27 @@ def replace_json(path: Path, content: Any, *, durable: bool) -> None:
 
     `durable` waits until the content is on the disk before it replaces the old one, so that this also holds if the
     machine goes down.
+
+    Raises:
+        RegistryError: the file cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(prefix=path.name + ".", suffix=".tmp", dir=path.parent)
+    temporary = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(prefix=path.name + ".", suffix=".tmp", dir=path.parent)
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             json.dump(content, file, indent=1)
             if durable:
                 file.flush()
                 os.fsync(file.fileno())
         Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        temporary = None
+    except OSError as error:
+        raise _unusable(path, error) from None
+    finally:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+
+
+def _unusable(path: Path, error: OSError) -> RegistryError:
+    return RegistryError(f"{path} cannot be used: {error.strerror}. Set MOREH_STATE_DIR to a directory of yours")

@@ -25,38 +25,35 @@ def list_devices(*, as_json: bool) -> None:
         print(_draw_list(registry))
 
 
-def add_device(model: str, *, ask_for_it: bool) -> None:
-    """Add an accelerator and print the new list."""
+def add_device(model: str, *, ask_for_it: bool) -> str | None:
+    """Add an accelerator; returns what was done, or None if the user left the question."""
     if ask_for_it:
         print_models(current=None)
         print()
         answer = ask(selection_question(), lambda entered: find_flavor(entered).name)
         if answer is None:
-            return
+            return None
         model = answer
     added = add_accelerator(model)
-    print(f"Accelerator {added.index} ({added.model}) was added.")
-    print(_draw_list(read_registry()))
+    return f"Accelerator {added.index} ({added.model}) was added."
 
 
-def remove_device(device: str, *, ask_for_it: bool) -> None:
-    """Remove an accelerator and print the new list."""
+def remove_device(device: str, *, ask_for_it: bool) -> str | None:
+    """Remove an accelerator; returns what was done, or None if the user left the question."""
     chosen = _ask_for_device("Device to remove") if ask_for_it else _index(device)
     if chosen is None:
-        return
+        return None
     removed = remove_accelerator(chosen)
-    print(f"Accelerator {removed.index} ({removed.model}) was removed.")
-    print(_draw_list(read_registry()))
+    return f"Accelerator {removed.index} ({removed.model}) was removed."
 
 
-def switch_device(device: str, *, ask_for_it: bool) -> None:
-    """Make an accelerator the current one and print the list."""
+def switch_device(device: str, *, ask_for_it: bool) -> str | None:
+    """Make an accelerator the current one; returns what was done, or None if the user left the question."""
     chosen = _ask_for_device("Device to switch to") if ask_for_it else _index(device)
     if chosen is None:
-        return
+        return None
     selected = select_accelerator(chosen)
-    print(f"Accelerator {selected.index} ({selected.model}) is the current one now.")
-    print(_draw_list(read_registry()))
+    return f"Accelerator {selected.index} ({selected.model}) is the current one now."
 
 
 def _draw_list(registry: Registry) -> str:

@@ -1,5 +1,6 @@
 """What moreh-smi shows of each accelerator: gathered once, then drawn as tables or given as JSON."""
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -146,7 +147,7 @@ def _process_row(report: AcceleratorReport) -> tuple[str, ...]:
         str(report.accelerator.index),
         str(report.job.id),
         str(report.job.pid),
-        report.job.command,
+        _in_one_line(report.job.command),
         _mib(report.memory_mib),
     )
 
@@ -178,6 +179,14 @@ def _physical_row(report: AcceleratorReport, device: PhysicalDevice) -> tuple[st
         _mib(device.memory_total_mib),
         _percent(device.utilization_percent),
     )
+
+
+def _in_one_line(command: str) -> str:
+    """A command line as a table can show it: unprintable characters replaced, shortened to what the terminal has left."""
+    printable = "".join(character if character.isprintable() else "?" for character in command)
+    rest_of_table = 70
+    width = max(shutil.get_terminal_size((200, 24)).columns - rest_of_table, 27)
+    return printable if len(printable) <= width else printable[: width - 3] + "..."
 
 
 def _mib(amount: int | None) -> str:

@@ -16,6 +16,7 @@ from moreh.errors import AcceleratorError
 from moreh.version import __version__
 
 SECONDS_UNTIL_KILL = 10.0
+MOST_SECONDS_BETWEEN = 86_400.0
 # Value of a device option that was given without its argument: the tool asks for it.
 ASK = ""
 
@@ -27,21 +28,25 @@ def main() -> int:
 
 def _smi(arguments: list[str]) -> int:
     options = _parse(arguments)
-    if options.version:
-        print(f"moreh-smi {__version__}")
-    elif options.server_version:
-        print(f"no server: moreh {__version__} runs its accelerators on this machine")
-    elif options.command == "device":
+    if options.command == "device":
         _change_devices(options)
+    elif options.version:
+        _answer(options, "version", f"moreh-smi {__version__}")
+    elif options.server_version:
+        _answer(options, "server_version", f"no server: moreh {__version__} runs its accelerators on this machine")
     elif options.token:
         registry = ensure_registry()
         index = registry.current if options.idx is None else options.idx
-        print(registry.accelerator(index).token)
+        _answer(options, "token", registry.accelerator(index).token)
     elif options.reset:
-        print(_end_job(options.idx))
+        _answer(options, "result", _end_job(options.idx))
     else:
         _show(options)
     return 0
+
+
+def _answer(options: argparse.Namespace, name: str, text: str) -> None:
+    print(json.dumps({name: text}) if options.json else text)
 
 
 def _show(options: argparse.Namespace) -> None:
@@ -68,12 +73,16 @@ def _reports(index: int | None) -> list[AcceleratorReport]:
 
 def _change_devices(options: argparse.Namespace) -> None:
     if options.add is not None:
-        add_device(options.add, ask_for_it=options.add == ASK)
+        said = add_device(options.add, ask_for_it=options.add == ASK)
     elif options.rm is not None:
-        remove_device(options.rm, ask_for_it=options.rm == ASK)
+        said = remove_device(options.rm, ask_for_it=options.rm == ASK)
     elif options.switch is not None:
-        switch_device(options.switch, ask_for_it=options.switch == ASK)
+        said = switch_device(options.switch, ask_for_it=options.switch == ASK)
     else:
+        said = ""
+    if said is not None:  # else the user left the question
+        if said and not options.json:
+            print(said)
         list_devices(as_json=options.json)
 
 
@@ -113,9 +122,12 @@ def _ends_within(seconds: float, job: Job) -> bool:
 
 
 def _seconds(text: str) -> float:
-    seconds = float(text)
-    if not (seconds > 0 and math.isfinite(seconds)):
-        raise argparse.ArgumentTypeError(f"{text}: give a number of seconds above 0")
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds <= MOST_SECONDS_BETWEEN:
+        raise argparse.ArgumentTypeError(f"{text}: give a number of seconds above 0, at most {MOST_SECONDS_BETWEEN:g}")
     return seconds
 
 
@@ -144,8 +156,24 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     action.add_argument("--add", nargs="?", const=ASK, metavar="MODEL", help="add one of this model (name or number)")
     action.add_argument("--rm", nargs="?", const=ASK, metavar="DEVICE", help="remove the one with this index")
     action.add_argument("--switch", nargs="?", const=ASK, metavar="DEVICE", help="make this index the current one")
-    device.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print the list as JSON")
-    return parser.parse_args(arguments)
+    device.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print the new list as JSON")
+    options = parser.parse_args(arguments)
+    actions = {
+        "device": options.command == "device",
+        "--token": options.token,
+        "--reset": options.reset,
+        "--server-version": options.server_version,
+        "--version": options.version,
+        "--loop": options.loop is not None,
+    }
+    given = [name for name, is_given in actions.items() if is_given]
+    if len(given) > 1:
+        parser.error(f"{' and '.join(given)} cannot be combined")
+    if options.physical and given not in ([], ["--loop"]):
+        parser.error(f"--physical cannot be combined with {given[0]}")
+    if options.idx is not None and given in (["device"], ["--version"], ["--server-version"]):
+        parser.error(f"--idx cannot be combined with {given[0]}")
+    return options
 
 
 if __name__ == "__main__":

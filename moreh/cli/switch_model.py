@@ -6,7 +6,7 @@ import sys
 
 from moreh.accelerator.flavors import all_flavors, find_flavor
 from moreh.accelerator.registry import read_registry, switch_model
-from moreh.cli.terminal import ask, print_models, run_tool, selection_question
+from moreh.cli.terminal import QuestionAborted, ask, print_models, run_tool, selection_question
 
 
 def main() -> int:
@@ -33,12 +33,19 @@ def _switch_model(arguments: list[str]) -> int:
             _confirm(switched.model)
         return 0
     print(f"Current MoAI Accelerator: {current}\n")
+    switched_any = False
     while True:
         print_models(current)
         print()
-        name = ask(selection_question(), lambda entered: find_flavor(entered).name)
+        try:
+            name = ask(selection_question(), lambda entered: find_flavor(entered).name)
+        except QuestionAborted:
+            if switched_any:
+                return 0
+            raise
         if name is None:
             return 0
+        switched_any = True
         current = switch_model(name).model
         _confirm(current)
         print()

@@ -1,5 +1,6 @@
 """What the tools share: asking a question, the numbered list of models, and ending with one line on an error."""
 
+import io
 import sys
 from collections.abc import Callable
 
@@ -16,6 +17,8 @@ class QuestionAborted(MorehError):
 
 def run_tool(main: Callable[[list[str]], int]) -> int:
     """Run a tool's main function; a refusal becomes one line on standard error and exit code 1."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a job's command line may hold what the terminal cannot show
     try:
         return main(sys.argv[1:])
     except MorehError as error:
@@ -26,6 +29,9 @@ def run_tool(main: Callable[[list[str]], int]) -> int:
         return 130
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         sys.stderr.close()
+        return EXIT_REFUSED
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
         return EXIT_REFUSED
 
 

@@ -1,0 +1,56 @@
+"""Runs code around the calls of models: the outermost module that a script calls, whatever it is and whenever it was made.
+
+Hooks of torch would not do: those that are registered on a model are seen by TorchScript, pickled with it and copied with
+it, and none is told when Ctrl-C ends a forward pass, so whatever one of them had switched on would stay on.
+"""
+
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any
+
+import torch
+
+# Given the model, a context that is entered before its forward pass and left after it, however it ends.
+MakeContext = Callable[[torch.nn.Module], AbstractContextManager[Any]]
+# Given the model and its outputs, once the forward pass has ended without an error.
+AfterCall = Callable[[torch.nn.Module, Any], None]
+
+_around: list[tuple[MakeContext, AfterCall]] = []
+_inside = threading.local()
+
+
+def run_around_model_calls(make_context: MakeContext, after: AfterCall) -> None:
+    """From now on, use the context and the function for every outermost call of a module that has parameters."""
+    if not _around:
+        _replace_module_call()
+    _around.append((make_context, after))
+
+
+def _replace_module_call() -> None:
+    original: Any = torch.nn.Module._call_impl
+
+    def call(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        # A compiler traces what a model computes, not what is done around it. In the backward pass recomputation calls
+        # parts of a model by themselves.
+        if torch.compiler.is_compiling() or getattr(_inside, "model_call", False) or _in_backward_pass():
+            return original(self, *args, **kwargs)
+        if next(self.parameters(), None) is None:
+            return original(self, *args, **kwargs)
+        _inside.model_call = True
+        try:
+            with ExitStack() as contexts:
+                for make_context, _ in _around:
+                    contexts.enter_context(make_context(self))
+                outputs = original(self, *args, **kwargs)
+            for _, after in _around:
+                after(self, outputs)
+        finally:
+            _inside.model_call = False
+        return outputs
+
+    torch.nn.Module._call_impl = call  # type: ignore[method-assign]
+
+
+def _in_backward_pass() -> bool:
+    return torch._C._current_graph_task_id() != -1
