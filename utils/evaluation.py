@@ -9,6 +9,10 @@ import torch
 from utils.batches import Batch, mask_and_labels
 from utils.masks import count_labels
 
+# A little below 1, where a small model still varies but seldom strays.
+SAMPLE_TEMPERATURE = 0.6
+SAMPLE_TOP_P = 0.9
+
 
 def evaluate(model: Any, batches: Iterable[Batch], tokenizer: Any, loss_on: str) -> float:
     """The mean loss over all label tokens of the batches, which does not depend on how the rows are batched."""
@@ -26,14 +30,18 @@ def evaluate(model: Any, batches: Iterable[Batch], tokenizer: Any, loss_on: str)
 
 
 def write_sample(model: Any, prompt_ids: list[int], tokenizer: Any, max_new_tokens: int) -> str:
-    """The most likely continuation of a prompt, token by token, until the end of text or `max_new_tokens`."""
+    """A continuation of a prompt, until the end of text or `max_new_tokens`; equal weights give the same one each time."""
     input_ids = torch.tensor([prompt_ids])
-    with _evaluating(model):
+    # The random numbers of training go on afterwards as if nothing had been drawn.
+    with _evaluating(model), torch.random.fork_rng():
+        torch.manual_seed(0)
         generated = model.generate(
             input_ids.cuda(),
             attention_mask=torch.ones_like(input_ids).cuda(),
             max_new_tokens=max_new_tokens,
-            do_sample=False,
+            do_sample=True,
+            temperature=SAMPLE_TEMPERATURE,
+            top_p=SAMPLE_TOP_P,
             pad_token_id=tokenizer.pad_token_id,
         )
     return tokenizer.decode(generated[0, len(prompt_ids) :], skip_special_tokens=True)
