@@ -60,6 +60,20 @@ def test_activations_are_what_autograd_keeps(usage):
     assert usage()["activations"] == 0
 
 
+def test_report_shows_what_the_step_needed(make_gpt2, monkeypatch):
+    from moreh.accelerator.job_status import read_status
+
+    job = local_job()
+    model = make_gpt2().cuda()
+    loss = model(IDS, labels=IDS, use_cache=False).loss
+    needed = job.ledger.activations.total_bytes
+    loss.backward()
+    del loss
+    job.report_soon()
+    job.report()
+    assert read_status(job.job).memory_bytes["activations"] >= needed > job.ledger.activations.total_bytes
+
+
 def test_recomputation_keeps_less(make_gpt2, usage):
     kept = []
     for recompute in (False, True):

@@ -89,7 +89,12 @@ class LocalJob:
             return
         self._next_report = now + SECONDS_BETWEEN_REPORTS
         self._earlier, self._latest = self._latest, sample_processor_time(self._process)
-        memory_bytes = self.ledger.usage_bytes() if self.simulated else {"allocated": torch.cuda.memory_allocated()}
+        if self.simulated:
+            # As a driver sees it: an allocator keeps what the last steps needed.
+            highest = self.ledger.activations.highest_bytes_since_last_asked()
+            memory_bytes = {**self.ledger.usage_bytes(), "activations": highest}
+        else:
+            memory_bytes = {"reserved": torch.cuda.memory_reserved()}
         status = JobStatus(memory_bytes, self.simulated, available_cores(), self._earlier, self._latest)
         try:
             write_status(self.job, status)

@@ -35,6 +35,7 @@ class SavedActivations:
         self._bytes: dict[int, int] = {}
         self._lock = threading.RLock()  # the autograd engine frees tensors in threads of its own
         self.total_bytes = 0
+        self._highest_bytes = 0
 
     def counting(self) -> AbstractContextManager[Any]:
         """A context in which every tensor that autograd saves is counted.
@@ -50,6 +51,12 @@ class SavedActivations:
         ):
             return nullcontext()
         return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
+
+    def highest_bytes_since_last_asked(self) -> int:
+        """The highest total since this was last called: what a device's allocator still holds between two steps."""
+        with self._lock:
+            highest, self._highest_bytes = self._highest_bytes, self.total_bytes
+        return highest
 
     def release(self, key: int) -> None:
         """One saved tensor less on the storage with this address."""
@@ -69,6 +76,7 @@ class SavedActivations:
             if self._users[key] == 1:
                 self._bytes[key] = 0 if self._is_counted_elsewhere(key) else storage.nbytes()
                 self.total_bytes += self._bytes[key]
+                self._highest_bytes = max(self._highest_bytes, self.total_bytes)
         return SavedTensor(self, tensor, key)
 
     @staticmethod
