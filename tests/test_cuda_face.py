@@ -220,14 +220,18 @@ def test_libraries_that_probe_cuda_keep_their_cpu_paths(tmp_path):
     assert scaler.scale(torch.ones(1)).item() == 1
 
 
-def test_torch_compile_works_under_the_face():
-    from shutil import which
-
-    if which("g++") is None and which("clang++") is None:
-        pytest.skip("torch.compile needs a C++ compiler")
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, layer: layer(x) + torch.ones(4, device="cuda"),
+        lambda x, layer: layer(x.cuda()) + 1,
+        lambda x, layer: layer(x.to("cuda")).cpu() + 1,
+    ],
+)
+def test_torch_compile_works_under_the_face(function):
     layer = torch.nn.Linear(4, 4).cuda()
-    compiled = torch.compile(lambda x: layer(x) + torch.ones(4, device="cuda"))
     inputs = torch.rand(2, 4)
+    compiled = torch.compile(lambda x: function(x, layer), backend="aot_eager")
     assert torch.allclose(compiled(inputs), layer(inputs) + 1)
 
 

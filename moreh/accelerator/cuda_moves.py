@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn import parameter as torch_parameter
 
 from moreh.accelerator.callers import caller_is_user_code
@@ -97,6 +98,7 @@ def _replace_tensor_methods() -> None:
     for method in (to, cuda, cpu, pin_memory):
         method.__module__, method.__qualname__ = "torch", f"Tensor.{method.__name__}"  # so that it can be pickled
         setattr(torch.Tensor, method.__name__, method)
+    FunctionalTensor.cuda = cuda  # type: ignore[method-assign]  # with which the compiler stands in for tensors
     # The parameters of a lazy module, which have no data yet, let only these methods through.
     lazy: Any = torch_parameter
     lazy.UninitializedTensorMixin._allowed_methods += [to, cuda, cpu]
