@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, TextStreamer, logging
 
 from utils.dataset import load_tokenizer
-from utils.errors import UserError
+from utils.errors import UserError, first_line
 from utils.program import exit_code_of
 from utils.tokenization import encode_prompts
 
@@ -32,8 +32,6 @@ def answer(arguments: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(arguments.checkpoint)
     model = _load_checkpoint(arguments.checkpoint)
     (prompt_ids,) = encode_prompts([prompt], tokenizer)
-    if not prompt_ids:
-        prompt_ids = [tokenizer.bos_token_id or tokenizer.eos_token_id]  # an empty prompt is the beginning of a text
     new_tokens = _new_tokens(model, len(prompt_ids), arguments.max_new_tokens)
     torch.manual_seed(arguments.seed)
     sampling = (
@@ -64,7 +62,9 @@ def _read_prompt(arguments: argparse.Namespace) -> str:
     if arguments.file is None:
         if sys.stdin.isatty():
             print("Prompt (end with Ctrl-D):", file=sys.stderr)
-        return sys.stdin.read()
+        if sys.stdin is None:
+            raise UserError("standard input is closed: give the prompt on the command line or in --file")
+        return sys.stdin.buffer.read().decode(errors="replace")
     try:
         return Path(arguments.file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -74,8 +74,8 @@ def _read_prompt(arguments: argparse.Namespace) -> str:
 def _load_checkpoint(name: str) -> Any:
     try:
         return AutoModelForCausalLM.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise UserError(f"the model {name!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    except Exception as error:  # the libraries raise many kinds for files that are missing or broken
+        raise UserError(f"the model {name!r} cannot be loaded: {first_line(error)}") from error
 
 
 def _new_tokens(model: Any, prompt_length: int, wanted: int | None) -> int:
@@ -89,8 +89,15 @@ def _new_tokens(model: Any, prompt_length: int, wanted: int | None) -> int:
     return wanted or min(DEFAULT_NEW_TOKENS, positions - prompt_length)
 
 
+def _temperature(text: str) -> float:
+    return 0.0 if text in {"0", "0.0"} else _number(text, 1e-3, 100)
+
+
 def _number(text: str, low: float, high: float) -> float:
-    number = float(text)
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
     if not low <= number <= high:
         raise argparse.ArgumentTypeError(f"{text}: allowed is a number from {low:g} to {high:g}")
     return number
@@ -106,9 +113,9 @@ def _parse() -> argparse.Namespace:
     )
     parser.add_argument(
         "--temperature",
-        type=lambda text: _number(text, 0, 100),
+        type=_temperature,
         default=0.0,
-        help="0 takes the most likely token; above 0 tokens are drawn (default: %(default)s)",
+        help="0 takes the most likely token; from 0.001 tokens are drawn (default: %(default)s)",
     )
     parser.add_argument("--top-p", type=lambda text: _number(text, 0, 1), default=1.0, help="default: %(default)s")
     parser.add_argument("--top-k", type=int, default=0, help="0: no limit (default: %(default)s)")
@@ -128,5 +135,7 @@ def _parse() -> argparse.Namespace:
 
 if __name__ == "__main__":
     logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
     given = _parse()
     sys.exit(exit_code_of(lambda: answer(given), debug=given.debug))

@@ -13,7 +13,7 @@ import time
 import torch
 
 from moreh.accelerator.registry import switch_model
-from utils.batches import batches_of_steps, evaluation_loader, mask_and_labels, total_steps, training_loader
+from utils.batches import batches_of_steps, evaluation_loader, labels_of, total_steps, training_loader
 from utils.config import Config
 from utils.dataset import prepare_data
 from utils.errors import UserError
@@ -29,7 +29,7 @@ def train(config: Config, log: RunLog) -> None:
     """Train as the settings say; everything is left in the directory of the log."""
     torch.manual_seed(config.train.seed)
     if config.accelerator.model is not None:
-        switch_model(config.accelerator.model)
+        switch_model(str(config.accelerator.model))
 
     # The one line: from here on, models are planned and run on all devices of the accelerator.
     if config.accelerator.advanced_parallelization is not None:
@@ -55,8 +55,10 @@ def train(config: Config, log: RunLog) -> None:
     scheduler = make_scheduler(optim, steps, config.train)
 
     def evaluate_and_show(step: int) -> float:
-        eval_loss = evaluate(model, held_out, tokenizer, config.data.loss_on)
+        eval_loss = evaluate(model, held_out, config.data.loss_on)
         log.say(f"[Step {step}/{steps}] | Held-out loss: {eval_loss:.4f}")
+        if not math.isfinite(eval_loss):
+            raise UserError(f"step {step}: the held-out loss is {eval_loss}, so the model is not saved; try a smaller train.lr")
         if config.log.sample_tokens > 0:
             row = data.evaluation[0]
             prompt_ids = row["input_ids"][: row["prompt_length"]]
@@ -64,20 +66,26 @@ def train(config: Config, log: RunLog) -> None:
             log.say(f"Sample:\n{tokenizer.decode(prompt_ids)}>>>\n{sample}")
         return eval_loss
 
+    log.begin()
     first_eval_loss = eval_loss = evaluate_and_show(0)
     log.step_done({"step": 0, "eval_loss": eval_loss})
     log.show_progress(steps)
     tokens_since_log, seconds_since_log = 0, 0.0
 
+    start = time.perf_counter()
     for step, batches in enumerate(batches_of_steps(loader, config.train.gradient_accumulation, steps), start=1):
-        start = time.perf_counter()
-        inputs = [(batch["input_ids"], *mask_and_labels(batch, tokenizer, config.data.loss_on)) for batch in batches]
-        label_tokens = sum(count_labels(labels) for _, _, labels in inputs)
+        labels_of_batches = [labels_of(batch, config.data.loss_on) for batch in batches]
+        label_tokens = sum(count_labels(labels) for labels in labels_of_batches)
 
         # Each batch counts by its label tokens, so the gradient is the same however the rows are cut into batches.
         loss = 0.0
-        for input_ids, attention_mask, labels in inputs:
-            outputs = model(input_ids.cuda(), attention_mask=attention_mask.cuda(), labels=labels.cuda(), use_cache=False)
+        for batch, labels in zip(batches, labels_of_batches, strict=True):
+            outputs = model(
+                batch["input_ids"].cuda(),
+                attention_mask=batch["attention_mask"].cuda(),
+                labels=labels.cuda(),
+                use_cache=False,
+            )
             batch_loss = outputs[0] * (count_labels(labels) / label_tokens)
             batch_loss.backward()
             loss += batch_loss.item()
@@ -96,8 +104,8 @@ def train(config: Config, log: RunLog) -> None:
 
         # Log
         seconds = time.perf_counter() - start
-        real_tokens = sum(int(attention_mask.sum()) for _, attention_mask, _ in inputs)
-        padded_tokens = sum(input_ids.numel() for input_ids, _, _ in inputs)
+        real_tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
+        padded_tokens = sum(batch["input_ids"].numel() for batch in batches)
         metrics = {
             "step": step,
             "loss": loss,
@@ -119,6 +127,7 @@ def train(config: Config, log: RunLog) -> None:
         if step == steps or (config.log.eval_every_steps and step % config.log.eval_every_steps == 0):
             metrics["eval_loss"] = eval_loss = evaluate_and_show(step)
         log.step_done(metrics)
+        start = time.perf_counter()
 
     # Save the model and its tokenizer
     model.save_pretrained(log.directory / "model")

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 import train_gpt
+from tests.conftest import ROOT
 from utils.config_file import load_config, save_config
 from utils.errors import UserError
 from utils.program import run_script
@@ -50,16 +51,24 @@ BAD_SETTINGS = {
     "name with a slash": ("name: tiny", "name: a/b", "tiny.yaml:2: run.name: 'a/b' is not allowed: "),
     "unknown model type": ("gpt2,", "gpt7,", "model.architecture.model_type: 'gpt7' is not a type that transformers knows; did you mean"),
     "unknown model key": ("n_layer", "n_layers", "tiny.yaml:5: model.architecture.n_layers: model_type gpt2 has no such key; did you mean n_layer?"),
-    "heads do not divide": ("n_head: 2", "n_head: 3", "model.architecture: `embed_dim` must be divisible by num_heads"),
+    "heads do not divide": ("n_head: 2", "n_head: 3", "model.architecture: ValueError: `embed_dim` must be divisible by num_heads"),
     "too few positions": ("n_positions: 64", "n_positions: 16", "model.architecture: the model has 16 positions, fewer than data.max_length=48"),
     "no such model": ("architecture: {model_type: gpt2, n_layer: 1, n_embd: 32, n_head: 2, n_positions: 64,", "pretrained: no/such\n  #", None),
     "template without prompt": ("max_length: 48", "max_length: 48, template: x", "data.template: the template must contain {prompt}"),
+    "template with a format": ("max_length: 48", 'max_length: 48, template: "{prompt:d}"', "data.template: '{prompt:d}': only names of fields"),
+    "template with an open brace": ("max_length: 48", 'max_length: 48, template: "{prompt} {"', "data.template: '{prompt} {' is not a template: "),
+    "template that names no field": ("max_length: 48", 'max_length: 48, template: "{{prompt}}"', "data.template: the template must contain {prompt}"),
+    "key that is a list": ("steps: 4", "? [a, b] : 1, steps: 4", "tiny.yaml:9: a key must be a word"),
+    "text for a model's number": ("n_layer: 1", "n_layer: two", "model.architecture: "),
+    "unknown activation": ("n_layer: 1", "n_layer: 1, activation_function: foo", "model.architecture: KeyError: 'foo'"),
     "two sources": ("max_length: 48", "max_length: 48, hub: some/data", "data: give exactly one of docstrings, files and hub; given: files, hub"),
     "no such file": ("pairs.jsonl", "other.jsonl", "there is no file "),
     "bad option of the hook": ("null}", "{num_stages: 0}}", "accelerator.advanced_parallelization.num_stages: 0 is not allowed: "),
     "option for more workers": ("null}", "{num_stages: 4}}", "num_stages=4: a stage needs a worker, and this version runs on 1"),
     "unknown accelerator": ("advanced_parallelization: null", "model: Huge, advanced_parallelization: null", "no model 'Huge': give a number"),
     "key given twice": ("steps: 4", "steps: 4, steps: 5", "tiny.yaml:9: train.steps: this key is already given in line 9"),
+    "impossible date": ("name: tiny", "name: 2024-13-45", "tiny.yaml: not valid YAML: month must be in 1..12"),
+    "key that is no text": ("steps: 4", "1: 4", "tiny.yaml:9: train.1: "),
     "not YAML": ("steps: 4", "steps: [4", "tiny.yaml:9: not valid YAML: "),
     "too many held out": ("eval_rows: 8", "eval_rows: 40", "data.eval_rows: 40 rows are to be held out, but the data has only 40"),
     "batch larger than the data": ("batch_size: 8", "batch_size: 33", "train.batch_size: a batch takes 33 rows, but there are 32"),
@@ -98,6 +107,8 @@ BAD_DATA = {
     "only a header": ("d.csv", "prompt,response\n", "{}: has no rows"),
     "empty CSV": ("d.csv", "", "{}: has no rows"),
     "column too many": ("d.csv", "prompt,response\np,r\np,r,s\n", "{}:3: 3 columns where the header has 2"),
+    "column twice": ("d.csv", "prompt,prompt\np,r\n", "{}:1: a column's name is given twice: prompt, prompt"),
+    "half a surrogate pair": ("d.jsonl", GOOD_ROW + '{"prompt": "\\ud83d", "response": "r"}\n', "{}:2: field 'prompt' holds half of"),
     "open quote": ("d.csv", 'prompt,response\np,"r\n', "{}:2: not valid CSV: unexpected end of data"),
     "JSON object": ("d.json", "{}", "{}: expected a list of objects, found dict"),
     "broken JSON": ("d.json", '[{"prompt": "p"\n', "{}:2: not valid JSON: "),
@@ -142,6 +153,9 @@ def test_all_problems_come_at_once(script, tiny_config):
         ("nonsense", "command line: 'nonsense' is not a setting: write section.key=value"),
         ("train..lr=1", "is not a setting"),
         ("train.lr.x=1", "command line: train.lr.x: train.lr is 0.001, not a section with keys"),
+        ("train.int=1", "command line: train.int: unknown key. Allowed here: steps,"),
+        ("data.files[0]=x", "command line: data.files[0]: unknown key; did you mean files? Allowed here: docstrings,"),
+        ("run.name=2024-13-45", "command line: run.name: '2024-13-45' is not a valid YAML value"),
         ("train.lr=[1", "command line: train.lr: '[1' is not a valid YAML value"),
     ],
 )
@@ -192,8 +206,11 @@ def test_settings_survive_being_saved(tmp_path, tiny_config):
     assert config.train.lr == 1e-4
     save_config(config, tmp_path / "saved.yaml")
     assert load_config(str(tmp_path / "saved.yaml"), []) == config
+    pretrained = load_config(str(tiny_config), ["model={pretrained: x}", "tokenizer={}", 'run.name="1e-4"'])
+    save_config(pretrained, tmp_path / "saved.yaml")
+    assert load_config(str(tmp_path / "saved.yaml"), []) == pretrained
 
 
 @pytest.mark.parametrize("name", ["gpt", "gpt_13b"])
 def test_settings_that_come_with_the_project_are_good(name):
-    assert load_config(f"configs/{name}.yaml", []).run.name == name
+    assert load_config(str(ROOT / "configs" / f"{name}.yaml"), []).run.name == name

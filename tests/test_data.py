@@ -10,7 +10,7 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from utils.batches import batches_of_steps, evaluation_loader, pad_rows, training_loader
+from utils.batches import batches_of_steps, evaluation_loader, labels_of, pad_rows, training_loader
 from utils.config import DataSection
 from utils.config_file import load_config
 from utils.dataset import _write_atomically, prepare_data
@@ -61,6 +61,10 @@ def test_docstring_pairs_are_the_source(tmp_path, monkeypatch):
     write(package / "__init__.py", source)
     write(package / "again.py", source)  # the same pairs, given once
     write(package / "broken.py", "def f(:")
+    write(
+        package / "odd.py",
+        'X = 1\n\x0c\ndef h():\n    """Nest."""\n    def k():\n        """In."""\n        return 3\n    return k\n',
+    )
     write(package / "tests" / "test_it.py", 'def t():\n    """Left out."""\n    return 1\n')
     monkeypatch.syspath_prepend(tmp_path)
     pairs = sorted((row["prompt"], row["response"]) for _, row in read_docstring_pairs(["some_package"]))
@@ -70,6 +74,8 @@ def test_docstring_pairs_are_the_source(tmp_path, monkeypatch):
             'def f(self, x=1):\n    """Say\n    hello."""\n',
             '    # a comment\n    return {\n        "x": x}\n',
         ),
+        # The line of the form feed counts once, and the inner function is not a pair of its own.
+        ('def h():\n    """Nest."""\n', '    def k():\n        """In."""\n        return 3\n    return k\n'),
     ]
 
 
@@ -106,6 +112,24 @@ def test_border_stays_where_tokens_would_merge(tokenizer):
     (row,), _ = encode(tokenizer, ("ab", "c"))
     assert row.input_ids[:-1] == apart
     assert row.input_ids[: row.prompt_length] == encode_prompts(["ab"], tokenizer)[0]
+
+
+def test_tokenizer_that_puts_a_space_before_every_text():
+    from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.BPE(unk_token="<unk>"))
+    words.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    words.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    alphabet = [*map(chr, range(32, 127)), "\n", "▁"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=150, special_tokens=["<unk>", "</s>"], initial_alphabet=alphabet, show_progress=False
+    )
+    words.train_from_iterator(["def f(x):\n    return x + 1\n"] * 3, trainer)
+    llama = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", unk_token="<unk>")
+    assert llama.decode(llama("A:")["input_ids"] + llama("two")["input_ids"]) == "A: two"  # what has to be avoided
+    rows, _ = encode(llama, ("A:", "two"), ("def f(x):\n", "    return x\n"))
+    assert [llama.decode(row.input_ids, skip_special_tokens=True) for row in rows] == ["A:two", "def f(x):\n    return x\n"]
 
 
 def test_name_of_the_end_token_in_a_response_is_text(tokenizer):
@@ -177,14 +201,88 @@ def test_cache_is_complete_or_absent(tmp_path):
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-def test_padding_follows_the_tokenizer(tokenizer):
-    rows = [{"input_ids": [5, 6], "prompt_length": 1, "place": "a"}, {"input_ids": [7], "prompt_length": 0, "place": "b"}]
-    assert pad_rows(rows, tokenizer, 4)["input_ids"].tolist() == [[5, 6, 0, 0], [7, 0, 0, 0]]
+def test_rows_are_padded_on_the_right_and_masked_by_their_length(tokenizer):
+    """Also where the text begins or ends with the pad token, which ids alone would not tell from padding."""
+    rows = [{"input_ids": [0, 6, 0], "prompt_length": 1, "place": "a"}, {"input_ids": [7], "prompt_length": 0, "place": "b"}]
     tokenizer.padding_side = "left"
     try:
-        assert pad_rows(rows, tokenizer, 4)["input_ids"].tolist() == [[0, 0, 5, 6], [0, 0, 0, 7]]
+        batch = pad_rows(rows, tokenizer, 4)
     finally:
         tokenizer.padding_side = "right"
+    assert batch["input_ids"].tolist() == [[0, 6, 0, 0], [7, 0, 0, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 0, 0, 0]]
+    assert labels_of(batch, "response").tolist() == [[-100, 6, 0, -100], [7, -100, -100, -100]]
+    assert labels_of(batch, "all").tolist() == [[0, 6, 0, -100], [7, -100, -100, -100]]
+
+
+def test_empty_prompt_is_the_token_that_begins_a_text(tokenizer):
+    (row,), _ = encode(tokenizer, ("", "abc"))
+    assert row.input_ids[0] == tokenizer.bos_token_id
+    assert row.prompt_length == 1
+    assert tokenizer.decode(row.input_ids[1:-1]) == "abc"
+
+
+def test_end_of_text_that_a_tokenizer_adds_is_not_in_the_prompt():
+    from tokenizers import processors
+
+    adding = train_tokenizer(["abc"] * 5, 300)
+    end = processors.TemplateProcessing(single="$A <|endoftext|>", special_tokens=[("<|endoftext|>", 0)])
+    adding._tokenizer.post_processor = end
+    assert adding("abc")["input_ids"][-1] == 0
+    assert 0 not in encode_prompts(["abc"], adding)[0]
+
+
+def test_equal_pairs_are_kept_once(tmp_path):
+    path = write(tmp_path / "d.jsonl", '{"prompt": "p", "response": "r"}\n' * 3 + '{"prompt": "p", "response": "s"}\n')
+    assert [pair.response for pair in read_pairs(DataSection(files=[str(path), str(path)]))] == ["r", "s"]
+
+
+def test_seed_decides_split_and_order(tiny_config):
+    def rows(seed):
+        config = load_config(str(tiny_config), [f"train.seed={seed}"])
+        data = prepare_data(config, lambda _: None)
+        loader = training_loader(data.train, data.tokenizer, config)
+        return data.evaluation["place"][:], [batch["places"] for batch in loader]
+
+    assert rows(1) == rows(1)
+    assert sorted(rows(1)[0]) != sorted(rows(2)[0])
+    assert rows(1)[1] != rows(2)[1]
+
+
+def test_tokenizer_has_not_seen_the_held_out_rows(tiny_config, monkeypatch):
+    seen = []
+    original = train_tokenizer
+
+    def spy(texts, size):
+        seen.extend(texts)
+        return original(seen, size)
+
+    monkeypatch.setattr("utils.dataset.train_tokenizer", spy)
+    data = prepare_data(load_config(str(tiny_config), []), lambda _: None)
+    assert len(seen) == len(data.train) == 32
+    assert not any(data.tokenizer.decode(row["input_ids"][:-1]) in seen for row in data.evaluation)
+
+
+def test_cache_follows_the_files_of_a_tokenizer(tiny_config, tmp_path, tokenizer):
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    config = load_config(str(tiny_config), [f"tokenizer.pretrained={tmp_path / 'tokenizer'}"])
+    directories = []
+    for content in ("a", "b"):
+        (tmp_path / "tokenizer" / "merges.txt").write_text(content * len(directories), encoding="utf-8")
+        said = []
+        prepare_data(config, said.append)
+        directories.append(said[-1])
+    assert directories[0] != directories[1]
+
+
+def test_two_runs_that_make_the_cache_at_once(tmp_path):
+    def write_slowly(directory):
+        (directory / "content").write_text("first", encoding="utf-8")
+        _write_atomically(tmp_path / "data", lambda other: (other / "content").write_text("second", encoding="utf-8"))
+
+    _write_atomically(tmp_path / "data", write_slowly)
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+    assert (tmp_path / "data" / "content").read_text(encoding="utf-8") == "second"
 
 
 def test_batches_come_in_a_fixed_order_whatever_their_size(tiny_config):

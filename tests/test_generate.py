@@ -70,7 +70,7 @@ def test_answer_is_streamed(environment, checkpoint):
         (["{}", "--file", "/no/such"], "error: --file: /no/such cannot be read"),
         (["{}", "one", "--max-new-tokens", "100"], "error: the prompt has 1 tokens and 100 more are asked for, but the model"),
         (["{}", "one", "--top-p", "0.5"], "need a --temperature above 0"),
-        (["{}", "one", "--temperature", "-1"], "allowed is a number from 0 to 100"),
+        (["{}", "one", "--temperature", "-1"], "allowed is a number from 0.001 to 100"),
     ],
 )
 def test_mistakes_give_one_line(run, checkpoint, arguments, message):

@@ -5,15 +5,18 @@ passed over, throughput that counts padding, a progress bar and figures on one l
 """
 
 import fcntl
+import itertools
 import json
 import math
 import os
 import pty
 import re
+import signal
 import struct
 import subprocess
 import sys
 import termios
+import time
 
 import pytest
 import torch
@@ -21,8 +24,13 @@ import yaml
 
 import train_gpt
 import utils.evaluation
+from tests.conftest import ROOT
+from utils.batches import training_loader
 from utils.config import TrainSection
+from utils.config_file import load_config
+from utils.dataset import prepare_data
 from utils.errors import UserError
+from utils.model import load_model
 from utils.run_log import METRIC_KEYS
 from utils.schedule import learning_rate_factor, make_scheduler
 
@@ -58,6 +66,112 @@ def test_run_leaves_the_documented_files(train, read_metrics, capsys):
     assert said.count("Sample:\n") == 3
     log = (directory / "train.log").read_text(encoding="utf-8")
     assert re.search(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d+ \[Step 4/4\] \| Loss: ", log, re.M)
+
+
+def test_sample_ends_at_the_models_last_position(train):
+    train("train.steps=1", "log.sample_tokens=500")
+    train("train.steps=1", "log.sample_tokens=0")
+
+
+REFERENCE_SETTINGS = {
+    "as given": [],
+    "weight decay": ["train.weight_decay=0.5"],
+    "clipping": ["train.max_grad_norm=0.05"],
+    "schedule": ["train.schedule=linear", "train.warmup_steps=3"],
+    "seed": ["train.seed=5"],
+    "loss on all": ["data.loss_on=all"],
+}
+
+
+def _reference_weights(config):
+    """The run written again by hand: one row at a time without padding, so without masks, and torch's own functions."""
+    torch.manual_seed(config.train.seed)
+    data = prepare_data(config, lambda _: None)
+    loader = training_loader(data.train, data.tokenizer, config)
+    by_place = {row["place"]: row for row in data.train}
+    model = load_model(config, data.tokenizer)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=config.train.weight_decay)
+    for step, batch in enumerate(itertools.islice(itertools.chain(loader, loader), config.train.steps), start=1):
+        for group in optimizer.param_groups:
+            group["lr"] = config.train.lr * learning_rate_factor(step, config.train.steps, config.train)
+        loss_sum, count = 0.0, 0
+        for row in (by_place[place] for place in batch["places"]):
+            ids = torch.tensor([row["input_ids"]])
+            scores = model(ids, use_cache=False).logits[0, :-1].log_softmax(-1)
+            first = max(row["prompt_length"], 1) if config.data.loss_on == "response" else 1
+            chosen = scores.gather(1, ids[0, 1:, None])[first - 1 :]
+            loss_sum, count = loss_sum - chosen.sum(), count + len(chosen)
+        (loss_sum / count).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.train.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+    return dict(model.named_parameters())
+
+
+@pytest.fixture(scope="module")
+def reference_results():
+    return []
+
+
+@pytest.mark.parametrize("case", REFERENCE_SETTINGS)
+def test_weights_are_those_of_a_loop_written_by_hand(train, tiny_config, case, reference_results):
+    overrides = ["train.steps=6", *REFERENCE_SETTINGS[case]]
+    from safetensors.torch import load_file
+
+    trained = load_file(train(*overrides) / "model" / "model.safetensors")
+    expected = _reference_weights(load_config(str(tiny_config), overrides))
+    assert expected.keys() == trained.keys()
+    for name, weight in expected.items():
+        assert torch.allclose(trained[name], weight, rtol=1e-3, atol=2e-6), name
+    # Each setting matters: no two of these runs end with the same weights.
+    weight = trained["transformer.h.0.mlp.c_fc.weight"]
+    assert not any(w.shape == weight.shape and torch.allclose(w, weight, rtol=1e-3, atol=2e-6) for w in reference_results)
+    reference_results.append(weight)
+
+
+def test_failed_start_leaves_an_earlier_run_alone(train, read_metrics):
+    directory = train("train.steps=1")
+    with pytest.raises(UserError):
+        train("data.response_field=nope")
+    assert len(read_metrics(directory)) == 2
+    assert not directory.with_name("tiny.1").exists()
+
+
+def test_second_run_of_a_name_that_is_being_written_is_refused(train, tmp_path):
+    from filelock import FileLock
+
+    (tmp_path / "runs").mkdir()
+    with FileLock(tmp_path / "runs" / ".tiny.lock"), pytest.raises(UserError, match="another run is writing"):
+        train()
+    train()
+
+
+def test_non_finite_evaluation_saves_no_model(train, tmp_path):
+    with pytest.raises(UserError, match="held-out loss is nan"):
+        train("train.steps=1", "train.lr=1e30", "log.sample_tokens=0")
+    assert not (tmp_path / "runs" / "tiny" / "model").exists()
+
+
+def test_reader_that_is_gone_does_not_end_the_training(environment, tiny_config, tmp_path):
+    command = f"{sys.executable} train_gpt.py --config {tiny_config} | head -1"
+    subprocess.run(command, shell=True, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
+    assert (tmp_path / "runs" / "tiny" / "model" / "model.safetensors").exists()
+
+
+def test_interrupt_ends_the_run_at_any_time(environment, tiny_config, tmp_path):
+    """Ctrl-C mostly arrives in a backward pass, where Python's exceptions have nowhere to go."""
+    command = [sys.executable, "train_gpt.py", "--config", str(tiny_config), "train.steps=100000", "log.every_steps=1"]
+    for delay in (0.0, 0.013, 0.029):
+        process = subprocess.Popen(
+            command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        assert any(line.startswith("[Step 5/") for line in process.stdout)
+        time.sleep(delay)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 130
+        assert errors == "interrupted\n"
+    assert "the run ended with KeyboardInterrupt" in (tmp_path / "runs" / "tiny" / "train.log").read_text(encoding="utf-8")
 
 
 def test_earlier_run_of_the_same_name_is_kept(train):

@@ -10,9 +10,9 @@ from torch.utils.data import DataLoader
 
 from utils.config import Config
 from utils.errors import UserError
-from utils.masks import create_mask, mask_pads, mask_prompts
+from utils.masks import IGNORED, mask_prompts
 
-# input_ids [batch, sequence] int64, prompt_lengths [batch] int64, places: the batch's rows in the source.
+# input_ids and attention_mask [batch, sequence] int64, prompt_lengths [batch] int64, places: the rows in the source.
 Batch = dict[str, Any]
 
 
@@ -49,14 +49,16 @@ def evaluation_loader(rows: datasets.Dataset, tokenizer: Any, config: Config) ->
 
 
 def pad_rows(rows: list[dict[str, Any]], tokenizer: Any, length: int) -> Batch:
-    """A batch of rows, each padded to `length` on the tokenizer's padding side."""
+    """A batch of rows, each padded to `length` on the right: positions then count from the first token of the text."""
     input_ids = torch.full((len(rows), length), tokenizer.pad_token_id)
-    for padded, row in zip(input_ids, rows, strict=True):
+    attention_mask = torch.zeros_like(input_ids)
+    for padded, mask, row in zip(input_ids, attention_mask, rows, strict=True):
         text = torch.tensor(row["input_ids"])
-        start = 0 if tokenizer.padding_side == "right" else length - len(text)
-        padded[start : start + len(text)] = text
+        padded[: len(text)] = text
+        mask[: len(text)] = 1
     return {
         "input_ids": input_ids,
+        "attention_mask": attention_mask,
         "prompt_lengths": torch.tensor([row["prompt_length"] for row in rows]),
         "places": [row["place"] for row in rows],
     }
@@ -66,7 +68,7 @@ def total_steps(loader: DataLoader[Batch], config: Config) -> int:
     """The number of optimizer steps of the run.
 
     Raises:
-        UserError: the epochs hold less than one step.
+        UserError: the epochs hold less than one step, or fewer than the warm-up takes.
     """
     if config.train.steps is not None:
         return config.train.steps
@@ -77,6 +79,8 @@ def total_steps(loader: DataLoader[Batch], config: Config) -> int:
             f"train.epochs: {config.train.epochs} epoch(s) of {len(loader)} batches are less than the "
             f"{config.train.gradient_accumulation} batches of one step (train.gradient_accumulation)"
         )
+    if config.train.warmup_steps > steps:
+        raise UserError(f"train.warmup_steps is {config.train.warmup_steps} but train.epochs makes only {steps} steps")
     return steps
 
 
@@ -94,10 +98,12 @@ def batches_of_steps(loader: DataLoader[Batch], batches_per_step: int, steps: in
         yield step
 
 
-def mask_and_labels(batch: Batch, tokenizer: Any, loss_on: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention mask and labels of a batch, both `[batch, sequence]`; `loss_on` is `response` or `all`."""
-    attention_mask = create_mask(batch["input_ids"], tokenizer)
-    labels = mask_pads(batch["input_ids"], tokenizer)
+def labels_of(batch: Batch, loss_on: str) -> torch.Tensor:
+    """The labels `[batch, sequence]` of a batch: its ids, without padding and, for `response`, without the prompts.
+
+    They come from the rows' true lengths, which `mask_pads` can only tell from ids.
+    """
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED)
     if loss_on == "response":
-        labels = mask_prompts(labels, attention_mask, batch["prompt_lengths"])
-    return attention_mask, labels
+        labels = mask_prompts(labels, batch["attention_mask"], batch["prompt_lengths"])
+    return labels

@@ -1,6 +1,7 @@
 """The settings of a run: every key, its type, its default and what it allows. `config_file` reads them from YAML."""
 
 import difflib
+import string
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -57,7 +58,7 @@ class ParallelizationSection(Section):
 class AcceleratorSection(Section):
     """The accelerator that the run uses."""
 
-    model: NonEmpty | None = None
+    model: NonEmpty | Positive | None = None
     """Switch the current accelerator to this model first, by name or number; null leaves it as it is."""
     advanced_parallelization: ParallelizationSection | None = ParallelizationSection()
     """null: the hook is not called, and the model lives on one physical device in full precision."""
@@ -90,9 +91,11 @@ class ModelSection(Section):
             meant = _did_you_mean(model_type, CONFIG_MAPPING.keys())
             raise _problem_of_key("model_type", f"{model_type!r} is not a type that transformers knows{meant}")
         known = set(CONFIG_MAPPING[model_type]().to_dict()) | set(CONFIG_MAPPING[model_type].attribute_map)
-        for key in architecture:
-            if key not in known:
-                raise _problem_of_key(key, f"model_type {model_type} has no such key{_did_you_mean(key, known)}")
+        unknown = [key for key in architecture if key not in known]
+        if unknown:
+            others = f" (nor {', '.join(unknown[1:])})" if len(unknown) > 1 else ""
+            meant = _did_you_mean(unknown[0], known)
+            raise _problem_of_key(unknown[0], f"model_type {model_type} has no such key{others}{meant}")
         return architecture
 
 
@@ -139,16 +142,23 @@ class DataSection(Section):
     @field_validator("template")
     @classmethod
     def _names_prompt(cls, template: str) -> str:
-        if "{prompt}" not in template:
+        try:
+            parts = list(string.Formatter().parse(template))
+        except ValueError as error:
+            raise ValueError(f"{template!r} is not a template: {error} (a brace itself is written twice)") from None
+        for _, name, specification, conversion in parts:
+            if name is not None and (not name.isidentifier() or specification or conversion):
+                raise ValueError(f"{template!r}: only names of fields may stand in braces (a brace itself is written twice)")
+        if "prompt" not in {name for _, name, _, _ in parts}:
             raise ValueError("the template must contain {prompt}")
         return template
 
     @field_validator("files")
     @classmethod
     def _files_exist(cls, files: list[str] | None) -> list[str] | None:
-        for name in files or []:
-            if not Path(name).is_file():
-                raise ValueError(f"there is no file {name}")
+        missing = [name for name in files or [] if not Path(name).is_file()]
+        if missing:
+            raise ValueError(f"there is no file {', '.join(missing)}")
         return files
 
 
@@ -172,7 +182,7 @@ class TrainSection(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradients are scaled down to this global norm."""
-    seed: NotNegative = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     loader_workers: NotNegative = 0
     """Processes that prepare batches in the background."""
 
@@ -211,6 +221,6 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _tokenizer_comes_with_model(self) -> Self:
-        if self.model.pretrained is not None and self.tokenizer.model_fields_set:
+        if self.model.pretrained is not None and self.tokenizer != TokenizerSection():
             raise ValueError("model.pretrained brings its own tokenizer: leave the section tokenizer out (or say tokenizer={})")
         return self

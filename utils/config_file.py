@@ -34,18 +34,23 @@ def load_config(path: str, overrides: list[str]) -> Config:
 
 def save_config(config: Config, path: Path) -> None:
     """Write all settings, defaults included, as a YAML file that `load_config` reads."""
-    path.write_text(yaml.safe_dump(config.model_dump(exclude_unset=False), sort_keys=False), encoding="utf-8")
+    path.write_text(yaml.dump(config.model_dump(), Dumper=_Dumper, sort_keys=False), encoding="utf-8")
 
 
 class _Loader(yaml.SafeLoader):
     """YAML in which 1e-4 is a number, as in YAML 1.2 (PyYAML follows 1.1, where it is a text)."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
+class _Dumper(yaml.SafeDumper):
+    """Puts quotes around texts that this loader would read as numbers."""
+
+
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+        list("-+.0123456789"),
+    )
 
 
 def _read_yaml(path: str) -> tuple[dict[str, Any], Places]:
@@ -60,12 +65,14 @@ def _read_yaml(path: str) -> tuple[dict[str, Any], Places]:
         node = loader.get_single_node()
         places: Places = {}
         problems = [] if node is None else _record_places(node, (), path, places)
-        content = None if node is None else loader.construct_document(node)
+        content = None if node is None or problems else loader.construct_document(node)
     except yaml.MarkedYAMLError as error:
         line = "" if error.problem_mark is None else f":{error.problem_mark.line + 1}"
         raise UserError(f"{path}{line}: not valid YAML: {error.problem or error.context}") from None
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    except (ValueError, RecursionError) as error:  # such as a day 45, or a section that contains itself
+        raise UserError(f"{path}: not valid YAML: {error}") from None
     if problems:
         raise UserError(problems)
     if not isinstance(content, dict):
@@ -79,6 +86,9 @@ def _record_places(node: yaml.Node, key: tuple[str | int, ...], path: str, place
     if isinstance(node, yaml.MappingNode):
         seen: dict[str, int] = {}
         for key_node, value_node in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                problems.append(f"{path}:{key_node.start_mark.line + 1}: a key must be a word, not a list or a mapping")
+                continue
             name, line = key_node.value, key_node.start_mark.line + 1
             if name in seen:
                 dotted = ".".join(map(str, (*key, name)))
@@ -103,7 +113,7 @@ def _apply_override(content: dict[str, Any], places: Places, text: str) -> str |
         return f"command line: {text!r} is not a setting: write section.key=value, for example train.lr=1e-4"
     try:
         value = yaml.load(value_text, Loader=_Loader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         return f"command line: {dotted}: {value_text!r} is not a valid YAML value"
     section: Any = content
     for depth, key in enumerate(keys[:-1], start=1):
@@ -123,7 +133,10 @@ def _describe_all(errors: list[ErrorDetails], places: Places, path: str) -> list
     """One line for each problem: place, key, what was given and what is allowed."""
     by_location: dict[tuple[str | int, ...], list[ErrorDetails]] = {}
     for details in errors:
-        location = tuple(part for part in details["loc"] if not _is_union_branch(part))
+        *sections, last = details["loc"] or ("",)
+        location = tuple(part for part in sections if not _is_union_branch(part))
+        if last != "" and (details["type"] == "extra_forbidden" or not _is_union_branch(last)):
+            location = (*location, last)
         if details["type"] == "problem_of_key":
             location = (*location, details["ctx"]["key"])
         by_location.setdefault(location, []).append(details)

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from utils.config import Config
 from utils.docstring_pairs import source_files
-from utils.errors import UserError
+from utils.errors import UserError, first_line
 from utils.pairs import Pair, read_pairs
 from utils.tokenization import Row, RowCounts, encode_pairs, train_tokenizer
 
@@ -74,8 +74,8 @@ def load_tokenizer(name: str) -> Any:
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise UserError(f"the tokenizer of {name!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    except Exception as error:  # the libraries raise many kinds for files that are missing or broken
+        raise UserError(f"the tokenizer of {name!r} cannot be loaded: {first_line(error)}") from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {name!r} has no end-of-text token, without which no model learns to stop")
     if tokenizer.pad_token_id is None:
@@ -118,8 +118,12 @@ def _columns(rows: list[Row]) -> datasets.Dataset:
 
 def _write_atomically(directory: Path, write: Callable[[Path], None]) -> None:
     """Make a directory complete or not at all, also when two runs make it at once."""
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=directory.name + ".", dir=directory.parent))
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=directory.name + ".", dir=directory.parent))
+        temporary.chmod(0o755)  # a cache may be shared
+    except OSError as error:
+        raise UserError(f"run.cache_directory: {directory.parent} cannot be used: {error.strerror}") from error
     try:
         write(temporary)
         temporary.rename(directory)
@@ -139,7 +143,7 @@ def _cache_key(config: Config) -> str:
         files = [Path(name) for name in config.data.files]
     tokenizer_name = config.model.pretrained or config.tokenizer.pretrained
     if tokenizer_name is not None and Path(tokenizer_name).is_dir():
-        files += sorted(Path(tokenizer_name).glob("*token*"))
+        files += sorted(p for p in Path(tokenizer_name).iterdir() if p.suffix in {".json", ".txt", ".model", ".jinja"})
     states = [(str(path), state.st_size, state.st_mtime_ns) for path in files for state in [path.stat()]]
     parts = [
         _FORMAT,

@@ -70,9 +70,10 @@ def _pairs_of_file(path: Path) -> Iterator[tuple[int, str, str]]:
             tree = ast.parse(source)
     except (SyntaxError, ValueError, OSError):
         return
-    lines = source.splitlines(keepends=True)
-    for node in ast.walk(tree):
-        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or ast.get_docstring(node) is None:
+    # As the parser counts lines; str.splitlines would also split at form feeds and other separators.
+    lines = [line + "\n" for line in source.split("\n")]
+    for node in _functions(tree):
+        if ast.get_docstring(node) is None:
             continue
         docstring_end = node.body[0].end_lineno
         if len(node.body) < 2 or docstring_end is None or node.body[1].lineno <= docstring_end:
@@ -82,6 +83,16 @@ def _pairs_of_file(path: Path) -> Iterator[tuple[int, str, str]]:
         prompt = _without_indent(lines[node.lineno - 1 : docstring_end], indent)
         response = _without_indent(lines[docstring_end : node.end_lineno], indent)
         yield node.lineno, prompt, response.rstrip() + "\n"
+
+
+def _functions(node: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    """The functions of a module and of its classes. One inside another function is part of that one's body, so it could be
+    held out for evaluation and yet be seen in training."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield child
+        else:
+            yield from _functions(child)
 
 
 def _without_indent(lines: list[str], width: int) -> str:

@@ -3,6 +3,11 @@
 from collections.abc import Sequence
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, as far as it fits in a line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 class UserError(Exception):
     """Something the user gave cannot be used. Each problem is one line: the place, what was given, what is allowed."""
 

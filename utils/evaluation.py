@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from utils.batches import Batch, mask_and_labels
+from utils.batches import Batch, labels_of
 from utils.masks import count_labels
 
 # A little below 1, where a small model still varies but seldom strays.
@@ -14,14 +14,17 @@ SAMPLE_TEMPERATURE = 0.6
 SAMPLE_TOP_P = 0.9
 
 
-def evaluate(model: Any, batches: Iterable[Batch], tokenizer: Any, loss_on: str) -> float:
+def evaluate(model: Any, batches: Iterable[Batch], loss_on: str) -> float:
     """The mean loss over all label tokens of the batches, which does not depend on how the rows are batched."""
     loss_sum, label_tokens = 0.0, 0
     with _evaluating(model):
         for batch in batches:
-            attention_mask, labels = mask_and_labels(batch, tokenizer, loss_on)
+            labels = labels_of(batch, loss_on)
             outputs = model(
-                batch["input_ids"].cuda(), attention_mask=attention_mask.cuda(), labels=labels.cuda(), use_cache=False
+                batch["input_ids"].cuda(),
+                attention_mask=batch["attention_mask"].cuda(),
+                labels=labels.cuda(),
+                use_cache=False,
             )
             count = count_labels(labels)
             loss_sum += outputs.loss.item() * count
@@ -30,7 +33,15 @@ def evaluate(model: Any, batches: Iterable[Batch], tokenizer: Any, loss_on: str)
 
 
 def write_sample(model: Any, prompt_ids: list[int], tokenizer: Any, max_new_tokens: int) -> str:
-    """A continuation of a prompt, until the end of text or `max_new_tokens`; equal weights give the same one each time."""
+    """A continuation of a prompt, until the end of text, `max_new_tokens` or the model's last position.
+
+    Equal weights give the same one each time.
+    """
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None:
+        max_new_tokens = min(max_new_tokens, positions - len(prompt_ids))
+    if max_new_tokens < 1:
+        return ""
     input_ids = torch.tensor([prompt_ids])
     # The random numbers of training go on afterwards as if nothing had been drawn.
     with _evaluating(model), torch.random.fork_rng():

@@ -5,7 +5,7 @@ from typing import Any
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from utils.config import Config
-from utils.errors import UserError
+from utils.errors import UserError, first_line
 
 
 def load_model(config: Config, tokenizer: Any) -> Any:
@@ -17,9 +17,8 @@ def load_model(config: Config, tokenizer: Any) -> Any:
     if config.model.pretrained is not None:
         try:
             model = AutoModelForCausalLM.from_pretrained(config.model.pretrained, dtype="float32")
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"model.pretrained: {config.model.pretrained!r} cannot be loaded: {reason}") from error
+        except Exception as error:  # the libraries raise many kinds for files that are missing, broken or of another shape
+            raise UserError(f"model.pretrained: {config.model.pretrained!r} cannot be loaded: {first_line(error)}") from error
         _check_fits(model.config, "model.pretrained", tokenizer, config.data.max_length)
         return _with_loss(model)
     assert config.model.architecture is not None
@@ -34,8 +33,10 @@ def load_model(config: Config, tokenizer: Any) -> Any:
         model_config = AutoConfig.for_model(**architecture)
         _check_fits(model_config, "model.architecture", tokenizer, config.data.max_length)
         return _with_loss(AutoModelForCausalLM.from_config(model_config))
-    except (ValueError, TypeError, ZeroDivisionError) as error:
-        raise UserError(f"model.architecture: {' '.join(str(error).split())}") from error
+    except UserError:
+        raise
+    except Exception as error:  # transformers checks values in many ways, or not at all until torch does
+        raise UserError(f"model.architecture: {type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
 
 
 def _with_loss(model: Any) -> Any:

@@ -23,13 +23,15 @@ class Pair:
 
 
 def read_pairs(data: DataSection) -> list[Pair]:
-    """All pairs of the run's data, in the order of their source.
+    """All different pairs of the run's data, in the order of their source.
 
     Raises:
         UserError: the source cannot be read, or a row has no text in a field that is needed.
     """
     fields = {name for _, name, _, _ in string.Formatter().parse(data.template) if name}
-    return [_to_pair(place, row, data, fields - {"prompt"}) for place, row in _records(data)]
+    # Equal pairs are kept once: a copy could be held out for evaluation and yet be seen in training.
+    pairs = (_to_pair(place, row, data, fields - {"prompt"}) for place, row in _records(data))
+    return list({(pair.prompt, pair.response): pair for pair in pairs}.values())
 
 
 def _records(data: DataSection) -> Iterator[Record]:
@@ -54,4 +56,6 @@ def _text(place: str, row: dict[str, Any], field: str) -> str:
     value = row[field]
     if not isinstance(value, str):
         raise UserError(f"{place}: field {field!r} is {'empty' if value is None else repr(value)[:40]}, not a text")
+    if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+        raise UserError(f"{place}: field {field!r} holds half of a surrogate pair, which is no character")
     return value

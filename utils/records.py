@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from utils.errors import UserError
+from utils.errors import UserError, first_line
 
+MOST_CHARACTERS_OF_A_FIELD = 2**31 - 1
 # A row's place ("data.jsonl:17") and its fields.
 Record = tuple[str, dict[str, Any]]
 
@@ -47,9 +48,8 @@ def read_hub(name: str, split: str) -> Iterator[Record]:
     try:
         rows = load_dataset(name, split=split)
     except Exception as error:  # the library raises many kinds: no network, no such name, no such split, no access
-        reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
-            f"data.hub: {name!r} (split {split!r}) cannot be loaded: {reason[0]} "
+            f"data.hub: {name!r} (split {split!r}) cannot be loaded: {first_line(error)} "
             "Check the name and the network, or give local files in data.files"
         ) from error
     for number, row in enumerate(rows):
@@ -64,6 +64,8 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
                     yield f"{path}:{number}", json.loads(line)
                 except json.JSONDecodeError as error:
                     raise UserError(f"{path}:{number}: not valid JSON: {error.msg} at column {error.colno}") from None
+                except (ValueError, RecursionError) as error:  # a number of thousands of digits, or of brackets
+                    raise UserError(f"{path}:{number}: cannot be read: {error}") from None
 
 
 def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
@@ -79,11 +81,14 @@ def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
     with path.open(encoding="utf-8-sig", newline="") as file:
+        csv.field_size_limit(MOST_CHARACTERS_OF_A_FIELD)  # by default 131,072, less than a long document
         reader = csv.reader(file, strict=True)
         try:
             header = next(reader, None)
             if header is None:
                 return
+            if len(set(header)) < len(header):
+                raise UserError(f"{path}:1: a column's name is given twice: {', '.join(header)}")
             for row in reader:
                 place = f"{path}:{reader.line_num}"
                 if row and len(row) != len(header):

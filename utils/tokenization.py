@@ -69,9 +69,7 @@ def encode_pairs(pairs: list[Pair], tokenizer: Any, data: DataSection) -> tuple[
     for start in tqdm(starts, desc="tokenizing", unit_scale=_PAIRS_AT_ONCE, unit=" pairs", disable=None):
         some = pairs[start : start + _PAIRS_AT_ONCE]
         prompts = encode_prompts([pair.prompt for pair in some], tokenizer)
-        responses = tokenizer(
-            [pair.response for pair in some], add_special_tokens=False, split_special_tokens=True, verbose=False
-        )["input_ids"]
+        responses = _encode_continuations([pair.response for pair in some], tokenizer)
         for pair, prompt, response in zip(some, prompts, responses, strict=True):
             whole = [*prompt, *response, tokenizer.eos_token_id]
             if len(whole) > data.max_length and data.too_long == "drop":
@@ -87,11 +85,37 @@ def encode_pairs(pairs: list[Pair], tokenizer: Any, data: DataSection) -> tuple[
     return rows, RowCounts(len(rows), truncated, too_long, without_label)
 
 
+def _encode_continuations(texts: list[str], tokenizer: Any) -> list[list[int]]:
+    """Ids of texts that go on where another one ended.
+
+    Some tokenizers, such as Llama 2's, put a space before whatever they are given. They are given one more character, with
+    which a text does not merge, and its ids are taken off again.
+    """
+
+    def encode(some: list[str]) -> list[list[int]]:
+        ids: list[list[int]] = tokenizer(some, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+        return ids
+
+    plain = encode(texts)
+    if all(encode([first])[0] + encode(["a"])[0] == encode([first + "a"])[0] for first in ("\n", "~")):
+        return plain
+    for before in ("\t", "\n", "~"):
+        (ids_before,) = encode([before])
+        for index, both in enumerate(encode([before + text for text in texts])):
+            if both[: len(ids_before)] == ids_before:
+                plain[index] = both[len(ids_before) :]
+    return plain
+
+
 def encode_prompts(prompts: list[str], tokenizer: Any) -> list[list[int]]:
-    """Ids of prompts as the model expects a text to begin; an end-of-text token that a tokenizer adds is taken off."""
+    """Ids of prompts as the model expects a text to begin; an end-of-text token that a tokenizer adds is taken off.
+
+    An empty prompt is the token that begins a text, so that the first token of the response has something before it.
+    """
     encoded = tokenizer(prompts, verbose=False)["input_ids"]
     ends = [
         bool(ids) and ids[-1] == tokenizer.eos_token_id and not prompt.endswith(tokenizer.eos_token)
         for ids, prompt in zip(encoded, prompts, strict=True)
     ]
-    return [ids[:-1] if end else ids for ids, end in zip(encoded, ends, strict=True)]
+    begin = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    return [(ids[:-1] if end else ids) or [begin] for ids, end in zip(encoded, ends, strict=True)]

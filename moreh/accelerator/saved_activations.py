@@ -1,5 +1,7 @@
 """Counts the bytes of the activations that autograd keeps between the forward and the backward pass."""
 
+import _thread
+import sys
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -8,6 +10,8 @@ from typing import Any
 import torch
 
 from moreh.accelerator.storages import storage_of
+
+SECONDS_UNTIL_INTERRUPT = 0.01
 
 
 class SavedTensor:
@@ -25,6 +29,25 @@ class SavedTensor:
             self.owner.release(self.key)
 
 
+def _pass_on_interrupts() -> None:
+    """Let Ctrl-C end a program although it arrived where Python discards exceptions.
+
+    In a backward pass that is where it nearly always arrives: the only Python code that runs then is `__del__` above.
+    """
+    before = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if unraisable.exc_type is KeyboardInterrupt:
+            # Again, a little later: at once it would arrive in this function, where it would be discarded too.
+            again = threading.Timer(SECONDS_UNTIL_INTERRUPT, _thread.interrupt_main)
+            again.daemon = True
+            again.start()
+        else:
+            before(unraisable)
+
+    sys.unraisablehook = hook
+
+
 class SavedActivations:
     """The storages that saved tensors keep alive, each counted once however many tensors share it."""
 
@@ -36,6 +59,7 @@ class SavedActivations:
         self._lock = threading.RLock()  # the autograd engine frees tensors in threads of its own
         self.total_bytes = 0
         self._highest_bytes = 0
+        _pass_on_interrupts()
 
     def counting(self) -> AbstractContextManager[Any]:
         """A context in which every tensor that autograd saves is counted.
