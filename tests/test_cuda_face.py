@@ -249,8 +249,8 @@ def test_tutorial_loop_runs_unchanged(run, tmp_path, make_gpt2):
     finished = run(sys.executable, script, cwd=tmp_path)
     assert finished.returncode == 0, finished.stderr
     losses = [float(line.split()[1]) for line in finished.stdout.splitlines() if line.startswith("Loss:")]
-    assert len(losses) == 10
-    assert losses[-1] < losses[0] - 0.3
+    assert len(losses) == 50
+    assert sum(losses[-10:]) < 0.7 * sum(losses[:5]) * 2
     assert (tmp_path / "finetuned" / "model.safetensors").exists()
     assert "[info] MoAI Accelerator is ready to use." in finished.stdout
 
@@ -260,6 +260,7 @@ import copy
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+torch.manual_seed(0)
 torch.moreh.option.enable_advanced_parallelization()
 
 
@@ -285,7 +286,7 @@ texts = ["a b c a b c", "b c a b", "c a b c a", "a b c"] * 10
 dataset = tokenizer(texts, padding="max_length", truncation=True, max_length=8, return_tensors="pt")["input_ids"]
 loader = torch.utils.data.DataLoader(dataset, batch_size=4, shuffle=True, drop_last=True)
 optim = torch.optim.AdamW(model.parameters(), lr=1e-2)
-for epoch in range(1):
+for epoch in range(5):
     for input_ids in loader:
         inputs, labels = input_ids, mask_pads(input_ids, tokenizer)
         attn_mask = create_mask(inputs, tokenizer)
