@@ -26,13 +26,12 @@ import train_gpt
 import utils.evaluation
 from tests.conftest import ROOT
 from utils.batches import training_loader
-from utils.config import TrainSection
 from utils.config_file import load_config
 from utils.dataset import prepare_data
 from utils.errors import UserError
 from utils.model import load_model
 from utils.run_log import METRIC_KEYS
-from utils.schedule import learning_rate_factor, make_scheduler
+from utils.schedule import learning_rate_factor
 
 
 def test_run_leaves_the_documented_files(train, read_metrics, capsys):
@@ -351,31 +350,3 @@ def test_accelerator_model_of_the_settings_is_switched_to(run, tiny_config):
     finished = run(sys.executable, "train_gpt.py", "--config", tiny_config, "accelerator.model=4xLarge.2048GB", "train.steps=1")
     assert "4xLarge.2048GB (32 x MI250 GCD, 2096640 MiB)" in finished.stdout
     assert "4xLarge.2048GB  *" in run("moreh-switch-model", input="q\n").stdout
-
-
-@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
-def test_learning_rate(schedule):
-    train = TrainSection(steps=20, warmup_steps=4, schedule=schedule, min_lr_ratio=0.1)
-    factors = [learning_rate_factor(step, 20, train) for step in range(1, 21)]
-    assert factors[:4] == [0.25, 0.5, 0.75, 1.0]  # the first step already learns
-    assert factors[3:] == sorted(factors[3:], reverse=True)
-    assert factors[-1] == pytest.approx(1.0 if schedule == "constant" else 0.1)
-    if schedule == "linear":
-        assert factors[11] == pytest.approx(0.55)
-
-    parameter = torch.nn.Parameter(torch.zeros(1))
-    optimizer = torch.optim.SGD([parameter], lr=2.0)
-    scheduler = make_scheduler(optimizer, 20, train)
-    used = []
-    for _ in range(20):
-        used.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        scheduler.step()
-    assert used == pytest.approx([2 * factor for factor in factors])
-
-
-def test_learning_rate_without_warm_up_begins_at_the_top():
-    train = TrainSection(steps=1, schedule="linear")
-    assert learning_rate_factor(1, 1, train) == 1.0
-    assert learning_rate_factor(1, 10, train) == 1.0
-    assert learning_rate_factor(10, 10, train) == 0.0
