@@ -15,3 +15,7 @@ class AcceleratorError(MorehError, RuntimeError):
 
 class RegistryError(MorehError, RuntimeError):
     """The files of the registry cannot be read or written."""
+
+
+class PlanError(MorehError, ValueError):
+    """A model, an accelerator or a plan cannot be planned with as given."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from moreh.accelerator.callers import caller_is_user_code
-from moreh.accelerator.flavors import Device
+from moreh.accelerator.devices import Device
 from moreh.accelerator.local_job import local_job_if_started
 from moreh.accelerator.registry import read_registry
 from moreh.errors import AcceleratorError

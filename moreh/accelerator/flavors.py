@@ -1,4 +1,4 @@
-"""Devices and accelerator flavors, read from the JSON files in `data/`."""
+"""Accelerator flavors: how many devices of which kind (`data/flavors.json`)."""
 
 import json
 from dataclasses import dataclass
@@ -6,28 +6,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from moreh.accelerator.devices import Device, find_device
 from moreh.errors import AcceleratorError
 
-_DATA = Path(__file__).parent / "data"
-
-
-@dataclass(frozen=True)
-class Device:
-    """One physical device, as the driver counts them.
-
-    `memory_mib` is what a job can use, in MiB; rates are peaks from the data sheet that `source` names.
-    """
-
-    name: str
-    memory_mib: int
-    bfloat16_flops_per_second: float
-    memory_bytes_per_second: float
-    source: str
-
-    @property
-    def memory_bytes(self) -> int:
-        """Usable memory in bytes."""
-        return self.memory_mib * 2**20
+_DATA = Path(__file__).parent / "data" / "flavors.json"
 
 
 @dataclass(frozen=True)
@@ -45,22 +27,22 @@ class Flavor:
         return self.devices * self.device.memory_mib
 
 
-def _load(file_name: str) -> Any:
-    return json.loads((_DATA / file_name).read_text(encoding="utf-8"))
+def _load() -> Any:
+    return json.loads(_DATA.read_text(encoding="utf-8"))
 
 
 @cache
 def all_flavors() -> tuple[Flavor, ...]:
     """Every flavor, in the order of the numbered list that the tools show (the first one is number 1)."""
-    table = _load("flavors.json")
-    device = Device(name=table["device"], **_load("devices.json")[table["device"]])
+    table = _load()
+    device = find_device(table["device"])
     return tuple(Flavor(device=device, **row) for row in table["flavors"])
 
 
 @cache
 def default_flavor() -> Flavor:
     """The flavor of the accelerator that exists before the user has chosen any."""
-    return find_flavor(_load("flavors.json")["default"])
+    return find_flavor(_load()["default"])
 
 
 def find_flavor(selection: str) -> Flavor:
