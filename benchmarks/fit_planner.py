@@ -1,0 +1,147 @@
+"""Fit the planner's efficiency constants to published measurements: `python benchmarks/fit_planner.py RUNS.csv`.
+
+Every second row of each group is used, the others are left for testing (benchmarks/planner_accuracy.py). Each class of devices gets
+one set of constants, the most probable one given its rows and a prior: that of the class it descends from, or `PRIOR` with
+`WIDTH` (a Gaussian on the logarithm, or on the log-odds of a fraction). Written to moreh/planner/data/efficiency.json.
+
+    python benchmarks/fit_planner.py benchmarks/data/published_runs.csv
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from published_runs import PublishedRun, read_rows, usable_runs
+from scipy.optimize import least_squares
+
+from moreh.accelerator.devices import all_devices
+from moreh.planner.efficiency import Efficiency
+from moreh.planner.plan_table import table_of_plans
+from moreh.planner.prediction import Setting, step_seconds
+from moreh.planner.stage_cost import stage_time
+
+OUTPUT = Path(__file__).parent.parent / "moreh" / "planner" / "data" / "efficiency.json"
+Floats = NDArray[np.float64]
+
+# What is usual on GPUs, and by how much it may be wrong (one standard deviation of the logarithm or of half the log-odds).
+PRIOR = Efficiency(
+    matmul=0.75,
+    float8=0.55,
+    matmul_depth=150,
+    matmul_waves=0.3,
+    attention=0.4,
+    memory=0.8,
+    kernel_s=4e-6,
+    node=0.75,
+    network=0.75,
+    node_hop_s=2e-6,
+    network_hop_s=6e-6,
+    contention=0.3,
+    skew=0.03,
+    partial_node=0.5,
+)
+WIDTH = Efficiency(
+    matmul=0.3,
+    float8=0.3,
+    matmul_depth=0.7,
+    matmul_waves=0.7,
+    attention=0.3,
+    memory=0.3,
+    kernel_s=0.5,
+    node=0.3,
+    network=0.3,
+    node_hop_s=0.7,
+    network_hop_s=0.7,
+    contention=0.8,
+    skew=0.8,
+    partial_node=0.7,
+)
+FRACTIONS = ("matmul", "float8", "attention", "memory", "node", "network", "contention")
+# The class whose constants are the prior of another's: the same chip with other memory or another power limit.
+PARENTS = {"A100 40GB": "A100 80GB", "H100 96GB": "H100", "H200": "H100"}
+# The platform's own speeds are not used: it does not say enough about how it computes.
+LEFT_OUT = ("Moreh docs MI250",)
+# Relative error that a published figure is taken to have; larger ones count less than quadratically.
+NOISE = 0.04
+
+
+def fitted_rows(runs: Sequence[PublishedRun]) -> list[PublishedRun]:
+    """Every second run of each group, from the second on; none of a group that is left out."""
+    groups: dict[str, list[PublishedRun]] = {}
+    for run in runs:
+        groups.setdefault(run.group, []).append(run)
+    return [run for name, group in groups.items() if name not in LEFT_OUT for run in group[1::2]]
+
+
+def step_time_s(run: PublishedRun, efficiency: Efficiency) -> float:
+    """The predicted seconds of a step; of the fastest one where the row leaves the micro-batch size open."""
+    table = table_of_plans(run.plans)
+    setting = Setting(run.cluster, efficiency, run.implementation)
+    times = stage_time(setting.roofline, run.cluster, table, run.training)
+    return min(step_seconds(table, row, times) for row in range(len(table)))
+
+
+def to_coordinates(efficiency: Efficiency) -> Floats:
+    """The logarithm of each constant, or the log-odds of a fraction."""
+    values = asdict(efficiency)
+    return np.array([np.log(v / (1 - v)) if name in FRACTIONS else np.log(v) for name, v in values.items()])
+
+
+def from_coordinates(coordinates: Floats) -> Efficiency:
+    """The inverse of `to_coordinates`."""
+    names = [field.name for field in fields(Efficiency)]
+    pairs = zip(names, coordinates.tolist(), strict=True)
+    return Efficiency(**{name: float(1 / (1 + np.exp(-v)) if name in FRACTIONS else np.exp(v)) for name, v in pairs})
+
+
+def fit(runs: Sequence[PublishedRun], prior: Efficiency) -> Efficiency:
+    """The constants that explain the runs best without being improbable."""
+    centre = to_coordinates(prior)
+    width = np.array([v * (2 if name in FRACTIONS else 1) for name, v in asdict(WIDTH).items()])
+
+    def residuals(steps: Floats) -> Floats:
+        efficiency = from_coordinates(centre + steps * width)
+        errors = [np.log(step_time_s(run, efficiency) / run.step_time_s) / NOISE for run in runs if run.step_time_s]
+        return np.concatenate([errors, steps])
+
+    solution = least_squares(residuals, np.zeros(len(centre)), loss="soft_l1", diff_step=1e-3)
+    return from_coordinates(centre + solution.x * width)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Fit and write the constants."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("runs", type=Path, help="a file of published runs")
+    parser.add_argument("--out", type=Path, default=OUTPUT)
+    options = parser.parse_args(arguments)
+    runs = [run for _, run, _ in usable_runs(read_rows(options.runs)) if run is not None and run.step_time_s]
+    chosen = fitted_rows(runs)
+    classes = sorted({device.efficiency for device in all_devices().values()}, key=lambda name: (name in PARENTS, name))
+    constants: dict[str, Efficiency] = {}
+    counts: dict[str, int] = {}
+    for name in classes:
+        rows = [run for run in chosen if run.cluster.device.efficiency == name]
+        prior = constants[PARENTS[name]] if name in PARENTS else PRIOR
+        constants[name] = fit(rows, prior) if rows else prior
+        counts[name] = len(rows)
+        print(f"{name}: {len(rows)} rows; {constants[name]}", flush=True)
+    table = {
+        "source": f"benchmarks/fit_planner.py {options.runs.name}",
+        "fitted_rows": [run.id for run in chosen],
+        "measurements": counts,
+        "constants": {
+            name: {key: float(f"{value:.4g}") for key, value in asdict(row).items()} for name, row in constants.items()
+        },
+    }
+    options.out.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    print(f"wrote {options.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,175 @@
+"""Score the planner against published measurements: `python benchmarks/planner_accuracy.py RUNS.csv [--out predictions.csv]`.
+
+For every row the given plan is predicted: step time, tokens/s of a device, memory. Rows that were used to fit the constants are told
+apart from those that were not; the figures that count are of the latter. RUNS.csv has the columns of
+benchmarks/data/published_runs.csv and may hold any rows; those that cannot be predicted are listed with the reason.
+"""
+
+import argparse
+import csv
+import statistics
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+
+from published_runs import PublishedRun, read_rows, usable_runs
+
+from moreh.planner.efficiency import fitted_rows
+from moreh.planner.prediction import Prediction, predict, setting_of
+
+COLUMNS = (
+    "id",
+    "predicted_step_time_s",
+    "predicted_tokens_per_s_per_device",
+    "predicted_memory_gib",
+    "fits",
+    "skipped_because",
+)
+# A sweep compares plans of the same training on the same devices. With fewer there is nothing to rank.
+LEAST_IN_SWEEP = 3
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A run with its prediction. `tested`: the row was not used to fit the constants."""
+
+    run: PublishedRun
+    prediction: Prediction
+    tested: bool
+
+    @property
+    def time_error(self) -> float | None:
+        """Relative error of the step time; None where none was published."""
+        measured = self.run.step_time_s
+        return None if measured is None else self.prediction.step_time_s / measured - 1
+
+    @property
+    def memory_gib(self) -> float:
+        """Predicted GiB of the fullest device."""
+        return self.prediction.memory_bytes / GIB
+
+    @property
+    def memory_error(self) -> float | None:
+        """Relative error of the memory; None where none was published."""
+        measured = self.run.memory_gib
+        return None if measured is None else self.memory_gib / measured - 1
+
+    @property
+    def fits(self) -> bool:
+        """Whether the plan is predicted to fit in the device's memory."""
+        return self.prediction.memory_bytes <= self.run.cluster.device.memory_bytes
+
+
+def score(run: PublishedRun, fitted: frozenset[str]) -> Scored:
+    """Predict a run; the fastest of its plans where the row leaves the micro-batch size open."""
+    setting = setting_of(run.cluster, run.implementation)
+    predictions = [predict(plan, run.training, setting) for plan in run.plans]
+    return Scored(run, min(predictions, key=lambda p: p.step_time_s), run.id not in fitted)
+
+
+def kendall_tau(predicted: Sequence[float], measured: Sequence[float]) -> float:
+    """Kendall's tau-b of two rankings, https://doi.org/10.1093/biomet/33.3.239: 1 where all pairs agree."""
+    agree = tied_predicted = tied_measured = 0
+    for (p, m), (q, n) in combinations(zip(predicted, measured, strict=True), 2):
+        sign = (p > q) - (p < q), (m > n) - (m < n)
+        agree += sign[0] * sign[1]
+        tied_predicted += sign[0] == 0
+        tied_measured += sign[1] == 0
+    pairs = len(predicted) * (len(predicted) - 1) / 2
+    scale = ((pairs - tied_predicted) * (pairs - tied_measured)) ** 0.5
+    return agree / scale if scale else 0.0
+
+
+def regret(predicted: Sequence[float], measured: Sequence[float]) -> float:
+    """How much slower the plan that is predicted to be the fastest is than the fastest one, as a fraction."""
+    chosen = min(range(len(predicted)), key=lambda i: predicted[i])
+    return measured[chosen] / min(measured) - 1
+
+
+def error_line(name: str, errors: Iterable[float | None]) -> str | None:
+    """Count, median, mean and maximum of absolute errors and their mean with sign, in percent."""
+    known = [error for error in errors if error is not None]
+    if not known:
+        return None
+    absolute = [abs(error) * 100 for error in known]
+    figures = (statistics.median(absolute), statistics.fmean(absolute), max(absolute), statistics.fmean(known) * 100)
+    return f"{name:42} {len(known):5} {figures[0]:9.1f} {figures[1]:9.1f} {figures[2]:9.1f} {figures[3]:+9.1f}"
+
+
+def print_errors(title: str, scored: Sequence[Scored], error: Callable[[Scored], float | None]) -> None:
+    """A line for each group, and one for all."""
+    print(f"\n{title}, absolute error in percent")
+    print(f"{'group':42} {'rows':>5} {'median':>9} {'mean':>9} {'max':>9} {'bias':>9}")
+    groups = dict.fromkeys(entry.run.group for entry in scored)
+    for name in (*groups, None):
+        line = error_line(name or "all", (error(entry) for entry in scored if name in (None, entry.run.group)))
+        if line:
+            print(line)
+
+
+def print_sweeps(title: str, scored: Sequence[Scored]) -> None:
+    """Ranking quality of every sweep."""
+    sweeps: dict[str, list[tuple[float, float]]] = {}
+    for entry in scored:
+        if entry.run.step_time_s is not None:
+            sweeps.setdefault(entry.run.sweep, []).append((entry.prediction.step_time_s, entry.run.step_time_s))
+    print(f"\n{title}: Kendall's tau, and how much slower the plan ranked first is than the fastest")
+    for name, pairs in sweeps.items():
+        if len(pairs) >= LEAST_IN_SWEEP:
+            predicted, measured = [p for p, _ in pairs], [m for _, m in pairs]
+            print(f"{name}: {len(pairs)} plans, tau {kendall_tau(predicted, measured):.2f}, regret {regret(predicted, measured):.1%}")
+
+
+def write_predictions(path: Path, lines: Iterable[tuple[str, Scored | None, str]]) -> None:
+    """A row for every row of the runs, in their order."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(COLUMNS)
+        for name, scored, reason in lines:
+            if scored is None:
+                writer.writerow([name, "", "", "", "", reason])
+                continue
+            # Of a device as the row counts them: a package may hold two.
+            rate = scored.prediction.tokens_per_second / scored.run.units
+            seconds = f"{scored.prediction.step_time_s:.6g}"
+            writer.writerow([name, seconds, f"{rate:.6g}", f"{scored.memory_gib:.4g}", str(scored.fits).lower(), ""])
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Predict every row, print the scores and write the predictions."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("runs", type=Path, help="a file of published runs")
+    parser.add_argument("--out", type=Path, help="write every prediction to this CSV file")
+    options = parser.parse_args(arguments)
+    fitted = fitted_rows()
+    lines: list[tuple[str, Scored | None, str]] = []
+    for row, run, reason in usable_runs(read_rows(options.runs)):
+        lines.append((row["id"], None if run is None else score(run, fitted), reason))
+    scored = [entry for _, entry, _ in lines if entry is not None]
+    tested = [entry for entry in scored if entry.tested]
+
+    print(f"{len(lines)} rows: {len(scored)} predicted, of which {len(scored) - len(tested)} were used to fit the constants")
+    for reason, count in Counter(reason for _, entry, reason in lines if entry is None).most_common():
+        print(f"  {count} not predicted: {reason}")
+    print_errors("Step time, rows that were not used to fit", tested, lambda entry: entry.time_error)
+    print_errors("Memory of the fullest device, all rows that give it", scored, lambda entry: entry.memory_error)
+    print_sweeps("Sweeps, rows that were not used to fit", tested)
+    print_sweeps("Sweeps, all rows", scored)
+    out_of_memory = [entry for entry in scored if entry.run.out_of_memory]
+    if out_of_memory:
+        wrong = [entry.run.id for entry in out_of_memory if entry.fits]
+        print(f"\n{len(out_of_memory)} rows ran out of memory; predicted to fit: {', '.join(wrong) or 'none'}")
+    ran = [entry for entry in scored if entry.run.step_time_s is not None and not entry.fits]
+    print(f"\n{len(ran)} rows that ran are predicted not to fit: {', '.join(entry.run.id for entry in ran) or 'none'}")
+    if options.out:
+        write_predictions(options.out, lines)
+        print(f"wrote {options.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

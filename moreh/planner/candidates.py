@@ -1,0 +1,212 @@
+"""All plans that could be run: the tables that the search goes through."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from moreh.errors import PlanError
+from moreh.planner.cluster import Booleans, Cluster, Integers
+from moreh.planner.layer_time import embedding_time, head_time, layer_time
+from moreh.planner.plan import RECOMPUTATIONS, SCHEDULES, Recomputation, Schedule, Sharding, Training
+from moreh.planner.plan_table import FULL, NONE, OPTIMIZER, PARAMETERS, SELECTIVE, PlanTable
+from moreh.planner.roofline import Roofline
+from moreh.planner.schedules import runnable
+from moreh.planner.stages import balanced_layers, even_layers
+
+# More chunks on a rank than this give little less bubble and many more messages.
+MAX_CHUNKS = 8
+
+
+@dataclass(frozen=True)
+class Restrictions:
+    """What the user has decided already; the rest is searched.
+
+    `pipeline` and `micro_batches` are fixed numbers, or None for all. `recompute` and `shard_parameters`: True for
+    some recomputation or for sharded parameters, False for none, None for both. `max_context` is the largest context-parallel
+    size; the local runtime has none, so 1 by default. `memory_fraction` is the part of a device's memory that a plan may use.
+    """
+
+    pipeline: int | None = None
+    micro_batches: int | None = None
+    recompute: bool | None = None
+    shard_parameters: bool | None = None
+    max_tensor: int | None = None
+    max_context: int = 1
+    memory_fraction: float = 0.8
+    schedules: tuple[Schedule, ...] = SCHEDULES
+
+
+def candidate_tables(
+    roofline: Roofline, cluster: Cluster, training: Training, restrictions: Restrictions
+) -> Iterator[PlanTable]:
+    """Every plan on all devices of the cluster, in tables of plans with the same pipeline.
+
+    Raises:
+        PlanError: the batch cannot be divided, or nothing satisfies the restrictions.
+    """
+    if training.global_batch_size < 1 or training.sequence_length < 1:
+        raise PlanError(
+            f"batch of {training.global_batch_size} x {training.sequence_length} tokens: both numbers must be at least 1"
+        )
+    found = False
+    for pipeline in _pipelines(cluster, training, restrictions):
+        groups = list(_groups(cluster, training, restrictions, pipeline))
+        if not groups:
+            continue
+        columns = [np.concatenate([group[i] for group in groups]) for i in range(len(groups[0]))]
+        for schedule, chunks in _schedules(pipeline, training, restrictions):
+            table = _table(roofline, cluster, training, pipeline, schedule, chunks, columns)
+            if len(table):
+                found = True
+                yield table
+    if not found:
+        raise PlanError(
+            f"no plan divides a batch of {training.global_batch_size} x {training.sequence_length} over {cluster.devices} "
+            f"devices under {restrictions}: give a batch that is a multiple of more of the divisors of {cluster.devices}, or "
+            "fewer restrictions"
+        )
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0] if number < 4096 else _divisors_of_large(number)
+
+
+def _divisors_of_large(number: int) -> list[int]:
+    small = [d for d in range(1, int(number**0.5) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})
+
+
+def _pipelines(cluster: Cluster, training: Training, restrictions: Restrictions) -> list[int]:
+    layers = len(training.architecture.layers)
+    sizes = [size for size in _divisors(cluster.devices) if size <= layers]
+    if restrictions.pipeline is not None:
+        sizes = [size for size in sizes if size == restrictions.pipeline]
+        if not sizes:
+            raise PlanError(
+                f"{restrictions.pipeline} stages: the number must divide {cluster.devices} devices and be at most the model's "
+                f"{layers} layers"
+            )
+    return sizes
+
+
+def _groups(
+    cluster: Cluster, training: Training, restrictions: Restrictions, pipeline: int
+) -> Iterator[tuple[Integers, ...]]:
+    """Columns (tensor, context, data, micro-batch size, micro-batches, recomputation, sharding, sequence parallel)."""
+    architecture = training.architecture
+    heads = int(np.gcd.reduce([head for layer in architecture.layers for head in (layer.heads, layer.kv_heads)]))
+    rest = cluster.devices // pipeline
+    for tensor in _divisors(int(np.gcd(heads, rest))):
+        if restrictions.max_tensor is not None and tensor > restrictions.max_tensor:
+            continue
+        for context in _divisors(rest // tensor):
+            # Each rank gets a piece of the beginning and one of the end, so that the causal mask leaves them equal work.
+            if context > restrictions.max_context or (context > 1 and training.sequence_length % (2 * context)):
+                continue
+            data = rest // tensor // context
+            if training.global_batch_size % data:
+                continue
+            rows = training.global_batch_size // data
+            counts = np.array(_divisors(rows))
+            if restrictions.micro_batches is not None:
+                counts = counts[counts == restrictions.micro_batches]
+            sequence = [0, 1] if tensor > 1 and training.sequence_length % tensor == 0 else [0]
+            grid = np.meshgrid(
+                counts, _recomputations(restrictions), _shardings(data * context, restrictions), sequence, indexing="ij"
+            )
+            micro_batches, recomputation, sharding, sequence_parallel = (axis.reshape(-1) for axis in grid)
+            sizes = [np.full_like(micro_batches, value) for value in (tensor, context, data)]
+            yield (*sizes, rows // micro_batches, micro_batches, recomputation, sharding, sequence_parallel)
+
+
+def _recomputations(restrictions: Restrictions) -> list[int]:
+    if restrictions.recompute is None:
+        return [NONE, SELECTIVE, FULL]
+    return [SELECTIVE, FULL] if restrictions.recompute else [NONE]
+
+
+def _shardings(ranks: int, restrictions: Restrictions) -> list[int]:
+    if restrictions.shard_parameters is True:
+        return [PARAMETERS] if ranks > 1 else []
+    levels = list(range(PARAMETERS + 1)) if ranks > 1 else [0]
+    return [level for level in levels if level != PARAMETERS] if restrictions.shard_parameters is False else levels
+
+
+def _schedules(pipeline: int, training: Training, restrictions: Restrictions) -> Iterator[tuple[Schedule, int]]:
+    if pipeline == 1:
+        yield "1f1b", 1
+        return
+    most = min(MAX_CHUNKS, len(training.architecture.layers) // pipeline)
+    for schedule in restrictions.schedules:
+        if schedule == "1f1b":
+            yield schedule, 1
+        elif schedule == "zbv" and most >= 2:
+            yield schedule, 2
+        elif schedule == "interleaved":
+            yield from (("interleaved", chunks) for chunks in range(2, most + 1))
+        elif schedule == "zero-bubble":
+            yield from (("zero-bubble", chunks) for chunks in range(1, most + 1))
+
+
+def _table(
+    roofline: Roofline,
+    cluster: Cluster,
+    training: Training,
+    pipeline: int,
+    schedule: Schedule,
+    chunks: int,
+    columns: list[Integers],
+) -> PlanTable:
+    """The rows that the schedule can run, each with even stages, and with balanced ones where they differ."""
+    micro_batches, sharding = columns[4], columns[6]
+    allowed = runnable(schedule, np.asarray(pipeline), micro_batches, np.asarray(chunks))
+    if schedule in ("zero-bubble", "zbv"):
+        # A backward pass in two parts leaves gradients of sharded parameters wrong, without an error.
+        allowed = allowed & (sharding < OPTIMIZER)
+    columns = [column[allowed] for column in columns]
+    stages = pipeline * chunks
+    layers = len(training.architecture.layers)
+    even = np.tile(np.array(even_layers(layers, stages), dtype=np.int64), (len(columns[0]), 1))
+    table = _with_stages(pipeline, schedule, chunks, columns, even)
+    if stages == 1 or not len(table):
+        return table
+    balanced = _balanced(roofline, cluster, training, table)
+    different = np.any(balanced != even, axis=1)
+    columns = [np.concatenate([column, column[different]]) for column in columns]
+    return _with_stages(pipeline, schedule, chunks, columns, np.concatenate([even, balanced[different]]))
+
+
+def _balanced(roofline: Roofline, cluster: Cluster, training: Training, table: PlanTable) -> Integers:
+    """Stages of equal computation. Links and sharding do not enter, so that a faster link cannot change the division."""
+    layer = layer_time(roofline, cluster, table, training)
+    one = layer.forward_s + layer.backward_s + layer.recompute_s
+    embedding, head = embedding_time(roofline, table, training), head_time(roofline, cluster, table, training)
+    return balanced_layers(
+        len(training.architecture.layers),
+        table.stages,
+        (embedding.forward_s + embedding.backward_s) / one,
+        (head.forward_s + head.backward_s) / one,
+    )
+
+
+def _with_stages(
+    pipeline: int, schedule: Schedule, chunks: int, columns: list[Integers], stage_layers: Integers
+) -> PlanTable:
+    tensor, context, data, size, micro_batches, recomputation, sharding, sequence_parallel = columns
+    parallel: Booleans = sequence_parallel.astype(np.bool_)
+    return PlanTable(
+        pipeline,
+        chunks,
+        schedule,
+        tensor,
+        context,
+        data,
+        size,
+        micro_batches,
+        recomputation,
+        sharding,
+        parallel,
+        stage_layers,
+    )

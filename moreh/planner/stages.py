@@ -1,0 +1,49 @@
+"""How many layers each stage of a pipeline gets."""
+
+import numpy as np
+
+from moreh.planner.cluster import Floats, Integers
+
+
+def even_layers(layers: int, stages: int) -> tuple[int, ...]:
+    """`layers` over `stages` as evenly as whole layers allow; the later stages get the larger numbers.
+
+    >>> even_layers(10, 4)
+    (2, 2, 3, 3)
+    """
+    return tuple((stage + 1) * layers // stages - stage * layers // stages for stage in range(stages))
+
+
+def balanced_layers(layers: int, stages: int, embedding: Floats, head: Floats) -> Integers:
+    """Layers of each stage such that the slowest stage is as fast as possible, [n, stages].
+
+    `embedding` and `head` are what the first and the last stage have to do besides, in times of a layer, [n].
+    A layer that can be left out of several stages is left out of the first ones, which hold the most micro-batches.
+
+    >>> balanced_layers(10, 4, np.array([0.0]), np.array([1.6]))
+    array([[2, 3, 3, 2]])
+    """
+    if stages == 1:
+        return np.full((len(head), 1), layers)
+    # The slowest stage takes a whole number of layers, or that many besides the embedding or the head.
+    start = np.floor((layers + embedding + head) / stages)[:, None] + np.arange(-2, 3)
+    steps = np.concatenate([start, start + (embedding % 1)[:, None], start + (head % 1)[:, None]], axis=1)
+    tolerance = 1e-9
+    first = np.maximum(1, np.floor(steps - embedding[:, None] + tolerance))
+    last = np.maximum(1, np.floor(steps - head[:, None] + tolerance))
+    middle = np.maximum(1, np.floor(steps + tolerance))
+    room = first + last + (stages - 2) * middle
+    # The load of the slowest stage, where one layer is the least that a stage can have.
+    load = np.maximum(np.maximum(first + embedding[:, None], last + head[:, None]), middle if stages > 2 else 0)
+    best = np.argmin(np.where(room >= layers, load, np.inf), axis=1)
+    rows = np.arange(len(head))
+    result = np.repeat(middle[rows, best][:, None], stages, axis=1)
+    result[:, 0], result[:, -1] = first[rows, best], last[rows, best]
+    surplus = room[rows, best] - layers
+    # Take one layer from each stage that has more than one, from the first on, until the sum is right.
+    while np.any(surplus > 0):
+        spare = result > 1
+        taken = spare & (np.cumsum(spare, axis=1) <= surplus[:, None])
+        result -= taken
+        surplus -= taken.sum(axis=1)
+    return result.astype(np.int64)
