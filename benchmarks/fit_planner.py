@@ -1,7 +1,7 @@
 """Fit the planner's efficiency constants to published measurements: `python benchmarks/fit_planner.py RUNS.csv`.
 
-Every second row of each group is used, the others are left for testing (benchmarks/planner_accuracy.py). Each class of devices gets
-one set of constants, the most probable one given its rows and a prior: that of the class it descends from, or `PRIOR` with
+Every second row of each group is used, the others are left for testing (benchmarks/planner_accuracy.py). Each class of devices
+gets one set of constants, the most probable one given its rows and a prior: that of the class it descends from, or `PRIOR` with
 `WIDTH` (a Gaussian on the logarithm, or on the log-odds of a fraction). Written to moreh/planner/data/efficiency.json.
 
     python benchmarks/fit_planner.py benchmarks/data/published_runs.csv
@@ -113,6 +113,22 @@ def fit(runs: Sequence[PublishedRun], prior: Efficiency) -> Efficiency:
     return from_coordinates(centre + solution.x * width)
 
 
+def errors_of_classes(runs: Sequence[PublishedRun], fitted: set[str], constants: dict[str, Efficiency]) -> dict[str, object]:
+    """For each class the error that 4 of 5 runs that were not fitted stay below, and how many runs there are."""
+    tested = [run for run in runs if run.id not in fitted and run.group not in LEFT_OUT and run.step_time_s]
+
+    def errors(rows: Sequence[PublishedRun], efficiency: Efficiency) -> list[float]:
+        return [abs(step_time_s(run, efficiency) / run.step_time_s - 1) for run in rows if run.step_time_s]
+
+    unseen = float(np.quantile(errors(tested, PRIOR), 0.8))
+    table: dict[str, object] = {}
+    for name, efficiency in constants.items():
+        found = errors([run for run in tested if run.cluster.device.efficiency == name], efficiency)
+        error = float(np.quantile(found, 0.8)) if found else unseen
+        table[name] = {"error": float(f"{error:.3g}"), "runs": len(found)}
+    return table
+
+
 def main(arguments: Sequence[str]) -> int:
     """Fit and write the constants."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -123,17 +139,15 @@ def main(arguments: Sequence[str]) -> int:
     chosen = fitted_rows(runs)
     classes = sorted({device.efficiency for device in all_devices().values()}, key=lambda name: (name in PARENTS, name))
     constants: dict[str, Efficiency] = {}
-    counts: dict[str, int] = {}
     for name in classes:
         rows = [run for run in chosen if run.cluster.device.efficiency == name]
         prior = constants[PARENTS[name]] if name in PARENTS else PRIOR
         constants[name] = fit(rows, prior) if rows else prior
-        counts[name] = len(rows)
         print(f"{name}: {len(rows)} rows; {constants[name]}", flush=True)
     table = {
         "source": f"benchmarks/fit_planner.py {options.runs.name}",
         "fitted_rows": [run.id for run in chosen],
-        "measurements": counts,
+        "errors": errors_of_classes(runs, {run.id for run in chosen}, constants),
         "constants": {
             name: {key: float(f"{value:.4g}") for key, value in asdict(row).items()} for name, row in constants.items()
         },

@@ -1,7 +1,7 @@
 """Score the planner against published measurements: `python benchmarks/planner_accuracy.py RUNS.csv [--out predictions.csv]`.
 
-For every row the given plan is predicted: step time, tokens/s of a device, memory. Rows that were used to fit the constants are told
-apart from those that were not; the figures that count are of the latter. RUNS.csv has the columns of
+For every row the given plan is predicted: step time, tokens/s of a device, memory. Rows that were used to fit the constants are
+told apart from those that were not; the figures that count are of the latter. RUNS.csv has the columns of
 benchmarks/data/published_runs.csv and may hold any rows; those that cannot be predicted are listed with the reason.
 """
 
@@ -121,7 +121,8 @@ def print_sweeps(title: str, scored: Sequence[Scored]) -> None:
     for name, pairs in sweeps.items():
         if len(pairs) >= LEAST_IN_SWEEP:
             predicted, measured = [p for p, _ in pairs], [m for _, m in pairs]
-            print(f"{name}: {len(pairs)} plans, tau {kendall_tau(predicted, measured):.2f}, regret {regret(predicted, measured):.1%}")
+            quality = f"tau {kendall_tau(predicted, measured):.2f}, regret {regret(predicted, measured):.1%}"
+            print(f"{name}: {len(pairs)} plans, {quality}")
 
 
 def write_predictions(path: Path, lines: Iterable[tuple[str, Scored | None, str]]) -> None:

@@ -33,10 +33,21 @@ _ALLOWED = {
     "distribute_parameter": _SWITCH_OR_AUTO,
     "mixed_precision": _SWITCH,
 }
-_PLANNER_VARIABLES = tuple(
-    f"MOREH_ADVANCED_PARALLELIZATION_{name}"
-    for name in ("DETAILED_LOG", "MEMORY_USAGE_CORRECTION_RATIO", "MAX_PARALLEL_COMPILE_THREADS")
-)
+_VARIABLE = "MOREH_ADVANCED_PARALLELIZATION_"
+
+
+@dataclass(frozen=True)
+class PlannerVariables:
+    """The environment variables of the planner, checked.
+
+    `detailed_log`: 0 none, 1 on the console, 2 in the file autoconfig_log.dump. `memory_percent`: of a device's memory, that a
+    plan may use. `threads`: that cost the candidates at the same time, at most.
+    """
+
+    detailed_log: int
+    memory_percent: int
+    threads: int
+
 
 _enabled: ParallelOptions | None = None
 
@@ -53,19 +64,21 @@ def enable_advanced_parallelization(
 ) -> None:
     """Plan and run the models of this process on all devices of the accelerator. Call it once, before a model is made.
 
-    This version runs on one worker. What needs more of them, or a batch in pieces, is refused here.
+    The plan is made for the accelerator. This version computes on one worker: it follows the plan's losses and gradients, not
+    its division, and the log says what the plan is predicted to do on the devices that are simulated.
 
     Args:
         pipeline_parallel: whether stages of a model may be put on different devices.
         num_stages: the number of pipeline stages.
         num_micro_batches: the number of micro-batches that a batch is cut into.
-        activation_recomputation: recompute activations in the backward pass instead of keeping them ("auto": keep them).
+        activation_recomputation: recompute activations in the backward pass instead of keeping them ("auto": the planner
+            decides, for the accelerator and for this machine).
         distribute_parameter: shard parameters, gradients and optimizer state over data-parallel ranks.
         mixed_precision: compute in bfloat16 with float32 weights, where the machine multiplies bfloat16 matrices faster.
         unknown: catches options that do not exist, to name the one that was meant.
 
     Raises:
-        OptionError: an option is unknown, or its value is not allowed or cannot be carried out here.
+        OptionError: an option is unknown, or its value or that of an environment variable is not allowed.
         AcceleratorError: another process is using the accelerator.
     """
     global _enabled
@@ -79,7 +92,8 @@ def enable_advanced_parallelization(
         mixed_precision,
     )
     _check_values(options)
-    _check_one_worker(options)
+    _check_one_worker()
+    variables = planner_variables()
     if _enabled == options:
         return
     if _enabled is not None:
@@ -88,7 +102,7 @@ def enable_advanced_parallelization(
         run_models_with,
     )  # needs torch, which is still being imported when this file is read
 
-    run_models_with(options)
+    run_models_with(options, variables)
     _enabled = options
 
 
@@ -114,26 +128,28 @@ def _check_values(options: ParallelOptions) -> None:
         raise OptionError(f"num_stages={options.num_stages!r} with pipeline_parallel=False: stages need pipeline_parallel=True")
 
 
-def _check_one_worker(options: ParallelOptions) -> None:
+def planner_variables() -> PlannerVariables:
+    """The planner's settings from the environment.
+
+    Raises:
+        OptionError: one of them is no number, or outside of its range.
+    """
+    return PlannerVariables(
+        detailed_log=_number_in_environment("DETAILED_LOG", default=0, least=0, most=2),
+        memory_percent=_number_in_environment("MEMORY_USAGE_CORRECTION_RATIO", default=80, least=1, most=100),
+        threads=_number_in_environment("MAX_PARALLEL_COMPILE_THREADS", default=16, least=1, most=1024),
+    )
+
+
+def _number_in_environment(name: str, *, default: int, least: int, most: int) -> int:
+    text = os.environ.get(_VARIABLE + name, str(default)).strip()
+    if not (text.isascii() and text.isdecimal() and least <= int(text) <= most):
+        raise OptionError(f"{_VARIABLE}{name}={text!r}: allowed is a whole number from {least} to {most}; {default} if unset")
+    return int(text)
+
+
+def _check_one_worker() -> None:
     for variable in ("MOREH_WORKERS", "WORLD_SIZE"):
         value = os.environ.get(variable, "1")
         if value != "1":
             raise OptionError(f"{variable}={value}: this version runs on 1 worker; unset {variable} or set it to 1")
-    for variable in _PLANNER_VARIABLES:
-        if variable in os.environ:
-            raise OptionError(
-                f"{variable}={os.environ[variable]}: this version has no planner that would use it; unset {variable}"
-            )
-    if options.num_stages not in ("auto", 1):
-        raise OptionError(
-            f'num_stages={options.num_stages}: a stage needs a worker, and this version runs on 1; use 1 or "auto"'
-        )
-    if options.num_micro_batches not in ("auto", 1):
-        raise OptionError(
-            f"num_micro_batches={options.num_micro_batches}: this version computes a batch in one piece; "
-            'use 1 or "auto", and a smaller batch with gradient accumulation in the script where memory is short'
-        )
-    if options.distribute_parameter is True:
-        raise OptionError(
-            'distribute_parameter=True: this version runs on 1 worker and has no others to shard over; use False or "auto"'
-        )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -32,9 +33,21 @@ log: {{every_steps: 2, sample_tokens: 4}}
 """
 
 
+@pytest.fixture(scope="session")
+def measured_profiles():
+    """The cached profile of this machine: measured once for all tests, since it takes seconds."""
+    from moreh.planner.local_machine import local_profile
+
+    local_profile()
+    return list(Path(os.environ["MOREH_STATE_DIR"]).glob("this-machine-*.json"))
+
+
 @pytest.fixture
-def state_directory(tmp_path, monkeypatch):
+def state_directory(tmp_path, monkeypatch, measured_profiles):
     """An empty registry for one test."""
+    (tmp_path / "state").mkdir()
+    for profile in measured_profiles:
+        shutil.copy(profile, tmp_path / "state")
     monkeypatch.setenv("MOREH_STATE_DIR", str(tmp_path / "state"))
     return tmp_path / "state"
 

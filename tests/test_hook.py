@@ -1,9 +1,14 @@
 """enable_advanced_parallelization: its options, and that what it adds to a model changes no loss and no gradient."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 from moreh import option
 from moreh.errors import OptionError
+
+ROOT = Path(__file__).parent.parent
 
 # Trains three ways in one process and prints the losses, each as a line of numbers.
 COMPARE = """
@@ -63,7 +68,9 @@ def test_float32_gives_the_plain_loops_losses(run_python, recompute):
     plain, broken, hooked, peaks, said = compare(run_python, {"mixed_precision": False, "activation_recomputation": recompute})
     assert largest_difference(plain, hooked) < 1e-6
     assert largest_difference(plain, broken) > 1e-6  # so the comparison sees an error of 1 % in one of 38 gradients
-    assert f"recomputation : {'full(2)' if recompute else 'none(0)'}, distribute_param : false" in said
+    assert f"recomputation : {'full' if recompute else 'none'}; predicted are" in said  # on this machine
+    chosen = re.search(r"recomputation : (\w+)\(\d\), distribute_param", said)[1]  # on the accelerator
+    assert (chosen != "none") == recompute
     assert (peaks[2] < peaks[0]) == recompute  # it was really active
 
 
@@ -75,19 +82,122 @@ def test_bfloat16_gives_nearly_the_plain_loops_losses(run_python, monkeypatch):
     assert (largest_difference(plain, hooked) > 1e-6) == computed_in_bfloat16
 
 
-def test_documented_log_lines(run_python):
+def test_documented_log_lines(run_python, tmp_path):
     *_, said = compare(run_python, {"mixed_precision": False})
-    said = [line for line in said.splitlines() if line.startswith("[info]")]
-    assert said[0] == "[info] MoAI Accelerator is ready to use."
-    assert said[1].startswith("[info] Moreh Version: ")
-    assert said[2] == "[info] Moreh Job ID: 1"
-    assert said[3].startswith("[info] Simulated: ")
-    assert said[-3:] == [
-        "[info] Configuration for parallelism is selected.",
-        "[info] num_stages : 1, num_micro_batches : 1, batch_per_device : 4, No TP, recomputation : none(0), "
-        "distribute_param : false, distribute_low_prec_param : false",
-        "[info] train: true",
+    said = [line.removeprefix("[info] ") for line in said.splitlines() if line.startswith("[info] ")]
+    patterns = [
+        r"MoAI Accelerator is ready to use\.",
+        r"Moreh Version: .+",
+        r"Moreh Job ID: 1",
+        r"Simulated: this machine has no GPU, so xLarge\.512GB .+",
+        r"The number of candidates is (\d+)\.",
+        r"Parallel Graph Compile start\.\.\.",
+        r"Elapsed Time to compile all candidates = \d+ \[ms\]",
+        r"Parallel Graph Compile finished\.",
+        r"The number of possible candidates is (\d+)\.",
+        r"SelectBestGraphFromCandidates start\.\.\.",
+        r"Elapsed Time to compute cost for survived candidates = \d+ \[ms\]",
+        r"SelectBestGraphFromCandidates finished\.",
+        r"Configuration for parallelism is selected\.",
+        r"num_stages : \d+, num_micro_batches : \d+, batch_per_device : \d+, (No TP|TP \d+), "
+        r"recomputation : (none\(0\)|selective\(1\)|full\(2\)), distribute_param : (true|false), "
+        r"distribute_low_prec_param : false",
+        r"train: true",
+        r"Simulated: on xLarge\.512GB \(8 x MI250 GCD\) the plan '.+' is predicted to take .+",
+        r"This machine: 1 worker computes each batch in one piece, recomputation : none; predicted are .+",
     ]
+    assert len(said) == len(patterns)  # once for each model, and one of the two was trained under the hook
+    matches = [re.fullmatch(pattern, line) for pattern, line in zip(patterns, said, strict=True)]
+    assert all(matches), said
+    assert int(matches[4][1]) >= int(matches[8][1]) > 0
+    assert (tmp_path / "advanced_parallelization_selected_config.dump").read_text() == said[13] + "\n"
+
+
+PLAN_ONE = """
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+torch.moreh.option.enable_advanced_parallelization(**{options})
+model = GPT2LMHeadModel(GPT2Config(n_layer=4, n_embd=32, n_head=2, vocab_size=64)).cuda().train()
+ids = torch.zeros({batch}, 8, dtype=torch.long).cuda()
+with torch.no_grad():
+    model(ids, labels=ids)
+print("not planned yet")
+for _ in range(2):
+    model(ids, labels=ids).loss.backward()
+"""
+
+
+def test_options_restrict_the_plan_of_the_accelerator(run_python):
+    options = {"num_stages": 4, "num_micro_batches": 8, "activation_recomputation": True, "distribute_parameter": True}
+    finished = run_python(PLAN_ONE.format(options=options, batch=16))
+    assert finished.returncode == 0, finished.stderr
+    before, after = finished.stdout.split("not planned yet")
+    assert "number of candidates" not in before
+    assert after.count("The number of candidates is") == 1
+    assert "num_stages : 4, num_micro_batches : 8, batch_per_device : 1, No TP, recomputation : " in after
+    assert "none(0)" not in after
+    assert "distribute_param : true" in after
+
+
+def test_environment_of_the_planner(run_python, tmp_path):
+    prefix = "MOREH_ADVANCED_PARALLELIZATION_"
+    console = run_python(PLAN_ONE.format(options={}, batch=16), **{prefix + "DETAILED_LOG": "1"})
+    listed = [line for line in console.stdout.splitlines() if line.startswith("[info] candidate ")]
+    assert len(listed) == 50
+    assert "schedule : " in listed[0]
+    assert not (tmp_path / "autoconfig_log.dump").exists()
+    variables = {"DETAILED_LOG": "2", "MAX_PARALLEL_COMPILE_THREADS": "1"}
+    in_file = run_python(PLAN_ONE.format(options={}, batch=16), **{prefix + name: value for name, value in variables.items()})
+    assert "candidate 1:" not in in_file.stdout
+    written = (tmp_path / "autoconfig_log.dump").read_text().splitlines()
+    assert [line.split("; simulated")[0] for line in written] == [
+        line.removeprefix("[info] ").split("; simulated")[0] for line in listed
+    ]
+
+
+def test_training_that_no_plan_fits_is_refused(run_python):
+    source = """
+import torch
+import moreh.runtime.forward as forward
+from moreh.planner.describe import describe
+from transformers import GPT2Config, GPT2LMHeadModel
+forward.describe_module = lambda model: describe("MODEL")
+torch.moreh.option.enable_advanced_parallelization()
+model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=64)).cuda().train()
+ids = torch.zeros(8, 8, dtype=torch.long).cuda()
+try:
+    model(ids, labels=ids)
+except torch.cuda.OutOfMemoryError as error:
+    print(error)
+"""
+    model = ROOT / "configs" / "models" / "llama3_405b.json"
+    said = run_python(source.replace("MODEL", str(model))).stdout
+    assert "OUT_OF_MEMORY (simulated). No plan fits accelerator 0 (xLarge.512GB): the smallest one requested" in said
+    assert "moreh-switch-model" in said
+
+
+def test_batch_that_no_plan_divides_is_told(run_python):
+    finished = run_python(PLAN_ONE.format(options={"num_stages": 3}, batch=16))
+    assert "PlanError: 3 stages: the number must divide 8 devices and be at most the model's 4 layers" in finished.stderr
+
+
+def test_small_batch_leaves_devices_idle(run_python):
+    finished = run_python(PLAN_ONE.format(options={}, batch=1).replace("n_layer=4", "n_layer=1"))
+    assert finished.returncode == 0, finished.stderr
+    assert "Simulated: 6 of 8 devices stay idle: no plan divides a batch of 1 x 8 over 8 devices" in finished.stdout
+    assert "batch_per_device : 1" in finished.stdout
+
+
+def test_model_that_is_no_decoder_is_trained_as_it_is(run_python):
+    source = """
+import torch
+torch.moreh.option.enable_advanced_parallelization()
+model = torch.nn.Sequential(torch.nn.Embedding(8, 4), torch.nn.Linear(4, 2)).cuda().train()
+print(model(torch.zeros(2, 3, dtype=torch.long)).shape)
+"""
+    said = run_python(source).stdout
+    assert "[info] This model is not planned for the accelerator, and is trained as it is: " in said
+    assert said.endswith("torch.Size([2, 3, 2])\n")
 
 
 def test_machine_without_bfloat16_units_computes_in_float32(run_python):
@@ -119,10 +229,6 @@ print(model(torch.zeros(1, 4, dtype=torch.long).cuda()).logits.dtype)
         ({"activation_recomputation": "full"}, "activation_recomputation='full': allowed is True, False or \"auto\""),
         ({"distribute_parameter": 1}, "distribute_parameter=1: allowed is"),
         ({"pipeline_parallel": False, "num_stages": 4}, "stages need pipeline_parallel=True"),
-        # What one worker cannot do is refused, not ignored.
-        ({"num_stages": 4}, "num_stages=4: a stage needs a worker, and this version runs on 1"),
-        ({"num_micro_batches": 2}, "num_micro_batches=2: this version computes a batch in one piece"),
-        ({"distribute_parameter": True}, "distribute_parameter=True: this version runs on 1 worker"),
     ],
 )
 def test_options_are_checked(options, message):
@@ -130,7 +236,23 @@ def test_options_are_checked(options, message):
         option.enable_advanced_parallelization(**options)
 
 
-@pytest.mark.parametrize("variable", ["MOREH_WORKERS", "WORLD_SIZE", "MOREH_ADVANCED_PARALLELIZATION_DETAILED_LOG"])
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("DETAILED_LOG", "3", "from 0 to 2; 0 if unset"),
+        ("DETAILED_LOG", "yes", "from 0 to 2"),
+        ("MEMORY_USAGE_CORRECTION_RATIO", "0", "from 1 to 100; 80 if unset"),
+        ("MEMORY_USAGE_CORRECTION_RATIO", "0.8", "from 1 to 100"),
+        ("MAX_PARALLEL_COMPILE_THREADS", "-1", "from 1 to 1024; 16 if unset"),
+    ],
+)
+def test_environment_is_checked(monkeypatch, name, value, allowed):
+    monkeypatch.setenv(f"MOREH_ADVANCED_PARALLELIZATION_{name}", value)
+    with pytest.raises(OptionError, match=f"{name}='{value}': allowed is a whole number {allowed}"):
+        option.enable_advanced_parallelization()
+
+
+@pytest.mark.parametrize("variable", ["MOREH_WORKERS", "WORLD_SIZE"])
 def test_environment_that_this_version_cannot_follow_is_refused(monkeypatch, variable):
     monkeypatch.setenv(variable, "2")
     with pytest.raises(OptionError, match=f"{variable}=2: this version"):

@@ -24,6 +24,19 @@ class ProcessorSample:
 
 
 @dataclass(frozen=True)
+class PredictedUse:
+    """What a plan is predicted to use of the devices that are simulated.
+
+    `memory_bytes` maps a kind to bytes on all devices together, `device_bytes` has the bytes of each device, and `busy` is the
+    share of a step in which a device computes (0 to 1).
+    """
+
+    memory_bytes: dict[str, int]
+    device_bytes: tuple[int, ...]
+    busy: float
+
+
+@dataclass(frozen=True)
 class JobStatus:
     """The last report of a running job. `memory_bytes` maps a kind (parameters, gradients, ...) to bytes.
 
@@ -36,6 +49,7 @@ class JobStatus:
     cores: int
     earlier: ProcessorSample
     latest: ProcessorSample
+    predicted: PredictedUse | None = None
 
     @property
     def total_memory_bytes(self) -> int:
@@ -63,13 +77,15 @@ def read_status(job: Job) -> JobStatus | None:
     try:
         content: Any = read_json(job_status_path(job.id))
         samples = {name: ProcessorSample(**content[name]) for name in ("earlier", "latest")}
-        return JobStatus(**{**content, **samples})
+        predicted = None if content["predicted"] is None else PredictedUse(**content["predicted"])
+        return JobStatus(**{**content, **samples, "predicted": predicted})
     except (RegistryError, KeyError, TypeError):
         return None
 
 
 def utilization_percent(job: Job, status: JobStatus) -> int | None:
-    """How busy a simulated device is now: the share of the cores' time that the job's process used since a recent sample.
+    """How busy a simulated device is now: the share of the cores' time that the job's process used since a recent sample,
+    times the share of a step in which a device would compute, where a plan predicts one.
 
     None if the job runs on real devices, whose utilization this figure does not tell, or has just ended.
     """
@@ -84,7 +100,8 @@ def utilization_percent(job: Job, status: JobStatus) -> int | None:
     if elapsed <= 0:
         return None
     share = (now.processor_seconds - since.processor_seconds) / (elapsed * status.cores)
-    return round(100 * min(max(share, 0.0), 1.0))
+    busy = 1.0 if status.predicted is None else status.predicted.busy
+    return round(100 * busy * min(max(share, 0.0), 1.0))
 
 
 def available_cores() -> int:

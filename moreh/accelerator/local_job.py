@@ -13,7 +13,7 @@ import psutil
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from moreh.accelerator.job_status import JobStatus, available_cores, sample_processor_time, write_status
+from moreh.accelerator.job_status import JobStatus, PredictedUse, available_cores, sample_processor_time, write_status
 from moreh.accelerator.ledger import MemoryLedger, adamw_training_bytes, weight_bytes
 from moreh.accelerator.model_calls import run_around_model_calls
 from moreh.accelerator.out_of_memory import out_of_memory_error
@@ -35,6 +35,8 @@ class LocalJob:
         self.simulated = not torch.cuda.is_available()
         # Without advanced parallelization a model lives on one physical device.
         self.uses_all_devices = False
+        # What the planner predicts for the devices that are simulated; None until a training was planned.
+        self.predicted: PredictedUse | None = None
         self._process = psutil.Process()
         self._earlier = self._latest = sample_processor_time(self._process)
         self._next_report = 0.0
@@ -95,7 +97,9 @@ class LocalJob:
             memory_bytes = {**self.ledger.usage_bytes(), "activations": highest}
         else:
             memory_bytes = {"reserved": torch.cuda.memory_reserved()}
-        status = JobStatus(memory_bytes, self.simulated, available_cores(), self._earlier, self._latest)
+        if self.predicted is not None:
+            memory_bytes = dict(self.predicted.memory_bytes)
+        status = JobStatus(memory_bytes, self.simulated, available_cores(), self._earlier, self._latest, self.predicted)
         try:
             write_status(self.job, status)
         except RegistryError as error:
@@ -107,7 +111,7 @@ class LocalJob:
         self._next_report = 0.0
 
     @contextmanager
-    def _count_activations(self, model: torch.nn.Module) -> Iterator[None]:
+    def _count_activations(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
         if self.ledger.has_module(model):
             self.ledger.add_module(model)  # its weights may be new ones, of another type
         with self.ledger.activations.counting():

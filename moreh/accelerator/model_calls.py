@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-# Given the model, a context that is entered before its forward pass and left after it, however it ends.
-MakeContext = Callable[[torch.nn.Module], AbstractContextManager[Any]]
+# Given the model and what it is called with, a context that is entered before its forward pass and left after it, however
+# it ends.
+MakeContext = Callable[[torch.nn.Module, tuple[Any, ...], dict[str, Any]], AbstractContextManager[Any]]
 # Given the model and its outputs, once the forward pass has ended without an error.
 AfterCall = Callable[[torch.nn.Module, Any], None]
 
@@ -41,7 +42,7 @@ def _replace_module_call() -> None:
         try:
             with ExitStack() as contexts:
                 for make_context, _ in _around:
-                    contexts.enter_context(make_context(self))
+                    contexts.enter_context(make_context(self, args, kwargs))
                 outputs = original(self, *args, **kwargs)
             for _, after in _around:
                 after(self, outputs)

@@ -31,3 +31,15 @@ def out_of_memory_error(
         f"Error Code 4: OUT_OF_MEMORY (simulated). The accelerator is out of memory: requested {requested_bytes} bytes for "
         f"{what}; available are {available_bytes} bytes of the {memory_mib} MiB that {where}. {remedy}"
     )
+
+
+def nothing_fits_error(smallest_bytes: float, memory_fraction: float, accelerator: Accelerator) -> SimulatedOutOfMemoryError:
+    """The error for a training that no plan divides so that it fits; the smallest one needs so many bytes on a device."""
+    flavor = accelerator.flavor
+    available_bytes = round(flavor.device.memory_bytes * memory_fraction)
+    return SimulatedOutOfMemoryError(
+        f"Error Code 4: OUT_OF_MEMORY (simulated). No plan fits accelerator {accelerator.index} ({flavor.name}): the smallest "
+        f"one requested {round(smallest_bytes)} bytes on a device; available are {available_bytes} bytes, "
+        f"{memory_fraction:.0%} of the {flavor.device.memory_mib} MiB of a {flavor.device.name}. Switch to a larger model with 'moreh-switch-model' "
+        "('moreh-plan --flavors' compares them), or use a smaller batch."
+    )

@@ -153,7 +153,8 @@ def _process_row(report: AcceleratorReport) -> tuple[str, ...]:
 
 
 def _physical_devices(report: AcceleratorReport) -> list[PhysicalDevice]:
-    """The physical devices of an accelerator. A job of one worker lives on the first one; the others are idle."""
+    """The physical devices of an accelerator. A job that was not planned lives on the first one; the others are idle."""
+    predicted = None if report.status is None else report.status.predicted
     flavor = report.accelerator.flavor
     devices_per_node = -(-flavor.devices // flavor.nodes)
     return [
@@ -161,12 +162,20 @@ def _physical_devices(report: AcceleratorReport) -> list[PhysicalDevice]:
             index=index,
             node=index // devices_per_node,
             name=flavor.device.name,
-            memory_used_mib=report.memory_mib if index == 0 else None,
+            memory_used_mib=_used_mib(report, index),
             memory_total_mib=flavor.device.memory_mib,
-            utilization_percent=report.utilization_percent if index == 0 else None,
+            utilization_percent=report.utilization_percent if index == 0 or predicted is not None else None,
         )
         for index in range(flavor.devices)
     ]
+
+
+def _used_mib(report: AcceleratorReport, index: int) -> int | None:
+    """The memory in use on a device, in MiB, rounded up."""
+    predicted = None if report.status is None else report.status.predicted
+    if predicted is not None:
+        return -(-predicted.device_bytes[index] // 2**20)
+    return report.memory_mib if index == 0 else None
 
 
 def _physical_row(report: AcceleratorReport, device: PhysicalDevice) -> tuple[str, ...]:

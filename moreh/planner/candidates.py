@@ -2,14 +2,13 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
 from moreh.errors import PlanError
 from moreh.planner.cluster import Booleans, Cluster, Integers
 from moreh.planner.layer_time import embedding_time, head_time, layer_time
-from moreh.planner.plan import RECOMPUTATIONS, SCHEDULES, Recomputation, Schedule, Sharding, Training
+from moreh.planner.plan import SCHEDULES, Schedule, Training
 from moreh.planner.plan_table import FULL, NONE, OPTIMIZER, PARAMETERS, SELECTIVE, PlanTable
 from moreh.planner.roofline import Roofline
 from moreh.planner.schedules import runnable
@@ -62,10 +61,10 @@ def candidate_tables(
                 found = True
                 yield table
     if not found:
+        batch = f"{training.global_batch_size} x {training.sequence_length}"
         raise PlanError(
-            f"no plan divides a batch of {training.global_batch_size} x {training.sequence_length} over {cluster.devices} "
-            f"devices under {restrictions}: give a batch that is a multiple of more of the divisors of {cluster.devices}, or "
-            "fewer restrictions"
+            f"no plan divides a batch of {batch} over {cluster.devices} devices under the given restrictions: give a batch "
+            f"that has more divisors in common with {cluster.devices}, or fewer restrictions"
         )
 
 
@@ -91,9 +90,7 @@ def _pipelines(cluster: Cluster, training: Training, restrictions: Restrictions)
     return sizes
 
 
-def _groups(
-    cluster: Cluster, training: Training, restrictions: Restrictions, pipeline: int
-) -> Iterator[tuple[Integers, ...]]:
+def _groups(cluster: Cluster, training: Training, restrictions: Restrictions, pipeline: int) -> Iterator[tuple[Integers, ...]]:
     """Columns (tensor, context, data, micro-batch size, micro-batches, recomputation, sharding, sequence parallel)."""
     architecture = training.architecture
     heads = int(np.gcd.reduce([head for layer in architecture.layers for head in (layer.heads, layer.kv_heads)]))
@@ -191,9 +188,7 @@ def _balanced(roofline: Roofline, cluster: Cluster, training: Training, table: P
     )
 
 
-def _with_stages(
-    pipeline: int, schedule: Schedule, chunks: int, columns: list[Integers], stage_layers: Integers
-) -> PlanTable:
+def _with_stages(pipeline: int, schedule: Schedule, chunks: int, columns: list[Integers], stage_layers: Integers) -> PlanTable:
     tensor, context, data, size, micro_batches, recomputation, sharding, sequence_parallel = columns
     parallel: Booleans = sequence_parallel.astype(np.bool_)
     return PlanTable(

@@ -21,8 +21,8 @@ class Efficiency:
     rounds of tiles that a product loses to its last, incomplete one.
     Seconds: `kernel_s` from one kernel to the next, `node_hop_s` and `network_hop_s` for each step of a ring.
     `skew` is the share of computation that tensor-parallel ranks lose by waiting for the slowest of them at every exchange.
-    `partial_node` is the power of the share of a node's devices in a group with which the rate inside the node falls: 1 where each
-    pair of devices has a link of its own, 0 where all links lead to a switch and are filled by any group.
+    `partial_node`: the rate inside a node falls with this power of the share of the node's devices that a group has: 1 where
+    each pair of devices has a link of its own, 0 where all links lead to a switch and are filled by any group.
     `contention` is how much of the shorter one of two overlapping activities adds to the longer one (0 to 1).
     """
 
@@ -67,3 +67,17 @@ def find_efficiency(name: str) -> Efficiency:
     if name not in table:
         raise PlanError(f"no efficiency constants for {name!r}: there are some for {', '.join(table)}")
     return table[name]
+
+
+def uncertainty(class_name: str) -> tuple[float, int]:
+    """How far step times are off for a class of devices, and on how many published runs that is known.
+
+    The first is the relative error (a fraction) that 4 of 5 runs stay below, of those that were not used to fit the constants.
+    For a class without any run, it is that of all runs when they are predicted with the constants of such a class.
+
+    Raises:
+        PlanError: there is no such class.
+    """
+    find_efficiency(class_name)
+    row = _table()["errors"][class_name]
+    return float(row["error"]), int(row["runs"])

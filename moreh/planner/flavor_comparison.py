@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from moreh.accelerator.flavors import Flavor, all_flavors
 from moreh.errors import PlanError
 from moreh.planner.candidates import candidate_tables
-from moreh.planner.cluster import Cluster, cluster_of_devices, cluster_of_flavor
+from moreh.planner.cluster import cluster_of_devices, cluster_of_flavor
 from moreh.planner.memory import memory
 from moreh.planner.plan_text import plan_text
 from moreh.planner.prediction import Prediction, setting_of
@@ -14,8 +14,8 @@ from moreh.planner.report import Json, Request, gib, memory_text, percent_text, 
 from moreh.planner.search import SearchResult, search
 
 SECONDS_PER_HOUR = 3600.0
-# Where no list of accelerators says what is larger: so many times the devices, in powers of two.
-MOST_TIMES_DEVICES = 64
+# Where no list of accelerators says what is larger.
+TIMES_DEVICES = (2, 4, 8, 16, 32, 64)
 # A larger accelerator that loses no more than this share is worth a line.
 ALMOST = 0.03
 
@@ -83,17 +83,7 @@ def _indivisible(request: Request) -> str:
 def on_flavor(request: Request, flavor: Flavor) -> Request:
     """The same request for another accelerator."""
     setting = setting_of(cluster_of_flavor(flavor), request.setting.implementation)
-    return replace(request, accelerator=flavor_text(flavor), setting=setting)
-
-
-def flavor_text(flavor: Flavor) -> str:
-    """An accelerator with its devices."""
-    return f"{flavor.name} ({devices_text(cluster_of_flavor(flavor))})"
-
-
-def devices_text(cluster: Cluster) -> str:
-    """How many devices of which kind."""
-    return f"{cluster.devices} x {cluster.device.name}"
+    return replace(request, flavor=flavor, setting=setting)
 
 
 def bill(row: FlavorPlan, dataset_tokens: float, price: float | None) -> Bill | None:
@@ -115,12 +105,12 @@ def flavor_headers(dataset_tokens: float | None, price: float | None) -> tuple[s
 
 
 def flavor_rows(
-    request: Request, rows: Iterable[FlavorPlan], chosen: str | None, dataset_tokens: float | None, price: float | None
+    request: Request, rows: Iterable[FlavorPlan], dataset_tokens: float | None, price: float | None
 ) -> list[tuple[str, ...]]:
-    """A row for each accelerator; `chosen` gets a mark."""
+    """A row for each accelerator; that of the request gets a mark."""
     table = []
     for row in rows:
-        start = (f"{'*' if row.flavor.name == chosen else ' '} {row.flavor.name}", str(row.flavor.devices))
+        start = (f"{'*' if row.flavor == request.flavor else ' '} {row.flavor.name}", str(row.flavor.devices))
         cells: tuple[str, ...]
         if row.best is None:
             cells = (*start, "no", row.problem or "", "-", "-", "-")
@@ -216,32 +206,36 @@ def flavors_json(request: Request, rows: tuple[FlavorPlan, ...], dataset_tokens:
     }
 
 
-def nothing_fits_text(request: Request, smallest_bytes: float, flavor: Flavor | None) -> str:
-    """Why no plan fits, and what would help. `flavor` is that of the request, if it is one of the list."""
+def nothing_fits_text(request: Request, smallest_bytes: float) -> str:
+    """Why no plan fits, and what would help."""
     percent = f"{100 * request.restrictions.memory_fraction:g}% of {gib(request.device.memory_bytes)}"
     problem = (
         f"no plan fits: the smallest needs {gib(smallest_bytes)} on its fullest device, and {request.device.name} leaves "
         f"{gib(request.limit_bytes)} ({percent})"
     )
-    larger = smallest_sufficient(request, flavor)
+    larger = smallest_sufficient(request)
     if larger is None:
-        return f"{problem}: nothing larger helps either; give a smaller batch or length, or fewer restrictions"
-    return f"{problem}: take {larger}, the smallest on which one fits, or a smaller batch or length"
+        tried = (
+            "no larger accelerator" if request.flavor else f"no {TIMES_DEVICES[0]} to {TIMES_DEVICES[-1]} times as many devices"
+        )
+        return f"{problem}, and {tried} would do: give a smaller batch or length, or fewer restrictions"
+    return f"{problem}: take {larger.accelerator}, the smallest on which one fits, or a smaller batch or length"
 
 
-def smallest_sufficient(request: Request, flavor: Flavor | None) -> str | None:
-    """The smallest larger accelerator on which a plan fits; without a list of them, the number of devices."""
+def smallest_sufficient(request: Request) -> Request | None:
+    """The request on the smallest larger accelerator on which a plan fits, or on two, four, ... times as many devices."""
     devices = request.setting.cluster.devices
-    if flavor is not None:
-        larger = sorted((other for other in all_flavors() if other.devices > devices), key=lambda other: other.devices)
-        return next((flavor_text(other) for other in larger if _fits(on_flavor(request, other))), None)
-    times = 2
-    while times <= MOST_TIMES_DEVICES:
-        cluster = cluster_of_devices(request.device, times * devices)
-        if _fits(replace(request, setting=setting_of(cluster, request.setting.implementation))):
-            return devices_text(cluster)
-        times *= 2
-    return None
+    if request.flavor is not None:
+        larger = sorted((flavor for flavor in all_flavors() if flavor.devices > devices), key=lambda flavor: flavor.devices)
+        requests = (on_flavor(request, flavor) for flavor in larger)
+    else:
+        requests = (_on_devices(request, times * devices) for times in TIMES_DEVICES)
+    return next((other for other in requests if _fits(other)), None)
+
+
+def _on_devices(request: Request, devices: int) -> Request:
+    cluster = cluster_of_devices(request.device, devices)
+    return replace(request, setting=setting_of(cluster, request.setting.implementation))
 
 
 def _fits(request: Request) -> bool:

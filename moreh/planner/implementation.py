@@ -36,8 +36,8 @@ class Implementation:
     has the precision of the weights, each product makes a copy of its input in low precision, and the `working_bytes` are
     copies of weights that exist from their use to the backward pass.
     `reuses_memory`: what one moment of a step frees serves for the next, so that a step needs what its highest moment needs;
-    without, the temporary tensors of all moments add up, as where an allocator keeps blocks of each size. The others count
-    only with it. `gradients_freed`: gradients do not exist between the end of a step and its first backward pass
+    without, the temporary tensors of all moments add up, as where an allocator keeps blocks of each size. The other
+    three count only with it. `gradients_freed`: gradients do not exist between the end of a step and its first backward pass
     (`zero_grad(set_to_none=True)`). `forward_logit_bytes` are the `logit_bytes` before the backward pass.
     `optimizer_temporaries`: tensors of a parameter's size that the optimizer makes for one parameter after the other.
     """
@@ -78,9 +78,18 @@ class Implementation:
 
 MOREH = Implementation("moreh")
 
-# A plain loop over a model of transformers on a processor, in float32 and with torch.autocast in bfloat16. tests/
-# test_planner_memory.py compares it with measurements. The activation is GPT-2's: tanh's approximation of GELU in a kernel
-# each. The loss holds log-probabilities, their gradient and that of the logits, in float32; before, the logits.
+
+def computing_in(compute: str) -> Implementation:
+    """Ours, computing in "half" precision with float32 weights, in "float32", or in "float8" with the rest in half."""
+    if compute == "float32":
+        return replace(MOREH, compute=compute, activation_bytes=4, working_bytes=0, gather_bytes=4)
+    return replace(MOREH, compute=compute)
+
+
+# A plain loop over a model of transformers on a processor, in float32 and with torch.autocast in bfloat16, with
+# `use_cache=False` and rows without padding: measured in tests/test_planner_memory.py. The activation is GPT-2's, GELU
+# approximated with tanh, whose operations are a kernel each. The loss holds log-probabilities, their gradient and that of the
+# logits in float32; at the end of the forward pass, logits and log-probabilities.
 TRANSFORMERS = Implementation(
     "transformers",
     compute="float32",
@@ -97,6 +106,9 @@ TRANSFORMERS = Implementation(
     fused_dropout=False,
     forward_logit_bytes=8,
     optimizer_temporaries=2.0,
+    # Time on processors, where a layer of transformers has several times as many small kernels as are counted.
+    elementwise=8.0,
+    logit_passes_bytes=90,
 )
 TRANSFORMERS_AUTOCAST = replace(
     TRANSFORMERS,
@@ -108,4 +120,6 @@ TRANSFORMERS_AUTOCAST = replace(
     autocast=True,
     score_bytes=4,
     forward_logit_bytes=10,
+    elementwise=14.0,
+    logit_passes_bytes=60,
 )

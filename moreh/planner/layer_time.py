@@ -54,9 +54,7 @@ def layer_time(roofline: Roofline, cluster: Cluster, plans: PlanTable, training:
         return times[0]
     weights = [count / len(training.architecture.layers) for _, count in kinds]
     names = LayerTime.__dataclass_fields__
-    return LayerTime(
-        **{name: sum(w * getattr(t, name) for w, t in zip(weights, times, strict=True)) for name in names}  # type: ignore[arg-type]
-    )
+    return LayerTime(**{name: sum(w * getattr(t, name) for w, t in zip(weights, times, strict=True)) for name in names})
 
 
 def _one_layer(roofline: Roofline, cluster: Cluster, plans: PlanTable, training: Training, layer: DecoderLayer) -> LayerTime:

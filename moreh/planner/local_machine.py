@@ -62,11 +62,11 @@ class LocalProfile:
     """What one worker of this machine reaches while `workers` of them do the same.
 
     `threads_per_worker` are of the processor. `memory_mib` is what a worker may use. Rates of attention are of the fused causal
-    one, forward; `memory_bytes_per_second` is of large copies and additions. An operation on a tiny tensor takes
+    one, forward; `memory_bytes_per_second` is of large copies and additions. An operation of a layer on tiny tensors takes
     `forward_operation_s`, and `autograd_operation_s` together with its backward pass. `collectives` is empty with one worker.
     `contention` is how much of an exchange beside a computation adds to the time of both, `skew` the share of a computation
     that workers wait for the slowest of them before an exchange (0 to 1 each). `confirmed` is the share of all figures that
-    were measured twice within 15 %: lower than CONFIRMED where other programs were busy.
+    were measured twice within a quarter: lower than CONFIRMED where other programs were busy.
     """
 
     workers: int
@@ -173,7 +173,8 @@ def cluster_of(profile: LocalProfile) -> Cluster:
 def efficiency_of(profile: LocalProfile, compute: str = "half") -> Efficiency:
     """The constants with which a Roofline over `device_of(profile)` gives the measured times of one type.
 
-    `compute` is that of the Implementation; float8, for which nothing is measured, counts as half.
+    `compute` is that of the Implementation; float8, for which nothing is measured, counts as half. `matmul` can be above 1,
+    where larger products than the measured ones are faster still.
     """
     kind = "float32" if compute == "float32" else "half"
     attention = profile.attention_float32_flops_per_second if kind == "float32" else profile.attention_half_flops_per_second
@@ -193,6 +194,7 @@ def efficiency_of(profile: LocalProfile, compute: str = "half") -> Efficiency:
         network_hop_s=hop_s,
         contention=profile.contention,
         skew=profile.skew,
+        partial_node=0.0,
     )
     return _fit_products(profile, kind, start)
 
@@ -209,7 +211,7 @@ def _fit_products(profile: LocalProfile, kind: str, start: Efficiency) -> Effici
     def fitted(depth: float, waves: float) -> tuple[float, Efficiency]:
         efficiency = replace(start, matmul_depth=depth, matmul_waves=waves)
         times = replace(roofline, efficiency=efficiency).product_s(rows, outer, inner)
-        matmul = float(min(1.0, 1 / np.median(measured / times)))
+        matmul = float(1 / np.median(measured / times))
         efficiency = replace(efficiency, matmul=matmul, float8=matmul)
         times = replace(roofline, efficiency=efficiency).product_s(rows, outer, inner)
         return float(np.mean(np.abs(np.log(measured / times)))), efficiency

@@ -19,6 +19,7 @@ from typing import Any
 import psutil
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.nn import functional
 
 from moreh.errors import PlanError
@@ -35,8 +36,7 @@ ATTENTION_SHAPE = (2, 4, 512, 64)
 MEMORY_BYTES = 64 * 2**20
 # Bytes of a collective, and how often it is repeated: all workers must agree on the number.
 COLLECTIVES = {4 * 2**10: 15, 64 * 2**10: 11, 2**20: 7, 4 * 2**20: 5, 16 * 2**20: 3}
-# Operations in a row, so that their time is much longer than the clock's grain.
-CHAIN = 100
+CHAIN = 100  # tiny operations in a row
 # Of one measurement in one pass, and of all passes.
 BUDGET_S = 0.02
 ALL_PASSES_S = 5.0
@@ -74,7 +74,7 @@ class Worker:
         while len(passes) < 3 or (confirmed < 0.9 and elapsed_s < ALL_PASSES_S):
             passes.append(self._one_pass())
             ordered = {key: sorted(figures[key] for figures in passes) for key in passes[0]}
-            agree = [values[min(1, len(values) - 1)] < 1.15 * values[0] for values in ordered.values()]
+            agree = [values[min(1, len(values) - 1)] < 1.25 * values[0] for values in ordered.values()]
             state: Figures = {("confirmed",): sum(agree) / len(agree), ("elapsed",): time.perf_counter() - begin}
             confirmed, elapsed_s = self._means(state).values()
         seconds = self._means({key: values[0] for key, values in ordered.items()})
@@ -114,8 +114,8 @@ class Worker:
 
     def _attention_s(self, dtype: torch.dtype) -> float:
         """Seconds of causal attention, forward."""
-        batch, *rest = ATTENTION_SHAPE
-        q, k, v = (torch.randn(batch * self.scale, *rest, device=self.device).to(dtype) for _ in range(3))
+        shape = (ATTENTION_SHAPE[0] * self.scale, *ATTENTION_SHAPE[1:])
+        q, k, v = (torch.randn(shape, device=self.device).to(dtype) for _ in range(3))
         return self._typical_s(lambda: functional.scaled_dot_product_attention(q, k, v, is_causal=True))
 
     def _memory_s(self) -> Figures:
@@ -128,15 +128,15 @@ class Worker:
         }
 
     def _operation_s(self) -> Figures:
-        """Seconds of CHAIN tiny operations: of a forward pass, and of forward and backward pass together."""
-        start = torch.ones(16, device=self.device, requires_grad=True)
-        factor = torch.ones(16, device=self.device)
+        """Seconds of CHAIN operations of layers on tiny tensors: of a forward pass, and of forward and backward pass."""
+        layer = nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 16), nn.GELU()).to(self.device)
+        start = torch.ones(4, 16, device=self.device)
 
         def chain() -> torch.Tensor:
             values = start
-            for _ in range(CHAIN):
-                values = values * factor
-            return values
+            for _ in range(CHAIN // 4):
+                values = values + layer(values)
+            return values.sum()
 
         def forward() -> None:
             with torch.no_grad():
@@ -144,7 +144,7 @@ class Worker:
 
         return {
             ("forward",): self._typical_s(forward),
-            ("autograd",): self._typical_s(lambda: torch.autograd.grad(chain().sum(), start)),
+            ("autograd",): self._typical_s(lambda: torch.autograd.grad(chain(), list(layer.parameters()))),
         }
 
     def _collectives(self) -> Figures:
@@ -249,9 +249,10 @@ def run_workers(workers: int, threads: int) -> dict[str, Any]:
         # Not multiprocessing, which would run a script without a main guard again.
         command = [sys.executable, "-m", "moreh.planner.local_measurements", f"--directory={directory}"]
         command += [f"--workers={workers}", f"--threads={threads}"]
-        # The package is found where this process found it, and nothing in the user's working directory can shadow it.
         path = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))))
-        env = os.environ | {"OMP_NUM_THREADS": str(threads), "TORCH_DEVICE_BACKEND_AUTOLOAD": "0", "PYTHONPATH": path}
+        # Threads that sleep while they wait are disturbed least by other programs.
+        env = {"GOMP_SPINCOUNT": "1000"} | os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": path}
+        env["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
         processes: list[subprocess.Popen[bytes]] = []
         try:
             for rank in range(workers):
@@ -283,15 +284,14 @@ def _wait(processes: list[subprocess.Popen[bytes]], directory: Path) -> None:
 def main() -> None:
     """Measure as one of several workers; the first one writes the figures to FIGURES_FILE."""
     parser = argparse.ArgumentParser(description=__doc__)
-    for name in ("rank", "workers", "threads"):
-        parser.add_argument(f"--{name}", type=int, required=True)
-    parser.add_argument("--directory", type=Path, required=True)
+    for name, kind in {"rank": int, "workers": int, "threads": int, "directory": Path}.items():
+        parser.add_argument(f"--{name}", type=kind, required=True)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     figures = Worker(arguments.rank, arguments.workers, arguments.directory / "rendezvous").measure()
     if arguments.rank == 0:
         (arguments.directory / FIGURES_FILE).write_text(json.dumps(figures), encoding="utf-8")
-    if arguments.workers > 1:
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 

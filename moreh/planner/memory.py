@@ -113,8 +113,9 @@ def _sum_of_moments(states: _States, plans: PlanTable, training: Training, imple
     activations = in_flight * _layers_of_stage(plans) * layer.kept[:, None] + layer.working[:, None]
     activations[:, 0] += in_flight[:, 0] / plans.chunks * embedding_activations(plans, training, implementation)
     logits = _logits(plans, training, implementation) * implementation.logit_bytes
+    copies = _copies(states, plans, training, implementation)
     return Memory(
-        parameters=states.weights,
+        parameters=states.weights + copies.forward + copies.head,
         gradients=states.trained * states.gradient,
         optimizer=states.trained * states.optimizer,
         activations=activations,
@@ -198,6 +199,7 @@ class _Copies:
 
 
 def _copies(states: _States, plans: PlanTable, training: Training, implementation: Implementation) -> _Copies:
+    # Copies that last are among the states' weights.
     lasting = not implementation.autocast
     copy = np.where(lasting | (plans.sharding == PARAMETERS), 0.0, implementation.working_bytes)
     _, last = _edge_ranks(plans)

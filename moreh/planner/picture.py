@@ -19,7 +19,7 @@ KIND_COLOURS = ("#4477aa", "#ee8866", "#ee8866", "#eecc66")
 FINISH_COLOUR = "#999999"
 MEMORY_COLOURS = ("#4477aa", "#66ccee", "#228833", "#ee8866", "#eecc66", "#aa3377", "#bbbbbb")
 # Operations of a rank that can be told apart, and the share of the picture's width that a digit takes.
-READABLE, DIGIT = 80, 0.009
+READABLE, DIGIT = 80, 0.0065
 
 
 def draw_plan(prediction: Prediction, request: Request, path: Path) -> None:

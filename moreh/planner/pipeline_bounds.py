@@ -17,7 +17,7 @@ def makespan_lower_bound(
     chunks: int,
     forward_s: Floats,
     backward_s: Floats,
-    weight_fraction: float,
+    weight_fraction: float | Floats,
     send_s: Floats,
 ) -> Floats:
     """Seconds that one step takes at least, for n candidates at once, [n]: never more than their `makespan`.
@@ -32,7 +32,7 @@ def makespan_lower_bound(
         micro_batches: [n].
         forward_s: [n, ranks * chunks], as in `simulate`.
         backward_s: [n, ranks * chunks].
-        weight_fraction: As in `simulate`.
+        weight_fraction: As in `simulate`, or [n, 1].
         send_s: [n].
     """
     stages, count = stages_of_ranks(schedule, ranks, chunks), ranks * chunks

@@ -124,9 +124,7 @@ def model_flops(training: Training) -> float:
     tokens, length = training.tokens, training.sequence_length
     flops = 6.0 * tokens * architecture.hidden * architecture.vocabulary
     for layer, count in architecture.layer_kinds():
-        products = sum(
-            (4 if linear.frozen else 6) * linear.inputs * linear.outputs * linear.active for linear in layer.linears
-        )
+        products = sum((4 if linear.frozen else 6) * linear.inputs * linear.outputs * linear.active for linear in layer.linears)
         keys = length if layer.window is None else min(length, layer.window)
         seen = keys - keys * keys / (2 * length)
         flops += count * tokens * (products + 12 * layer.heads * layer.head_dim * seen)

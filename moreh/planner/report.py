@@ -2,10 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from math import ceil
 from typing import Any
 
 from moreh.accelerator.devices import Device
+from moreh.accelerator.flavors import Flavor
 from moreh.planner.candidates import MAX_CHUNKS, Restrictions
+from moreh.planner.efficiency import uncertainty
 from moreh.planner.plan import Plan, Training
 from moreh.planner.plan_text import plan_pieces, plan_text
 from moreh.planner.prediction import DeviceMemory, Prediction, Setting
@@ -17,13 +20,19 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be planned. `accelerator` names it for people; `precision` is that of the command line."""
+    """What is to be planned. `flavor` is the accelerator of the setting, if it is one; `precision` is that of arithmetic."""
 
-    accelerator: str
     training: Training
     setting: Setting
     restrictions: Restrictions
+    flavor: Flavor | None = None
     precision: str = "bfloat16"
+
+    @property
+    def accelerator(self) -> str:
+        """Where it is to run, for people."""
+        devices = f"{self.setting.cluster.devices} x {self.device.name}"
+        return devices if self.flavor is None else f"{self.flavor.name} ({devices})"
 
     @property
     def device(self) -> Device:
@@ -38,10 +47,13 @@ class Request:
 
 def uncertainty_text(device: Device) -> str:
     """One line on how far the figures for a kind of device can be trusted."""
-    return (
-        f"All figures are predictions for devices that were not measured here, with the efficiency of the device class "
-        f"{device.efficiency}."
-    )
+    error, runs = uncertainty(device.efficiency)
+    within = f"within {ceil(100 * error)}% for 4 of 5 published runs"
+    if runs == 0:
+        within = f"{within} on other devices; there is none on the class of these ({device.efficiency})"
+    else:
+        within = f"{within} on this class of devices ({device.efficiency}, {runs} run{'s' if runs > 1 else ''})"
+    return f"All figures are predictions, not measurements. Step times came out {within}."
 
 
 def header_rows(request: Request, result: SearchResult | None = None) -> list[tuple[str, str]]:
@@ -135,7 +147,7 @@ def request_json(request: Request) -> Json:
             "max_positions": training.architecture.max_positions,
         },
         "accelerator": {
-            "name": request.accelerator,
+            "name": None if request.flavor is None else request.flavor.name,
             "device": device.name,
             "devices": cluster.devices,
             "nodes": cluster.nodes,
@@ -177,17 +189,12 @@ def prediction_json(request: Request, prediction: Prediction) -> Json:
         "memory_bytes": prediction.memory_bytes,
         "memory_fraction": prediction.memory_bytes / request.device.memory_bytes,
         "fits": prediction.memory_bytes <= request.limit_bytes,
-        "memory_by_rank": [memory_json(rank) for rank in prediction.memory],
+        "memory_by_rank": [{**asdict(rank), "total": rank.total} for rank in prediction.memory],
         "stage_forward_s": list(prediction.stage_forward_s),
         "stage_backward_s": list(prediction.stage_backward_s),
         "weight_fraction": prediction.weight_fraction,
         "send_s": prediction.send_s,
     }
-
-
-def memory_json(rank: DeviceMemory) -> Json:
-    """The bytes of a device by kind, and their sum."""
-    return {**asdict(rank), "total": rank.total}
 
 
 # The parts of a step in words, each with the pieces of a plan's text that it depends on most.
@@ -232,10 +239,7 @@ def explanation_sentences(request: Request, asked: Prediction, best: Prediction 
         return ["This is the best plan of the search.", f"What limits it: {asked.parts.limit}."]
     more, step_s = asked.step_time_s - best.step_time_s, asked.step_time_s
     if abs(more) <= EQUAL * step_s:
-        return [
-            *sentences,
-            f"A step takes {seconds_text(step_s)}, as long as with the best plan, which the search found first.",
-        ]
+        return [*sentences, f"A step takes {seconds_text(step_s)}, as long as with the best plan: either will do."]
     share = f"{abs(more) / best.step_time_s:.1%}"
     sentences.append(f"A step takes {seconds_text(step_s)}, {_more(more, step_s)} ({share}) than with the best plan.")
     gaps = part_differences(asked, best)

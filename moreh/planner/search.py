@@ -1,6 +1,7 @@
 """The best plans of all candidates."""
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,8 +44,10 @@ class _Costed:
     bounds_s: Floats
 
 
-def search(training: Training, setting: Setting, restrictions: Restrictions | None = None, count: int = 10) -> SearchResult:
-    """The `count` fastest plans that fit in memory.
+def search(
+    training: Training, setting: Setting, restrictions: Restrictions | None = None, count: int = 10, threads: int = 1
+) -> SearchResult:
+    """The `count` fastest plans that fit in memory; candidates are costed by so many `threads`.
 
     Every candidate has a lower bound of its step time, at once for all of a table; the pipelines of the candidates are then
     simulated in the order of their bounds, until the next bound is above the slowest of the best `count`: what is left out
@@ -68,7 +71,8 @@ def search(training: Training, setting: Setting, restrictions: Restrictions | No
             tables.append((table.rows(fits), needed.rows(fits)))
     checked = time.perf_counter()
 
-    costed = [_cost(table, needed, training, setting) for table, needed in tables]
+    with ThreadPoolExecutor(threads) as pool:
+        costed = list(pool.map(lambda entry: _cost(entry[0], entry[1], training, setting), tables))
     best = _fastest(costed, count)
     predictions = tuple(
         predict_row(costed[i].table, row, costed[i].times, costed[i].needed, training, setting) for _, i, row in best

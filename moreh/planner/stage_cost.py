@@ -6,7 +6,7 @@ import numpy as np
 
 from moreh.planner.architecture import Architecture
 from moreh.planner.cluster import Booleans, Cluster, Floats, Links, ring_links
-from moreh.planner.layer_time import EdgeTime, LayerTime, embedding_time, head_time, layer_time, micro_batch_tokens
+from moreh.planner.layer_time import EdgeTime, embedding_time, head_time, layer_time, micro_batch_tokens
 from moreh.planner.plan import Training
 from moreh.planner.plan_table import GRADIENTS, OPTIMIZER, PARAMETERS, WHOLE, PlanTable, per_rank, stage_ranks
 from moreh.planner.roofline import Roofline
@@ -159,8 +159,8 @@ def _send_s(roofline: Roofline, cluster: Cluster, plans: PlanTable, training: Tr
         across, device.network_bytes_per_second * efficiency.network, device.node_bytes_per_second * efficiency.node
     )
     hop = np.where(across, efficiency.network_hop_s, efficiency.node_hop_s)
-    elements = micro_batch_tokens(plans, training) * training.architecture.hidden
-    elements = elements / np.where(plans.sequence_parallel, plans.tensor, 1)
+    parts = np.where(plans.sequence_parallel, plans.tensor, 1)
+    elements = micro_batch_tokens(plans, training) * training.architecture.hidden / parts
     return elements * roofline.implementation.activation_bytes / rate + hop
 
 

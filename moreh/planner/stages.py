@@ -11,7 +11,7 @@ def even_layers(layers: int, stages: int) -> tuple[int, ...]:
     >>> even_layers(10, 4)
     (2, 2, 3, 3)
     """
-    return tuple((stage + 1) * layers // stages - stage * layers // stages for stage in range(stages))
+    return tuple(layers // stages + (stage >= stages - layers % stages) for stage in range(stages))
 
 
 def balanced_layers(layers: int, stages: int, embedding: Floats, head: Floats) -> Integers:

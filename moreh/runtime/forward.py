@@ -1,4 +1,4 @@
-"""What the hook adds to a forward pass: mixed precision, activation recomputation, and the log of what was chosen.
+"""What the hook adds to a forward pass: the plan, mixed precision, and activation recomputation.
 
 It is attached to no model: it holds for models made before and after, for copies, and for parts of models that are called
 by themselves.
@@ -7,48 +7,58 @@ by themselves.
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from moreh.accelerator.local_job import LocalJob, local_job
 from moreh.accelerator.model_calls import run_around_model_calls
-from moreh.errors import OptionError
+from moreh.accelerator.out_of_memory import nothing_fits_error
+from moreh.errors import OptionError, PlanError
 from moreh.log import logger
-from moreh.option import ParallelOptions
+from moreh.option import ParallelOptions, PlannerVariables
+from moreh.planner.describe_module import describe_module
+from moreh.planner.plan import Training
 from moreh.runtime.precision import LEAST_SPEEDUP, bfloat16_speedup
+from moreh.runtime.selection import predicted_use, select_local_plan, select_plan
 
 
 class _Runtime:
     """The options that are in force and the models that they have been applied to."""
 
-    def __init__(self, options: ParallelOptions, job: LocalJob) -> None:
+    def __init__(self, options: ParallelOptions, variables: PlannerVariables, job: LocalJob) -> None:
         self.options = options
+        self.variables = variables
         self.job = job
         self._prepared: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
-        self._logged: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+        self._planned: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
         self._low_precision: dict[torch.device, bool] = {}
 
     @contextmanager
-    def around_call(self, model: torch.nn.Module) -> Iterator[None]:
-        """Prepare a model before its first forward pass; compute each of them in the precision that was chosen."""
+    def around_call(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+        """Prepare a model before its first forward pass, plan its training before the first one with gradients, and compute
+        each of them in the precision that was chosen.
+        """
         if model not in self._prepared:
             self._prepare(model)
             self._prepared.add(model)
         parameter = next(model.parameters())
         # A model of another type, or one that the script runs under an autocast of its own, is left as it is.
-        if parameter.dtype == torch.float32 and not _inside_autocast() and self._uses_bfloat16(parameter.device):
+        bfloat16 = parameter.dtype == torch.float32 and not _inside_autocast() and self._uses_bfloat16(parameter.device)
+        if model not in self._planned and torch.is_grad_enabled() and model.training and not parameter.is_meta:
+            shape = _tokens_shape(args, kwargs)
+            if shape is not None:
+                self._planned.add(model)
+                self._plan(model, *shape, bfloat16=bfloat16)
+        if bfloat16:
             with torch.autocast(parameter.device.type, dtype=torch.bfloat16):
                 yield
         else:
             yield
 
     def after_call(self, model: torch.nn.Module, outputs: Any) -> None:
-        """Log the choice after a model's first forward pass with gradients, and report to moreh-smi."""
-        logits = getattr(outputs, "logits", None)
-        if isinstance(logits, torch.Tensor) and logits.dim() > 0 and logits.requires_grad and model not in self._logged:
-            self._logged.add(model)
-            self._log_choice(batch_size=logits.shape[0])
+        """Report to moreh-smi."""
         self.job.report()
 
     def _prepare(self, model: torch.nn.Module) -> None:
@@ -56,6 +66,35 @@ class _Runtime:
             self.job.ledger.add_module(model)
         if self.options.activation_recomputation is True:
             _recompute_activations(model)
+
+    def _plan(self, model: torch.nn.Module, batch_size: int, sequence_length: int, *, bfloat16: bool) -> None:
+        """Plan the training for the accelerator and for this machine.
+
+        Raises:
+            PlanError: no plan divides the batch under the options.
+            SimulatedOutOfMemoryError: no plan fits the accelerator.
+        """
+        try:
+            training = Training(describe_module(model), batch_size, sequence_length)
+        except PlanError as reason:
+            logger.info("This model is not planned for the accelerator, and is trained as it is: %s", reason)
+            return
+        accelerator = self.job.accelerator
+        selection = select_plan(training, accelerator.flavor, self.options, self.variables, logger.info, Path.cwd())
+        if selection.prediction is None:
+            raise nothing_fits_error(selection.smallest_bytes, self.variables.memory_percent / 100, accelerator)
+        if self.job.simulated:
+            self.job.predicted = predicted_use(selection.prediction, accelerator.flavor.devices)
+        local = select_local_plan(training, self.options, bfloat16=bfloat16)
+        if local.plan.recomputation == "full" and self.options.activation_recomputation == "auto":
+            _recompute_activations(model)
+        logger.info(
+            "This machine: 1 worker computes each batch in one piece, recomputation : %s; "
+            "predicted are %.2g s a step and %.2g GiB.",
+            local.plan.recomputation,
+            local.step_time_s,
+            local.memory_bytes / 2**30,
+        )
 
     def _uses_bfloat16(self, device: torch.device) -> bool:
         if device not in self._low_precision:
@@ -71,19 +110,8 @@ class _Runtime:
                 )
         return self._low_precision[device]
 
-    def _log_choice(self, batch_size: int) -> None:
-        recomputation = "full(2)" if self.options.activation_recomputation is True else "none(0)"
-        logger.info("Configuration for parallelism is selected.")
-        logger.info(
-            "num_stages : 1, num_micro_batches : 1, batch_per_device : %d, No TP, recomputation : %s, "
-            "distribute_param : false, distribute_low_prec_param : false",
-            batch_size,
-            recomputation,
-        )
-        logger.info("train: true")
 
-
-def run_models_with(options: ParallelOptions) -> None:
+def run_models_with(options: ParallelOptions, variables: PlannerVariables) -> None:
     """Apply the options to every model from now on, and let this process use all devices of the accelerator.
 
     Raises:
@@ -91,8 +119,19 @@ def run_models_with(options: ParallelOptions) -> None:
     """
     job = local_job()
     job.uses_all_devices = True
-    runtime = _Runtime(options, job)
+    runtime = _Runtime(options, variables, job)
     run_around_model_calls(runtime.around_call, runtime.after_call)
+
+
+def _tokens_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int] | None:
+    """Batch size and sequence length of the token ids or embeddings that a model is called with; None if there are none."""
+    ids = kwargs.get("input_ids", args[0] if args else None)
+    if isinstance(ids, torch.Tensor) and ids.dim() == 2 and not ids.is_floating_point():
+        return ids.shape[0], ids.shape[1]
+    embeddings = kwargs.get("inputs_embeds")
+    if isinstance(embeddings, torch.Tensor) and embeddings.dim() == 3:
+        return embeddings.shape[0], embeddings.shape[1]
+    return None
 
 
 def _recompute_activations(model: torch.nn.Module) -> None:

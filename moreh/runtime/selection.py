@@ -1,0 +1,185 @@
+"""The plan of a training: searched for the accelerator with the documented log lines, and for this machine."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from moreh.accelerator.flavors import Flavor
+from moreh.accelerator.job_status import PredictedUse
+from moreh.errors import PlanError
+from moreh.option import ParallelOptions, PlannerVariables
+from moreh.planner.candidates import Restrictions
+from moreh.planner.cluster import cluster_of_flavor
+from moreh.planner.efficiency import uncertainty
+from moreh.planner.implementation import TRANSFORMERS, TRANSFORMERS_AUTOCAST, computing_in
+from moreh.planner.local_machine import cluster_of, efficiency_of, local_profile
+from moreh.planner.plan import Plan, Recomputation, Training
+from moreh.planner.plan_text import plan_text
+from moreh.planner.prediction import DeviceMemory, Prediction, Setting, predict, setting_of
+from moreh.planner.search import SearchResult, search
+
+SELECTED_CONFIG = "advanced_parallelization_selected_config.dump"
+DETAILED_LOG = "autoconfig_log.dump"
+# Plans that the detailed log lists.
+DETAILED = 50
+_GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The plan that was selected for an accelerator; None where none fits, and then what the smallest one needs in bytes."""
+
+    prediction: Prediction | None
+    smallest_bytes: float
+
+
+def restrictions_of(options: ParallelOptions, variables: PlannerVariables) -> Restrictions:
+    """What the hook's options and the environment leave to the search."""
+
+    def fixed(value: int | str) -> int | None:
+        return value if isinstance(value, int) else None
+
+    def decided(value: bool | str) -> bool | None:
+        return value if isinstance(value, bool) else None
+
+    return Restrictions(
+        pipeline=fixed(options.num_stages) if options.pipeline_parallel else 1,
+        micro_batches=fixed(options.num_micro_batches),
+        recompute=decided(options.activation_recomputation),
+        shard_parameters=decided(options.distribute_parameter),
+        memory_fraction=variables.memory_percent / 100,
+    )
+
+
+def select_plan(
+    training: Training,
+    flavor: Flavor,
+    options: ParallelOptions,
+    variables: PlannerVariables,
+    say: Callable[[str], None],
+    directory: Path,
+) -> Selection:
+    """Search the best plan for an accelerator, say the documented lines, and write the files into `directory`.
+
+    Raises:
+        PlanError: no plan divides the batch under the options.
+    """
+    found = _search_on_most_devices(training, flavor, options, variables, say)
+    _say_search(found, say)
+    if variables.detailed_log:
+        lines = [_detail(place, prediction) for place, prediction in enumerate(found.best, start=1)]
+        if variables.detailed_log == 1:
+            for line in lines:
+                say(line)
+        else:
+            (directory / DETAILED_LOG).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    if not found.best:
+        return Selection(None, found.smallest_bytes)
+    best = found.best[0]
+    line = selected_config(best.plan)
+    (directory / SELECTED_CONFIG).write_text(line + "\n", encoding="utf-8")
+    say("Configuration for parallelism is selected.")
+    say(line)
+    say("train: true")
+    share, rows = uncertainty(flavor.device.efficiency)
+    basis = f"+-{share:.0%}, as for {rows} published runs" if rows else f"+-{share:.0%}, no published run on this device"
+    say(
+        f"Simulated: on {flavor.name} ({flavor.devices} x {flavor.device.name}) the plan '{plan_text(best.plan)}' is "
+        f"predicted to take {best.step_time_s:.3g} s a step ({basis}), {best.tokens_per_second:,.0f} tokens/s, {best.mfu:.1%} "
+        f"of the peak, and {best.memory_bytes / _GIB:.3g} of {flavor.device.memory_mib / 1024:.3g} GiB on the fullest device."
+    )
+    return Selection(best, found.smallest_bytes)
+
+
+def _search_on_most_devices(
+    training: Training, flavor: Flavor, options: ParallelOptions, variables: PlannerVariables, say: Callable[[str], None]
+) -> SearchResult:
+    """Search on all devices, or on as many as a small batch and model can be divided over; the others stay idle."""
+    implementation = computing_in("half" if options.mixed_precision else "float32")
+    restrictions = restrictions_of(options, variables)
+    whole = cluster_of_flavor(flavor)
+    reason: PlanError | None = None
+    for devices in (number for number in range(flavor.devices, 0, -1) if flavor.devices % number == 0):
+        setting = setting_of(replace(whole, devices=devices), implementation)
+        try:
+            found = search(training, setting, restrictions, count=DETAILED, threads=variables.threads)
+        except PlanError as error:
+            reason = reason or error
+            continue
+        if devices < flavor.devices:
+            say(f"Simulated: {flavor.devices - devices} of {flavor.devices} devices stay idle: {reason}")
+        return found
+    assert reason is not None
+    raise reason
+
+
+def _say_search(found: SearchResult, say: Callable[[str], None]) -> None:
+    say(f"The number of candidates is {found.candidates}.")
+    say("Parallel Graph Compile start...")
+    say(f"Elapsed Time to compile all candidates = {found.memory_s * 1000:.0f} [ms]")
+    say("Parallel Graph Compile finished.")
+    say(f"The number of possible candidates is {found.possible}.")
+    say("SelectBestGraphFromCandidates start...")
+    say(f"Elapsed Time to compute cost for survived candidates = {found.search_s * 1000:.0f} [ms]")
+    say("SelectBestGraphFromCandidates finished.")
+
+
+def selected_config(plan: Plan) -> str:
+    """A plan in the platform's words.
+
+    >>> selected_config(Plan((10,) * 8, pipeline=8, data=8, micro_batches=64, recomputation="full", sharding="parameters"))
+    'num_stages : 8, num_micro_batches : 64, batch_per_device : 1, No TP, recomputation : full(2), distribute_param : true, \
+distribute_low_prec_param : false'
+    """
+    recomputation = {"none": "none(0)", "selective": "selective(1)", "full": "full(2)"}[plan.recomputation]
+    return (
+        f"num_stages : {plan.pipeline}, num_micro_batches : {plan.micro_batches}, batch_per_device : {plan.micro_batch_size}, "
+        f"{f'TP {plan.tensor}' if plan.tensor > 1 else 'No TP'}, recomputation : {recomputation}, "
+        f"distribute_param : {str(plan.sharding == 'parameters').lower()}, distribute_low_prec_param : false"
+    )
+
+
+def _detail(place: int, prediction: Prediction) -> str:
+    plan = prediction.plan
+    parts = ", ".join(
+        f"{name.removesuffix('_s')} {getattr(prediction.parts, name):.3f} s" for name in prediction.parts.__dataclass_fields__
+    )
+    return (
+        f"candidate {place}: {selected_config(plan)}, schedule : {plan.schedule}({plan.chunks}), sharding : {plan.sharding}, "
+        f"data_parallel : {plan.data}, stage_layers : {list(plan.stage_layers)}; "
+        f"simulated step {prediction.step_time_s:.3f} s ({parts}), {prediction.memory_bytes / _GIB:.2f} GiB"
+    )
+
+
+def predicted_use(prediction: Prediction, devices: int) -> PredictedUse:
+    """What moreh-smi shows of a plan: memory of all devices together and of each, and how busy they are."""
+    per_rank = prediction.plan.devices // prediction.plan.pipeline
+    names = DeviceMemory.__dataclass_fields__
+    total = {name: round(per_rank * sum(getattr(rank, name) for rank in prediction.memory)) for name in names}
+    # Pipeline ranks are the farthest apart: the devices of a stage follow each other.
+    used = [round(rank.total) for rank in prediction.memory for _ in range(per_rank)]
+    device_bytes = (*used, *[0] * (devices - len(used)))
+    busy = (prediction.parts.computation_s + prediction.parts.recomputation_s) / prediction.step_time_s
+    return PredictedUse({name: value for name, value in total.items() if value}, device_bytes, min(1.0, busy))
+
+
+def select_local_plan(training: Training, options: ParallelOptions, *, bfloat16: bool) -> Prediction:
+    """The plan for this machine's one worker, which computes a batch in one piece: with recomputation or without.
+
+    The fastest one that fits in memory; where the option leaves no choice, or nothing fits, the one that needs the least.
+    """
+    profile = local_profile()
+    implementation = TRANSFORMERS_AUTOCAST if bfloat16 else TRANSFORMERS
+    setting = Setting(cluster_of(profile), efficiency_of(profile, implementation.compute), implementation)
+    layers = (len(training.architecture.layers),)
+    # Selective recomputation is none that a model of transformers has a switch for.
+    choices: dict[bool | str, tuple[Recomputation, ...]] = {True: ("full",), False: ("none",), "auto": ("none", "full")}
+    plans = [
+        Plan(layers, micro_batch_size=training.global_batch_size, recomputation=recomputation)
+        for recomputation in choices[options.activation_recomputation]
+    ]
+    predictions = [predict(plan, training, setting) for plan in plans]
+    fitting = [one for one in predictions if one.memory_bytes <= setting.cluster.device.memory_bytes]
+    if fitting:
+        return min(fitting, key=lambda one: one.step_time_s)
+    return min(predictions, key=lambda one: one.memory_bytes)
