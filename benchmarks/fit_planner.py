@@ -66,6 +66,8 @@ FRACTIONS = ("matmul", "float8", "attention", "memory", "node", "network", "cont
 PARENTS = {"A100 40GB": "A100 80GB", "H100 96GB": "H100", "H200": "H100"}
 # The platform's own speeds are not used: it does not say enough about how it computes.
 LEFT_OUT = ("Moreh docs MI250",)
+# With fewer runs than this the error of a class is not known by itself.
+FEW = 10
 # Relative error that a published figure is taken to have; larger ones count less than quadratically.
 NOISE = 0.04
 
@@ -114,18 +116,25 @@ def fit(runs: Sequence[PublishedRun], prior: Efficiency) -> Efficiency:
 
 
 def errors_of_classes(runs: Sequence[PublishedRun], fitted: set[str], constants: dict[str, Efficiency]) -> dict[str, object]:
-    """For each class the error that 4 of 5 runs that were not fitted stay below, and how many runs there are."""
-    tested = [run for run in runs if run.id not in fitted and run.group not in LEFT_OUT and run.step_time_s]
+    """For each class the error that 4 of 5 runs that were not fitted stay below, and how many runs there are.
+
+    A class with few runs is not taken to be surer than all runs together.
+    """
+    tested = [run for run in runs if run.id not in fitted]
 
     def errors(rows: Sequence[PublishedRun], efficiency: Efficiency) -> list[float]:
         return [abs(step_time_s(run, efficiency) / run.step_time_s - 1) for run in rows if run.step_time_s]
 
+    by_class = {
+        name: errors([run for run in tested if run.cluster.device.efficiency == name], efficiency)
+        for name, efficiency in constants.items()
+    }
+    overall = float(np.quantile(np.concatenate(list(by_class.values())), 0.8))
     unseen = float(np.quantile(errors(tested, PRIOR), 0.8))
     table: dict[str, object] = {}
-    for name, efficiency in constants.items():
-        found = errors([run for run in tested if run.cluster.device.efficiency == name], efficiency)
+    for name, found in by_class.items():
         error = float(np.quantile(found, 0.8)) if found else unseen
-        table[name] = {"error": float(f"{error:.3g}"), "runs": len(found)}
+        table[name] = {"error": float(f"{max(error, overall if len(found) < FEW else 0):.3g}"), "runs": len(found)}
     return table
 
 

@@ -65,10 +65,11 @@ class Scored:
 
 
 def score(run: PublishedRun, fitted: frozenset[str]) -> Scored:
-    """Predict a run; the fastest of its plans where the row leaves the micro-batch size open."""
+    """Predict a run; the fastest of its plans that fit where the row leaves the micro-batch size open."""
     setting = setting_of(run.cluster, run.implementation)
     predictions = [predict(plan, run.training, setting) for plan in run.plans]
-    return Scored(run, min(predictions, key=lambda p: p.step_time_s), run.id not in fitted)
+    fitting = [p for p in predictions if p.memory_bytes <= run.cluster.device.memory_bytes]
+    return Scored(run, min(fitting or predictions, key=lambda p: p.step_time_s), run.id not in fitted)
 
 
 def kendall_tau(predicted: Sequence[float], measured: Sequence[float]) -> float:

@@ -13,10 +13,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from moreh.accelerator.devices import Device, find_device
+from moreh.errors import PlanError
 from moreh.planner.architecture import Architecture, DecoderLayer, Linear
 from moreh.planner.cluster import Cluster, cluster_of_devices
 from moreh.planner.implementation import Implementation
 from moreh.planner.plan import Plan, Recomputation, Schedule, Sharding, Training
+from moreh.planner.schedules import check_schedule
 
 Row = Mapping[str, str]
 _NETWORKS = Path(__file__).parent / "data" / "networks.csv"
@@ -231,6 +233,11 @@ def _plan(
     if chunks > 1 and layers < stages:
         raise Unusable(f"fewer layers than stages ({layers} < {stages})")
     schedule: Schedule = "interleaved" if chunks > 1 else "1f1b"
+    if schedule == "interleaved":
+        try:
+            check_schedule(schedule, pipeline, micro_batches, chunks)
+        except PlanError as error:
+            raise Unusable(str(error)) from None
     recompute = row["recompute"].lower()
     if not recompute and "torchtitan" in row["framework"]:
         recompute = "selective"  # of torchtitan's configurations

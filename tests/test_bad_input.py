@@ -64,7 +64,7 @@ BAD_SETTINGS = {
     "two sources": ("max_length: 48", "max_length: 48, hub: some/data", "data: give exactly one of docstrings, files and hub; given: files, hub"),
     "no such file": ("pairs.jsonl", "other.jsonl", "there is no file "),
     "bad option of the hook": ("null}", "{num_stages: 0}}", "accelerator.advanced_parallelization.num_stages: 0 is not allowed: "),
-    "option for more workers": ("null}", "{num_stages: 4}}", "num_stages=4: a stage needs a worker, and this version runs on 1"),
+    "stages without pipeline": ("null}", "{num_stages: 4, pipeline_parallel: false}}", "stages need pipeline_parallel=True"),
     "unknown accelerator": ("advanced_parallelization: null", "model: Huge, advanced_parallelization: null", "no model 'Huge': give a number"),
     "key given twice": ("steps: 4", "steps: 4, steps: 5", "tiny.yaml:9: train.steps: this key is already given in line 9"),
     "impossible date": ("name: tiny", "name: 2024-13-45", "tiny.yaml: not valid YAML: month must be in 1..12"),

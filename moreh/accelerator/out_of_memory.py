@@ -40,6 +40,6 @@ def nothing_fits_error(smallest_bytes: float, memory_fraction: float, accelerato
     return SimulatedOutOfMemoryError(
         f"Error Code 4: OUT_OF_MEMORY (simulated). No plan fits accelerator {accelerator.index} ({flavor.name}): the smallest "
         f"one requested {round(smallest_bytes)} bytes on a device; available are {available_bytes} bytes, "
-        f"{memory_fraction:.0%} of the {flavor.device.memory_mib} MiB of a {flavor.device.name}. Switch to a larger model with 'moreh-switch-model' "
-        "('moreh-plan --flavors' compares them), or use a smaller batch."
+        f"{memory_fraction:.0%} of a {flavor.device.name}'s {flavor.device.memory_mib} MiB. Switch to a larger model with "
+        "'moreh-switch-model' ('moreh-plan --flavors' compares them), or use a smaller batch."
     )

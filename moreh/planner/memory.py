@@ -107,6 +107,9 @@ def _sum_of_moments(states: _States, plans: PlanTable, training: Training, imple
         sharding == PARAMETERS, implementation.gather_bytes + implementation.reduce_bytes, implementation.activation_bytes
     )
     buffers = np.maximum(states.exchanged, _largest_edge(states, plans) * per_parameter)
+    # Sequence parallelism gathers the whole input of a column-split product, and of the gradient that comes back.
+    rows = 2 * micro_batch_tokens(plans, training) * training.architecture.hidden * implementation.activation_bytes
+    buffers = buffers + np.where(plans.sequence_parallel, rows, 0)[:, None]
 
     layer = layer_activations(plans, training, implementation)
     in_flight = _in_flight(plans, implementation)

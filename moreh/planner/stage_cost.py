@@ -6,6 +6,7 @@ import numpy as np
 
 from moreh.planner.architecture import Architecture
 from moreh.planner.cluster import Booleans, Cluster, Floats, Links, ring_links
+from moreh.planner.implementation import Implementation
 from moreh.planner.layer_time import EdgeTime, embedding_time, head_time, layer_time, micro_batch_tokens
 from moreh.planner.plan import Training
 from moreh.planner.plan_table import GRADIENTS, OPTIMIZER, PARAMETERS, WHOLE, PlanTable, per_rank, stage_ranks
@@ -134,8 +135,10 @@ def stage_time(roofline: Roofline, cluster: Cluster, plans: PlanTable, training:
         forward_s=forward,
         backward_s=backward,
         weight_fraction=layer.weights_s / layer_backward,
-        send_s=_send_s(roofline, cluster, plans, training),
-        gradients_s=gradients,
+        send_s=_between_stages_s(
+            roofline, cluster, plans, activation_bytes_between_stages(plans, training, roofline.implementation)
+        ),
+        gradients_s=gradients + _tied_exchange_s(roofline, cluster, plans, training),
         optimizer_s=optimizer,
         computation_s=computation,
         recomputation_s=recomputation,
@@ -148,8 +151,14 @@ def _both(edge: EdgeTime, applies: Booleans) -> Floats:
     return np.where(applies, edge.forward_s + edge.backward_s, 0.0)
 
 
-def _send_s(roofline: Roofline, cluster: Cluster, plans: PlanTable, training: Training) -> Floats:
-    """Seconds until the activations of a micro-batch have arrived at the next stage, [n]."""
+def activation_bytes_between_stages(plans: PlanTable, training: Training, implementation: Implementation) -> Floats:
+    """Bytes that a device sends to the next stage for a micro-batch, [n]."""
+    parts = np.where(plans.sequence_parallel, plans.tensor, 1)
+    return micro_batch_tokens(plans, training) * training.architecture.hidden * implementation.activation_bytes / parts
+
+
+def _between_stages_s(roofline: Roofline, cluster: Cluster, plans: PlanTable, sent_bytes: Floats) -> Floats:
+    """Seconds until so many bytes have arrived at another stage, [n]."""
     if plans.pipeline == 1:
         return np.zeros(len(plans))
     device, efficiency = cluster.device, roofline.efficiency
@@ -158,10 +167,16 @@ def _send_s(roofline: Roofline, cluster: Cluster, plans: PlanTable, training: Tr
     rate = np.where(
         across, device.network_bytes_per_second * efficiency.network, device.node_bytes_per_second * efficiency.node
     )
-    hop = np.where(across, efficiency.network_hop_s, efficiency.node_hop_s)
-    parts = np.where(plans.sequence_parallel, plans.tensor, 1)
-    elements = micro_batch_tokens(plans, training) * training.architecture.hidden / parts
-    return elements * roofline.implementation.activation_bytes / rate + hop
+    return sent_bytes / rate + np.where(across, efficiency.network_hop_s, efficiency.node_hop_s)
+
+
+def _tied_exchange_s(roofline: Roofline, cluster: Cluster, plans: PlanTable, training: Training) -> Floats:
+    """Seconds in which the first and the last stage add up the gradients of the embedding that both hold, [n]."""
+    architecture = training.architecture
+    if not architecture.tied or architecture.embedding_frozen:
+        return np.zeros(len(plans))
+    sent_bytes = architecture.embedding_parameters / plans.tensor * roofline.implementation.reduce_bytes
+    return _between_stages_s(roofline, cluster, plans, sent_bytes)
 
 
 def _finish(
