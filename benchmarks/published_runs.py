@@ -100,6 +100,8 @@ def published_run(row: Row) -> PublishedRun:
         raise Unusable(f"fewer layers than stages ({row['layers']} < {pipeline})")
     training = Training(architecture, batch, length)
     implementation = _implementation(row)
+    if "torchtitan" in row["framework"] and pipeline > 1:
+        sizes = (_torchtitan_micro_batch_size(row, sizes[0], pipeline),)
     plans = tuple(_plan(row, architecture, tensor, pipeline, data, context, size, batch // (data * size)) for size in sizes)
     measured = _step_time_s(row, training, units)
     memory = _number(row, "peak_mem_gib_per_gpu")
@@ -217,6 +219,14 @@ def _micro_batch_sizes(row: Row, batch: int | None, data: int) -> tuple[int, ...
     return tuple(2**k for k in range(6) if batch // data % 2**k == 0)
 
 
+def _torchtitan_micro_batch_size(row: Row, local_batch: int, pipeline: int) -> int:
+    """Rows of a micro-batch of torchtitan, whose rows give the batch of a rank: once one for each stage, later one of a row."""
+    stages = pipeline * (_optional(row, "vpp") or 1)
+    if "2025" in row["group"] or local_batch % stages:
+        return 1
+    return local_batch // stages
+
+
 def _plan(
     row: Row,
     architecture: Architecture,
@@ -317,7 +327,9 @@ def _implementation(row: Row) -> Implementation:
 def _torchtitan(row: Row) -> Implementation:
     """torchtitan, arXiv:2410.06511: selective recomputation repeats every second matrix product."""
     framework = row["framework"]
-    found = Implementation("torchtitan", recomputed_products=0.5, overlaps_tensor="Async TP" in framework, gated_copies=1.0)
+    found = Implementation(
+        "torchtitan", recomputed_products=0.5, overlaps_tensor="async" in framework.lower(), gated_copies=1.0
+    )
     if "compile" in framework:
         found = replace(found, elementwise=0.5, gated_copies=0.5)
     if "2025" in row["group"]:  # the loss is compiled, and the allocator's segments can grow
