@@ -43,18 +43,18 @@ def measured_profiles():
 
 
 @pytest.fixture
-def state_directory(tmp_path, monkeypatch, measured_profiles):
+def state_directory(tmp_path, monkeypatch):
     """An empty registry for one test."""
-    (tmp_path / "state").mkdir()
-    for profile in measured_profiles:
-        shutil.copy(profile, tmp_path / "state")
     monkeypatch.setenv("MOREH_STATE_DIR", str(tmp_path / "state"))
     return tmp_path / "state"
 
 
 @pytest.fixture
-def environment(state_directory):
+def environment(state_directory, measured_profiles):
     """The environment of a process that a user starts in a shell of their own, with an empty registry."""
+    state_directory.mkdir(exist_ok=True)
+    for profile in measured_profiles:
+        shutil.copy(profile, state_directory)
     return {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 
 

@@ -47,7 +47,7 @@ def test_what_is_left_out_is_filled_in(training):
     assert plan_text(full) == "tp1 pp4 dp4 mb1x12"
     assert parse_plan("pp4 mb2", training, 16).micro_batches == 6
     assert parse_plan("pp4 interleaved", training, 16).chunks == 2
-    assert parse_plan("pp4 zbv", training, 16).stage_layers == (1, 2, 1, 2, 1, 2, 1, 2)
+    assert parse_plan("pp4 zbv", training, 16).stage_layers == (1, 1, 1, 1, 2, 2, 2, 2)
 
 
 def test_layers_are_written_as_runs(training):

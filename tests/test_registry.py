@@ -149,7 +149,7 @@ def test_writer_killed_in_the_middle_leaves_the_old_content(state_directory):
     "content", ["{", "[]", '{"current": 0}', '{"current": 3, "next_job_id": 1, "accelerators": [], "jobs": []}']
 )
 def test_damaged_registry_names_its_file(state_directory, content):
-    state_directory.mkdir()
+    state_directory.mkdir(exist_ok=True)
     (state_directory / "registry.json").write_text(content, encoding="utf-8")
     with pytest.raises(RegistryError, match=r"registry\.json is damaged .*delete it"):
         r.read_registry()

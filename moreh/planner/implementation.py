@@ -26,6 +26,7 @@ class Implementation:
     `norm_copies`: tensors of the hidden size that a norm keeps besides its input. `gated_copies`: what the activation of a
     gated network keeps, in widths of its two products together (their product alone is 0.5). `fragmentation` is the share of
     temporary memory that the allocator cannot use, `context_bytes` what the driver and libraries take of the device.
+    `layer_kernels`: kernels that a layer's forward pass launches besides its matrix products and attention.
     `least_in_flight`: micro-batches that a stage of a pipeline works on at once even where its schedule allows fewer.
 
     What follows are details of memory; the defaults are those of fused kernels and of one precision for all activations.
@@ -64,6 +65,7 @@ class Implementation:
     fragmentation: float = 0.0
     context_bytes: float = 0.0
     least_in_flight: int = 1
+    layer_kernels: int = 8
     rms_norm_copies: float = 1.0
     activation_copies: float = 1.0
     mask_bytes: int | None = 1
@@ -76,7 +78,8 @@ class Implementation:
     optimizer_temporaries: float = 0.0
 
 
-MOREH = Implementation("moreh")
+# A layer of transformers: two norms of 8 kernels in float32, rotary angles 10, residuals, activation, casts of weights.
+MOREH = Implementation("moreh", layer_kernels=32)
 
 
 def computing_in(compute: str) -> Implementation:

@@ -65,8 +65,8 @@ def _one_layer(roofline: Roofline, cluster: Cluster, plans: PlanTable, training:
     attention_s, attention_back_s = _attention_s(roofline, plans, training, layer, tokens)
     moved = elementwise_bytes(plans, training.architecture, layer, tokens, implementation.activation_bytes)
     moved = moved * implementation.elementwise
-    elementwise_s = roofline.memory_s(moved, kernels=8)
-    elementwise_back_s = roofline.memory_s(moved * ELEMENTWISE_BACKWARD, kernels=12)
+    elementwise_s = roofline.memory_s(moved, implementation.layer_kernels)
+    elementwise_back_s = roofline.memory_s(moved * ELEMENTWISE_BACKWARD, implementation.layer_kernels * ELEMENTWISE_BACKWARD)
 
     keys = 2 * layer.kv_heads * layer.head_dim / plans.tensor * tokens * plans.context * implementation.activation_bytes
     context_links = ring_links(cluster, plans.context, plans.tensor)

@@ -1,0 +1,79 @@
+"""The plans that the platform published, predicted, beside the plans that ours chooses: `python benchmarks/platform_plans.py`.
+
+Nothing here is measured: published are the platform's tokens/s, everything else is predicted for the same devices.
+"""
+
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from moreh.accelerator.flavors import find_flavor
+from moreh.planner.cluster import cluster_of_flavor
+from moreh.planner.describe import describe
+from moreh.planner.efficiency import uncertainty
+from moreh.planner.plan import Plan, Recomputation, Training
+from moreh.planner.plan_text import plan_text
+from moreh.planner.prediction import predict, setting_of
+from moreh.planner.search import search
+from moreh.planner.stages import even_layers
+
+MODELS = Path(__file__).parent.parent / "configs" / "models"
+
+
+@dataclass(frozen=True)
+class PublishedPlan:
+    """A job of the platform's tutorials, https://github.com/moreh-dev/moreh-2024docs, and the tokens/s it reports."""
+
+    model: str
+    flavor: str
+    length: int
+    plan: Plan
+    tokens_per_second: float
+
+
+def _sharded(layers: int, pipeline: int, data: int, size: int, count: int, recomputation: Recomputation = "none") -> Plan:
+    return Plan(
+        even_layers(layers, pipeline),
+        pipeline=pipeline,
+        data=data,
+        micro_batch_size=size,
+        micro_batches=count,
+        recomputation=recomputation,
+        sharding="parameters",
+    )
+
+
+PUBLISHED = (
+    PublishedPlan("cerebras_gpt_13b", "4xLarge.2048GB", 1024, _sharded(40, 4, 8, 1, 2), 6800),
+    PublishedPlan("cerebras_gpt_13b", "8xLarge.4096GB", 1024, _sharded(40, 4, 16, 1, 2), 13000),
+    PublishedPlan("llama3_70b", "8xLarge.4096GB", 1024, _sharded(80, 8, 8, 1, 64, "full"), 4062),
+    PublishedPlan("llama3_8b", "xLarge.512GB", 1024, _sharded(32, 1, 8, 2, 1), 13000),
+)
+
+
+def main() -> int:
+    """Print a table in Markdown."""
+    print("| job | the platform's plan | published tokens/s | predicted | our plan | predicted | gain |")
+    print("|---|---|---|---|---|---|---|")
+    for job in PUBLISHED:
+        flavor = find_flavor(job.flavor)
+        setting = setting_of(cluster_of_flavor(flavor))
+        training = Training(describe(MODELS / f"{job.model}.json"), job.plan.global_batch_size, job.length)
+        theirs = predict(job.plan, training, setting)
+        ours = search(training, setting, count=1).best[0]
+        share, _ = uncertainty(flavor.device.efficiency)
+        gain = ours.tokens_per_second / theirs.tokens_per_second
+        # Both predictions may be off by the share, independently of each other.
+        low, high = gain / (1 + share * math.sqrt(2)), gain * (1 + share * math.sqrt(2))
+        print(
+            f"| {job.model}, {job.flavor}, {training.global_batch_size} x {job.length} | `{plan_text(job.plan)}` | "
+            f"{job.tokens_per_second:,.0f} | "
+            f"{theirs.tokens_per_second:,.0f} | `{plan_text(ours.plan)}` | {ours.tokens_per_second:,.0f} | "
+            f"{gain:.2f} x ({low:.2f} to {high:.2f}) |"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
