@@ -1,16 +1,18 @@
 """Published measurements of training runs, read as what the planner works on: a model, a plan, a cluster, a program.
 
 The format is that of data/published_runs.csv, a row for each measurement. What a row does not say and the program's
-documentation does (which kernels, what is kept in memory) is in `_implementation`; what neither says makes the row unusable,
-with the reason.
+documentation does (which kernels, what is kept in memory) is in published_programs.py; what neither says makes the row
+unusable, with the reason.
 """
 
 import csv
 import math
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+
+from published_programs import Row, implementation_of
 
 from moreh.accelerator.devices import Device, find_device
 from moreh.errors import PlanError
@@ -20,7 +22,6 @@ from moreh.planner.implementation import Implementation
 from moreh.planner.plan import Plan, Recomputation, Schedule, Sharding, Training
 from moreh.planner.schedules import check_schedule
 
-Row = Mapping[str, str]
 _NETWORKS = Path(__file__).parent / "data" / "networks.csv"
 _DEVICES = (  # in the order in which the patterns are tried
     (r"mi250x", "MI250X GCD"),
@@ -99,7 +100,7 @@ def published_run(row: Row) -> PublishedRun:
     if (_optional(row, "layers") or 0) < pipeline:
         raise Unusable(f"fewer layers than stages ({row['layers']} < {pipeline})")
     training = Training(architecture, batch, length)
-    implementation = _implementation(row)
+    implementation = implementation_of(row)
     if "torchtitan" in row["framework"] and pipeline > 1:
         sizes = (_torchtitan_micro_batch_size(row, sizes[0], pipeline),)
     plans = tuple(_plan(row, architecture, tensor, pipeline, data, context, size, batch // (data * size)) for size in sizes)
@@ -282,59 +283,6 @@ def _sharding(row: Row) -> Sharding:
     # DeepSpeed's optimizer for bfloat16 divides its state over the ranks at every ZeRO level.
     bfloat16 = "DeepSpeed" in row["framework"] and row["precision"] == "bf16"
     return "optimizer" if "ZeRO-1" in text or bfloat16 else "none"
-
-
-def _implementation(row: Row) -> Implementation:
-    """What the program of a row does, from its documentation and source."""
-    framework, precision = row["framework"], row["precision"].lower()
-    megatron = Implementation(  # arXiv:2205.05198: float16 weights and a master copy, fused softmax, bias and dropout
-        "Megatron",
-        weight_bytes=2,
-        working_bytes=0,
-        gradient_bytes=4,
-        optimizer_bytes=12,
-        reduce_bytes=2,
-        fused_attention=False,
-        elementwise=0.7,
-        logit_passes_bytes=20,
-        overlaps_data=False,
-    )
-    if "llm-foundry" in framework:
-        # Its loss is the fused one of FlashAttention, which writes the gradient over the logits.
-        found = Implementation("llm-foundry", logit_bytes=4, logit_passes_bytes=8)
-        found = replace(found, reduce_bytes=2 if "PURE" in row["sharding"] else 4)
-        if "PURE" in row["sharding"]:
-            found = replace(found, weight_bytes=2, gradient_bytes=2, optimizer_bytes=4, working_bytes=0)
-    elif "torchtitan" in framework:
-        found = _torchtitan(row)
-    elif "SimuMax" in framework:
-        found = replace(megatron, name="Megatron Core", fused_attention=True, elementwise=0.6, reduce_bytes=4)
-        found = replace(found, logit_bytes=6, logit_passes_bytes=12)  # fused cross-entropy
-    elif "ZeRO-3" in framework:
-        found = replace(megatron, name="DeepSpeed", overlaps_data=True, rings_use_all_ports=False)
-    elif "OneFlow" in framework:
-        # Its stages start on further micro-batches while the first one is under way: 4, read off row 610's memory.
-        found = replace(megatron, name="OneFlow", overlaps_data=True, least_in_flight=4, elementwise=0.4)
-    elif "MoAI" in framework:
-        found = Implementation("MoAI Platform")
-    else:
-        found = megatron
-    if "fp8" in precision or "float8" in precision:
-        found = replace(found, compute="float8")
-    return found
-
-
-def _torchtitan(row: Row) -> Implementation:
-    """torchtitan, arXiv:2410.06511: selective recomputation repeats every second matrix product."""
-    framework = row["framework"]
-    found = Implementation(
-        "torchtitan", recomputed_products=0.5, overlaps_tensor="async" in framework.lower(), gated_copies=1.0
-    )
-    if "compile" in framework:
-        found = replace(found, elementwise=0.5, gated_copies=0.5)
-    if "2025" in row["group"]:  # the loss is compiled, and the allocator's segments can grow
-        return replace(found, logit_bytes=6, logit_passes_bytes=12)
-    return replace(found, fragmentation=0.25)
 
 
 def _step_time_s(row: Row, training: Training, units: int) -> float | None:

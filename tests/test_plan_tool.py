@@ -14,6 +14,7 @@ from moreh.accelerator.registry import switch_model
 from moreh.cli import plan as tool
 from moreh.planner.cluster import cluster_of_devices, cluster_of_flavor
 from moreh.planner.describe import describe
+from moreh.planner.implementation import computing_in
 from moreh.planner.plan import Plan, Training
 from moreh.planner.plan_text import parse_plan, plan_text
 from moreh.planner.prediction import predict, setting_of
@@ -167,7 +168,7 @@ def test_the_current_accelerator_is_the_default(plan_json, model):
 def test_precision_changes_arithmetic_and_bytes(plan_json, model):
     where = ("--device", "H100 80GB", "--devices", 1, "--count", 1, *STEP)
     best = {name: plan_json(model, *where, "--precision", name)["plans"][0] for name in tool.PRECISIONS}
-    setting = setting_of(cluster_of_devices(find_device("H100 80GB"), 1), tool.PRECISIONS["float32"])
+    setting = setting_of(cluster_of_devices(find_device("H100 80GB"), 1), computing_in("float32"))
     assert setting.implementation.compute == "float32"
     result = search(Training(describe(model), 48, 128), setting, count=1)
     assert best["float32"]["step_time_s"] == result.best[0].step_time_s > best["bfloat16"]["step_time_s"]

@@ -5,7 +5,6 @@ import json
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 from moreh.accelerator.devices import all_devices, find_device
@@ -17,6 +16,7 @@ from moreh.errors import PlanError
 from moreh.planner.candidates import Restrictions
 from moreh.planner.cluster import cluster_of_devices, cluster_of_flavor
 from moreh.planner.describe import describe
+from moreh.planner.explanation import explanation_json, explanation_rows, explanation_sentences
 from moreh.planner.flavor_comparison import (
     compare_flavors,
     find_plans,
@@ -26,18 +26,16 @@ from moreh.planner.flavor_comparison import (
     nothing_fits_text,
     recommendation,
 )
-from moreh.planner.implementation import MOREH, Implementation
+from moreh.planner.implementation import TRANSFORMERS, TRANSFORMERS_AUTOCAST, computing_in
+from moreh.planner.local_machine import NAME as THIS_MACHINE
 from moreh.planner.picture import SUFFIXES, draw_plan
 from moreh.planner.plan import Training
 from moreh.planner.plan_text import parse_plan, plan_text
-from moreh.planner.prediction import Prediction, predict, setting_of
+from moreh.planner.prediction import Prediction, Setting, predict, setting_of, setting_of_this_machine
 from moreh.planner.report import (
     PLAN_HEADERS,
     Json,
     Request,
-    explanation_json,
-    explanation_rows,
-    explanation_sentences,
     header_rows,
     plan_rows,
     request_json,
@@ -48,13 +46,9 @@ from moreh.planner.report import (
 MOST_ROWS, MOST_TOKENS, MOST_DEVICES, MOST_PLANS = 1_000_000, 100_000_000, 100_000, 1_000
 DEFAULT_COUNT = 10
 YES_NO_AUTO = {"yes": True, "no": False, "auto": None}
-PRECISIONS: dict[str, Implementation] = {
-    "bfloat16": MOREH,
-    # Weights are used as they are stored, and all activations are twice as large.
-    "float32": replace(MOREH, compute="float32", activation_bytes=4, working_bytes=0, gather_bytes=4),
-    # Only matrix products are in float8; activations and the working copy of the weights stay in bfloat16.
-    "float8": replace(MOREH, compute="float8"),
-}
+PRECISIONS = {"bfloat16": "half", "float32": "float32", "float8": "float8"}
+# What is computed in without advanced parallelization, by a model of transformers on this machine.
+LOCAL_IMPLEMENTATIONS = {"bfloat16": TRANSFORMERS_AUTOCAST, "float32": TRANSFORMERS}
 
 
 def main() -> int:
@@ -91,13 +85,15 @@ def _flavor(options: argparse.Namespace) -> Flavor | None:
 
 def _request(options: argparse.Namespace) -> Request:
     flavor = _flavor(options)
-    cluster = cluster_of_flavor(flavor) if flavor else cluster_of_devices(find_device(options.device), options.devices)
-    if options.precision == "float8" and cluster.device.float8_flops_per_second is None:
+    setting = _setting(options, flavor)
+    if options.precision == "float8" and setting.cluster.device.float8_flops_per_second is None:
         able = ", ".join(device.name for device in all_devices().values() if device.float8_flops_per_second is not None)
-        raise PlanError(f"{cluster.device.name} does not compute in float8: choose bfloat16, or with --device one of {able}")
+        raise PlanError(
+            f"{setting.cluster.device.name} does not compute in float8: choose bfloat16, or with --device one of {able}"
+        )
     return Request(
         training=Training(describe(options.model), options.batch_size, options.sequence_length),
-        setting=setting_of(cluster, PRECISIONS[options.precision]),
+        setting=setting,
         restrictions=Restrictions(
             pipeline=options.stages,
             micro_batches=options.micro_batches,
@@ -110,6 +106,15 @@ def _request(options: argparse.Namespace) -> Request:
         flavor=flavor,
         precision=options.precision,
     )
+
+
+def _setting(options: argparse.Namespace, flavor: Flavor | None) -> Setting:
+    implementation = computing_in(PRECISIONS[options.precision])
+    if flavor is not None:
+        return setting_of(cluster_of_flavor(flavor), implementation)
+    if options.device.strip().lower() == THIS_MACHINE:
+        return setting_of_this_machine(options.devices, LOCAL_IMPLEMENTATIONS.get(options.precision, implementation))
+    return setting_of(cluster_of_devices(find_device(options.device), options.devices), implementation)
 
 
 def _search(options: argparse.Namespace, request: Request) -> int:
@@ -228,8 +233,10 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--sequence-length", type=_whole(MOST_TOKENS), required=True, metavar="S", help="tokens of a row")
     where = parser.add_argument_group("where (otherwise the current accelerator)")
     where.add_argument("--accelerator", metavar="MODEL", help="an accelerator, by its name or number in moreh-switch-model")
-    where.add_argument("--device", metavar="NAME", help="a kind of device, such as 'H100 80GB', with --devices")
-    where.add_argument("--devices", type=_whole(MOST_DEVICES), metavar="N", help="how many of them")
+    where.add_argument("--device", metavar="NAME", help="a kind of device, such as 'H100 80GB' or 'this machine'")
+    where.add_argument(
+        "--devices", type=_whole(MOST_DEVICES), metavar="N", help="how many of them (of this machine: worker processes)"
+    )
     what = parser.add_argument_group("what is decided already (otherwise it is searched)")
     what.add_argument("--stages", type=_whole(MOST_DEVICES), metavar="N", help="devices in a pipeline")
     what.add_argument("--micro-batches", type=_whole(MOST_ROWS), metavar="N", help="micro-batches of a step")

@@ -69,10 +69,6 @@ def candidate_tables(
 
 
 def _divisors(number: int) -> list[int]:
-    return [d for d in range(1, number + 1) if number % d == 0] if number < 4096 else _divisors_of_large(number)
-
-
-def _divisors_of_large(number: int) -> list[int]:
     small = [d for d in range(1, int(number**0.5) + 1) if number % d == 0]
     return sorted({*small, *(number // d for d in small)})
 

@@ -144,7 +144,18 @@ def measure(workers: int) -> LocalProfile:
 
 
 def device_of(profile: LocalProfile) -> Device:
-    """One worker as a device of the planner, its highest measured rates as peaks; workers of a node share no network."""
+    """One worker as a device of the planner; workers of a node share no network.
+
+    Its peaks are the highest measured rates, or those that still larger products would reach.
+    """
+    return replace(
+        _measured_device(profile),
+        half_flops_per_second=profile.best_rate("half") * max(1.0, _fitted(profile, "half").matmul),
+        float32_flops_per_second=profile.best_rate("float32") * max(1.0, _fitted(profile, "float32").matmul),
+    )
+
+
+def _measured_device(profile: LocalProfile) -> Device:
     rate = profile.ring[1] if profile.workers > 1 else profile.memory_bytes_per_second
     return Device(
         name=NAME,
@@ -169,14 +180,19 @@ def cluster_of(profile: LocalProfile) -> Cluster:
     return Cluster(device_of(profile), profile.workers, profile.workers)
 
 
-@functools.lru_cache(maxsize=8)
 def efficiency_of(profile: LocalProfile, compute: str = "half") -> Efficiency:
     """The constants with which a Roofline over `device_of(profile)` gives the measured times of one type.
 
-    `compute` is that of the Implementation; float8, for which nothing is measured, counts as half. `matmul` can be above 1,
-    where larger products than the measured ones are faster still.
+    `compute` is that of the Implementation; float8, for which nothing is measured, counts as half.
     """
-    kind = "float32" if compute == "float32" else "half"
+    fitted = _fitted(profile, "float32" if compute == "float32" else "half")
+    scale = max(1.0, fitted.matmul)
+    return replace(fitted, matmul=fitted.matmul / scale, attention=fitted.attention / scale)
+
+
+@functools.lru_cache(maxsize=8)
+def _fitted(profile: LocalProfile, kind: str) -> Efficiency:
+    """The constants over `_measured_device(profile)`; `matmul` is above 1 where larger products would be faster still."""
     attention = profile.attention_float32_flops_per_second if kind == "float32" else profile.attention_half_flops_per_second
     hop_s = profile.ring[0] / max(1, profile.workers - 1)
     start = Efficiency(
@@ -205,7 +221,7 @@ def _fit_products(profile: LocalProfile, kind: str, start: Efficiency) -> Effici
     rows, inner, outer = (np.array([getattr(p, name) for p in products]) for name in ("rows", "inner", "outer"))
     measured = np.array([product.seconds for product in products])
     roofline = Roofline(
-        device_of(profile), start, Implementation(NAME, compute=kind, activation_bytes=4 if kind == "float32" else 2)
+        _measured_device(profile), start, Implementation(NAME, compute=kind, activation_bytes=4 if kind == "float32" else 2)
     )
 
     def fitted(depth: float, waves: float) -> tuple[float, Efficiency]:

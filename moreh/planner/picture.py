@@ -73,7 +73,7 @@ def _draw_timeline(figure: Any, prediction: Prediction) -> None:
     panels[0].set_ylim(plan.pipeline - 0.5, -0.5)
     panels[0].set_yticks(range(plan.pipeline))
     count = f"{plan.micro_batches} micro-batch{'es' if plan.micro_batches > 1 else ''}"
-    title = f"One step: {count} in {seconds_text(prediction.step_time_s)}"
+    title = f"One step, predicted: {count} in {seconds_text(prediction.step_time_s)}"
     if len(windows) > 1:
         title += f" (the middle {seconds_text(windows[1][0] - windows[0][1])} left out)"
     figure.suptitle(title, fontsize=10)

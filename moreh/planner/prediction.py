@@ -8,6 +8,7 @@ from moreh.planner.architecture import Architecture
 from moreh.planner.cluster import Cluster
 from moreh.planner.efficiency import Efficiency, find_efficiency
 from moreh.planner.implementation import MOREH, Implementation
+from moreh.planner.local_machine import cluster_of, efficiency_of, local_profile
 from moreh.planner.memory import Memory, memory
 from moreh.planner.pipeline_time import makespan
 from moreh.planner.plan import Plan, Training
@@ -40,6 +41,17 @@ class Setting:
 def setting_of(cluster: Cluster, implementation: Implementation = MOREH) -> Setting:
     """A cluster with the measured efficiency of its class of devices."""
     return Setting(cluster, find_efficiency(cluster.device.efficiency), implementation)
+
+
+def setting_of_this_machine(workers: int, implementation: Implementation) -> Setting:
+    """So many workers of this machine, whose rates are measured in some seconds unless that was done before.
+
+    Raises:
+        PlanError: there is no such number of workers, or measuring failed.
+        RegistryError: the state directory, where the figures are kept, cannot be used.
+    """
+    profile = local_profile(workers)
+    return Setting(cluster_of(profile), efficiency_of(profile, implementation.compute), implementation)
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,11 @@
 
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from moreh.errors import PlanError
 from moreh.planner.candidates import Restrictions, candidate_tables
 from moreh.planner.cluster import Floats
 from moreh.planner.memory import Memory, memory
@@ -85,6 +86,30 @@ def search(
         memory_s=checked - started,
         search_s=time.perf_counter() - checked,
     )
+
+
+def search_on_most_devices(
+    training: Training, setting: Setting, restrictions: Restrictions | None = None, count: int = 10, threads: int = 1
+) -> tuple[SearchResult, Setting, str]:
+    """`search` on all devices, or on as many as a small batch and model can be divided over; the others stay idle.
+
+    Besides the result: the setting with the devices in use, and why not all of them are (empty where they are).
+
+    Raises:
+        PlanError: nothing satisfies the restrictions on any number of devices.
+    """
+    devices = setting.cluster.devices
+    reason: PlanError | None = None
+    for used in (number for number in range(devices, 0, -1) if devices % number == 0):
+        smaller = replace(setting, cluster=replace(setting.cluster, devices=used))
+        try:
+            found = search(training, smaller, restrictions, count, threads)
+        except PlanError as error:
+            reason = reason or error
+            continue
+        return found, smaller, f"{devices - used} of {devices} devices stay idle: {reason}" if reason else ""
+    assert reason is not None
+    raise reason
 
 
 def _cost(table: PlanTable, needed: Memory, training: Training, setting: Setting) -> _Costed:

@@ -1,22 +1,20 @@
 """The plan of a training: searched for the accelerator with the documented log lines, and for this machine."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from moreh.accelerator.flavors import Flavor
 from moreh.accelerator.job_status import PredictedUse
-from moreh.errors import PlanError
 from moreh.option import ParallelOptions, PlannerVariables
 from moreh.planner.candidates import Restrictions
 from moreh.planner.cluster import cluster_of_flavor
 from moreh.planner.efficiency import uncertainty
 from moreh.planner.implementation import TRANSFORMERS, TRANSFORMERS_AUTOCAST, computing_in
-from moreh.planner.local_machine import cluster_of, efficiency_of, local_profile
 from moreh.planner.plan import Plan, Recomputation, Training
 from moreh.planner.plan_text import plan_text
-from moreh.planner.prediction import DeviceMemory, Prediction, Setting, predict, setting_of
-from moreh.planner.search import SearchResult, search
+from moreh.planner.prediction import DeviceMemory, Prediction, predict, setting_of, setting_of_this_machine
+from moreh.planner.search import SearchResult, search_on_most_devices
 
 SELECTED_CONFIG = "advanced_parallelization_selected_config.dump"
 DETAILED_LOG = "autoconfig_log.dump"
@@ -64,7 +62,12 @@ def select_plan(
     Raises:
         PlanError: no plan divides the batch under the options.
     """
-    found = _search_on_most_devices(training, flavor, options, variables, say)
+    setting = setting_of(cluster_of_flavor(flavor), computing_in("half" if options.mixed_precision else "float32"))
+    found, _, idle = search_on_most_devices(
+        training, setting, restrictions_of(options, variables), count=DETAILED, threads=variables.threads
+    )
+    if idle:
+        say(f"Simulated: {idle}")
     _say_search(found, say)
     if variables.detailed_log:
         lines = [_detail(place, prediction) for place, prediction in enumerate(found.best, start=1)]
@@ -89,28 +92,6 @@ def select_plan(
         f"of the peak, and {best.memory_bytes / _GIB:.3g} of {flavor.device.memory_mib / 1024:.3g} GiB on the fullest device."
     )
     return Selection(best, found.smallest_bytes)
-
-
-def _search_on_most_devices(
-    training: Training, flavor: Flavor, options: ParallelOptions, variables: PlannerVariables, say: Callable[[str], None]
-) -> SearchResult:
-    """Search on all devices, or on as many as a small batch and model can be divided over; the others stay idle."""
-    implementation = computing_in("half" if options.mixed_precision else "float32")
-    restrictions = restrictions_of(options, variables)
-    whole = cluster_of_flavor(flavor)
-    reason: PlanError | None = None
-    for devices in (number for number in range(flavor.devices, 0, -1) if flavor.devices % number == 0):
-        setting = setting_of(replace(whole, devices=devices), implementation)
-        try:
-            found = search(training, setting, restrictions, count=DETAILED, threads=variables.threads)
-        except PlanError as error:
-            reason = reason or error
-            continue
-        if devices < flavor.devices:
-            say(f"Simulated: {flavor.devices - devices} of {flavor.devices} devices stay idle: {reason}")
-        return found
-    assert reason is not None
-    raise reason
 
 
 def _say_search(found: SearchResult, say: Callable[[str], None]) -> None:
@@ -168,9 +149,7 @@ def select_local_plan(training: Training, options: ParallelOptions, *, bfloat16:
 
     The fastest one that fits in memory; where the option leaves no choice, or nothing fits, the one that needs the least.
     """
-    profile = local_profile()
-    implementation = TRANSFORMERS_AUTOCAST if bfloat16 else TRANSFORMERS
-    setting = Setting(cluster_of(profile), efficiency_of(profile, implementation.compute), implementation)
+    setting = setting_of_this_machine(1, TRANSFORMERS_AUTOCAST if bfloat16 else TRANSFORMERS)
     layers = (len(training.architecture.layers),)
     # Selective recomputation is none that a model of transformers has a switch for.
     choices: dict[bool | str, tuple[Recomputation, ...]] = {True: ("full",), False: ("none",), "auto": ("none", "full")}

@@ -1,0 +1,126 @@
+"""Why a plan is not the best one: where the seconds go in both, and what does not fit."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from moreh.planner.candidates import MAX_CHUNKS
+from moreh.planner.plan import Plan
+from moreh.planner.plan_text import plan_pieces
+from moreh.planner.prediction import DeviceMemory, Prediction
+from moreh.planner.report import Json, Request, gib, percent_text, prediction_json, seconds_text
+from moreh.planner.search import EQUAL
+
+# The parts of a step in words, each with the pieces of a plan's text that it depends on most.
+PARTS = {
+    "computation_s": ("computation", ("mb", "tp", "pp", "layers")),
+    "recomputation_s": ("recomputation", ("recompute",)),
+    "tensor_exchange_s": ("tensor-parallel exchange", ("tp", "sp", "recompute")),
+    "data_exchange_s": ("exchange of shards", ("shard", "dp", "mb")),
+    "bubble_s": ("pipeline bubble", ("pp", "schedule", "mb", "layers")),
+    "gradients_s": ("gradient exchange", ("shard", "dp")),
+    "optimizer_s": ("optimizer", ("shard", "tp", "pp")),
+}
+# Pieces that a plan's text leaves out at their defaults.
+DEFAULT_PIECES = {"cp": "cp1", "schedule": "1f1b", "recompute": "recompute:none", "shard": "shard:none", "sp": "no sp"}
+# Differences below this share of the best plan's step are not worth a sentence, nor are more of them than this.
+NOTABLE, MOST_DIFFERENCES = 0.01, 3
+
+
+def explanation_rows(predictions: Sequence[Prediction]) -> list[tuple[str, ...]]:
+    """The parts of a step and the memory of the fullest device, with a column for each plan."""
+    fullest = [_fullest(prediction)[1] for prediction in predictions]
+    step_s = max(prediction.step_time_s for prediction in predictions)
+    rows = [
+        (name, *(seconds_text(getattr(prediction.parts, part), step_s) for prediction in predictions))
+        for part, (name, _) in PARTS.items()
+    ]
+    rows.append(("step time", *(seconds_text(prediction.step_time_s, step_s) for prediction in predictions)))
+    rows.append(("tokens/s", *(f"{prediction.tokens_per_second:,.0f}" for prediction in predictions)))
+    rows.append(("MFU", *(percent_text(prediction.mfu) for prediction in predictions)))
+    for kind in DeviceMemory.__dataclass_fields__:
+        rows.append((f"memory: {kind}", *(gib(getattr(rank, kind)) for rank in fullest)))
+    return [*rows, ("memory: all", *(gib(rank.total) for rank in fullest))]
+
+
+def explanation_sentences(request: Request, asked: Prediction, best: Prediction | None) -> list[str]:
+    """Why a plan is not the best one: what does not fit, and where the seconds go."""
+    fits = asked.memory_bytes <= request.limit_bytes
+    sentences = [] if fits else [_missing_memory(request, asked)]
+    if best is None:
+        return [*sentences, "It fits, but no plan that the search may choose does." if fits else "No other plan fits either."]
+    if asked.plan == best.plan:
+        return ["This is the best plan of the search.", f"What limits it: {asked.parts.limit}."]
+    more, step_s = asked.step_time_s - best.step_time_s, asked.step_time_s
+    if abs(more) <= EQUAL * step_s:
+        return [*sentences, f"A step takes {seconds_text(step_s)}, as long as with the best plan: either will do."]
+    share = f"{abs(more) / best.step_time_s:.1%}"
+    sentences.append(f"A step takes {seconds_text(step_s)}, {_more(more, step_s)} ({share}) than with the best plan.")
+    gaps = part_differences(asked, best)
+    notable = [part for part in gaps if abs(gaps[part]) > NOTABLE * best.step_time_s]
+    for part in sorted(notable, key=lambda part: -abs(gaps[part]))[:MOST_DIFFERENCES]:
+        name = PARTS[part][0].capitalize()
+        sentences.append(f"{name} takes {_more(gaps[part], step_s)}{_instead(asked.plan, best.plan, part)}.")
+    if more < 0 and fits:
+        sentences.append(f"The search did not consider it: {_outside(asked.plan, request)}.")
+    return sentences
+
+
+def _more(seconds: float, step_s: float) -> str:
+    return f"{seconds_text(abs(seconds), step_s)} {'more' if seconds > 0 else 'less'}"
+
+
+def part_differences(asked: Prediction, best: Prediction) -> dict[str, float]:
+    """Seconds that each part takes more in the first plan than in the second."""
+    return {part: getattr(asked.parts, part) - getattr(best.parts, part) for part in PARTS}
+
+
+def explanation_json(request: Request, asked: Prediction, best: Prediction | None) -> Json:
+    """The explanation with both plans."""
+    return {
+        "asked": prediction_json(request, asked),
+        "best": None if best is None else prediction_json(request, best),
+        "differences": None if best is None else part_differences(asked, best),
+        "missing_bytes": max(0.0, asked.memory_bytes - request.limit_bytes),
+        "explanation": explanation_sentences(request, asked, best),
+    }
+
+
+def _fullest(prediction: Prediction) -> tuple[int, DeviceMemory]:
+    return max(enumerate(prediction.memory), key=lambda entry: entry[1].total)
+
+
+def _missing_memory(request: Request, asked: Prediction) -> str:
+    rank, needed = _fullest(asked)
+    kinds = sorted(asdict(needed).items(), key=lambda entry: -entry[1])[:2]
+    largest = " and ".join(f"{gib(amount)} of {kind}" for kind, amount in kinds)
+    missing = gib(needed.total - request.limit_bytes)
+    full = sum(entry.total > request.limit_bytes for entry in asked.memory)
+    return (
+        f"It does not fit: pipeline rank {rank} needs {gib(needed.total)} on each device, {missing} more than plans may use, "
+        f"mostly for {largest}; {full} of {len(asked.memory)} pipeline ranks need too much."
+    )
+
+
+def _instead(asked: Plan, best: Plan, part: str) -> str:
+    """The settings behind a difference, of one plan and of the other."""
+    mine, other = plan_pieces(asked), plan_pieces(best)
+    names = [name for name in PARTS[part][1] if mine[name] != other[name]]
+    if not names:
+        return ""
+    here, there = (" ".join(pieces[n] or DEFAULT_PIECES.get(n, "even layers") for n in names) for pieces in (mine, other))
+    return f", with {here} instead of {there}"
+
+
+def _outside(plan: Plan, request: Request) -> str:
+    """Why a plan is not among the candidates."""
+    given = request.restrictions
+    reasons = {
+        f"cp{plan.context} is above the largest context size, {given.max_context}": plan.context > given.max_context,
+        f"tp{plan.tensor} is above the largest tensor size": given.max_tensor is not None and plan.tensor > given.max_tensor,
+        "the number of stages is another one": given.pipeline not in (None, plan.pipeline),
+        "the number of micro-batches is another one": given.micro_batches not in (None, plan.micro_batches),
+        "recomputation is decided otherwise": given.recompute not in (None, plan.recomputation != "none"),
+        "sharding of parameters is decided otherwise": given.shard_parameters not in (None, plan.sharding == "parameters"),
+        f"more than {MAX_CHUNKS} chunks on a rank": plan.chunks > MAX_CHUNKS,
+    }
+    return next((reason for reason, applies in reasons.items() if applies), "its stages have other numbers of layers")
