@@ -1,6 +1,6 @@
 """Fit the planner's efficiency constants to published measurements: `python benchmarks/fit_planner.py RUNS.csv`.
 
-Every second row of each group is used, the others are left for testing (benchmarks/planner_accuracy.py). Each class of devices
+Every second run of each group is used, the others are left for testing (benchmarks/planner_accuracy.py). Each class of devices
 gets one set of constants, the most probable one given its rows and a prior: that of the class it descends from, or `PRIOR` with
 `WIDTH` (a Gaussian on the logarithm, or on the log-odds of a fraction). Written to moreh/planner/data/efficiency.json.
 
@@ -20,7 +20,7 @@ from published_runs import PublishedRun, read_rows, usable_runs
 from scipy.optimize import least_squares
 
 from moreh.accelerator.devices import all_devices
-from moreh.planner.efficiency import Efficiency
+from moreh.planner.efficiency import FEW_RUNS, Efficiency
 from moreh.planner.plan_table import table_of_plans
 from moreh.planner.prediction import Setting, step_seconds
 from moreh.planner.stage_cost import stage_time
@@ -66,18 +66,21 @@ FRACTIONS = ("matmul", "float8", "attention", "memory", "node", "network", "cont
 PARENTS = {"A100 40GB": "A100 80GB", "H100 96GB": "H100", "H200": "H100"}
 # The platform's own speeds are not used: it does not say enough about how it computes.
 LEFT_OUT = ("Moreh docs MI250",)
-# With fewer runs than this the error of a class is not known by itself.
-FEW = 10
 # Relative error that a published figure is taken to have; larger ones count less than quadratically.
 NOISE = 0.04
 
 
 def fitted_rows(runs: Sequence[PublishedRun]) -> list[PublishedRun]:
-    """Every second run of each group, from the second on; none of a group that is left out."""
-    groups: dict[str, list[PublishedRun]] = {}
+    """Every second one of each group's different runs, from the second on; none of a group that is left out.
+
+    Rows about the same plan of the same program, such as a log and a summary of it, stay together.
+    """
+    groups: dict[str, dict[object, list[PublishedRun]]] = {}
     for run in runs:
-        groups.setdefault(run.group, []).append(run)
-    return [run for name, group in groups.items() if name not in LEFT_OUT for run in group[1::2]]
+        same = (run.training, run.plans, run.cluster, run.implementation)
+        groups.setdefault(run.group, {}).setdefault(same, []).append(run)
+    chosen = [rows for name, group in groups.items() if name not in LEFT_OUT for rows in list(group.values())[1::2]]
+    return [run for rows in chosen for run in rows]
 
 
 def step_time_s(run: PublishedRun, efficiency: Efficiency) -> float:
@@ -115,26 +118,22 @@ def fit(runs: Sequence[PublishedRun], prior: Efficiency) -> Efficiency:
     return from_coordinates(centre + solution.x * width)
 
 
-def errors_of_classes(runs: Sequence[PublishedRun], fitted: set[str], constants: dict[str, Efficiency]) -> dict[str, object]:
-    """For each class the error that 4 of 5 runs that were not fitted stay below, and how many runs there are.
-
-    A class with few runs is not taken to be surer than all runs together.
-    """
+def errors_of_classes(
+    runs: Sequence[PublishedRun], fitted: set[str], constants: dict[str, Efficiency]
+) -> dict[str, dict[str, float]]:
+    """How far the runs that were not fitted are off, for each class: the fields of `moreh.planner.efficiency.Uncertainty`."""
     tested = [run for run in runs if run.id not in fitted]
 
     def errors(rows: Sequence[PublishedRun], efficiency: Efficiency) -> list[float]:
-        return [abs(step_time_s(run, efficiency) / run.step_time_s - 1) for run in rows if run.step_time_s]
+        return [step_time_s(run, efficiency) / run.step_time_s - 1 for run in rows if run.step_time_s]
 
-    by_class = {
-        name: errors([run for run in tested if run.cluster.device.efficiency == name], efficiency)
-        for name, efficiency in constants.items()
-    }
-    overall = float(np.quantile(np.concatenate(list(by_class.values())), 0.8))
-    unseen = float(np.quantile(errors(tested, PRIOR), 0.8))
-    table: dict[str, object] = {}
-    for name, found in by_class.items():
-        error = float(np.quantile(found, 0.8)) if found else unseen
-        table[name] = {"error": float(f"{max(error, overall if len(found) < FEW else 0):.3g}"), "runs": len(found)}
+    table = {}
+    for name, efficiency in constants.items():
+        found = errors([run for run in tested if run.cluster.device.efficiency == name], efficiency)
+        known = found or errors(tested, PRIOR)
+        share = 1.0 if 0 < len(found) < FEW_RUNS else 0.8
+        figures = {"error": np.quantile(np.abs(known), share), "lowest": min(known), "highest": max(known)}
+        table[name] = {"runs": len(found), **{key: float(f"{value:.3g}") for key, value in figures.items()}}
     return table
 
 

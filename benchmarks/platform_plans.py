@@ -62,7 +62,7 @@ def main() -> int:
         training = Training(describe(MODELS / f"{job.model}.json"), job.plan.global_batch_size, job.length)
         theirs = predict(job.plan, training, setting)
         ours = search(training, setting, count=1).best[0]
-        share, _ = uncertainty(flavor.device.efficiency)
+        share = uncertainty(flavor.device.efficiency).error
         gain = ours.tokens_per_second / theirs.tokens_per_second
         # Both predictions may be off by the share, independently of each other.
         low, high = gain / (1 + share * math.sqrt(2)), gain * (1 + share * math.sqrt(2))

@@ -57,7 +57,6 @@ class PublishedRun:
     units: int
     step_time_s: float | None
     memory_gib: float | None
-    memory_kind: str
     out_of_memory: bool
 
 
@@ -106,7 +105,6 @@ def published_run(row: Row) -> PublishedRun:
     plans = tuple(_plan(row, architecture, tensor, pipeline, data, context, size, batch // (data * size)) for size in sizes)
     measured = _step_time_s(row, training, units)
     memory = _number(row, "peak_mem_gib_per_gpu")
-    kind = row.get("mem_as_published") or ""
     text = " ".join(value for key, value in row.items() if key in ("flag", "notes", "mem_as_published") and value).lower()
     sweep = "/".join((row["group"], row["framework"], row["model"], row["gpu"], str(units), str(batch), str(length)))
     return PublishedRun(
@@ -120,7 +118,6 @@ def published_run(row: Row) -> PublishedRun:
         units=units,
         step_time_s=measured,
         memory_gib=memory,
-        memory_kind=kind,
         out_of_memory=measured is None and re.search(r"\boom\b|out.of.memory", text) is not None,
     )
 

@@ -248,7 +248,7 @@ def test_parts_add_up_and_are_never_negative():
         for recomputation in ("none", "full")
     ]
     training = Training(architecture("llama"), 16, 1024)
-    for implementation in (MOREH, TRANSFORMERS, replace(TRANSFORMERS_AUTOCAST, fragmentation=0.1, context_bytes=1e9)):
+    for implementation in (MOREH, TRANSFORMERS, replace(TRANSFORMERS_AUTOCAST, fragmentation=0.1)):
         found = memory(table_of_plans(plans), training, implementation)
         parts = [getattr(found, field.name) for field in fields(Memory)]
         assert all(part.shape == (len(plans), 4) and (part >= 0).all() for part in parts)

@@ -27,10 +27,11 @@ class ProcessorSample:
 class PredictedUse:
     """What a plan is predicted to use of the devices that are simulated.
 
-    `memory_bytes` maps a kind to bytes on all devices together, `device_bytes` has the bytes of each device, and `busy` is the
-    share of a step in which a device computes (0 to 1).
+    `plan` is its text. `memory_bytes` maps a kind to bytes on all devices together, `device_bytes` has the bytes of each
+    device, and `busy` is the share of a step in which a device computes (0 to 1).
     """
 
+    plan: str
     memory_bytes: dict[str, int]
     device_bytes: tuple[int, ...]
     busy: float

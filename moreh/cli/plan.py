@@ -126,7 +126,7 @@ def _search(options: argparse.Namespace, request: Request) -> int:
         _print_json({**request_json(request), **search_json(request, result), "plot": drawn})
         return 0
     _print_pairs(header_rows(request, result))
-    print(_table(PLAN_HEADERS, plan_rows(request, result), left=("Plan", "Limited by")))
+    print(_table(PLAN_HEADERS, plan_rows(request, result), left=("Plan", "Largest overhead")))
     if drawn is not None:
         print(f"The picture of plan 1 is in {drawn}")
     return 0

@@ -16,6 +16,11 @@ SIMULATED_NOTE = (
     "Memory usage and utilization are simulated: the job computes on this machine's processor.\n"
     "Memory is what its tensors would take on the device; utilization is the share of the cores that it uses."
 )
+PREDICTED_NOTE = (
+    "Memory usage and utilization are simulated: the job computes on this machine's processor.\n"
+    "Memory is what the plan '{plan}' is predicted to use; utilization is the share of the cores that the job uses, times\n"
+    "the predicted share of a step in which a device computes."
+)
 DEVICE_COLUMNS = (
     Column("Device", 6),
     Column("Name", 17, "right"),
@@ -98,8 +103,10 @@ def draw_reports(reports: Sequence[AcceleratorReport], *, physical: bool) -> str
     running = [report for report in reports if report.job is not None]
     if running:
         parts += ["", "Processes:", draw_table(PROCESS_COLUMNS, [_process_row(report) for report in running])]
-    if any(report.status is not None and report.status.simulated for report in reports):
-        parts += ["", SIMULATED_NOTE]
+    simulated = [report.status for report in reports if report.status is not None and report.status.simulated]
+    notes = [PREDICTED_NOTE.format(plan=s.predicted.plan) if s.predicted else SIMULATED_NOTE for s in simulated]
+    for note in dict.fromkeys(notes):
+        parts += ["", note]
     return "\n".join(parts)
 
 
@@ -117,6 +124,9 @@ def as_json(reports: Sequence[AcceleratorReport], *, physical: bool) -> dict[str
             "memory_total_mib": flavor.memory_mib,
             "utilization_percent": report.utilization_percent,
             "simulated": None if report.status is None else report.status.simulated,
+            "predicted_for_plan": None
+            if report.status is None or report.status.predicted is None
+            else report.status.predicted.plan,
             "processes": [],
         }
         if report.job is not None:

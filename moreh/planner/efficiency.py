@@ -9,6 +9,8 @@ from typing import Any
 from moreh.errors import PlanError
 
 _DATA = Path(__file__).parent / "data" / "efficiency.json"
+# With fewer published runs than this, the worst one counts.
+FEW_RUNS = 10
 
 
 @dataclass(frozen=True)
@@ -69,15 +71,36 @@ def find_efficiency(name: str) -> Efficiency:
     return table[name]
 
 
-def uncertainty(class_name: str) -> tuple[float, int]:
-    """How far step times are off for a class of devices, and on how many published runs that is known.
+@dataclass(frozen=True)
+class Uncertainty:
+    """How far predicted step times were off for a class of devices, in published runs that were not used to fit its constants.
 
-    The first is the relative error (a fraction) that 4 of 5 runs stay below, of those that were not used to fit the constants.
-    For a class without any run, it is that of all runs when they are predicted with the constants of such a class.
+    `runs` is their number, `error` a relative error (a fraction): the one that 4 of 5 runs stay below, or the worst one where
+    there are few runs. `lowest` and `highest` are the extreme errors, below 0 where the prediction was too fast. A class
+    without runs has those of all runs together, predicted with the constants that such a class is given.
+    """
+
+    runs: int
+    error: float
+    lowest: float
+    highest: float
+
+    @property
+    def text(self) -> str:
+        """Continues "Step times came out ..."."""
+        extremes = f"from {abs(self.lowest):.0%} too fast to {max(0.0, self.highest):.0%} too slow"
+        if self.runs == 0:
+            return f"within {self.error:.0%} for 4 of 5 published runs on other devices; there is none on these"
+        if self.runs < FEW_RUNS:
+            return f"{extremes} in {self.runs} published run{'s' if self.runs > 1 else ''} on such devices"
+        return f"within {self.error:.0%} for 4 of 5 of {self.runs} published runs on such devices ({extremes})"
+
+
+def uncertainty(class_name: str) -> Uncertainty:
+    """How far predictions for a class of devices can be trusted.
 
     Raises:
         PlanError: there is no such class.
     """
     find_efficiency(class_name)
-    row = _table()["errors"][class_name]
-    return float(row["error"]), int(row["runs"])
+    return Uncertainty(**_table()["errors"][class_name])

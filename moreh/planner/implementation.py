@@ -25,7 +25,7 @@ class Implementation:
     node, as NCCL's rings do, instead of one.
     `norm_copies`: tensors of the hidden size that a norm keeps besides its input. `gated_copies`: what the activation of a
     gated network keeps, in widths of its two products together (their product alone is 0.5). `fragmentation` is the share of
-    temporary memory that the allocator cannot use, `context_bytes` what the driver and libraries take of the device.
+    temporary memory that the allocator cannot use.
     `layer_kernels`: kernels that a layer's forward pass launches besides its matrix products and attention.
     `least_in_flight`: micro-batches that a stage of a pipeline works on at once even where its schedule allows fewer.
 
@@ -63,7 +63,6 @@ class Implementation:
     norm_copies: float = 1.0
     gated_copies: float = 0.5
     fragmentation: float = 0.0
-    context_bytes: float = 0.0
     least_in_flight: int = 1
     layer_kernels: int = 8
     rms_norm_copies: float = 1.0

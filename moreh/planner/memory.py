@@ -124,7 +124,7 @@ def _sum_of_moments(states: _States, plans: PlanTable, training: Training, imple
         activations=activations,
         logits=logits,
         buffers=buffers,
-        fragmentation=implementation.fragmentation * (activations + logits + buffers) + implementation.context_bytes,
+        fragmentation=implementation.fragmentation * (activations + logits + buffers),
     )
 
 
@@ -164,7 +164,7 @@ def _moments(states: _States, plans: PlanTable, training: Training, implementati
             activations=activations,
             logits=logits,
             buffers=buffers,
-            fragmentation=implementation.fragmentation * temporary + implementation.context_bytes,
+            fragmentation=implementation.fragmentation * temporary,
         )
 
     before_loss = logits * implementation.forward_logit_bytes

@@ -73,6 +73,10 @@ class DeviceMemory:
         return states + self.activations + self.logits + self.buffers + self.fragmentation
 
 
+# A part of a step that takes less than this is not worth naming.
+NOTABLE = 0.05
+
+
 @dataclass(frozen=True)
 class StepParts:
     """Where the seconds of a step go on the devices of the busiest stage; together the step time.
@@ -91,7 +95,7 @@ class StepParts:
 
     @property
     def limit(self) -> str:
-        """What takes most of the time besides the computation that any plan has."""
+        """What takes most of the time besides the computation that any plan has, with its share of the step."""
         names = {
             "recomputation": self.recomputation_s,
             "tensor-parallel exchange": self.tensor_exchange_s,
@@ -102,7 +106,8 @@ class StepParts:
         }
         largest = max(names, key=lambda name: names[name])
         spent = sum(names.values()) + self.computation_s
-        return largest if names[largest] > 0.05 * spent else "computation"
+        share = names[largest] / spent
+        return f"{largest} {share:.0%}" if share > NOTABLE else f"none above {NOTABLE:.0%}"
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """What is said about plans: rows of tables, lines of text, and content for JSON. Nothing here is printed."""
 
 from dataclasses import asdict, dataclass
-from math import ceil
 from typing import Any
 
 from moreh.accelerator.devices import Device
@@ -49,13 +48,8 @@ def uncertainty_text(device: Device) -> str:
     """One line on how far the figures for a kind of device can be trusted."""
     if device.efficiency == THIS_MACHINE:
         return "All figures are predictions, from rates that were measured on this machine."
-    error, runs = uncertainty(device.efficiency)
-    within = f"within {ceil(100 * error)}% for 4 of 5 published runs"
-    if runs == 0:
-        within = f"{within} on other devices; there is none on the class of these ({device.efficiency})"
-    else:
-        within = f"{within} on this class of devices ({device.efficiency}, {runs} run{'s' if runs > 1 else ''})"
-    return f"All figures are predictions, not measurements. Step times came out {within}."
+    known = uncertainty(device.efficiency)
+    return f"All figures are predictions, not measurements. Step times came out {known.text}."
 
 
 def header_rows(request: Request, result: SearchResult | None = None) -> list[tuple[str, str]]:
@@ -95,7 +89,7 @@ def restrictions_text(restrictions: Restrictions) -> str:
     return ", ".join(texts)
 
 
-PLAN_HEADERS = ("Rank", "Plan", "Memory per device", "Step time", "Tokens/s", "MFU", "Limited by")
+PLAN_HEADERS = ("#", "Plan", "Memory per device", "Step time", "Tokens/s", "MFU", "Largest overhead")
 
 
 def plan_rows(request: Request, result: SearchResult) -> list[tuple[str, ...]]:

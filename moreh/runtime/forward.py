@@ -4,6 +4,7 @@ It is attached to no model: it holds for models made before and after, for copie
 by themselves.
 """
 
+import math
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,13 +33,14 @@ class _Runtime:
         self.variables = variables
         self.job = job
         self._prepared: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
-        self._planned: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+        # The tokens of the largest batch that each model was planned for.
+        self._planned: weakref.WeakKeyDictionary[torch.nn.Module, float] = weakref.WeakKeyDictionary()
         self._low_precision: dict[torch.device, bool] = {}
 
     @contextmanager
     def around_call(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
-        """Prepare a model before its first forward pass, plan its training before the first one with gradients, and compute
-        each of them in the precision that was chosen.
+        """Prepare a model before its first forward pass, plan its training before the first one with gradients and before
+        larger batches than it was planned for, and compute each pass in the precision that was chosen.
         """
         if model not in self._prepared:
             self._prepare(model)
@@ -46,11 +48,11 @@ class _Runtime:
         parameter = next(model.parameters())
         # A model of another type, or one that the script runs under an autocast of its own, is left as it is.
         bfloat16 = parameter.dtype == torch.float32 and not _inside_autocast() and self._uses_bfloat16(parameter.device)
-        if model not in self._planned and torch.is_grad_enabled() and model.training and not parameter.is_meta:
+        if torch.is_grad_enabled() and model.training and not parameter.is_meta:
             shape = _tokens_shape(args, kwargs)
-            if shape is not None:
-                self._planned.add(model)
-                self._plan(model, *shape, bfloat16=bfloat16)
+            if shape is not None and shape[0] * shape[1] > self._planned.get(model, 0):
+                planned = self._plan(model, *shape, bfloat16=bfloat16)
+                self._planned[model] = shape[0] * shape[1] if planned else math.inf
         if bfloat16:
             with torch.autocast(parameter.device.type, dtype=torch.bfloat16):
                 yield
@@ -67,8 +69,8 @@ class _Runtime:
         if self.options.activation_recomputation is True:
             _recompute_activations(model)
 
-    def _plan(self, model: torch.nn.Module, batch_size: int, sequence_length: int, *, bfloat16: bool) -> None:
-        """Plan the training for the accelerator and for this machine.
+    def _plan(self, model: torch.nn.Module, batch_size: int, sequence_length: int, *, bfloat16: bool) -> bool:
+        """Plan the training for the accelerator and for this machine; whether the model is one that can be planned.
 
         Raises:
             PlanError: no plan divides the batch under the options.
@@ -78,7 +80,7 @@ class _Runtime:
             training = Training(describe_module(model), batch_size, sequence_length)
         except PlanError as reason:
             logger.info("This model is not planned for the accelerator, and is trained as it is: %s", reason)
-            return
+            return False
         accelerator = self.job.accelerator
         selection = select_plan(training, accelerator.flavor, self.options, self.variables, logger.info, Path.cwd())
         if selection.prediction is None:
@@ -87,7 +89,7 @@ class _Runtime:
             self.job.predicted = predicted_use(selection.prediction, accelerator.flavor.devices)
         local = select_local_plan(training, self.options, bfloat16=bfloat16)
         if local.plan.recomputation == "full" and self.options.activation_recomputation == "auto":
-            _recompute_activations(model)
+            _recompute_activations(model)  # for good: a smaller batch later is not worth another change
         logger.info(
             "This machine: 1 worker computes each batch in one piece, recomputation : %s; "
             "predicted are %.2g s a step and %.2g GiB.",
@@ -95,6 +97,7 @@ class _Runtime:
             local.step_time_s,
             local.memory_bytes / 2**30,
         )
+        return True
 
     def _uses_bfloat16(self, device: torch.device) -> bool:
         if device not in self._low_precision:

@@ -84,12 +84,12 @@ def select_plan(
     say("Configuration for parallelism is selected.")
     say(line)
     say("train: true")
-    share, rows = uncertainty(flavor.device.efficiency)
-    basis = f"+-{share:.0%}, as for {rows} published runs" if rows else f"+-{share:.0%}, no published run on this device"
+    known = uncertainty(flavor.device.efficiency)
     say(
         f"Simulated: on {flavor.name} ({flavor.devices} x {flavor.device.name}) the plan '{plan_text(best.plan)}' is "
-        f"predicted to take {best.step_time_s:.3g} s a step ({basis}), {best.tokens_per_second:,.0f} tokens/s, {best.mfu:.1%} "
-        f"of the peak, and {best.memory_bytes / _GIB:.3g} of {flavor.device.memory_mib / 1024:.3g} GiB on the fullest device."
+        f"predicted to take {best.step_time_s:.3g} s a step, {best.tokens_per_second:,.0f} tokens/s, {best.mfu:.1%} "
+        f"of the peak, and {best.memory_bytes / _GIB:.3g} of {flavor.device.memory_mib / 1024:.3g} GiB on the fullest device. "
+        f"Step times came out {known.text}."
     )
     return Selection(best, found.smallest_bytes)
 
@@ -141,7 +141,9 @@ def predicted_use(prediction: Prediction, devices: int) -> PredictedUse:
     used = [round(rank.total) for rank in prediction.memory for _ in range(per_rank)]
     device_bytes = (*used, *[0] * (devices - len(used)))
     busy = (prediction.parts.computation_s + prediction.parts.recomputation_s) / prediction.step_time_s
-    return PredictedUse({name: value for name, value in total.items() if value}, device_bytes, min(1.0, busy))
+    return PredictedUse(
+        plan_text(prediction.plan), {name: value for name, value in total.items() if value}, device_bytes, min(1.0, busy)
+    )
 
 
 def select_local_plan(training: Training, options: ParallelOptions, *, bfloat16: bool) -> Prediction:
