@@ -181,6 +181,28 @@ def test_batch_that_no_plan_divides_is_told(run_python):
     assert "PlanError: 3 stages: the number must divide 8 devices and be at most the model's 4 layers" in finished.stderr
 
 
+def test_larger_batches_are_planned_again(run_python):
+    source = (
+        PLAN_ONE.format(options={}, batch=16)
+        + """
+for rows in (16, 8, 32, 24, 32):
+    print("rows", rows)
+    model(torch.zeros(rows, 8, dtype=torch.long), labels=torch.zeros(rows, 8, dtype=torch.long)).loss.backward()
+"""
+    )
+    after = run_python(source).stdout.split("rows ")[1:]
+    planned = [part.split()[0] for part in after if "The number of candidates is" in part]
+    assert planned == ["32"]
+    assert len(after) == 5
+
+
+def test_directory_that_cannot_be_written_does_not_end_training(run_python):
+    source = PLAN_ONE.format(options={}, batch=16).replace("import torch\n", "import os, torch\nos.chdir('/proc')\n", 1)
+    finished = run_python(source)
+    assert finished.returncode == 0, finished.stderr
+    assert "[info] advanced_parallelization_selected_config.dump is not written: " in finished.stdout
+
+
 def test_small_batch_leaves_devices_idle(run_python):
     finished = run_python(PLAN_ONE.format(options={}, batch=1).replace("n_layer=4", "n_layer=1"))
     assert finished.returncode == 0, finished.stderr

@@ -75,12 +75,12 @@ def select_plan(
             for line in lines:
                 say(line)
         else:
-            (directory / DETAILED_LOG).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+            _write(directory / DETAILED_LOG, lines, say)
     if not found.best:
         return Selection(None, found.smallest_bytes)
     best = found.best[0]
     line = selected_config(best.plan)
-    (directory / SELECTED_CONFIG).write_text(line + "\n", encoding="utf-8")
+    _write(directory / SELECTED_CONFIG, [line], say)
     say("Configuration for parallelism is selected.")
     say(line)
     say("train: true")
@@ -92,6 +92,14 @@ def select_plan(
         f"Step times came out {known.text}."
     )
     return Selection(best, found.smallest_bytes)
+
+
+def _write(path: Path, lines: list[str], say: Callable[[str], None]) -> None:
+    """Write a file of the log. A directory that cannot be written does not end a training."""
+    try:
+        path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    except OSError as error:
+        say(f"{path.name} is not written: {error}")
 
 
 def _say_search(found: SearchResult, say: Callable[[str], None]) -> None:

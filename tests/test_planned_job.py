@@ -1,0 +1,67 @@
+"""What moreh-smi shows of a job whose training was planned: the predicted use of every device."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+TRAINING = """
+import time, torch
+from transformers import GPT2Config, GPT2LMHeadModel
+torch.moreh.option.enable_advanced_parallelization(num_stages=4, num_micro_batches=4)
+model = GPT2LMHeadModel(GPT2Config(n_layer=4, n_embd=128, n_head=4, vocab_size=5000)).cuda().train()
+optimizer = torch.optim.AdamW(model.parameters())
+ids = torch.zeros(16, 64, dtype=torch.long).cuda()
+end = time.time() + 60
+while time.time() < end:
+    model(ids, labels=ids).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    print("step", flush=True)
+"""
+
+
+@pytest.fixture
+def training(environment, tmp_path):
+    """A training under the hook in another process, a few steps after its start."""
+    script = tmp_path / "train.py"
+    script.write_text(TRAINING, encoding="utf-8")
+    process = subprocess.Popen(
+        [sys.executable, str(script)],
+        env=environment,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    steps = 0
+    for line in process.stdout:
+        steps += line == "step\n"
+        if steps == 20:
+            break
+    assert steps == 20
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_memory_of_every_device_is_the_plans(run, training):
+    report = json.loads(run("moreh-smi", "--json", "-p").stdout)["accelerators"][0]
+    assert report["simulated"] is True
+    assert re.search(r" pp4 .* mb\d+x4 ", report["predicted_for_plan"] + " ")
+    used = [device["memory_used_mib"] for device in report["physical_devices"]]
+    assert len(used) == 8
+    assert min(used) > 0
+    # The devices of a stage are neighbours, and the first and the last one, with the embedding, are the fullest.
+    assert used[0::2] == used[1::2]
+    assert min(used[0], used[6]) > max(used[2], used[4])
+    # Bytes of all devices are rounded up once, those of each device one by one.
+    assert sum(used) - 8 <= report["memory_used_mib"] <= sum(used)
+    kinds = report["processes"][0]["memory_bytes"]
+    assert {"parameters", "gradients", "optimizer", "activations"} <= set(kinds)
+    assert 0 <= report["utilization_percent"] <= 100
+    text = " ".join(run("moreh-smi").stdout.split())
+    assert "Memory usage and utilization are simulated" in text
+    assert f"Memory is what the plan '{report['predicted_for_plan']}' is predicted to use" in text
