@@ -15,18 +15,17 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 from published_runs import PublishedRun, read_rows, usable_runs
 from scipy.optimize import least_squares
 
 from moreh.accelerator.devices import all_devices
+from moreh.planner.arrays import Floats
 from moreh.planner.efficiency import FEW_RUNS, Efficiency
 from moreh.planner.plan_table import table_of_plans
 from moreh.planner.prediction import Setting, step_seconds
 from moreh.planner.stage_cost import stage_time
 
 OUTPUT = Path(__file__).parent.parent / "moreh" / "planner" / "data" / "efficiency.json"
-Floats = NDArray[np.float64]
 
 # What is usual on GPUs, and by how much it may be wrong (one standard deviation of the logarithm or of half the log-odds).
 PRIOR = Efficiency(

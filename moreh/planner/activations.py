@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from moreh.planner.architecture import Architecture, DecoderLayer
-from moreh.planner.cluster import Floats
+from moreh.planner.arrays import Floats
 from moreh.planner.implementation import Implementation
 from moreh.planner.layer_time import micro_batch_tokens
 from moreh.planner.plan import Training

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from moreh.errors import PlanError
-from moreh.planner.cluster import Booleans, Cluster, Integers
+from moreh.planner.arrays import Booleans, Integers
+from moreh.planner.cluster import Cluster
 from moreh.planner.layer_time import embedding_time, head_time, layer_time
 from moreh.planner.plan import SCHEDULES, Schedule, Training
 from moreh.planner.plan_table import FULL, NONE, OPTIMIZER, PARAMETERS, SELECTIVE, PlanTable

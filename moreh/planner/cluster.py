@@ -3,14 +3,10 @@
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from moreh.accelerator.devices import Device
 from moreh.accelerator.flavors import Flavor
-
-Integers = NDArray[np.int64]
-Floats = NDArray[np.float64]
-Booleans = NDArray[np.bool_]
+from moreh.planner.arrays import Booleans, Floats, Integers
 
 
 @dataclass(frozen=True)

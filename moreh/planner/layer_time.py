@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from moreh.planner.architecture import Architecture, DecoderLayer
-from moreh.planner.cluster import Cluster, Floats, Integers, Links, ring_links
+from moreh.planner.arrays import Floats, Integers
+from moreh.planner.cluster import Cluster, Links, ring_links
 from moreh.planner.plan import Training
 from moreh.planner.plan_table import FULL, SELECTIVE, PlanTable
 from moreh.planner.roofline import Roofline

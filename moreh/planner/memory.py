@@ -12,7 +12,7 @@ from moreh.planner.activations import (
     residual_stream,
 )
 from moreh.planner.architecture import DecoderLayer, Linear
-from moreh.planner.cluster import Floats, Integers
+from moreh.planner.arrays import Floats, Integers
 from moreh.planner.implementation import Implementation
 from moreh.planner.layer_time import micro_batch_tokens
 from moreh.planner.plan import Training

@@ -3,11 +3,9 @@
 import numpy as np
 from numpy.typing import NDArray
 
+from moreh.planner.arrays import Floats, Integers
 from moreh.planner.plan import Schedule
 from moreh.planner.schedules import SPLIT_BACKWARD, micro_batches_per_round, stages_of_ranks, warmup_forwards
-
-Floats = NDArray[np.float64]
-Integers = NDArray[np.int64]
 
 
 def makespan_lower_bound(

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from moreh.planner.arrays import Floats
 from moreh.planner.plan import Schedule
 from moreh.planner.schedules import (
     B,
@@ -22,8 +23,6 @@ from moreh.planner.schedules import (
     peak_in_flight,
     stages_of_ranks,
 )
-
-Floats = NDArray[np.float64]
 
 # Increments that agree to this share of the makespan are those of a steady state.
 STEADY_TOLERANCE = 1e-12

@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
-from moreh.planner.cluster import Booleans, Floats, Integers
+from moreh.planner.arrays import Booleans, Floats, Integers
 from moreh.planner.plan import RECOMPUTATIONS, SHARDINGS, Plan, Schedule
 
 NONE, SELECTIVE, FULL = range(len(RECOMPUTATIONS))

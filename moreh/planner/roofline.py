@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from moreh.accelerator.devices import Device
-from moreh.planner.cluster import Floats, Integers, Links
+from moreh.planner.arrays import Floats, Integers
+from moreh.planner.cluster import Links
 from moreh.planner.efficiency import Efficiency
 from moreh.planner.implementation import Implementation
 

@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moreh.errors import PlanError
+from moreh.planner.arrays import Integers
 from moreh.planner.plan import SCHEDULES, Schedule
 
-Integers = NDArray[np.int64]
 # Forward, full backward, backward for the input only, backward for the weights only.
 Kind = Literal["F", "B", "I", "W"]
 KINDS: tuple[Kind, ...] = ("F", "B", "I", "W")

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from moreh.errors import PlanError
+from moreh.planner.arrays import Floats
 from moreh.planner.candidates import Restrictions, candidate_tables
-from moreh.planner.cluster import Floats
 from moreh.planner.memory import Memory, memory
 from moreh.planner.pipeline_bounds import makespan_lower_bound
 from moreh.planner.plan import Training

@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from moreh.planner.architecture import Architecture
-from moreh.planner.cluster import Booleans, Cluster, Floats, Links, ring_links
+from moreh.planner.arrays import Booleans, Floats
+from moreh.planner.cluster import Cluster, Links, ring_links
 from moreh.planner.implementation import Implementation
 from moreh.planner.layer_time import EdgeTime, embedding_time, head_time, layer_time, micro_batch_tokens
 from moreh.planner.plan import Training

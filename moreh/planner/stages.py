@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from moreh.planner.cluster import Floats, Integers
+from moreh.planner.arrays import Floats, Integers
 
 
 def even_layers(layers: int, stages: int) -> tuple[int, ...]:
