@@ -97,9 +97,10 @@ BAD_CONFIGS = [
     ({"model_type": "mixtral", "num_local_experts": 0}, "num_local_experts is 0: give"),
     ({"model_type": "no-such-family"}, "transformers builds no causal language model of model_type 'no-such-family'"),
     ({"model_type": "t5"}, "of model_type 't5' from it .it has an encoder and a decoder.: give"),
-    ({"model_type": "bert"}, "BertLMHeadModel is an encoder: give a decoder-only language model"),
+    ({"model_type": "bert"}, "of model_type 'bert' is no decoder with an output layer"),
+    ({"model_type": "vit"}, "of model_type 'vit' is no decoder with an output layer"),
     ({"model_type": "bart"}, "it has an encoder and a decoder.: give the configuration"),
-    ({"model_type": "mamba", "num_hidden_layers": 1}, "num_attention_heads of its configuration is None"),
+    ({"model_type": "mamba", "num_hidden_layers": 1}, "of model_type 'mamba' has no attention heads"),
     ({"model_type": "olmo", "num_hidden_layers": 0}, "has no list of layers"),
     ({"model_type": "olmo", "hidden_size": "wide"}, "transformers builds no causal language model of model_type 'olmo'"),
 ]
@@ -145,3 +146,31 @@ def test_missing_files(tmp_path):
         with pytest.raises(PlanError) as error:
             describe(source)
         assert "\n" not in str(error.value)
+
+
+def test_messages_name_the_path_that_was_given(tmp_path):
+    path = tmp_path / "model.json"
+    for config in ({"model_type": "gpt2", "n_layer": 0}, {"model_type": "bert"}, {}):
+        path.write_text(json.dumps(config), encoding="utf-8")
+        with pytest.raises(PlanError, match=rf"^{path}: "):
+            describe(path)
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(PlanError, match=rf"^{tmp_path}/config.json: there is no model_type"):
+        describe(tmp_path)
+
+
+@pytest.mark.parametrize("source", ["", "  ", "a b", "a\nb", "a\nb.json", "a/b/c", "/nowhere/gpt2"])
+def test_names_that_cannot_be_any_are_refused_at_once(source, monkeypatch):
+    monkeypatch.setattr("moreh.planner.describe._hub_config", lambda name: pytest.fail(f"{name} was looked for"))
+    with pytest.raises(PlanError, match=r"\A[^\n]+\Z") as error:
+        describe(source)
+    assert str(error.value).startswith((f"{source}: ", f"{source!r}: "))
+
+
+def test_a_name_that_is_here_as_a_file(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for name in ("gpt2", "openai-community/gpt2"):
+        with pytest.raises(
+            PlanError, match=r"HF_HUB_OFFLINE is set.*: give configs/models/gpt2\.json, or unset HF_HUB_OFFLINE$"
+        ):
+            describe(name)

@@ -9,7 +9,7 @@ from moreh.planner.candidates import Restrictions, candidate_tables
 from moreh.planner.cluster import cluster_of_devices
 from moreh.planner.describe import describe_config
 from moreh.planner.plan import Plan, Training
-from moreh.planner.plan_text import parse_plan, plan_text
+from moreh.planner.plan_text import parse_plan, plan_text, torch_refusal
 from moreh.planner.prediction import setting_of
 
 # 12 layers, 8 query heads, 4 key-value heads.
@@ -75,7 +75,7 @@ def test_layers_are_written_as_runs(training):
         ("pp4 layers:3,3,3,2", "gives 11 layers"),
         ("pp4 layers:12,0x3", "at least one each"),
         ("pp4 layers:9999999x9999999", "but there are 12 layers for 4 stages"),
-        ("pp8 mb12x2", "too few for schedule='1f1b'"),
+        ("pp8 mb12x2", None),
         ("pp2 dp8 mb2x3 interleaved", None),
         ("pp2 tp4 dp2 mb8x3 zero-bubble", None),
         ("zbv", "zbv needs several stages"),
@@ -110,3 +110,14 @@ def test_sequences_that_cannot_be_divided(training, text, piece):
     odd = Training(training.architecture, 48, 127)
     with pytest.raises(PlanError, match=piece):
         parse_plan(text, odd, 2)
+
+
+def test_schedules_that_torch_does_not_run(training):
+    """What has an order all the same is accepted, and the reason is told in pieces of the text."""
+    few = parse_plan("pp3 dp1 mb24x2", training, 3)
+    assert torch_refusal(few) == "1f1b needs at least as many micro-batches as stages, and pp3 mb24x2 has 2 for 3"
+    assert "zero-bubble with pp3 mb3x16" in torch_refusal(parse_plan("pp3 mb3x16 zero-bubble", training, 3))
+    with pytest.raises(PlanError, match=r"^plan: interleaved with pp3 mb3x16 takes .* 16 cannot be divided so: give mb4x12$"):
+        parse_plan("pp3 mb3x16 interleaved", training, 3)
+    for text in ("pp3", "pp3 mb4x12 interleaved", "pp3 zbv mb24x2"):
+        assert torch_refusal(parse_plan(text, training, 3)) == ""

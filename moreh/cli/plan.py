@@ -2,16 +2,15 @@
 
 import argparse
 import json
-import math
 import sys
-from collections.abc import Callable
-from pathlib import Path
+from contextlib import suppress
 
 from moreh.accelerator.devices import all_devices, find_device
 from moreh.accelerator.flavors import Flavor, find_flavor
 from moreh.accelerator.registry import read_registry
+from moreh.cli.plan_options import DEFAULT_COUNT, PRECISIONS, YES_NO_AUTO, parse_options
 from moreh.cli.tables import Column, draw_table
-from moreh.cli.terminal import EXIT_REFUSED, run_tool
+from moreh.cli.terminal import run_tool
 from moreh.errors import PlanError
 from moreh.planner.candidates import Restrictions
 from moreh.planner.cluster import cluster_of_devices, cluster_of_flavor
@@ -19,19 +18,19 @@ from moreh.planner.describe import describe
 from moreh.planner.explanation import explanation_json, explanation_rows, explanation_sentences
 from moreh.planner.flavor_comparison import (
     compare_flavors,
-    find_plans,
     flavor_headers,
     flavor_rows,
     flavors_json,
-    nothing_fits_text,
+    no_flavor_text,
     recommendation,
 )
 from moreh.planner.implementation import TRANSFORMERS, TRANSFORMERS_AUTOCAST, computing_in
 from moreh.planner.local_machine import NAME as THIS_MACHINE
-from moreh.planner.picture import SUFFIXES, draw_plan
-from moreh.planner.plan import Training
+from moreh.planner.picture import check_picture, draw_plan
+from moreh.planner.plan import Plan, Training
 from moreh.planner.plan_text import parse_plan, plan_text
 from moreh.planner.prediction import Prediction, Setting, predict, setting_of, setting_of_this_machine
+from moreh.planner.remedies import Found, find_plans, found_json, nothing_fits_text
 from moreh.planner.report import (
     PLAN_HEADERS,
     Json,
@@ -42,11 +41,6 @@ from moreh.planner.report import (
     search_json,
 )
 
-# Larger than anything that is trained; a typing error must not keep the search busy for minutes.
-MOST_ROWS, MOST_TOKENS, MOST_DEVICES, MOST_PLANS = 1_000_000, 100_000_000, 100_000, 1_000
-DEFAULT_COUNT = 10
-YES_NO_AUTO = {"yes": True, "no": False, "auto": None}
-PRECISIONS = {"bfloat16": "half", "float32": "float32", "float8": "float8"}
 # What is computed in without advanced parallelization, by a model of transformers on this machine.
 LOCAL_IMPLEMENTATIONS = {"bfloat16": TRANSFORMERS_AUTOCAST, "float32": TRANSFORMERS}
 
@@ -57,7 +51,9 @@ def main() -> int:
 
 
 def _plan(arguments: list[str]) -> int:
-    options = _parse(arguments)
+    options = parse_options(arguments)
+    if options.plot is not None:
+        check_picture(options.plot)
     request = _request(options)
     longest = request.training.architecture.max_positions
     if longest is not None and options.sequence_length > longest:
@@ -118,40 +114,50 @@ def _setting(options: argparse.Namespace, flavor: Flavor | None) -> Setting:
 
 
 def _search(options: argparse.Namespace, request: Request) -> int:
-    result = find_plans(request, options.count or DEFAULT_COUNT)
-    if not result.best:
-        raise PlanError(nothing_fits_text(request, result.smallest_bytes))
-    drawn = _draw(options, request, result.best[0])
+    found = find_plans(request, options.count or DEFAULT_COUNT)
+    best = found.result.best
+    message = None if best else nothing_fits_text(request, found)
     if options.json:
-        _print_json({**request_json(request), **search_json(request, result), "plot": drawn})
-        return 0
-    _print_pairs(header_rows(request, result))
-    print(_table(PLAN_HEADERS, plan_rows(request, result), left=("Plan", "Largest overhead")))
-    if drawn is not None:
-        print(f"The picture of plan 1 is in {drawn}")
+        plot = str(options.plot) if best and options.plot else None
+        content = {**request_json(request), **search_json(request, found.result), **found_json(found, message)}
+        _print_json({**content, "plot": plot})
+    elif best:
+        _print_pairs(_header(request, found))
+        print(_table(PLAN_HEADERS, plan_rows(request, found.result), left=(PLAN_HEADERS[1], PLAN_HEADERS[-1])))
+    if message:
+        raise PlanError(message)
+    _draw(options, request, best[0], "plan 1")
     return 0
 
 
 def _explain(options: argparse.Namespace, request: Request) -> int:
-    plan = parse_plan(options.explain, request.training, request.setting.cluster.devices)
-    asked = predict(plan, request.training, request.setting)
-    result = find_plans(request, count=1)
-    best = result.best[0] if result.best else None
-    drawn = _draw(options, request, asked)
+    found = find_plans(request, count=1)
+    plan, setting = _given_plan(options.explain, request, found)
+    asked = predict(plan, request.training, setting)
+    best = found.result.best[0] if found.result.best else None
+    message = None if best else nothing_fits_text(request, found)
     if options.json:
-        _print_json({**request_json(request), **explanation_json(request, asked, best), "plot": drawn})
+        content = {**request_json(request), **explanation_json(request, asked, best), **found_json(found, message)}
+        _print_json({**content, "plot": str(options.plot) if options.plot else None})
     else:
-        _print_pairs([*header_rows(request, result), ("This plan", plan_text(plan))])
+        _print_pairs([*_header(request, found), ("This plan", plan_text(plan))])
         if best is not None:
             _print_pairs([("Best plan", plan_text(best.plan))])
         headers = ("", "This plan", "Best plan")[: 2 if best is None else 3]
         print(_table(headers, explanation_rows([asked] if best is None else [asked, best]), left=("",)))
         print("\n".join(explanation_sentences(request, asked, best)))
-        if drawn is not None:
-            print(f"The picture of this plan is in {drawn}")
-    if best is None:
-        raise PlanError(nothing_fits_text(request, result.smallest_bytes))
+    _draw(options, request, asked, "this plan")
+    if message:
+        raise PlanError(message)
     return 0
+
+
+def _given_plan(text: str, request: Request, found: Found) -> tuple[Plan, Setting]:
+    """The plan of a text, for all devices or for those that the search uses, and the setting with these."""
+    if found.idle:
+        with suppress(PlanError):  # what is wrong with it on the devices in use is said below
+            return parse_plan(text, request.training, request.setting.cluster.devices), request.setting
+    return parse_plan(text, request.training, found.setting.cluster.devices), found.setting
 
 
 def _compare(options: argparse.Namespace, request: Request) -> int:
@@ -163,16 +169,25 @@ def _compare(options: argparse.Namespace, request: Request) -> int:
         _print_pairs([pair for pair in header_rows(request) if pair[0] != "Accelerator"])
         cells = flavor_rows(request, rows, tokens, price)
         print(_table(flavor_headers(tokens, price), cells, left=("Accelerator", "Fits", "Best plan")))
+    if not any(row.best for row in rows):
+        raise PlanError(no_flavor_text(request, rows))
+    if not options.json:
         print("\n".join(recommendation(rows, tokens, price)))
-    return 0 if any(row.best for row in rows) else EXIT_REFUSED
+    return 0
 
 
-def _draw(options: argparse.Namespace, request: Request, prediction: Prediction) -> str | None:
-    """Draw the picture that was asked for; its name."""
+def _draw(options: argparse.Namespace, request: Request, prediction: Prediction, name: str) -> None:
+    """Draw the picture that was asked for, after everything else was printed."""
     if options.plot is None:
-        return None
+        return
     draw_plan(prediction, request, options.plot)
-    return str(options.plot)
+    if not options.json:
+        print(f"The picture of {name} is in {options.plot}")
+
+
+def _header(request: Request, found: Found) -> list[tuple[str, str]]:
+    rows = header_rows(request, found.result)
+    return [*rows[:-1], ("Idle", found.idle.replace(" stay idle", "", 1)), rows[-1]] if found.idle else rows
 
 
 def _table(headers: tuple[str, ...], rows: list[tuple[str, ...]], left: tuple[str, ...]) -> str:
@@ -187,97 +202,6 @@ def _print_pairs(pairs: list[tuple[str, str]]) -> None:
 
 def _print_json(content: Json) -> None:
     print(json.dumps(content, indent=1, allow_nan=False))
-
-
-def _whole(most: int) -> Callable[[str], int]:
-    """The type of an option: a whole number from 1 to `most`."""
-
-    def parse(text: str) -> int:
-        if not text.isdecimal() or len(text) > 12 or not 1 <= int(text) <= most:
-            raise argparse.ArgumentTypeError(f"{text}: give a whole number from 1 to {most:,}")
-        return int(text)
-
-    return parse
-
-
-def _amount(most: float) -> Callable[[str], float]:
-    """The type of an option: a number above 0, at most `most`."""
-
-    def parse(text: str) -> float:
-        try:
-            number = float(text)
-        except ValueError:
-            number = math.nan
-        if not 0 < number <= most:
-            raise argparse.ArgumentTypeError(f"{text}: give a number above 0, at most {most:g}")
-        return number
-
-    return parse
-
-
-def _picture(text: str) -> Path:
-    if Path(text).suffix.lower() not in SUFFIXES:
-        raise argparse.ArgumentTypeError(f"{text}: give a file that ends with {', '.join(SUFFIXES)}")
-    return Path(text)
-
-
-def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="moreh-plan",
-        usage="moreh-plan MODEL --batch-size B --sequence-length S [options]; moreh-plan -h lists them",
-        description="Find the fastest ways to train a model on an accelerator and predict what they take.",
-        epilog="Exit codes: 0 done, 1 refused or nothing fits (the message says why), 2 wrong usage.",
-    )
-    parser.add_argument("model", metavar="MODEL", help="a config.json, a directory with one, or the name of a model")
-    parser.add_argument("--batch-size", type=_whole(MOST_ROWS), required=True, metavar="B", help="rows of a training step")
-    parser.add_argument("--sequence-length", type=_whole(MOST_TOKENS), required=True, metavar="S", help="tokens of a row")
-    where = parser.add_argument_group("where (otherwise the current accelerator)")
-    where.add_argument("--accelerator", metavar="MODEL", help="an accelerator, by its name or number in moreh-switch-model")
-    where.add_argument("--device", metavar="NAME", help="a kind of device, such as 'H100 80GB' or 'this machine'")
-    where.add_argument(
-        "--devices", type=_whole(MOST_DEVICES), metavar="N", help="how many of them (of this machine: worker processes)"
-    )
-    what = parser.add_argument_group("what is decided already (otherwise it is searched)")
-    what.add_argument("--stages", type=_whole(MOST_DEVICES), metavar="N", help="devices in a pipeline")
-    what.add_argument("--micro-batches", type=_whole(MOST_ROWS), metavar="N", help="micro-batches of a step")
-    for name, meaning in (("--recompute", "recompute activations"), ("--shard-parameters", "shard parameters")):
-        what.add_argument(name, choices=YES_NO_AUTO, default="auto", help=f"{meaning}: yes, no or auto (default)")
-    what.add_argument("--max-tensor", type=_whole(MOST_DEVICES), metavar="N", help="the most tensor-parallel ranks")
-    what.add_argument(
-        "--max-context", type=_whole(MOST_DEVICES), default=1, metavar="N", help="the most context-parallel ranks"
-    )
-    what.add_argument(
-        "--memory-percent", type=_amount(100), default=80.0, metavar="P", help="of a device for plans (default 80)"
-    )
-    what.add_argument("--precision", choices=PRECISIONS, default="bfloat16", help="of the arithmetic (default bfloat16)")
-    show = parser.add_argument_group("what is shown")
-    kind = show.add_mutually_exclusive_group()
-    kind.add_argument(
-        "--count", type=_whole(MOST_PLANS), metavar="N", help=f"so many of the best plans (default {DEFAULT_COUNT})"
-    )
-    kind.add_argument("--explain", metavar="PLAN", help="a plan such as 'tp4 pp8 dp2 mb1x64': why it is not the best one")
-    kind.add_argument("--flavors", action="store_true", help="compare all accelerators of the list")
-    show.add_argument("--dataset-tokens", type=_amount(1e18), metavar="N", help="with --flavors: hours for so many tokens")
-    show.add_argument(
-        "--price-per-device-hour", type=_amount(1e9), metavar="X", help="with --dataset-tokens: cost, in your unit"
-    )
-    show.add_argument(
-        "--plot", type=_picture, metavar="FILE", help="draw the pipeline's timeline and the memory (.png, .svg, .pdf)"
-    )
-    show.add_argument("--json", action="store_true", help="print JSON")
-    options = parser.parse_args(arguments)
-    needs = {
-        "--device and --devices are given together": (options.device is None) == (options.devices is None),
-        "--device cannot be combined with --accelerator": options.device is None or options.accelerator is None,
-        "--device cannot be combined with --flavors": options.device is None or not options.flavors,
-        "--plot cannot be combined with --flavors": options.plot is None or not options.flavors,
-        "--dataset-tokens needs --flavors": options.dataset_tokens is None or options.flavors,
-        "--price-per-device-hour needs --dataset-tokens": options.price_per_device_hour is None or options.dataset_tokens,
-    }
-    for message, is_met in needs.items():
-        if not is_met:
-            parser.error(message)
-    return options
 
 
 if __name__ == "__main__":

@@ -5,20 +5,20 @@ from dataclasses import asdict
 
 from moreh.planner.candidates import MAX_CHUNKS
 from moreh.planner.plan import Plan
-from moreh.planner.plan_text import plan_pieces
+from moreh.planner.plan_text import plan_pieces, torch_refusal
 from moreh.planner.prediction import DeviceMemory, Prediction
 from moreh.planner.report import Json, Request, gib, percent_text, prediction_json, seconds_text
 from moreh.planner.search import EQUAL
 
 # The parts of a step in words, each with the pieces of a plan's text that it depends on most.
 PARTS = {
-    "computation_s": ("computation", ("mb", "tp", "pp", "layers")),
+    "computation_s": ("computation", ("mb", "tp", "cp", "pp", "layers")),
     "recomputation_s": ("recomputation", ("recompute",)),
     "tensor_exchange_s": ("tensor-parallel exchange", ("tp", "sp", "recompute")),
-    "data_exchange_s": ("exchange of shards", ("shard", "dp", "mb")),
+    "data_exchange_s": ("exchange of shards", ("shard", "dp", "cp", "mb")),
     "bubble_s": ("pipeline bubble", ("pp", "schedule", "mb", "layers")),
-    "gradients_s": ("gradient exchange", ("shard", "dp")),
-    "optimizer_s": ("optimizer", ("shard", "tp", "pp")),
+    "gradients_s": ("gradient exchange", ("shard", "dp", "cp")),
+    "optimizer_s": ("optimizer", ("shard", "tp", "cp", "pp")),
 }
 # Pieces that a plan's text leaves out at their defaults.
 DEFAULT_PIECES = {"cp": "cp1", "schedule": "1f1b", "recompute": "recompute:none", "shard": "shard:none", "sp": "no sp"}
@@ -47,21 +47,38 @@ def explanation_sentences(request: Request, asked: Prediction, best: Prediction 
     fits = asked.memory_bytes <= request.limit_bytes
     sentences = [] if fits else [_missing_memory(request, asked)]
     if best is None:
-        return [*sentences, "It fits, but no plan that the search may choose does." if fits else "No other plan fits either."]
-    if asked.plan == best.plan:
-        return ["This is the best plan of the search.", f"What limits it: {asked.parts.limit}."]
+        sentences.append("It fits, but no plan that the search may choose does." if fits else "No other plan fits either.")
+    elif asked.plan == best.plan:
+        return ["This is the best plan of the search.", f"Its largest overhead: {asked.parts.limit}."]
+    else:
+        sentences += _slower(asked, best)
+    refusal = torch_refusal(asked.plan)
+    if refusal:
+        sentences.append(f"Torch's schedule does not run it, the figures say what it would take: {refusal}.")
+    reasons = _contradictions(asked.plan, request)
+    if not reasons and not refusal and fits and best is not None and _faster(asked, best):
+        reasons = ["its stages have other numbers of layers"]
+    if reasons:
+        sentences.append(f"The search did not consider it: {', and '.join(reasons)}.")
+    return sentences
+
+
+def _faster(asked: Prediction, best: Prediction) -> bool:
+    return asked.step_time_s < best.step_time_s * (1 - EQUAL)
+
+
+def _slower(asked: Prediction, best: Prediction) -> list[str]:
+    """How much longer a step takes than with the best plan, and where."""
     more, step_s = asked.step_time_s - best.step_time_s, asked.step_time_s
     if abs(more) <= EQUAL * step_s:
-        return [*sentences, f"A step takes {seconds_text(step_s)}, as long as with the best plan: either will do."]
+        return [f"A step takes {seconds_text(step_s)}, as long as with the best plan: either will do."]
     share = f"{abs(more) / best.step_time_s:.1%}"
-    sentences.append(f"A step takes {seconds_text(step_s)}, {_more(more, step_s)} ({share}) than with the best plan.")
+    sentences = [f"A step takes {seconds_text(step_s)}, {_more(more, step_s)} ({share}) than with the best plan."]
     gaps = part_differences(asked, best)
     notable = [part for part in gaps if abs(gaps[part]) > NOTABLE * best.step_time_s]
     for part in sorted(notable, key=lambda part: -abs(gaps[part]))[:MOST_DIFFERENCES]:
         name = PARTS[part][0].capitalize()
         sentences.append(f"{name} takes {_more(gaps[part], step_s)}{_instead(asked.plan, best.plan, part)}.")
-    if more < 0 and fits:
-        sentences.append(f"The search did not consider it: {_outside(asked.plan, request)}.")
     return sentences
 
 
@@ -94,11 +111,12 @@ def _missing_memory(request: Request, asked: Prediction) -> str:
     kinds = sorted(asdict(needed).items(), key=lambda entry: -entry[1])[:2]
     largest = " and ".join(f"{gib(amount)} of {kind}" for kind, amount in kinds)
     missing = gib(needed.total - request.limit_bytes)
+    beginning = f"{gib(needed.total)} on each device, {missing} more than plans may use, mostly for {largest}"
+    if len(asked.memory) == 1:
+        return f"It does not fit: it needs {beginning}."
     full = sum(entry.total > request.limit_bytes for entry in asked.memory)
-    return (
-        f"It does not fit: pipeline rank {rank} needs {gib(needed.total)} on each device, {missing} more than plans may use, "
-        f"mostly for {largest}; {full} of {len(asked.memory)} pipeline ranks need too much."
-    )
+    count = f"{full} of {len(asked.memory)} pipeline ranks need{'s' if full == 1 else ''} too much"
+    return f"It does not fit: pipeline rank {rank} needs {beginning}; {count}."
 
 
 def _instead(asked: Plan, best: Plan, part: str) -> str:
@@ -111,16 +129,17 @@ def _instead(asked: Plan, best: Plan, part: str) -> str:
     return f", with {here} instead of {there}"
 
 
-def _outside(plan: Plan, request: Request) -> str:
+def _contradictions(plan: Plan, request: Request) -> list[str]:
     """Why a plan is not among the candidates."""
     given = request.restrictions
     reasons = {
         f"cp{plan.context} is above the largest context size, {given.max_context}": plan.context > given.max_context,
-        f"tp{plan.tensor} is above the largest tensor size": given.max_tensor is not None and plan.tensor > given.max_tensor,
-        "the number of stages is another one": given.pipeline not in (None, plan.pipeline),
-        "the number of micro-batches is another one": given.micro_batches not in (None, plan.micro_batches),
+        f"tp{plan.tensor} is above the largest tensor size, {given.max_tensor}": given.max_tensor is not None
+        and plan.tensor > given.max_tensor,
+        f"the number of stages is to be {given.pipeline}": given.pipeline not in (None, plan.pipeline),
+        f"the number of micro-batches is to be {given.micro_batches}": given.micro_batches not in (None, plan.micro_batches),
         "recomputation is decided otherwise": given.recompute not in (None, plan.recomputation != "none"),
         "sharding of parameters is decided otherwise": given.shard_parameters not in (None, plan.sharding == "parameters"),
         f"more than {MAX_CHUNKS} chunks on a rank": plan.chunks > MAX_CHUNKS,
     }
-    return next((reason for reason, applies in reasons.items() if applies), "its stages have other numbers of layers")
+    return [reason for reason, applies in reasons.items() if applies]

@@ -1,33 +1,39 @@
 """The same training on every accelerator of the list: what fits, how fast it is, and which one to take."""
 
+import re
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from math import ceil
 
 from moreh.accelerator.flavors import Flavor, all_flavors
 from moreh.errors import PlanError
-from moreh.planner.candidates import candidate_tables
-from moreh.planner.cluster import cluster_of_devices, cluster_of_flavor
-from moreh.planner.memory import memory
 from moreh.planner.plan_text import plan_text
-from moreh.planner.prediction import Prediction, setting_of
+from moreh.planner.prediction import Prediction
+from moreh.planner.remedies import find_plans, on_flavor
 from moreh.planner.report import Json, Request, gib, memory_text, percent_text, prediction_json, restrictions_text
-from moreh.planner.search import SearchResult, search
 
 SECONDS_PER_HOUR = 3600.0
-# Where no list of accelerators says what is larger.
-TIMES_DEVICES = (2, 4, 8, 16, 32, 64)
 # A larger accelerator that loses no more than this share is worth a line.
 ALMOST = 0.03
 
 
 @dataclass(frozen=True)
 class FlavorPlan:
-    """An accelerator with its best plan; `problem` says why there is none."""
+    """An accelerator with its best plan; `problem` says why there is none, `idle` why it is not on all devices."""
 
     flavor: Flavor
     best: Prediction | None
     smallest_bytes: float | None = None
     problem: str | None = None
+    devices_in_use: int | None = None
+    idle: str = ""
+
+    @property
+    def devices(self) -> str:
+        """How many devices there are, and how many of them have nothing to do."""
+        if not self.idle or self.devices_in_use is None:
+            return str(self.flavor.devices)
+        return f"{self.flavor.devices} ({self.flavor.devices - self.devices_in_use} idle)"
 
 
 @dataclass(frozen=True)
@@ -47,43 +53,12 @@ def compare_flavors(request: Request) -> tuple[FlavorPlan, ...]:
 def _best_on(flavor: Flavor, request: Request) -> FlavorPlan:
     here = on_flavor(request, flavor)
     try:
-        result = search(here.training, here.setting, here.restrictions, count=1)
-    except PlanError:
-        return FlavorPlan(flavor, None, problem=_indivisible(here))
-    if result.best:
-        return FlavorPlan(flavor, result.best[0], result.smallest_bytes)
-    return FlavorPlan(flavor, None, result.smallest_bytes, f"does not fit: at least {gib(result.smallest_bytes)} needed")
-
-
-def find_plans(request: Request, count: int) -> SearchResult:
-    """The best plans of a request.
-
-    Raises:
-        PlanError: the batch cannot be divided, or nothing satisfies the restrictions.
-    """
-    try:
-        return search(request.training, request.setting, request.restrictions, count)
-    except PlanError:
-        restricted = restrictions_text(request.restrictions)
-        under = f" with {restricted}" if restricted else ""
-        raise PlanError(
-            f"{_indivisible(request)}{under}: give a batch that has more divisors in common with the number of devices, or "
-            "fewer restrictions"
-        ) from None
-
-
-def _indivisible(request: Request) -> str:
-    """Why there is no candidate at all."""
-    devices, stages = request.setting.cluster.devices, request.restrictions.pipeline
-    if stages is not None and (devices % stages or stages > len(request.training.architecture.layers)):
-        return f"{stages} stages cannot be made of {devices} devices"
-    return f"no plan divides the batch of {request.training.global_batch_size} over {devices} devices"
-
-
-def on_flavor(request: Request, flavor: Flavor) -> Request:
-    """The same request for another accelerator."""
-    setting = setting_of(cluster_of_flavor(flavor), request.setting.implementation)
-    return replace(request, flavor=flavor, setting=setting)
+        found = find_plans(here, count=1)
+    except PlanError as error:
+        return FlavorPlan(flavor, None, problem=re.split(": give |; there are plans", str(error))[0])
+    best, smallest = (found.result.best or (None,))[0], found.result.smallest_bytes
+    problem = None if best else f"does not fit: at least {gib(smallest)} needed"
+    return FlavorPlan(flavor, best, smallest, problem, found.setting.cluster.devices, found.idle)
 
 
 def bill(row: FlavorPlan, dataset_tokens: float, price: float | None) -> Bill | None:
@@ -110,7 +85,7 @@ def flavor_rows(
     """A row for each accelerator; that of the request gets a mark."""
     table = []
     for row in rows:
-        start = (f"{'*' if row.flavor == request.flavor else ' '} {row.flavor.name}", str(row.flavor.devices))
+        start = (f"{'*' if row.flavor == request.flavor else ' '} {row.flavor.name}", row.devices)
         cells: tuple[str, ...]
         if row.best is None:
             cells = (*start, "no", row.problem or "", "-", "-", "-")
@@ -149,10 +124,10 @@ def _tokens_per_device_second(row: FlavorPlan) -> float:
 
 
 def recommendation(rows: tuple[FlavorPlan, ...], dataset_tokens: float | None, price: float | None) -> list[str]:
-    """Which accelerators to take, and why; a line each."""
+    """Which accelerators to take, and why; a line each, and none where no plan fits on any."""
     saving, quick = cheapest(rows), fastest(rows)
     if saving is None or quick is None or saving.best is None or quick.best is None:
-        return ["No accelerator is large enough: give a smaller batch or length, or fewer restrictions."]
+        return []
     rate = f"{_tokens_per_device_second(saving):,.0f} tokens/s on each device"
     whole = None if dataset_tokens is None else bill(saving, dataset_tokens, price)
     if whole is None:
@@ -174,7 +149,8 @@ def recommendation(rows: tuple[FlavorPlan, ...], dataset_tokens: float | None, p
 def _compared(row: FlavorPlan, saving: FlavorPlan) -> str:
     times = _tokens_per_device_second(row) * row.flavor.devices / (_tokens_per_device_second(saving) * saving.flavor.devices)
     share = _tokens_per_device_second(saving) / _tokens_per_device_second(row) - 1
-    return f"{times:.2f} times as fast, for {share:.1%} more device-hours"
+    hours = f"for {share:.1%} more device-hours" if share <= 1 else f"for {1 + share:.1f} times the device-hours"
+    return f"{times:.2f} times as fast, {hours}"
 
 
 def flavors_json(request: Request, rows: tuple[FlavorPlan, ...], dataset_tokens: float | None, price: float | None) -> Json:
@@ -186,6 +162,8 @@ def flavors_json(request: Request, rows: tuple[FlavorPlan, ...], dataset_tokens:
             {
                 "name": row.flavor.name,
                 "devices": row.flavor.devices,
+                "devices_in_use": row.devices_in_use,
+                "idle": row.idle or None,
                 "fits": row.best is not None,
                 "problem": row.problem,
                 "smallest_bytes": row.smallest_bytes,
@@ -203,48 +181,21 @@ def flavors_json(request: Request, rows: tuple[FlavorPlan, ...], dataset_tokens:
         "cheapest": saving and saving.flavor.name,
         "fastest": quick and quick.flavor.name,
         "recommendation": recommendation(rows, dataset_tokens, price),
+        "message": None if saving else no_flavor_text(request, rows),
     }
 
 
-def nothing_fits_text(request: Request, smallest_bytes: float) -> str:
-    """Why no plan fits, and what would help."""
-    percent = f"{100 * request.restrictions.memory_fraction:g}% of {gib(request.device.memory_bytes)}"
-    problem = (
-        f"no plan fits: the smallest needs {gib(smallest_bytes)} on its fullest device, and {request.device.name} leaves "
-        f"{gib(request.limit_bytes)} ({percent})"
+def no_flavor_text(request: Request, rows: tuple[FlavorPlan, ...]) -> str:
+    """Why there is no recommendation, and what would help."""
+    device = request.device
+    if all(row.smallest_bytes is None for row in rows):
+        return f"no accelerator can be used: {rows[-1].problem} ({rows[-1].flavor.name}): give fewer restrictions"
+    smallest = min(row.smallest_bytes for row in rows if row.smallest_bytes is not None)
+    options = [f"--memory-percent {ceil(100 * smallest / device.memory_bytes)}"] if smallest <= device.memory_bytes else []
+    options += ["a smaller batch or length"] + (["a larger --max-context"] if request.restrictions.max_context == 1 else [])
+    if restrictions_text(request.restrictions):
+        options.append("fewer restrictions")
+    return (
+        f"no accelerator is large enough: the smallest plan needs {gib(smallest)} on its fullest device, and {device.name} "
+        f"leaves {gib(request.limit_bytes)}: give {', or '.join(options)}"
     )
-    larger = smallest_sufficient(request)
-    if larger is None:
-        tried = (
-            "no larger accelerator" if request.flavor else f"no {TIMES_DEVICES[0]} to {TIMES_DEVICES[-1]} times as many devices"
-        )
-        return f"{problem}, and {tried} would do: give a smaller batch or length, or fewer restrictions"
-    return f"{problem}: take {larger.accelerator}, the smallest on which one fits, or a smaller batch or length"
-
-
-def smallest_sufficient(request: Request) -> Request | None:
-    """The request on the smallest larger accelerator on which a plan fits, or on two, four, ... times as many devices."""
-    devices = request.setting.cluster.devices
-    if request.flavor is not None:
-        larger = sorted((flavor for flavor in all_flavors() if flavor.devices > devices), key=lambda flavor: flavor.devices)
-        requests = (on_flavor(request, flavor) for flavor in larger)
-    else:
-        requests = (_on_devices(request, times * devices) for times in TIMES_DEVICES)
-    return next((other for other in requests if _fits(other)), None)
-
-
-def _on_devices(request: Request, devices: int) -> Request:
-    cluster = cluster_of_devices(request.device, devices)
-    return replace(request, setting=setting_of(cluster, request.setting.implementation))
-
-
-def _fits(request: Request) -> bool:
-    setting = request.setting
-    try:
-        for table in candidate_tables(setting.roofline, setting.cluster, request.training, request.restrictions):
-            needed = memory(table, request.training, setting.implementation).total.max(axis=1)
-            if bool((needed <= request.limit_bytes).any()):
-                return True
-    except PlanError:  # nothing divides the batch there
-        pass
-    return False

@@ -1,5 +1,6 @@
 """The picture of a plan: what every rank of the pipeline does in a step, and what its memory is used for."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,25 @@ MEMORY_COLOURS = ("#4477aa", "#66ccee", "#228833", "#ee8866", "#eecc66", "#aa337
 READABLE, DIGIT = 80, 0.0065
 
 
+def check_picture(path: Path) -> None:
+    """Raise PlanError where no picture can be written to a path, before anything is computed for it."""
+    directory = path.parent
+    if not directory.is_dir():
+        problem = f"there is no directory {directory}"
+    elif path.is_dir():
+        problem = "it is a directory"
+    elif not os.access(path if path.exists() else directory, os.W_OK):
+        problem = "it may not be written"
+    else:
+        return
+    raise PlanError(f"--plot {path}: {problem}: give a file in a directory that you may write to")
+
+
 def draw_plan(prediction: Prediction, request: Request, path: Path) -> None:
     """Draw the timeline of the plan's pipeline above the memory of its ranks, into a file with one of SUFFIXES.
 
     Raises:
-        PlanError: matplotlib is not installed.
+        PlanError: matplotlib is not installed, or the file cannot be written.
     """
     try:
         from matplotlib.figure import Figure  # without pyplot, which would look for a screen
@@ -41,7 +56,10 @@ def draw_plan(prediction: Prediction, request: Request, path: Path) -> None:
     figure.suptitle(f"{training.architecture.name} on {request.accelerator}, {step}\n{plan_text(plan)}", fontsize=11)
     _draw_timeline(above, prediction)
     _draw_memory(below.subplots(), prediction, request)
-    figure.savefig(path)
+    try:
+        figure.savefig(path)
+    except OSError as error:
+        raise PlanError(f"--plot {path}: it cannot be written ({error.strerror or error}): give another file") from None
 
 
 def _draw_timeline(figure: Any, prediction: Prediction) -> None:

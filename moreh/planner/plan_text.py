@@ -1,17 +1,6 @@
 """A plan in one line of text, and back: `tp4 pp8 dp2 mb1x64 interleaved:2 recompute:selective shard:optimizer sp`.
 
-The pieces, in any order:
-
-    tp4 pp8 dp2 cp2        sizes of the tensor, pipeline, data and context groups
-    mb1x64                 micro-batches of 1 row, 64 of them in a step
-    interleaved:2          the schedule with the chunks of each rank; also 1f1b, zero-bubble, zbv
-    recompute:selective    or none, full
-    shard:optimizer        or none, gradients, parameters
-    sp                     sequence parallelism
-    layers:9,10x6,11       layers of each stage: 9, then 10 in six stages, then 11
-
-Left out, a size is 1 (dp: what the devices leave; mb: rows of 1, as many as the batch needs), the schedule 1f1b,
-recomputation and sharding none, and the layers are divided evenly.
+LEGEND describes the pieces.
 """
 
 import re
@@ -20,11 +9,26 @@ from difflib import get_close_matches
 from itertools import groupby
 from math import gcd
 
+import numpy as np
+
 from moreh.errors import PlanError
 from moreh.planner.plan import RECOMPUTATIONS, SCHEDULES, SHARDINGS, Plan, Schedule, Training
-from moreh.planner.schedules import SPLIT_BACKWARD, check_schedule
+from moreh.planner.schedules import SPLIT_BACKWARD, runnable
 from moreh.planner.stages import even_layers
 
+# For the help of moreh-plan.
+LEGEND = """\
+The text of a plan has these pieces, in any order:
+  tp4 pp8 dp2 cp2       sizes of the tensor, pipeline, data and context groups
+  mb1x64                micro-batches of 1 row, 64 of them in a step
+  interleaved:2         the pipeline's schedule and the chunks of each rank; also 1f1b, zero-bubble:N, zbv
+  recompute:selective   what is recomputed; also none, full
+  shard:optimizer       what data-parallel ranks divide; also none, gradients, parameters
+  sp                    sequence parallelism
+  layers:9,10x6,11      layers of each stage: 9, then 10 in six stages, then 11
+What is left out is filled in: sizes are 1 (dp: what the devices leave; mb: rows of 1, as many as the
+batch needs), the schedule is 1f1b, recompute and shard are none, and layers are divided evenly.
+"""
 # Chunks of a schedule that is named without a number.
 DEFAULT_CHUNKS: dict[Schedule, int] = {"1f1b": 1, "interleaved": 2, "zero-bubble": 1, "zbv": 2}
 _NUMBER = r"\d{1,7}"
@@ -80,7 +84,8 @@ def parse_plan(text: str, training: Training, devices: int) -> Plan:
 
     Raises:
         PlanError: an unknown piece or one given twice; sizes that do not multiply to the devices; a batch that they do not
-            divide; a tensor size that does not divide the heads; layers that do not add up; a schedule that cannot be run.
+            divide; a tensor size that does not divide the heads; layers that do not add up; a schedule whose order is
+            not defined. What torch alone refuses is accepted: `torch_refusal` tells.
     """
     pieces = _pieces(text)
     tensor, pipeline, context = (_size(pieces, name) for name in ("tp", "pp", "cp"))
@@ -151,7 +156,8 @@ def _data(pieces: dict[str, str], others: int, devices: int) -> int:
     if data * others != devices:
         sizes = " ".join(f"{name}{pieces[name]}" for name in ("tp", "pp", "dp", "cp") if name in pieces)
         instead = f"dp{devices // others}, or leave dp out" if devices % others == 0 else f"sizes with the product {devices}"
-        raise PlanError(f"plan: {sizes} is for {data * others} devices, but there are {devices}: give {instead}")
+        needed = f"{data * others} device{'s' if data * others > 1 else ''}"
+        raise PlanError(f"plan: {sizes} is for {needed}, but there are {devices}: give {instead}")
     return data
 
 
@@ -202,7 +208,36 @@ def _check(plan: Plan, training: Training) -> None:
     """What depends on several pieces: heads, sequence, groups of one, and the schedule."""
     for problem in _problems(plan, training):
         raise PlanError(f"plan: {problem}")
-    check_schedule(plan.schedule, plan.pipeline, plan.micro_batches, plan.chunks)
+    refusal = torch_refusal(plan)
+    # With one chunk the order of operations is clear, so that it can be predicted all the same.
+    if refusal and plan.chunks > 1:
+        raise PlanError(f"plan: {refusal}: give {_nearest_micro_batches(plan)}")
+
+
+def torch_refusal(plan: Plan) -> str:
+    """Why torch does not run the schedule of a plan, in pieces of its text; empty where it does."""
+    pipeline, count = plan.pipeline, plan.micro_batches
+    if _is_run(plan, count):
+        return ""
+    given = f"pp{pipeline} mb{plan.micro_batch_size}x{count}"
+    if plan.schedule == "1f1b":
+        return f"1f1b needs at least as many micro-batches as stages, and {given} has {count} for {pipeline}"
+    return (
+        f"{plan.schedule} with {given} takes micro-batches in {count // pipeline} rounds, which have to be equal, and "
+        f"{count} cannot be divided so"
+    )
+
+
+def _is_run(plan: Plan, micro_batches: int) -> bool:
+    """Whether torch runs the plan's pipeline with so many micro-batches."""
+    return bool(runnable(plan.schedule, np.asarray(plan.pipeline), np.asarray(micro_batches), np.asarray(plan.chunks)))
+
+
+def _nearest_micro_batches(plan: Plan) -> str:
+    rows = plan.micro_batch_size * plan.micro_batches
+    counts = [count for count in range(1, rows + 1) if rows % count == 0 and _is_run(plan, count)]
+    count = min(counts, key=lambda count: abs(count - plan.micro_batches))
+    return f"mb{rows // count}x{count}"
 
 
 def _problems(plan: Plan, training: Training) -> Iterator[str]:
