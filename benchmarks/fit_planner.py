@@ -121,7 +121,7 @@ def errors_of_classes(
     runs: Sequence[PublishedRun], fitted: set[str], constants: dict[str, Efficiency]
 ) -> dict[str, dict[str, float]]:
     """How far the runs that were not fitted are off, for each class: the fields of `moreh.planner.efficiency.Uncertainty`."""
-    tested = [run for run in runs if run.id not in fitted]
+    tested = [run for run in runs if run.digest not in fitted]
 
     def errors(rows: Sequence[PublishedRun], efficiency: Efficiency) -> list[float]:
         return [step_time_s(run, efficiency) / run.step_time_s - 1 for run in rows if run.step_time_s]
@@ -153,8 +153,8 @@ def main(arguments: Sequence[str]) -> int:
         print(f"{name}: {len(rows)} rows; {constants[name]}", flush=True)
     table = {
         "source": f"benchmarks/fit_planner.py {options.runs.name}",
-        "fitted_rows": [run.id for run in chosen],
-        "errors": errors_of_classes(runs, {run.id for run in chosen}, constants),
+        "fitted_rows": [run.digest for run in chosen],
+        "errors": errors_of_classes(runs, {run.digest for run in chosen}, constants),
         "constants": {
             name: {key: float(f"{value:.4g}") for key, value in asdict(row).items()} for name, row in constants.items()
         },

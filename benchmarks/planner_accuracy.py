@@ -7,6 +7,7 @@ benchmarks/data/published_runs.csv and may hold any rows; those that cannot be p
 
 import argparse
 import csv
+import math
 import statistics
 import sys
 from collections import Counter
@@ -15,7 +16,8 @@ from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
-from published_runs import PublishedRun, read_rows, usable_runs
+from published_programs import cell
+from published_runs import PublishedRun, failure, read_rows, usable_runs
 
 from moreh.planner.efficiency import fitted_rows
 from moreh.planner.prediction import Prediction, predict, setting_of
@@ -35,7 +37,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Scored:
-    """A run with its prediction. `tested`: the row was not used to fit the constants."""
+    """A run with its prediction. `tested`: the row was not used to fit the constants, under whichever id."""
 
     run: PublishedRun
     prediction: Prediction
@@ -69,7 +71,19 @@ def score(run: PublishedRun, fitted: frozenset[str]) -> Scored:
     setting = setting_of(run.cluster, run.implementation)
     predictions = [predict(plan, run.training, setting) for plan in run.plans]
     fitting = [p for p in predictions if p.memory_bytes <= run.cluster.device.memory_bytes]
-    return Scored(run, min(fitting or predictions, key=lambda p: p.step_time_s), run.id not in fitted)
+    return Scored(run, min(fitting or predictions, key=lambda p: p.step_time_s), run.digest not in fitted)
+
+
+def score_or_reason(run: PublishedRun, fitted: frozenset[str]) -> tuple[Scored | None, str]:
+    """A run with its prediction, or with why there is none: whatever a row asks for, the others are still predicted."""
+    try:
+        scored = score(run, fitted)
+        figures = (scored.prediction.step_time_s, scored.prediction.tokens_per_second, scored.prediction.memory_bytes)
+    except Exception as error:
+        return None, f"the prediction failed: {failure(error)}"
+    if not all(0 < figure < math.inf for figure in figures):
+        return None, "the prediction failed: it is no finite positive number"
+    return scored, ""
 
 
 def kendall_tau(predicted: Sequence[float], measured: Sequence[float]) -> float:
@@ -107,7 +121,10 @@ def print_errors(title: str, scored: Sequence[Scored], error: Callable[[Scored],
     print(f"{'group':42} {'rows':>5} {'median':>9} {'mean':>9} {'max':>9} {'bias':>9}")
     groups = dict.fromkeys(entry.run.group for entry in scored)
     for name in (*groups, None):
-        line = error_line(name or "all", (error(entry) for entry in scored if name in (None, entry.run.group)))
+        line = error_line(
+            "all" if name is None else name or "(no group)",
+            (error(entry) for entry in scored if name in (None, entry.run.group)),
+        )
         if line:
             print(line)
 
@@ -150,7 +167,7 @@ def main(arguments: Sequence[str]) -> int:
     fitted = fitted_rows()
     lines: list[tuple[str, Scored | None, str]] = []
     for row, run, reason in usable_runs(read_rows(options.runs)):
-        lines.append((row["id"], None if run is None else score(run, fitted), reason))
+        lines.append((cell(row, "id"), *((None, reason) if run is None else score_or_reason(run, fitted))))
     scored = [entry for _, entry, _ in lines if entry is not None]
     tested = [entry for entry in scored if entry.tested]
 

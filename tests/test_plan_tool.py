@@ -274,7 +274,7 @@ def test_accelerators_with_idle_devices_or_too_little_memory(plan, plan_json, mo
     headers, *cells = cells_of(plan(model, *step, "--flavors", "--max-tensor", 1)[1])
     assert "64 (56 idle)" in [row[headers.index("Devices")] for row in cells]
     first = plan_json(model, *step, "--flavors", "--stages", 3)["flavors"][0]
-    assert first["problem"] == "3 stages: the number must divide 1 devices and be at most the model's 12 layers"
+    assert first["problem"] == "3 stages: the number must divide 1 device and be at most the model's 12 layers"
     code, out, err = plan(model, *step, "--flavors", "--memory-percent", 0.01)
     assert code == 1
     assert "does not fit: at least " in out

@@ -162,7 +162,7 @@ def test_devices_that_stay_idle(plan, model):
     assert (code, err) == (0, "")
     idle = next(line for line in out.splitlines() if line.startswith("Idle "))
     assert idle.split(maxsplit=1)[1] == (
-        "12 of 16 devices: no plan divides a batch of 7 x 128 over 16 devices under the given restrictions; there are plans on "
+        "12 of 16 devices: no plan divides a batch of 7 x 128 over 16 devices; there are plans on "
         "all devices without --max-tensor 1, or with a larger --max-context"
     )
     assert " tp1 pp4 dp1 mb" in out

@@ -24,6 +24,7 @@ from moreh.planner.schedules import (
     operations,
     order,
     peak_in_flight,
+    peak_waiting_weights,
     runnable,
     stages_of_ranks,
 )
@@ -208,6 +209,14 @@ def test_counts_in_the_named_alternatives_are_allowed():
                 named = str(error).split("; use ")[1].split(" micro-batches")[0].split(" or ")
                 for number in named:
                     check_schedule("interleaved", ranks, int(number), 2)
+
+
+def test_weights_that_wait_are_those_of_the_order():
+    for schedule, ranks, micro_batches, chunks in cases(most_ranks=7):
+        if schedule in SPLIT_BACKWARD:
+            rows = order(schedule, ranks, micro_batches, chunks)
+            waiting = np.cumsum((rows.kind == 2).astype(int) - (rows.kind == 3), axis=1).max(axis=1)
+            assert peak_waiting_weights(schedule, ranks, micro_batches, chunks).tolist() == waiting.tolist()
 
 
 def test_peak_in_flight_and_both_ends_are_those_of_the_order():

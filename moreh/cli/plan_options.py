@@ -9,6 +9,7 @@ from pathlib import Path
 from moreh.accelerator.devices import all_devices
 from moreh.planner.local_machine import NAME as THIS_MACHINE
 from moreh.planner.picture import SUFFIXES
+from moreh.planner.plan import SCHEDULES
 from moreh.planner.plan_text import LEGEND
 
 # Larger than anything that is trained; a typing error must not keep the search busy for minutes.
@@ -81,6 +82,14 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     for name, meaning in (("--recompute", "recompute activations"), ("--shard-parameters", "shard parameters")):
         what.add_argument(name, choices=YES_NO_AUTO, default="auto", help=f"{meaning}: yes, no or auto (default)")
     what.add_argument("--max-tensor", type=_whole(MOST_DEVICES), metavar="N", help="the most tensor-parallel ranks")
+    what.add_argument(
+        "--schedules",
+        nargs="+",
+        choices=SCHEDULES,
+        default=SCHEDULES,
+        metavar="NAME",
+        help=f"only these pipeline schedules: {', '.join(SCHEDULES)}",
+    )
     what.add_argument(
         "--max-context",
         type=_whole(MOST_DEVICES),

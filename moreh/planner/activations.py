@@ -165,3 +165,15 @@ def final_activations(plans: PlanTable, training: Training, implementation: Impl
     """Bytes that the last stage keeps for its final norm and as the output layer's input, [n]."""
     wide = residual_stream(plans, training)
     return norm_bytes(wide, training.architecture, implementation) + wide * implementation.activation_bytes
+
+
+def product_results(plans: PlanTable, training: Training) -> Floats:
+    """Elements that the matrix products of a layer give for one micro-batch on each device: the mean over the layers, [n]."""
+    tokens = micro_batch_tokens(plans, training)
+    architecture = training.architecture
+    elements = np.zeros(len(plans))
+    for layer, count in architecture.layer_kinds():
+        for linear in layer.linears:
+            parts = plans.tensor if linear.split == "column" else np.where(plans.sequence_parallel, plans.tensor, 1)
+            elements = elements + count / len(architecture.layers) * tokens * linear.outputs * linear.active / parts
+    return elements

@@ -4,6 +4,7 @@ Counts are exact: `Architecture.parameters` is what `sum(p.numel() for p in mode
 transformers (tests/test_architecture.py). Elements are numbers in a tensor; nothing here has a unit of bytes.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -169,7 +170,10 @@ class Architecture:
 
     def layer_kinds(self) -> Iterator[tuple[DecoderLayer, int]]:
         """The different layers, each with how many there are of it, in the order in which they first occur."""
+        # Most layers are the same object: comparing all of them with each other would take longer than a search.
+        objects = {id(layer): layer for layer in self.layers}
+        repeats = Counter(map(id, self.layers))
         counts: dict[DecoderLayer, int] = {}
-        for layer in self.layers:
-            counts[layer] = counts.get(layer, 0) + 1
+        for identity, layer in objects.items():
+            counts[layer] = counts.get(layer, 0) + repeats[identity]
         yield from counts.items()

@@ -1,7 +1,7 @@
 """All plans that could be run: the tables that the search goes through."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -10,10 +10,11 @@ from moreh.planner.arrays import Booleans, Integers
 from moreh.planner.cluster import Cluster
 from moreh.planner.layer_time import embedding_time, head_time, layer_time
 from moreh.planner.plan import SCHEDULES, Schedule, Training
-from moreh.planner.plan_table import FULL, NONE, OPTIMIZER, PARAMETERS, SELECTIVE, PlanTable
+from moreh.planner.plan_table import FULL, GRADIENTS, NONE, PARAMETERS, SELECTIVE, WHOLE, PlanTable
 from moreh.planner.roofline import Roofline
-from moreh.planner.schedules import runnable
-from moreh.planner.stages import balanced_layers, even_layers
+from moreh.planner.schedules import SPLIT_BACKWARD, runnable
+from moreh.planner.stage_cost import reshards_each_micro_batch
+from moreh.planner.stages import balanced_layers, balanced_ranks, even_layers
 
 # More chunks on a rank than this give little less bubble and many more messages.
 MAX_CHUNKS = 8
@@ -63,10 +64,15 @@ def candidate_tables(
                 yield table
     if not found:
         batch = f"{training.global_batch_size} x {training.sequence_length}"
-        raise PlanError(
-            f"no plan divides a batch of {batch} over {cluster.devices} devices under the given restrictions: give a batch "
-            f"that has more divisors in common with {cluster.devices}, or fewer restrictions"
-        )
+        if restrictions == Restrictions(max_context=restrictions.max_context, memory_fraction=restrictions.memory_fraction):
+            remedy = f"give a batch that has more divisors in common with {cluster.devices}"
+        else:
+            remedy = f"give fewer restrictions, or a batch that has more divisors in common with {cluster.devices}"
+        raise PlanError(f"no plan divides a batch of {batch} over {_devices_text(cluster)} as asked: {remedy}")
+
+
+def _devices_text(cluster: Cluster) -> str:
+    return f"{cluster.devices} device{'s' if cluster.devices > 1 else ''}"
 
 
 def _divisors(number: int) -> list[int]:
@@ -81,7 +87,7 @@ def _pipelines(cluster: Cluster, training: Training, restrictions: Restrictions)
         sizes = [size for size in sizes if size == restrictions.pipeline]
         if not sizes:
             raise PlanError(
-                f"{restrictions.pipeline} stages: the number must divide {cluster.devices} devices and be at most the model's "
+                f"{restrictions.pipeline} stages: the number must divide {_devices_text(cluster)} and be at most the model's "
                 f"{layers} layers"
             )
     return sizes
@@ -108,7 +114,11 @@ def _groups(cluster: Cluster, training: Training, restrictions: Restrictions, pi
                 counts = counts[counts == restrictions.micro_batches]
             sequence = [0, 1] if tensor > 1 and training.sequence_length % tensor == 0 else [0]
             grid = np.meshgrid(
-                counts, _recomputations(restrictions), _shardings(data * context, restrictions), sequence, indexing="ij"
+                counts,
+                _recomputations(restrictions),
+                _shardings(data * context, cluster.devices, restrictions),
+                sequence,
+                indexing="ij",
             )
             micro_batches, recomputation, sharding, sequence_parallel = (axis.reshape(-1) for axis in grid)
             sizes = [np.full_like(micro_batches, value) for value in (tensor, context, data)]
@@ -121,9 +131,10 @@ def _recomputations(restrictions: Restrictions) -> list[int]:
     return [SELECTIVE, FULL] if restrictions.recompute else [NONE]
 
 
-def _shardings(ranks: int, restrictions: Restrictions) -> list[int]:
+def _shardings(ranks: int, devices: int, restrictions: Restrictions) -> list[int]:
     if restrictions.shard_parameters is True:
-        return [PARAMETERS] if ranks > 1 else []
+        # A single device has nothing to share with, and is no reason to refuse.
+        return [PARAMETERS] if ranks > 1 else [WHOLE] if devices == 1 else []
     levels = list(range(PARAMETERS + 1)) if ranks > 1 else [0]
     return [level for level in levels if level != PARAMETERS] if restrictions.shard_parameters is False else levels
 
@@ -154,11 +165,15 @@ def _table(
     columns: list[Integers],
 ) -> PlanTable:
     """The rows that the schedule can run, each with even stages, and with balanced ones where they differ."""
-    micro_batches, sharding = columns[4], columns[6]
+    micro_batches, recomputation, sharding = columns[4], columns[5], columns[6]
     allowed = runnable(schedule, np.asarray(pipeline), micro_batches, np.asarray(chunks))
-    if schedule in ("zero-bubble", "zbv"):
-        # A backward pass in two parts leaves gradients of sharded parameters wrong, without an error.
-        allowed = allowed & (sharding < OPTIMIZER)
+    if schedule in SPLIT_BACKWARD:
+        # A backward pass in two parts leaves gradients of sharded parameters wrong, without an error, and recomputes
+        # activations again for the gradient of every single matrix.
+        allowed = allowed & (sharding == WHOLE) & (recomputation == NONE)
+    if not reshards_each_micro_batch(pipeline, roofline.implementation):
+        # Gradients are whole until the end of the step, as with a sharded optimizer.
+        allowed = allowed & (sharding != GRADIENTS)
     columns = [column[allowed] for column in columns]
     stages = pipeline * chunks
     layers = len(training.architecture.layers)
@@ -166,23 +181,44 @@ def _table(
     table = _with_stages(pipeline, schedule, chunks, columns, even)
     if stages == 1 or not len(table):
         return table
-    balanced = _balanced(roofline, cluster, training, table)
-    different = np.any(balanced != even, axis=1)
-    columns = [np.concatenate([column, column[different]]) for column in columns]
-    return _with_stages(pipeline, schedule, chunks, columns, np.concatenate([even, balanced[different]]))
+    variants = [even]
+    sources = [np.arange(len(table))]
+    for balanced in _balanced(roofline, cluster, training, table):
+        different = np.flatnonzero(np.all([np.any(balanced != other, axis=1) for other in _full(variants, sources)], axis=0))
+        variants.append(balanced[different])
+        sources.append(different)
+    rows = np.concatenate(sources)
+    return _with_stages(pipeline, schedule, chunks, [column[rows] for column in columns], np.concatenate(variants))
 
 
-def _balanced(roofline: Roofline, cluster: Cluster, training: Training, table: PlanTable) -> Integers:
-    """Stages of equal computation. Links and sharding do not enter, so that a faster link cannot change the division."""
+def _full(variants: list[Integers], sources: list[Integers]) -> list[Integers]:
+    """Each variant of the stages for all rows; even ones where a row does not have it."""
+    result = []
+    for variant, rows in zip(variants, sources, strict=True):
+        stages = variants[0].copy()
+        stages[rows] = variant
+        result.append(stages)
+    return result
+
+
+def _balanced(roofline: Roofline, cluster: Cluster, training: Training, table: PlanTable) -> list[Integers]:
+    """Stages of equal computation, and ranks of equal computation where they hold several stages, [n, stages] each.
+
+    Links and sharding do not enter, so that a faster link cannot change the division.
+    """
+    device = cluster.device
+    unlimited = replace(device, node_bytes_per_second=np.inf, network_bytes_per_second=np.inf, package_bytes_per_second=None)
+    cluster = replace(cluster, device=unlimited)
+    roofline = replace(roofline, efficiency=replace(roofline.efficiency, node_hop_s=0.0, network_hop_s=0.0))
     layer = layer_time(roofline, cluster, table, training)
     one = layer.forward_s + layer.backward_s + layer.recompute_s
-    embedding, head = embedding_time(roofline, table, training), head_time(roofline, cluster, table, training)
-    return balanced_layers(
-        len(training.architecture.layers),
-        table.stages,
-        (embedding.forward_s + embedding.backward_s) / one,
-        (head.forward_s + head.backward_s) / one,
-    )
+    embedding, head = embedding_time(roofline, cluster, table, training), head_time(roofline, cluster, table, training)
+    first, last = (embedding.forward_s + embedding.backward_s) / one, (head.forward_s + head.backward_s) / one
+    layers = len(training.architecture.layers)
+    stages = balanced_layers(layers, table.stages, first, last)
+    if table.chunks == 1:
+        return [stages]
+    return [stages, balanced_ranks(layers, table.pipeline, table.chunks, first, last, folded=table.schedule == "zbv")]
 
 
 def _with_stages(pipeline: int, schedule: Schedule, chunks: int, columns: list[Integers], stage_layers: Integers) -> PlanTable:

@@ -58,11 +58,13 @@ def ring_links(cluster: Cluster, size: Integers, stride: Integers) -> Links:
     device = cluster.device
     node = cluster.devices_per_node
     span = size * stride
-    inside_node = span <= node
-    members_in_node = np.maximum(1, node // np.maximum(stride, 1))
+    # Groups follow each other without gaps: where their span does not divide a node, some of them cross its border.
+    inside_node = (span <= node) & ((node % span == 0) | (cluster.devices <= node))
+    members_in_node = np.maximum(1, np.gcd(node, span) // stride)
     network = device.network_bytes_per_second * np.minimum(members_in_node, size)
     rate = np.where(inside_node, device.node_bytes_per_second, np.minimum(network, device.node_bytes_per_second))
     rate = np.where(~inside_node & (members_in_node == 1), device.network_bytes_per_second, rate)
     if device.package_bytes_per_second is not None:
-        rate = np.where(span <= device.devices_per_package, device.package_bytes_per_second, rate)
+        inside_package = (span <= device.devices_per_package) & (device.devices_per_package % span == 0)
+        rate = np.where(inside_package, device.package_bytes_per_second, rate)
     return Links(size, rate, ~inside_node, np.minimum(1.0, size / node))

@@ -55,7 +55,7 @@ def all_efficiencies() -> dict[str, Efficiency]:
 
 
 def fitted_rows() -> frozenset[str]:
-    """The ids of the published runs that the constants were fitted to."""
+    """The published runs that the constants were fitted to, by what they say (`row_digest` in benchmarks/published_runs.py)."""
     return frozenset(_table()["fitted_rows"])
 
 

@@ -140,6 +140,7 @@ def _contradictions(plan: Plan, request: Request) -> list[str]:
         f"the number of micro-batches is to be {given.micro_batches}": given.micro_batches not in (None, plan.micro_batches),
         "recomputation is decided otherwise": given.recompute not in (None, plan.recomputation != "none"),
         "sharding of parameters is decided otherwise": given.shard_parameters not in (None, plan.sharding == "parameters"),
+        f"{plan.schedule} is not among the schedules": plan.schedule not in given.schedules,
         f"more than {MAX_CHUNKS} chunks on a rank": plan.chunks > MAX_CHUNKS,
     }
     return [reason for reason, applies in reasons.items() if applies]

@@ -26,6 +26,8 @@ class Implementation:
     `norm_copies`: tensors of the hidden size that a norm keeps besides its input. `gated_copies`: what the activation of a
     gated network keeps, in widths of its two products together (their product alone is 0.5). `fragmentation` is the share of
     temporary memory that the allocator cannot use.
+    `reshards_in_pipeline`: with several stages, sharded parameters are gathered and gradients reduced for each micro-batch, as
+    with one stage; otherwise once a step, and both are whole in between (PipelineStage of torch with fully_shard).
     `layer_kernels`: kernels that a layer's forward pass launches besides its matrix products and attention.
     `least_in_flight`: micro-batches that a stage of a pipeline works on at once even where its schedule allows fewer.
 
@@ -65,6 +67,7 @@ class Implementation:
     fragmentation: float = 0.0
     least_in_flight: int = 1
     layer_kernels: int = 8
+    reshards_in_pipeline: bool = True
     rms_norm_copies: float = 1.0
     activation_copies: float = 1.0
     mask_bytes: int | None = 1
@@ -78,7 +81,7 @@ class Implementation:
 
 
 # A layer of transformers: two norms of 8 kernels in float32, rotary angles 10, residuals, activation, casts of weights.
-MOREH = Implementation("moreh", layer_kernels=32)
+MOREH = Implementation("moreh", layer_kernels=32, reshards_in_pipeline=False)
 
 
 def computing_in(compute: str) -> Implementation:

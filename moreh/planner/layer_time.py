@@ -156,12 +156,22 @@ def elementwise_bytes(
     return np.asarray(tokens * element_bytes * (hidden + (feed_forward + projections) / plans.tensor), dtype=np.float64)
 
 
-def embedding_time(roofline: Roofline, plans: PlanTable, training: Training) -> EdgeTime:
+def embedding_time(roofline: Roofline, cluster: Cluster, plans: PlanTable, training: Training) -> EdgeTime:
     """Look-up of the tokens, and the scatter of their gradients."""
     tokens = micro_batch_tokens(plans, training)
     moved = 2 * tokens * training.architecture.hidden * roofline.implementation.activation_bytes
     table = training.architecture.embedding_parameters / plans.tensor * roofline.implementation.gradient_bytes
-    return EdgeTime(roofline.memory_s(moved), roofline.memory_s(2 * moved + table, kernels=2))
+    # Each tensor-parallel rank looks up the tokens of its part of the vocabulary; the results are added up.
+    links = ring_links(cluster, plans.tensor, np.ones_like(plans.tensor))
+    exchange_s = 2 * roofline.ring_s(tokens * training.architecture.hidden * roofline.implementation.activation_bytes, links)
+    frozen = training.architecture.embedding_frozen
+    backward_s = np.zeros(len(plans)) if frozen else roofline.memory_s(2 * moved + table, kernels=2)
+    return EdgeTime(roofline.memory_s(moved) + exchange_s, backward_s)
+
+
+def head_is_frozen(architecture: Architecture) -> bool:
+    """Whether the output layer's weights have no gradient."""
+    return architecture.embedding_frozen if architecture.tied else architecture.head_frozen
 
 
 def head_time(roofline: Roofline, cluster: Cluster, plans: PlanTable, training: Training) -> EdgeTime:
@@ -172,7 +182,9 @@ def head_time(roofline: Roofline, cluster: Cluster, plans: PlanTable, training: 
     links: Links = ring_links(cluster, plans.tensor, np.ones_like(plans.tensor))
     exchange_s = 2 * roofline.ring_s(tokens * hidden * roofline.implementation.activation_bytes, links)
     passes_s = roofline.memory_s(tokens * columns * roofline.implementation.logit_passes_bytes / 2, kernels=4)
-    backward = roofline.product_s(tokens, hidden, columns) + roofline.product_s(hidden, columns, tokens)
+    backward = roofline.product_s(tokens, hidden, columns)
+    if not head_is_frozen(training.architecture):
+        backward = backward + roofline.product_s(hidden, columns, tokens)
     return EdgeTime(
         forward_s=roofline.product_s(tokens, columns, hidden) + passes_s, backward_s=backward + passes_s + exchange_s
     )

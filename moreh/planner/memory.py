@@ -1,5 +1,6 @@
 """Bytes that a plan needs on every device: parameters, gradients, optimizer state, activations, logits, buffers."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -8,6 +9,7 @@ from moreh.planner.activations import (
     embedding_activations,
     final_activations,
     layer_activations,
+    product_results,
     residual_bytes,
     residual_stream,
 )
@@ -15,10 +17,10 @@ from moreh.planner.architecture import DecoderLayer, Linear
 from moreh.planner.arrays import Floats, Integers
 from moreh.planner.implementation import Implementation
 from moreh.planner.layer_time import micro_batch_tokens
-from moreh.planner.plan import Training
+from moreh.planner.plan import Schedule, Training
 from moreh.planner.plan_table import FULL, GRADIENTS, OPTIMIZER, PARAMETERS, PlanTable, per_rank, stage_ranks
-from moreh.planner.schedules import peak_in_flight
-from moreh.planner.stage_cost import StageParameters, parameters_per_device
+from moreh.planner.schedules import SPLIT_BACKWARD, peak_in_flight, peak_waiting_weights
+from moreh.planner.stage_cost import StageParameters, parameters_per_device, reshards_each_micro_batch
 
 
 @dataclass(frozen=True)
@@ -83,17 +85,19 @@ def _states(plans: PlanTable, training: Training, implementation: Implementation
     parameters = parameters_per_device(training.architecture, plans, trainable_only=False)
     trainable = parameters_per_device(training.architecture, plans, trainable_only=True)
     held = per_rank(plans, parameters.of_stages(plans))
+    reshards = reshards_each_micro_batch(plans.pipeline, implementation)
     # Two layers are gathered at a time, the one in use and the next, and one layer's gradients wait to be reduced.
-    gathered = np.where(plans.sharding == PARAMETERS, 2 * parameters.layer * implementation.gather_bytes, 0.0)
-    reduced = np.where(plans.sharding >= GRADIENTS, trainable.layer * implementation.reduce_bytes, 0.0)
-    copies = np.where((sharding == PARAMETERS) | implementation.autocast, 0.0, held * implementation.working_bytes)
+    gathered = np.where((plans.sharding == PARAMETERS) & reshards, 2 * parameters.layer * implementation.gather_bytes, 0.0)
+    reduced = np.where((plans.sharding >= GRADIENTS) & reshards, trainable.layer * implementation.reduce_bytes, 0.0)
+    whole = held * (0 if reshards else implementation.gather_bytes)
+    copies = np.where(sharding == PARAMETERS, whole, 0.0 if implementation.autocast else held * implementation.working_bytes)
     return _States(
         parameters=parameters,
         trainable=trainable,
         held=held,
         trained=per_rank(plans, trainable.of_stages(plans)),
         weights=held * implementation.weight_bytes / np.where(sharding == PARAMETERS, shards, 1) + copies,
-        gradient=implementation.gradient_bytes / np.where(sharding >= GRADIENTS, shards, 1),
+        gradient=implementation.gradient_bytes / np.where((sharding >= GRADIENTS) & reshards, shards, 1),
         optimizer=implementation.optimizer_bytes / np.where(sharding >= OPTIMIZER, shards, 1),
         exchanged=(gathered + reduced)[:, None],
     )
@@ -103,8 +107,9 @@ def _sum_of_moments(states: _States, plans: PlanTable, training: Training, imple
     """What a step needs at any moment, added up."""
     sharding = plans.sharding[:, None]
     # Unsharded, a new gradient of that matrix exists before it is added to the one that is there.
+    gathers_edge = (sharding == PARAMETERS) & reshards_each_micro_batch(plans.pipeline, implementation)
     per_parameter = np.where(
-        sharding == PARAMETERS, implementation.gather_bytes + implementation.reduce_bytes, implementation.activation_bytes
+        gathers_edge, implementation.gather_bytes + implementation.reduce_bytes, implementation.activation_bytes
     )
     buffers = np.maximum(states.exchanged, _largest_edge(states, plans) * per_parameter)
     # Sequence parallelism gathers the whole input of a column-split product, and of the gradient that comes back.
@@ -115,6 +120,10 @@ def _sum_of_moments(states: _States, plans: PlanTable, training: Training, imple
     in_flight = _in_flight(plans, implementation)
     activations = in_flight * _layers_of_stage(plans) * layer.kept[:, None] + layer.working[:, None]
     activations[:, 0] += in_flight[:, 0] / plans.chunks * embedding_activations(plans, training, implementation)
+    if plans.schedule in SPLIT_BACKWARD:
+        results = product_results(plans, training) * implementation.activation_bytes
+        waiting = _for_each_count(plans, peak_waiting_weights)
+        activations += waiting * _layers_of_stage(plans) * results[:, None]
     logits = _logits(plans, training, implementation) * implementation.logit_bytes
     copies = _copies(states, plans, training, implementation)
     return Memory(
@@ -312,12 +321,17 @@ def _optimizer_temporaries(states: _States, plans: PlanTable, training: Training
     return largest * implementation.weight_bytes * states.optimizer / implementation.optimizer_bytes
 
 
-def _in_flight(plans: PlanTable, implementation: Implementation) -> Floats:
-    """Micro-batches whose activations a rank holds at the peak, counted in stages: [n, pipeline]."""
+def _for_each_count(plans: PlanTable, peak: Callable[[Schedule, int, int, int], Integers]) -> Floats:
+    """A peak of the schedule for the number of micro-batches of each plan, [n, pipeline]."""
     result = np.empty((len(plans), plans.pipeline))
     for count in np.unique(plans.micro_batches):
-        rows = plans.micro_batches == count
-        result[rows] = peak_in_flight(plans.schedule, plans.pipeline, int(count), plans.chunks)
+        result[plans.micro_batches == count] = peak(plans.schedule, plans.pipeline, int(count), plans.chunks)
+    return result
+
+
+def _in_flight(plans: PlanTable, implementation: Implementation) -> Floats:
+    """Micro-batches whose activations a rank holds at the peak, counted in stages: [n, pipeline]."""
+    result = _for_each_count(plans, peak_in_flight)
     if plans.pipeline > 1:
         result = np.maximum(result, np.minimum(implementation.least_in_flight, plans.micro_batches)[:, None])
     return result

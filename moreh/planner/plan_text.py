@@ -258,3 +258,8 @@ def _problems(plan: Plan, training: Training) -> Iterator[str]:
             f"shard:{plan.sharding} does not go with {plan.schedule}, whose backward pass in two parts leaves the gradients of "
             "sharded parameters wrong: use interleaved or 1f1b"
         )
+    if plan.recomputation != "none" and plan.schedule in SPLIT_BACKWARD:
+        yield (
+            f"recompute:{plan.recomputation} does not go with {plan.schedule}, whose backward pass in two parts would "
+            "recompute again for the gradient of every matrix: use interleaved or 1f1b"
+        )

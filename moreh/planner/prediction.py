@@ -8,6 +8,7 @@ from moreh.planner.architecture import Architecture
 from moreh.planner.cluster import Cluster
 from moreh.planner.efficiency import Efficiency, find_efficiency
 from moreh.planner.implementation import MOREH, Implementation
+from moreh.planner.layer_time import head_is_frozen
 from moreh.planner.local_machine import cluster_of, efficiency_of, local_profile
 from moreh.planner.memory import Memory, memory
 from moreh.planner.pipeline_time import makespan
@@ -139,7 +140,7 @@ def model_flops(training: Training) -> float:
     """
     architecture: Architecture = training.architecture
     tokens, length = training.tokens, training.sequence_length
-    flops = 6.0 * tokens * architecture.hidden * architecture.vocabulary
+    flops = (4.0 if head_is_frozen(architecture) else 6.0) * tokens * architecture.hidden * architecture.vocabulary
     for layer, count in architecture.layer_kinds():
         products = sum((4 if linear.frozen else 6) * linear.inputs * linear.outputs * linear.active for linear in layer.linears)
         keys = length if layer.window is None else min(length, layer.window)

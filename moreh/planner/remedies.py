@@ -41,8 +41,7 @@ def find_plans(request: Request, count: int) -> Found:
     if not found.idle:
         return found
     idle = found.idle.partition(": give ")[0]
-    if not restrictions_text(request.restrictions):
-        idle = idle.replace(" under the given restrictions", "")
+    idle = idle.removesuffix(" as asked")
     freed = _freed(request, all_devices=True)
     return replace(found, idle=f"{idle}; there are plans on all devices {freed}" if freed else idle)
 

@@ -8,7 +8,7 @@ from moreh.accelerator.flavors import Flavor
 from moreh.planner.candidates import Restrictions
 from moreh.planner.efficiency import uncertainty
 from moreh.planner.local_machine import NAME as THIS_MACHINE
-from moreh.planner.plan import Training
+from moreh.planner.plan import SCHEDULES, Training
 from moreh.planner.plan_text import plan_text
 from moreh.planner.prediction import Prediction, Setting
 from moreh.planner.search import SearchResult
@@ -84,6 +84,8 @@ def restrictions_text(restrictions: Restrictions) -> str:
             texts.append(name if choice else f"no {name}")
     if restrictions.max_tensor is not None:
         texts.append(f"tensor at most {restrictions.max_tensor}")
+    if set(restrictions.schedules) != set(SCHEDULES):
+        texts.append(f"schedules {', '.join(restrictions.schedules)}")
     if restrictions.max_context != 1:
         texts.append(f"context at most {restrictions.max_context}")
     return ", ".join(texts)

@@ -34,8 +34,9 @@ class Roofline:
     @property
     def linear_rate(self) -> float:
         """FLOP/s that linear layers reach when they are large."""
-        if self.implementation.compute == "float8":
-            return (self.device.float8_flops_per_second or self.device.half_flops_per_second) * self.efficiency.float8
+        float8 = self.device.float8_flops_per_second
+        if self.implementation.compute == "float8" and float8 is not None:
+            return float8 * self.efficiency.float8
         return self.half_rate * self.efficiency.matmul
 
     @property

@@ -230,3 +230,19 @@ def peak_in_flight(schedule: Schedule, ranks: int, micro_batches: int, chunks: i
         peak = np.minimum(warmup + waiting, micro_batches * chunks)
     peak.flags.writeable = False
     return cast("Integers", peak)
+
+
+@lru_cache(maxsize=4096)
+def peak_waiting_weights(schedule: Schedule, ranks: int, micro_batches: int, chunks: int) -> Integers:
+    """The largest number of (stage, micro-batch) pairs whose backward for the weights waits while that for the input is done,
+    [ranks]: for each of them the gradients of all matrix products' results are kept. 0 without a split backward.
+    """
+    if schedule not in SPLIT_BACKWARD:
+        return np.zeros(ranks, dtype=np.int64)
+    if schedule == "zero-bubble":
+        return np.minimum(1 + np.arange(ranks), micro_batches * chunks)
+    if micro_batches >= 2 * ranks - 1:
+        return 1 + 2 * np.arange(ranks)
+    rows = order(schedule, ranks, micro_batches, chunks)
+    waiting = np.cumsum((rows.kind == I).astype(np.int64) - (rows.kind == W), axis=1)
+    return np.maximum(0, waiting.max(axis=1))

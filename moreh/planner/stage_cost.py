@@ -12,6 +12,7 @@ from moreh.planner.layer_time import EdgeTime, embedding_time, head_time, layer_
 from moreh.planner.plan import Training
 from moreh.planner.plan_table import GRADIENTS, OPTIMIZER, PARAMETERS, WHOLE, PlanTable, per_rank, stage_ranks
 from moreh.planner.roofline import Roofline
+from moreh.planner.schedules import SPLIT_BACKWARD
 
 
 @dataclass(frozen=True)
@@ -59,23 +60,36 @@ class StageParameters:
 
 def parameters_per_device(architecture: Architecture, plans: PlanTable, trainable_only: bool) -> StageParameters:
     """Parameters that one device of each plan's tensor-parallel group holds before any data-parallel sharding."""
-    tensor, layers = plans.tensor, architecture.layers
+    tensor, kinds = plans.tensor, list(architecture.layer_kinds())
     embedding, tables, final = architecture.embedding_parameters, architecture.table_parameters, architecture.final_parameters
     own_head = architecture.own_head_parameters
     if trainable_only:
-        whole = sum(layer.trainable_parameters for layer in layers)
-        split = sum(layer.trainable_sharded_parameters for layer in layers)
+        whole = sum(count * layer.trainable_parameters for layer, count in kinds)
+        split = sum(count * layer.trainable_sharded_parameters for layer, count in kinds)
         embedding = 0 if architecture.embedding_frozen else embedding
         own_head = 0 if architecture.head_frozen else own_head
         tables -= architecture.frozen_table_parameters
         final -= architecture.frozen_final_parameters
     else:
-        whole = sum(layer.parameters for layer in layers)
-        split = sum(layer.sharded_parameters for layer in layers)
-    head = own_head + (embedding if architecture.tied and plans.stages > 1 else 0)
+        whole = sum(count * layer.parameters for layer, count in kinds)
+        split = sum(count * layer.sharded_parameters for layer, count in kinds)
+    head = own_head + (embedding if architecture.tied and ends_are_apart(plans) else 0)
     return StageParameters(
-        layer=(split / tensor + (whole - split)) / len(layers), first=embedding / tensor + tables, last=head / tensor + final
+        layer=(split / tensor + (whole - split)) / len(architecture.layers),
+        first=embedding / tensor + tables,
+        last=head / tensor + final,
     )
+
+
+def ends_are_apart(plans: PlanTable) -> bool:
+    """Whether the first and the last stage are on different ranks, so that both hold a tied embedding."""
+    ranks = stage_ranks(plans)
+    return bool(ranks[0] != ranks[-1])
+
+
+def reshards_each_micro_batch(pipeline: int, implementation: Implementation) -> bool:
+    """Whether sharded parameters are gathered, and sharded gradients reduced, for each micro-batch and not once a step."""
+    return pipeline == 1 or implementation.reshards_in_pipeline
 
 
 def data_links(roofline: Roofline, cluster: Cluster, plans: PlanTable) -> Links:
@@ -91,7 +105,7 @@ def stage_time(roofline: Roofline, cluster: Cluster, plans: PlanTable, training:
     """The time of every stage of every plan."""
     implementation = roofline.implementation
     layer = layer_time(roofline, cluster, plans, training)
-    embedding = embedding_time(roofline, plans, training)
+    embedding = embedding_time(roofline, cluster, plans, training)
     head = head_time(roofline, cluster, plans, training)
     parameters = parameters_per_device(training.architecture, plans, trainable_only=False)
     trainable = parameters_per_device(training.architecture, plans, trainable_only=True)
@@ -99,8 +113,9 @@ def stage_time(roofline: Roofline, cluster: Cluster, plans: PlanTable, training:
 
     # Parameters are gathered for each forward and each backward pass where they are sharded; gradients are reduced in
     # each backward pass where they are.
-    gathers = np.where(plans.sharding == PARAMETERS, implementation.gather_bytes, 0)
-    reduces = np.where(plans.sharding >= GRADIENTS, implementation.reduce_bytes, 0)
+    reshards = reshards_each_micro_batch(plans.pipeline, implementation)
+    gathers = np.where((plans.sharding == PARAMETERS) & reshards, implementation.gather_bytes, 0)
+    reduces = np.where((plans.sharding >= GRADIENTS) & reshards, implementation.reduce_bytes, 0)
 
     def hidden(computation: Floats, gather: Floats, reduce: Floats) -> Floats:
         """Seconds of a computation with the exchange of parameters and gradients beside it."""
@@ -174,7 +189,7 @@ def _between_stages_s(roofline: Roofline, cluster: Cluster, plans: PlanTable, se
 def _tied_exchange_s(roofline: Roofline, cluster: Cluster, plans: PlanTable, training: Training) -> Floats:
     """Seconds in which the first and the last stage add up the gradients of the embedding that both hold, [n]."""
     architecture = training.architecture
-    if not architecture.tied or architecture.embedding_frozen:
+    if not architecture.tied or architecture.embedding_frozen or not ends_are_apart(plans):
         return np.zeros(len(plans))
     sent_bytes = architecture.embedding_parameters / plans.tensor * roofline.implementation.reduce_bytes
     return _between_stages_s(roofline, cluster, plans, sent_bytes)
@@ -195,13 +210,18 @@ def _finish(
 
     reduce = roofline.ring_s(most * implementation.reduce_bytes, links)
     gather = roofline.ring_s(whole * implementation.gather_bytes, links)
-    once = np.where(plans.sharding == WHOLE, 2 * reduce, np.where(plans.sharding == OPTIMIZER, reduce, 0.0))
-    after = np.where((plans.sharding == OPTIMIZER) | (plans.sharding == GRADIENTS), gather, 0.0)
+    gather_trained = roofline.ring_s(most * implementation.gather_bytes, links)
+    reshards = reshards_each_micro_batch(plans.pipeline, implementation)
+    once = np.where(plans.sharding == WHOLE, 2 * reduce, np.where((plans.sharding == OPTIMIZER) | (not reshards), reduce, 0.0))
+    after = np.where(plans.sharding == WHOLE, 0.0, gather_trained)
+    after = np.where(plans.sharding == PARAMETERS, 0.0 if reshards else gather, after)
     if implementation.overlaps_data:
         # The gradients of the last micro-batch are exchanged while its earlier layers are still computed, and parameters
-        # are gathered while the first layers of the next step are.
+        # are gathered while the first layers of the next step are. A backward pass in two parts writes gradients past the
+        # hooks that would start an exchange, so there it comes after the step.
         last = backward_s.max(axis=1)
-        once = roofline.beside_s(last, once) - last
+        if plans.schedule not in SPLIT_BACKWARD:
+            once = roofline.beside_s(last, once) - last
         after = roofline.beside_s(last, after) - last
 
     # AdamW reads gradient, weight and state and writes the latter two; clipping reads the gradient once more.

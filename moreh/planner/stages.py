@@ -47,3 +47,25 @@ def balanced_layers(layers: int, stages: int, embedding: Floats, head: Floats) -
         result -= taken
         surplus -= taken.sum(axis=1)
     return result.astype(np.int64)
+
+
+def balanced_ranks(layers: int, ranks: int, chunks: int, embedding: Floats, head: Floats, *, folded: bool) -> Integers:
+    """Layers of each stage such that the slowest rank, with all its chunks, is as fast as possible, [n, ranks * chunks].
+
+    `folded`: the V-shaped schedule, where the first rank holds the first and the last stage. A rank's layers are spread evenly
+    over its chunks, the larger ones later; where a rank gets fewer layers than chunks, the stages are balanced instead.
+
+    >>> balanced_ranks(10, 2, 2, np.array([0.0]), np.array([1.9]), folded=False)
+    array([[3, 2, 3, 2]])
+    """
+    if folded:
+        totals = balanced_layers(layers, ranks, embedding + head, np.zeros_like(head))
+    else:
+        totals = balanced_layers(layers, ranks, embedding, head)
+    small, larger = totals // chunks, totals % chunks
+    parts = np.stack([small + (chunk >= chunks - larger) for chunk in range(chunks)], axis=1)
+    if folded:
+        parts[:, 1] = parts[:, 1, ::-1]
+    result = parts.reshape(len(head), ranks * chunks)
+    scarce = np.any(result < 1, axis=1)
+    return np.where(scarce[:, None], balanced_layers(layers, ranks * chunks, embedding, head), result)

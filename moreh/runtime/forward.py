@@ -8,7 +8,6 @@ import math
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,8 +50,7 @@ class _Runtime:
         if torch.is_grad_enabled() and model.training and not parameter.is_meta:
             shape = _tokens_shape(args, kwargs)
             if shape is not None and shape[0] * shape[1] > self._planned.get(model, 0):
-                planned = self._plan(model, *shape, bfloat16=bfloat16)
-                self._planned[model] = shape[0] * shape[1] if planned else math.inf
+                self._planned[model] = self._plan(model, *shape, bfloat16=bfloat16)
         if bfloat16:
             with torch.autocast(parameter.device.type, dtype=torch.bfloat16):
                 yield
@@ -69,8 +67,8 @@ class _Runtime:
         if self.options.activation_recomputation is True:
             _recompute_activations(model)
 
-    def _plan(self, model: torch.nn.Module, batch_size: int, sequence_length: int, *, bfloat16: bool) -> bool:
-        """Plan the training for the accelerator and for this machine; whether the model is one that can be planned.
+    def _plan(self, model: torch.nn.Module, batch_size: int, sequence_length: int, *, bfloat16: bool) -> float:
+        """Plan the training for the accelerator and for this machine; the tokens of the largest batch that this holds for.
 
         Raises:
             PlanError: no plan divides the batch under the options.
@@ -80,9 +78,16 @@ class _Runtime:
             training = Training(describe_module(model), batch_size, sequence_length)
         except PlanError as reason:
             logger.info("This model is not planned for the accelerator, and is trained as it is: %s", reason)
-            return False
+            return math.inf
         accelerator = self.job.accelerator
-        selection = select_plan(training, accelerator.flavor, self.options, self.variables, logger.info, Path.cwd())
+        try:
+            selection = select_plan(training, accelerator.flavor, self.options, self.variables, logger.info)
+        except PlanError as reason:
+            if model not in self._planned:
+                raise
+            # A larger batch in the middle of a training does not end it.
+            logger.info("A batch of %d x %d is not planned: %s", batch_size, sequence_length, reason)
+            return training.tokens
         if selection.prediction is None:
             raise nothing_fits_error(selection.smallest_bytes, self.variables.memory_percent / 100, accelerator)
         if self.job.simulated:
@@ -97,7 +102,7 @@ class _Runtime:
             local.step_time_s,
             local.memory_bytes / 2**30,
         )
-        return True
+        return training.tokens
 
     def _uses_bfloat16(self, device: torch.device) -> bool:
         if device not in self._low_precision:

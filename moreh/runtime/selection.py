@@ -55,9 +55,8 @@ def select_plan(
     options: ParallelOptions,
     variables: PlannerVariables,
     say: Callable[[str], None],
-    directory: Path,
 ) -> Selection:
-    """Search the best plan for an accelerator, say the documented lines, and write the files into `directory`.
+    """Search the best plan for an accelerator, say the documented lines, and write the files into the current directory.
 
     Raises:
         PlanError: no plan divides the batch under the options.
@@ -75,12 +74,12 @@ def select_plan(
             for line in lines:
                 say(line)
         else:
-            _write(directory / DETAILED_LOG, lines, say)
+            _write(Path(DETAILED_LOG), lines, say)
     if not found.best:
         return Selection(None, found.smallest_bytes)
     best = found.best[0]
     line = selected_config(best.plan)
-    _write(directory / SELECTED_CONFIG, [line], say)
+    _write(Path(SELECTED_CONFIG), [line], say)
     say("Configuration for parallelism is selected.")
     say(line)
     say("train: true")
