@@ -7,6 +7,7 @@ benchmarks/data/published_runs.csv and may hold any rows; those that cannot be p
 
 import argparse
 import csv
+import io
 import math
 import statistics
 import sys
@@ -191,4 +192,6 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a row's names may hold what the terminal cannot show
     sys.exit(main(sys.argv[1:]))

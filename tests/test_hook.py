@@ -203,6 +203,14 @@ def test_directory_that_cannot_be_written_does_not_end_training(run_python):
     assert "[info] advanced_parallelization_selected_config.dump is not written: " in finished.stdout
 
 
+def test_one_device_has_nothing_to_distribute(run, run_python):
+    run("moreh-switch-model", "Small.64GB")
+    finished = run_python(PLAN_ONE.format(options={"distribute_parameter": True}, batch=16))
+    assert finished.returncode == 0, finished.stderr
+    assert "num_stages : 1" in finished.stdout
+    assert "distribute_param : false" in finished.stdout
+
+
 def test_small_batch_leaves_devices_idle(run_python):
     finished = run_python(PLAN_ONE.format(options={}, batch=1).replace("n_layer=4", "n_layer=1"))
     assert finished.returncode == 0, finished.stderr

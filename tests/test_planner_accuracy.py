@@ -1,9 +1,12 @@
 """The planner against published measurements that it was not fitted to, and the script that scores it on any such file."""
 
 import csv
+import io
+import os
 import statistics
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +14,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-from planner_accuracy import kendall_tau, regret, score  # noqa: E402
-from published_runs import Unusable, published_run, read_rows, usable_runs  # noqa: E402
+import planner_accuracy  # noqa: E402
+from planner_accuracy import kendall_tau, main, regret, score, score_or_reason  # noqa: E402
+from published_programs import Unusable  # noqa: E402
+from published_runs import published_run, read_rows, row_digest, usable_runs  # noqa: E402
 
 from moreh.planner.efficiency import fitted_rows  # noqa: E402
 
@@ -25,6 +30,10 @@ REFERENCE = "Moreh docs MI250"
 def scored():
     fitted = fitted_rows()
     return [score(run, fitted) for _, run, _ in usable_runs(read_rows(RUNS)) if run is not None]
+
+
+def test_most_published_rows_can_be_predicted(scored):
+    assert len(scored) >= 346
 
 
 def test_at_most_half_of_each_group_was_fitted(scored):
@@ -121,9 +130,20 @@ def test_a_row_is_read_as_what_it_says():
         ({"tp": ""}, "the plan is not given"),
         ({"tp": "3"}, "does not divide 16 devices"),
         ({"ep": "4"}, "expert parallelism is not modelled"),
+        ({"dp": "2"}, r"dp=2 contradicts 16 devices / \(tp x pp x cp\) = 4"),
+        ({"gpu": "MI250 (package, 2 GCD)", "dp": "5"}, r"dp=5 contradicts 32 devices / \(tp x pp x cp\) = 8"),
         ({"gbs": "63"}, "gbs 63 is no multiple"),
         ({"layers": "many"}, "layers='many' is no number"),
         ({"layers": "1"}, "fewer layers than stages"),
+        ({"layers": "1e9"}, "layers='1e9' is no whole number from 1 to 10,000"),
+        ({"tp": "0"}, "tp='0' is no whole number from 1"),
+        ({"pp": "0.4"}, "pp='0.4' is no whole number"),
+        ({"mbs": "-2"}, "mbs='-2' is no whole number"),
+        ({"seq_len": "1e18"}, "seq_len='1e18' is no whole number from 1 to 1,000,000,000"),
+        ({"gbs": "inf"}, "gbs='inf' is no whole number"),
+        ({"n_gpus": "nan"}, "n_gpus is not given"),
+        ({"hidden": "8"}, "heads of size 0: hidden=8 < heads=16"),
+        ({"mbs": "1", "gbs": "1e9", "dp": "", "n_gpus": "4"}, "too many to simulate"),
         ({"seq_len": ""}, "seq_len is not given"),
         ({"mbs": "", "gbs": ""}, "neither mbs nor a gbs"),
         ({"vpp": "3", "gbs": "40"}, "cannot be divided into"),
@@ -132,6 +152,127 @@ def test_a_row_is_read_as_what_it_says():
 def test_rows_that_lack_something_are_counted_with_the_reason(changes, reason):
     with pytest.raises(Unusable, match=reason):
         published_run(row(**changes))
+
+
+def test_whole_numbers_may_be_written_as_fractions():
+    assert published_run(row(tp="2.0", layers="24.0", mbs=" 2 ")).plans == published_run(row()).plans
+
+
+def test_a_package_may_count_as_one_or_as_two():
+    for data in ("4", "8", ""):
+        run = published_run(row(gpu="MI250 (package, 2 GCD)", dp=data))
+        assert (run.units, run.cluster.devices, run.plans[0].data) == (16, 32, 8)
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "nan", "inf", "1e400", "1e-320"])
+def test_a_measurement_that_is_no_positive_number_is_not_given(text):
+    nothing = dict.fromkeys(("step_time_s", "tok_s_per_gpu", "tok_s_total", "samples_s_total", "tflops_per_gpu"), text)
+    run = published_run(row(**{**nothing, "step_time_s": "0"}, peak_mem_gib_per_gpu="-1"))
+    assert (run.step_time_s, run.memory_gib) == (None, None)
+    assert published_run(row(**{**nothing, "tok_s_per_gpu": "0", "tok_s_total": "65536", "step_time_s": ""})).step_time_s == 2
+
+
+NASTY = [
+    "",
+    "0",
+    "0.4",
+    "-8",
+    "8.0",
+    "3",
+    "1e9",
+    "1e18",
+    "1e400",
+    "1e-320",
+    "nan",
+    "many",
+    "x" * 9999,
+    "\xe9\ufffd",
+    "\n",
+    None,
+]
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"framework": "torchtitan", "model": "Llama"}, {"gpu": "MI250 (package, 2 GCD)", "dp": ""}]
+)
+def test_no_cell_makes_a_row_raise_anything_but_its_reason(changes):
+    good = row(**changes)
+    predicted = 0
+    for column in good:
+        cases = [{**good, column: text} for text in NASTY]
+        cases.append({name: text for name, text in good.items() if name != column})
+        for case in cases:
+            try:
+                run = published_run(case)
+            except Unusable:
+                continue
+            entry, reason = score_or_reason(run, frozenset())
+            assert entry is not None, (column, case.get(column), reason)
+            assert entry.time_error is None or entry.time_error >= -1
+            predicted += 1
+    assert predicted > 300
+
+
+def test_a_prediction_that_fails_is_a_reason(monkeypatch):
+    run = published_run(row())
+
+    def fails(*_):
+        raise ValueError("first line\nsecond line")
+
+    monkeypatch.setattr(planner_accuracy, "predict", fails)
+    assert score_or_reason(run, frozenset()) == (None, "the prediction failed: ValueError: first line second line")
+
+
+@pytest.mark.parametrize("figure", [float("nan"), float("inf"), 0.0, -1.0])
+def test_a_prediction_that_is_no_number_is_a_reason(monkeypatch, figure):
+    run = published_run(row())
+    predicted = score(run, frozenset())
+    bad = replace(predicted, prediction=replace(predicted.prediction, step_time_s=figure))
+    monkeypatch.setattr(planner_accuracy, "score", lambda *_: bad)
+    entry, reason = score_or_reason(run, frozenset())
+    assert entry is None
+    assert "no finite positive number" in reason
+
+
+def test_fitted_rows_are_told_by_what_they_say_not_by_their_id(scored):
+    source = next(line for line in read_rows(RUNS) if row_digest(line) in fitted_rows())
+    empty = dict.fromkeys(("id", "another_column"), "")
+    assert not score(published_run({**source, **empty}), fitted_rows()).tested
+    assert score(published_run({**source, "gbs": "", "tok_s_per_gpu": "7"}), fitted_rows()).tested
+    assert len({entry.run.digest for entry in scored}) == len(scored)
+    assert fitted_rows() == {entry.run.digest for entry in scored if not entry.tested}
+
+
+def test_every_row_of_a_damaged_file_gets_a_line(tmp_path, capsys):
+    rows = [row(id="1"), row(id="2", tp="0"), row(id="3", model="Mod\xe8le"), row(id="4")]
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    text.write('5,cut off\r\n,\r\n7,nul \0\r\n8,"never closed' + "x," * 100_000)
+    source, out = tmp_path / "runs.csv", tmp_path / "predictions.csv"
+    source.write_bytes(b"\xef\xbb\xbf" + text.getvalue().encode("latin-1"))
+    assert main([str(source), "--out", str(out)]) == 0
+    assert "8 rows: 3 predicted" in capsys.readouterr().out
+    with out.open(encoding="utf-8", newline="") as file:
+        written = list(csv.DictReader(file))
+    assert [line["id"] for line in written] == ["1", "2", "3", "4", "5", "", "7", "8"]
+    assert [bool(line["predicted_step_time_s"]) for line in written] == [True, False, True, True, False, False, False, False]
+    assert written[1]["skipped_because"].startswith("tp='0' is no whole number")
+    assert all(line["skipped_because"] for line in written if not line["predicted_step_time_s"])
+
+
+@pytest.mark.parametrize("column", ["id", "group", "framework", "gpu", "model", "precision", "recompute", "sharding"])
+def test_a_file_may_lack_a_column(tmp_path, capsys, column):
+    lines = [row(id=str(number), mbs=str(number)) for number in (1, 2, 4)]
+    source = tmp_path / "runs.csv"
+    with source.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, [name for name in lines[0] if name != column], extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(lines)
+    assert main([str(source)]) == 0
+    printed = capsys.readouterr().out
+    assert ("3 not predicted: no data of device ''" if column == "gpu" else "3 rows: 3 predicted") in printed
 
 
 def test_a_row_that_ran_out_of_memory_is_predicted_not_to_fit():
@@ -144,14 +285,20 @@ def test_a_row_that_ran_out_of_memory_is_predicted_not_to_fit():
 
 
 def test_script_works_on_other_rows(tmp_path):
-    rows = [row(id="a"), row(id="b", hidden=""), row(id="c", step_time_s="", tflops_per_gpu="", tok_s_per_gpu="6000")]
+    rows = [
+        row(id="a", group="Universit\xe4t"),
+        row(id="b", hidden=""),
+        row(id="c", step_time_s="", tflops_per_gpu="", tok_s_per_gpu="6000"),
+    ]
     source, out = tmp_path / "runs.csv", tmp_path / "predictions.csv"
     with source.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
     command = [sys.executable, str(ROOT / "benchmarks" / "planner_accuracy.py"), str(source), "--out", str(out)]
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    finished = subprocess.run(
+        command, capture_output=True, text=True, timeout=60, env={**os.environ, "PYTHONIOENCODING": "ascii"}
+    )
     assert finished.returncode == 0, finished.stderr
     assert "3 rows: 2 predicted, of which 0 were used to fit the constants" in finished.stdout
     assert "1 not predicted: hidden is not given" in finished.stdout

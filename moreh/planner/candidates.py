@@ -116,7 +116,7 @@ def _groups(cluster: Cluster, training: Training, restrictions: Restrictions, pi
             grid = np.meshgrid(
                 counts,
                 _recomputations(restrictions),
-                _shardings(data * context, cluster.devices, restrictions),
+                _shardings(data * context, restrictions),
                 sequence,
                 indexing="ij",
             )
@@ -131,10 +131,9 @@ def _recomputations(restrictions: Restrictions) -> list[int]:
     return [SELECTIVE, FULL] if restrictions.recompute else [NONE]
 
 
-def _shardings(ranks: int, devices: int, restrictions: Restrictions) -> list[int]:
+def _shardings(ranks: int, restrictions: Restrictions) -> list[int]:
     if restrictions.shard_parameters is True:
-        # A single device has nothing to share with, and is no reason to refuse.
-        return [PARAMETERS] if ranks > 1 else [WHOLE] if devices == 1 else []
+        return [PARAMETERS] if ranks > 1 else []
     levels = list(range(PARAMETERS + 1)) if ranks > 1 else [0]
     return [level for level in levels if level != PARAMETERS] if restrictions.shard_parameters is False else levels
 

@@ -31,8 +31,8 @@ class Selection:
     smallest_bytes: float
 
 
-def restrictions_of(options: ParallelOptions, variables: PlannerVariables) -> Restrictions:
-    """What the hook's options and the environment leave to the search."""
+def restrictions_of(options: ParallelOptions, variables: PlannerVariables, devices: int) -> Restrictions:
+    """What the hook's options and the environment leave to the search on so many devices."""
 
     def fixed(value: int | str) -> int | None:
         return value if isinstance(value, int) else None
@@ -44,7 +44,8 @@ def restrictions_of(options: ParallelOptions, variables: PlannerVariables) -> Re
         pipeline=fixed(options.num_stages) if options.pipeline_parallel else 1,
         micro_batches=fixed(options.num_micro_batches),
         recompute=decided(options.activation_recomputation),
-        shard_parameters=decided(options.distribute_parameter),
+        # A single device has no others to share with, which is no reason to refuse.
+        shard_parameters=decided(options.distribute_parameter) if devices > 1 else None,
         memory_fraction=variables.memory_percent / 100,
     )
 
@@ -63,7 +64,7 @@ def select_plan(
     """
     setting = setting_of(cluster_of_flavor(flavor), computing_in("half" if options.mixed_precision else "float32"))
     found, _, idle = search_on_most_devices(
-        training, setting, restrictions_of(options, variables), count=DETAILED, threads=variables.threads
+        training, setting, restrictions_of(options, variables, flavor.devices), count=DETAILED, threads=variables.threads
     )
     if idle:
         say(f"Simulated: {idle}")
