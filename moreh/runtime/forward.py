@@ -20,6 +20,7 @@ from moreh.log import logger
 from moreh.option import ParallelOptions, PlannerVariables
 from moreh.planner.describe_module import describe_module
 from moreh.planner.plan import Training
+from moreh.planner.report import gib, seconds_text
 from moreh.runtime.precision import LEAST_SPEEDUP, bfloat16_speedup
 from moreh.runtime.selection import predicted_use, select_local_plan, select_plan
 
@@ -96,11 +97,10 @@ class _Runtime:
         if local.plan.recomputation == "full" and self.options.activation_recomputation == "auto":
             _recompute_activations(model)  # for good: a smaller batch later is not worth another change
         logger.info(
-            "This machine: 1 worker computes each batch in one piece, recomputation : %s; "
-            "predicted are %.2g s a step and %.2g GiB.",
+            "This machine: 1 worker computes each batch in one piece, recomputation : %s; predicted are %s a step and %s.",
             local.plan.recomputation,
-            local.step_time_s,
-            local.memory_bytes / 2**30,
+            seconds_text(local.step_time_s),
+            gib(local.memory_bytes),
         )
         return training.tokens
 

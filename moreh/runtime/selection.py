@@ -14,13 +14,13 @@ from moreh.planner.implementation import TRANSFORMERS, TRANSFORMERS_AUTOCAST, co
 from moreh.planner.plan import Plan, Recomputation, Training
 from moreh.planner.plan_text import plan_text
 from moreh.planner.prediction import DeviceMemory, Prediction, predict, setting_of, setting_of_this_machine
+from moreh.planner.report import gib, seconds_text
 from moreh.planner.search import SearchResult, search_on_most_devices
 
 SELECTED_CONFIG = "advanced_parallelization_selected_config.dump"
 DETAILED_LOG = "autoconfig_log.dump"
 # Plans that the detailed log lists.
 DETAILED = 50
-_GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,8 @@ def select_plan(
     known = uncertainty(flavor.device.efficiency)
     say(
         f"Simulated: on {flavor.name} ({flavor.devices} x {flavor.device.name}) the plan '{plan_text(best.plan)}' is "
-        f"predicted to take {best.step_time_s:.3g} s a step, {best.tokens_per_second:,.0f} tokens/s, {best.mfu:.1%} "
-        f"of the peak, and {best.memory_bytes / _GIB:.3g} of {flavor.device.memory_mib / 1024:.3g} GiB on the fullest device. "
+        f"predicted to take {seconds_text(best.step_time_s)} a step, {best.tokens_per_second:,.0f} tokens/s, {best.mfu:.1%} "
+        f"of the peak, and {gib(best.memory_bytes)} of {gib(flavor.device.memory_bytes)} on the fullest device. "
         f"Step times came out {known.text}."
     )
     return Selection(best, found.smallest_bytes)
@@ -136,7 +136,7 @@ def _detail(place: int, prediction: Prediction) -> str:
     return (
         f"candidate {place}: {selected_config(plan)}, schedule : {plan.schedule}({plan.chunks}), sharding : {plan.sharding}, "
         f"data_parallel : {plan.data}, stage_layers : {list(plan.stage_layers)}; "
-        f"simulated step {prediction.step_time_s:.3f} s ({parts}), {prediction.memory_bytes / _GIB:.2f} GiB"
+        f"simulated step {prediction.step_time_s:.3f} s ({parts}), {gib(prediction.memory_bytes)}"
     )
 
 
