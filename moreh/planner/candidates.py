@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from moreh.errors import PlanError
-from moreh.planner.arrays import Booleans, Integers
+from moreh.planner.arrays import Booleans, Floats, Integers
 from moreh.planner.cluster import Cluster
+from moreh.planner.implementation import Implementation
 from moreh.planner.layer_time import embedding_time, head_time, layer_time
 from moreh.planner.plan import SCHEDULES, Schedule, Training
 from moreh.planner.plan_table import FULL, GRADIENTS, NONE, PARAMETERS, SELECTIVE, WHOLE, PlanTable
@@ -57,8 +58,9 @@ def candidate_tables(
         if not groups:
             continue
         columns = [np.concatenate([group[i] for group in groups]) for i in range(len(groups[0]))]
+        ends = _work_of_ends(roofline, cluster, training, pipeline, columns)
         for schedule, chunks in _schedules(pipeline, training, restrictions):
-            table = _table(roofline, cluster, training, pipeline, schedule, chunks, columns)
+            table = _table(roofline.implementation, training, pipeline, schedule, chunks, columns, ends)
             if len(table):
                 found = True
                 yield table
@@ -155,13 +157,13 @@ def _schedules(pipeline: int, training: Training, restrictions: Restrictions) ->
 
 
 def _table(
-    roofline: Roofline,
-    cluster: Cluster,
+    implementation: Implementation,
     training: Training,
     pipeline: int,
     schedule: Schedule,
     chunks: int,
     columns: list[Integers],
+    ends: tuple[Floats, Floats],
 ) -> PlanTable:
     """The rows that the schedule can run, each with even stages, and with balanced ones where they differ."""
     micro_batches, recomputation, sharding = columns[4], columns[5], columns[6]
@@ -170,7 +172,7 @@ def _table(
         # A backward pass in two parts leaves gradients of sharded parameters wrong, without an error, and recomputes
         # activations again for the gradient of every single matrix.
         allowed = allowed & (sharding == WHOLE) & (recomputation == NONE)
-    if not reshards_each_micro_batch(pipeline, roofline.implementation):
+    if not reshards_each_micro_batch(pipeline, implementation):
         # Gradients are whole until the end of the step, as with a sharded optimizer.
         allowed = allowed & (sharding != GRADIENTS)
     columns = [column[allowed] for column in columns]
@@ -182,7 +184,7 @@ def _table(
         return table
     variants = [even]
     sources = [np.arange(len(table))]
-    for balanced in _balanced(roofline, cluster, training, table):
+    for balanced in _balanced(table, layers, ends[0][allowed], ends[1][allowed]):
         different = np.flatnonzero(np.all([np.any(balanced != other, axis=1) for other in _full(variants, sources)], axis=0))
         variants.append(balanced[different])
         sources.append(different)
@@ -200,20 +202,26 @@ def _full(variants: list[Integers], sources: list[Integers]) -> list[Integers]:
     return result
 
 
-def _balanced(roofline: Roofline, cluster: Cluster, training: Training, table: PlanTable) -> list[Integers]:
-    """Stages of equal computation, and ranks of equal computation where they hold several stages, [n, stages] each.
+def _work_of_ends(
+    roofline: Roofline, cluster: Cluster, training: Training, pipeline: int, columns: list[Integers]
+) -> tuple[Floats, Floats]:
+    """What the first and the last stage compute besides their layers, in times of a layer, [n] each.
 
-    Links and sharding do not enter, so that a faster link cannot change the division.
+    Links and sharding do not enter, so that a faster link cannot change how layers are divided.
     """
     device = cluster.device
     unlimited = replace(device, node_bytes_per_second=np.inf, network_bytes_per_second=np.inf, package_bytes_per_second=None)
     cluster = replace(cluster, device=unlimited)
     roofline = replace(roofline, efficiency=replace(roofline.efficiency, node_hop_s=0.0, network_hop_s=0.0))
+    table = _with_stages(pipeline, "1f1b", 1, columns, np.ones((len(columns[0]), pipeline), dtype=np.int64))
     layer = layer_time(roofline, cluster, table, training)
     one = layer.forward_s + layer.backward_s + layer.recompute_s
     embedding, head = embedding_time(roofline, cluster, table, training), head_time(roofline, cluster, table, training)
-    first, last = (embedding.forward_s + embedding.backward_s) / one, (head.forward_s + head.backward_s) / one
-    layers = len(training.architecture.layers)
+    return (embedding.forward_s + embedding.backward_s) / one, (head.forward_s + head.backward_s) / one
+
+
+def _balanced(table: PlanTable, layers: int, first: Floats, last: Floats) -> list[Integers]:
+    """Stages of equal computation, and ranks of equal computation where they hold several stages, [n, stages] each."""
     stages = balanced_layers(layers, table.stages, first, last)
     if table.chunks == 1:
         return [stages]

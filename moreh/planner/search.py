@@ -72,8 +72,11 @@ def search(
             tables.append((table.rows(fits), needed.rows(fits)))
     checked = time.perf_counter()
 
-    with ThreadPoolExecutor(threads) as pool:
-        costed = list(pool.map(lambda entry: _cost(entry[0], entry[1], training, setting), tables))
+    if threads == 1:
+        costed = [_cost(table, needed, training, setting) for table, needed in tables]
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            costed = list(pool.map(lambda entry: _cost(entry[0], entry[1], training, setting), tables))
     best = _fastest(costed, count)
     predictions = tuple(
         predict_row(costed[i].table, row, costed[i].times, costed[i].needed, training, setting) for _, i, row in best
