@@ -14,10 +14,10 @@ from moreh.planner.search import EQUAL
 PARTS = {
     "computation_s": ("computation", ("mb", "tp", "cp", "pp", "layers")),
     "recomputation_s": ("recomputation", ("recompute",)),
-    "tensor_exchange_s": ("tensor-parallel exchange", ("tp", "sp", "recompute")),
-    "data_exchange_s": ("exchange of shards", ("shard", "dp", "cp", "mb")),
+    "tensor_exchange_s": ("tensor-parallel communication", ("tp", "sp", "recompute")),
+    "data_exchange_s": ("sharding communication", ("shard", "dp", "cp", "mb")),
     "bubble_s": ("pipeline bubble", ("pp", "schedule", "mb", "layers")),
-    "gradients_s": ("gradient exchange", ("shard", "dp", "cp")),
+    "gradients_s": ("gradient reduction", ("shard", "dp", "cp")),
     "optimizer_s": ("optimizer", ("shard", "tp", "cp", "pp")),
 }
 # Pieces that a plan's text leaves out at their defaults.

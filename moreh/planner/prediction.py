@@ -99,10 +99,10 @@ class StepParts:
         """What takes most of the time besides the computation that any plan has, with its share of the step."""
         names = {
             "recomputation": self.recomputation_s,
-            "tensor-parallel exchange": self.tensor_exchange_s,
-            "exchange of shards": self.data_exchange_s,
+            "tensor-parallel communication": self.tensor_exchange_s,
+            "sharding communication": self.data_exchange_s,
             "pipeline bubble": self.bubble_s,
-            "gradient exchange": self.gradients_s,
+            "gradient reduction": self.gradients_s,
             "optimizer": self.optimizer_s,
         }
         largest = max(names, key=lambda name: names[name])

@@ -22,7 +22,7 @@ class StageTime:
     `backward_s` contains recomputation. `weight_fraction` is the share of it that a split backward pass can put off, [n].
     `finish_s` is the exchange of gradients that computation does not hide, plus the optimizer. The rest says what `forward_s`
     and `backward_s` consist of in the busiest rank, seconds a micro-batch, [n]: matrix products and kernels, recomputation,
-    tensor-parallel exchange, and waiting for parameters and gradients of the data-parallel group.
+    tensor-parallel communication, and waiting for parameters and gradients of the data-parallel group.
     """
 
     forward_s: Floats
