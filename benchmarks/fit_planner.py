@@ -27,7 +27,8 @@ from moreh.planner.stage_cost import stage_time
 
 OUTPUT = Path(__file__).parent.parent / "moreh" / "planner" / "data" / "efficiency.json"
 
-# What is usual on GPUs, and by how much it may be wrong (one standard deviation of the logarithm or of half the log-odds).
+# What is usual on GPUs, and by how much it may be wrong (one standard deviation of the logarithm or of half the log-odds):
+# judgement, and that of attention was narrowed after errors of all rows had been seen.
 PRIOR = Efficiency(
     matmul=0.75,
     float8=0.55,

@@ -169,7 +169,10 @@ def _micro_batch_sizes(row: Row, batch: int | None, data: int) -> tuple[int, ...
 
 
 def _torchtitan_micro_batch_size(row: Row, local_batch: int, pipeline: int) -> int:
-    """Rows of a micro-batch of torchtitan, whose rows give the batch of a rank: once one for each stage, later one of a row."""
+    """Rows of a micro-batch of torchtitan, whose rows give the batch of a rank: once one for each stage, later one of a row.
+
+    Its defaults as remembered; no published row at hand has a pipeline to check it with.
+    """
     stages = pipeline * (optional(row, "vpp") or 1)
     if "2025" in cell(row, "group") or local_batch % stages:
         return 1

@@ -64,8 +64,8 @@ def enable_advanced_parallelization(
 ) -> None:
     """Plan and run the models of this process on all devices of the accelerator. Call it once, before a model is made.
 
-    The plan is made for the accelerator. This version computes on one worker: it follows the plan's losses and gradients, not
-    its division, and the log says what the plan is predicted to do on the devices that are simulated.
+    The plan is made for the accelerator, and the options restrict it. This version computes on one worker, which takes each
+    batch whole: losses and gradients are the same, and the plan's time and memory are predicted, as the log says.
 
     Args:
         pipeline_parallel: whether stages of a model may be put on different devices.

@@ -14,8 +14,9 @@ _DATA = Path(__file__).parent / "data" / "devices.json"
 class Device:
     """One physical device, as the driver counts them, and how it is linked to others.
 
-    `memory_mib` is what a job can use, in MiB. Rates are peaks, dense, of the data sheets that `source` names; `half` is
-    bfloat16, or float16 where there is none. `compute_units` run a tile of a matrix product each (streaming multiprocessors).
+    `memory_mib` is what a job can use, in MiB. Rates are peaks, dense, of the data sheets that `source` names, written down
+    from memory: compare one with its sheet before you rely on it. `half` is bfloat16, or float16 where there is none.
+    `compute_units` run a tile of a matrix product each (streaming multiprocessors).
     Link rates are of one device, in one direction: to the other device of its package, to others of its node, and to
     other nodes. `efficiency` names the class of devices whose measured efficiency applies.
     """
