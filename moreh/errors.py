@@ -19,3 +19,7 @@ class RegistryError(MorehError, RuntimeError):
 
 class PlanError(MorehError, ValueError):
     """A model, an accelerator or a plan cannot be planned with as given."""
+
+
+class WorkerError(MorehError, RuntimeError):
+    """The workers of a run do not do the same, or one of them failed."""

@@ -17,18 +17,30 @@ MakeContext = Callable[[torch.nn.Module, tuple[Any, ...], dict[str, Any]], Abstr
 # Given the model and its outputs, once the forward pass has ended without an error.
 AfterCall = Callable[[torch.nn.Module, Any], None]
 
+# Given the same, what the call returns in place of the module's own forward pass; NotImplemented to let that happen.
+InsteadOfCall = Callable[[torch.nn.Module, tuple[Any, ...], dict[str, Any]], Any]
+
+_instead: list[InsteadOfCall] = []
 _around: list[tuple[MakeContext, AfterCall]] = []
 _inside = threading.local()
 
 
 def run_around_model_calls(make_context: MakeContext, after: AfterCall) -> None:
     """From now on, use the context and the function for every outermost call of a module that has parameters."""
-    if not _around:
-        _replace_module_call()
+    _replace_module_call()
     _around.append((make_context, after))
 
 
+def run_instead_of_model_calls(function: InsteadOfCall) -> None:
+    """From now on, ask the function at every outermost call of a module that has parameters."""
+    _replace_module_call()
+    _instead.append(function)
+
+
 def _replace_module_call() -> None:
+    """Only the first call does it."""
+    if _around or _instead:
+        return
     original: Any = torch.nn.Module._call_impl
 
     def call(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -43,7 +55,9 @@ def _replace_module_call() -> None:
             with ExitStack() as contexts:
                 for make_context, _ in _around:
                     contexts.enter_context(make_context(self, args, kwargs))
-                outputs = original(self, *args, **kwargs)
+                outputs = _ask_instead(self, args, kwargs)
+                if outputs is NotImplemented:
+                    outputs = original(self, *args, **kwargs)
             for _, after in _around:
                 after(self, outputs)
         finally:
@@ -51,6 +65,14 @@ def _replace_module_call() -> None:
         return outputs
 
     torch.nn.Module._call_impl = call  # type: ignore[method-assign]
+
+
+def _ask_instead(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    for function in _instead:
+        outputs = function(module, args, kwargs)
+        if outputs is not NotImplemented:
+            return outputs
+    return NotImplemented
 
 
 def _in_backward_pass() -> bool:

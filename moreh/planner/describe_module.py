@@ -12,8 +12,8 @@ from moreh.planner.describe_layer import ParameterCount, describe_layer, is_matr
 from moreh.planner.family_defaults import DROPOUT_KEYS
 
 # Modules are registered in any order: OPT's final norm stands before its layers.
-_BEFORE_LAYERS = re.compile("embed|wpe|project_in|prompt")
-_AFTER_LAYERS = re.compile("norm|ln_f|final|project_out")
+BEFORE_LAYERS = re.compile("embed|wpe|project_in|prompt")
+AFTER_LAYERS = re.compile("norm|ln_f|final|project_out")
 
 
 def describe_module(module: nn.Module) -> Architecture:
@@ -23,9 +23,9 @@ def describe_module(module: nn.Module) -> Architecture:
     their own that tensor parallelism does not split; parameters with `requires_grad=False` are frozen. Raises PlanError for
     what is no such decoder: encoder-decoders, encoders, models without attention or with layers of several classes.
     """
-    model = _unwrapped(module)
-    config = _text_config(model)
-    layers = _layer_list(model)
+    model = unwrapped(module)
+    config = text_config(model)
+    layers = layer_list(model)
     embedding, head = _vocabulary_weights(model)
     tied = head is embedding
     table, final, head_bias = _outside(module, layers, embedding, head, model.get_output_embeddings())  # type: ignore[operator]
@@ -62,7 +62,7 @@ def describe_module(module: nn.Module) -> Architecture:
     return architecture
 
 
-def _unwrapped(module: nn.Module) -> nn.Module:
+def unwrapped(module: nn.Module) -> nn.Module:
     """The model inside PEFT's, DistributedDataParallel's or torch.compile's wrapper."""
     while True:
         if hasattr(module, "get_base_model"):
@@ -75,7 +75,7 @@ def _unwrapped(module: nn.Module) -> nn.Module:
         module = inner
 
 
-def _text_config(model: nn.Module) -> Any:
+def text_config(model: nn.Module) -> Any:
     """The configuration of the language model. Raises PlanError where there is none or it is no decoder's."""
     name = type(model).__name__
     config: Any = getattr(model, "config", None)
@@ -96,7 +96,7 @@ def _text_config(model: nn.Module) -> Any:
     return config
 
 
-def _layer_list(model: nn.Module) -> nn.ModuleList:
+def layer_list(model: nn.Module) -> nn.ModuleList:
     """The decoder's layers: the longest list of modules of one class that is not inside such a list.
 
     Experts of a mixture can be more than layers, but are inside them. Raises PlanError where there is no such list.
@@ -157,7 +157,7 @@ def _outside(
         # A bias that is trained without its weight cannot go with it.
         if id(parameter) in biases and parameter.requires_grad == head.requires_grad and not head_bias:
             head_bias = True
-        elif _BEFORE_LAYERS.search(name) or (not layers_seen and not _AFTER_LAYERS.search(name)):
+        elif BEFORE_LAYERS.search(name) or (not layers_seen and not AFTER_LAYERS.search(name)):
             table.add(parameter)
         else:
             final.add(parameter)

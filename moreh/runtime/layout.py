@@ -52,6 +52,15 @@ def piece(length: int, ranks: int, rank: int) -> tuple[int, int]:
     return start, min(start + size, length)
 
 
+def tensor_shape(layout: Layout, tensor_rank: int, tensor_size: int) -> tuple[int, ...]:
+    """The shape of what a tensor-parallel rank holds of a parameter, all its data-parallel ranks together."""
+    if layout.division is None:
+        return layout.shape
+    ranges = (piece(block, tensor_size, tensor_rank) for block in layout.division.blocks)
+    length = sum(stop - start for start, stop in ranges)
+    return tuple(length if dim == layout.division.dim else size for dim, size in enumerate(layout.shape))
+
+
 def boxes(layout: Layout, tensor_rank: int, tensor_size: int, data_rank: int, data_size: int) -> list[Box]:
     """The parts of the whole tensor that a rank holds; concatenated along the division's dimension they are its local tensor.
 

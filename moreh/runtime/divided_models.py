@@ -1,0 +1,71 @@
+"""The models of a script that are divided over the workers: they are called, clipped and optimized as if they were whole."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from moreh.accelerator.model_calls import run_instead_of_model_calls
+from moreh.errors import OptionError
+from moreh.planner.plan import Plan
+from moreh.runtime.gradients import total_norm
+from moreh.runtime.parallel_model import local_tensor
+from moreh.runtime.script_face import exchange_parameters, replace_total_norm, watch_optimizers
+from moreh.runtime.worker_model import WorkerModel
+
+_KEY = "_moreh_worker_model"
+_divided: list[WorkerModel] = []
+_ready = False
+
+
+def prepare_for_division() -> None:
+    """Install what divided models need; before the script makes its model and optimizer. A second call does nothing."""
+    global _ready
+    if not _ready:
+        _ready = True
+        watch_optimizers()
+        replace_total_norm(_norm_of)
+        run_instead_of_model_calls(_call)
+
+
+def divide(root: nn.Module, plan: Plan) -> WorkerModel:
+    """Divide a model over all workers as the plan says, and its optimizers with it; collective."""
+    originals = dict(root.named_parameters())
+    worker_model = WorkerModel(root, plan)
+    now = dict(root.named_parameters())
+    exchange_parameters({id(p): now[name] for name, p in originals.items()}, list(originals.values()))
+    root.__dict__[_KEY] = worker_model
+    for module in root.modules():
+        module.__dict__.setdefault("_moreh_part_of", True)
+    _divided.append(worker_model)
+    return worker_model
+
+
+def worker_model_of(root: nn.Module) -> WorkerModel | None:
+    """What `divide` made of a model; None if it is whole."""
+    return root.__dict__.get(_KEY)
+
+
+def _call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    worker_model = worker_model_of(module)
+    if worker_model is not None:
+        return worker_model.call(args, kwargs)
+    if module.__dict__.get("_moreh_part_of"):
+        raise OptionError(
+            f"a {type(module).__name__} inside of a model that is divided over workers was called by itself: call the whole model"
+        )
+    return NotImplemented
+
+
+def _norm_of(tensors: list[torch.Tensor], norm_type: float) -> torch.Tensor | None:
+    """The norm over all workers of gradients of one divided model; None if these are no such gradients.
+
+    A worker that has none of them, because they are parameters of other stages, takes part with an empty list.
+    """
+    for worker_model in _divided:
+        by_id = {id(p.grad): name for name, p in worker_model.model.shown.items() if p.grad is not None}
+        names = [by_id.get(id(tensor)) for tensor in tensors]
+        if all(name is not None for name in names):
+            gradients = {name: local_tensor(t) for name, t in zip(names, tensors, strict=True) if name is not None}
+            return total_norm(worker_model.model, gradients, norm_type)
+    return None

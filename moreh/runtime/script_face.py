@@ -1,0 +1,84 @@
+"""What a script's own loop needs to work on a divided model as on a whole one: optimizers, clipping, lists of parameters."""
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_map_only
+
+_optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+
+
+class _Replaced(nn.Parameter):
+    """A parameter of a model before it was divided, which a script may still have in a list.
+
+    Whatever is done with it is done with the parameter that took its place.
+    """
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        args, kwargs = tree_map_only(_Replaced, lambda replaced: replaced.__dict__["_successor"], (args, kwargs or {}))
+        return function(*args, **kwargs)
+
+
+def watch_optimizers() -> None:
+    """From now on know every optimizer that is made."""
+    original: Any = torch.optim.Optimizer.__init__
+
+    def initialize(self: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        _optimizers.add(self)
+
+    torch.optim.Optimizer.__init__ = initialize  # type: ignore[method-assign]
+
+
+def exchange_parameters(successors: dict[int, nn.Parameter], originals: list[nn.Parameter]) -> None:
+    """Give optimizers, and lists that the script has made, the parameters that took the place of others.
+
+    `successors` are found by the id of an original. State that an optimizer already has for an original is not divided:
+    its keys are kept for the successor only where there is none yet.
+    """
+    for optimizer in _optimizers:
+        for group in optimizer.param_groups:
+            group["params"] = [successors.get(id(parameter), parameter) for parameter in group["params"]]
+    for original in originals:
+        successor = successors[id(original)]
+        if successor is not original:
+            original.data = original.data.new_empty(0)
+            original.__dict__["_successor"] = successor
+            original.__class__ = _Replaced
+
+
+def optimizers_of(parameters: set[int]) -> list[torch.optim.Optimizer]:
+    """The optimizers that hold any of the parameters with these ids."""
+    return [o for o in _optimizers if any(id(p) in parameters for group in o.param_groups for p in group["params"])]
+
+
+def replace_total_norm(norm_of: Callable[[list[torch.Tensor], float], torch.Tensor | None]) -> None:
+    """Let `torch.nn.utils.clip_grad_norm_` and `get_total_norm` ask `norm_of` first; None where it does not know the tensors.
+
+    Both look their helper up by its name when they are called, so scripts that have imported them already are served too.
+    """
+    from torch.nn.utils import clip_grad
+
+    original: Any = clip_grad._get_total_norm
+
+    def get_total_norm(
+        tensors: Any, norm_type: float = 2.0, error_if_nonfinite: bool = False, foreach: bool | None = None
+    ) -> torch.Tensor:
+        listed = [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
+        norm = norm_of(listed, float(norm_type))
+        if norm is None:
+            return original(listed, norm_type, error_if_nonfinite, foreach)  # type: ignore[no-any-return]
+        if error_if_nonfinite and not torch.isfinite(norm):
+            raise RuntimeError(
+                f"The total norm of order {norm_type} for gradients from `parameters` is non-finite, so it cannot be clipped. "
+                "To disable this error and scale the gradients by the non-finite norm anyway, set `error_if_nonfinite=False`"
+            )
+        return norm
+
+    clip_grad._get_total_norm = get_total_norm

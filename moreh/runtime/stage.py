@@ -1,0 +1,164 @@
+"""A stage of a pipeline: some layers of a model, computed by the model's own forward pass.
+
+The model's code runs unchanged, so that masks, positions and rotary angles are its own. While a stage computes, modules
+of other stages are replaced by substitutes that compute nothing: embeddings give zeros, layers hand on what they get. The first
+layer of the stage takes the hidden states that were received, and what its last layer returns is kept to be sent on.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from moreh.runtime.decoder import Decoder, Place
+
+# Given what the model returned for a micro-batch and the micro-batch's number, what the last stage returns.
+Finish = Callable[[Any, int], torch.Tensor]
+
+
+class Stage(nn.Module):
+    """The layers `first` to `last` (not included) of a model, with what is before or after them where it is at an end.
+
+    Its parameters are those of the modules it computes. `inputs(micro_batch)` gives what the model is called with,
+    the token ids among it; every stage needs the masks. A stage that is not the last returns hidden states
+    `[batch, sequence, hidden]`.
+    """
+
+    def __init__(
+        self, decoder: Decoder, first: int, last: int, inputs: Callable[[int], dict[str, Any]], finish: Finish
+    ) -> None:
+        super().__init__()
+        places = decoder.layer_places
+        self.is_first, self.is_last = first == 0, last == len(places)
+        ends = [*(decoder.before if self.is_first else ()), *(decoder.after if self.is_last else ())]
+        self.layers = nn.ModuleList(place.module for place in places[first:last])
+        self.ends = nn.ModuleList(place.module for place in ends)
+        self._inputs, self._finish = inputs, finish
+        # Not registered: the stage's parameters are those of its parts.
+        self._hidden: dict[str, Any] = {"received": None, "sent": None, "started": False}
+        object.__setattr__(self, "_causal", decoder.causal)
+        object.__setattr__(self, "_substitutes", self._substitute(decoder, places, first, last))
+
+    def _substitute(
+        self, decoder: Decoder, places: tuple[Place, ...], first: int, last: int
+    ) -> list[tuple[Place, nn.Module]]:
+        hidden = self._hidden
+        found: list[tuple[Place, nn.Module]] = []
+        if not self.is_first:
+            found += [(place, _Before(place.module, hidden)) for place in decoder.before]
+        if not self.is_last:
+            found += [(place, _After(place.module, hidden)) for place in decoder.after]
+        for index, place in enumerate(places):
+            if not first <= index < last:
+                found.append((place, _Handing(place.module)))
+            elif (index == first and not self.is_first) or (index == last - 1 and not self.is_last) or index == first:
+                found.append(
+                    (
+                        place,
+                        _End(
+                            place.module,
+                            hidden,
+                            receives=index == first and not self.is_first,
+                            sends=index == last - 1 and not self.is_last,
+                        ),
+                    )
+                )
+        return found
+
+    def forward(self, received: torch.Tensor | None = None, *, micro_batch: torch.Tensor) -> torch.Tensor:
+        """Compute a micro-batch: hidden states to send on, or what the last stage's `finish` makes of the model's outputs.
+
+        `micro_batch` is a number in a tensor `[1]`, since schedules of torch cut tensors into micro-batches.
+        """
+        number = int(micro_batch)
+        self._hidden.update(received=received, sent=None, started=False)
+        with self._in_place():
+            # On other stages the output layer would compute on what is not there; its model ends before it.
+            model = self._causal if self.is_last else self._causal.base_model
+            outputs = model(**self._inputs(number))
+        sent = self._hidden["sent"]
+        self._hidden.update(received=None, sent=None)
+        return self._finish(outputs, number) if self.is_last else sent
+
+    @contextmanager
+    def _in_place(self) -> Iterator[None]:
+        """The substitutes in the places of what other stages compute."""
+        try:
+            for place, substitute in self._substitutes:
+                place.parent._modules[place.key] = substitute
+            yield
+        finally:
+            for place, _ in self._substitutes:
+                place.parent._modules[place.key] = place.module
+
+
+class _Substitute(nn.Module):
+    """Stands in a module's place and shows its attributes, which the model's code may read."""
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        object.__setattr__(self, "_original", original)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(object.__getattribute__(self, "_original"), name)
+
+
+class _Before(_Substitute):
+    """An embedding, or another module before the layers, of which only the shape of the result matters here."""
+
+    def __init__(self, original: nn.Module, hidden: dict[str, Any]) -> None:
+        super().__init__(original)
+        object.__setattr__(self, "_hidden", hidden)
+
+    def forward(self, given: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self._hidden["started"]:
+            raise RuntimeError(f"{type(self._original).__name__} is used after layers: its model cannot be cut into stages")
+        received = self._hidden["received"]
+        width = getattr(self._original, "embedding_dim", getattr(self._original, "out_features", None))
+        shape = (*given.shape, width) if isinstance(self._original, nn.Embedding) else (*given.shape[:-1], width or given.shape[-1])
+        return received.new_zeros(()).expand(shape)
+
+
+class _After(_Substitute):
+    """A module after the layers: gives what was computed so far."""
+
+    def __init__(self, original: nn.Module, hidden: dict[str, Any]) -> None:
+        super().__init__(original)
+        object.__setattr__(self, "_hidden", hidden)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self._hidden["sent"] is None:
+            raise RuntimeError(f"{type(self._original).__name__} is used before layers: its model cannot be cut into stages")
+        return self._hidden["sent"].detach()
+
+
+class _Handing(_Substitute):
+    """A layer of another stage. The tuple suits models that take the first of what a layer returns, and those that do not:
+    no layer of this stage looks at it.
+    """
+
+    def forward(self, given: Any, *args: Any, **kwargs: Any) -> Any:
+        return (given,)
+
+
+class _End(_Substitute):
+    """The first or the last layer of a stage.
+
+    It surrounds the layer instead of hooking into it: recomputation repeats the layer with its hooks, when another
+    micro-batch may have been received.
+    """
+
+    def __init__(self, original: nn.Module, hidden: dict[str, Any], *, receives: bool, sends: bool) -> None:
+        super().__init__(original)
+        object.__setattr__(self, "_hidden", hidden)
+        object.__setattr__(self, "_receives", receives)
+        object.__setattr__(self, "_sends", sends)
+
+    def forward(self, given: Any, *args: Any, **kwargs: Any) -> Any:
+        self._hidden["started"] = True
+        outputs = self._original(self._hidden["received"] if self._receives else given, *args, **kwargs)
+        if self._sends:
+            self._hidden["sent"] = outputs[0] if isinstance(outputs, tuple) else outputs
+        return outputs

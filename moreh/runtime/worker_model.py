@@ -1,0 +1,215 @@
+"""A divided model as a script calls it: a training step, an evaluation, or logits."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import ModelOutput
+
+from moreh.errors import OptionError
+from moreh.planner.plan import Plan
+from moreh.runtime.gradients import hand_over, take_gradients
+from moreh.runtime.model_inputs import ModelInputs, padded, read_inputs, require_same_on_all_ranks, rows_of
+from moreh.runtime.parallel_model import ParallelModel, divide_model, show_parameters, use_computing_parameters
+from moreh.runtime.passes import forward, forward_and_backward
+from moreh.runtime.placement import stage_places
+from moreh.runtime.randomness import computing_generator
+from moreh.runtime.vocabulary import gather_logits, token_losses
+
+
+class WorkerModel:
+    """This worker's part in computing a divided model: the model, and the micro-batches of the call that is going on."""
+
+    def __init__(self, root: nn.Module, plan: Plan) -> None:
+        self.plan = plan
+        self._micro_batches: list[ModelInputs] = []
+        self._vocabulary = root.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
+        self.model: ParallelModel = divide_model(root, plan, self._inputs, self._finish)
+
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the model returns for the whole batch, which every worker is called with; collective.
+
+        With labels and gradients switched on, this computes the gradients too. They reach the parameters when the script calls
+        `loss.backward()`, times what the script has made of the loss.
+
+        Raises:
+            OptionError: the call asks for what a divided model cannot give.
+            WorkerError: the workers were called with different batches.
+        """
+        as_tuple = kwargs.get("return_dict") is False
+        inputs = read_inputs(self.model.decoder.causal, args, kwargs)
+        require_same_on_all_ranks(inputs, self.model.mesh.device)
+        if inputs.labels is None:
+            if torch.is_grad_enabled() and any(p.requires_grad for p in self.model.computing.values()):
+                raise OptionError(
+                    "the model was called with gradients but without labels: a model that is divided over workers computes its "
+                    "gradients in the call, so pass labels; without them, call it under torch.no_grad()"
+                )
+            return self._logits(inputs, as_tuple=as_tuple)
+        if torch.is_grad_enabled():
+            loss = self._train(inputs)
+        else:
+            loss = self._evaluate(inputs)
+        return (loss,) if as_tuple else LossOutput(loss=loss)
+
+    def _train(self, inputs: ModelInputs) -> torch.Tensor:
+        mesh = self.model.mesh
+        shape = self._cut(inputs, self.plan.micro_batches)
+        earlier = self._put_gradients_aside()
+        with self._computing(), computing_generator(mesh):
+            losses = forward_and_backward(self.model, len(self._micro_batches), shape)
+            gradients = take_gradients(self.model)
+        self._micro_batches = []
+        for parameter, gradient in earlier:
+            parameter.grad = gradient
+        total = self._over_ranks(losses)
+        leaf = torch.zeros((), dtype=total.dtype, device=mesh.device, requires_grad=True)
+        return _Loss.apply(leaf, total, _Pending(self.model, gradients))  # type: ignore[no-any-return, no-untyped-call]
+
+    def _evaluate(self, inputs: ModelInputs) -> torch.Tensor:
+        shape = self._cut(inputs, self._fewest_micro_batches(inputs.rows))
+        with self._computing():
+            losses = forward(self.model, len(self._micro_batches), lambda _: shape, self.model.mesh.device)
+        self._micro_batches = []
+        return self._over_ranks(losses)
+
+    def _logits(self, inputs: ModelInputs, *, as_tuple: bool) -> Any:
+        """Logits `[batch, sequence, vocabulary]` on every worker. Each data-parallel rank computes all rows."""
+        mesh = self.model.mesh
+        whole = padded(inputs, inputs.rows, self._sequence_multiple)
+        self._micro_batches = [rows_of(whole, 0, whole.rows, mesh.device)]
+        shape = self._hidden_shape(whole.rows, whole.sequence_length)
+        with self._computing():
+            outputs = forward(self.model, 1, lambda _: shape, mesh.device)
+        self._micro_batches = []
+        logits = self._from_last_stage(outputs[0] if outputs else None, (whole.rows, whole.sequence_length))
+        logits = logits[:, : inputs.sequence_length]
+        return (logits,) if as_tuple else CausalLMOutputWithPast(logits=logits)  # type: ignore[arg-type]
+
+    def _inputs(self, number: int) -> dict[str, Any]:
+        """What the model is called with for a micro-batch."""
+        batch = self._micro_batches[number]
+        return {**batch.others, **batch.tensors, "use_cache": False}
+
+    def _finish(self, outputs: Any, number: int) -> torch.Tensor:
+        """The part of the loss that a micro-batch contributes, or its logits if it has no labels."""
+        batch = self._micro_batches[number]
+        mesh, vocabulary = self.model.mesh, self._vocabulary
+        group = mesh.group("tensor") if self.plan.tensor > 1 else None
+        if batch.labels is None:
+            return gather_logits(outputs.logits, group, vocabulary) if group is not None else outputs.logits  # type: ignore[no-any-return]
+        losses = token_losses(outputs.logits, batch.labels, group, vocabulary)
+        return losses.sum() / batch.loss_divisor
+
+    def _cut(self, inputs: ModelInputs, micro_batches: int) -> tuple[int, int, int]:
+        """Cut a batch into this rank's micro-batches of one size; the shape of hidden states between stages."""
+        mesh = self.model.mesh
+        parts = self.plan.data * micro_batches
+        rows = -(-inputs.rows // parts)
+        whole = padded(inputs, rows * parts, self._sequence_multiple)
+        first = mesh.rank("data") * micro_batches * rows
+        starts = range(first, first + micro_batches * rows, rows)
+        self._micro_batches = [rows_of(whole, start, start + rows, mesh.device) for start in starts]
+        return self._hidden_shape(rows, whole.sequence_length)
+
+    @property
+    def _sequence_multiple(self) -> int:
+        return self.plan.tensor if self.plan.sequence_parallel else 1
+
+    def _hidden_shape(self, rows: int, sequence_length: int) -> tuple[int, int, int]:
+        hidden = self.model.decoder.causal.config.get_text_config().hidden_size
+        return rows, sequence_length // self._sequence_multiple, hidden
+
+    def _fewest_micro_batches(self, rows: int) -> int:
+        """Micro-batches for an evaluation, none larger than in training."""
+        return -(-rows // (self.plan.data * self.plan.micro_batch_size))
+
+    def _over_ranks(self, losses: list[torch.Tensor]) -> torch.Tensor:
+        """The loss of the whole batch on every rank."""
+        mesh = self.model.mesh
+        total = torch.zeros((), dtype=torch.float64, device=mesh.device)
+        if mesh.rank("tensor") == 0:
+            for loss in losses:
+                total += loss
+        dist.all_reduce(total)
+        dtype = torch.promote_types(next(iter(self.model.computing.values())).dtype, torch.float32)
+        return total.to(dtype)
+
+    def _from_last_stage(self, logits: torch.Tensor | None, shape: tuple[int, int]) -> torch.Tensor:
+        if self.plan.pipeline == 1:
+            assert logits is not None
+            return logits
+        mesh = self.model.mesh
+        last = mesh.global_rank(stage_places(self.plan)[-1].pipeline_rank, mesh.rank("data"), mesh.rank("tensor"))
+        if logits is None:
+            logits = torch.empty(*shape, self._vocabulary, dtype=next(iter(self.model.computing.values())).dtype, device=mesh.device)
+        logits = logits.contiguous()
+        dist.broadcast(logits, last, group=mesh.group("pipeline"))
+        return logits
+
+    def _put_gradients_aside(self) -> list[tuple[nn.Parameter, torch.Tensor | None]]:
+        """Gradients of earlier calls, which must not mix with those that this call computes."""
+        earlier = []
+        for parameter in self.model.computing.values():
+            if parameter.grad is not None:
+                earlier.append((parameter, parameter.grad))
+                parameter.grad = None
+        return earlier
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        use_computing_parameters(self.model)
+        try:
+            yield
+        finally:
+            for module in self.model.sharded_modules():
+                module.reshard()
+            show_parameters(self.model)
+
+
+@dataclass
+class LossOutput(ModelOutput):
+    """What a divided model returns for a batch with labels: the loss. The logits exist only in pieces, on different workers."""
+
+    loss: torch.Tensor | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "logits":
+            raise OptionError(
+                "logits of a batch with labels: a model that is divided over workers does not keep them; "
+                "call it without labels, under torch.no_grad(), for logits"
+            )
+        raise AttributeError(f"{type(self).__name__} has no {name}: it has the loss")
+
+
+class _Pending:
+    """Gradients that wait for `loss.backward()`."""
+
+    def __init__(self, model: ParallelModel, gradients: dict[str, torch.Tensor]) -> None:
+        self.model = model
+        self.gradients: dict[str, torch.Tensor] | None = gradients
+
+
+class _Loss(torch.autograd.Function):
+    """The loss of a batch whose gradients are computed already."""
+
+    @staticmethod
+    def forward(context: Any, leaf: torch.Tensor, loss: torch.Tensor, pending: _Pending) -> torch.Tensor:
+        context.pending = pending
+        return loss.clone()
+
+    @staticmethod
+    def backward(context: Any, *scales: torch.Tensor) -> tuple[None, None, None]:
+        pending = context.pending
+        if pending.gradients is None:
+            raise RuntimeError(
+                "Trying to backward through the loss a second time: its gradients were handed over. Call the model again"
+            )
+        hand_over(pending.model, pending.gradients, scales[0])
+        pending.gradients = None
+        return None, None, None
