@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
 from moreh.planner.plan import Plan
 from moreh.runtime.decoder import Decoder, take_apart
@@ -101,10 +101,13 @@ def divide_model(
             _shard(stage, plan, mesh)
     computing = {}
     for name in list(parts):
-        part = parts.pop(name)
-        parameter = nn.Parameter(_sharded(part, slots[name], mesh) if sharded else part, requires_grad=original[name].requires_grad)
-        _fill(slots[name], parameter)
-        computing[name] = parameter
+        part = parts.pop(name)  # let go one by one: a copy and its source exist for one parameter at a time
+        if sharded:
+            computing[name] = _sharded_parameter(slots[name])
+            local_tensor(computing[name]).detach().copy_(part)
+        else:
+            computing[name] = nn.Parameter(part, requires_grad=original[name].requires_grad)
+        _fill(slots[name], computing[name])
     if plan.tensor > 1:
         install_tensor_parallel(root, mesh.group("tensor"), sequence_parallel=plan.sequence_parallel)
     shown = {name: shown_parameter(parameter, layouts[name], plan, mesh) for name, parameter in computing.items()}
@@ -143,6 +146,12 @@ def _fill(slots: list[Slot], parameter: nn.Parameter) -> None:
         parameters[key] = parameter
 
 
+def _sharded_parameter(slots: list[Slot]) -> nn.Parameter:
+    """What FSDP has put in the places of a parameter that this rank's stages use; a tied one has others."""
+    found = [parameters[key] for parameters, key in slots]
+    return next(parameter for parameter in found if isinstance(parameter, DTensor))
+
+
 def _without_data(like: nn.Parameter, shape: tuple[int, ...]) -> nn.Parameter:
     return nn.Parameter(torch.empty(shape, dtype=like.dtype, device="meta"), requires_grad=like.requires_grad)
 
@@ -164,18 +173,9 @@ def _shard(stage: Stage, plan: Plan, mesh: Mesh) -> None:
     for layer in stage.layers:
         fully_shard(layer, mesh=data, reshard_after_forward=reshard)
     fully_shard(stage, mesh=data, reshard_after_forward=reshard)
+    stage._apply(lambda tensor: torch.empty_like(tensor, device=mesh.device) if tensor.is_meta else tensor)
     for module in stage.modules():
         if isinstance(module, FSDPModule):
             # Losses are divided by the number of all label tokens: gradients are sums.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-
-
-def _sharded(part: torch.Tensor, slots: list[Slot], mesh: Mesh) -> DTensor:
-    """A local part as the parameter that FSDP made without data."""
-    parameters, key = slots[0]
-    empty = parameters[key]
-    assert isinstance(empty, DTensor)
-    return DTensor.from_local(
-        part, mesh.devices["data"], [Shard(0)], run_check=False, shape=empty.shape, stride=empty.stride()
-    )
