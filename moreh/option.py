@@ -1,6 +1,7 @@
 """The public switches: `torch.moreh.option`."""
 
 import difflib
+import multiprocessing
 import os
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
@@ -33,6 +34,11 @@ _ALLOWED = {
     "distribute_parameter": _SWITCH_OR_AUTO,
     "mixed_precision": _SWITCH,
 }
+# This file is read while torch is imported, which comes before most of what changes the directory.
+try:
+    _START_DIRECTORY = os.getcwd()  # noqa: PTH109
+except OSError:
+    _START_DIRECTORY = ""  # it was deleted
 _VARIABLE = "MOREH_ADVANCED_PARALLELIZATION_"
 
 
@@ -64,8 +70,11 @@ def enable_advanced_parallelization(
 ) -> None:
     """Plan and run the models of this process on all devices of the accelerator. Call it once, before a model is made.
 
-    The plan is made for the accelerator, and the options restrict it. This version computes on one worker, which takes each
-    batch whole: losses and gradients are the same, and the plan's time and memory are predicted, as the log says.
+    With several workers (MOREH_WORKERS, by default the number of GPUs, else one) the script is started again in each of them,
+    and this process waits for them and ends as they did: nothing after this line runs in it. A process that was started
+    as a worker, by this function or by torchrun, joins the others here.
+
+    The plan is made for the accelerator, and the options restrict it.
 
     Args:
         pipeline_parallel: whether stages of a model may be put on different devices.
@@ -78,7 +87,8 @@ def enable_advanced_parallelization(
         unknown: catches options that do not exist, to name the one that was meant.
 
     Raises:
-        OptionError: an option is unknown, or its value or that of an environment variable is not allowed.
+        OptionError: an option is unknown, its value or that of an environment variable is not allowed, or several workers
+            are wanted in a session that has no script to start again.
         AcceleratorError: another process is using the accelerator.
     """
     global _enabled
@@ -92,16 +102,21 @@ def enable_advanced_parallelization(
         mixed_precision,
     )
     _check_values(options)
-    _check_one_worker()
     variables = planner_variables()
+    workers = _workers_to_start()
     if _enabled == options:
         return
     if _enabled is not None:
         raise OptionError(f"advanced parallelization is already enabled, with {_enabled}: call it once for a process")
-    from moreh.runtime.forward import (
-        run_models_with,
-    )  # needs torch, which is still being imported when this file is read
+    # These need torch, which is still being imported when this file is read.
+    if workers > 1:
+        from moreh.runtime.launch import launch
 
+        launch(workers, start_directory=_START_DIRECTORY)  # does not return
+    from moreh.runtime.forward import run_models_with
+    from moreh.runtime.world import join_world
+
+    join_world()
     run_models_with(options, variables)
     _enabled = options
 
@@ -148,8 +163,24 @@ def _number_in_environment(name: str, *, default: int, least: int, most: int) ->
     return int(text)
 
 
-def _check_one_worker() -> None:
-    for variable in ("MOREH_WORKERS", "WORLD_SIZE"):
-        value = os.environ.get(variable, "1")
-        if value != "1":
-            raise OptionError(f"{variable}={value}: this version runs on 1 worker; unset {variable} or set it to 1")
+def _workers_to_start() -> int:
+    """How many workers this process has to start: 1 if it is a worker itself, or computes alone.
+
+    Raises:
+        OptionError: MOREH_WORKERS is no whole number from 1, or more than there are GPUs.
+    """
+    import torch
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    text = os.environ.get("MOREH_WORKERS", str(max(gpus, 1))).strip()
+    if not (text.isascii() and text.isdecimal() and int(text) >= 1):
+        raise OptionError(f"MOREH_WORKERS={text!r}: allowed is a whole number from 1; the number of GPUs, else 1, if unset")
+    # Started by torchrun or by this package; or by multiprocessing, to help a process that is a worker already.
+    if {"RANK", "WORLD_SIZE"} & os.environ.keys() or multiprocessing.parent_process() is not None:
+        return 1
+    if int(text) > gpus > 0:
+        raise OptionError(
+            f"MOREH_WORKERS={text}: this machine has {gpus} GPU(s), and allowed is one worker for each; set "
+            "CUDA_VISIBLE_DEVICES to nothing to compute on the processor"
+        )
+    return int(text)

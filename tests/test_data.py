@@ -3,6 +3,9 @@
 import ast
 import json
 import random
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow
@@ -11,9 +14,10 @@ import pytest
 import torch
 
 from utils.batches import batches_of_steps, evaluation_loader, labels_of, pad_rows, training_loader
+from utils.cache import make_once, write_atomically
 from utils.config import DataSection
 from utils.config_file import load_config
-from utils.dataset import _write_atomically, prepare_data
+from utils.dataset import prepare_data
 from utils.docstring_pairs import read_docstring_pairs
 from utils.errors import UserError
 from utils.pairs import Pair, read_pairs
@@ -197,7 +201,7 @@ def test_cache_is_complete_or_absent(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        _write_atomically(tmp_path / "cache" / "data", half)
+        write_atomically(tmp_path / "cache" / "data", half)
     assert list((tmp_path / "cache").iterdir()) == []
 
 
@@ -278,9 +282,9 @@ def test_cache_follows_the_files_of_a_tokenizer(tiny_config, tmp_path, tokenizer
 def test_two_runs_that_make_the_cache_at_once(tmp_path):
     def write_slowly(directory):
         (directory / "content").write_text("first", encoding="utf-8")
-        _write_atomically(tmp_path / "data", lambda other: (other / "content").write_text("second", encoding="utf-8"))
+        write_atomically(tmp_path / "data", lambda other: (other / "content").write_text("second", encoding="utf-8"))
 
-    _write_atomically(tmp_path / "data", write_slowly)
+    write_atomically(tmp_path / "data", write_slowly)
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
     assert (tmp_path / "data" / "content").read_text(encoding="utf-8") == "second"
 
@@ -309,3 +313,61 @@ def test_evaluation_sees_every_row(tiny_config):
 def test_hub_that_cannot_be_reached_gives_one_line():
     with pytest.raises(UserError, match=r"data\.hub: 'no/such' \(split 'train'\) cannot be loaded: .*data\.files"):
         read_pairs(DataSection(hub="no/such"))
+
+
+def test_hub_data_set_is_read_in_its_configuration(monkeypatch):
+    asked = []
+
+    def load_dataset(*names, split):
+        asked.append((*names, split))
+        return [{"prompt": "p", "response": "r"}]
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    assert [pair.response for pair in read_pairs(DataSection(hub="a/b", hub_configuration="3.0.0"))] == ["r"]
+    read_pairs(DataSection(hub="a/b", split="test"))
+    assert asked == [("a/b", "3.0.0", "train"), ("a/b", None, "test")]
+
+
+def test_configuration_without_a_hub_is_refused(tiny_config):
+    with pytest.raises(UserError, match=r"data: hub_configuration is '3\.0\.0' but there is no hub: give hub, or leave it out"):
+        load_config(str(tiny_config), ["data.hub_configuration=3.0.0"])
+    with pytest.raises(UserError, match=r"data\.hub: 'no/such' \(configuration '3\.0\.0', split 'train'\) cannot be loaded"):
+        read_pairs(DataSection(hub="no/such", hub_configuration="3.0.0"))
+
+
+def test_of_several_processes_one_makes_the_cache_and_the_others_wait(tmp_path):
+    """A lock of a file excludes threads as it does processes."""
+    made, said = [], []
+    all_are_there = threading.Barrier(4)
+
+    def write(directory):
+        time.sleep(0.2)
+        made.append(directory)
+        (directory / "content").write_text("whole", encoding="utf-8")
+
+    def want():
+        all_are_there.wait()
+        make_once(tmp_path / "data", write, said.append)
+        assert (tmp_path / "data" / "content").read_text(encoding="utf-8") == "whole"
+
+    with ThreadPoolExecutor() as pool:
+        for future in [pool.submit(want) for _ in range(4)]:
+            future.result()
+    assert len(made) == 1
+    assert said == [f"Another process is making {tmp_path / 'data'}: waiting for it."] * 3
+
+
+def test_lock_of_a_failed_attempt_is_free(tmp_path):
+    def fail(directory):
+        raise UserError("no")
+
+    for _ in range(2):
+        with pytest.raises(UserError, match="no"):
+            make_once(tmp_path / "data", fail, lambda _: None)
+    assert not (tmp_path / "data").exists()
+
+
+def test_cache_that_cannot_be_used(tmp_path):
+    write(tmp_path / "file", "")
+    with pytest.raises(UserError, match=r"run\.cache_directory: .*file cannot be used: "):
+        make_once(tmp_path / "file" / "data", lambda _: None, lambda _: None)

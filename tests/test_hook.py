@@ -162,13 +162,6 @@ def test_environment_is_checked(monkeypatch, name, value, allowed):
         option.enable_advanced_parallelization()
 
 
-@pytest.mark.parametrize("variable", ["MOREH_WORKERS", "WORLD_SIZE"])
-def test_environment_that_this_version_cannot_follow_is_refused(monkeypatch, variable):
-    monkeypatch.setenv(variable, "2")
-    with pytest.raises(OptionError, match=f"{variable}=2: this version"):
-        option.enable_advanced_parallelization()
-
-
 def test_second_call_must_agree(run_python):
     source = (
         "import torch\n"

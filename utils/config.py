@@ -54,14 +54,31 @@ class ParallelizationSection(Section):
     distribute_parameter: bool | Auto = "auto"
     mixed_precision: bool = True
 
+    @model_validator(mode="after")
+    def _stages_need_a_pipeline(self) -> Self:
+        if not self.pipeline_parallel and self.num_stages not in ("auto", 1):
+            raise ValueError(f"num_stages is {self.num_stages}, pipeline_parallel false: stages need pipeline_parallel=True")
+        return self
+
 
 class AcceleratorSection(Section):
     """The accelerator that the run uses."""
 
     model: NonEmpty | Positive | None = None
     """Switch the current accelerator to this model first, by name or number; null leaves it as it is."""
+    workers: Positive | None = None
+    """Processes that compute; null: as many as the machine has GPUs, else one. The variable MOREH_WORKERS goes before it."""
     advanced_parallelization: ParallelizationSection | None = ParallelizationSection()
     """null: the hook is not called, and the model lives on one physical device in full precision."""
+
+    @model_validator(mode="after")
+    def _workers_need_the_hook(self) -> Self:
+        if self.workers not in (None, 1) and self.advanced_parallelization is None:
+            raise ValueError(
+                f"workers is {self.workers} but advanced_parallelization is null, without which there is one: "
+                "leave workers out, or give advanced_parallelization its keys (or {})"
+            )
+        return self
 
 
 class ModelSection(Section):
@@ -77,6 +94,14 @@ class ModelSection(Section):
         if (self.pretrained is None) == (self.architecture is None):
             raise ValueError("give exactly one of pretrained and architecture")
         return self
+
+    @field_validator("pretrained")
+    @classmethod
+    def _directory_exists(cls, pretrained: str | None) -> str | None:
+        """What can only be a path is not looked for on the hub, where its error would be about names."""
+        if pretrained is not None and pretrained.startswith((".", "/")) and not Path(pretrained).is_dir():
+            raise ValueError(f"there is no directory {pretrained}: give one that holds a model, or the name of one on the hub")
+        return pretrained
 
     @field_validator("architecture")
     @classmethod
@@ -109,14 +134,18 @@ class TokenizerSection(Section):
 
 
 class DataSection(Section):
-    """The pairs to learn: exactly one of docstrings, files and hub."""
+    """The pairs to learn: exactly one of docstrings, summaries, files and hub."""
 
     docstrings: Annotated[list[NonEmpty], Field(min_length=1)] | None = None
     """Installed packages whose sources give pairs of signature with docstring -> body; `stdlib` is Python's library."""
+    summaries: Annotated[list[NonEmpty], Field(min_length=1)] | None = None
+    """Installed packages, likewise, whose docstrings give pairs of their text without the first line -> that line."""
     files: Annotated[list[NonEmpty], Field(min_length=1)] | None = None
     """Local JSONL, JSON, CSV or Parquet files."""
     hub: NonEmpty | None = None
     """A data set of the hub."""
+    hub_configuration: NonEmpty | None = None
+    """Which configuration of the hub's data set, where it has several, such as a version or a language."""
     split: NonEmpty = "train"
     """The split of the hub's data set."""
     prompt_field: NonEmpty = "prompt"
@@ -134,9 +163,11 @@ class DataSection(Section):
 
     @model_validator(mode="after")
     def _exactly_one_source(self) -> Self:
-        given = [name for name in ("docstrings", "files", "hub") if getattr(self, name) is not None]
+        given = [name for name in ("docstrings", "summaries", "files", "hub") if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(f"give exactly one of docstrings, files and hub; given: {', '.join(given) or 'none'}")
+            raise ValueError(f"give exactly one of docstrings, summaries, files and hub; given: {', '.join(given) or 'none'}")
+        if self.hub_configuration is not None and self.hub is None:
+            raise ValueError(f"hub_configuration is {self.hub_configuration!r} but there is no hub: give hub, or leave it out")
         return self
 
     @field_validator("template")

@@ -3,8 +3,6 @@
 import hashlib
 import json
 import random
-import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,10 +11,11 @@ from typing import Any
 import datasets
 from transformers import AutoTokenizer
 
+from utils.cache import make_once
 from utils.config import Config
-from utils.docstring_pairs import source_files
 from utils.errors import UserError, first_line
 from utils.pairs import Pair, read_pairs
+from utils.python_sources import source_files
 from utils.tokenization import Row, RowCounts, encode_pairs, train_tokenizer
 
 # Part of every cache key: raise it when the same settings shall give other tokens.
@@ -37,24 +36,14 @@ class RunData:
 def prepare_data(config: Config, say: Callable[[str], None]) -> RunData:
     """Read, split and tokenize the data of a run, or take all that from the cache.
 
-    The split is made before anything is learned from the data, so a tokenizer that is trained has not seen the held-out
-    rows.
+    Of several processes that want the same data, such as the workers of a run, one makes it and the others wait.
 
     Raises:
         UserError: the data or the tokenizer cannot be read, or no rows are left.
     """
     key = _cache_key(config)
-    tokenizer_name = config.model.pretrained or config.tokenizer.pretrained
     directory = Path(config.run.cache_directory) / f"data-{key}"
-    if not directory.exists():
-        say("Reading and tokenizing the data (later runs take it from the cache).")
-        held_out, training = _split(read_pairs(config.data), config.data.eval_rows, config.train.seed)
-        if tokenizer_name is not None:
-            tokenizer = load_tokenizer(tokenizer_name)
-        else:
-            texts = (pair.prompt + pair.response for pair in training)
-            tokenizer = train_tokenizer(texts, config.tokenizer.vocabulary_size)
-        _write_atomically(directory, lambda to: _write_rows(to, training, held_out, tokenizer, config))
+    make_once(directory, lambda to: _prepare(to, config, say), say)
     say(f"Tokenized data: {directory}")
     counts = json.loads((directory / "counts.json").read_text(encoding="utf-8"))
     return RunData(
@@ -64,6 +53,23 @@ def prepare_data(config: Config, say: Callable[[str], None]) -> RunData:
         train_counts=RowCounts(**counts["train"]),
         evaluation_counts=RowCounts(**counts["evaluation"]),
     )
+
+
+def _prepare(to: Path, config: Config, say: Callable[[str], None]) -> None:
+    """Read, split and tokenize the data of a run into an empty directory of the cache.
+
+    The split is made before anything is learned from the data, so a tokenizer that is trained has not seen the held-out
+    rows.
+    """
+    say("Reading and tokenizing the data (later runs take it from the cache).")
+    tokenizer_name = config.model.pretrained or config.tokenizer.pretrained
+    held_out, training = _split(read_pairs(config.data), config.data.eval_rows, config.train.seed)
+    if tokenizer_name is not None:
+        tokenizer = load_tokenizer(tokenizer_name)
+    else:
+        texts = (pair.prompt + pair.response for pair in training)
+        tokenizer = train_tokenizer(texts, config.tokenizer.vocabulary_size)
+    _write_rows(to, training, held_out, tokenizer, config)
 
 
 def load_tokenizer(name: str) -> Any:
@@ -116,29 +122,13 @@ def _columns(rows: list[Row]) -> datasets.Dataset:
     )
 
 
-def _write_atomically(directory: Path, write: Callable[[Path], None]) -> None:
-    """Make a directory complete or not at all, also when two runs make it at once."""
-    try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=directory.name + ".", dir=directory.parent))
-        temporary.chmod(0o755)  # a cache may be shared
-    except OSError as error:
-        raise UserError(f"run.cache_directory: {directory.parent} cannot be used: {error.strerror}") from error
-    try:
-        write(temporary)
-        temporary.rename(directory)
-    except OSError:
-        if not directory.exists():  # else another run was faster, with the same content
-            raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
 def _cache_key(config: Config) -> str:
     """Changes with everything that the tokens depend on: settings, seed of the split, and the source files' state."""
     files: list[Path] = []
     if config.data.docstrings is not None:
-        files = source_files(config.data.docstrings)
+        files = source_files(config.data.docstrings, "data.docstrings")
+    elif config.data.summaries is not None:
+        files = source_files(config.data.summaries, "data.summaries")
     elif config.data.files is not None:
         files = [Path(name) for name in config.data.files]
     tokenizer_name = config.model.pretrained or config.tokenizer.pretrained

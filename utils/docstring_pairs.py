@@ -1,17 +1,12 @@
 """Pairs for learning to write code, read from the sources of installed packages: signature and docstring -> body."""
 
 import ast
-import importlib.util
-import sysconfig
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 from utils.errors import UserError
+from utils.python_sources import parse_source, source_files
 from utils.records import Record
-
-STANDARD_LIBRARY = "stdlib"
-_LEFT_OUT = {"test", "tests", "testing", "idle_test", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
 
 
 def read_docstring_pairs(packages: list[str]) -> Iterator[Record]:
@@ -24,7 +19,7 @@ def read_docstring_pairs(packages: list[str]) -> Iterator[Record]:
         UserError: a package is not installed, or none of them gives a pair.
     """
     seen = set()
-    for path in source_files(packages):
+    for path in source_files(packages, "data.docstrings"):
         for line, prompt, response in _pairs_of_file(path):
             if (prompt, response) not in seen:
                 seen.add((prompt, response))
@@ -33,43 +28,12 @@ def read_docstring_pairs(packages: list[str]) -> Iterator[Record]:
         raise UserError(f"data.docstrings: no function with a docstring in the sources of {', '.join(packages)}")
 
 
-def source_files(packages: list[str]) -> list[Path]:
-    """The Python files of some packages, tests left out.
-
-    Raises:
-        UserError: a package is not installed.
-    """
-    files = []
-    for package in packages:
-        directory = _source_directory(package)
-        files += [p for p in sorted(directory.rglob("*.py")) if _LEFT_OUT.isdisjoint(p.relative_to(directory).parts)]
-    return files
-
-
-def _source_directory(package: str) -> Path:
-    if package == STANDARD_LIBRARY:
-        return Path(sysconfig.get_path("stdlib"))
-    try:
-        spec = importlib.util.find_spec(package)
-    except (ImportError, ValueError):
-        spec = None
-    if spec is None or not spec.submodule_search_locations:
-        raise UserError(
-            f"data.docstrings: there is no installed package {package!r}: give names of packages (not of modules), or "
-            f"{STANDARD_LIBRARY!r} for Python's own library"
-        )
-    return Path(next(iter(spec.submodule_search_locations)))
-
-
 def _pairs_of_file(path: Path) -> Iterator[tuple[int, str, str]]:
     """Line number, prompt and response for each function of a file that has them. Files that do not parse give none."""
-    try:
-        source = path.read_text(encoding="utf-8")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of invalid escapes in other people's sources
-            tree = ast.parse(source)
-    except (SyntaxError, ValueError, OSError):
+    parsed = parse_source(path)
+    if parsed is None:
         return
+    source, tree = parsed
     # As the parser counts lines; str.splitlines would also split at form feeds and other separators.
     lines = [line + "\n" for line in source.split("\n")]
     for node in _functions(tree):

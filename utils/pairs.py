@@ -11,6 +11,7 @@ from utils.config import DataSection
 from utils.docstring_pairs import read_docstring_pairs
 from utils.errors import UserError
 from utils.records import Record, read_file, read_hub
+from utils.summary_pairs import read_summary_pairs
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,12 @@ def read_pairs(data: DataSection) -> list[Pair]:
 def _records(data: DataSection) -> Iterator[Record]:
     if data.docstrings is not None:
         return read_docstring_pairs(data.docstrings)
+    if data.summaries is not None:
+        return read_summary_pairs(data.summaries)
     if data.files is not None:
         return chain.from_iterable(read_file(Path(name)) for name in data.files)
     assert data.hub is not None
-    return read_hub(data.hub, data.split)
+    return read_hub(data.hub, data.hub_configuration, data.split)
 
 
 def _to_pair(place: str, row: dict[str, Any], data: DataSection, other_fields: set[str]) -> Pair:

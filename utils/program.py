@@ -8,19 +8,32 @@ from moreh.errors import MorehError
 from utils.config import Config
 from utils.config_file import load_config
 from utils.errors import UserError
+from utils.plan_only import print_plan
 
+PLAN_ONLY = "--plan-only"
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+
+
+def plan_if_asked(default_config: str) -> None:
+    """If the command line has --plan-only, print the plan and exit; to be called before torch and transformers are imported.
+
+    With it a script answers in a second; `run_script` would do the same after the imports.
+    """
+    if PLAN_ONLY in sys.argv:
+        sys.exit(run_script(print_plan, description="Plan a training.", default_config=default_config))
 
 
 def run_script(train: Callable[[Config], None], description: str, default_config: str) -> int:
     """Read the settings that the command line names and call `train` with them; returns the exit code."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--config", default=default_config, metavar="FILE", help="settings, by default %(default)s")
+    parser.add_argument(PLAN_ONLY, action="store_true", help="print how the accelerator would run it, and end")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_argument("overrides", nargs="*", metavar="SECTION.KEY=VALUE", help="settings that replace the file's")
     arguments = parser.parse_args()
-    return exit_code_of(lambda: train(load_config(arguments.config, arguments.overrides)), debug=arguments.debug)
+    program = print_plan if arguments.plan_only else train
+    return exit_code_of(lambda: program(load_config(arguments.config, arguments.overrides)), debug=arguments.debug)
 
 
 def exit_code_of(program: Callable[[], None], *, debug: bool) -> int:

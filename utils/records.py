@@ -37,20 +37,21 @@ def read_file(path: Path) -> Iterator[Record]:
         raise UserError(f"{path}: has no rows")
 
 
-def read_hub(name: str, split: str) -> Iterator[Record]:
-    """The rows of a data set of the hub.
+def read_hub(name: str, configuration: str | None, split: str) -> Iterator[Record]:
+    """The rows of a data set of the hub, in one of its configurations where it has several.
 
     Raises:
         UserError: it cannot be loaded.
     """
     from datasets import load_dataset
 
+    described = f"split {split!r}" if configuration is None else f"configuration {configuration!r}, split {split!r}"
     try:
-        rows = load_dataset(name, split=split)
+        rows = load_dataset(name, configuration, split=split)
     except Exception as error:  # the library raises many kinds: no network, no such name, no such split, no access
         raise UserError(
-            f"data.hub: {name!r} (split {split!r}) cannot be loaded: {first_line(error)} "
-            "Check the name and the network, or give local files in data.files"
+            f"data.hub: {name!r} ({described}) cannot be loaded: {first_line(error)} "
+            "Check the name, data.hub_configuration and the network, or give local files in data.files"
         ) from error
     for number, row in enumerate(rows):
         yield f"{name}[{split}]:{number}", row

@@ -1,10 +1,8 @@
 """What a run leaves behind while it goes on: the console and train.log, metrics.jsonl, TensorBoard, the loss curves."""
 
-import contextlib
 import importlib.util
 import json
 import logging
-import logging.handlers
 import sys
 from pathlib import Path
 from types import TracebackType
@@ -16,11 +14,11 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 from typing_extensions import Self
 
-from moreh.log import LevelInBrackets, set_up_logger
-from moreh.log import logger as moreh_logger
 from utils.config import Config
 from utils.config_file import save_config
 from utils.errors import UserError
+from utils.log_lines import keep_lines, train_logger
+from utils.workers import rank
 
 METRIC_KEYS = (
     "step",
@@ -35,43 +33,22 @@ METRIC_KEYS = (
 )
 
 
-class _ConsoleHandler(logging.Handler):
-    """Writes lines to standard output; where a progress bar is on the screen, above it."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        text = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in self.format(record))
-        # A reader that is gone is no reason to end the training: train.log goes on.
-        with contextlib.suppress(BrokenPipeError, AttributeError):
-            encoding = sys.stdout.encoding
-            tqdm.write(text.encode(encoding, "replace").decode(encoding), file=sys.stdout)
-            sys.stdout.flush()
-
-
 class RunLog:
     """The files of one run in its directory `<run.directory>/<run.name>/`; an earlier run of that name is kept as `.1`.
 
-    Nothing is written before `begin`, so a start that fails leaves an earlier run where it is.
+    Nothing is written before `begin`, so a start that fails leaves an earlier run where it is. Of several workers only the
+    first one writes: in the others `is_writer` is false, and all methods do nothing.
     """
 
     def __init__(self, config: Config) -> None:
         self.directory = Path(config.run.directory) / config.run.name
+        self.is_writer = rank() == 0
         self._config = config
         self._metrics: TextIO | None = None
         self._bar: tqdm[Any] | None = None
         self._tensorboard: Any = None
-        # Keeps the lines until there is a file for them.
-        self._file = logging.handlers.MemoryHandler(capacity=sys.maxsize, flushLevel=logging.CRITICAL + 1, flushOnClose=False)
+        self._lines = keep_lines()
         self._lock = FileLock(self.directory.with_name(f".{config.run.name}.lock"), timeout=0)
-        self._logger = logging.getLogger("train")
-        self._logger.setLevel(logging.INFO)
-        self._logger.propagate = False
-        set_up_logger()
-        for logger, formatter in ((self._logger, logging.Formatter("%(message)s")), (moreh_logger, LevelInBrackets())):
-            console = _ConsoleHandler()
-            console.setFormatter(formatter)
-            logger.handlers.clear()
-            logger.addHandler(console)
-            logger.addHandler(self._file)
         if not sys.stderr.isatty():  # their bars do not look by themselves
             datasets.disable_progress_bars()
             transformers.utils.logging.disable_progress_bar()
@@ -84,20 +61,19 @@ class RunLog:
         Raises:
             UserError: it cannot be made, or another run of the same name is writing it.
         """
+        if not self.is_writer:
+            return
         try:
             self.directory.parent.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
             _make_directory(self.directory)
             save_config(self._config, self.directory / "config.yaml")
             self._metrics = (self.directory / "metrics.jsonl").open("w", encoding="utf-8")
-            file = logging.FileHandler(self.directory / "train.log", encoding="utf-8", errors="replace")
+            self._lines.write_to(self.directory / "train.log")
         except Timeout:
             raise UserError(f"run.name: another run is writing {self.directory}: choose another run.name") from None
         except OSError as error:
             raise UserError(f"run.directory: {self.directory} cannot be made: {error.strerror}") from error
-        file.setFormatter(_FileFormatter())
-        self._file.setTarget(file)
-        self._file.flushLevel = logging.NOTSET  # what was kept goes out with the next line
         if self._config.run.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -111,13 +87,8 @@ class RunLog:
             self._bar.close()
         if error is not None:
             text = f"the run ended with {kind.__name__ if kind else 'an error'}"
-            self._file.handle(logging.LogRecord("train", logging.ERROR, "", 0, text, (), (kind, error, trace)))  # type: ignore[arg-type]
-        for logger in (self._logger, moreh_logger):
-            logger.removeHandler(self._file)
-        if self._file.target is not None:
-            self._file.flush()
-            self._file.target.close()
-        self._file.close()
+            self._lines.handle(logging.LogRecord("train", logging.ERROR, "", 0, text, (), (kind, error, trace)))  # type: ignore[arg-type]
+        self._lines.end()
         if self._metrics is not None:
             self._metrics.close()
         if self._tensorboard is not None:
@@ -126,16 +97,20 @@ class RunLog:
 
     def say(self, text: str) -> None:
         """A line, or several, on the console and in train.log."""
-        self._logger.info(text)
+        if self.is_writer:
+            train_logger.info(text)
 
     def show_progress(self, total_steps: int) -> None:
         """Show a progress bar if standard error is a terminal."""
-        self._bar = tqdm(total=total_steps, desc="training", unit=" steps", disable=None)
+        if self.is_writer:
+            self._bar = tqdm(total=total_steps, desc="training", unit=" steps", disable=None)
 
     def step_done(self, metrics: dict[str, float]) -> None:
         """Write the figures of a step, any of `METRIC_KEYS`, and move the progress bar."""
         unknown = metrics.keys() - set(METRIC_KEYS)
         assert not unknown, unknown
+        if not self.is_writer:
+            return
         assert self._metrics is not None, "begin() comes first"
         print(json.dumps(metrics, allow_nan=False), file=self._metrics, flush=True)
         if self._tensorboard is not None:
@@ -148,24 +123,11 @@ class RunLog:
                 self._bar = None
 
     def draw_losses(self) -> Path:
-        """Draw loss.png from metrics.jsonl."""
+        """Draw loss.png from metrics.jsonl; returns its path."""
         from utils.plot import draw_losses
 
-        return draw_losses(self.directory / "metrics.jsonl", self.directory / "loss.png")
-
-
-class _FileFormatter(logging.Formatter):
-    """Lines with the time, and moreh's with their level, as on the console."""
-
-    def __init__(self) -> None:
-        super().__init__("%(asctime)s %(message)s")
-
-    def formatMessage(self, record: logging.LogRecord) -> str:
-        """Called by `format` once message and time are known."""
-        text = super().formatMessage(record)
-        if record.name == moreh_logger.name:
-            text = text.replace(record.message, f"[{record.levelname.lower()}] {record.message}", 1)
-        return text
+        picture = self.directory / "loss.png"
+        return draw_losses(self.directory / "metrics.jsonl", picture) if self.is_writer else picture
 
 
 def _make_directory(directory: Path) -> None:

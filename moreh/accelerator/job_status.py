@@ -1,5 +1,6 @@
 """What a running job reports of itself, and what a reader in another process makes of it."""
 
+import contextlib
 import os
 import time
 from dataclasses import asdict, dataclass
@@ -17,7 +18,7 @@ SHORTEST_SAMPLE_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class ProcessorSample:
-    """Processor seconds that the job's process had used at a moment (seconds since the epoch)."""
+    """Processor seconds that the job's processes had used at a moment (seconds since the epoch)."""
 
     time: float
     processor_seconds: float
@@ -59,13 +60,18 @@ class JobStatus:
 
 
 def sample_processor_time(process: psutil.Process) -> ProcessorSample:
-    """The processor time that a process has used until now.
+    """The processor time that a process and those that it started, as far as they are running, have used until now.
 
     Raises:
         psutil.NoSuchProcess: it has ended.
     """
     times = process.cpu_times()
-    return ProcessorSample(time=time.time(), processor_seconds=times.user + times.system)
+    seconds = times.user + times.system
+    for descendant in process.children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            times = descendant.cpu_times()
+            seconds += times.user + times.system
+    return ProcessorSample(time=time.time(), processor_seconds=seconds)
 
 
 def write_status(job: Job, status: JobStatus) -> None:
@@ -85,7 +91,7 @@ def read_status(job: Job) -> JobStatus | None:
 
 
 def utilization_percent(job: Job, status: JobStatus) -> int | None:
-    """How busy a simulated device is now: the share of the cores' time that the job's process used since a recent sample,
+    """How busy a simulated device is now: the share of the cores' time that the job's processes used since a recent sample,
     times the share of a step in which a device would compute, where a plan predicts one.
 
     None if the job runs on real devices, whose utilization this figure does not tell, or has just ended.

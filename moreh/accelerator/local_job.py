@@ -37,7 +37,9 @@ class LocalJob:
         self.uses_all_devices = False
         # What the planner predicts for the devices that are simulated; None until a training was planned.
         self.predicted: PredictedUse | None = None
-        self._process = psutil.Process()
+        # Processor time is that of the job with all that it started; the reports come from one of its processes.
+        self._process = psutil.Process(job.pid)
+        self._reporting_pid = job.pid
         self._earlier = self._latest = sample_processor_time(self._process)
         self._next_report = 0.0
         if self.simulated:
@@ -87,7 +89,7 @@ class LocalJob:
     def report(self) -> None:
         """Tell moreh-smi how this job is doing, at most once a second. A disk that is full does not end the training."""
         now = time.monotonic()
-        if now < self._next_report or os.getpid() != self.job.pid:
+        if now < self._next_report or os.getpid() != self._reporting_pid:
             return
         self._next_report = now + SECONDS_BETWEEN_REPORTS
         self._earlier, self._latest = self._latest, sample_processor_time(self._process)
@@ -109,6 +111,10 @@ class LocalJob:
     def report_soon(self) -> None:
         """Let the next `report` through, however short the time since the last one."""
         self._next_report = 0.0
+
+    def report_from_here(self) -> None:
+        """Let this process report for the job, which is another one's that only waits for its workers."""
+        self._reporting_pid = os.getpid()
 
     @contextmanager
     def _count_activations(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
@@ -146,8 +152,11 @@ _lock = threading.RLock()
 _local_job: LocalJob | None = None
 
 
-def local_job() -> LocalJob:
+def local_job(run: str = "") -> LocalJob:
     """The job of this process; the first call registers it on the current accelerator and says so in the log.
+
+    Args:
+        run: identifies a run of several processes that are one job without being descendants of one of them.
 
     Raises:
         AcceleratorError: another process is using the accelerator.
@@ -157,7 +166,7 @@ def local_job() -> LocalJob:
         with _lock:
             if _local_job is None:
                 set_up_logger()
-                _local_job = _join_job_of_ancestor() or _start_own_job()
+                _local_job = _join_job_of_ancestor() or _start_own_job(run)
     return _local_job
 
 
@@ -166,11 +175,13 @@ def local_job_if_started() -> LocalJob | None:
     return _local_job
 
 
-def _start_own_job() -> LocalJob:
+def _start_own_job(run: str) -> LocalJob:
     # The workers of a DataLoader work for the process that started them, which may not have touched the device itself.
     parent = multiprocessing.parent_process()
     owner = psutil.Process(os.getpid() if parent is None else parent.pid)
-    job, accelerator = start_job(owner, command_line_of(owner))
+    job, accelerator = start_job(owner, command_line_of(owner), run)
+    if job.pid != owner.pid:
+        return LocalJob(job, accelerator)  # of another process of the run
     atexit.register(_end_own_job, job)
     started = LocalJob(job, accelerator)
     logger.info("MoAI Accelerator is ready to use.")

@@ -40,13 +40,17 @@ class Accelerator:
 
 @dataclass(frozen=True)
 class Job:
-    """A process that uses an accelerator. Times are in seconds since the epoch."""
+    """A process that uses an accelerator. Times are in seconds since the epoch.
+
+    `run` is the same for the processes that torchrun starts together; the job is the first of them. Else it is empty.
+    """
 
     id: int
     accelerator: int
     pid: int
     process_start_time: float
     command: str
+    run: str = ""
 
     def is_running(self) -> bool:
         """Whether the very process that registered this job is still there (a zombie is not)."""
@@ -168,8 +172,9 @@ def switch_model(model: str) -> Accelerator:
     return _update(change)
 
 
-def start_job(process: psutil.Process, command: str) -> tuple[Job, Accelerator]:
-    """Register a process as the job of the current accelerator; if it is that already, that job is given back.
+def start_job(process: psutil.Process, command: str, run: str = "") -> tuple[Job, Accelerator]:
+    """Register a process as the job of the current accelerator; if it or one of the same run is that already, that job is
+    given back.
 
     Raises:
         AcceleratorError: another process is using it.
@@ -178,10 +183,10 @@ def start_job(process: psutil.Process, command: str) -> tuple[Job, Accelerator]:
     def change(registry: Registry) -> tuple[Registry, tuple[Job, Accelerator]]:
         accelerator = registry.accelerator(registry.current)
         holder = registry.job_on(accelerator.index)
-        if holder is not None and holder.pid == process.pid:
+        if holder is not None and (holder.pid == process.pid or (run != "" and holder.run == run)):
             return registry, (holder, accelerator)
         _require_idle(registry, accelerator.index, "shared")
-        job = Job(registry.next_job_id, accelerator.index, process.pid, process.create_time(), command)
+        job = Job(registry.next_job_id, accelerator.index, process.pid, process.create_time(), command, run)
         changed = replace(registry, jobs=(*registry.jobs, job), next_job_id=job.id + 1)
         return changed, (job, accelerator)
 

@@ -26,8 +26,8 @@ class Restrictions:
     """What the user has decided already; the rest is searched.
 
     `pipeline` and `micro_batches` are fixed numbers, or None for all. `recompute` and `shard_parameters`: True for
-    some recomputation or for sharded parameters, False for none, None for both. `max_context` is the largest context-parallel
-    size; the local runtime has none, so 1 by default. `memory_fraction` is the part of a device's memory that a plan may use.
+    some recomputation or for sharded parameters, False for none, None for both; `sequence_parallel` likewise. `max_context` is
+    the largest context-parallel size; the local runtime has none, so 1 by default. `memory_fraction` is the part of a device's memory that a plan may use.
     """
 
     pipeline: int | None = None
@@ -36,6 +36,7 @@ class Restrictions:
     shard_parameters: bool | None = None
     max_tensor: int | None = None
     max_context: int = 1
+    sequence_parallel: bool | None = None
     memory_fraction: float = 0.8
     schedules: tuple[Schedule, ...] = SCHEDULES
 
@@ -115,6 +116,8 @@ def _groups(cluster: Cluster, training: Training, restrictions: Restrictions, pi
             if restrictions.micro_batches is not None:
                 counts = counts[counts == restrictions.micro_batches]
             sequence = [0, 1] if tensor > 1 and training.sequence_length % tensor == 0 else [0]
+            if restrictions.sequence_parallel is not None:
+                sequence = [choice for choice in sequence if choice == int(restrictions.sequence_parallel)]
             grid = np.meshgrid(
                 counts,
                 _recomputations(restrictions),

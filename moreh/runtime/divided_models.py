@@ -9,11 +9,13 @@ from moreh.accelerator.model_calls import run_instead_of_model_calls
 from moreh.errors import OptionError
 from moreh.planner.plan import Plan
 from moreh.runtime.gradients import total_norm
+from moreh.runtime.model_methods import replace_methods
 from moreh.runtime.parallel_model import local_tensor
 from moreh.runtime.script_face import exchange_parameters, replace_total_norm, watch_optimizers
 from moreh.runtime.worker_model import WorkerModel
 
 _KEY = "_moreh_worker_model"
+_PART = "_moreh_part_of_divided_model"
 _divided: list[WorkerModel] = []
 _ready = False
 
@@ -25,7 +27,7 @@ def prepare_for_division() -> None:
         _ready = True
         watch_optimizers()
         replace_total_norm(_norm_of)
-        run_instead_of_model_calls(_call)
+        run_instead_of_model_calls(call_divided)
 
 
 def divide(root: nn.Module, plan: Plan) -> WorkerModel:
@@ -34,9 +36,10 @@ def divide(root: nn.Module, plan: Plan) -> WorkerModel:
     worker_model = WorkerModel(root, plan)
     now = dict(root.named_parameters())
     exchange_parameters({id(p): now[name] for name, p in originals.items()}, list(originals.values()))
+    replace_methods(worker_model.model)
     root.__dict__[_KEY] = worker_model
     for module in root.modules():
-        module.__dict__.setdefault("_moreh_part_of", True)
+        module.__dict__[_PART] = True
     _divided.append(worker_model)
     return worker_model
 
@@ -46,11 +49,21 @@ def worker_model_of(root: nn.Module) -> WorkerModel | None:
     return root.__dict__.get(_KEY)
 
 
-def _call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def is_part_of_divided(module: nn.Module) -> bool:
+    """Whether a module is inside of a divided model, and not the model itself."""
+    return _PART in module.__dict__ and _KEY not in module.__dict__
+
+
+def call_divided(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a divided model returns for a batch; NotImplemented for a module that is not divided.
+
+    Raises:
+        OptionError: the module is a part of a divided model.
+    """
     worker_model = worker_model_of(module)
     if worker_model is not None:
         return worker_model.call(args, kwargs)
-    if module.__dict__.get("_moreh_part_of"):
+    if is_part_of_divided(module):
         raise OptionError(
             f"a {type(module).__name__} inside of a model that is divided over workers was called by itself: call the whole model"
         )

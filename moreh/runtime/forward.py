@@ -21,8 +21,9 @@ from moreh.option import ParallelOptions, PlannerVariables
 from moreh.planner.describe_module import describe_module
 from moreh.planner.plan import Training
 from moreh.planner.report import gib, seconds_text
-from moreh.runtime.precision import LEAST_SPEEDUP, bfloat16_speedup
-from moreh.runtime.selection import predicted_use, select_local_plan, select_plan
+from moreh.runtime.precision import autocast_if, choose_bfloat16, inside_autocast
+from moreh.runtime.selection import predicted_use, restrictions_of, select_local_plan, select_plan
+from moreh.runtime.world import current_world
 
 
 class _Runtime:
@@ -47,15 +48,12 @@ class _Runtime:
             self._prepared.add(model)
         parameter = next(model.parameters())
         # A model of another type, or one that the script runs under an autocast of its own, is left as it is.
-        bfloat16 = parameter.dtype == torch.float32 and not _inside_autocast() and self._uses_bfloat16(parameter.device)
+        bfloat16 = parameter.dtype == torch.float32 and not inside_autocast() and self._uses_bfloat16(parameter.device)
         if torch.is_grad_enabled() and model.training and not parameter.is_meta:
             shape = _tokens_shape(args, kwargs)
             if shape is not None and shape[0] * shape[1] > self._planned.get(model, 0):
                 self._planned[model] = self._plan(model, *shape, bfloat16=bfloat16)
-        if bfloat16:
-            with torch.autocast(parameter.device.type, dtype=torch.bfloat16):
-                yield
-        else:
+        with autocast_if(bfloat16, parameter.device.type):
             yield
 
     def after_call(self, model: torch.nn.Module, outputs: Any) -> None:
@@ -82,7 +80,8 @@ class _Runtime:
             return math.inf
         accelerator = self.job.accelerator
         try:
-            selection = select_plan(training, accelerator.flavor, self.options, self.variables, logger.info)
+            restrictions = restrictions_of(self.options, self.variables, accelerator.flavor.devices)
+            selection = select_plan(training, accelerator.flavor, restrictions, self.options, self.variables, logger.info)
         except PlanError as reason:
             if model not in self._planned:
                 raise
@@ -106,16 +105,7 @@ class _Runtime:
 
     def _uses_bfloat16(self, device: torch.device) -> bool:
         if device not in self._low_precision:
-            if not self.options.mixed_precision or device.type == "meta":
-                self._low_precision[device] = False
-            else:
-                speedup = bfloat16_speedup(device)
-                self._low_precision[device] = speedup >= LEAST_SPEEDUP
-                logger.info(
-                    "mixed_precision : %s (bfloat16 matrix products are %.1f x as fast as float32 here)",
-                    "bfloat16" if self._low_precision[device] else "off, float32",
-                    speedup,
-                )
+            self._low_precision[device] = choose_bfloat16(device, asked=self.options.mixed_precision)
         return self._low_precision[device]
 
 
@@ -127,6 +117,13 @@ def run_models_with(options: ParallelOptions, variables: PlannerVariables) -> No
     """
     job = local_job()
     job.uses_all_devices = True
+    world = current_world()
+    if world.size > 1:
+        # torch.distributed and transformers take seconds to import, which one worker does not need yet.
+        from moreh.runtime.worker_runtime import run_models_on_workers
+
+        run_models_on_workers(options, variables, job, world)
+        return
     runtime = _Runtime(options, variables, job)
     run_around_model_calls(runtime.around_call, runtime.after_call)
 
@@ -168,10 +165,3 @@ def _recompute_activations(model: torch.nn.Module) -> None:
         # Older releases of transformers 5 call it gradient_checkpointing_enable.
         enable: Any = getattr(pretrained, "activation_checkpointing_enable", None) or pretrained.gradient_checkpointing_enable
         enable({"use_reentrant": False})
-
-
-def _inside_autocast() -> bool:
-    """Whether the script has opened an autocast context, be it one that switches autocast off."""
-    nesting = torch.autocast_increment_nesting() - 1
-    torch.autocast_decrement_nesting()
-    return nesting > 0

@@ -72,6 +72,8 @@ def read_inputs(causal: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> M
         if isinstance(value, torch.Tensor) and value.dim() > 0 and (value.shape[0] == rows or name == "position_ids")
     }
     others = {name: value for name, value in given.items() if name not in tensors}
+    if labels is not None and given.get("logits_to_keep"):
+        raise OptionError("logits_to_keep with labels: the loss needs the logits of all positions; leave one of them out")
     divisor = float("nan")
     if shifted is not None:
         divisor = float((shifted != IGNORED).sum() if items is None else items)

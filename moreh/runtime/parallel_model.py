@@ -149,7 +149,7 @@ def _fill(slots: list[Slot], parameter: nn.Parameter) -> None:
 def _sharded_parameter(slots: list[Slot]) -> nn.Parameter:
     """What FSDP has put in the places of a parameter that this rank's stages use; a tied one has others."""
     found = [parameters[key] for parameters, key in slots]
-    return next(parameter for parameter in found if isinstance(parameter, DTensor))
+    return next(parameter for parameter in found if parameter is not None and isinstance(parameter, DTensor))
 
 
 def _without_data(like: nn.Parameter, shape: tuple[int, ...]) -> nn.Parameter:
@@ -173,7 +173,7 @@ def _shard(stage: Stage, plan: Plan, mesh: Mesh) -> None:
     for layer in stage.layers:
         fully_shard(layer, mesh=data, reshard_after_forward=reshard)
     fully_shard(stage, mesh=data, reshard_after_forward=reshard)
-    stage._apply(lambda tensor: torch.empty_like(tensor, device=mesh.device) if tensor.is_meta else tensor)
+    stage._apply(lambda tensor: torch.empty_like(tensor, device=mesh.device) if tensor.is_meta else tensor)  # type: ignore[no-untyped-call]
     for module in stage.modules():
         if isinstance(module, FSDPModule):
             # Losses are divided by the number of all label tokens: gradients are sums.

@@ -1,14 +1,44 @@
 """Whether computing in bfloat16 pays on a device. A processor without bfloat16 units is slower with it."""
 
+import contextlib
 import statistics
 import time
+from contextlib import AbstractContextManager
 
 import torch
+
+from moreh.log import logger
 
 # A smaller gain is lost again to the casts between the two types.
 LEAST_SPEEDUP = 1.2
 _MATRIX_SIZE = 512
 _TIMED_PRODUCTS = 5
+
+
+def choose_bfloat16(device: torch.device, *, asked: bool) -> bool:
+    """Whether to compute in bfloat16 on a device: only if it was asked for, and is faster. Says so in the log."""
+    if not asked or device.type == "meta":
+        return False
+    speedup = bfloat16_speedup(device)
+    faster = speedup >= LEAST_SPEEDUP
+    logger.info(
+        "mixed_precision : %s (bfloat16 matrix products are %.1f x as fast as float32 here)",
+        "bfloat16" if faster else "off, float32",
+        speedup,
+    )
+    return faster
+
+
+def autocast_if(bfloat16: bool, device_type: str) -> AbstractContextManager[object]:
+    """A context that computes in bfloat16, or one that changes nothing."""
+    return torch.autocast(device_type, dtype=torch.bfloat16) if bfloat16 else contextlib.nullcontext()
+
+
+def inside_autocast() -> bool:
+    """Whether the script has opened an autocast context, be it one that switches autocast off."""
+    nesting = torch.autocast_increment_nesting() - 1
+    torch.autocast_decrement_nesting()
+    return nesting > 0
 
 
 def bfloat16_speedup(device: torch.device) -> float:

@@ -1,11 +1,14 @@
 """The plan of a training: searched for the accelerator with the documented log lines, and for this machine."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+from torch import nn
 
 from moreh.accelerator.flavors import Flavor
 from moreh.accelerator.job_status import PredictedUse
+from moreh.errors import PlanError
 from moreh.option import ParallelOptions, PlannerVariables
 from moreh.planner.candidates import Restrictions
 from moreh.planner.cluster import cluster_of_flavor
@@ -15,7 +18,8 @@ from moreh.planner.plan import Plan, Recomputation, Training
 from moreh.planner.plan_text import plan_text
 from moreh.planner.prediction import DeviceMemory, Prediction, predict, setting_of, setting_of_this_machine
 from moreh.planner.report import gib, seconds_text
-from moreh.planner.search import SearchResult, search_on_most_devices
+from moreh.planner.search import SearchResult, search, search_on_most_devices
+from moreh.runtime.tensor_division import largest_tensor_size, sequence_parallel_problem
 
 SELECTED_CONFIG = "advanced_parallelization_selected_config.dump"
 DETAILED_LOG = "autoconfig_log.dump"
@@ -53,6 +57,7 @@ def restrictions_of(options: ParallelOptions, variables: PlannerVariables, devic
 def select_plan(
     training: Training,
     flavor: Flavor,
+    restrictions: Restrictions,
     options: ParallelOptions,
     variables: PlannerVariables,
     say: Callable[[str], None],
@@ -60,12 +65,10 @@ def select_plan(
     """Search the best plan for an accelerator, say the documented lines, and write the files into the current directory.
 
     Raises:
-        PlanError: no plan divides the batch under the options.
+        PlanError: no plan divides the batch under the restrictions.
     """
     setting = setting_of(cluster_of_flavor(flavor), computing_in("half" if options.mixed_precision else "float32"))
-    found, _, idle = search_on_most_devices(
-        training, setting, restrictions_of(options, variables, flavor.devices), count=DETAILED, threads=variables.threads
-    )
+    found, _, idle = search_on_most_devices(training, setting, restrictions, count=DETAILED, threads=variables.threads)
     if idle:
         say(f"Simulated: {idle}")
     _say_search(found, say)
@@ -172,3 +175,45 @@ def select_local_plan(training: Training, options: ParallelOptions, *, bfloat16:
     if fitting:
         return min(fitting, key=lambda one: one.step_time_s)
     return min(predictions, key=lambda one: one.memory_bytes)
+
+
+def within_runtime(restrictions: Restrictions, model: nn.Module) -> Restrictions:
+    """Restrictions with those besides that the model puts on what workers can carry out."""
+    return replace(
+        restrictions,
+        max_tensor=largest_tensor_size(model),
+        sequence_parallel=None if sequence_parallel_problem(model, 2) is None else False,
+    )
+
+
+def select_worker_plan(
+    model: nn.Module,
+    training: Training,
+    options: ParallelOptions,
+    variables: PlannerVariables,
+    workers: int,
+    *,
+    bfloat16: bool,
+) -> Prediction:
+    """The fastest plan that so many workers of this machine can carry out for a model, among those that fit their memory.
+
+    A batch with too few rows is filled up with empty ones.
+
+    Raises:
+        PlanError: no plan divides the model under the options, or none fits the memory of the machine.
+    """
+    setting = setting_of_this_machine(workers, computing_in("half" if bfloat16 else "float32"))
+    restrictions = replace(within_runtime(restrictions_of(options, variables, workers), model), memory_fraction=1.0)
+    try:
+        found = search(training, setting, restrictions, count=1)
+    except PlanError:
+        rows = -(-training.global_batch_size // workers) * workers
+        if rows == training.global_batch_size:
+            raise
+        found = search(replace(training, global_batch_size=rows), setting, restrictions, count=1)
+    if not found.best:
+        raise PlanError(
+            f"the smallest plan for {workers} workers needs {gib(found.smallest_bytes)} in one of them, and each has "
+            f"{gib(setting.cluster.device.memory_bytes)}: use fewer or larger machines' workers, or a smaller batch"
+        )
+    return found.best[0]

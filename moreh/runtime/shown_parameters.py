@@ -33,7 +33,7 @@ def as_shown(tensor: torch.Tensor, layout: Layout, plan: Plan, mesh: Mesh) -> to
     local = tensor.detach()
     if isinstance(tensor, DTensor):
         devices = mesh.devices["data", "tensor"]
-        local = tensor.detach().to_local()
+        local = tensor.to_local().detach()
         same = layout.division is not None and layout.division.dim == layout.data_dim
         assert layout.data_dim is not None
         placements.insert(0, _StridedShard(layout.data_dim, split_factor=plan.tensor) if same else Shard(layout.data_dim))

@@ -7,6 +7,7 @@ layer of the stage takes the hidden states that were received, and what its last
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,12 +39,9 @@ class Stage(nn.Module):
         self._inputs, self._finish = inputs, finish
         # Not registered: the stage's parameters are those of its parts.
         self._hidden: dict[str, Any] = {"received": None, "sent": None, "started": False}
-        object.__setattr__(self, "_causal", decoder.causal)
-        object.__setattr__(self, "_substitutes", self._substitute(decoder, places, first, last))
+        self._outside = _Outside(decoder.causal, self._substitute(decoder, places, first, last))
 
-    def _substitute(
-        self, decoder: Decoder, places: tuple[Place, ...], first: int, last: int
-    ) -> list[tuple[Place, nn.Module]]:
+    def _substitute(self, decoder: Decoder, places: tuple[Place, ...], first: int, last: int) -> list[tuple[Place, nn.Module]]:
         hidden = self._hidden
         found: list[tuple[Place, nn.Module]] = []
         if not self.is_first:
@@ -76,7 +74,7 @@ class Stage(nn.Module):
         self._hidden.update(received=received, sent=None, started=False)
         with self._in_place():
             # On other stages the output layer would compute on what is not there; its model ends before it.
-            model = self._causal if self.is_last else self._causal.base_model
+            model = self._outside.causal if self.is_last else self._outside.causal.base_model
             outputs = model(**self._inputs(number))
         sent = self._hidden["sent"]
         self._hidden.update(received=None, sent=None)
@@ -86,12 +84,20 @@ class Stage(nn.Module):
     def _in_place(self) -> Iterator[None]:
         """The substitutes in the places of what other stages compute."""
         try:
-            for place, substitute in self._substitutes:
+            for place, substitute in self._outside.substitutes:
                 place.parent._modules[place.key] = substitute
             yield
         finally:
-            for place, _ in self._substitutes:
+            for place, _ in self._outside.substitutes:
                 place.parent._modules[place.key] = place.module
+
+
+@dataclass(frozen=True)
+class _Outside:
+    """What a stage uses without having it as a submodule: the whole model, and what stands in for its other parts."""
+
+    causal: Any
+    substitutes: list[tuple[Place, nn.Module]]
 
 
 class _Substitute(nn.Module):
@@ -117,7 +123,9 @@ class _Before(_Substitute):
             raise RuntimeError(f"{type(self._original).__name__} is used after layers: its model cannot be cut into stages")
         received = self._hidden["received"]
         width = getattr(self._original, "embedding_dim", getattr(self._original, "out_features", None))
-        shape = (*given.shape, width) if isinstance(self._original, nn.Embedding) else (*given.shape[:-1], width or given.shape[-1])
+        shape = (
+            (*given.shape, width) if isinstance(self._original, nn.Embedding) else (*given.shape[:-1], width or given.shape[-1])
+        )
         return received.new_zeros(()).expand(shape)
 
 

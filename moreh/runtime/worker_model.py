@@ -2,24 +2,27 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils import ModelOutput
 
 from moreh.errors import OptionError
 from moreh.planner.plan import Plan
 from moreh.runtime.gradients import hand_over, take_gradients
+from moreh.runtime.loss_output import LossOutput
 from moreh.runtime.model_inputs import ModelInputs, padded, read_inputs, require_same_on_all_ranks, rows_of
 from moreh.runtime.parallel_model import ParallelModel, divide_model, show_parameters, use_computing_parameters
 from moreh.runtime.passes import forward, forward_and_backward
 from moreh.runtime.placement import stage_places
 from moreh.runtime.randomness import computing_generator
 from moreh.runtime.vocabulary import gather_logits, token_losses
+
+
+_KEEP = "logits_to_keep"
 
 
 class WorkerModel:
@@ -69,7 +72,7 @@ class WorkerModel:
             parameter.grad = gradient
         total = self._over_ranks(losses)
         leaf = torch.zeros((), dtype=total.dtype, device=mesh.device, requires_grad=True)
-        return _Loss.apply(leaf, total, _Pending(self.model, gradients))  # type: ignore[no-any-return, no-untyped-call]
+        return _Loss.apply(leaf, total, _Pending(self.model, gradients))  # type: ignore[no-untyped-call]
 
     def _evaluate(self, inputs: ModelInputs) -> torch.Tensor:
         shape = self._cut(inputs, self._fewest_micro_batches(inputs.rows))
@@ -81,14 +84,19 @@ class WorkerModel:
     def _logits(self, inputs: ModelInputs, *, as_tuple: bool) -> Any:
         """Logits `[batch, sequence, vocabulary]` on every worker. Each data-parallel rank computes all rows."""
         mesh = self.model.mesh
+        kept = _kept_positions(inputs)
         whole = padded(inputs, inputs.rows, self._sequence_multiple)
+        if self.plan.sequence_parallel:  # the output layer sees a part of the positions only: they are chosen afterwards
+            whole = replace(whole, others={k: v for k, v in whole.others.items() if k != _KEEP})
         self._micro_batches = [rows_of(whole, 0, whole.rows, mesh.device)]
         shape = self._hidden_shape(whole.rows, whole.sequence_length)
         with self._computing():
             outputs = forward(self.model, 1, lambda _: shape, mesh.device)
         self._micro_batches = []
-        logits = self._from_last_stage(outputs[0] if outputs else None, (whole.rows, whole.sequence_length))
-        logits = logits[:, : inputs.sequence_length]
+        positions = whole.sequence_length if self.plan.sequence_parallel else len(kept)
+        logits = self._from_last_stage(outputs[0] if outputs else None, (whole.rows, positions))
+        if self.plan.sequence_parallel:
+            logits = logits[:, kept]
         return (logits,) if as_tuple else CausalLMOutputWithPast(logits=logits)  # type: ignore[arg-type]
 
     def _inputs(self, number: int) -> dict[str, Any]:
@@ -102,7 +110,7 @@ class WorkerModel:
         mesh, vocabulary = self.model.mesh, self._vocabulary
         group = mesh.group("tensor") if self.plan.tensor > 1 else None
         if batch.labels is None:
-            return gather_logits(outputs.logits, group, vocabulary) if group is not None else outputs.logits  # type: ignore[no-any-return]
+            return gather_logits(outputs.logits, group, vocabulary) if group is not None else outputs.logits
         losses = token_losses(outputs.logits, batch.labels, group, vocabulary)
         return losses.sum() / batch.loss_divisor
 
@@ -147,14 +155,16 @@ class WorkerModel:
         mesh = self.model.mesh
         last = mesh.global_rank(stage_places(self.plan)[-1].pipeline_rank, mesh.rank("data"), mesh.rank("tensor"))
         if logits is None:
-            logits = torch.empty(*shape, self._vocabulary, dtype=next(iter(self.model.computing.values())).dtype, device=mesh.device)
+            logits = torch.empty(
+                *shape, self._vocabulary, dtype=next(iter(self.model.computing.values())).dtype, device=mesh.device
+            )
         logits = logits.contiguous()
         dist.broadcast(logits, last, group=mesh.group("pipeline"))
         return logits
 
     def _put_gradients_aside(self) -> list[tuple[nn.Parameter, torch.Tensor | None]]:
         """Gradients of earlier calls, which must not mix with those that this call computes."""
-        earlier = []
+        earlier: list[tuple[nn.Parameter, torch.Tensor | None]] = []
         for parameter in self.model.computing.values():
             if parameter.grad is not None:
                 earlier.append((parameter, parameter.grad))
@@ -172,19 +182,11 @@ class WorkerModel:
             show_parameters(self.model)
 
 
-@dataclass
-class LossOutput(ModelOutput):
-    """What a divided model returns for a batch with labels: the loss. The logits exist only in pieces, on different workers."""
-
-    loss: torch.Tensor | None = None
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "logits":
-            raise OptionError(
-                "logits of a batch with labels: a model that is divided over workers does not keep them; "
-                "call it without labels, under torch.no_grad(), for logits"
-            )
-        raise AttributeError(f"{type(self).__name__} has no {name}: it has the loss")
+def _kept_positions(inputs: ModelInputs) -> torch.Tensor:
+    """The positions whose logits were asked for: all, the last ones, or those that are listed."""
+    kept = inputs.others.get(_KEEP, 0)
+    positions = torch.arange(inputs.sequence_length)
+    return positions[kept] if isinstance(kept, torch.Tensor) else positions[-kept:]
 
 
 class _Pending:

@@ -1,0 +1,148 @@
+"""What the hook does in each of several workers: at the first training batch a model is planned and divided over them."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from moreh.accelerator.local_job import LocalJob
+from moreh.accelerator.model_calls import run_instead_of_model_calls
+from moreh.accelerator.out_of_memory import nothing_fits_error
+from moreh.errors import MorehError, OptionError
+from moreh.log import logger
+from moreh.option import ParallelOptions, PlannerVariables
+from moreh.planner.describe_module import describe_module, unwrapped
+from moreh.planner.plan import Plan, Training
+from moreh.planner.plan_text import plan_text
+from moreh.planner.report import gib, seconds_text
+from moreh.runtime.divided_models import call_divided, divide, is_part_of_divided, prepare_for_division, worker_model_of
+from moreh.runtime.evaluation import evaluate_whole
+from moreh.runtime.model_inputs import ModelInputs, read_inputs
+from moreh.runtime.precision import autocast_if, choose_bfloat16, inside_autocast
+from moreh.runtime.selection import predicted_use, restrictions_of, select_plan, select_worker_plan, within_runtime
+from moreh.runtime.weights import keep_weights_on_disk, wanted_dtypes
+from moreh.runtime.world import World
+
+Result = TypeVar("Result")
+
+
+class WorkerRuntime:
+    """The options that are in force in a world of several workers."""
+
+    def __init__(self, options: ParallelOptions, variables: PlannerVariables, job: LocalJob, world: World) -> None:
+        self.options = options
+        self.variables = variables
+        self.job = job
+        self.world = world
+        self._bfloat16: bool | None = None
+        self._left_whole: set[type] = set()
+
+    def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a call of the script's gives: of a divided model, or of one that is divided now because it is trained.
+
+        Before its first training batch a model is whole on every worker; batches with labels are shared between them.
+        """
+        if worker_model_of(module) is None and (is_part_of_divided(module) or not _is_language_model(module)):
+            self._say_left_whole(module)
+            return NotImplemented
+        parameter = next(module.parameters())
+        bfloat16 = not inside_autocast() and self._wanted_dtype(module) == torch.float32 and self._uses_bfloat16()
+        with autocast_if(bfloat16, self._device.type):
+            if worker_model_of(module) is None:
+                inputs = read_inputs(unwrapped(module), args, kwargs)
+                training = torch.is_grad_enabled() and module.training and inputs.labels is not None
+                if not training and parameter.device == self._device:
+                    return NotImplemented if inputs.labels is None else evaluate_whole(module, inputs, self.world)
+                if inputs.labels is None:
+                    raise OptionError(
+                        "the model was called without labels before it was divided over the workers: call it with labels first"
+                    )
+                self._divide(module, inputs, bfloat16=bfloat16)
+            return call_divided(module, args, kwargs)
+
+    def _divide(self, module: nn.Module, inputs: ModelInputs, *, bfloat16: bool) -> None:
+        plan = self._on_first_worker(lambda: self._plan(module, inputs, bfloat16=bfloat16))
+        divide(module, plan)
+
+    def _plan(self, module: nn.Module, inputs: ModelInputs, *, bfloat16: bool) -> Plan:
+        """The plan that the workers carry out, with the log lines of that for the accelerator.
+
+        Raises:
+            PlanError: no plan divides the batch or the model.
+            SimulatedOutOfMemoryError: no plan fits the accelerator.
+        """
+        training = Training(describe_module(module), inputs.rows, inputs.sequence_length)
+        accelerator = self.job.accelerator
+        flavor, workers = accelerator.flavor, self.world.size
+        restrictions = restrictions_of(self.options, self.variables, flavor.devices)
+        if flavor.devices == workers:
+            restrictions = within_runtime(restrictions, module)
+        selection = select_plan(training, flavor, restrictions, self.options, self.variables, logger.info)
+        if selection.prediction is None:
+            raise nothing_fits_error(selection.smallest_bytes, self.variables.memory_percent / 100, accelerator)
+        self.job.predicted = predicted_use(selection.prediction, flavor.devices)
+        if selection.prediction.plan.devices == workers:
+            logger.info("The %d workers are the accelerator's devices: they carry out this plan.", workers)
+            return selection.prediction.plan
+        local = select_worker_plan(module, training, self.options, self.variables, workers, bfloat16=bfloat16)
+        logger.info(
+            "This machine: %d workers carry out the plan '%s'; predicted are %s a step and %s on the fullest worker.",
+            workers,
+            plan_text(local.plan),
+            seconds_text(local.step_time_s),
+            gib(local.memory_bytes),
+        )
+        return local.plan
+
+    def _on_first_worker(self, decide: Callable[[], Result]) -> Result:
+        """What worker 0 decides, on all workers; an error of its is raised on all of them."""
+        decided: list[Any] = [None, None]
+        if self.world.rank == 0:
+            try:
+                decided[0] = decide()
+            except MorehError as error:
+                decided[1] = error
+        dist.broadcast_object_list(decided, 0)
+        if decided[1] is not None:
+            raise decided[1]
+        result: Result = decided[0]
+        return result
+
+    @property
+    def _device(self) -> torch.device:
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+    def _uses_bfloat16(self) -> bool:
+        if self._bfloat16 is None:
+            self._bfloat16 = self._on_first_worker(lambda: choose_bfloat16(self._device, asked=self.options.mixed_precision))
+        return self._bfloat16
+
+    def _wanted_dtype(self, module: nn.Module) -> torch.dtype:
+        worker_model = worker_model_of(module)
+        if worker_model is not None:
+            return next(iter(worker_model.model.computing.values())).dtype
+        return next(iter(wanted_dtypes(unwrapped(module)).values()))
+
+    def _say_left_whole(self, module: nn.Module) -> None:
+        if type(module) not in self._left_whole and not is_part_of_divided(module):
+            self._left_whole.add(type(module))
+            logger.info(
+                "%s is no causal language model of transformers: each worker computes it whole, on the same data.",
+                type(module).__name__,
+            )
+
+
+def run_models_on_workers(options: ParallelOptions, variables: PlannerVariables, job: LocalJob, world: World) -> None:
+    """Apply the options to every model from now on, in a world of several workers."""
+    keep_weights_on_disk()
+    prepare_for_division()
+    run_instead_of_model_calls(WorkerRuntime(options, variables, job, world).call)
+
+
+def _is_language_model(module: nn.Module) -> bool:
+    from transformers import PreTrainedModel
+
+    causal: Any = unwrapped(module)
+    return isinstance(causal, PreTrainedModel) and causal.get_output_embeddings() is not None

@@ -1,0 +1,36 @@
+"""Run as a script, without this package and without site-packages: what a new worker process does before it becomes the
+user's command.
+
+python -I -S worker_start.py PARENT DIRECTORY console|log COMMAND...
+
+The worker dies with the process that started it, however that one ends (Linux; elsewhere `world.py` sees to it). With
+`log`, errors go where the output goes and there is no input: only one process of a program can read the terminal.
+"""
+
+import os
+import signal
+import sys
+
+PR_SET_PDEATHSIG = 1  # from linux/prctl.h
+
+
+def become(parent: int, directory: str, output: str, command: list[str]) -> None:
+    """Turn this process into the command, in a directory (empty: the current one)."""
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of these lines
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        sys.exit(1)  # it has ended already
+    if directory:
+        os.chdir(directory)
+    if output == "log":
+        os.dup2(1, 2)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.execv(command[0], command)
+
+
+if __name__ == "__main__":
+    become(int(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4:])

@@ -1,0 +1,107 @@
+"""What plans are proved on: two tiny models, the batches of a short training, and every plan that the planner has for them."""
+
+import functools
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from moreh.accelerator.devices import find_device
+from moreh.planner.candidates import Restrictions, candidate_tables
+from moreh.planner.cluster import cluster_of_devices
+from moreh.planner.families import architecture_from_config
+from moreh.planner.plan import Training
+from moreh.planner.plan_text import parse_plan
+from moreh.planner.prediction import setting_of
+
+WORKERS = 8
+BATCH, LENGTH = 8, 16
+STEPS, CALLS = 5, 2
+# No number of ranks divides it.
+VOCABULARY = 67
+
+MODELS = {
+    # Tied embeddings, query, key and value in one matrix, biases.
+    "gpt2": {
+        "model_type": "gpt2",
+        "n_layer": 6,
+        "n_embd": 32,
+        "n_head": 8,
+        "n_positions": 24,
+        "vocab_size": VOCABULARY,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+    },
+    # Grouped-query attention; nine layers, which no pipeline divides evenly.
+    "llama": {
+        "model_type": "llama",
+        "num_hidden_layers": 9,
+        "hidden_size": 32,
+        "intermediate_size": 40,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 24,
+        "vocab_size": VOCABULARY,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "tie_word_embeddings": False,
+    },
+}
+
+
+def training_of(family):
+    """What the planner is told of the training."""
+    return Training(architecture_from_config(MODELS[family], family), BATCH, LENGTH)
+
+
+@functools.cache
+def all_plans(family):
+    """Every plan that the planner enumerates for eight devices, whatever their memory."""
+    setting = setting_of(cluster_of_devices(find_device("MI250 GCD"), WORKERS))
+    tables = candidate_tables(setting.roofline, setting.cluster, training_of(family), Restrictions())
+    return tuple(table.plan(row) for table in tables for row in range(len(table)))
+
+
+def plan_of(family, text):
+    """The plan that a text describes."""
+    return parse_plan(text, training_of(family), WORKERS)
+
+
+def build_model(family):
+    """A model in float64 in which no parameter is 0 or 1, the same in each process."""
+    settings = {key: value for key, value in MODELS[family].items() if key != "model_type"}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings)).double()
+    model.loss_type = "ForCausalLM"
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model.train()
+
+
+def batch(number):
+    """Rows of different lengths, padded on the right, one of them on the left; the labels of each row begin behind a prompt of
+    its own length, and one row has none.
+
+    The last batch of an epoch, the fifth, is smaller in both directions.
+    """
+    rows, length = (BATCH - 1, LENGTH - 3) if number == 5 else (BATCH, LENGTH)
+    generator = torch.Generator().manual_seed(number)
+
+    def draw(low, high, *shape):
+        return torch.randint(low, high, shape, generator=generator)
+
+    ids, lengths, prompts = draw(0, VOCABULARY, rows, length), draw(5, length + 1, rows, 1), draw(1, 4, rows, 1)
+    places = torch.arange(length)[None]
+    places = torch.where(torch.arange(rows)[:, None] == 1, places - length + lengths, places)
+    mask = ((places >= 0) & (places < lengths)).long()
+    labels = ids.masked_fill((mask == 0) | (places < prompts), -100)
+    labels[number % rows] = -100
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def evaluation_batch():
+    """Fewer rows than ranks, of a length that the tensor-parallel ranks cannot divide."""
+    return {name: tensor[:3] for name, tensor in batch(5).items()}

@@ -1,0 +1,179 @@
+"""One plan on all workers, and how far its training is from that of a single process."""
+
+import gc
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from moreh.planner.plan import Plan
+from moreh.planner.plan_text import plan_text
+from moreh.runtime import divided_models
+from moreh.runtime.layout import boxes
+from moreh.runtime.parallel_model import local_tensor
+from tests.plan_cases import STEPS, WORKERS
+from tests.plan_faults import FAULTS
+from tests.plan_training import Curves, new_model, reference, train
+from tests.workers import run_on_workers
+
+TOLERANCE = 1e-9
+TIMEOUT_S = 120
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a rank holds of a parameter: the boxes `[box, dimension, 2]` of the whole tensor and, concatenated along `dim`, the
+    first step's gradient there and the weights in the end. `steps` is AdamW's count.
+    """
+
+    boxes: list
+    dim: int
+    gradient: np.ndarray | None
+    weight: np.ndarray
+    steps: float
+
+
+@dataclass(frozen=True)
+class RankResult:
+    curves: Curves
+    parts: dict[str, Part]
+    seconds: float
+
+
+def train_with_plan(family: str, plan: Plan, fault: str | None, steps: int) -> RankResult:
+    """On each rank: the script's training on a model that is divided as the plan says."""
+    started = time.perf_counter()
+    divided_models.prepare_for_division()
+    made = []
+    try:
+        with FAULTS[fault]():
+            done = train(new_model(family), lambda model: made.append(divided_models.divide(model, plan)), steps)
+        model = made[0].model
+        mesh = model.mesh
+        place = mesh.rank("tensor"), plan.tensor, mesh.rank("data"), plan.data
+        parts = {}
+        for name, parameter in model.shown.items():
+            layout, gradient = model.layouts[name], done.gradients[name]
+            state = done.optimizer.state.get(parameter, {})
+            parts[name] = Part(
+                boxes=boxes(layout, *place),
+                dim=0 if layout.division is None else layout.division.dim,
+                gradient=None if gradient is None else local_tensor(gradient).numpy(),
+                weight=local_tensor(parameter.detach()).numpy(),
+                steps=float(state.get("step", 0)),
+            )
+        return RankResult(done.curves, parts, time.perf_counter() - started)
+    finally:
+        # Hundreds of models go through a process; no script divides more than a few.
+        divided_models._divided.clear()
+        gc.collect()
+
+
+@dataclass(frozen=True)
+class Differences:
+    """The worst relative differences, of numbers to themselves and of elements to the largest of their tensor.
+
+    `replicas` is between ranks that hold the same elements.
+    """
+
+    losses: float
+    norms: float
+    evaluation: float
+    logits: float
+    gradients: float
+    weights: float
+    replicas: float
+
+    @property
+    def worst(self) -> float:
+        return max(vars(self).values())
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What came out for a plan: the differences, everything that is wrong (empty if nothing is), and the seconds it took."""
+
+    text: str
+    differences: Differences | None
+    problems: tuple[str, ...]
+    seconds: float
+
+
+def verify(family, plan, fault=None, steps=STEPS):
+    """Run a plan and compare it. A plan that fails or hangs gives a verdict too."""
+    started = time.perf_counter()
+    text = f"{family}: {plan_text(plan)}"
+    try:
+        (ranks,) = run_on_workers(train_with_plan, [(family, plan, fault, steps)], size=WORKERS, timeout=TIMEOUT_S)
+    except AssertionError as error:
+        return Verdict(text, None, (str(error),), time.perf_counter() - started)
+    differences, problems = compare(ranks, reference(family, steps), steps)
+    return Verdict(text, differences, tuple(problems), time.perf_counter() - started)
+
+
+def compare(ranks, expected, steps):
+    """The differences between what the ranks have together and the reference, and what is wrong."""
+    problems = []
+    weights, weight_replicas = _assemble(ranks, expected.weights, lambda part: part.weight)
+    gradients, gradient_replicas = _assemble(ranks, expected.gradients, lambda part: part.gradient)
+    for rank, result in enumerate(ranks):
+        for name, part in result.parts.items():
+            if part.gradient is None:
+                problems.append(f"rank {rank}: {name} has no gradient")
+            if part.steps != steps:
+                problems.append(f"rank {rank}: AdamW has made {part.steps:g} steps with {name}")
+    named = {
+        "losses": _curves(ranks, expected, "losses"),
+        "norms": _curves(ranks, expected, "norms"),
+        "evaluation": _curves(ranks, expected, "evaluation"),
+        "logits": {f"of rank {rank}": _distance(r.curves.logits, expected.curves.logits) for rank, r in enumerate(ranks)},
+        "gradients": {name: _distance(gradients[name], expected.gradients[name]) for name in gradients},
+        "weights": {name: _distance(weights[name], expected.weights[name]) for name in weights},
+        "replicas": {**weight_replicas, **{f"gradient of {name}": value for name, value in gradient_replicas.items()}},
+    }
+    for kind, found in named.items():
+        wrong = {name: value for name, value in found.items() if not value <= TOLERANCE}
+        for name, value in list(wrong.items())[:3]:
+            problems.append(f"{kind} {name}: {value:.1e}" + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""))
+    return Differences(**{kind: max(found.values()) for kind, found in named.items()}), problems
+
+
+def _curves(ranks, expected, kind):
+    """By rank, the worst relative difference of a curve."""
+    reference_values = np.atleast_1d(getattr(expected.curves, kind))
+    values = {rank: np.atleast_1d(getattr(result.curves, kind)) for rank, result in enumerate(ranks)}
+    return {f"of rank {rank}": _worst(np.abs(v / reference_values - 1)) for rank, v in values.items()}
+
+
+def _distance(actual, expected):
+    return _worst(np.abs(actual - expected)) / float(np.abs(expected).max())
+
+
+def _worst(differences):
+    """The largest; infinite where one is not a number."""
+    return float(np.nan_to_num(differences, nan=np.inf, posinf=np.inf).max(initial=0.0))
+
+
+def _assemble(ranks, expected, value_of):
+    """Whole tensors from the parts of all ranks, not a number where nobody holds an element; and by parameter, how far ranks
+    that hold the same elements are apart.
+    """
+    wholes = {name: np.full(tensor.shape, np.nan) for name, tensor in expected.items()}
+    apart = dict.fromkeys(expected, 0.0)
+    for result in ranks:
+        for name, part in result.parts.items():
+            value = value_of(part)
+            if value is None:
+                continue
+            position = 0
+            for box in part.boxes:
+                index = tuple(slice(start, stop) for start, stop in box)
+                length = box[part.dim][1] - box[part.dim][0]
+                piece = value.take(range(position, position + length), part.dim)
+                position += length
+                held = wholes[name][index]
+                scale = float(np.abs(expected[name]).max())
+                known = ~np.isnan(held)
+                apart[name] = max(apart[name], _worst(np.abs(held - piece)[known]) / scale)
+                wholes[name][index] = np.where(known, held, piece)
+    return wholes, apart
