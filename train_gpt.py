@@ -19,6 +19,7 @@ if __name__ == "__main__":
 import torch
 
 from utils.batches import batches_of_steps, evaluation_loader, labels_of, total_steps, training_loader
+from utils.checkpoint import Checkpoints
 from utils.config import Config
 from utils.dataset import prepare_data
 from utils.errors import UserError
@@ -78,14 +79,21 @@ def train(config: Config, log: RunLog) -> None:
             log.say(f"Sample:\n{tokenizer.decode(prompt_ids)}>>>\n{sample}")
         return eval_loss
 
-    log.begin()
-    first_eval_loss = eval_loss = evaluate_and_show(0)
-    log.step_done({"step": 0, "eval_loss": eval_loss})
+    # Begin, or go on after the last step of a checkpoint
+    checkpoints = Checkpoints(config, log.directory)
+    if checkpoints.to_resume is None:
+        log.begin()
+        done, first_eval_loss = 0, evaluate_and_show(0)
+        log.step_done({"step": 0, "eval_loss": first_eval_loss})
+    else:
+        done, first_eval_loss = checkpoints.resume(model, optim, scheduler, steps)
+        log.go_on(done)
+        log.say(f"[Step {done}/{steps}] | Resumed from {checkpoints.to_resume}")
     log.show_progress(steps)
     tokens_since_log, seconds_since_log = 0, 0.0
 
     start = time.perf_counter()
-    for step, batches in enumerate(batches_of_steps(loader, config.train.gradient_accumulation, steps), start=1):
+    for step, batches in enumerate(batches_of_steps(loader, config.train.gradient_accumulation, steps, done), start=done + 1):
         labels_of_batches = [labels_of(batch, config.data.loss_on) for batch in batches]
         label_tokens = sum(count_labels(labels) for labels in labels_of_batches)
 
@@ -139,9 +147,11 @@ def train(config: Config, log: RunLog) -> None:
         if step == steps or (config.log.eval_every_steps and step % config.log.eval_every_steps == 0):
             metrics["eval_loss"] = eval_loss = evaluate_and_show(step)
         log.step_done(metrics)
+        checkpoints.save_if_due(step, model, optim, scheduler, first_eval_loss)
         start = time.perf_counter()
 
     # Save the model and its tokenizer
+    checkpoints.wait()
     model.save_pretrained(log.directory / "model")
     if log.is_writer:
         tokenizer.save_pretrained(log.directory / "model")

@@ -15,7 +15,10 @@ from moreh.planner.prediction import setting_of
 
 WORKERS = 8
 BATCH, LENGTH = 8, 16
-STEPS, CALLS = 5, 2
+# The calls of the model in each step; with two of them, gradients are accumulated.
+CALLS = (2, 2, 1, 1, 1)
+# In the middle of an accumulation, as at the end of an epoch.
+SMALLER_BATCH = 3
 # No number of ranks divides it.
 VOCABULARY = 67
 
@@ -23,7 +26,7 @@ MODELS = {
     # Tied embeddings, query, key and value in one matrix, biases.
     "gpt2": {
         "model_type": "gpt2",
-        "n_layer": 6,
+        "n_layer": 5,
         "n_embd": 32,
         "n_head": 8,
         "n_positions": 24,
@@ -34,10 +37,10 @@ MODELS = {
         "embd_pdrop": 0.0,
         "attn_pdrop": 0.0,
     },
-    # Grouped-query attention; nine layers, which no pipeline divides evenly.
+    # Grouped-query attention, and layers for a pipeline of eight.
     "llama": {
         "model_type": "llama",
-        "num_hidden_layers": 9,
+        "num_hidden_layers": 8,
         "hidden_size": 32,
         "intermediate_size": 40,
         "num_attention_heads": 4,
@@ -57,16 +60,16 @@ def training_of(family):
 
 
 @functools.cache
-def all_plans(family):
-    """Every plan that the planner enumerates for eight devices, whatever their memory."""
-    setting = setting_of(cluster_of_devices(find_device("MI250 GCD"), WORKERS))
+def all_plans(family, workers=WORKERS):
+    """Every plan that the planner enumerates for so many devices, whatever their memory."""
+    setting = setting_of(cluster_of_devices(find_device("MI250 GCD"), workers))
     tables = candidate_tables(setting.roofline, setting.cluster, training_of(family), Restrictions())
     return tuple(table.plan(row) for table in tables for row in range(len(table)))
 
 
-def plan_of(family, text):
+def plan_of(family, text, workers=WORKERS):
     """The plan that a text describes."""
-    return parse_plan(text, training_of(family), WORKERS)
+    return parse_plan(text, training_of(family), workers)
 
 
 def build_model(family):
@@ -84,10 +87,8 @@ def build_model(family):
 def batch(number):
     """Rows of different lengths, padded on the right, one of them on the left; the labels of each row begin behind a prompt of
     its own length, and one row has none.
-
-    The last batch of an epoch, the fifth, is smaller in both directions.
     """
-    rows, length = (BATCH - 1, LENGTH - 3) if number == 5 else (BATCH, LENGTH)
+    rows, length = (BATCH - 1, LENGTH - 3) if number == SMALLER_BATCH else (BATCH, LENGTH)
     generator = torch.Generator().manual_seed(number)
 
     def draw(low, high, *shape):
@@ -104,4 +105,4 @@ def batch(number):
 
 def evaluation_batch():
     """Fewer rows than ranks, of a length that the tensor-parallel ranks cannot divide."""
-    return {name: tensor[:3] for name, tensor in batch(5).items()}
+    return {name: tensor[:3] for name, tensor in batch(SMALLER_BATCH).items()}

@@ -1,6 +1,5 @@
 """One plan on all workers, and how far its training is from that of a single process."""
 
-import gc
 import time
 from dataclasses import dataclass
 
@@ -11,13 +10,14 @@ from moreh.planner.plan_text import plan_text
 from moreh.runtime import divided_models
 from moreh.runtime.layout import boxes
 from moreh.runtime.parallel_model import local_tensor
-from tests.plan_cases import STEPS, WORKERS
+from tests.plan_cases import CALLS
 from tests.plan_faults import FAULTS
-from tests.plan_training import Curves, new_model, reference, train
+from tests.plan_training import Curves, base_model, new_model, reference, train
 from tests.workers import run_on_workers
 
 TOLERANCE = 1e-9
-TIMEOUT_S = 120
+# Until a plan that does not end is given up, and until the processes have been started. A machine may be busy with other things.
+TIMEOUT_S, START_TIMEOUT_S = 300, 600
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,18 @@ class Part:
 class RankResult:
     curves: Curves
     parts: dict[str, Part]
-    seconds: float
+    processor_s: float
+
+
+def get_ready(family):
+    """On each rank, once for all plans: what takes seconds."""
+    divided_models.prepare_for_division()
+    base_model(family)
 
 
 def train_with_plan(family: str, plan: Plan, fault: str | None, steps: int) -> RankResult:
     """On each rank: the script's training on a model that is divided as the plan says."""
-    started = time.perf_counter()
-    divided_models.prepare_for_division()
+    started = time.process_time()
     made = []
     try:
         with FAULTS[fault]():
@@ -62,11 +67,10 @@ def train_with_plan(family: str, plan: Plan, fault: str | None, steps: int) -> R
                 weight=local_tensor(parameter.detach()).numpy(),
                 steps=float(state.get("step", 0)),
             )
-        return RankResult(done.curves, parts, time.perf_counter() - started)
+        return RankResult(done.curves, parts, time.process_time() - started)
     finally:
         # Hundreds of models go through a process; no script divides more than a few.
         divided_models._divided.clear()
-        gc.collect()
 
 
 @dataclass(frozen=True)
@@ -91,24 +95,33 @@ class Differences:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What came out for a plan: the differences, everything that is wrong (empty if nothing is), and the seconds it took."""
+    """What came out for a plan: the differences, all that is wrong (empty if nothing is), and its seconds, as well on all
+    processors together.
+    """
 
-    text: str
+    family: str
+    plan: Plan
     differences: Differences | None
     problems: tuple[str, ...]
-    seconds: float
+    seconds: float = 0.0
+    processor_s: float = 0.0
+
+    @property
+    def text(self) -> str:
+        return f"{self.family}: {plan_text(self.plan)}"
 
 
-def verify(family, plan, fault=None, steps=STEPS):
+def verify(family, plan, fault=None, steps=len(CALLS)):
     """Run a plan and compare it. A plan that fails or hangs gives a verdict too."""
+    run_on_workers(get_ready, [(family,)], size=plan.devices, timeout=START_TIMEOUT_S)
     started = time.perf_counter()
-    text = f"{family}: {plan_text(plan)}"
     try:
-        (ranks,) = run_on_workers(train_with_plan, [(family, plan, fault, steps)], size=WORKERS, timeout=TIMEOUT_S)
+        (ranks,) = run_on_workers(train_with_plan, [(family, plan, fault, steps)], size=plan.devices, timeout=TIMEOUT_S)
     except AssertionError as error:
-        return Verdict(text, None, (str(error),), time.perf_counter() - started)
+        return Verdict(family, plan, None, (str(error),), time.perf_counter() - started)
+    seconds = time.perf_counter() - started
     differences, problems = compare(ranks, reference(family, steps), steps)
-    return Verdict(text, differences, tuple(problems), time.perf_counter() - started)
+    return Verdict(family, plan, differences, tuple(problems), seconds, sum(rank.processor_s for rank in ranks))
 
 
 def compare(ranks, expected, steps):

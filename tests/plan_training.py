@@ -2,20 +2,21 @@
 
 import copy
 import functools
+import itertools
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 from tests.float64 import exact_float64
-from tests.plan_cases import CALLS, STEPS, batch, build_model, evaluation_batch
+from tests.plan_cases import CALLS, batch, build_model, evaluation_batch
 
 MAX_NORM = 0.5
 # Adam divides each gradient by its own size: what is mathematically 0, as the gradients of keys' biases are, would become
 # weights made of rounding with the usual 1e-8.
 EPSILON = 1e-6
 # In the middle of the training: weights that an evaluation has gathered must not be those of the next step.
-EVALUATED_STEP = 2
+EVALUATED_STEP = 1
 
 
 @dataclass
@@ -38,8 +39,9 @@ class Training:
     optimizer: torch.optim.Optimizer
 
 
-def train(model, prepare=lambda model: None, steps=STEPS):
+def train(model, prepare=lambda model: None, steps=len(CALLS)):
     """Train a model. `prepare` is called with it when the optimizer has been made."""
+    numbers = itertools.count()
     curves = Curves()
     gradients = {}
     with exact_float64():
@@ -47,10 +49,10 @@ def train(model, prepare=lambda model: None, steps=STEPS):
         prepare(model)
         for step in range(steps):
             total = 0.0
-            for call in range(CALLS):
-                loss = model(**batch(step * CALLS + call), use_cache=False).loss
-                (loss / CALLS).backward()
-                total += loss.item() / CALLS
+            for _ in range(CALLS[step]):
+                loss = model(**batch(next(numbers)), use_cache=False).loss
+                (loss / CALLS[step]).backward()
+                total += loss.item() / CALLS[step]
             if step == 0:
                 gradients = {name: _copy(parameter.grad) for name, parameter in model.named_parameters()}
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
@@ -58,7 +60,7 @@ def train(model, prepare=lambda model: None, steps=STEPS):
             model.zero_grad()
             curves.losses.append(total)
             curves.norms.append(float(norm))
-            if step == min(EVALUATED_STEP, steps - 1):
+            if step == EVALUATED_STEP:
                 _evaluate(model, curves)
     return Training(curves, gradients, model, optimizer)
 
@@ -97,7 +99,7 @@ class Reference:
 
 
 @functools.cache
-def reference(family, steps=STEPS):
+def reference(family, steps=len(CALLS)):
     """The plain loop of transformers in this process."""
     done = train(new_model(family), steps=steps)
     # A test of clipping clips.

@@ -35,7 +35,7 @@ CHANGES = {
     ],
     "gemma2": [HEADS | {"query_pre_attn_scalar": 12}],
     "gpt2": [{}, {"attn_implementation": "eager", "tie_word_embeddings": False}],
-    "gpt_neo": [{"attention_types": [[["global", "local"], 1]], "num_layers": 2}],
+    "gpt_neo": [{"attention_types": [[["global", "local"], 1]], "num_hidden_layers": 2}],
     "gptj": [{"rotary_dim": 8}],
     "helium": [HEADS | {"head_dim": 12}],
     "hunyuan_v1_dense": [HEADS | {"head_dim": 12}],
@@ -134,7 +134,7 @@ REFUSED = {
     "gpt_bigcode": ({}, "model_type is 'gpt_bigcode'"),
     "falcon": ({}, "FalconForCausalLM has 1 key-value heads, which 2 tensor-parallel ranks cannot divide: use a divisor of 1"),
     "codegen": ({"rotary_dim": 4}, "CodeGenForCausalLM has 1 attention heads in each of its 4 groups"),
-    "llama": ({"num_attention_heads": 3}, "LlamaForCausalLM has 3 attention heads, which 2 tensor-parallel ranks"),
+    "llama": ({"num_attention_heads": 1}, "LlamaForCausalLM has 1 attention heads, which 2 tensor-parallel ranks"),
     "stablelm": ({"qk_layernorm": True}, "layers.0.self_attn.q_layernorm.norms.0.weight"),
     "bloom": ({"slow_but_exact": True, "pretraining_tp": 2}, "slow_but_exact"),
     "gpt2": ({"add_cross_attention": True}, "crossattention.c_attn.weight is a matrix that the tensor-parallel rules"),
@@ -153,10 +153,10 @@ def test_what_cannot_be_right_is_refused_with_the_reason(family):
 
 def test_the_largest_size_divides_query_and_key_value_heads():
     sizes = {}
-    for heads, key_value_heads in ((12, 12), (12, 4), (12, 6), (7, 7), (8, 1)):
+    for heads, key_value_heads in ((12, 12), (12, 4), (12, 6), (3, 3), (8, 1)):
         config = tiny_config_of("llama", {"num_attention_heads": heads, "num_key_value_heads": key_value_heads, "head_dim": 8})
         sizes[heads, key_value_heads] = largest_tensor_size(build(config, device="meta"))
-    assert sizes == {(12, 12): 12, (12, 4): 4, (12, 6): 6, (7, 7): 7, (8, 1): 1}
+    assert sizes == {(12, 12): 12, (12, 4): 4, (12, 6): 6, (3, 3): 3, (8, 1): 1}
 
 
 def test_division_of_gpt2_from_a_model_without_weights():

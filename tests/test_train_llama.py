@@ -67,8 +67,15 @@ def test_llama_learns_to_summarize(tiny_config, tmp_path, read_metrics, capsys):
     assert len(re.findall(sample, said, re.M | re.S)) == 2
 
 
+@pytest.fixture
+def no_workers_variable(monkeypatch):
+    """The variable is not set, and what a test makes of it is undone."""
+    monkeypatch.setenv(WORKERS_VARIABLE, "")
+    monkeypatch.delenv(WORKERS_VARIABLE)
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_process_that_starts_workers_leaves_nothing(script, tiny_config, tmp_path, monkeypatch):
+def test_process_that_starts_workers_leaves_nothing(script, tiny_config, tmp_path, monkeypatch, no_workers_variable):
     """The hook never returns in it."""
     workers = []
 
@@ -77,17 +84,15 @@ def test_process_that_starts_workers_leaves_nothing(script, tiny_config, tmp_pat
         raise SystemExit(0)
 
     monkeypatch.setattr(torch.moreh.option, "enable_advanced_parallelization", hook)
-    monkeypatch.delenv(WORKERS_VARIABLE, raising=False)
     before = sorted(tmp_path.rglob("*"))
     settings = ["accelerator={workers: 3, advanced_parallelization: {}}", "run.tensorboard=true"]
     with pytest.raises(SystemExit):
         script.main(load_config(str(tiny_config), settings))
     assert workers == ["3"]
     assert sorted(tmp_path.rglob("*")) == before
-    monkeypatch.delenv(WORKERS_VARIABLE)
 
 
-def test_workers_of_the_environment_go_before_those_of_the_settings(tiny_config, monkeypatch):
+def test_workers_of_the_environment_go_before_those_of_the_settings(tiny_config, monkeypatch, no_workers_variable):
     monkeypatch.setenv(WORKERS_VARIABLE, "5")
     prepare_accelerator(load_config(str(tiny_config), ["accelerator={workers: 3}"]).accelerator)
     assert os.environ[WORKERS_VARIABLE] == "5"
@@ -175,3 +180,18 @@ def test_hook_and_plan_of_the_llama_script(run, tiny_config, tmp_path):
     for text in (finished.stdout, log):
         assert text.count("[info] MoAI Accelerator is ready to use.\n") == 1
         assert text.count("[info] Configuration for parallelism is selected.\n") == 1
+
+
+def test_workers_of_the_settings_give_the_run_of_one(run, tiny_config, tmp_path, read_metrics):
+    for workers in (1, 2):
+        options = f"accelerator={{workers: {workers}, advanced_parallelization: {{mixed_precision: false}}}}"
+        name = f"run.name=workers-{workers}"
+        finished = run(sys.executable, "train_llama3_70b.py", "--config", tiny_config, *SETTINGS, options, name)
+        assert finished.returncode == 0, finished.stderr
+        assert finished.stdout.count("[Step 4/4] | Held-out loss: ") == 1
+        assert ("2 workers carry out the plan" in finished.stdout) == (workers == 2)
+    one, two = (read_metrics(tmp_path / "runs" / f"workers-{workers}") for workers in (1, 2))
+    for key in ("loss", "eval_loss", "grad_norm"):
+        assert [line[key] for line in two if key in line] == pytest.approx([line[key] for line in one if key in line], rel=1e-4)
+    names = [sorted(p.name for p in (tmp_path / "runs" / f"workers-{workers}" / "model").iterdir()) for workers in (1, 2)]
+    assert names[0] == names[1]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 from moreh.errors import OptionError, WorkerError
@@ -23,16 +24,13 @@ from .workers import run_on_workers
 @contextlib.contextmanager
 def weights_on_disk():
     """from_pretrained as in one of several workers."""
-    before = dict(vars(PreTrainedModel))
+    load, load_files = vars(PreTrainedModel)["from_pretrained"], vars(PreTrainedModel)["_load_pretrained_model"]
+    apply = nn.Module._apply
     keep_weights_on_disk()
     try:
         yield
     finally:
-        for name in vars(PreTrainedModel).keys() - before.keys():
-            delattr(PreTrainedModel, name)
-        for name, value in before.items():
-            if vars(PreTrainedModel)[name] is not value:
-                setattr(PreTrainedModel, name, value)
+        PreTrainedModel.from_pretrained, PreTrainedModel._load_pretrained_model, nn.Module._apply = load, load_files, apply
 
 
 @pytest.fixture
@@ -154,6 +152,26 @@ def test_moves_are_ignored_and_casts_remembered(tmp_path, on_disk):
         assert {name: parameter.data_ptr() for name, parameter in model.named_parameters()} == before
     take_local_parts(model, {}, None)
     assert model.half().dtype == torch.float16
+
+
+def test_a_model_inside_another_module_is_left_alone_too(tmp_path, on_disk):
+    write_checkpoint(tmp_path, "llama", torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    before = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
+    outer = nn.ModuleDict({"model": model, "head": nn.Linear(3, 4)})
+    assert set(wanted_dtypes(outer.cuda()).values()) == {torch.float32}
+    outer.to(torch.float16)
+    assert outer["head"].weight.dtype == torch.float16
+    assert set(wanted_dtypes(outer).values()) == {torch.float16}
+    assert {name: parameter.data_ptr() for name, parameter in model.named_parameters()} == before
+    # Adapters give weights other names; resized embeddings are other parameters.
+    attention = model.model.layers[0].self_attn
+    attention.q_proj = nn.Sequential(attention.q_proj)
+    model.resize_token_embeddings(40)
+    assert model.lm_head.weight.dtype == torch.bfloat16
+    assert set(wanted_dtypes(outer).values()) == {torch.float16}
+    take_local_parts(outer, {}, None)
+    assert {parameter.dtype for parameter in outer.double().parameters()} == {torch.float64}
 
 
 @pytest.mark.parametrize("setting", [{"device_map": "auto"}, {"device_map": {"": 0}}, {"tp_plan": "auto"}])

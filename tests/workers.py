@@ -42,7 +42,9 @@ class _Pool:
     def __init__(self, size):
         self.directory = tempfile.mkdtemp(prefix="moreh-workers-")
         self.usable = True
-        context = multiprocessing.get_context("spawn")
+        # One process imports, the others are its copies.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch.distributed", "transformers.modeling_utils", "transformers.generation"])
         self.processes, self.connections = [], []
         for rank in range(size):
             ours, theirs = context.Pipe()

@@ -6,7 +6,7 @@ from typing import Any
 
 import datasets
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 
 from utils.config import Config
 from utils.errors import UserError
@@ -14,6 +14,33 @@ from utils.masks import IGNORED, mask_prompts
 
 # input_ids and attention_mask [batch, sequence] int64, prompt_lengths [batch] int64, places: the rows in the source.
 Batch = dict[str, Any]
+
+
+class ShuffledBatches(Sampler[list[int]]):
+    """The rows of each batch, shuffled anew for each epoch in an order that only the seed and the epoch decide.
+
+    So a training that is resumed goes on with the batch after its last one.
+    """
+
+    def __init__(self, rows: int, batch_size: int, seed: int) -> None:
+        self._rows, self._batch_size, self._seed = rows, batch_size, seed
+        self._epoch = self._first_batch = 0
+
+    def start_at(self, batch: int) -> None:
+        """Let the next pass begin with this batch, counted from the beginning of the training."""
+        self._epoch, self._first_batch = divmod(batch, len(self))
+
+    def __len__(self) -> int:
+        return self._rows // self._batch_size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        generator = torch.Generator().manual_seed(self._seed)
+        for _ in range(self._epoch + 1):
+            order = torch.randperm(self._rows, generator=generator).tolist()
+        first, self._first_batch = self._first_batch, 0
+        self._epoch += 1
+        for batch in range(first, len(self)):
+            yield order[batch * self._batch_size : (batch + 1) * self._batch_size]
 
 
 def training_loader(rows: datasets.Dataset, tokenizer: Any, config: Config) -> DataLoader[Batch]:
@@ -26,12 +53,10 @@ def training_loader(rows: datasets.Dataset, tokenizer: Any, config: Config) -> D
         raise UserError(f"train.batch_size: a batch takes {config.train.batch_size} rows, but there are {len(rows)}")
     return DataLoader(
         rows,
-        batch_size=config.train.batch_size,
-        shuffle=True,
-        drop_last=True,
+        batch_sampler=ShuffledBatches(len(rows), config.train.batch_size, config.train.seed),
         collate_fn=partial(pad_rows, tokenizer=tokenizer, length=config.data.max_length),
         num_workers=config.train.loader_workers,
-        generator=torch.Generator().manual_seed(config.train.seed),
+        generator=torch.Generator(),  # every pass over a loader draws a number, which must not come from the script's
         pin_memory=True,
     )
 
@@ -84,10 +109,12 @@ def total_steps(loader: DataLoader[Batch], config: Config) -> int:
     return steps
 
 
-def batches_of_steps(loader: DataLoader[Batch], batches_per_step: int, steps: int) -> Iterator[list[Batch]]:
-    """For each step the batches whose gradients it sums, going through the data as often as it takes."""
+def batches_of_steps(loader: DataLoader[Batch], batches_per_step: int, steps: int, done: int = 0) -> Iterator[list[Batch]]:
+    """For each step after the first `done` the batches whose gradients it sums, going through the data as often as it takes."""
+    assert isinstance(loader.batch_sampler, ShuffledBatches)
+    loader.batch_sampler.start_at(done * batches_per_step)
     batches = iter(loader)
-    for _ in range(steps):
+    for _ in range(done, steps):
         step: list[Batch] = []
         while len(step) < batches_per_step:
             batch = next(batches, None)

@@ -226,6 +226,18 @@ class TrainSection(Section):
         return self
 
 
+class CheckpointSection(Section):
+    """States of the training, from which `--resume` goes on."""
+
+    every_steps: Positive | None = None
+    """Write one every so many steps; null: only when the run is stopped by SIGTERM."""
+    keep_last: Positive = 2
+    """Older ones are removed."""
+    resume: NonEmpty | None = None
+    """Go on from a checkpoint, as --resume: the directory of a run or of one of its checkpoints; auto is the last one of
+    this run, or a new start if it has none."""
+
+
 class LogSection(Section):
     """What is told while the run goes on."""
 
@@ -248,6 +260,7 @@ class Config(Section):
     tokenizer: TokenizerSection = TokenizerSection()
     data: DataSection
     train: TrainSection
+    checkpoint: CheckpointSection = CheckpointSection()
     log: LogSection = LogSection()
 
     @model_validator(mode="after")

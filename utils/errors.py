@@ -14,3 +14,7 @@ class UserError(Exception):
     def __init__(self, problems: str | Sequence[str]) -> None:
         self.problems = [problems] if isinstance(problems, str) else list(problems)
         super().__init__("\n".join(self.problems))
+
+
+class Stopped(Exception):
+    """The run was asked to end, and has saved what it takes to go on."""

@@ -7,12 +7,13 @@ from collections.abc import Callable
 from moreh.errors import MorehError
 from utils.config import Config
 from utils.config_file import load_config
-from utils.errors import UserError
+from utils.errors import Stopped, UserError
 from utils.plan_only import print_plan
 
 PLAN_ONLY = "--plan-only"
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
 
 
 def plan_if_asked(default_config: str) -> None:
@@ -29,11 +30,13 @@ def run_script(train: Callable[[Config], None], description: str, default_config
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--config", default=default_config, metavar="FILE", help="settings, by default %(default)s")
     parser.add_argument(PLAN_ONLY, action="store_true", help="print how the accelerator would run it, and end")
+    parser.add_argument("--resume", metavar="CHECKPOINT", help="go on from a checkpoint: auto, or its directory or its run's")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_argument("overrides", nargs="*", metavar="SECTION.KEY=VALUE", help="settings that replace the file's")
     arguments = parser.parse_args()
+    overrides = arguments.overrides + ([f"checkpoint.resume={arguments.resume}"] if arguments.resume else [])
     program = print_plan if arguments.plan_only else train
-    return exit_code_of(lambda: program(load_config(arguments.config, arguments.overrides)), debug=arguments.debug)
+    return exit_code_of(lambda: program(load_config(arguments.config, overrides)), debug=arguments.debug)
 
 
 def exit_code_of(program: Callable[[], None], *, debug: bool) -> int:
@@ -46,6 +49,9 @@ def exit_code_of(program: Callable[[], None], *, debug: bool) -> int:
         for problem in str(error).splitlines():
             print(f"error: {problem}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except Stopped as stop:
+        print(stop, file=sys.stderr)
+        return EXIT_TERMINATED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED

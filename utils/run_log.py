@@ -4,6 +4,7 @@ import importlib.util
 import json
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -61,14 +62,16 @@ class RunLog:
         Raises:
             UserError: it cannot be made, or another run of the same name is writing it.
         """
-        if not self.is_writer:
-            return
+        if self.is_writer:
+            self._open(lambda: _make_directory(self.directory))
+
+    def _open(self, prepare: Callable[[], object]) -> None:
         try:
             self.directory.parent.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
-            _make_directory(self.directory)
+            prepare()
             save_config(self._config, self.directory / "config.yaml")
-            self._metrics = (self.directory / "metrics.jsonl").open("w", encoding="utf-8")
+            self._metrics = (self.directory / "metrics.jsonl").open("a", encoding="utf-8")
             self._lines.write_to(self.directory / "train.log")
         except Timeout:
             raise UserError(f"run.name: another run is writing {self.directory}: choose another run.name") from None
@@ -78,6 +81,21 @@ class RunLog:
             from torch.utils.tensorboard import SummaryWriter
 
             self._tensorboard = SummaryWriter(str(self.directory / "tensorboard"))
+
+    def go_on(self, done: int) -> None:
+        """Write on in the directory of the run after so many steps, or make one if there is none.
+
+        Raises:
+            UserError: as `begin`.
+        """
+        if not self.is_writer or not self.directory.exists():
+            self.begin()
+            return
+        # What came after the checkpoint is done again.
+        metrics = self.directory / "metrics.jsonl"
+        lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True) if metrics.exists() else []
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= done]
+        self._open(lambda: metrics.write_text("".join(kept), encoding="utf-8"))
 
     def __enter__(self) -> Self:
         return self

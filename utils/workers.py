@@ -28,6 +28,17 @@ def prepare_accelerator(settings: AcceleratorSection) -> None:
         switch_model(str(settings.model))
 
 
+def any_worker(condition: bool) -> bool:
+    """Whether a condition holds on any worker; all must ask at the same places."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return condition
+    device = "cuda" if torch.cuda.is_available() and distributed.get_backend() == "nccl" else "cpu"
+    holds = torch.tensor(int(condition), device=device)
+    distributed.all_reduce(holds, op=distributed.ReduceOp.MAX)
+    return bool(holds)
+
+
 def rank() -> int:
     """The number of this process among the workers of the run; 0 where it is the only one."""
     distributed = torch.distributed

@@ -1,5 +1,6 @@
 """The models of a script that are divided over the workers: they are called, clipped and optimized as if they were whole."""
 
+import weakref
 from typing import Any
 
 import torch
@@ -11,12 +12,12 @@ from moreh.planner.plan import Plan
 from moreh.runtime.gradients import total_norm
 from moreh.runtime.model_methods import replace_methods
 from moreh.runtime.parallel_model import local_tensor
-from moreh.runtime.script_face import exchange_parameters, replace_total_norm, watch_optimizers
+from moreh.runtime.script_face import exchange_parameters, look_at_optimizers, replace_total_norm, watch_optimizers
 from moreh.runtime.worker_model import WorkerModel
 
 _KEY = "_moreh_worker_model"
 _PART = "_moreh_part_of_divided_model"
-_divided: list[WorkerModel] = []
+_divided: weakref.WeakSet[WorkerModel] = weakref.WeakSet()
 _ready = False
 
 
@@ -25,7 +26,7 @@ def prepare_for_division() -> None:
     global _ready
     if not _ready:
         _ready = True
-        watch_optimizers()
+        watch_optimizers(_refuse)
         replace_total_norm(_norm_of)
         run_instead_of_model_calls(call_divided)
 
@@ -36,12 +37,31 @@ def divide(root: nn.Module, plan: Plan) -> WorkerModel:
     worker_model = WorkerModel(root, plan)
     now = dict(root.named_parameters())
     exchange_parameters({id(p): now[name] for name, p in originals.items()}, list(originals.values()))
+    look_at_optimizers()
+    _divided.add(worker_model)
     replace_methods(worker_model.model)
     root.__dict__[_KEY] = worker_model
     for module in root.modules():
         module.__dict__[_PART] = True
-    _divided.append(worker_model)
     return worker_model
+
+
+def _refuse(optimizer: torch.optim.Optimizer) -> None:
+    """Raise OptionError for an optimizer that would be wrong on the parts of a model: those of torch that see more than
+    elements. Adafactor's means of rows and columns are not implemented for distributed tensors; L-BFGS takes products of all parameters
+    together, of which a stage has its own only.
+    """
+    if not isinstance(optimizer, torch.optim.LBFGS | torch.optim.Adafactor):
+        return
+    own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    models = [w.model for w in _divided if any(id(parameter) in own for parameter in w.model.shown.values())]
+    divided = any(model.plan.tensor > 1 or model.sharded for model in models)
+    if isinstance(optimizer, torch.optim.LBFGS) and (divided or any(model.plan.pipeline > 1 for model in models)):
+        raise OptionError("LBFGS looks at all parameters together, which are divided over workers: use AdamW or SGD")
+    if isinstance(optimizer, torch.optim.Adafactor) and divided:
+        raise OptionError(
+            "Adafactor looks at rows and columns of matrices that are divided over workers, which torch's cannot: use AdamW or SGD"
+        )
 
 
 def worker_model_of(root: nn.Module) -> WorkerModel | None:

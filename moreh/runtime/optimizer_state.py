@@ -32,9 +32,9 @@ def _is_divided(layout: Layout, mesh: Mesh | None) -> bool:
 
 def _refusal(optimizer: str, name: str, key: str, size: tuple[int, ...]) -> CheckpointError:
     return CheckpointError(
-        f"{optimizer} keeps '{key}' of {name} as a tensor {list(size)}, which cannot be cut as the parameter is. While parameters "
-        "are divided over workers, checkpoints of a training need an optimizer whose state has the parameters' shapes, such as "
-        "AdamW; or train without tensor parallelism and sharding (pipeline and data parallelism may stay)."
+        f"{optimizer} keeps '{key}' of {name} as a tensor {list(size)}, which cannot be cut as the parameter is. While "
+        "parameters are divided over workers, checkpoints of a training need an optimizer whose state has the parameters' "
+        "shapes, such as AdamW; or train without tensor parallelism and sharding (pipeline and data parallelism may stay)."
     )
 
 
@@ -61,7 +61,7 @@ def optimizer_to_save(
                 stored[f"{name}/{_VALUE}{key}"] = stored_value(value, f"'{key}' of {name} in {kind}")
                 continue
             local = (value.to_local() if isinstance(value, DTensor) else value).detach()
-            if tuple(value.shape) in {layout.shape, local_shape(layout, mesh)} and local.shape == local_shape(layout, mesh):
+            if value.shape == parameter.shape and local.shape == local_shape(layout, mesh):
                 stored[f"{name}/{key}"] = stored_part(layout, local, mesh)
             elif value.dim() == 0 or not _is_divided(layout, mesh):
                 stored[f"{name}/{key}"] = stored_whole(local)
@@ -86,8 +86,8 @@ def check_groups(optimizer: Optimizer, names: Mapping[int, str], saved: list[dic
     kind, groups = type(optimizer).__name__, groups_of(optimizer, names)
     if len(groups) != len(saved):
         raise CheckpointError(
-            f"{kind} has {len(groups)} parameter groups, the checkpoint has {len(saved)}. Make the optimizer as in the training "
-            "that wrote the checkpoint."
+            f"{kind} has {len(groups)} parameter groups, the checkpoint has {len(saved)}. Make the optimizer as in the "
+            "training that wrote the checkpoint."
         )
     for number, (group, other) in enumerate(zip(groups, saved, strict=True)):
         different = set(group["names"]) - set(other["names"])
@@ -136,7 +136,7 @@ def state_to_fill(
 
 
 def _steps_on_device(group: Mapping[str, Any], key: str) -> bool:
-    """Whether a scalar is kept where its parameter is; torch keeps the count of steps on the processor unless it is captured."""
+    """Whether a scalar is kept where its parameter is: torch counts steps on the processor unless they are captured."""
     return key != "step" or bool(group.get("capturable") or group.get("fused"))
 
 

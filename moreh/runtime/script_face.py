@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
+_looking: list[Callable[[torch.optim.Optimizer], None]] = []
 _optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 
 
@@ -25,13 +26,16 @@ class _Replaced(nn.Parameter):
         return function(*args, **kwargs)
 
 
-def watch_optimizers() -> None:
-    """From now on know every optimizer that is made."""
+def watch_optimizers(look: Callable[[torch.optim.Optimizer], None]) -> None:
+    """From now on know every optimizer that is made, and let `look` see it, which may raise for one that cannot work."""
+    _looking.append(look)
     original: Any = torch.optim.Optimizer.__init__
 
     def initialize(self: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
         _optimizers.add(self)
+        for look in _looking:
+            look(self)
 
     torch.optim.Optimizer.__init__ = initialize  # type: ignore[method-assign]
 
@@ -53,9 +57,11 @@ def exchange_parameters(successors: dict[int, nn.Parameter], originals: list[nn.
             original.__class__ = _Replaced
 
 
-def optimizers_of(parameters: set[int]) -> list[torch.optim.Optimizer]:
-    """The optimizers that hold any of the parameters with these ids."""
-    return [o for o in _optimizers if any(id(p) in parameters for group in o.param_groups for p in group["params"])]
+def look_at_optimizers() -> None:
+    """Show the optimizers that there are to the function that looks at new ones."""
+    for optimizer in _optimizers:
+        for look in _looking:
+            look(optimizer)
 
 
 def replace_total_norm(norm_of: Callable[[list[torch.Tensor], float], torch.Tensor | None]) -> None:
@@ -73,7 +79,7 @@ def replace_total_norm(norm_of: Callable[[list[torch.Tensor], float], torch.Tens
         listed = [tensors] if isinstance(tensors, torch.Tensor) else list(tensors)
         norm = norm_of(listed, float(norm_type))
         if norm is None:
-            return original(listed, norm_type, error_if_nonfinite, foreach)  # type: ignore[no-any-return]
+            return original(listed, norm_type, error_if_nonfinite, foreach)
         if error_if_nonfinite and not torch.isfinite(norm):
             raise RuntimeError(
                 f"The total norm of order {norm_type} for gradients from `parameters` is non-finite, so it cannot be clipped. "

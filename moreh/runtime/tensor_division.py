@@ -140,13 +140,20 @@ def _divide_region(
         divisions[id(weight)] = Division(0, (weight.shape[0],))
     summed = {id(row.bias)} if row.bias is not None else set()
     shared: set[int] = set()
-    for parameter in layer.get_submodule(region.entry).parameters():
+    for name, parameter in layer.get_submodule(region.entry).named_parameters():
         shape = tuple(parameter.shape)
         if id(parameter) in divisions or id(parameter) in summed:
             continue
-        if (region.attention and shape == (heads.size,)) or parameter.numel() == 1:
+        # A norm for each head in a list would be used for other heads than its own.
+        listed = any(part.isdigit() for part in name.split("."))
+        if not listed and ((region.attention and shape == (heads.size,)) or shape in ((), (1,))):
             shared.add(id(parameter))
-        elif region.attention and len(shape) == 2 and shape in ((heads.query, heads.size), (heads.key_value, heads.size)):
+        elif (
+            not listed
+            and region.attention
+            and len(shape) == 2
+            and shape in ((heads.query, heads.size), (heads.key_value, heads.size))
+        ):
             divisions[id(parameter)] = Division(0, shape[:1])
         else:
             raise PlanError(

@@ -207,6 +207,8 @@ _COLUMN, _ROW, _SHARED = "colwise", "rowwise", "replicated_with_grad_allreduce"
 def layer_regions(config: Any) -> tuple[Region, ...] | str:
     """The regions of the layers of a model with this configuration of transformers, or why there are none: a sentence."""
     family = str(config.model_type)
+    if getattr(config, "slow_but_exact", False) and getattr(config, "pretraining_tp", 1) > 1:
+        return f"slow_but_exact with pretraining_tp={config.pretraining_tp} takes its matrices apart itself: set it to False"
     if family in OWN_RULES:
         return OWN_RULES[family]
     if family not in PLANNED_FAMILIES:

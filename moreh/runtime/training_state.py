@@ -5,8 +5,9 @@ workers, and one worker alone (`mesh` None, no process group) writes the same. A
 """
 
 import os
+import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -14,10 +15,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
 from moreh.errors import WorkerError
@@ -186,6 +189,19 @@ def load_state(
     return value_of(values[_EXTRA])
 
 
+def load_extra(directory: str | os.PathLike[str]) -> Any:
+    """Read only `extra` of what `state_to_save` described; each rank by itself.
+
+    Raises:
+        CheckpointError: there is no complete checkpoint.
+    """
+    kind = _read_metadata(Path(directory)).state_dict_metadata[_EXTRA]
+    assert isinstance(kind, TensorStorageMetadata)
+    value = torch.empty(kind.size, dtype=torch.uint8)
+    _read({_EXTRA: stored_whole(value)}, directory, None, f"resuming from {directory}")
+    return value_of(value)
+
+
 def _raise_together(error: Exception | None, doing: str, mesh: Mesh | None) -> None:
     if mesh is not None:
         raise_together(error, doing, mesh.device)
@@ -208,7 +224,7 @@ def _gather_names(groups: list[dict[str, Any]], mesh: Mesh | None) -> list[dict[
 
 def _read_metadata(directory: Path) -> Metadata:
     try:
-        return dcp.FileSystemReader(directory).read_metadata()
+        return FileSystemReader(directory).read_metadata()
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{directory} has no complete checkpoint of a training: {error}. Give another directory."
@@ -245,39 +261,41 @@ def _start(state: State, directory: str | os.PathLike[str], mesh: Mesh | None) -
 
 
 def _write(state: State, target: Path, first: bool, group: dist.ProcessGroup | None) -> None:
+    """Write and publish a state; on all ranks of the group. `first` is rank 0."""
     doing = f"saving the state of the training to {target}"
+    unfinished = unfinished_name(target)
+    try:
+        _together(lambda: unfinished_directory(target) if first else None, doing, group)
+        _quietly_alone(group is None)
+        writer = FileSystemWriter(unfinished)
+        try:
+            save(state, storage_writer=writer, planner=StoringPlanner(), process_group=group, no_dist=group is None)
+        except CheckpointException as raised:
+            raise _own_error(raised, 0 if group is None else dist.get_rank(group), doing) from raised
+        _together(lambda: publish_directory(unfinished, target) if first else None, doing, group)
+    finally:
+        if first:
+            shutil.rmtree(unfinished, ignore_errors=True)
 
-    def together(error: Exception | None) -> None:
-        if group is not None:
-            raise_together(error, doing, group=group)
-        elif error is not None:
-            raise error
 
+def _together(work: Callable[[], object], doing: str, group: dist.ProcessGroup | None) -> None:
+    """Do something on the ranks of a group; if it fails on one, raise on all."""
     error: Exception | None = None
     try:
-        if first:
-            unfinished_directory(target)
+        work()
     except Exception as raised:
         error = raised
-    together(error)
-    writer = dcp.FileSystemWriter(unfinished_name(target))
-    try:
-        _quietly_alone(group is None)
-        dcp.save(state, storage_writer=writer, planner=StoringPlanner(), process_group=group, no_dist=group is None)
-        if first:
-            publish_directory(unfinished_name(target), target)
-    except CheckpointException as raised:
-        error = _own_error(raised, 0 if group is None else dist.get_rank(group), doing)
-    except Exception as raised:
-        error = raised
-    together(error)
+    if group is not None:
+        raise_together(error, doing, group=group)
+    elif error is not None:
+        raise error
 
 
 def _read(state: State, directory: str | os.PathLike[str], mesh: Mesh | None, doing: str) -> None:
-    reader = dcp.FileSystemReader(directory)
+    reader = FileSystemReader(directory)
     _quietly_alone(mesh is None)
     try:
-        dcp.load(state, storage_reader=reader, planner=RestoringPlanner(), no_dist=mesh is None)  # type: ignore[arg-type]
+        load(state, storage_reader=reader, planner=RestoringPlanner(), no_dist=mesh is None)
     except CheckpointException as raised:
         raise _own_error(raised, own_rank(mesh), doing) from raised
 

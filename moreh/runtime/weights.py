@@ -17,8 +17,9 @@ from moreh.runtime.layout import Layout
 from moreh.runtime.mesh import Mesh
 from moreh.runtime.pieces import holds, local_shape, own_pieces
 
-# The attribute of a model that is still whole: the dtypes that its parameters are to have, by name, None as they are.
-_WANTED = "_moreh_wanted_dtypes"
+# The attribute of a model that is still whole: the dtypes that its parameters are to have, by name. A parameter has the same
+# attribute, since names change when modules are wrapped (adapters) and parameters when they are replaced (resized embeddings).
+_WANTED = "_moreh_wanted"
 # Elements converted at once on the way to a GPU, where a copy with another dtype needs memory of its own.
 _ELEMENTS_AT_ONCE = 1 << 24
 
@@ -41,7 +42,8 @@ def keep_weights_on_disk() -> None:
 
     Renamed, tied, missing and merged weights are transformers' own matter as always. Files that cannot be mapped (.bin, gguf,
     quantised) are loaded as always too. A model so loaded ignores moves (`.cuda()`, `.to(device)`) and remembers casts
-    (`.half()`, `.to(dtype)`) until `take_local_parts`; its `config.dtype` is what was asked for, its tensors what is stored.
+    (`.half()`, `.to(dtype)`) until `take_local_parts`, also as a part of another module; its `config.dtype` is what was asked
+    for, its tensors what is stored.
 
     Raises (from `from_pretrained`):
         OptionError: `device_map`, or an argument with which transformers distributes a model itself, was given.
@@ -50,13 +52,9 @@ def keep_weights_on_disk() -> None:
 
     if getattr(PreTrainedModel.from_pretrained, "keeps_on_disk", False):
         return
-    model_class: Any = PreTrainedModel
-    _replace_loading(model_class)
-    casts = {"half": torch.float16, "float": torch.float32, "bfloat16": torch.bfloat16, "double": torch.float64}
-    for name, dtype in casts.items():
-        setattr(model_class, name, _remembering(getattr(model_class, name), lambda *args, _dtype=dtype, **kwargs: _dtype))
-    for name in ("to", "cuda", "cpu", "to_empty"):
-        setattr(model_class, name, _remembering(getattr(model_class, name), _dtype_given))
+    _replace_loading(PreTrainedModel)
+    module_class: Any = nn.Module
+    module_class._apply = _remembering(module_class._apply)
 
 
 def _replace_loading(model_class: Any) -> None:
@@ -73,8 +71,7 @@ def _replace_loading(model_class: Any) -> None:
                 )
         loaded = original_from_pretrained(cls, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info
-        if not stays_on_disk(model):
-            keep_whole(model)
+        keep_whole(model, model.__dict__.get(_WANTED, {}))
         return loaded
 
     from_pretrained.keeps_on_disk = True  # type: ignore[attr-defined]
@@ -89,7 +86,7 @@ def _replace_loading(model_class: Any) -> None:
         from safetensors import safe_open
 
         # The model is still on the meta device here, its parameters in the dtypes that they are to get.
-        keep_whole(model, _dtypes_after_loading(model, load_config.dtype_plan or {}))
+        model.__dict__[_WANTED] = _dtypes_after_loading(model, load_config.dtype_plan or {})
         on_disk: dict[str, _OnDisk] = {}
         for name in checkpoint_files:
             file: Any = safe_open(name, framework="pt")
@@ -114,37 +111,26 @@ def _dtypes_after_loading(model: nn.Module, dtype_plan: Mapping[str, torch.dtype
     return wanted
 
 
-def _dtype_given(*args: Any, **kwargs: Any) -> torch.dtype | None:
-    """The dtype among the arguments of Module.to, also that of an example tensor."""
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, torch.dtype):
-            return value
-        if isinstance(value, torch.Tensor):
-            return value.dtype
-    return None
-
-
-def _remembering(original: Callable[..., Any], dtype_of: Callable[..., torch.dtype | None]) -> Callable[..., Any]:
-    """A method of a model that moves or casts it: on a whole model it only remembers the dtype."""
+def _remembering(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`Module._apply`, through which modules are moved and cast: a whole model only remembers the dtypes."""
 
     @functools.wraps(original)
-    def move(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def apply(self: nn.Module, function: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         if not stays_on_disk(self):
-            return original(self, *args, **kwargs)
-        dtype = dtype_of(*args, **kwargs)
-        if dtype is not None:
-            floating = {name for name, parameter in self.named_parameters() if parameter.is_floating_point()}
-            wanted = wanted_dtypes(self)
-            keep_whole(self, {name: dtype if name in floating else wanted[name] for name in wanted})
+            return original(self, function, recurse)
+        empty = {dtype: torch.empty(0, dtype=dtype) for dtype in wanted_dtypes(self).values()}
+        keep_whole(self, {name: function(empty[dtype]).dtype for name, dtype in wanted_dtypes(self).items()})
         return self
 
-    return move
+    return apply
 
 
 def keep_whole(model: nn.Module, dtypes: Mapping[str, torch.dtype] | None = None) -> None:
     """Let a whole model stay where it is until its parts are taken; `dtypes` are those that its parameters are to have."""
     # Past Module.__setattr__ and out of the state dict.
-    model.__dict__[_WANTED] = None if dtypes is None else dict(dtypes)
+    model.__dict__[_WANTED] = dict(dtypes or {})
+    for name, parameter in model.named_parameters():
+        setattr(parameter, _WANTED, model.__dict__[_WANTED].get(name, parameter.dtype))
 
 
 def stays_on_disk(module: nn.Module) -> bool:
@@ -154,8 +140,12 @@ def stays_on_disk(module: nn.Module) -> bool:
 
 def wanted_dtypes(model: nn.Module) -> dict[str, torch.dtype]:
     """The dtype that each parameter has once the model is divided, as the script asked for it; by the parameters' names."""
-    remembered = model.__dict__.get(_WANTED) or {}
-    return {name: remembered.get(name, parameter.dtype) for name, parameter in model.named_parameters()}
+    remembered: dict[str, torch.dtype] = {}
+    for prefix, module in model.named_modules():
+        for name, dtype in module.__dict__.get(_WANTED, {}).items():
+            remembered.setdefault(f"{prefix}.{name}" if prefix else name, dtype)
+    parameters = model.named_parameters()
+    return {name: getattr(one, _WANTED, remembered.get(name, one.dtype)) for name, one in parameters}
 
 
 @torch.no_grad()
@@ -182,7 +172,8 @@ def take_local_parts(
         for piece in own_pieces(layout, mesh):
             _copy(piece.of_local(part), piece.of_whole(whole))
         parts[name] = part
-    model.__dict__.pop(_WANTED, None)
+    for module in model.modules():
+        module.__dict__.pop(_WANTED, None)
     return parts
 
 

@@ -97,7 +97,7 @@ class WorkerModel:
         logits = self._from_last_stage(outputs[0] if outputs else None, (whole.rows, positions))
         if self.plan.sequence_parallel:
             logits = logits[:, kept]
-        return (logits,) if as_tuple else CausalLMOutputWithPast(logits=logits)  # type: ignore[arg-type]
+        return (logits,) if as_tuple else CausalLMOutputWithPast(logits=logits)
 
     def _inputs(self, number: int) -> dict[str, Any]:
         """What the model is called with for a micro-batch."""

@@ -17,6 +17,7 @@ from moreh.planner.describe_module import describe_module, unwrapped
 from moreh.planner.plan import Plan, Training
 from moreh.planner.plan_text import plan_text
 from moreh.planner.report import gib, seconds_text
+from moreh.runtime.checkpoints import is_waiting_for_state, load_pending
 from moreh.runtime.divided_models import call_divided, divide, is_part_of_divided, prepare_for_division, worker_model_of
 from moreh.runtime.evaluation import evaluate_whole
 from moreh.runtime.model_inputs import ModelInputs, read_inputs
@@ -53,6 +54,11 @@ class WorkerRuntime:
             if worker_model_of(module) is None:
                 inputs = read_inputs(unwrapped(module), args, kwargs)
                 training = torch.is_grad_enabled() and module.training and inputs.labels is not None
+                if not training and is_waiting_for_state(module):
+                    raise OptionError(
+                        "the model was called before its first training step after resuming: its weights are read when it is "
+                        "divided over the workers; train first"
+                    )
                 if not training and parameter.device == self._device:
                     return NotImplemented if inputs.labels is None else evaluate_whole(module, inputs, self.world)
                 if inputs.labels is None:
@@ -65,6 +71,7 @@ class WorkerRuntime:
     def _divide(self, module: nn.Module, inputs: ModelInputs, *, bfloat16: bool) -> None:
         plan = self._on_first_worker(lambda: self._plan(module, inputs, bfloat16=bfloat16))
         divide(module, plan)
+        load_pending(module)
 
     def _plan(self, module: nn.Module, inputs: ModelInputs, *, bfloat16: bool) -> Plan:
         """The plan that the workers carry out, with the log lines of that for the accelerator.

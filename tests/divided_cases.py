@@ -1,0 +1,295 @@
+"""What each rank does in the tests of divided models: a script's own loop, on a whole model and on a divided one."""
+
+import copy
+import io
+
+import torch
+import torch.distributed as dist
+
+from moreh.planner.plan import Plan
+from moreh.runtime.checkpoints import load_training, save_training
+from moreh.runtime.divided_models import divide, prepare_for_division
+from moreh.runtime.gathering import whole_tensor
+from tests.float64 import exact_float64
+from tests.tensor_cases import whole_model
+
+ROWS, LENGTH = 8, 12
+
+
+def batch(step, vocabulary, rows=ROWS, length=LENGTH):
+    """Ids, mask and labels of rows with different lengths, of whose beginning nothing is a label."""
+    generator = torch.Generator().manual_seed(step)
+    ids = torch.randint(vocabulary, (rows, length), generator=generator)
+    lengths = torch.randint(3, length + 1, (rows,), generator=generator)
+    mask = (torch.arange(length) < lengths[:, None]).long()
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[:, 0] = -100
+    return ids, mask, labels
+
+
+def train(model, optimizer_of=None, clip=None, steps=3, accumulation=2, **model_arguments):
+    """The loop of a script, and what it sees: losses and norms. Everything is made before the first batch."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    make = optimizer_of or (lambda parameters: torch.optim.AdamW(parameters, lr=1e-2, eps=1e-3))
+    optimizer = make(parameters)
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.5, steps)
+    clip = clip or (lambda model, parameters: torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5))
+    seen = []
+    for step in range(steps):
+        for part in range(accumulation):
+            ids, mask, labels = batch(accumulation * step + part, model.config.vocab_size)
+            outputs = model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False, **model_arguments)
+            (outputs[0] / accumulation).backward()
+            seen.append(outputs.loss.item())
+        seen.append(float(clip(model, parameters)))
+        optimizer.step()
+        scheduler.step()
+        model.zero_grad(set_to_none=True)
+    return seen
+
+
+def compare(family, plan, change=None, **loop):
+    """The greatest relative difference of losses and norms, and of weights, between a divided model and a whole one."""
+    prepare_for_division()
+    model = whole_model(family, {})
+    if change is not None:
+        model = change(model)
+    divided = copy.deepcopy(model)
+    with exact_float64():
+        expected = train(model, **loop)
+        worker_model = divide(divided, Plan(**plan))
+        seen = train(divided, **loop)
+    seen_difference = max(abs(a - b) / max(abs(b), 1e-12) for a, b in zip(seen, expected, strict=True))
+    return seen_difference, weight_difference(worker_model.model, model)
+
+
+def weight_difference(parallel, whole):
+    """The greatest difference of a weight of a divided model from that of a whole one."""
+    local = parallel.local_tensors()
+    expected = dict(whole.named_parameters())
+    difference = 0.0
+    for name, layout in parallel.layouts.items():
+        gathered = whole_tensor(layout, local.get(name), parallel.mesh)
+        difference = max(difference, float((gathered - expected[name]).abs().max()))
+    return difference
+
+
+def divided_model(family, plan, **changes):
+    """A whole model and a divided copy."""
+    prepare_for_division()
+    model = whole_model(family, changes)
+    divided = copy.deepcopy(model)
+    return model, divided, divide(divided, Plan(**plan))
+
+
+STEPS, STEPS_BEFORE = 4, 2
+
+
+def _parts(model):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-3)
+    return optimizer, torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, STEPS)
+
+
+def _steps(model, optimizer, scheduler, steps):
+    """Losses, norms and learning rates of some steps."""
+    seen = []
+    with exact_float64():
+        for step in steps:
+            ids, mask, labels = batch(step, model.config.vocab_size)
+            loss = model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss
+            loss.backward()
+            seen += [loss.item(), float(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)), scheduler.get_last_lr()[0]]
+            optimizer.step()
+            scheduler.step()
+            model.zero_grad()
+    return seen
+
+
+def train_and_save(family, plan, directory):
+    """Some steps under a plan, and a checkpoint."""
+    _, model, _ = divided_model(family, plan)
+    optimizer, scheduler = _parts(model)
+    seen = _steps(model, optimizer, scheduler, range(STEPS_BEFORE))
+    save_training(model, [optimizer], directory, {"scheduler": scheduler.state_dict()}).result()
+    return seen
+
+
+def resume_and_train(family, plan, directory):
+    """The other steps under another plan, compared with a whole model's training that was never interrupted."""
+    whole, model, worker_model = divided_model(family, plan)
+    whole_optimizer, whole_scheduler = _parts(whole)
+    _steps(whole, whole_optimizer, whole_scheduler, range(STEPS_BEFORE))
+    expected = _steps(whole, whole_optimizer, whole_scheduler, range(STEPS_BEFORE, STEPS))
+    optimizer, scheduler = _parts(model)
+    extra = load_training(model, [optimizer], directory)
+    scheduler.load_state_dict(extra["scheduler"])
+    seen = _steps(model, optimizer, scheduler, range(STEPS_BEFORE, STEPS))
+    difference = max(abs(a - b) / abs(b) for a, b in zip(seen, expected, strict=True))
+    return difference, weight_difference(worker_model.model, whole)
+
+
+def interrupted_is_identical(plan, directory):
+    """Whether a training that was saved and loaded into a new model ends with the bits of one that went through."""
+    models = []
+    for interrupted in (False, True):
+        _, model, worker_model = divided_model("llama", plan, attention_dropout=0.2)
+        optimizer, scheduler = _parts(model)
+        torch.manual_seed(3)
+        _steps(model, optimizer, scheduler, range(STEPS_BEFORE))
+        if interrupted:
+            state = {"scheduler": scheduler.state_dict(), "random": torch.get_rng_state()}
+            save_training(model, [optimizer], directory, state).result()
+            _, model, worker_model = divided_model("llama", plan, attention_dropout=0.2)
+            optimizer, scheduler = _parts(model)
+            torch.manual_seed(4)
+            state = load_training(model, [optimizer], directory)
+            scheduler.load_state_dict(state["scheduler"])
+            torch.set_rng_state(state["random"])
+        _steps(model, optimizer, scheduler, range(STEPS_BEFORE, STEPS))
+        models.append(worker_model.model.local_tensors())
+    first, second = models
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+def error_of(function):
+    """The text of the error that a function raises."""
+    try:
+        function()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def sgd_with_momentum(parameters):
+    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, nesterov=True)
+
+
+class Layerwise(torch.optim.Optimizer):
+    """An optimizer that looks at whole matrices: it moves each by a share of its norm, as LARS does."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {"lr": 1e-2})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    share = parameter.norm() / (parameter.grad.norm() + 1e-6)
+                    parameter.sub_(parameter.grad * share * group["lr"])
+
+
+def two_groups(parameters):
+    matrices = [parameter for parameter in parameters if parameter.dim() > 1]
+    rest = [parameter for parameter in parameters if parameter.dim() <= 1]
+    return torch.optim.AdamW([{"params": matrices}, {"params": rest, "weight_decay": 0.0}], lr=1e-2, eps=1e-3)
+
+
+def clip_listed(model, parameters):
+    """Clipping of a list that was made before the model was divided."""
+    return torch.nn.utils.clip_grad_norm_(parameters, 0.5)
+
+
+def clip_largest(model, parameters):
+    return torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01, norm_type=float("inf"))
+
+
+def clip_output_layer(model, parameters):
+    return torch.nn.utils.clip_grad_norm_(model.get_output_embeddings().parameters(), 0.1)
+
+
+def freeze_some(model):
+    """Embeddings and every second layer keep their weights."""
+    for name, parameter in model.named_parameters():
+        if "embed" in name or "wte" in name or ".1." in name:
+            parameter.requires_grad_(False)
+    return model
+
+
+def backward_variants(family, plan):
+    """Gradients after what scripts do with a loss: scaled, summed with another, left unused, used twice."""
+    whole, divided, worker_model = divided_model(family, plan)
+    ids, mask, labels = batch(0, whole.config.vocab_size)
+    others = batch(1, whole.config.vocab_size)
+    twice = None
+    with exact_float64():
+        for model in (whole, divided):
+            model(input_ids=others[0], attention_mask=others[1], labels=others[2])  # a loss that nobody asks about
+            first = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+            second = model(input_ids=others[0], attention_mask=others[1], labels=others[2])["loss"]
+            (3 * first + second / 7).backward()
+            third = model(ids, attention_mask=mask, labels=labels, return_dict=False)[0]
+            third.backward()
+            twice = error_of(third.backward)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            torch.optim.SGD(model.parameters(), lr=1.0).step()
+    return weight_difference(worker_model.model, whole), twice
+
+
+def outputs_without_labels(family, plan):
+    """Logits of a whole batch and of its last positions, the loss of an odd number of rows, and generated tokens."""
+    whole, divided, _ = divided_model(family, plan)
+    ids, mask, labels = batch(0, whole.config.vocab_size, rows=3)
+    results = []
+    for model in (whole.eval(), divided.eval()):
+        with torch.no_grad(), exact_float64():
+            logits = model(input_ids=ids, attention_mask=mask).logits
+            last = model(input_ids=ids, attention_mask=mask, logits_to_keep=2).logits
+            loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+            shared = model(input_ids=ids, attention_mask=mask, labels=labels, num_items_in_batch=7).loss
+        torch.manual_seed(0)
+        text = model.generate(ids[:1, :4], attention_mask=mask[:1, :4], max_new_tokens=6, do_sample=True, pad_token_id=0)
+        results.append((logits, last, loss, shared, text))
+    (*expected, text), (*seen, divided_text) = results
+    difference = max(float((a * mask_of(a, mask) - b * mask_of(b, mask)).abs().max()) for a, b in zip(expected, seen, strict=True))
+    return difference, text.tolist() == divided_text.tolist(), whole.training or divided.training
+
+
+def mask_of(tensor, mask):
+    """1 where a result does not come from padding."""
+    return mask[:, -tensor.shape[1] :, None] if tensor.dim() == 3 else torch.ones(())
+
+
+def refusals(plan):
+    """What a divided model says to calls that it cannot answer."""
+    _, model, _ = divided_model("gpt2", plan)
+    ids, mask, labels = batch(0, model.config.vocab_size)
+    rank = dist.get_rank()
+    calls = {
+        "no labels": lambda: model(input_ids=ids),
+        "logits": lambda: model(input_ids=ids, labels=labels).logits,
+        "hidden states": lambda: model(input_ids=ids, labels=labels, output_hidden_states=True),
+        "part": lambda: model.transformer(ids),
+        "batches": lambda: model(input_ids=ids.roll(rank), labels=labels),
+        "nothing": lambda: model(attention_mask=mask),
+        "pickle": lambda: torch.save(model.state_dict(), io.BytesIO()),
+        "adafactor": lambda: torch.optim.Adafactor(model.parameters()),
+        "lbfgs": lambda: torch.optim.LBFGS(model.parameters()),
+        "cache": lambda: model.generate(ids[:1], past_key_values=object()),
+    }
+    return {name: error_of(call) for name, call in calls.items()}
+
+
+def dropout_draws(plan):
+    """Numbers that ranks draw while they compute, and what the script's generator gives afterwards."""
+    from moreh.runtime.randomness import computing_generator
+
+    prepare_for_division()
+    _, _, worker_model = divided_model("gpt2", plan)
+    torch.manual_seed(5)
+    draws = []
+    for _ in range(2):
+        with computing_generator(worker_model.model.mesh):
+            draws.append(torch.rand(dist.get_rank() + 1)[0].item())
+    mesh = worker_model.model.mesh
+    return draws, torch.rand(1).item(), (mesh.rank("pipeline"), mesh.rank("data"), mesh.rank("tensor"))
+
+
+def dropout_loss(plan):
+    """Losses of a training with dropout: of two runs with one seed, and of one with another."""
+    losses = []
+    for seed in (0, 0, 1):
+        _, model, _ = divided_model("gpt2", plan, resid_pdrop=0.3, attn_pdrop=0.3, embd_pdrop=0.3)
+        torch.manual_seed(seed)
+        losses.append(train(model, steps=2))
+    return losses

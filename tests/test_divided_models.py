@@ -1,0 +1,120 @@
+"""A script's own loop on a model that is divided over workers: it means what it means on one device."""
+
+import pytest
+
+from tests import divided_cases as cases
+from tests.workers import run_on_workers
+
+PP_TP = {"stage_layers": (1, 2), "pipeline": 2, "tensor": 2, "micro_batches": 2, "micro_batch_size": 4}
+PP_SHARDED = {
+    "stage_layers": (2, 1),
+    "pipeline": 2,
+    "data": 2,
+    "micro_batches": 2,
+    "micro_batch_size": 2,
+    "sharding": "parameters",
+}
+TP_SHARDED = {"stage_layers": (3,), "tensor": 2, "data": 2, "micro_batches": 2, "micro_batch_size": 2, "sharding": "parameters"}
+SEQUENCE = {"stage_layers": (3,), "tensor": 4, "micro_batch_size": 8, "sequence_parallel": True}
+PLANS = {"pp-tp": PP_TP, "pp-sharded": PP_SHARDED, "tp-sharded": TP_SHARDED, "sequence": SEQUENCE}
+
+
+def on_workers(function, *arguments):
+    """The results of the four ranks."""
+    return run_on_workers(function, [arguments], size=4)[0]
+
+
+def assert_equal(results, tolerance=1e-9):
+    for seen, weights in results:
+        assert seen < tolerance
+        assert weights < tolerance
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_loop(family, plan):
+    assert_equal(on_workers(cases.compare, family, PLANS[plan]))
+
+
+@pytest.mark.parametrize("plan", ["pp-tp", "pp-sharded", "tp-sharded"])
+@pytest.mark.parametrize("optimizer", [cases.sgd_with_momentum, cases.two_groups])
+def test_optimizers(optimizer, plan):
+    assert_equal(run_on_workers(_compare_with_optimizer, [(PLANS[plan], optimizer)], size=4)[0])
+
+
+def _compare_with_optimizer(plan, optimizer):
+    return cases.compare("llama", plan, optimizer_of=optimizer)
+
+
+@pytest.mark.parametrize("plan", ["pp-tp", "tp-sharded"])
+def test_optimizer_of_whole_matrices(plan):
+    """Its norms are those of the whole matrices."""
+    assert_equal(run_on_workers(_compare_with_optimizer, [(PLANS[plan], cases.Layerwise)], size=4)[0])
+
+
+@pytest.mark.parametrize("plan", ["pp-tp", "pp-sharded", "tp-sharded"])
+@pytest.mark.parametrize("clip", [cases.clip_listed, cases.clip_largest, cases.clip_output_layer])
+def test_clipping(clip, plan):
+    assert_equal(run_on_workers(_compare_with_clipping, [(PLANS[plan], clip)], size=4)[0])
+
+
+def _compare_with_clipping(plan, clip):
+    return cases.compare("llama", plan, clip=clip)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_frozen_parameters(plan):
+    assert_equal(run_on_workers(_compare_frozen, [(PLANS[plan],)], size=4)[0])
+
+
+def _compare_frozen(plan):
+    return cases.compare("llama", plan, change=cases.freeze_some)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_what_scripts_do_with_a_loss(plan):
+    for difference, twice in on_workers(cases.backward_variants, "gpt2", PLANS[plan]):
+        assert difference < 1e-9
+        assert "second time" in twice
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_logits_evaluation_and_generation(family, plan):
+    for difference, same_text, training in on_workers(cases.outputs_without_labels, family, PLANS[plan]):
+        assert difference < 1e-9
+        assert same_text
+        assert not training
+
+
+@pytest.mark.parametrize("plan", ["pp-tp", "tp-sharded"])
+def test_refusals(plan):
+    for told in on_workers(cases.refusals, PLANS[plan]):
+        assert "pass labels" in told["no labels"]
+        assert "call it without labels" in told["logits"]
+        assert "output_hidden_states=True" in told["hidden states"]
+        assert "call the whole model" in told["part"]
+        assert "WorkerError: the workers were given different batches" in told["batches"]
+        assert "give input_ids" in told["nothing"]
+        assert "save_pretrained" in told["pickle"]
+        assert "leave it out" in told["cache"]
+        assert "AdamW" in told["adafactor"]
+        assert "AdamW" in told["lbfgs"]
+
+
+def test_random_numbers_of_ranks():
+    """Ranks that share rows draw the same numbers, others different ones; the script's generator stays in step."""
+    by_place = {}
+    after = set()
+    for draws, next_of_script, (pipeline, data, _) in on_workers(cases.dropout_draws, TP_SHARDED):
+        by_place.setdefault((pipeline, data), set()).add(tuple(draws))
+        after.add(next_of_script)
+        assert draws[0] != draws[1]
+    assert len(after) == 1
+    assert [len(draws) for draws in by_place.values()] == [1, 1]
+    assert len(set.union(*by_place.values())) == 2
+
+
+def test_dropout_is_reproducible():
+    for first, again, other in on_workers(cases.dropout_loss, PP_SHARDED):
+        assert first == again != other
