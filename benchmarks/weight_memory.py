@@ -7,6 +7,7 @@ saved model is compared tensor by tensor with the one that was loaded. Exits wit
 """
 
 import argparse
+import multiprocessing
 import re
 import sys
 import tempfile
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing.spawn import start_processes
 
 from moreh.runtime.layout import Division, Layout
 from moreh.runtime.mesh import make_mesh
@@ -82,6 +83,8 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=1.0, help="size of the checkpoint in bfloat16 (1.0)")
     gigabytes = parser.parse_args().gigabytes
     failed = False
+    # New processes for each case, which need not import everything again.
+    multiprocessing.set_forkserver_preload(["transformers.models.llama.modeling_llama", "moreh.runtime.saving"])
     with tempfile.TemporaryDirectory() as directory:
         checkpoint, saved, results = (Path(directory) / name for name in ("checkpoint", "saved", "results"))
         make_checkpoint(checkpoint, gigabytes)
@@ -91,7 +94,7 @@ def main() -> None:
         for number, (pipeline, data, tensor, dtype) in enumerate(CASES):
             store = str(Path(directory) / f"store{number}")
             grid = (pipeline, data, tensor)
-            spawn(run_rank, (grid, dtype, checkpoint, saved, store, results), WORKERS)
+            start_processes(run_rank, (grid, dtype, checkpoint, saved, store, results), WORKERS, start_method="forkserver")
             print(f"pipeline {pipeline} x data {data} x tensor {tensor}, {str(dtype).removeprefix('torch.')}:")
             for rank in range(WORKERS):
                 peaks: Peaks = torch.load(results / str(rank), weights_only=False)

@@ -169,29 +169,22 @@ print("not reached")
 @pytest.mark.parametrize(
     ("what", "rank", "exit_code", "lines"),
     [
-        ("raise", 1, 1, [r"error: worker 1 of 3 \(pid \d+\) failed: ValueError: bad row 17", r"error: its log: (.+)"]),
-        ("raise", 0, 1, ["Traceback .*", ".*", ".*fail.*", "(.*\n)*ValueError: bad row 17", "and more"]),
-        ("raise", -1, 1, ["Traceback .*", ".*", ".*fail.*", "(.*\n)*ValueError: bad row 17", "and more"]),
+        ("raise", 1, 1, [r"error: worker 1 of 2 \(pid \d+\) failed: ValueError: bad row 17", r"error: its log: (.+)"]),
+        ("raise", 0, 1, ["Traceback (.*\n)*ValueError: bad row 17", "and more"]),
         ("user error", -1, 2, ["error: data.files: no such file"]),
-        (
-            "user error",
-            2,
-            2,
-            [r"error: worker 2 of 3 .* exit code 2: error: data.files: no such file", r"error: its log: (.+)"],
-        ),
-        ("kill", 2, 137, [r"error: worker 2 of 3 \(pid \d+\) was killed by SIGKILL, .*memory.*", r"error: its log: (.+)"]),
-        ("raise with a collective under way", 0, 1, ["Traceback .*", "(.*\n)*ValueError: bad row 17"]),
+        ("user error", 1, 2, [r"error: worker 1 .* ended with exit code 2: error: data.files: no .*", r"error: its log: (.+)"]),
+        ("kill", 1, 137, [r"error: worker 1 of 2 \(pid \d+\) was killed by SIGKILL, .*memory.*", r"error: its log: (.+)"]),
+        ("raise with a collective under way", 0, 1, ["Traceback (.*\n)*ValueError: bad row 17"]),
     ],
 )
 def test_first_error_is_what_the_user_reads(start, what, rank, exit_code, lines):
-    process = start(FAILURES, what, str(rank), workers=3)
+    process = start(FAILURES, what, str(rank))
     found_code, said, errors, _ = finish(process)
-    assert found_code == exit_code
-    assert said == []
-    match = re.fullmatch("\n".join(lines), "\n".join(line for line in errors if "^^^" not in line))
+    match = re.fullmatch("\n".join(lines), "\n".join(errors))
     assert match, errors
-    if "its log" in lines[-1] and what == "raise":
-        assert "and more" in Path(match[1]).read_text()
+    assert (found_code, said) == (exit_code, [])
+    if what == "raise" and rank == 1:
+        assert Path(match[1]).read_text().endswith("ValueError: bad row 17\nand more\n")
 
 
 def test_worker_killed_at_its_start(start):
@@ -250,7 +243,7 @@ def test_interrupt_while_workers_start(start):
     worker_process(process, 1)
     os.killpg(process.pid, signal.SIGINT)
     exit_code, said, errors, seconds = finish(process)
-    assert exit_code == -signal.SIGINT
+    assert exit_code in (-signal.SIGINT, 1)  # 1 while Python itself starts
     assert (said, [line for line in errors if line.startswith("error")]) == ([], [])
     assert seconds < SECONDS_TO_BE_GONE
 
@@ -363,10 +356,6 @@ def test_lost_connections_are_told_from_errors():
     assert is_lost_connection(lost)
     for error in (ValueError("connection closed"), OSError("Connection reset by peer"), RuntimeError("shape mismatch")):
         assert not is_lost_connection(error)
-    try:
-        try:
-            raise lost
-        finally:
-            raise KeyError("while cleaning up")
-    except KeyError as error:
-        assert is_lost_connection(error)
+    while_cleaning_up = KeyError("key")
+    while_cleaning_up.__context__ = lost
+    assert is_lost_connection(while_cleaning_up)

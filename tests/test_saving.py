@@ -33,7 +33,14 @@ GRIDS = [
 ]
 
 
-def build(family, **changes):
+def build(family, buffer=False, **changes):
+    model = _build(family, **changes)
+    if buffer:  # one that is saved
+        model.model.register_buffer("scale", torch.arange(5.0))
+    return model
+
+
+def _build(family, **changes):
     torch.manual_seed(1)
     if family == "gpt2":
         return GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=4, n_positions=9, **SIZES | changes))
@@ -108,6 +115,7 @@ def assert_same_files(first, second):
     [
         ("llama", {}, {}, torch.float32),
         ("llama", {"tie_word_embeddings": True}, {"max_shard_size": "3KB", "variant": "half"}, torch.bfloat16),
+        ("llama", {"buffer": True}, {"safe_serialization": True}, torch.float32),
         ("gpt2", {}, {"max_shard_size": "9KB"}, torch.float32),
         ("mixtral", {}, {"max_shard_size": "9KB"}, torch.float32),
         ("mixtral", {}, {"save_original_format": False}, torch.float16),

@@ -1,5 +1,6 @@
 """Models divided among tensor-parallel ranks compute what one process does: losses, logits and gradients of every family."""
 
+import functools
 from unittest import mock
 
 import pytest
@@ -100,6 +101,10 @@ def test_the_comparison_finds_what_is_broken(breakage):
     assert worst(results)[affected] > 1e-3
 
 
+def sum_with_bias(group, row, tensor):
+    return collectives.sum_of_ranks(torch.nn.functional.linear(tensor, row.weight, row.bias), group)
+
+
 def compare_broken(breakage, sequence_parallel):
     """The comparison with something left out of tensor parallelism."""
     patches = {
@@ -112,7 +117,7 @@ def compare_broken(breakage, sequence_parallel):
             staticmethod(lambda ctx, gradient: (collectives._all_reduce(gradient, tensor_group(2)), None)),
         ),
         "bias added on every rank": lambda: mock.patch.object(
-            tensor_parallel, "sum_of_ranks", lambda tensor, group: collectives.sum_of_ranks(tensor, group) * 1.0 + 0.1
+            tensor_parallel, "_row_forward", lambda state, *args, **kwargs: functools.partial(sum_with_bias, state.group)
         ),
         "partial gradients not summed": lambda: mock.patch(
             "tests.tensor_cases.describe_division",
@@ -149,6 +154,12 @@ def test_what_cannot_be_right_is_refused_with_the_reason(family):
     assert reason in problem
     assert problem == sequence_parallel_problem(model, 2)
     assert largest_tensor_size(model) == 1
+
+
+def test_layers_that_are_left_out_would_leave_sequences_whole():
+    model = build(tiny_config_of("opt", {"layerdrop": 0.1}), device="meta")
+    assert tensor_parallel_problem(model, 2) is None
+    assert "layerdrop is 0.1" in sequence_parallel_problem(model, 2)
 
 
 def test_the_largest_size_divides_query_and_key_value_heads():

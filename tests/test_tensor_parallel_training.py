@@ -1,4 +1,4 @@
-"""Divided models under what a training does to them: dropout, recomputation, autocast, frozen weights, a cache, split backwards."""
+"""Divided models in training and generation: dropout, recomputation, autocast, frozen weights, a cache, split backwards."""
 
 from unittest import mock
 
@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 
+from moreh.runtime.tensor_parallel import tensor_parallel_problem
 from moreh.runtime.vocabulary import gather_logits
 
 from .float64 import exact_float64
@@ -19,6 +20,7 @@ from .tensor_cases import (
     tensor_group,
     whole_model,
 )
+from .tiny_models import build, tiny_config_of
 from .workers import run_on_workers
 
 TOLERANCE = 1e-10
@@ -43,7 +45,7 @@ def _all_ranks(value, group):
 
 
 def drop_and_recompute(family, sequence_parallel):
-    """Which masks, by their number of dimensions, were the same on both ranks, and whether recomputation drops the same again."""
+    """Which masks, by their number of dimensions, are the same on both ranks, and whether recomputation repeats them."""
     group = tensor_group(2)
     model = whole_model(family, DROPOUTS[family])
     ids, mask, labels = padded_batch(97)
@@ -86,7 +88,7 @@ def test_ranks_drop_the_same_of_what_they_share_and_recompute_it(family, sequenc
             embedding, *layers = layers
             assert embedding == (3, True)
         # Attention has masks of four dimensions, [batch, heads, queries, keys].
-        assert {dim for dim, _ in layers} > {3, 4} if family == "opt" else {3, 4}
+        assert {dim for dim, _ in layers} == ({2, 3, 4} if family == "opt" else {3, 4})
         for dim, same in layers:
             assert same == (dim < 4 and not sequence_parallel)
         assert result["recomputed"]
@@ -238,3 +240,51 @@ def test_a_backward_pass_in_two_halves():
     cases = [(family, mode) for family in ("gpt2", "llama") for mode in MODES]
     for results in run_on_workers(split_backward, cases, size=4):
         assert max(results) < TOLERANCE
+
+
+LORA_TARGETS = {
+    "gpt2": ["c_attn", "c_proj", "c_fc"],
+    "llama": ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"],
+    "opt": ["q_proj", "out_proj", "fc1", "fc2"],
+}
+
+
+def train_adapters(family, sequence_parallel):
+    """Gradients of LoRA's matrices, and of nothing else, and the logits."""
+    from peft import LoraConfig, get_peft_model
+
+    group = tensor_group(2)
+    settings = LoraConfig(r=3, target_modules=LORA_TARGETS[family], task_type="CAUSAL_LM", fan_in_fan_out=family == "gpt2")
+    whole = get_peft_model(whole_model(family, {"num_key_value_heads": 4}), settings).double()
+    torch.manual_seed(7)
+    for parameter in whole.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(std=0.3)
+    ids, mask, labels = padded_batch(97)
+    with exact_float64():
+        local, division, _ = divided_copy(whole, group, sequence_parallel)
+        logits = whole(input_ids=ids, attention_mask=mask).logits
+        mean_loss(logits, labels).backward()
+        local_logits = local(input_ids=ids, attention_mask=mask).logits
+        mean_loss(local_logits, labels, group, 97).backward()
+    differences = gradient_differences(local, division, whole, group)
+    assert len(differences) == 3 * 2 * len({"gpt2": range(4)}.get(family, LORA_TARGETS[family]))
+    return max(*differences.values(), difference(gather_logits(local_logits, group, 97)[mask.bool()], logits[mask.bool()]))
+
+
+def test_adapters_are_divided_as_the_matrices_that_they_are_around():
+    pytest.importorskip("peft")
+    cases = [(family, mode) for family in LORA_TARGETS for mode in MODES]
+    for results in run_on_workers(train_adapters, cases, size=4):
+        assert max(results) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [({"use_dora": True}, "none of plain LoRA"), ({"target_modules": ["embed_tokens"]}, "no plain torch.nn.Embedding")],
+)
+def test_other_adapters_are_refused(settings, reason):
+    peft = pytest.importorskip("peft")
+    model = build(tiny_config_of("llama", {}), device="meta")
+    adapted = peft.get_peft_model(model, peft.LoraConfig(**{"target_modules": ["q_proj"], "task_type": "CAUSAL_LM"} | settings))
+    assert reason in tensor_parallel_problem(adapted, 2)

@@ -43,7 +43,8 @@ class JobStatus:
     """The last report of a running job. `memory_bytes` maps a kind (parameters, gradients, ...) to bytes.
 
     `simulated` tells that memory and utilization stand for devices that this machine does not have. `earlier` and
-    `latest` are two samples of processor time, so that a reader always has one that is old enough.
+    `latest` are two samples of processor time, so that a reader always has one that is old enough. `worker_pids` are the rank and
+    process id of each worker on this machine, where there are several.
     """
 
     memory_bytes: dict[str, int]
@@ -52,6 +53,7 @@ class JobStatus:
     earlier: ProcessorSample
     latest: ProcessorSample
     predicted: PredictedUse | None = None
+    worker_pids: tuple[tuple[int, int], ...] = ()
 
     @property
     def total_memory_bytes(self) -> int:
@@ -68,7 +70,7 @@ def sample_processor_time(process: psutil.Process) -> ProcessorSample:
     times = process.cpu_times()
     seconds = times.user + times.system
     for descendant in process.children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):
+        with contextlib.suppress(psutil.Error):
             times = descendant.cpu_times()
             seconds += times.user + times.system
     return ProcessorSample(time=time.time(), processor_seconds=seconds)
@@ -85,9 +87,19 @@ def read_status(job: Job) -> JobStatus | None:
         content: Any = read_json(job_status_path(job.id))
         samples = {name: ProcessorSample(**content[name]) for name in ("earlier", "latest")}
         predicted = None if content["predicted"] is None else PredictedUse(**content["predicted"])
-        return JobStatus(**{**content, **samples, "predicted": predicted})
+        workers = tuple((int(rank), int(pid)) for rank, pid in content["worker_pids"])
+        return JobStatus(**{**content, **samples, "predicted": predicted, "worker_pids": workers})
     except (RegistryError, KeyError, TypeError):
         return None
+
+
+def measured_worker_bytes(status: JobStatus) -> list[tuple[int, int, int]]:
+    """Rank, process id and bytes in this machine's memory of each worker that is running."""
+    measured = []
+    for rank, pid in status.worker_pids:
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            measured.append((rank, pid, psutil.Process(pid).memory_info().rss))
+    return measured
 
 
 def utilization_percent(job: Job, status: JobStatus) -> int | None:

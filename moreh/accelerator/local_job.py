@@ -37,6 +37,8 @@ class LocalJob:
         self.uses_all_devices = False
         # What the planner predicts for the devices that are simulated; None until a training was planned.
         self.predicted: PredictedUse | None = None
+        # Rank and process id of each worker on this machine, where there are several.
+        self.worker_pids: tuple[tuple[int, int], ...] = ()
         # Processor time is that of the job with all that it started; the reports come from one of its processes.
         self._process = psutil.Process(job.pid)
         self._reporting_pid = job.pid
@@ -101,7 +103,9 @@ class LocalJob:
             memory_bytes = {"reserved": torch.cuda.memory_reserved()}
         if self.predicted is not None:
             memory_bytes = dict(self.predicted.memory_bytes)
-        status = JobStatus(memory_bytes, self.simulated, available_cores(), self._earlier, self._latest, self.predicted)
+        status = JobStatus(
+            memory_bytes, self.simulated, available_cores(), self._earlier, self._latest, self.predicted, self.worker_pids
+        )
         try:
             write_status(self.job, status)
         except RegistryError as error:
@@ -118,6 +122,9 @@ class LocalJob:
 
     @contextmanager
     def _count_activations(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+        if self.worker_pids:  # memory of the devices is predicted, and that of the workers measured
+            yield
+            return
         if self.ledger.has_module(model):
             self.ledger.add_module(model)  # its weights may be new ones, of another type
         with self.ledger.activations.counting():
@@ -136,6 +143,9 @@ class LocalJob:
     def _observe(self, what: str, *, after_forward: bool) -> None:
         # Not while a compiler traces a step: its tensors have no storage.
         if torch.compiler.is_compiling():
+            return
+        if self.worker_pids:
+            self.report()
             return
         total = self.ledger.observe(after_forward=after_forward)
         if total > self.capacity_bytes or self._may_be_full():

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any
 
-from moreh.accelerator.job_status import JobStatus, read_status, utilization_percent
+from moreh.accelerator.job_status import JobStatus, measured_worker_bytes, read_status, utilization_percent
 from moreh.accelerator.registry import Accelerator, Job, Registry
 from moreh.cli.tables import Column, draw_table
 from moreh.version import __version__
@@ -45,6 +45,13 @@ PHYSICAL_COLUMNS = (
     Column("Total Memory", 12),
     Column("Utilization", 11),
 )
+WORKER_COLUMNS = (
+    Column("Job ID", 6, "right"),
+    Column("Worker", 6, "right"),
+    Column("PID", 7, "right"),
+    Column("Measured Memory", 15),
+)
+WORKERS_NOTE = "Measured memory is what a worker's process holds in this machine's memory, programs and libraries included."
 
 
 @dataclass(frozen=True)
@@ -101,6 +108,9 @@ def draw_reports(reports: Sequence[AcceleratorReport], *, physical: bool) -> str
         rows = [_physical_row(report, device) for report in reports for device in _physical_devices(report)]
         parts += ["", draw_table(PHYSICAL_COLUMNS, rows)]
     running = [report for report in reports if report.job is not None]
+    workers = [row for report in running for row in _worker_rows(report)] if physical else []
+    if workers:
+        parts += ["", "Workers:", draw_table(WORKER_COLUMNS, workers), WORKERS_NOTE]
     if running:
         parts += ["", "Processes:", draw_table(PROCESS_COLUMNS, [_process_row(report) for report in running])]
     simulated = [report.status for report in reports if report.status is not None and report.status.simulated]
@@ -135,6 +145,8 @@ def as_json(reports: Sequence[AcceleratorReport], *, physical: bool) -> dict[str
             row["processes"].append({"job_id": job.id, "pid": job.pid, "command": job.command, "memory_bytes": memory_bytes})
         if physical:
             row["physical_devices"] = [asdict(device) for device in _physical_devices(report)]
+            measured = [] if report.status is None else measured_worker_bytes(report.status)
+            row["workers"] = [{"rank": rank, "pid": pid, "memory_bytes": size} for rank, pid, size in measured]
         rows.append(row)
     return {"version": __version__, "accelerators": rows}
 
@@ -160,6 +172,12 @@ def _process_row(report: AcceleratorReport) -> tuple[str, ...]:
         _in_one_line(report.job.command),
         _mib(report.memory_mib),
     )
+
+
+def _worker_rows(report: AcceleratorReport) -> list[tuple[str, ...]]:
+    assert report.job is not None
+    measured = [] if report.status is None else measured_worker_bytes(report.status)
+    return [(str(report.job.id), str(rank), str(pid), _mib(-(-size // 2**20))) for rank, pid, size in measured]
 
 
 def _physical_devices(report: AcceleratorReport) -> list[PhysicalDevice]:

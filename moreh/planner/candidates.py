@@ -27,7 +27,8 @@ class Restrictions:
 
     `pipeline` and `micro_batches` are fixed numbers, or None for all. `recompute` and `shard_parameters`: True for
     some recomputation or for sharded parameters, False for none, None for both; `sequence_parallel` likewise. `max_context` is
-    the largest context-parallel size; the local runtime has none, so 1 by default. `memory_fraction` is the part of a device's memory that a plan may use.
+    the largest context-parallel size; the local runtime has none, so 1 by default. `memory_fraction` is the part of a device's
+    memory that a plan may use.
     """
 
     pipeline: int | None = None

@@ -37,12 +37,10 @@ def save_training(
     worker_model = worker_model_of(model)
     if worker_model is not None:
         parallel = worker_model.model
-        state = state_to_save(
-            parallel.layouts, parallel.local_tensors(), optimizers, parallel.shown, parallel.mesh, extra
-        )
+        state = state_to_save(parallel.layouts, parallel.local_tensors(), optimizers, parallel.shown, parallel.mesh, extra)
         return save_state_async(state, directory, parallel.mesh)
     if current_world().size > 1:
-        raise OptionError("a checkpoint before the first training step: the model is not divided over the workers yet; train first")
+        raise OptionError("a checkpoint before the first step: the model is not divided over the workers yet; train first")
     layouts = layouts_of_whole(model)
     parameters = dict(model.named_parameters())
     tensors: dict[str, torch.Tensor] = {name: parameter.detach() for name, parameter in parameters.items()}

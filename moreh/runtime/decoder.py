@@ -1,4 +1,4 @@
-"""The parts of a decoder of transformers, whatever its family calls them: what is before its layers, the layers, what is after."""
+"""The parts of a decoder of transformers, whatever its family calls them: before the layers, the layers, after them."""
 
 import re
 from collections.abc import Iterator

@@ -12,7 +12,13 @@ from moreh.planner.plan import Plan
 from moreh.runtime.gradients import total_norm
 from moreh.runtime.model_methods import replace_methods
 from moreh.runtime.parallel_model import local_tensor
-from moreh.runtime.script_face import exchange_parameters, look_at_optimizers, replace_total_norm, watch_optimizers
+from moreh.runtime.script_face import (
+    exchange_parameters,
+    look_at_optimizers,
+    refuse_to_pickle_state,
+    replace_total_norm,
+    watch_optimizers,
+)
 from moreh.runtime.worker_model import WorkerModel
 
 _KEY = "_moreh_worker_model"
@@ -26,7 +32,7 @@ def prepare_for_division() -> None:
     global _ready
     if not _ready:
         _ready = True
-        watch_optimizers(_refuse)
+        watch_optimizers(_look_at)
         replace_total_norm(_norm_of)
         run_instead_of_model_calls(call_divided)
 
@@ -46,15 +52,20 @@ def divide(root: nn.Module, plan: Plan) -> WorkerModel:
     return worker_model
 
 
-def _refuse(optimizer: torch.optim.Optimizer) -> None:
-    """Raise OptionError for an optimizer that would be wrong on the parts of a model: those of torch that see more than
-    elements. Adafactor's means of rows and columns are not implemented for distributed tensors; L-BFGS takes products of all parameters
-    together, of which a stage has its own only.
+def _look_at(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse an optimizer of a divided model that would be wrong on its parts, of torch's those that see more than elements.
+
+    Adafactor's means of rows and columns are not implemented for distributed tensors; L-BFGS takes products of all parameters
+    together, of which a stage has its own only. The state of others must not be saved as if it were whole.
+
+    Raises:
+        OptionError: says so.
     """
-    if not isinstance(optimizer, torch.optim.LBFGS | torch.optim.Adafactor):
-        return
     own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     models = [w.model for w in _divided if any(id(parameter) in own for parameter in w.model.shown.values())]
+    if not models:
+        return
+    refuse_to_pickle_state(optimizer)
     divided = any(model.plan.tensor > 1 or model.sharded for model in models)
     if isinstance(optimizer, torch.optim.LBFGS) and (divided or any(model.plan.pipeline > 1 for model in models)):
         raise OptionError("LBFGS looks at all parameters together, which are divided over workers: use AdamW or SGD")

@@ -21,6 +21,9 @@ def replace_methods(model: ParallelModel) -> None:
     root: Any = model.decoder.root
 
     def save(directory: str | os.PathLike[str], **settings: Any) -> None:
+        # transformers' Trainer gives None, or what `state_dict` below has returned: the model's own weights.
+        if isinstance(settings.get("state_dict"), ShardedStateDict | None):
+            settings.pop("state_dict", None)
         save_pretrained(root, directory, model.layouts, model.local_tensors(), model.mesh, **settings)
 
     def state_dict(*args: Any, **kwargs: Any) -> ShardedStateDict:
@@ -63,7 +66,9 @@ def _generate_without_cache(module: nn.Module) -> Any:
 
     def generate(*args: Any, **kwargs: Any) -> Any:
         if kwargs.get("past_key_values") is not None:
-            raise OptionError("generate(past_key_values=...): a model that is divided over workers keeps no cache; leave it out")
+            raise OptionError(
+                "generate(past_key_values=...): a model that is divided over workers keeps no cache; leave it out"
+            )
         return original(*args, **{**kwargs, "use_cache": False})
 
     return generate

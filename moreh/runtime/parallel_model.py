@@ -93,6 +93,9 @@ def divide_model(
     )
     if plan.recomputation != "none":
         recompute_activations(decoder, plan.recomputation)
+    if plan.tensor > 1:
+        # Before FSDP gives the layers of this rank's stages another class than the others have.
+        install_tensor_parallel(root, mesh.group("tensor"), sequence_parallel=plan.sequence_parallel)
     if sharded:
         # FSDP sees parameters of the right shapes without data; then each rank puts its own parts in their places.
         for name, part_shape in _shapes_before_sharding(layouts, here, mesh).items():
@@ -108,8 +111,6 @@ def divide_model(
         else:
             computing[name] = nn.Parameter(part, requires_grad=original[name].requires_grad)
         _fill(slots[name], computing[name])
-    if plan.tensor > 1:
-        install_tensor_parallel(root, mesh.group("tensor"), sequence_parallel=plan.sequence_parallel)
     shown = {name: shown_parameter(parameter, layouts[name], plan, mesh) for name, parameter in computing.items()}
     model = ParallelModel(decoder, plan, mesh, layouts, division.partial_gradients, stages, computing, shown, slots)
     show_parameters(model)

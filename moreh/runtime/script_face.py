@@ -8,7 +8,11 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
+from moreh.errors import OptionError
+from moreh.runtime.state_dict import ShardedStateDict
+
 _looking: list[Callable[[torch.optim.Optimizer], None]] = []
+_not_to_pickle: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 _optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 
 
@@ -43,10 +47,17 @@ def watch_optimizers(look: Callable[[torch.optim.Optimizer], None]) -> None:
 def exchange_parameters(successors: dict[int, nn.Parameter], originals: list[nn.Parameter]) -> None:
     """Give optimizers, and lists that the script has made, the parameters that took the place of others.
 
-    `successors` are found by the id of an original. State that an optimizer already has for an original is not divided:
-    its keys are kept for the successor only where there is none yet.
+    `successors` are found by the id of an original.
+
+    Raises:
+        OptionError: an optimizer has state for an original, which is not divided.
     """
     for optimizer in _optimizers:
+        if any(id(parameter) in successors for parameter in optimizer.state):
+            raise OptionError(
+                f"the {type(optimizer).__name__} has state of the model before it was divided over workers, such as load_state_dict "
+                "gives: resume with moreh.runtime.checkpoints.load_training"
+            )
         for group in optimizer.param_groups:
             group["params"] = [successors.get(id(parameter), parameter) for parameter in group["params"]]
     for original in originals:
@@ -55,6 +66,14 @@ def exchange_parameters(successors: dict[int, nn.Parameter], originals: list[nn.
             original.data = original.data.new_empty(0)
             original.__dict__["_successor"] = successor
             original.__class__ = _Replaced
+
+
+def refuse_to_pickle_state(optimizer: torch.optim.Optimizer) -> None:
+    """Each worker has the state of its own parts: written by torch.save, it would be taken for the whole."""
+    if optimizer not in _not_to_pickle:
+        _not_to_pickle.add(optimizer)
+        rank = torch.distributed.get_rank()
+        optimizer.register_state_dict_post_hook(lambda _, state: ShardedStateDict(state, rank))
 
 
 def look_at_optimizers() -> None:

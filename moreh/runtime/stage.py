@@ -71,11 +71,13 @@ class Stage(nn.Module):
         `micro_batch` is a number in a tensor `[1]`, since schedules of torch cut tensors into micro-batches.
         """
         number = int(micro_batch)
-        self._hidden.update(received=received, sent=None, started=False)
+        inputs = self._inputs(number)
+        tokens = inputs["input_ids"] if "input_ids" in inputs else inputs["inputs_embeds"]
+        self._hidden.update(received=received, sent=None, started=False, tokens=tokens.shape[:2])
         with self._in_place():
             # On other stages the output layer would compute on what is not there; its model ends before it.
             model = self._outside.causal if self.is_last else self._outside.causal.base_model
-            outputs = model(**self._inputs(number))
+            outputs = model(**inputs)
         sent = self._hidden["sent"]
         self._hidden.update(received=None, sent=None)
         return self._finish(outputs, number) if self.is_last else sent
@@ -130,16 +132,19 @@ class _Before(_Substitute):
 
 
 class _After(_Substitute):
-    """A module after the layers: gives what was computed so far."""
+    """A module after the layers, of which only the shape of the result matters here: that of the whole sequences, of which
+    this rank may have computed a part.
+    """
 
     def __init__(self, original: nn.Module, hidden: dict[str, Any]) -> None:
         super().__init__(original)
         object.__setattr__(self, "_hidden", hidden)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self._hidden["sent"] is None:
+        sent = self._hidden["sent"]
+        if sent is None:
             raise RuntimeError(f"{type(self._original).__name__} is used before layers: its model cannot be cut into stages")
-        return self._hidden["sent"].detach()
+        return sent.new_zeros(()).expand(*self._hidden["tokens"], sent.shape[-1])
 
 
 class _Handing(_Substitute):

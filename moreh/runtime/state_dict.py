@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
@@ -22,14 +23,16 @@ class ShardedStateDict(dict[str, Any]):
         WorkerError: says what saves the whole model.
     """
 
-    def __init__(self, parts: Mapping[str, Any], rank: int) -> None:
+    def __init__(self, parts: Mapping[str, Any], rank: int | None = None) -> None:
         super().__init__(parts)
-        self.rank = rank
+        # Libraries make dicts of the same type without knowing of ranks.
+        self.rank = dist.get_rank() if rank is None else rank
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise WorkerError(
             f"This state dict holds the part of rank {self.rank} only, since the model is divided over workers. Save the model "
-            "with model.save_pretrained(directory) on all ranks, or a training to be resumed with torch.distributed.checkpoint."
+            "with model.save_pretrained(directory) on all ranks, and a training to be resumed with "
+            'moreh.runtime.checkpoints.save_training; a Trainer saves with save_strategy="no" and trainer.save_model().'
         )
 
     def copy(self) -> "ShardedStateDict":

@@ -10,6 +10,7 @@ from torch import nn
 from moreh.errors import PlanError
 from moreh.planner.describe_layer import is_matrix
 from moreh.planner.describe_module import text_config
+from moreh.runtime.adapters import base_matrix, lora_pairs
 from moreh.runtime.decoder import Decoder, take_apart
 from moreh.runtime.layout import Division
 from moreh.runtime.tensor_rules import Heads, Region, layer_regions
@@ -52,30 +53,39 @@ def largest_tensor_size(model: nn.Module) -> int:
         heads = find_decoder(model).heads
     except PlanError:
         return 1
-    return next((size for size in range(heads.key_value, 1, -1) if tensor_parallel_problem(model, size) is None), 1)
+    sizes = [size for size in range(heads.key_value, 1, -1) if heads.key_value % size == heads.query % size == 0]
+    return next((size for size in sizes if tensor_parallel_problem(model, size) is None), 1)
 
 
 def tensor_parallel_problem(model: nn.Module, size: int) -> str | None:
     """Why `size` ranks cannot divide a model, as a sentence for the user; None if they can."""
-    try:
-        describe_division(model, size, sequence_parallel=False)
-    except PlanError as problem:
-        return str(problem)
-    return None
+    return _problem(model, size, sequence_parallel=False)
 
 
 def sequence_parallel_problem(model: nn.Module, size: int) -> str | None:
     """Why `size` ranks cannot divide a model together with its sequences, as a sentence for the user; None if they can."""
-    return tensor_parallel_problem(model, size)
+    return _problem(model, size, sequence_parallel=True)
+
+
+def _problem(model: nn.Module, size: int, *, sequence_parallel: bool) -> str | None:
+    try:
+        describe_division(model, size, sequence_parallel=sequence_parallel)
+    except PlanError as problem:
+        return str(problem)
+    return None
 
 
 def describe_division(model: nn.Module, size: int, *, sequence_parallel: bool) -> TensorDivision:
     """How `size` ranks divide a model, from the names and shapes of its parameters: it may be on the meta device.
 
     Raises:
-        PlanError: they cannot, for the reason that tensor_parallel_problem gives.
+        PlanError: they cannot, for the reason that the functions above give.
     """
     decoder = find_decoder(model)
+    layerdrop = getattr(decoder.config, "layerdrop", 0.0)
+    if sequence_parallel and layerdrop:
+        # The first layer divides the sequences.
+        raise PlanError(f"layerdrop is {layerdrop}, which leaves layers out: use no sequence parallelism, or set it to 0")
     heads = decoder.heads
     groups = max(region.head_groups for region in decoder.regions)
     divisible = {"attention heads": heads.query, "key-value heads": heads.key_value}
@@ -122,27 +132,37 @@ def _divide_region(
     layer: nn.Module, region: Region, heads: Heads, names: dict[int, str]
 ) -> tuple[dict[int, Division], set[int], set[int]]:
     """By identity, the parameters of a region that are divided, those that all ranks use for their own heads, and those that
-    are used behind the sum, which is the bias of the row-divided matrix.
+    are used behind the sum: the bias of the row-divided matrix, and its adapters' B.
     """
     divisions: dict[int, Division] = {}
+    shared: set[int] = set()
     for name, blocks in region.columns.items():
-        matrix: Any = layer.get_submodule(name)
+        column = layer.get_submodule(name)
+        matrix = base_matrix(column)
         dim = _output_dim(matrix)
         division = Division(dim, blocks(heads, matrix.weight.shape[dim]))
         divisions |= {id(matrix.weight): division}
         if matrix.bias is not None:
             divisions |= {id(matrix.bias): Division(0, division.blocks)}
-    row: Any = layer.get_submodule(region.row)
-    dim = 1 - _output_dim(row)
-    divisions[id(row.weight)] = Division(dim, region.row_blocks(heads, row.weight.shape[dim]))
+        for down, up in lora_pairs(column):
+            # Every rank computes all of A, but for its own outputs.
+            shared.add(id(down.weight))
+            divisions[id(up.weight)] = Division(0, division.blocks)
+    row = layer.get_submodule(region.row)
+    matrix = base_matrix(row)
+    dim = 1 - _output_dim(matrix)
+    division = Division(dim, region.row_blocks(heads, matrix.weight.shape[dim]))
+    divisions[id(matrix.weight)] = division
+    summed = {id(matrix.bias)} if matrix.bias is not None else set()
+    for down, up in lora_pairs(row):
+        divisions[id(down.weight)] = Division(1, division.blocks)
+        summed.add(id(up.weight))
     for name in region.wide_norms:
         weight = layer.get_parameter(f"{name}.weight")
         divisions[id(weight)] = Division(0, (weight.shape[0],))
-    summed = {id(row.bias)} if row.bias is not None else set()
-    shared: set[int] = set()
     for name, parameter in layer.get_submodule(region.entry).named_parameters():
         shape = tuple(parameter.shape)
-        if id(parameter) in divisions or id(parameter) in summed:
+        if id(parameter) in divisions or id(parameter) in shared | summed:
             continue
         # A norm for each head in a list would be used for other heads than its own.
         listed = any(part.isdigit() for part in name.split("."))
@@ -177,6 +197,8 @@ def find_decoder(model: nn.Module) -> DivisibleDecoder:
     parts = take_apart(model)
     name = type(parts.causal).__name__
     config = text_config(parts.causal)
+    if config is not parts.causal.config:
+        raise PlanError(f"{name} is more than a language model ({parts.causal.config.model_type!r}): {_REMEDY}")
     regions = layer_regions(config)
     if isinstance(regions, str):
         raise PlanError(f"{name}: {regions}; {_REMEDY}")
@@ -205,7 +227,7 @@ def _matrices(regions: tuple[Region, ...]) -> Iterator[str]:
 
 def _is_matrix_of(layer: nn.Module, name: str) -> bool:
     try:
-        return is_matrix(layer.get_submodule(name))
+        return is_matrix(base_matrix(layer.get_submodule(name)))
     except AttributeError:
         return False
 

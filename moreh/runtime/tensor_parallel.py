@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from moreh.errors import PlanError
 from moreh.planner.family_defaults import DROPOUT_KEYS
+from moreh.runtime.adapters import base_matrix, lora_pairs
 from moreh.runtime.collectives import copy_to_ranks, gather_parts, own_part, part_of_sum, sum_of_ranks
 from moreh.runtime.random_numbers import OwnRandomNumbers
 from moreh.runtime.tensor_division import (
@@ -50,9 +51,6 @@ class TensorParallelState:
         self.group = group
         self.sequence_parallel = sequence_parallel
         self.random = random
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "TensorParallelState":
-        return self
 
 
 def install_tensor_parallel(model: nn.Module, group: dist.ProcessGroup, *, sequence_parallel: bool) -> TensorParallelState:
@@ -106,12 +104,14 @@ def _install_region(
         norm = layer.get_submodule(name)
         norm.forward = MethodType(_wide_norm_forward(state), norm)
     for name in region.columns:
-        matrix = layer.get_submodule(name)
+        matrix = base_matrix(layer.get_submodule(name))
         if not isinstance(matrix, nn.Linear):
             # The Conv1D of GPT-2 counts its outputs.
             matrix.register_forward_pre_hook(_count_outputs)
     row = layer.get_submodule(region.row)
-    row.forward = MethodType(_row_forward(state, dim, ends_heads=region.attention), row)
+    # Adapters around the matrix are divided as it is: A's results are summed, B computes with the sum.
+    for matrix in (base_matrix(row), *(down for down, _ in lora_pairs(row))):
+        matrix.forward = MethodType(_row_forward(state, dim, ends_heads=region.attention), matrix)
 
 
 def _divide_heads(attention: nn.Module, region: Region, decoder: DivisibleDecoder, state: TensorParallelState) -> None:

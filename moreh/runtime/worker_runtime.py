@@ -1,5 +1,7 @@
 """What the hook does in each of several workers: at the first training batch a model is planned and divided over them."""
 
+import os
+import socket
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -143,6 +145,9 @@ class WorkerRuntime:
 
 def run_models_on_workers(options: ParallelOptions, variables: PlannerVariables, job: LocalJob, world: World) -> None:
     """Apply the options to every model from now on, in a world of several workers."""
+    workers: list[Any] = [None] * world.size
+    dist.all_gather_object(workers, (world.rank, socket.gethostname(), os.getpid()))
+    job.worker_pids = tuple((rank, pid) for rank, host, pid in workers if host == socket.gethostname())
     keep_weights_on_disk()
     prepare_for_division()
     run_instead_of_model_calls(WorkerRuntime(options, variables, job, world).call)

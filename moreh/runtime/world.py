@@ -1,6 +1,7 @@
 """The world: the workers that compute together, and which of them this process is."""
 
 import atexit
+import contextlib
 import logging
 import os
 import sys
@@ -24,6 +25,7 @@ LAUNCHER = "MOREH_LAUNCHER"
 # one worker may take alone, while the others wait, to download or tokenize.
 TIMEOUT = timedelta(hours=1)
 SECONDS_BETWEEN_LOOKS_AT_PARENT = 1.0
+SECONDS_FOR_THREADS = 2.0
 _NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _HIDDEN = (
     *_NEEDED,
@@ -125,9 +127,29 @@ def _init_process_group(world: World) -> None:
 
 
 def _leave(pid: int) -> None:
-    """End the threads of the process group. One that lets go of a tensor after Python has shut down aborts the process."""
-    if os.getpid() == pid and dist.is_initialized():
-        dist.destroy_process_group()
+    """End the process group, before Python shuts down.
+
+    Its threads let go of a tensor a moment after the operation was reported as done, and if Python has shut down by then the
+    process aborts ("terminate called without an active exception"). Groups that a device mesh holds keep their threads.
+    """
+    if os.getpid() != pid or not dist.is_initialized():
+        return
+    dist.destroy_process_group()
+    end = time.monotonic() + SECONDS_FOR_THREADS
+    while True:
+        time.sleep(0.01)
+        if not _gloo_computes() or time.monotonic() >= end:
+            return
+
+
+def _gloo_computes() -> bool:
+    """Whether a thread of gloo is doing something rather than waiting for something to do (told on Linux only)."""
+    for stat in Path("/proc/self/task").glob("*/stat"):
+        with contextlib.suppress(OSError):  # it has ended
+            name, _, rest = stat.read_text().rpartition(")")
+            if "gloo" in name and rest.split()[0] == "R":
+                return True
+    return False
 
 
 def _behave_as_one_program(world: World) -> None:
