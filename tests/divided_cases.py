@@ -48,10 +48,21 @@ def train(model, optimizer_of=None, clip=None, steps=3, accumulation=2, **model_
     return seen
 
 
+# What a tiny model of a family needs besides the sizes that all have.
+FAMILY_SETTINGS = {
+    "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2},
+    "gptj": {"rotary_dim": 8},
+    "mistral": {"num_key_value_heads": 2, "sliding_window": 6},
+    "mixtral": {"num_key_value_heads": 2, "num_local_experts": 4, "experts_implementation": "eager"},
+    "qwen2": {"num_key_value_heads": 2},
+    "qwen3": {"num_key_value_heads": 2, "head_dim": 16},
+}
+
+
 def compare(family, plan, change=None, **loop):
     """The greatest relative difference of losses and norms, and of weights, between a divided model and a whole one."""
     prepare_for_division()
-    model = whole_model(family, {})
+    model = whole_model(family, FAMILY_SETTINGS.get(family, {}))
     if change is not None:
         model = change(model)
     divided = copy.deepcopy(model)
@@ -77,7 +88,7 @@ def weight_difference(parallel, whole):
 def divided_model(family, plan, **changes):
     """A whole model and a divided copy."""
     prepare_for_division()
-    model = whole_model(family, changes)
+    model = whole_model(family, FAMILY_SETTINGS.get(family, {}) | changes)
     divided = copy.deepcopy(model)
     return model, divided, divide(divided, Plan(**plan))
 
@@ -149,6 +160,11 @@ def interrupted_is_identical(plan, directory):
         models.append(worker_model.model.local_tensors())
     first, second = models
     return all(torch.equal(first[name], second[name]) for name in first)
+
+
+def division_error(family, plan):
+    """What is said to a plan that a model cannot be divided by."""
+    return error_of(lambda: divided_model(family, plan))
 
 
 def error_of(function):

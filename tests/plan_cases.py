@@ -1,7 +1,9 @@
-"""What plans are proved on: two tiny models, the batches of a short training, and every plan that the planner has for them."""
+"""What plans are proved on: tiny models, the batches of a short training, and every plan that the planner has for them."""
 
 import functools
+from itertools import combinations
 
+import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -17,26 +19,28 @@ WORKERS = 8
 BATCH, LENGTH = 8, 16
 # The calls of the model in each step; with two of them, gradients are accumulated.
 CALLS = (2, 2, 1, 1, 1)
+STEPS = len(CALLS)
 # In the middle of an accumulation, as at the end of an epoch.
 SMALLER_BATCH = 3
 # No number of ranks divides it.
 VOCABULARY = 67
 
+# Tied embeddings, query, key and value in one matrix, biases.
+GPT2 = {
+    "model_type": "gpt2",
+    "n_layer": 5,
+    "n_embd": 32,
+    "n_head": 8,
+    "n_positions": 24,
+    "vocab_size": VOCABULARY,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "resid_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+    "attn_pdrop": 0.0,
+}
 MODELS = {
-    # Tied embeddings, query, key and value in one matrix, biases.
-    "gpt2": {
-        "model_type": "gpt2",
-        "n_layer": 5,
-        "n_embd": 32,
-        "n_head": 8,
-        "n_positions": 24,
-        "vocab_size": VOCABULARY,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-        "resid_pdrop": 0.0,
-        "embd_pdrop": 0.0,
-        "attn_pdrop": 0.0,
-    },
+    "gpt2": GPT2,
     # Grouped-query attention, and layers for a pipeline of eight.
     "llama": {
         "model_type": "llama",
@@ -51,7 +55,10 @@ MODELS = {
         "eos_token_id": 0,
         "tie_word_embeddings": False,
     },
+    # For what pipelines of eight can do with more stages than ranks, and with stages that are not even.
+    "deep-gpt2": GPT2 | {"n_layer": 17},
 }
+RESTRICTIONS = {"deep-gpt2": Restrictions(pipeline=8)}
 
 
 def training_of(family):
@@ -63,8 +70,40 @@ def training_of(family):
 def all_plans(family, workers=WORKERS):
     """Every plan that the planner enumerates for so many devices, whatever their memory."""
     setting = setting_of(cluster_of_devices(find_device("MI250 GCD"), workers))
-    tables = candidate_tables(setting.roofline, setting.cluster, training_of(family), Restrictions())
+    restrictions = RESTRICTIONS.get(family, Restrictions())
+    tables = candidate_tables(setting.roofline, setting.cluster, training_of(family), restrictions)
     return tuple(table.plan(row) for table in tables for row in range(len(table)))
+
+
+def covering_plans(families, workers):
+    """A few plans, as (family, plan), among which any two traits that go together in some plan do so in one of these."""
+    cases = [(family, plan) for family in families for plan in all_plans(family, workers)]
+    pairs = {case: set(combinations(_traits(*case).items(), 2)) for case in cases}
+    missing = set().union(*pairs.values())
+    chosen = []
+    while missing:
+        best = max(cases, key=lambda case: len(pairs[case] & missing))
+        chosen.append(best)
+        missing -= pairs[best]
+    return chosen
+
+
+def _traits(family, plan):
+    """What a fault may depend on."""
+    return {
+        "family": family,
+        "tensor": plan.tensor,
+        "pipeline": plan.pipeline,
+        "data": plan.data,
+        "schedule": plan.schedule,
+        "chunks": min(plan.chunks, 3),
+        "recomputation": plan.recomputation,
+        "sharding": plan.sharding,
+        "sequence_parallel": plan.sequence_parallel,
+        "one_micro_batch": plan.micro_batches == 1,
+        "micro_batches_per_rank": np.sign(plan.micro_batches - plan.pipeline),
+        "uneven": len(set(plan.stage_layers)) > 1,
+    }
 
 
 def plan_of(family, text, workers=WORKERS):
@@ -76,7 +115,8 @@ def build_model(family):
     """A model in float64 in which no parameter is 0 or 1, the same in each process."""
     settings = {key: value for key, value in MODELS[family].items() if key != "model_type"}
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings)).double()
+    config = AutoConfig.for_model(MODELS[family]["model_type"], **settings)
+    model = AutoModelForCausalLM.from_config(config).double()
     model.loss_type = "ForCausalLM"
     with torch.no_grad():
         for parameter in model.parameters():

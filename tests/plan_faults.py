@@ -1,19 +1,23 @@
 """Faults that a runtime could have, to show that the comparison finds them: each is a context in which the runtime has it."""
 
 import contextlib
+import time
 from dataclasses import replace
 from unittest import mock
+
+import torch.distributed as dist
 
 from moreh.runtime import divided_models, gradients, worker_model
 from moreh.runtime.parallel_model import ParallelModel, local_tensor
 from moreh.runtime.worker_model import WorkerModel
 
-_reduce, _cut, _hand_over, _total_norm = gradients._reduce, WorkerModel._cut, gradients.hand_over, gradients.total_norm
+_divide, _reduce, _cut = divided_models.divide, gradients._reduce, WorkerModel._cut
+_hand_over, _total_norm = gradients.hand_over, gradients.total_norm
 
 
 def no_tied_sum():
     """Each end of the pipeline trains its own copy of tied embeddings."""
-    return mock.patch.object(gradients, "_sum_over_holders", lambda *args: None)
+    return mock.patch.object(gradients, "_sum_over_holders", return_value=None)
 
 
 def no_data_reduction():
@@ -46,7 +50,7 @@ def mean_of_means():
 
 def stale_weights():
     """Weights that an evaluation has gathered are used for the next step."""
-    return mock.patch.object(ParallelModel, "sharded_modules", lambda self: [])
+    return mock.patch.object(ParallelModel, "sharded_modules", return_value=[])
 
 
 def ignored_scale():
@@ -75,6 +79,22 @@ def norm_of_own_part():
     return mock.patch.object(divided_models, "total_norm", total_norm)
 
 
+def no_end():
+    """One rank never comes to its part."""
+
+    def divide(root, plan):
+        while dist.get_rank() == 0:
+            time.sleep(1)
+        return _divide(root, plan)
+
+    return mock.patch.object(divided_models, "divide", divide)
+
+
+def old_parameters():
+    """The optimizer goes on with the parameters that the model had before."""
+    return mock.patch.object(divided_models, "exchange_parameters")
+
+
 FAULTS = {
     None: contextlib.nullcontext,
     "no-tied-sum": no_tied_sum,
@@ -85,4 +105,6 @@ FAULTS = {
     "ignored-scale": ignored_scale,
     "lost-accumulation": lost_accumulation,
     "norm-of-own-part": norm_of_own_part,
+    "old-parameters": old_parameters,
+    "no-end": no_end,
 }

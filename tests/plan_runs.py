@@ -1,5 +1,6 @@
 """One plan on all workers, and how far its training is from that of a single process."""
 
+import re
 import time
 from dataclasses import dataclass
 
@@ -10,13 +11,13 @@ from moreh.planner.plan_text import plan_text
 from moreh.runtime import divided_models
 from moreh.runtime.layout import boxes
 from moreh.runtime.parallel_model import local_tensor
-from tests.plan_cases import CALLS
+from tests.plan_cases import CALLS, LENGTH, STEPS
 from tests.plan_faults import FAULTS
 from tests.plan_training import Curves, base_model, new_model, reference, train
 from tests.workers import run_on_workers
 
 TOLERANCE = 1e-9
-# Until a plan that does not end is given up, and until the processes have been started. A machine may be busy with other things.
+# Until a plan that does not end is given up, and until the processes have been started, on a machine that is busy.
 TIMEOUT_S, START_TIMEOUT_S = 300, 600
 
 
@@ -35,8 +36,13 @@ class Part:
 
 @dataclass(frozen=True)
 class RankResult:
+    """`layer_inputs` are the shapes `[rows, tokens]` that one of the rank's layers was called with in training, repeated calls
+    for recomputation among them.
+    """
+
     curves: Curves
     parts: dict[str, Part]
+    layer_inputs: list[tuple[int, int]]
     processor_s: float
 
 
@@ -49,11 +55,18 @@ def get_ready(family):
 def train_with_plan(family: str, plan: Plan, fault: str | None, steps: int) -> RankResult:
     """On each rank: the script's training on a model that is divided as the plan says."""
     started = time.process_time()
-    made = []
+    made, layer_inputs = [], []
+
+    def divide(root):
+        made.append(divided_models.divide(root, plan).model)
+        made[0].stages[0].layers[0].register_forward_pre_hook(
+            lambda layer, args: layer_inputs.append(tuple(args[0].shape[:2])) if layer.training else None
+        )
+
     try:
         with FAULTS[fault]():
-            done = train(new_model(family), lambda model: made.append(divided_models.divide(model, plan)), steps)
-        model = made[0].model
+            done = train(new_model(family), divide, steps)
+        (model,) = made
         mesh = model.mesh
         place = mesh.rank("tensor"), plan.tensor, mesh.rank("data"), plan.data
         parts = {}
@@ -67,7 +80,7 @@ def train_with_plan(family: str, plan: Plan, fault: str | None, steps: int) -> R
                 weight=local_tensor(parameter.detach()).numpy(),
                 steps=float(state.get("step", 0)),
             )
-        return RankResult(done.curves, parts, time.process_time() - started)
+        return RankResult(done.curves, parts, layer_inputs, time.process_time() - started)
     finally:
         # Hundreds of models go through a process; no script divides more than a few.
         divided_models._divided.clear()
@@ -111,17 +124,37 @@ class Verdict:
         return f"{self.family}: {plan_text(self.plan)}"
 
 
-def verify(family, plan, fault=None, steps=len(CALLS)):
+def verify(family, plan, fault=None, steps=STEPS, timeout=TIMEOUT_S):
     """Run a plan and compare it. A plan that fails or hangs gives a verdict too."""
     run_on_workers(get_ready, [(family,)], size=plan.devices, timeout=START_TIMEOUT_S)
     started = time.perf_counter()
     try:
-        (ranks,) = run_on_workers(train_with_plan, [(family, plan, fault, steps)], size=plan.devices, timeout=TIMEOUT_S)
+        (ranks,) = run_on_workers(train_with_plan, [(family, plan, fault, steps)], size=plan.devices, timeout=timeout)
     except AssertionError as error:
         return Verdict(family, plan, None, (str(error),), time.perf_counter() - started)
     seconds = time.perf_counter() - started
-    differences, problems = compare(ranks, reference(family, steps), steps)
+    expected = reference(family, steps)
+    differences, problems = compare(ranks, expected, steps)
+    problems += not_as_planned(ranks, expected.weights, plan, steps)
     return Verdict(family, plan, differences, tuple(problems), seconds, sum(rank.processor_s for rank in ranks))
+
+
+def not_as_planned(ranks, weights, plan, steps):
+    """What the ranks have held or computed otherwise than the plan says: an undivided model would be right, too."""
+    problems = []
+    copies = plan.data if plan.sharding == "none" else 1
+    for name, weight in weights.items():
+        held = sum(result.parts[name].weight.size for result in ranks if name in result.parts)
+        # Each matrix of a layer is in one stage, and divided by tensor and data parallelism.
+        if re.search(r"\.\d+\.", name) and weight.ndim == 2 and held != copies * weight.size:
+            problems.append(f"{name} is held {held / weight.size:g} times, but the plan means {copies}")
+    for rank, result in enumerate(ranks):
+        shape = plan.micro_batch_size, LENGTH // (plan.tensor if plan.sequence_parallel else 1)
+        calls = sum(CALLS[:steps]) * plan.micro_batches * (1 if plan.recomputation == "none" else 2)
+        if result.layer_inputs[0] != shape or len(result.layer_inputs) != calls:
+            seen = f"{len(result.layer_inputs)} times, first with {result.layer_inputs[0]}"
+            problems.append(f"rank {rank}: a layer was called {seen}, but the plan means {calls} times and {shape}")
+    return problems
 
 
 def compare(ranks, expected, steps):

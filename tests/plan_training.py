@@ -9,14 +9,15 @@ import numpy as np
 import torch
 
 from tests.float64 import exact_float64
-from tests.plan_cases import CALLS, batch, build_model, evaluation_batch
+from tests.plan_cases import CALLS, STEPS, batch, build_model, evaluation_batch
 
 MAX_NORM = 0.5
 # Adam divides each gradient by its own size: what is mathematically 0, as the gradients of keys' biases are, would become
 # weights made of rounding with the usual 1e-8.
 EPSILON = 1e-6
-# In the middle of the training: weights that an evaluation has gathered must not be those of the next step.
-EVALUATED_STEP = 1
+# Before the weights of this step change, and not in the last one: neither the gradients that wait nor the weights that an
+# evaluation has gathered may reach the next step in another state.
+EVALUATED_STEP = 0
 
 
 @dataclass
@@ -39,7 +40,7 @@ class Training:
     optimizer: torch.optim.Optimizer
 
 
-def train(model, prepare=lambda model: None, steps=len(CALLS)):
+def train(model, prepare=lambda model: None, steps=STEPS):
     """Train a model. `prepare` is called with it when the optimizer has been made."""
     numbers = itertools.count()
     curves = Curves()
@@ -56,12 +57,12 @@ def train(model, prepare=lambda model: None, steps=len(CALLS)):
             if step == 0:
                 gradients = {name: _copy(parameter.grad) for name, parameter in model.named_parameters()}
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
+            if step == EVALUATED_STEP:
+                _evaluate(model, curves)
             optimizer.step()
             model.zero_grad()
             curves.losses.append(total)
             curves.norms.append(float(norm))
-            if step == EVALUATED_STEP:
-                _evaluate(model, curves)
     return Training(curves, gradients, model, optimizer)
 
 
@@ -99,7 +100,7 @@ class Reference:
 
 
 @functools.cache
-def reference(family, steps=len(CALLS)):
+def reference(family, steps=STEPS):
     """The plain loop of transformers in this process."""
     done = train(new_model(family), steps=steps)
     # A test of clipping clips.

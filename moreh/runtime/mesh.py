@@ -35,9 +35,19 @@ class Mesh:
         """The ranks that differ from this one in one dimension only."""
         return self.devices.get_group(dimension)
 
+    def part(self, *dimensions: str) -> DeviceMesh:
+        """The ranks that differ from this one in some dimensions only, as distributed tensors name them."""
+        return _part(self.devices, dimensions)
+
     def global_rank(self, pipeline: int, data: int, tensor: int) -> int:
         """The rank in the world of a place in the grid."""
         return (pipeline * self.size("data") + data) * self.size("tensor") + tensor
+
+
+@cache
+def _part(devices: DeviceMesh, dimensions: tuple[str, ...]) -> DeviceMesh:
+    # Taking a part costs milliseconds, and gradients ask for it once each.
+    return devices[dimensions]
 
 
 @cache

@@ -86,7 +86,7 @@ def divide_model(
     here = mesh.rank("pipeline")
     parts = take_local_parts(root, layouts, mesh)
     for name, parameter in original.items():
-        _fill(slots[name], _without_data(parameter, layouts[name].shape))
+        _fill(slots[name], _without_data(parameter, layouts[name], layouts[name].shape))
     sharded = plan.sharding != "none" and plan.data > 1
     stages = tuple(
         Stage(decoder, place.first, place.last, inputs, finish) for place in stage_places(plan) if place.pipeline_rank == here
@@ -99,7 +99,7 @@ def divide_model(
     if sharded:
         # FSDP sees parameters of the right shapes without data; then each rank puts its own parts in their places.
         for name, part_shape in _shapes_before_sharding(layouts, here, mesh).items():
-            _fill(slots[name], _without_data(original[name], part_shape))
+            _fill(slots[name], _without_data(original[name], layouts[name], part_shape))
         for stage in stages:
             _shard(stage, plan, mesh)
     computing = {}
@@ -153,8 +153,8 @@ def _sharded_parameter(slots: list[Slot]) -> nn.Parameter:
     return next(parameter for parameter in found if parameter is not None and isinstance(parameter, DTensor))
 
 
-def _without_data(like: nn.Parameter, shape: tuple[int, ...]) -> nn.Parameter:
-    return nn.Parameter(torch.empty(shape, dtype=like.dtype, device="meta"), requires_grad=like.requires_grad)
+def _without_data(original: nn.Parameter, layout: Layout, shape: tuple[int, ...]) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape, dtype=layout.dtype, device="meta"), requires_grad=original.requires_grad)
 
 
 def _shapes_before_sharding(layouts: dict[str, Layout], here: int, mesh: Mesh) -> dict[str, tuple[int, ...]]:
@@ -168,7 +168,7 @@ def _shapes_before_sharding(layouts: dict[str, Layout], here: int, mesh: Mesh) -
 
 def _shard(stage: Stage, plan: Plan, mesh: Mesh) -> None:
     """Shard the parameters of each part of a stage: each layer by itself, what is before and after the layers together."""
-    data = mesh.devices["data"]
+    data = mesh.part("data")
     # In a pipeline the schedule gathers parameters once for all micro-batches.
     reshard = plan.sharding == "parameters" and plan.pipeline == 1
     for layer in stage.layers:

@@ -38,7 +38,7 @@ def parameter_layouts(decoder: Decoder, plan: Plan, divisions: dict[str, Divisio
     `divisions` are those of tensor parallelism by name; FSDP divides what they leave along the first dimension.
     """
     holders = _holders(decoder, plan)
-    wanted = wanted_dtypes(decoder.causal)
+    wanted = wanted_dtypes(decoder.root)
     return {
         name: Layout(
             name=name,

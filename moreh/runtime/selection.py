@@ -179,11 +179,9 @@ def select_local_plan(training: Training, options: ParallelOptions, *, bfloat16:
 
 def within_runtime(restrictions: Restrictions, model: nn.Module) -> Restrictions:
     """Restrictions with those besides that the model puts on what workers can carry out."""
-    return replace(
-        restrictions,
-        max_tensor=largest_tensor_size(model),
-        sequence_parallel=None if sequence_parallel_problem(model, 2) is None else False,
-    )
+    largest = largest_tensor_size(model)
+    possible = largest > 1 and sequence_parallel_problem(model, largest) is None
+    return replace(restrictions, max_tensor=largest, sequence_parallel=None if possible else False)
 
 
 def select_worker_plan(

@@ -29,10 +29,10 @@ def as_shown(tensor: torch.Tensor, layout: Layout, plan: Plan, mesh: Mesh) -> to
     if plan.tensor == 1:
         return tensor
     placements: list[Placement] = [Replicate() if layout.division is None else Shard(layout.division.dim)]
-    devices = mesh.devices["tensor"]
+    devices = mesh.part("tensor")
     local = tensor.detach()
     if isinstance(tensor, DTensor):
-        devices = mesh.devices["data", "tensor"]
+        devices = mesh.part("data", "tensor")
         local = tensor.to_local().detach()
         same = layout.division is not None and layout.division.dim == layout.data_dim
         assert layout.data_dim is not None

@@ -132,7 +132,7 @@ class WorkerRuntime:
         worker_model = worker_model_of(module)
         if worker_model is not None:
             return next(iter(worker_model.model.computing.values())).dtype
-        return next(iter(wanted_dtypes(unwrapped(module)).values()))
+        return next(iter(wanted_dtypes(module).values()))
 
     def _say_left_whole(self, module: nn.Module) -> None:
         if type(module) not in self._left_whole and not is_part_of_divided(module):

@@ -1,0 +1,206 @@
+"""What it costs to be parallel: a training step on several workers against one, on the cores of this machine.
+
+python benchmarks/parallel_cost.py [--rounds 5] [--profile]
+
+One worker computes with all cores. Several workers have one thread each and divide the model as a plan says; those that are more than the
+cores share them, so that their processor time is compared, not their speed. All of them take turns in every round; the
+ratios are those of medians.
+"""
+
+import argparse
+import multiprocessing
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from moreh.planner.describe_module import describe_module
+from moreh.planner.plan import Training
+from moreh.planner.plan_text import parse_plan
+
+STEPS_PER_ROUND = 2
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A Llama and its batches."""
+
+    layers: int
+    hidden: int
+    inner: int
+    vocabulary: int
+    rows: int
+    sequence_length: int
+
+
+# Both are small enough to wait for, and large enough that nobody would ask what dividing them is for.
+SPEED = Shape(layers=8, hidden=512, inner=1408, vocabulary=8192, rows=16, sequence_length=256)
+SPLIT = Shape(layers=8, hidden=768, inner=2048, vocabulary=8192, rows=8, sequence_length=256)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Workers that take part in the comparison; no plan is one worker that computes as transformers does."""
+
+    name: str
+    shape: Shape
+    workers: int
+    threads: int
+    plan: str = ""
+
+
+def setups(cores: int) -> list[Setup]:
+    """What is compared with what: the first of each shape is one worker."""
+    return [
+        Setup("one worker", SPEED, 1, cores),
+        Setup("data parallel", SPEED, 2, 1, "tp1 pp1 dp2 mb8x1"),
+        Setup("data parallel, sharded", SPEED, 2, 1, "tp1 pp1 dp2 mb8x1 shard:optimizer"),
+        Setup("one worker", SPLIT, 1, cores),
+        Setup("sharded parameters", SPLIT, 8, 1, "tp1 pp1 dp8 mb1x1 shard:parameters"),
+        Setup("pipeline", SPLIT, 8, 1, "tp1 pp8 dp1 mb1x8"),
+        Setup("tensor parallel", SPLIT, 8, 1, "tp8 pp1 dp1 mb8x1"),
+        Setup("tensor parallel, sequence too", SPLIT, 8, 1, "tp8 pp1 dp1 mb8x1 sp"),
+        Setup("all of them", SPLIT, 8, 1, "tp2 pp2 dp2 mb2x2 shard:parameters sp"),
+    ]
+
+
+def main() -> None:
+    """Run the comparison and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", help="setups whose names contain this, and one worker")
+    parser.add_argument("--profile", action="store_true", help="show what worker 0 of each setup spends a step with")
+    arguments = parser.parse_args()
+    cores = len(os.sched_getaffinity(0))
+    for shape in (SPEED, SPLIT):
+        chosen = [s for s in setups(cores) if s.shape == shape and (not arguments.only or s.workers == 1 or arguments.only in s.name)]
+        if len(chosen) > 1:
+            compare(shape, chosen, arguments.rounds, profile=arguments.profile)
+
+
+def compare(shape: Shape, chosen: list[Setup], rounds: int, *, profile: bool) -> None:
+    """Measure the setups of one shape in turns and print their medians."""
+    with tempfile.TemporaryDirectory() as directory:
+        teams = [_Team(setup, f"{directory}/{number}") for number, setup in enumerate(chosen)]
+        for team in teams:
+            team.run(1)  # divides the model
+        measured: list[list[tuple[float, float]]] = [[] for _ in teams]
+        for _ in range(rounds):
+            for team, figures in zip(teams, measured, strict=True):
+                figures.append(team.run(STEPS_PER_ROUND))
+        wall = [statistics.median(w for w, _ in figures) / STEPS_PER_ROUND for figures in measured]
+        processor = [statistics.median(p for _, p in figures) / STEPS_PER_ROUND for figures in measured]
+        tokens = shape.rows * shape.sequence_length
+        print(f"\n{shape}, medians of {rounds} rounds of {STEPS_PER_ROUND} steps in turns")
+        print("| setup | workers x threads | plan | tokens/s | x one worker | processor s/step | x one worker |")
+        print("|---|---|---|---|---|---|---|")
+        for setup, seconds, used in zip(chosen, wall, processor, strict=True):
+            print(
+                f"| {setup.name} | {setup.workers} x {setup.threads} | `{setup.plan or '-'}` | {tokens / seconds:,.0f} | "
+                f"{wall[0] / seconds:.2f} | {used:.2f} | {used / processor[0]:.2f} |",
+                flush=True,
+            )
+        if profile:
+            for team in teams:
+                print(f"\n{team.setup.name}, worker 0, one step:\n{team.profile()}", flush=True)
+        for team in teams:
+            team.stop()
+
+
+class _Team:
+    """The processes of a setup, which wait for what they are told."""
+
+    def __init__(self, setup: Setup, store: str) -> None:
+        self.setup = setup
+        context = multiprocessing.get_context("spawn")
+        self._processes, self._connections = [], []
+        for rank in range(setup.workers):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_work, args=(setup, rank, store, theirs), daemon=True)
+            process.start()
+            self._processes.append(process)
+            self._connections.append(ours)
+
+    def run(self, steps: int) -> tuple[float, float]:
+        """Seconds of the slowest worker and processor seconds of all."""
+        answers = self._tell(steps)
+        return max(wall for wall, _ in answers), sum(used for _, used in answers)
+
+    def profile(self) -> str:
+        """What worker 0 spends a step with."""
+        return str(self._tell("profile")[0])
+
+    def stop(self) -> None:
+        """End the processes."""
+        for process in self._processes:
+            process.kill()
+            process.join()
+
+    def _tell(self, what: Any) -> list[Any]:
+        for connection in self._connections:
+            connection.send(what)
+        return [connection.recv() for connection in self._connections]
+
+
+def _work(setup: Setup, rank: int, store: str, connection: Connection) -> None:
+    torch.set_num_threads(setup.threads)
+    step = _training_step(setup, rank, store)
+    while True:
+        told = connection.recv()
+        if told == "profile":
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+                step()
+            connection.send(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=14, max_name_column_width=60))
+            continue
+        start, used = time.perf_counter(), time.process_time()
+        for _ in range(told):
+            step()
+        connection.send((time.perf_counter() - start, time.process_time() - used))
+
+
+def _training_step(setup: Setup, rank: int, store: str) -> Callable[[], None]:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shape = setup.shape
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        "llama",
+        num_hidden_layers=shape.layers,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.inner,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        vocab_size=shape.vocabulary,
+        max_position_embeddings=shape.sequence_length,
+        tie_word_embeddings=False,
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    if setup.workers > 1:
+        import torch.distributed as dist
+
+        from moreh.runtime.divided_models import divide, prepare_for_division
+
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=setup.workers)
+        prepare_for_division()
+        training = Training(describe_module(model), shape.rows, shape.sequence_length)
+        divide(model, parse_plan(setup.plan, training, setup.workers))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    ids = torch.randint(shape.vocabulary, (shape.rows, shape.sequence_length))
+
+    def step() -> None:
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        model.zero_grad()
+
+    return step
+
+
+if __name__ == "__main__":
+    main()
