@@ -2,9 +2,9 @@
 
 python benchmarks/parallel_cost.py [--rounds 5] [--profile]
 
-One worker computes with all cores. Several workers have one thread each and divide the model as a plan says; those that are more than the
-cores share them, so that their processor time is compared, not their speed. All of them take turns in every round; the
-ratios are those of medians.
+One worker computes with all cores. Several workers have one thread each and divide the model as a plan says; those that are
+more than the cores share them, so that their processor time is compared, not their speed. All of them take turns in every
+round; the ratios are those of medians.
 """
 
 import argparse
@@ -79,7 +79,7 @@ def main() -> None:
     arguments = parser.parse_args()
     cores = len(os.sched_getaffinity(0))
     for shape in (SPEED, SPLIT):
-        chosen = [s for s in setups(cores) if s.shape == shape and (not arguments.only or s.workers == 1 or arguments.only in s.name)]
+        chosen = [s for s in setups(cores) if s.shape == shape and (s.workers == 1 or (arguments.only or "") in s.name)]
         if len(chosen) > 1:
             compare(shape, chosen, arguments.rounds, profile=arguments.profile)
 
@@ -156,7 +156,8 @@ def _work(setup: Setup, rank: int, store: str, connection: Connection) -> None:
         if told == "profile":
             with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
                 step()
-            connection.send(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=14, max_name_column_width=60))
+            averages = profiler.key_averages()
+            connection.send(averages.table(sort_by="self_cpu_time_total", row_limit=14, max_name_column_width=60))
             continue
         start, used = time.perf_counter(), time.process_time()
         for _ in range(told):

@@ -257,7 +257,8 @@ def outputs_without_labels(family, plan):
         text = model.generate(ids[:1, :4], attention_mask=mask[:1, :4], max_new_tokens=6, do_sample=True, pad_token_id=0)
         results.append((logits, last, loss, shared, text))
     (*expected, text), (*seen, divided_text) = results
-    difference = max(float((a * mask_of(a, mask) - b * mask_of(b, mask)).abs().max()) for a, b in zip(expected, seen, strict=True))
+    pairs = zip(expected, seen, strict=True)
+    difference = max(float((a * mask_of(a, mask) - b * mask_of(b, mask)).abs().max()) for a, b in pairs)
     return difference, text.tolist() == divided_text.tolist(), whole.training or divided.training
 
 

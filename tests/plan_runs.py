@@ -59,8 +59,11 @@ def train_with_plan(family: str, plan: Plan, fault: str | None, steps: int) -> R
 
     def divide(root):
         made.append(divided_models.divide(root, plan).model)
-        made[0].stages[0].layers[0].register_forward_pre_hook(
-            lambda layer, args: layer_inputs.append(tuple(args[0].shape[:2])) if layer.training else None
+        layer = made[0].stages[0].layers[0]
+        # transformers repeats what is inside of a layer, without the layer's hooks.
+        norm = next(part for part in layer.children() if all(parameter.dim() == 1 for parameter in part.parameters()))
+        norm.register_forward_pre_hook(
+            lambda norm, args: layer_inputs.append(tuple(args[0].shape[:2])) if norm.training else None
         )
 
     try:

@@ -7,6 +7,7 @@ import re
 
 import pytest
 
+from moreh.planner.plan_text import plan_text
 from tests.plan_cases import all_plans, covering_plans, plan_of
 from tests.plan_runs import verify
 
@@ -24,7 +25,7 @@ def test_sample_has_every_kind():
         }
 
 
-@pytest.mark.parametrize(("family", "plan"), CASES, ids=lambda value: None if isinstance(value, str) else str(hash(value)))
+@pytest.mark.parametrize(("family", "plan"), CASES, ids=lambda value: value if isinstance(value, str) else plan_text(value))
 def test_plan(family, plan):
     verdict = verify(family, plan, steps=STEPS)
     assert not verdict.problems, verdict.text

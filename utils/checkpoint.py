@@ -58,8 +58,8 @@ class Checkpoints:
         restore_random_states(extra["random"])
         if extra["step"] >= steps:
             raise UserError(
-                f"--resume: {self.to_resume} has done {extra['step']} steps, and the run has {steps}: give a larger train.steps, "
-                "or an earlier checkpoint"
+                f"--resume: {self.to_resume} has done {extra['step']} steps, and the run has {steps}: "
+                "give a larger train.steps, or an earlier checkpoint"
             )
         return int(extra["step"]), float(extra["first_eval_loss"])
 

@@ -43,8 +43,8 @@ class JobStatus:
     """The last report of a running job. `memory_bytes` maps a kind (parameters, gradients, ...) to bytes.
 
     `simulated` tells that memory and utilization stand for devices that this machine does not have. `earlier` and
-    `latest` are two samples of processor time, so that a reader always has one that is old enough. `worker_pids` are the rank and
-    process id of each worker on this machine, where there are several.
+    `latest` are two samples of processor time, so that a reader always has one that is old enough. `worker_pids` are the
+    rank and process id of each worker on this machine, where there are several.
     """
 
     memory_bytes: dict[str, int]

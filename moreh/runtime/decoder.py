@@ -61,7 +61,7 @@ def take_apart(root: nn.Module) -> Decoder:
     for name, place in _outside(causal, layers):
         if place is None:
             layers_seen = True
-        elif place.module is head or re.search(AFTER_LAYERS, name) and not re.search(BEFORE_LAYERS, name):
+        elif place.module is head or (re.search(AFTER_LAYERS, name) and not re.search(BEFORE_LAYERS, name)):
             after.append(place)
         elif re.search(BEFORE_LAYERS, name) or not layers_seen:
             before.append(place)

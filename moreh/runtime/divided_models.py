@@ -70,9 +70,7 @@ def _look_at(optimizer: torch.optim.Optimizer) -> None:
     if isinstance(optimizer, torch.optim.LBFGS) and (divided or any(model.plan.pipeline > 1 for model in models)):
         raise OptionError("LBFGS looks at all parameters together, which are divided over workers: use AdamW or SGD")
     if isinstance(optimizer, torch.optim.Adafactor) and divided:
-        raise OptionError(
-            "Adafactor looks at rows and columns of matrices that are divided over workers, which torch's cannot: use AdamW or SGD"
-        )
+        raise OptionError("Adafactor looks at rows and columns of matrices, which are divided over workers: use AdamW or SGD")
 
 
 def worker_model_of(root: nn.Module) -> WorkerModel | None:
@@ -96,7 +94,8 @@ def call_divided(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         return worker_model.call(args, kwargs)
     if is_part_of_divided(module):
         raise OptionError(
-            f"a {type(module).__name__} inside of a model that is divided over workers was called by itself: call the whole model"
+            f"a {type(module).__name__} inside of a model that is divided over workers was called by itself: "
+            "call the whole model"
         )
     return NotImplemented
 

@@ -29,8 +29,8 @@ class Layout:
     """Where a parameter is.
 
     `shape` is that of the whole tensor. `pipeline_ranks` hold it: one, or several where it is tied. Each of them divides it
-    over its tensor-parallel ranks as `division` says (None: all hold the same), and what is left to one of them along `data_dim` over
-    the data-parallel ranks (None: all hold the same).
+    over its tensor-parallel ranks as `division` says (None: all hold the same), and what is left to one of them along
+    `data_dim` over the data-parallel ranks (None: all hold the same).
     """
 
     name: str

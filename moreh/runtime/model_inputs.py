@@ -20,9 +20,9 @@ _NEXT_STEP = "run on 1 worker for that (unset MOREH_WORKERS)"
 class ModelInputs:
     """The arguments of a call of a causal language model, by name.
 
-    `tensors` have a row for each row of the batch; `others` are the same for all rows. `labels` `[batch, sequence]` are those of
-    the next tokens, already shifted to the positions that predict them, -100 where there is none. `loss_divisor` is the
-    number that the sum of the tokens' losses is divided by.
+    `tensors` have a row for each row of the batch; `others` are the same for all rows. `labels` `[batch, sequence]` are
+    those of the next tokens, already shifted to the positions that predict them, -100 where there is none. `loss_divisor` is
+    the number that the sum of the tokens' losses is divided by.
     """
 
     tensors: dict[str, torch.Tensor]

@@ -28,8 +28,8 @@ _SCHEDULES: dict[str, Any] = {
 def forward_and_backward(model: ParallelModel, micro_batches: int, hidden_shape: tuple[int, int, int]) -> list[torch.Tensor]:
     """Compute the gradients of the sum of all micro-batches' losses; they are left on the computing parameters.
 
-    `hidden_shape` is that of hidden states between stages, `[rows, sequence, hidden]`. Returns the micro-batches' losses, none on
-    ranks without the last stage.
+    `hidden_shape` is that of hidden states between stages, `[rows, sequence, hidden]`. Returns the micro-batches' losses,
+    none on ranks without the last stage.
     """
     if model.plan.pipeline > 1:
         return _through_pipeline(model, micro_batches, hidden_shape)

@@ -55,8 +55,8 @@ def exchange_parameters(successors: dict[int, nn.Parameter], originals: list[nn.
     for optimizer in _optimizers:
         if any(id(parameter) in successors for parameter in optimizer.state):
             raise OptionError(
-                f"the {type(optimizer).__name__} has state of the model before it was divided over workers, such as load_state_dict "
-                "gives: resume with moreh.runtime.checkpoints.load_training"
+                f"the {type(optimizer).__name__} has state of the model before it was divided over workers, such as "
+                "load_state_dict gives: resume with moreh.runtime.checkpoints.load_training"
             )
         for group in optimizer.param_groups:
             group["params"] = [successors.get(id(parameter), parameter) for parameter in group["params"]]

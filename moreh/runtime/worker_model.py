@@ -21,7 +21,6 @@ from moreh.runtime.placement import stage_places
 from moreh.runtime.randomness import computing_generator
 from moreh.runtime.vocabulary import gather_logits, token_losses
 
-
 _KEEP = "logits_to_keep"
 
 
@@ -54,10 +53,7 @@ class WorkerModel:
                     "gradients in the call, so pass labels; without them, call it under torch.no_grad()"
                 )
             return self._logits(inputs, as_tuple=as_tuple)
-        if torch.is_grad_enabled():
-            loss = self._train(inputs)
-        else:
-            loss = self._evaluate(inputs)
+        loss = self._train(inputs) if torch.is_grad_enabled() else self._evaluate(inputs)
         return (loss,) if as_tuple else LossOutput(loss=loss)
 
     def _train(self, inputs: ModelInputs) -> torch.Tensor:
