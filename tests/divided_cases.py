@@ -162,9 +162,20 @@ def interrupted_is_identical(plan, directory):
     return all(torch.equal(first[name], second[name]) for name in first)
 
 
-def division_error(family, plan):
+def division_error(family, plan, **changes):
     """What is said to a plan that a model cannot be divided by."""
-    return error_of(lambda: divided_model(family, plan))
+    return error_of(lambda: divided_model(family, plan, **changes))
+
+
+def frozen_later(plan):
+    """Whether a parameter that is frozen once the model is divided gets no gradient."""
+    _, model, worker_model = divided_model("llama", plan)
+    for parameter in worker_model.model.shown.values():
+        parameter.requires_grad_(False)
+    next(iter(worker_model.model.shown.values())).requires_grad_(True)
+    ids, _, labels = batch(0, model.config.vocab_size)
+    model(input_ids=ids, labels=labels).loss.backward()
+    return sum(parameter.grad is not None for parameter in worker_model.model.shown.values())
 
 
 def error_of(function):

@@ -208,21 +208,22 @@ def _assemble(ranks, expected, value_of):
     that hold the same elements are apart.
     """
     wholes = {name: np.full(tensor.shape, np.nan) for name, tensor in expected.items()}
+    known = {name: np.zeros(tensor.shape, bool) for name, tensor in expected.items()}
     apart = dict.fromkeys(expected, 0.0)
     for result in ranks:
         for name, part in result.parts.items():
-            value = value_of(part)
+            value, position = value_of(part), 0
             if value is None:
                 continue
-            position = 0
             for box in part.boxes:
                 index = tuple(slice(start, stop) for start, stop in box)
                 length = box[part.dim][1] - box[part.dim][0]
                 piece = value.take(range(position, position + length), part.dim)
                 position += length
-                held = wholes[name][index]
-                scale = float(np.abs(expected[name]).max())
-                known = ~np.isnan(held)
-                apart[name] = max(apart[name], _worst(np.abs(held - piece)[known]) / scale)
-                wholes[name][index] = np.where(known, held, piece)
+                held, seen = wholes[name][index], known[name][index]
+                apart[name] = max(apart[name], _worst(np.abs(held - piece)[seen]) / float(np.abs(expected[name]).max()))
+                wholes[name][index] = np.where(seen, held, piece)
+                known[name][index] = True
+            if part.boxes and position != value.shape[part.dim]:
+                apart[name] = np.inf
     return wholes, apart

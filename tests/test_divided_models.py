@@ -102,6 +102,21 @@ def test_refusals(plan):
         assert "AdamW" in told["lbfgs"]
 
 
+def test_loss_of_a_router_is_refused():
+    arguments = ("mixtral", PP_SHARDED)
+    for error in run_on_workers(_router_loss, [arguments], size=4)[0]:
+        assert "output_router_logits=True" in error
+
+
+def _router_loss(family, plan):
+    return cases.division_error(family, plan, output_router_logits=True)
+
+
+@pytest.mark.parametrize("plan", ["pp-tp", "pp-sharded"])
+def test_parameters_frozen_after_the_division(plan):
+    assert on_workers(cases.frozen_later, PLANS[plan]) == [1, 1, 1, 1]
+
+
 def test_random_numbers_of_ranks():
     """Ranks that share rows draw the same numbers, others different ones; the script's generator stays in step."""
     by_place = {}

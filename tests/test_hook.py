@@ -114,8 +114,8 @@ def test_machine_without_bfloat16_units_computes_in_float32(run_python):
     source = """
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
-import moreh.runtime.forward as forward
-forward.bfloat16_speedup = lambda device: 0.4
+import moreh.runtime.precision as precision
+precision.bfloat16_speedup = lambda device: 0.4
 torch.moreh.option.enable_advanced_parallelization()
 model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=64)).cuda()
 print(model(torch.zeros(1, 4, dtype=torch.long).cuda()).logits.dtype)
@@ -219,8 +219,8 @@ def test_interrupt_in_a_forward_pass_leaves_nothing_switched_on(run_python, hook
 
 OTHER_PRECISIONS = """
 import torch
-import moreh.runtime.forward as forward
-forward.bfloat16_speedup = lambda device: 2.0
+import moreh.runtime.precision as precision
+precision.bfloat16_speedup = lambda device: 2.0
 torch.moreh.option.enable_advanced_parallelization()
 inputs = torch.ones(2, 4)
 layers = lambda: torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 4)).cuda()

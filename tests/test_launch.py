@@ -17,7 +17,7 @@ from moreh.runtime.outcome import error_path, log_path, report
 from moreh.runtime.watch import Outcome, Signals, WorkerEnd, watch
 from moreh.runtime.worker_errors import is_lost_connection
 
-# What the issue demands; what is measured is mostly how long the processes need to start and to end.
+# What the README promises is "within seconds"; what is measured is mostly how long the processes need to start and to end.
 SECONDS_TO_BE_GONE = 15
 # What the hook does to models takes most of a worker's time to start, and is not under test.
 WITHOUT_MODELS = """

@@ -18,6 +18,8 @@ from moreh.accelerator.state_files import replace_json
 from moreh.errors import AcceleratorError, RegistryError
 
 pytestmark = pytest.mark.usefixtures("state_directory")
+# A fork of a process with threads, which other tests have started, may wait for ever for a lock that one of them held.
+CONTEXT = multiprocessing.get_context("forkserver")
 
 
 def test_thirteen_flavors_of_the_platform():
@@ -75,7 +77,8 @@ def test_token_stays():
     assert r.ensure_registry().accelerators[0].token == r.read_registry().accelerators[0].token
 
 
-def _change_at_random(seed):
+def _change_at_random(seed, state_directory):
+    os.environ["MOREH_STATE_DIR"] = state_directory
     random.seed(seed)
     for _ in range(6):
         try:
@@ -94,8 +97,7 @@ def _change_at_random(seed):
 
 
 def test_fifty_processes_at_once_leave_a_registry_that_reads_correctly(state_directory):
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=_change_at_random, args=(seed,)) for seed in range(50)]
+    processes = [CONTEXT.Process(target=_change_at_random, args=(seed, str(state_directory))) for seed in range(50)]
     for process in processes:
         process.start()
     for process in processes:
@@ -109,15 +111,15 @@ def test_fifty_processes_at_once_leave_a_registry_that_reads_correctly(state_dir
     assert not list(state_directory.glob("*.tmp"))
 
 
-def test_no_update_is_lost():
+def test_no_update_is_lost(state_directory):
     """Fifty processes each take a job id; without a lock some would get the same one."""
-    context = multiprocessing.get_context("fork")
-    with context.Pool(25) as pool:
-        ids = pool.map(_take_job_id, range(50))
+    with CONTEXT.Pool(25) as pool:
+        ids = pool.map(_take_job_id, [str(state_directory)] * 50)
     assert sorted(ids) == list(range(1, 51))
 
 
-def _take_job_id(_):
+def _take_job_id(state_directory):
+    os.environ["MOREH_STATE_DIR"] = state_directory
     while True:
         try:
             job, _ = r.start_job(psutil.Process(), "test")

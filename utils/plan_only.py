@@ -9,7 +9,7 @@ from moreh.accelerator.registry import read_registry
 from moreh.cli.plan_options import DEFAULT_COUNT
 from moreh.cli.tables import Column, draw_table
 from moreh.errors import PlanError
-from moreh.option import planner_variables
+from moreh.option import ParallelOptions, planner_variables
 from moreh.planner.architecture import Architecture
 from moreh.planner.candidates import Restrictions
 from moreh.planner.cluster import cluster_of_flavor
@@ -20,6 +20,7 @@ from moreh.planner.prediction import setting_of
 from moreh.planner.remedies import smallest_sufficient
 from moreh.planner.report import PLAN_HEADERS, Request, gib, header_rows, plan_rows
 from moreh.planner.search import search_on_most_devices
+from moreh.runtime.restrictions import restrictions_of
 from utils.config import Config, ModelSection, ParallelizationSection, TokenizerSection
 from utils.errors import UserError
 
@@ -83,15 +84,8 @@ def plan_request(config: Config) -> Request:
     )
 
 
-def _restrictions(options: ParallelizationSection, devices: int) -> Restrictions:
-    """What `moreh.runtime.selection.restrictions_of` gives for the same options, which is not asked since it needs torch."""
-    return Restrictions(
-        pipeline=(None if options.num_stages == "auto" else options.num_stages) if options.pipeline_parallel else 1,
-        micro_batches=None if options.num_micro_batches == "auto" else options.num_micro_batches,
-        recompute=None if options.activation_recomputation == "auto" else options.activation_recomputation,
-        shard_parameters=None if options.distribute_parameter == "auto" or devices == 1 else options.distribute_parameter,
-        memory_fraction=planner_variables().memory_percent / 100,
-    )
+def _restrictions(parallelization: ParallelizationSection, devices: int) -> Restrictions:
+    return restrictions_of(ParallelOptions(**parallelization.model_dump()), planner_variables(), devices)
 
 
 def _flavor(config: Config) -> Flavor:

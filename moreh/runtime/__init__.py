@@ -1,1 +1,1 @@
-"""Carries out, on the workers that there are, what was decided for a model. In this version that is one worker."""
+"""Carries out, on the workers that there are, what was decided for a model."""

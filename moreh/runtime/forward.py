@@ -22,7 +22,8 @@ from moreh.planner.describe_module import describe_module
 from moreh.planner.plan import Training
 from moreh.planner.report import gib, seconds_text
 from moreh.runtime.precision import autocast_if, choose_bfloat16, inside_autocast
-from moreh.runtime.selection import predicted_use, restrictions_of, select_local_plan, select_plan
+from moreh.runtime.restrictions import restrictions_of
+from moreh.runtime.selection import predicted_use, select_local_plan, select_plan
 from moreh.runtime.world import current_world
 
 

@@ -91,6 +91,8 @@ def hand_over(model: ParallelModel, gradients: dict[str, torch.Tensor], scale: t
         if factor != 1.0:
             local_tensor(gradient).mul_(factor)
         parameter = model.shown[name]
+        if not parameter.requires_grad:  # frozen since the model was divided
+            continue
         if parameter.grad is None:
             parameter.grad = as_shown(gradient, model.layouts[name], model.plan, model.mesh)
         else:

@@ -13,7 +13,7 @@ from moreh.errors import OptionError, WorkerError
 IGNORED = -100
 # Switched on, these ask for what exists only in pieces, on different workers.
 _WHOLE_MODEL_OUTPUTS = ("output_attentions", "output_hidden_states", "output_router_logits")
-_NEXT_STEP = "run on 1 worker for that (unset MOREH_WORKERS)"
+ONE_WORKER = "run on 1 worker for that (MOREH_WORKERS=1)"
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def read_inputs(causal: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> M
     given = {name: value for name, value in given.items() if value is not None}
     for name in _WHOLE_MODEL_OUTPUTS:
         if given.pop(name, False):
-            raise OptionError(f"{name}=True: a model that is divided over workers does not give them: {_NEXT_STEP}")
+            raise OptionError(f"{name}=True: a model that is divided over workers does not give them: {ONE_WORKER}")
     if "input_ids" not in given and "inputs_embeds" not in given:
         raise OptionError(f"the model was called with {', '.join(given) or 'nothing'}: give input_ids or inputs_embeds")
     given.pop("return_dict", None)

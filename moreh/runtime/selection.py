@@ -19,6 +19,7 @@ from moreh.planner.plan_text import plan_text
 from moreh.planner.prediction import DeviceMemory, Prediction, predict, setting_of, setting_of_this_machine
 from moreh.planner.report import gib, seconds_text
 from moreh.planner.search import SearchResult, search, search_on_most_devices
+from moreh.runtime.restrictions import restrictions_of
 from moreh.runtime.tensor_division import largest_tensor_size, sequence_parallel_problem
 
 SELECTED_CONFIG = "advanced_parallelization_selected_config.dump"
@@ -33,25 +34,6 @@ class Selection:
 
     prediction: Prediction | None
     smallest_bytes: float
-
-
-def restrictions_of(options: ParallelOptions, variables: PlannerVariables, devices: int) -> Restrictions:
-    """What the hook's options and the environment leave to the search on so many devices."""
-
-    def fixed(value: int | str) -> int | None:
-        return value if isinstance(value, int) else None
-
-    def decided(value: bool | str) -> bool | None:
-        return value if isinstance(value, bool) else None
-
-    return Restrictions(
-        pipeline=fixed(options.num_stages) if options.pipeline_parallel else 1,
-        micro_batches=fixed(options.num_micro_batches),
-        recompute=decided(options.activation_recomputation),
-        # A single device has no others to share with, which is no reason to refuse.
-        shard_parameters=decided(options.distribute_parameter) if devices > 1 else None,
-        memory_fraction=variables.memory_percent / 100,
-    )
 
 
 def select_plan(

@@ -1,7 +1,7 @@
 """A divided model as a script calls it: a training step, an evaluation, or logits."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -11,10 +11,11 @@ from torch import nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from moreh.errors import OptionError
+from moreh.planner.describe_module import unwrapped
 from moreh.planner.plan import Plan
 from moreh.runtime.gradients import hand_over, take_gradients
 from moreh.runtime.loss_output import LossOutput
-from moreh.runtime.model_inputs import ModelInputs, padded, read_inputs, require_same_on_all_ranks, rows_of
+from moreh.runtime.model_inputs import ONE_WORKER, ModelInputs, padded, read_inputs, require_same_on_all_ranks, rows_of
 from moreh.runtime.parallel_model import ParallelModel, divide_model, show_parameters, use_computing_parameters
 from moreh.runtime.passes import forward, forward_and_backward
 from moreh.runtime.placement import stage_places
@@ -28,6 +29,7 @@ class WorkerModel:
     """This worker's part in computing a divided model: the model, and the micro-batches of the call that is going on."""
 
     def __init__(self, root: nn.Module, plan: Plan) -> None:
+        _require_usual_loss(unwrapped(root))
         self.plan = plan
         self._micro_batches: list[ModelInputs] = []
         self._vocabulary = root.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
@@ -72,7 +74,7 @@ class WorkerModel:
 
     def _evaluate(self, inputs: ModelInputs) -> torch.Tensor:
         shape = self._cut(inputs, self._fewest_micro_batches(inputs.rows))
-        with self._computing():
+        with self._computing(), self._own_draws():
             losses = forward(self.model, len(self._micro_batches), lambda _: shape, self.model.mesh.device)
         self._micro_batches = []
         return self._over_ranks(losses)
@@ -86,7 +88,7 @@ class WorkerModel:
             whole = replace(whole, others={k: v for k, v in whole.others.items() if k != _KEEP})
         self._micro_batches = [rows_of(whole, 0, whole.rows, mesh.device)]
         shape = self._hidden_shape(whole.rows, whole.sequence_length)
-        with self._computing():
+        with self._computing(), self._own_draws():
             outputs = forward(self.model, 1, lambda _: shape, mesh.device)
         self._micro_batches = []
         positions = whole.sequence_length if self.plan.sequence_parallel else len(kept)
@@ -158,6 +160,10 @@ class WorkerModel:
         dist.broadcast(logits, last, group=mesh.group("pipeline"))
         return logits
 
+    def _own_draws(self) -> AbstractContextManager[None]:
+        """Dropout that a script has left on in an evaluation must not bring the workers' generators out of step."""
+        return computing_generator(self.model.mesh) if self.model.decoder.root.training else nullcontext()
+
     def _put_gradients_aside(self) -> list[tuple[nn.Parameter, torch.Tensor | None]]:
         """Gradients of earlier calls, which must not mix with those that this call computes."""
         earlier: list[tuple[nn.Parameter, torch.Tensor | None]] = []
@@ -176,6 +182,20 @@ class WorkerModel:
             for module in self.model.sharded_modules():
                 module.reshard()
             show_parameters(self.model)
+
+
+def _require_usual_loss(causal: Any) -> None:
+    """Raise OptionError for a model whose loss is not the mean over label tokens alone."""
+    from transformers.loss.loss_utils import LOSS_MAPPING
+
+    name = type(causal).__name__
+    if getattr(causal.config.get_text_config(), "output_router_logits", False):
+        raise OptionError(
+            f"{name} adds a loss of its router (output_router_logits=True), which is not computed on several workers: "
+            f"set it to False, or {ONE_WORKER}"
+        )
+    if causal.loss_function is not LOSS_MAPPING["ForCausalLM"]:
+        raise OptionError(f"{name} has a loss of its own, which is not computed on several workers: {ONE_WORKER}")
 
 
 def _kept_positions(inputs: ModelInputs) -> torch.Tensor:

@@ -24,7 +24,8 @@ from moreh.runtime.divided_models import call_divided, divide, is_part_of_divide
 from moreh.runtime.evaluation import evaluate_whole
 from moreh.runtime.model_inputs import ModelInputs, read_inputs
 from moreh.runtime.precision import autocast_if, choose_bfloat16, inside_autocast
-from moreh.runtime.selection import predicted_use, restrictions_of, select_plan, select_worker_plan, within_runtime
+from moreh.runtime.restrictions import restrictions_of
+from moreh.runtime.selection import predicted_use, select_plan, select_worker_plan, within_runtime
 from moreh.runtime.weights import keep_weights_on_disk, wanted_dtypes
 from moreh.runtime.world import World
 
