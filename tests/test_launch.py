@@ -224,6 +224,7 @@ def stop(number, frame):
         raise KeyboardInterrupt
 for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, stop)
+reduce()  # all of them are ready
 print("go", flush=True)
 try:
     while not counted:

@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 from tests import divided_cases as cases
 from tests.conftest import ROOT
 from tests.workers import run_on_workers
+from utils.checkpoint import checkpoint_to_resume
+from utils.errors import UserError
 
 FOUR = {
     "pp-tp": {"stage_layers": (1, 2), "pipeline": 2, "tensor": 2, "micro_batches": 2, "micro_batch_size": 4},
@@ -108,19 +110,16 @@ def test_stopped_and_resumed_run(config, environment, tmp_path):
     assert "has done 12 steps" in output
 
 
-def test_resume_refusals(config, environment, tmp_path):
-    for asked, told in (
-        ("/nowhere", "there is no checkpoint"),
-        (str(tmp_path), "there is no checkpoint"),
-    ):
-        refused = start(config, environment, "--resume", asked)
-        output = refused.communicate(timeout=60)[0]
-        assert refused.returncode == 2, output
-        assert told in output
-
-
-def test_resume_auto_without_a_checkpoint_starts(config, environment):
-    started = start(config, environment, "--resume", "auto", "train.steps=2")
-    output = started.communicate(timeout=120)[0]
-    assert started.returncode == 0, output
-    assert "Resumed" not in output
+def test_what_resume_means(tmp_path):
+    run = tmp_path / "runs" / "tiny"
+    assert checkpoint_to_resume(None, run) is None
+    assert checkpoint_to_resume("auto", run) is None
+    for asked in ("/nowhere", str(tmp_path), str(run)):
+        with pytest.raises(UserError, match="there is no checkpoint"):
+            checkpoint_to_resume(asked, run)
+    for step in (9, 10, 8):
+        (run / "checkpoints" / f"step-{step}").mkdir(parents=True)
+    (run / "checkpoints" / ".step-11.unfinished").mkdir()
+    last = run / "checkpoints" / "step-10"
+    for asked in ("auto", str(run), str(run / "checkpoints"), str(last)):
+        assert checkpoint_to_resume(asked, run) == last

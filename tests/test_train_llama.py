@@ -180,18 +180,3 @@ def test_hook_and_plan_of_the_llama_script(run, tiny_config, tmp_path):
     for text in (finished.stdout, log):
         assert text.count("[info] MoAI Accelerator is ready to use.\n") == 1
         assert text.count("[info] Configuration for parallelism is selected.\n") == 1
-
-
-def test_workers_of_the_settings_give_the_run_of_one(run, tiny_config, tmp_path, read_metrics):
-    for workers in (1, 2):
-        options = f"accelerator={{workers: {workers}, advanced_parallelization: {{mixed_precision: false}}}}"
-        name = f"run.name=workers-{workers}"
-        finished = run(sys.executable, "train_llama3_70b.py", "--config", tiny_config, *SETTINGS, options, name)
-        assert finished.returncode == 0, finished.stderr
-        assert finished.stdout.count("[Step 4/4] | Held-out loss: ") == 1
-        assert ("2 workers carry out the plan" in finished.stdout) == (workers == 2)
-    one, two = (read_metrics(tmp_path / "runs" / f"workers-{workers}") for workers in (1, 2))
-    for key in ("loss", "eval_loss", "grad_norm"):
-        assert [line[key] for line in two if key in line] == pytest.approx([line[key] for line in one if key in line], rel=1e-4)
-    names = [sorted(p.name for p in (tmp_path / "runs" / f"workers-{workers}" / "model").iterdir()) for workers in (1, 2)]
-    assert names[0] == names[1]
