@@ -2,6 +2,7 @@
 # make test    set everything up and run the tests
 # make check   formatting, lint and types
 # make verify-plans  train with every plan of the planner on eight processes and compare each with a single one: an hour
+# make verify-families  the same for all families of models, with plans of each kind on four processes
 # make smollm2 set everything up and fetch the pretrained model of configs/llama_smollm2.yaml
 # make install only set up: .venv with the packages of requirements.txt and the package moreh
 
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 # process wants a core too, a step takes up to ten times as long with it, and twice as long with this.
 export GOMP_SPINCOUNT ?= 1000
 
-.PHONY: train test check verify-plans smollm2 install clean
+.PHONY: verify-families train test check verify-plans smollm2 install clean
 
 train: install
 	$(BIN)/python train_gpt.py --config configs/gpt.yaml
@@ -28,6 +29,9 @@ check: $(VENV)/installed-dev
 
 verify-plans: $(VENV)/installed-dev
 	$(BIN)/python -m tests.verify_plans
+
+verify-families: $(VENV)/installed-dev
+	$(BIN)/python -m tests.verify_families
 
 smollm2: models/smollm2-135m/config.json
 

@@ -81,7 +81,7 @@ def weight_difference(parallel, whole):
     difference = 0.0
     for name, layout in parallel.layouts.items():
         gathered = whole_tensor(layout, local.get(name), parallel.mesh)
-        difference = max(difference, float((gathered - expected[name]).abs().max()))
+        difference = max(difference, float((gathered - expected[name]).detach().abs().max()))
     return difference
 
 

@@ -23,12 +23,12 @@ PLANS_PER_LINE = 20
 
 def main():
     options = parse_options()
-    cases = selected_cases(options)
+    cases = selected_cases(options)[options.first - 1 :]
     counts = ", ".join(f"{sum(family == name for family, _ in cases)} of {len(all_plans(name))} for {name}" for name in MODELS)
     print(f"{len(cases)} plans: {counts}", flush=True)
     started = time.monotonic()
     verdicts = []
-    for number, (family, plan) in enumerate(cases, start=1):
+    for number, (family, plan) in enumerate(cases, start=options.first):
         verdict = verify(family, plan, options.broken)
         verdicts.append(verdict)
         if options.verbose:
@@ -37,7 +37,10 @@ def main():
         for problem in verdict.problems:
             print(f"WRONG  {verdict.text}\n    {problem}", flush=True)
         if number % PLANS_PER_LINE == 0:
-            print(f"{number} of {len(cases)} plans after {(time.monotonic() - started) / 60:.0f} min", flush=True)
+            print(
+                f"{number} of {len(cases) + options.first - 1} plans after {(time.monotonic() - started) / 60:.0f} min",
+                flush=True,
+            )
     summarize(verdicts, time.monotonic() - started)
     return 1 if any(verdict.problems for verdict in verdicts) else 0
 
@@ -46,6 +49,9 @@ def parse_options():
     parser = argparse.ArgumentParser(description="Run every plan of the planner and compare it with a single process.")
     parser.add_argument("--model", choices=MODELS, help="one of the models; both if left out")
     parser.add_argument("--sample", type=int, metavar="N", help="so many plans of each model, the same ones each time")
+    parser.add_argument(
+        "--first", type=int, default=1, metavar="N", help="begin with plan number N, where a run was interrupted"
+    )
     parser.add_argument("--only", metavar="PLAN", help="this plan, as moreh-plan writes it, for example 'tp2 pp2 dp2 mb1x4'")
     parser.add_argument("--broken", choices=[name for name in FAULTS if name], help="with a fault that must be found")
     parser.add_argument("--verbose", action="store_true", help="a line for each plan")
