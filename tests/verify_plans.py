@@ -37,10 +37,8 @@ def main():
         for problem in verdict.problems:
             print(f"WRONG  {verdict.text}\n    {problem}", flush=True)
         if number % PLANS_PER_LINE == 0:
-            print(
-                f"{number} of {len(cases) + options.first - 1} plans after {(time.monotonic() - started) / 60:.0f} min",
-                flush=True,
-            )
+            minutes = (time.monotonic() - started) / 60
+            print(f"{number} of {len(cases) + options.first - 1} plans after {minutes:.0f} min", flush=True)
     summarize(verdicts, time.monotonic() - started)
     return 1 if any(verdict.problems for verdict in verdicts) else 0
 
