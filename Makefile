@@ -20,7 +20,7 @@ train: install
 	$(BIN)/python train_gpt.py --config configs/gpt.yaml
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .

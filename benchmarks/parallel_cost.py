@@ -3,11 +3,12 @@
 python benchmarks/parallel_cost.py [--rounds 5] [--profile]
 
 One worker computes with all cores. Several workers have one thread each and divide the model as a plan says; those that are
-more than the cores share them, so that their processor time is compared, not their speed. All of them take turns in every
-round; the ratios are those of medians.
+more than the cores share them, so that their processor time is compared, not their speed. Each setup takes turns with one
+worker; the ratios are those of medians.
 """
 
 import argparse
+import dataclasses
 import multiprocessing
 import os
 import statistics
@@ -42,6 +43,8 @@ class Shape:
 # Both are small enough to wait for, and large enough that nobody would ask what dividing them is for.
 SPEED = Shape(layers=8, hidden=512, inner=1408, vocabulary=8192, rows=16, sequence_length=256)
 SPLIT = Shape(layers=8, hidden=768, inner=2048, vocabulary=8192, rows=8, sequence_length=256)
+# Sharding moves the parameters and not the activations: what it costs falls with the tokens of each worker.
+MORE_ROWS = dataclasses.replace(SPLIT, rows=32)
 
 
 @dataclass(frozen=True)
@@ -55,62 +58,59 @@ class Setup:
     plan: str = ""
 
 
-def setups(cores: int) -> list[Setup]:
-    """What is compared with what: the first of each shape is one worker."""
-    return [
-        Setup("one worker", SPEED, 1, cores),
-        Setup("data parallel", SPEED, 2, 1, "tp1 pp1 dp2 mb8x1"),
-        Setup("data parallel, sharded", SPEED, 2, 1, "tp1 pp1 dp2 mb8x1 shard:optimizer"),
-        Setup("one worker", SPLIT, 1, cores),
-        Setup("sharded parameters", SPLIT, 8, 1, "tp1 pp1 dp8 mb1x1 shard:parameters"),
-        Setup("pipeline", SPLIT, 8, 1, "tp1 pp8 dp1 mb1x8"),
-        Setup("tensor parallel", SPLIT, 8, 1, "tp8 pp1 dp1 mb8x1"),
-        Setup("tensor parallel, sequence too", SPLIT, 8, 1, "tp8 pp1 dp1 mb8x1 sp"),
-        Setup("all of them", SPLIT, 8, 1, "tp2 pp2 dp2 mb2x2 shard:parameters sp"),
-    ]
+SETUPS = (
+    Setup("data parallel", SPEED, 2, 1, "tp1 pp1 dp2 mb8x1"),
+    Setup("data parallel, sharded", SPEED, 2, 1, "tp1 pp1 dp2 mb8x1 shard:optimizer"),
+    Setup("sharded parameters, 256 tokens each", SPLIT, 8, 1, "tp1 pp1 dp8 mb1x1 shard:parameters"),
+    Setup("sharded parameters, 1,024 tokens each", MORE_ROWS, 8, 1, "tp1 pp1 dp8 mb4x1 shard:parameters"),
+    Setup("pipeline", SPLIT, 8, 1, "tp1 pp8 dp1 mb1x8"),
+    Setup("tensor parallel", SPLIT, 8, 1, "tp8 pp1 dp1 mb8x1"),
+    Setup("tensor parallel, sequence too", SPLIT, 8, 1, "tp8 pp1 dp1 mb8x1 sp"),
+    Setup("all of them", SPLIT, 8, 1, "tp2 pp2 dp2 mb2x2 shard:parameters sp"),
+)
 
 
 def main() -> None:
-    """Run the comparison and print a table."""
+    """Run the comparisons and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", help="setups whose names contain this, and one worker")
+    parser.add_argument("--only", default="", help="setups whose names contain this")
     parser.add_argument("--profile", action="store_true", help="show what worker 0 of each setup spends a step with")
     arguments = parser.parse_args()
-    cores = len(os.sched_getaffinity(0))
-    for shape in (SPEED, SPLIT):
-        chosen = [s for s in setups(cores) if s.shape == shape and (s.workers == 1 or (arguments.only or "") in s.name)]
-        if len(chosen) > 1:
-            compare(shape, chosen, arguments.rounds, profile=arguments.profile)
+    print(f"Medians of {arguments.rounds} rounds of {STEPS_PER_ROUND} steps, each setup in turns with one worker")
+    print("| setup | workers x threads | plan | tokens/s | x one worker | processor s/step | x one worker |")
+    print("|---|---|---|---|---|---|---|", flush=True)
+    profiles = [compare(setup, arguments.rounds) for setup in SETUPS if arguments.only in setup.name]
+    if arguments.profile:
+        print("\n\n".join(profiles))
 
 
-def compare(shape: Shape, chosen: list[Setup], rounds: int, *, profile: bool) -> None:
-    """Measure the setups of one shape in turns and print their medians."""
+def compare(setup: Setup, rounds: int) -> str:
+    """Measure a setup in turns with one worker, print its row and return profiles of both.
+
+    Only these processes are there at the same time: all setups together would not fit into the memory of a small machine.
+    """
+    alone = Setup("one worker", setup.shape, 1, len(os.sched_getaffinity(0)))
     with tempfile.TemporaryDirectory() as directory:
-        teams = [_Team(setup, f"{directory}/{number}") for number, setup in enumerate(chosen)]
+        teams = [_Team(alone, ""), _Team(setup, f"{directory}/store")]
         for team in teams:
             team.run(1)  # divides the model
-        measured: list[list[tuple[float, float]]] = [[] for _ in teams]
+        measured: list[list[tuple[float, float]]] = [[], []]
         for _ in range(rounds):
             for team, figures in zip(teams, measured, strict=True):
                 figures.append(team.run(STEPS_PER_ROUND))
-        wall = [statistics.median(w for w, _ in figures) / STEPS_PER_ROUND for figures in measured]
-        processor = [statistics.median(p for _, p in figures) / STEPS_PER_ROUND for figures in measured]
-        tokens = shape.rows * shape.sequence_length
-        print(f"\n{shape}, medians of {rounds} rounds of {STEPS_PER_ROUND} steps in turns")
-        print("| setup | workers x threads | plan | tokens/s | x one worker | processor s/step | x one worker |")
-        print("|---|---|---|---|---|---|---|")
-        for setup, seconds, used in zip(chosen, wall, processor, strict=True):
-            print(
-                f"| {setup.name} | {setup.workers} x {setup.threads} | `{setup.plan or '-'}` | {tokens / seconds:,.0f} | "
-                f"{wall[0] / seconds:.2f} | {used:.2f} | {used / processor[0]:.2f} |",
-                flush=True,
-            )
-        if profile:
-            for team in teams:
-                print(f"\n{team.setup.name}, worker 0, one step:\n{team.profile()}", flush=True)
+        wall, wall_of_setup = (statistics.median(w for w, _ in figures) / STEPS_PER_ROUND for figures in measured)
+        used, used_by_setup = (statistics.median(p for _, p in figures) / STEPS_PER_ROUND for figures in measured)
+        tokens = setup.shape.rows * setup.shape.sequence_length
+        print(
+            f"| {setup.name} | {setup.workers} x {setup.threads} | `{setup.plan}` | {tokens / wall_of_setup:,.0f} | "
+            f"{wall / wall_of_setup:.2f} | {used_by_setup:.2f} | {used_by_setup / used:.2f} |",
+            flush=True,
+        )
+        profiles = [f"{team.setup.name} for {setup.name}, worker 0, one step:\n{team.profile()}" for team in teams]
         for team in teams:
             team.stop()
+    return "\n\n".join(profiles)
 
 
 class _Team:

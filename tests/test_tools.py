@@ -25,10 +25,10 @@ while time.time() < end:
 @pytest.fixture
 def busy(environment, tmp_path):
     """A job that keeps the accelerator busy, started from a shell of its own."""
-    script = tmp_path / "busy.py"
-    script.write_text(BUSY_SCRIPT, encoding="utf-8")
+    (tmp_path / "busy.py").write_text(BUSY_SCRIPT, encoding="utf-8")
+    # By its name alone: tables cut commands that are as long as a temporary directory's path can be.
     process = subprocess.Popen(
-        [sys.executable, str(script), "--epochs", "3"], env=environment, stdout=subprocess.PIPE, text=True
+        [sys.executable, "busy.py", "--epochs", "3"], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True
     )
     assert any(line == "ready\n" for line in process.stdout)
     yield process

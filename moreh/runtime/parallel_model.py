@@ -1,15 +1,18 @@
 """A model divided over the workers as a plan says: its local parameters, its stages, and what the script sees of it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 from torch.distributed.tensor import DTensor
 
 from moreh.planner.plan import Plan
+from moreh.runtime.collectives import sum_own_part
 from moreh.runtime.decoder import Decoder, take_apart
 from moreh.runtime.layout import Layout, tensor_shape
 from moreh.runtime.mesh import Mesh, make_mesh
@@ -180,3 +183,23 @@ def _shard(stage: Stage, plan: Plan, mesh: Mesh) -> None:
             # Losses are divided by the number of all label tokens: gradients are sums.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+            module.set_custom_reduce_scatter(_ReduceScatter())
+
+
+class _ReduceScatter(ReduceScatter):
+    """FSDP's interface to the reduce-scatter of this package."""
+
+    def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self,
+        output_tensor: torch.Tensor,
+        input_tensor: torch.Tensor,
+        group: dist.ProcessGroup,
+        op: Any,
+        async_op: bool = False,
+    ) -> None:
+        if op != dist.ReduceOp.SUM or async_op:
+            raise RuntimeError(f"FSDP asked for a reduce-scatter with {op}, async_op={async_op}; this one only sums, at once")
+        sum_own_part(output_tensor, input_tensor, group)

@@ -1,0 +1,76 @@
+"""transformers' Trainer on several workers: the losses, the evaluation and the saved model of a plain process."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+from safetensors.torch import load_file
+
+pytest.importorskip("accelerate", reason="the Trainer needs it")
+
+LINE = "torch.moreh.option.enable_advanced_parallelization(mixed_precision=False, distribute_parameter=True)\n"
+SCRIPT = """
+import sys
+import torch
+{line}
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+torch.manual_seed(0)
+shape = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+model = LlamaForCausalLM(LlamaConfig(**shape, vocab_size=301, max_position_embeddings=128))
+rows = [{{"input_ids": row, "labels": row}} for row in torch.randint(0, 301, (32, 32))]
+
+
+def trainer(**arguments):
+    arguments = TrainingArguments("out", per_device_train_batch_size=8, report_to=[], disable_tqdm=True, use_cpu=True, **arguments)
+    return Trainer(model, arguments, train_dataset=rows, eval_dataset=rows[:8])
+
+
+first = trainer(gradient_accumulation_steps=2, max_steps=4, logging_steps=1, save_strategy="no", learning_rate=1e-2)
+first.train()
+print("evaluated", first.evaluate()["eval_loss"])
+first.save_model("saved")
+print("saved", flush=True)
+if len(sys.argv) > 1:
+    trainer(max_steps=2, save_steps=1).train()
+"""
+
+
+def numbers(text, key):
+    return [float(found) for found in re.findall(rf"'{key}': '?([-+.e\d]+)", text)]
+
+
+def test_trainer_on_two_workers(environment, tmp_path):
+    """With sharded parameters; checkpoints of the Trainer itself are refused by an error that says how to save."""
+    runs = {}
+    for name, line, variables, arguments in (
+        ("plain", "", {}, []),
+        ("workers", LINE, {"MOREH_WORKERS": "2"}, ["with checkpoints"]),
+    ):
+        directory = tmp_path / name
+        directory.mkdir()
+        (directory / "script.py").write_text(SCRIPT.format(line=line), encoding="utf-8")
+        runs[name] = subprocess.run(
+            [sys.executable, "script.py", *arguments],
+            cwd=directory,
+            env=environment | variables,
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        assert "\nsaved\n" in runs[name].stdout, runs[name].stderr
+    plain, workers = runs["plain"].stdout, runs["workers"].stdout
+    assert re.search(r"2 workers carry out the plan '.*dp2.*shard:", workers)
+    for key in ("loss", "grad_norm", "learning_rate"):
+        assert len(numbers(plain, key)) == 4
+        assert numbers(workers, key) == pytest.approx(numbers(plain, key), rel=2e-3)
+    evaluated = [float(re.search(r"^evaluated (\S+)", run, re.MULTILINE)[1]) for run in (plain, workers)]
+    assert evaluated[1] == pytest.approx(evaluated[0], rel=1e-4)
+    saved = [load_file(tmp_path / name / "saved" / "model.safetensors") for name in ("plain", "workers")]
+    assert saved[0].keys() == saved[1].keys()
+    assert max(float((saved[0][name] - saved[1][name]).abs().max()) for name in saved[0]) < 1e-3
+
+    assert runs["plain"].returncode == 0
+    assert runs["workers"].returncode != 0
+    assert 'save_strategy="no" and trainer.save_model()' in runs["workers"].stderr
