@@ -23,7 +23,9 @@ rows = [{{"input_ids": row, "labels": row}} for row in torch.randint(0, 301, (32
 
 
 def trainer(**arguments):
-    arguments = TrainingArguments("out", per_device_train_batch_size=8, report_to=[], disable_tqdm=True, use_cpu=True, **arguments)
+    arguments = TrainingArguments(
+        "out", per_device_train_batch_size=8, report_to=[], disable_tqdm=True, use_cpu=True, **arguments
+    )
     return Trainer(model, arguments, train_dataset=rows, eval_dataset=rows[:8])
 
 
