@@ -167,6 +167,23 @@ def division_error(family, plan, **changes):
     return error_of(lambda: divided_model(family, plan, **changes))
 
 
+def errors_of_other_computations(plan):
+    """What is said to models that compute more than their layers and the usual loss."""
+    from peft import PromptTuningConfig, get_peft_model
+    from transformers import LlamaForCausalLM
+
+    class OwnForward(LlamaForCausalLM):
+        def forward(self, *args, **kwargs):
+            outputs = super().forward(*args, **kwargs)
+            outputs.loss = 2 * outputs.loss
+            return outputs
+
+    own = whole_model("llama", {})
+    own.__class__ = OwnForward
+    prompted = get_peft_model(whole_model("llama", {}), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    return [error_of(lambda model=model: divide(model, Plan(**plan))) for model in (own, prompted)]
+
+
 def frozen_later(plan):
     """Whether a parameter that is frozen once the model is divided gets no gradient."""
     _, model, worker_model = divided_model("llama", plan)

@@ -112,6 +112,13 @@ def _router_loss(family, plan):
     return cases.division_error(family, plan, output_router_logits=True)
 
 
+def test_other_computations_are_refused():
+    pytest.importorskip("peft")
+    for own_forward, learned_prompts in on_workers(cases.errors_of_other_computations, PP_TP):
+        assert "OwnForward has a forward pass of its own (tests.divided_cases)" in own_forward
+        assert "learned prompts of PEFT, which are not computed on several workers" in learned_prompts
+
+
 @pytest.mark.parametrize("plan", ["pp-tp", "pp-sharded"])
 def test_parameters_frozen_after_the_division(plan):
     assert on_workers(cases.frozen_later, PLANS[plan]) == [1, 1, 1, 1]

@@ -29,7 +29,7 @@ class WorkerModel:
     """This worker's part in computing a divided model: the model, and the micro-batches of the call that is going on."""
 
     def __init__(self, root: nn.Module, plan: Plan) -> None:
-        _require_usual_loss(unwrapped(root))
+        _require_known_computation(root)
         self.plan = plan
         self._micro_batches: list[ModelInputs] = []
         self._vocabulary = root.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
@@ -184,11 +184,19 @@ class WorkerModel:
             show_parameters(self.model)
 
 
-def _require_usual_loss(causal: Any) -> None:
-    """Raise OptionError for a model whose loss is not the mean over label tokens alone."""
+def _require_known_computation(root: Any) -> None:
+    """Raise OptionError for a model that computes more than its layers and the mean loss over label tokens."""
     from transformers.loss.loss_utils import LOSS_MAPPING
 
+    causal: Any = unwrapped(root)
     name = type(causal).__name__
+    if any(config.is_prompt_learning for config in getattr(root, "peft_config", {}).values()):
+        raise OptionError(f"{name} has learned prompts of PEFT, which are not computed on several workers: {ONE_WORKER}")
+    if not type(causal).forward.__module__.startswith("transformers.models."):
+        raise OptionError(
+            f"{name} has a forward pass of its own ({type(causal).forward.__module__}), which may compute another loss than "
+            f"those of transformers, so it is not divided: {ONE_WORKER}"
+        )
     if getattr(causal.config.get_text_config(), "output_router_logits", False):
         raise OptionError(
             f"{name} adds a loss of its router (output_router_logits=True), which is not computed on several workers: "
