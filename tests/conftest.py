@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -17,6 +18,9 @@ os.environ["MOREH_STATE_DIR"] = tempfile.mkdtemp(prefix="moreh-test-state-")
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Threads that sleep instead of spinning: many of the tests' processes run beside another one.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+# A shell's background jobs ignore Ctrl-C, and so would everything that the tests start.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path.insert(0, str(ROOT))
 
 # Settings of a run that takes about a second. The hook is off: once called, it holds for the whole test process.
