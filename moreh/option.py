@@ -24,6 +24,12 @@ class ParallelOptions:
     activation_recomputation: bool | Auto
     distribute_parameter: bool | Auto
     mixed_precision: bool
+    skip_padding: bool
+    pack_rows: bool
+    logits_at_labels: bool
+    block_attention: bool
+    fused_activation: bool
+    fused_optimizer: bool
 
 
 _ALLOWED = {
@@ -33,6 +39,12 @@ _ALLOWED = {
     "activation_recomputation": _SWITCH_OR_AUTO,
     "distribute_parameter": _SWITCH_OR_AUTO,
     "mixed_precision": _SWITCH,
+    "skip_padding": _SWITCH,
+    "pack_rows": _SWITCH,
+    "logits_at_labels": _SWITCH,
+    "block_attention": _SWITCH,
+    "fused_activation": _SWITCH,
+    "fused_optimizer": _SWITCH,
 }
 # This file is read while torch is imported, which comes before most of what changes the directory.
 try:
@@ -66,6 +78,12 @@ def enable_advanced_parallelization(
     activation_recomputation: bool | Auto = "auto",
     distribute_parameter: bool | Auto = "auto",
     mixed_precision: bool = True,
+    skip_padding: bool = True,
+    pack_rows: bool = True,
+    logits_at_labels: bool = True,
+    block_attention: bool = True,
+    fused_activation: bool = True,
+    fused_optimizer: bool = True,
     **unknown: Any,
 ) -> None:
     """Plan and run the models of this process on all devices of the accelerator. Call it once, before a model is made.
@@ -84,6 +102,12 @@ def enable_advanced_parallelization(
             decides, for the accelerator and for this machine).
         distribute_parameter: shard parameters, gradients and optimizer state over data-parallel ranks.
         mixed_precision: compute in bfloat16 with float32 weights, where the machine multiplies bfloat16 matrices faster.
+        skip_padding: order the rows of a batch by their length and compute nothing behind a row's last label.
+        pack_rows: put rows one after the other instead of side by side, so that no row is padded to the length of another.
+        logits_at_labels: compute the output layer only where labels are.
+        block_attention: on processors, compute causal attention as matrix products of blocks instead of in torch's own kernel.
+        fused_activation: compute the GELU of GPT-2 in one kernel instead of eight.
+        fused_optimizer: use the fused kernels of torch in Adam and AdamW, where the script has chosen none.
         unknown: catches options that do not exist, to name the one that was meant.
 
     Raises:
@@ -100,6 +124,12 @@ def enable_advanced_parallelization(
         activation_recomputation,
         distribute_parameter,
         mixed_precision,
+        skip_padding,
+        pack_rows,
+        logits_at_labels,
+        block_attention,
+        fused_activation,
+        fused_optimizer,
     )
     _check_values(options)
     variables = planner_variables()

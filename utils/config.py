@@ -53,6 +53,12 @@ class ParallelizationSection(Section):
     activation_recomputation: bool | Auto = "auto"
     distribute_parameter: bool | Auto = "auto"
     mixed_precision: bool = True
+    skip_padding: bool = True
+    pack_rows: bool = True
+    logits_at_labels: bool = True
+    block_attention: bool = True
+    fused_activation: bool = True
+    fused_optimizer: bool = True
 
     @model_validator(mode="after")
     def _stages_need_a_pipeline(self) -> Self:

@@ -109,14 +109,16 @@ class MemoryLedger:
     def observe(self, *, after_forward: bool) -> int:
         """Count, unless that was done a moment ago, and remember the peak; returns the total, then maybe estimated.
 
-        After a forward pass the activations are at their highest, and they are always known exactly.
+        The activations are always known exactly; what counts of them is their highest number in a forward pass.
         """
+        activations = self.activations.highest_bytes_of_forward() if after_forward else self.activations.total_bytes
         if time.monotonic() >= self._next_count:
-            total = self.total_bytes()
+            self.total_bytes()
+            total = self._static_bytes + activations
             if after_forward:
                 self._static_bytes_after_forward = self._static_bytes
         elif after_forward and self._static_bytes_after_forward is not None:
-            total = self._static_bytes_after_forward + self.activations.total_bytes
+            total = self._static_bytes_after_forward + activations
         else:
             total = self.estimated_bytes()
         self._peak_bytes = max(self._peak_bytes, total)
@@ -129,6 +131,7 @@ class MemoryLedger:
     def reset_peak(self) -> None:
         """Forget the peak so far."""
         self._peak_bytes = 0
+        self.activations.highest_bytes_of_forward()
 
 
 def weight_bytes(module: torch.nn.Module) -> int:

@@ -25,8 +25,9 @@ class SavedTensor:
         self.version = tensor._version
 
     def __del__(self) -> None:
-        if self.key is not None:
-            self.owner.release(self.key)
+        key = getattr(self, "key", None)  # Ctrl-C may come before there is one
+        if key is not None:
+            self.owner.release(key)
 
 
 def _pass_on_interrupts() -> None:
@@ -59,6 +60,7 @@ class SavedActivations:
         self._lock = threading.RLock()  # the autograd engine frees tensors in threads of its own
         self.total_bytes = 0
         self._highest_bytes = 0
+        self._highest_in_forward = 0
         _pass_on_interrupts()
 
     def counting(self) -> AbstractContextManager[Any]:
@@ -82,6 +84,12 @@ class SavedActivations:
             highest, self._highest_bytes = self._highest_bytes, self.total_bytes
         return highest
 
+    def highest_bytes_of_forward(self) -> int:
+        """The highest total since the end of the last forward pass, which may have contained backward passes of its parts."""
+        with self._lock:
+            highest, self._highest_in_forward = self._highest_in_forward, self.total_bytes
+        return highest
+
     def release(self, key: int) -> None:
         """One saved tensor less on the storage with this address."""
         with self._lock:
@@ -101,6 +109,7 @@ class SavedActivations:
                 self._bytes[key] = 0 if self._is_counted_elsewhere(key) else storage.nbytes()
                 self.total_bytes += self._bytes[key]
                 self._highest_bytes = max(self._highest_bytes, self.total_bytes)
+                self._highest_in_forward = max(self._highest_in_forward, self.total_bytes)
         return SavedTensor(self, tensor, key)
 
     @staticmethod

@@ -12,6 +12,7 @@ from moreh.planner.plan import Plan
 from moreh.runtime.gradients import total_norm
 from moreh.runtime.model_methods import replace_methods
 from moreh.runtime.parallel_model import local_tensor
+from moreh.runtime.savings import ALL_SAVINGS, Savings
 from moreh.runtime.script_face import (
     exchange_parameters,
     look_at_optimizers,
@@ -37,10 +38,10 @@ def prepare_for_division() -> None:
         run_instead_of_model_calls(call_divided)
 
 
-def divide(root: nn.Module, plan: Plan) -> WorkerModel:
+def divide(root: nn.Module, plan: Plan, savings: Savings = ALL_SAVINGS) -> WorkerModel:
     """Divide a model over all workers as the plan says, and its optimizers with it; collective."""
     originals = dict(root.named_parameters())
-    worker_model = WorkerModel(root, plan)
+    worker_model = WorkerModel(root, plan, savings)
     now = dict(root.named_parameters())
     exchange_parameters({id(p): now[name] for name, p in originals.items()}, list(originals.values()))
     look_at_optimizers()

@@ -8,12 +8,12 @@ import math
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from moreh.accelerator.local_job import LocalJob, local_job
-from moreh.accelerator.model_calls import run_around_model_calls
+from moreh.accelerator.model_calls import run_around_model_calls, run_instead_of_model_calls
 from moreh.accelerator.out_of_memory import nothing_fits_error
 from moreh.errors import OptionError, PlanError
 from moreh.log import logger
@@ -21,10 +21,19 @@ from moreh.option import ParallelOptions, PlannerVariables
 from moreh.planner.describe_module import describe_module
 from moreh.planner.plan import Training
 from moreh.planner.report import gib, seconds_text
+from moreh.runtime.fused_optimizers import fuse_optimizer
 from moreh.runtime.precision import autocast_if, choose_bfloat16, inside_autocast
 from moreh.runtime.restrictions import restrictions_of
+from moreh.runtime.savings import savings_of, savings_text
+from moreh.runtime.script_face import watch_optimizers
 from moreh.runtime.selection import predicted_use, select_local_plan, select_plan
 from moreh.runtime.world import current_world
+
+if TYPE_CHECKING:
+    from moreh.runtime.one_worker import OneWorker
+
+# In a micro-batch of an evaluation before the first training batch.
+UNPLANNED_TOKENS = 1024
 
 
 class _Runtime:
@@ -37,7 +46,9 @@ class _Runtime:
         self._prepared: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
         # The tokens of the largest batch that each model was planned for.
         self._planned: weakref.WeakKeyDictionary[torch.nn.Module, float] = weakref.WeakKeyDictionary()
+        self._micro_batch_tokens: weakref.WeakKeyDictionary[torch.nn.Module, int] = weakref.WeakKeyDictionary()
         self._low_precision: dict[torch.device, bool] = {}
+        self._one_worker: OneWorker | None = None
 
     @contextmanager
     def around_call(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
@@ -60,6 +71,17 @@ class _Runtime:
     def after_call(self, model: torch.nn.Module, outputs: Any) -> None:
         """Report to moreh-smi."""
         self.job.report()
+
+    def instead_of_call(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The loss of a batch of a language model; NotImplemented for what its own forward pass is to compute."""
+        if kwargs.get("labels") is None:
+            return NotImplemented
+        if self._one_worker is None:
+            # transformers takes seconds to import: whoever calls a model with labels has most likely done so.
+            from moreh.runtime.one_worker import OneWorker
+
+            self._one_worker = OneWorker(savings_of(self.options))
+        return self._one_worker.call(model, args, kwargs, self._micro_batch_tokens.get(model, UNPLANNED_TOKENS))
 
     def _prepare(self, model: torch.nn.Module) -> None:
         if self.job.simulated and not any(parameter.is_meta for parameter in model.parameters()):
@@ -96,12 +118,15 @@ class _Runtime:
         local = select_local_plan(training, self.options, bfloat16=bfloat16)
         if local.plan.recomputation == "full" and self.options.activation_recomputation == "auto":
             _recompute_activations(model)  # for good: a smaller batch later is not worth another change
+        self._micro_batch_tokens[model] = local.plan.micro_batch_size * sequence_length
         logger.info(
-            "This machine: 1 worker computes each batch in one piece, recomputation : %s; predicted are %s a step and %s.",
+            "This machine: 1 worker, micro-batches of at most %s tokens, recomputation : %s; predicted are %s a step and %s.",
+            f"{self._micro_batch_tokens[model]:,}",
             local.plan.recomputation,
             seconds_text(local.step_time_s),
             gib(local.memory_bytes),
         )
+        logger.info(savings_text(self.options))
         return training.tokens
 
     def _uses_bfloat16(self, device: torch.device) -> bool:
@@ -125,8 +150,11 @@ def run_models_with(options: ParallelOptions, variables: PlannerVariables) -> No
 
         run_models_on_workers(options, variables, job, world)
         return
+    if options.fused_optimizer:
+        watch_optimizers(fuse_optimizer)
     runtime = _Runtime(options, variables, job)
     run_around_model_calls(runtime.around_call, runtime.after_call)
+    run_instead_of_model_calls(runtime.instead_of_call)
 
 
 def _tokens_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int] | None:

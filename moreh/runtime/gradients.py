@@ -116,10 +116,10 @@ def total_norm(model: ParallelModel, gradients: dict[str, torch.Tensor], norm_ty
     total = torch.zeros((), dtype=torch.float64, device=mesh.device)
     if norm_type == float("inf"):
         total = torch.stack([total, *norms]).max()
-        dist.all_reduce(total, op=dist.ReduceOp.MAX)
+        mesh.reduce(total, dist.ReduceOp.MAX)
     else:
         for norm in norms:
             total += norm**norm_type
-        dist.all_reduce(total)
+        mesh.reduce(total)
         total = total ** (1.0 / norm_type)
     return total.to(dtype)

@@ -1,5 +1,6 @@
-"""What a model on several workers returns for a batch with labels."""
+"""What a model returns for a batch with labels: the loss, and what else the model has if there is one worker."""
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,3 +23,60 @@ class LossOutput(ModelOutput):
                 "call it without labels, under torch.no_grad(), for logits"
             )
         raise AttributeError(f"{type(self).__name__} has no {name}: it has the loss")
+
+
+@dataclass
+class LossFirst(ModelOutput):
+    """The loss; the model's other outputs, such as logits, are computed when somebody asks for them."""
+
+    loss: torch.Tensor | None = None
+
+    def compute_others_with(self, compute: Callable[[], ModelOutput]) -> "LossFirst":
+        """Set what gives the model's outputs."""
+        self.__dict__["_compute"] = compute
+        return self
+
+    def _fill(self) -> None:
+        compute = self.__dict__.pop("_compute", None)
+        if compute is not None:
+            for name, value in compute().items():
+                if name != "loss":
+                    self[name] = value
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        self._fill()
+        if name in self.__dict__:
+            return self.__dict__[name]
+        raise AttributeError(f"{type(self).__name__} has no {name}")
+
+    def __getitem__(self, key: Any) -> Any:
+        return self.loss if key in (0, "loss") else super().__getitem__(key)  # type: ignore[no-untyped-call]
+
+    def __contains__(self, key: object) -> bool:
+        self._fill()
+        return super().__contains__(key)
+
+    def __iter__(self) -> Iterator[str]:
+        self._fill()
+        return super().__iter__()
+
+    def __len__(self) -> int:
+        self._fill()
+        return super().__len__()
+
+    def keys(self) -> Any:
+        """The names of all outputs."""
+        self._fill()
+        return super().keys()
+
+    def items(self) -> Any:
+        """All outputs with their names."""
+        self._fill()
+        return super().items()
+
+    def values(self) -> Any:
+        """All outputs."""
+        self._fill()
+        return super().values()

@@ -12,32 +12,33 @@ DIMENSIONS = ("pipeline", "data", "tensor")
 
 @dataclass(frozen=True)
 class Mesh:
-    """Where this rank is among the workers, and whom it talks to."""
+    """Where this rank is among the workers, and whom it talks to. One worker is alone and has no `devices`, no groups."""
 
-    devices: DeviceMesh
-
-    @property
-    def device(self) -> torch.device:
-        """The device that this rank computes on."""
-        if self.devices.device_type == "cpu":
-            return torch.device("cpu")
-        return torch.device(self.devices.device_type, torch.cuda.current_device())
+    devices: DeviceMesh | None
+    device: torch.device
 
     def size(self, dimension: str) -> int:
         """The number of ranks along "pipeline", "data" or "tensor"."""
-        return self.devices.size(DIMENSIONS.index(dimension))
+        return 1 if self.devices is None else self.devices.size(DIMENSIONS.index(dimension))
 
     def rank(self, dimension: str) -> int:
         """The place of this rank along a dimension."""
-        return self.devices.get_local_rank(dimension)
+        return 0 if self.devices is None else self.devices.get_local_rank(dimension)
 
     def group(self, dimension: str) -> dist.ProcessGroup:
         """The ranks that differ from this one in one dimension only."""
+        assert self.devices is not None
         return self.devices.get_group(dimension)
 
     def part(self, *dimensions: str) -> DeviceMesh:
         """The ranks that differ from this one in some dimensions only, as distributed tensors name them."""
+        assert self.devices is not None
         return _part(self.devices, dimensions)
+
+    def reduce(self, tensor: torch.Tensor, operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> None:
+        """Reduce a tensor over all workers, in place."""
+        if self.devices is not None:
+            dist.all_reduce(tensor, op=operation)
 
     def global_rank(self, pipeline: int, data: int, tensor: int) -> int:
         """The rank in the world of a place in the grid."""
@@ -54,4 +55,10 @@ def _part(devices: DeviceMesh, dimensions: tuple[str, ...]) -> DeviceMesh:
 def make_mesh(pipeline: int, data: int, tensor: int) -> Mesh:
     """The grid of all workers; collective, the same object for the same sizes."""
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
-    return Mesh(init_device_mesh(device_type, (pipeline, data, tensor), mesh_dim_names=DIMENSIONS))
+    devices = init_device_mesh(device_type, (pipeline, data, tensor), mesh_dim_names=DIMENSIONS)
+    return Mesh(devices, torch.device("cpu" if device_type == "cpu" else f"cuda:{torch.cuda.current_device()}"))
+
+
+def mesh_of_one(device: torch.device) -> Mesh:
+    """The grid of one worker, which computes on a device."""
+    return Mesh(None, device)

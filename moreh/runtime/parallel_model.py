@@ -15,11 +15,11 @@ from moreh.planner.plan import Plan
 from moreh.runtime.collectives import sum_own_part
 from moreh.runtime.decoder import Decoder, take_apart
 from moreh.runtime.layout import Layout, tensor_shape
-from moreh.runtime.mesh import Mesh, make_mesh
+from moreh.runtime.mesh import Mesh, make_mesh, mesh_of_one
 from moreh.runtime.placement import parameter_layouts, stage_places
 from moreh.runtime.recomputation import recompute_activations
 from moreh.runtime.shown_parameters import shown_parameter
-from moreh.runtime.stage import Finish, Stage
+from moreh.runtime.stage import Finish, Stage, Wanted
 from moreh.runtime.tensor_parallel import TensorDivision, describe_division, install_tensor_parallel
 from moreh.runtime.weights import take_local_parts
 
@@ -72,11 +72,12 @@ def divide_model(
     plan: Plan,
     inputs: Callable[[int], dict[str, Any]],
     finish: Finish,
+    wanted: Wanted,
 ) -> ParallelModel:
     """Divide a model over all workers; collective. Its parameters are replaced by this rank's parts.
 
-    `inputs` and `finish` are those of `Stage`. Parameters that this rank does not hold stay in the model without data, on the
-    meta device, so that names and counts remain those of the whole model.
+    `inputs`, `finish` and `wanted` are those of `Stage`. Parameters that this rank does not hold stay in the model without
+    data, on the meta device, so that names and counts remain those of the whole model.
     """
     mesh = make_mesh(plan.pipeline, plan.data, plan.tensor)
     decoder = take_apart(root)
@@ -92,7 +93,9 @@ def divide_model(
         _fill(slots[name], _without_data(parameter, layouts[name], layouts[name].shape))
     sharded = plan.sharding != "none" and plan.data > 1
     stages = tuple(
-        Stage(decoder, place.first, place.last, inputs, finish) for place in stage_places(plan) if place.pipeline_rank == here
+        Stage(decoder, place.first, place.last, inputs, finish, wanted)
+        for place in stage_places(plan)
+        if place.pipeline_rank == here
     )
     if plan.recomputation != "none":
         recompute_activations(decoder, plan.recomputation)
@@ -118,6 +121,22 @@ def divide_model(
     model = ParallelModel(decoder, plan, mesh, layouts, division.partial_gradients, stages, computing, shown, slots)
     show_parameters(model)
     return model
+
+
+def undivided_model(
+    root: nn.Module,
+    plan: Plan,
+    inputs: Callable[[int], dict[str, Any]],
+    finish: Finish,
+    wanted: Wanted,
+) -> ParallelModel:
+    """A model on one worker: what `divide_model` gives, but nothing of the model is replaced."""
+    decoder = take_apart(root)
+    parameters = dict(root.named_parameters())
+    stage = Stage(decoder, 0, len(decoder.layers), inputs, finish, wanted)
+    mesh = mesh_of_one(next(iter(parameters.values())).device)
+    layouts = parameter_layouts(decoder, plan, {})
+    return ParallelModel(decoder, plan, mesh, layouts, frozenset(), (stage,), parameters, parameters, {})
 
 
 def show_parameters(model: ParallelModel) -> None:

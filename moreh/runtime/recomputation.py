@@ -6,6 +6,7 @@ from typing import Any, Literal
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
+import moreh.runtime.attention  # noqa: F401  defines torch.ops.moreh.causal_attention
 from moreh.errors import OptionError
 from moreh.runtime.decoder import Decoder
 
@@ -17,6 +18,7 @@ _KEPT = frozenset(
         _aten.addmm.default,
         _aten.bmm.default,
         _aten.baddbmm.default,
+        torch.ops.moreh.causal_attention.default,
         _aten._scaled_dot_product_flash_attention_for_cpu.default,
         _aten._scaled_dot_product_flash_attention.default,
         _aten._scaled_dot_product_efficient_attention.default,

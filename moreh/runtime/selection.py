@@ -26,6 +26,10 @@ SELECTED_CONFIG = "advanced_parallelization_selected_config.dump"
 DETAILED_LOG = "autoconfig_log.dump"
 # Plans that the detailed log lists.
 DETAILED = 50
+# Tokens of a micro-batch that matrix products and kernels need to be worth their start.
+ENOUGH_TOKENS = 1024
+# What a smaller micro-batch may cost: it needs less memory.
+HARDLY_SLOWER = 1.05
 
 
 @dataclass(frozen=True)
@@ -140,23 +144,27 @@ def predicted_use(prediction: Prediction, devices: int) -> PredictedUse:
 
 
 def select_local_plan(training: Training, options: ParallelOptions, *, bfloat16: bool) -> Prediction:
-    """The plan for this machine's one worker, which computes a batch in one piece: with recomputation or without.
+    """The plan for this machine's one worker: rows of a micro-batch, and recomputation or none.
 
-    The fastest one that fits in memory; where the option leaves no choice, or nothing fits, the one that needs the least.
+    Of those that fit in memory and are hardly slower than the fastest, the one that needs the least; where nothing fits, too.
     """
     setting = setting_of_this_machine(1, TRANSFORMERS_AUTOCAST if bfloat16 else TRANSFORMERS)
     layers = (len(training.architecture.layers),)
+    rows = training.global_batch_size
     # Selective recomputation is none that a model of transformers has a switch for.
     choices: dict[bool | str, tuple[Recomputation, ...]] = {True: ("full",), False: ("none",), "auto": ("none", "full")}
     plans = [
-        Plan(layers, micro_batch_size=training.global_batch_size, recomputation=recomputation)
+        Plan(layers, micro_batch_size=size, micro_batches=rows // size, recomputation=recomputation)
         for recomputation in choices[options.activation_recomputation]
+        for size in range(1, rows + 1)
+        if rows % size == 0 and size * training.sequence_length >= min(ENOUGH_TOKENS, training.tokens)
     ]
     predictions = [predict(plan, training, setting) for plan in plans]
     fitting = [one for one in predictions if one.memory_bytes <= setting.cluster.device.memory_bytes]
-    if fitting:
-        return min(fitting, key=lambda one: one.step_time_s)
-    return min(predictions, key=lambda one: one.memory_bytes)
+    if not fitting:
+        return min(predictions, key=lambda one: one.memory_bytes)
+    enough = HARDLY_SLOWER * min(one.step_time_s for one in fitting)
+    return min((one for one in fitting if one.step_time_s <= enough), key=lambda one: one.memory_bytes)
 
 
 def within_runtime(restrictions: Restrictions, model: nn.Module) -> Restrictions:

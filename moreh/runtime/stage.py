@@ -15,8 +15,11 @@ from torch import nn
 
 from moreh.runtime.decoder import Decoder, Place
 
+_WARNING = "warn_if_padding_and_no_attention_mask"
 # Given what the model returned for a micro-batch and the micro-batch's number, what the last stage returns.
 Finish = Callable[[Any, int], torch.Tensor]
+# Given the micro-batch's number, the positions in its flattened [batch * sequence] whose logits are wanted; None for all.
+Wanted = Callable[[int], torch.Tensor | None]
 
 
 class Stage(nn.Module):
@@ -24,11 +27,17 @@ class Stage(nn.Module):
 
     Its parameters are those of the modules it computes. `inputs(micro_batch)` gives what the model is called with,
     the token ids among it; every stage needs the masks. A stage that is not the last returns hidden states
-    `[batch, sequence, hidden]`.
+    `[batch, sequence, hidden]`. Where `wanted(micro_batch)` gives positions, logits are `[1, positions, vocabulary]`.
     """
 
     def __init__(
-        self, decoder: Decoder, first: int, last: int, inputs: Callable[[int], dict[str, Any]], finish: Finish
+        self,
+        decoder: Decoder,
+        first: int,
+        last: int,
+        inputs: Callable[[int], dict[str, Any]],
+        finish: Finish,
+        wanted: Wanted,
     ) -> None:
         super().__init__()
         places = decoder.layer_places
@@ -36,9 +45,9 @@ class Stage(nn.Module):
         ends = [*(decoder.before if self.is_first else ()), *(decoder.after if self.is_last else ())]
         self.layers = nn.ModuleList(place.module for place in places[first:last])
         self.ends = nn.ModuleList(place.module for place in ends)
-        self._inputs, self._finish = inputs, finish
+        self._inputs, self._finish, self._wanted = inputs, finish, wanted
         # Not registered: the stage's parameters are those of its parts.
-        self._hidden: dict[str, Any] = {"received": None, "sent": None, "started": False}
+        self._hidden: dict[str, Any] = {"received": None, "sent": None, "started": False, "wanted": None}
         self._outside = _Outside(decoder.causal, self._substitute(decoder, places, first, last))
 
     def _substitute(self, decoder: Decoder, places: tuple[Place, ...], first: int, last: int) -> list[tuple[Place, nn.Module]]:
@@ -48,6 +57,9 @@ class Stage(nn.Module):
             found += [(place, _Before(place.module, hidden)) for place in decoder.before]
         if not self.is_last:
             found += [(place, _After(place.module, hidden)) for place in decoder.after]
+        else:
+            head = decoder.causal.get_output_embeddings()
+            found += [(place, _OutputLayer(head, hidden)) for place in decoder.after if place.module is head]
         for index, place in enumerate(places):
             if not first <= index < last:
                 found.append((place, _Handing(place.module)))
@@ -73,7 +85,8 @@ class Stage(nn.Module):
         number = int(micro_batch)
         inputs = self._inputs(number)
         tokens = inputs["input_ids"] if "input_ids" in inputs else inputs["inputs_embeds"]
-        self._hidden.update(received=received, sent=None, started=False, tokens=tokens.shape[:2])
+        wanted = self._wanted(number) if self.is_last else None
+        self._hidden.update(received=received, sent=None, started=False, tokens=tokens.shape[:2], wanted=wanted)
         with self._in_place():
             # On other stages the output layer would compute on what is not there; its model ends before it.
             model = self._outside.causal if self.is_last else self._outside.causal.base_model
@@ -85,11 +98,15 @@ class Stage(nn.Module):
     @contextmanager
     def _in_place(self) -> Iterator[None]:
         """The substitutes in the places of what other stages compute."""
+        base = self._outside.causal.base_model
+        # Masks of what no loss depends on are left out on purpose.
+        base.__dict__[_WARNING] = lambda *given, **named: None
         try:
             for place, substitute in self._outside.substitutes:
                 place.parent._modules[place.key] = substitute
             yield
         finally:
+            del base.__dict__[_WARNING]
             for place, _ in self._outside.substitutes:
                 place.parent._modules[place.key] = place.module
 
@@ -145,6 +162,20 @@ class _After(_Substitute):
         if sent is None:
             raise RuntimeError(f"{type(self._original).__name__} is used before layers: its model cannot be cut into stages")
         return sent.new_zeros(()).expand(*self._hidden["tokens"], sent.shape[-1])
+
+
+class _OutputLayer(_Substitute):
+    """The output layer at the wanted positions only: in small models it is the largest matrix."""
+
+    def __init__(self, original: nn.Module, hidden: dict[str, Any]) -> None:
+        super().__init__(original)
+        object.__setattr__(self, "_hidden", hidden)
+
+    def forward(self, given: torch.Tensor) -> Any:
+        wanted = self._hidden["wanted"]
+        if wanted is not None:
+            given = given.flatten(0, 1).index_select(0, wanted).unsqueeze(0)
+        return self._original(given)
 
 
 class _Handing(_Substitute):

@@ -14,12 +14,29 @@ from moreh.errors import OptionError
 from moreh.planner.describe_module import unwrapped
 from moreh.planner.plan import Plan
 from moreh.runtime.gradients import hand_over, take_gradients
+from moreh.runtime.known_computation import unknown_computation
 from moreh.runtime.loss_output import LossOutput
+from moreh.runtime.micro_batches import (
+    all_lengths,
+    equal_micro_batches,
+    label_positions,
+    micro_batches_by_length,
+    sees_only_the_past,
+    useful_lengths,
+)
 from moreh.runtime.model_inputs import ONE_WORKER, ModelInputs, padded, read_inputs, require_same_on_all_ranks, rows_of
-from moreh.runtime.parallel_model import ParallelModel, divide_model, show_parameters, use_computing_parameters
+from moreh.runtime.packing import can_pack, packed_micro_batches, parts_of
+from moreh.runtime.parallel_model import (
+    ParallelModel,
+    divide_model,
+    show_parameters,
+    undivided_model,
+    use_computing_parameters,
+)
 from moreh.runtime.passes import forward, forward_and_backward
 from moreh.runtime.placement import stage_places
 from moreh.runtime.randomness import computing_generator
+from moreh.runtime.savings import Savings, faster_kernels
 from moreh.runtime.vocabulary import gather_logits, token_losses
 
 _KEEP = "logits_to_keep"
@@ -28,12 +45,20 @@ _KEEP = "logits_to_keep"
 class WorkerModel:
     """This worker's part in computing a divided model: the model, and the micro-batches of the call that is going on."""
 
-    def __init__(self, root: nn.Module, plan: Plan) -> None:
-        _require_known_computation(root)
+    def __init__(self, root: nn.Module, plan: Plan, savings: Savings) -> None:
+        problem = unknown_computation(root)
+        if problem is not None:
+            raise OptionError(f"{problem}, which is not computed on several workers: {ONE_WORKER}")
+        causal: Any = unwrapped(root)
         self.plan = plan
+        # Those of a micro-batch at most; None for as many as the plan's rows have.
+        self.tokens: int | None = None
         self._micro_batches: list[ModelInputs] = []
-        self._vocabulary = root.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
-        self.model: ParallelModel = divide_model(root, plan, self._inputs, self._finish)
+        self._vocabulary = causal.get_output_embeddings().weight.shape[0]
+        self._savings = savings
+        self._skip_padding = savings.padding and sees_only_the_past(causal)
+        make_model = undivided_model if plan.devices == 1 else divide_model
+        self.model: ParallelModel = make_model(root, plan, self._inputs, self._finish, self._wanted)
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the model returns for the whole batch, which every worker is called with; collective.
@@ -47,7 +72,8 @@ class WorkerModel:
         """
         as_tuple = kwargs.get("return_dict") is False
         inputs = read_inputs(self.model.decoder.causal, args, kwargs)
-        require_same_on_all_ranks(inputs, self.model.mesh.device)
+        if self.plan.devices > 1:
+            require_same_on_all_ranks(inputs, self.model.mesh.device)
         if inputs.labels is None:
             if torch.is_grad_enabled() and any(p.requires_grad for p in self.model.computing.values()):
                 raise OptionError(
@@ -55,8 +81,15 @@ class WorkerModel:
                     "gradients in the call, so pass labels; without them, call it under torch.no_grad()"
                 )
             return self._logits(inputs, as_tuple=as_tuple)
-        loss = self._train(inputs) if torch.is_grad_enabled() else self._evaluate(inputs)
+        loss = self._loss(inputs)
         return (loss,) if as_tuple else LossOutput(loss=loss)
+
+    def loss(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+        """The loss of a batch with labels, which computes the gradients as `call` does."""
+        return self._loss(read_inputs(self.model.decoder.causal, args, kwargs))
+
+    def _loss(self, inputs: ModelInputs) -> torch.Tensor:
+        return self._train(inputs) if torch.is_grad_enabled() else self._evaluate(inputs)
 
     def _train(self, inputs: ModelInputs) -> torch.Tensor:
         mesh = self.model.mesh
@@ -109,19 +142,32 @@ class WorkerModel:
         group = mesh.group("tensor") if self.plan.tensor > 1 else None
         if batch.labels is None:
             return gather_logits(outputs.logits, group, vocabulary) if group is not None else outputs.logits
-        losses = token_losses(outputs.logits, batch.labels, group, vocabulary)
+        wanted = self._wanted(number)
+        labels = batch.labels if wanted is None else batch.labels.flatten()[wanted].unsqueeze(0)
+        losses = token_losses(outputs.logits, labels, group, vocabulary)
         return losses.sum() / batch.loss_divisor
 
+    def _wanted(self, number: int) -> torch.Tensor | None:
+        """The positions of a micro-batch that reach the output layer. Sequence-parallel ranks have a part of each row there."""
+        batch = self._micro_batches[number]
+        if batch.labels is None or self.plan.sequence_parallel or not self._savings.logits:
+            return None
+        return label_positions(batch)
+
     def _cut(self, inputs: ModelInputs, micro_batches: int) -> tuple[int, int, int]:
-        """Cut a batch into this rank's micro-batches of one size; the shape of hidden states between stages."""
-        mesh = self.model.mesh
-        parts = self.plan.data * micro_batches
-        rows = -(-inputs.rows // parts)
-        whole = padded(inputs, rows * parts, self._sequence_multiple)
-        first = mesh.rank("data") * micro_batches * rows
-        starts = range(first, first + micro_batches * rows, rows)
-        self._micro_batches = [rows_of(whole, start, start + rows, mesh.device) for start in starts]
-        return self._hidden_shape(rows, whole.sequence_length)
+        """Cut a batch into this rank's micro-batches; the shape of hidden states between stages."""
+        lengths = useful_lengths(inputs) if self._skip_padding else all_lengths(inputs)
+        place = self.plan.data, self.model.mesh, self._sequence_multiple
+        if self._skip_padding and self._savings.packing and can_pack(self.model.decoder.causal, inputs, lengths):
+            tokens = self.tokens or self.plan.micro_batch_size * inputs.sequence_length
+            parts = self.plan.data * micro_batches if self.plan.pipeline > 1 else parts_of(lengths, tokens, self.plan.data)
+            self._micro_batches = packed_micro_batches(inputs, lengths, parts, *place)
+        elif self.plan.pipeline > 1:
+            self._micro_batches = equal_micro_batches(inputs, lengths, micro_batches, *place)
+        else:
+            tokens = self.tokens or self.plan.micro_batch_size * inputs.sequence_length
+            self._micro_batches = micro_batches_by_length(inputs, lengths, tokens, *place)
+        return self._hidden_shape(self._micro_batches[0].rows, self._micro_batches[0].sequence_length)
 
     @property
     def _sequence_multiple(self) -> int:
@@ -142,7 +188,7 @@ class WorkerModel:
         if mesh.rank("tensor") == 0:
             for loss in losses:
                 total += loss
-        dist.all_reduce(total)
+        mesh.reduce(total)
         dtype = torch.promote_types(next(iter(self.model.computing.values())).dtype, torch.float32)
         return total.to(dtype)
 
@@ -177,33 +223,12 @@ class WorkerModel:
     def _computing(self) -> Iterator[None]:
         use_computing_parameters(self.model)
         try:
-            yield
+            with faster_kernels(self._savings):
+                yield
         finally:
             for module in self.model.sharded_modules():
                 module.reshard()
             show_parameters(self.model)
-
-
-def _require_known_computation(root: Any) -> None:
-    """Raise OptionError for a model that computes more than its layers and the mean loss over label tokens."""
-    from transformers.loss.loss_utils import LOSS_MAPPING
-
-    causal: Any = unwrapped(root)
-    name = type(causal).__name__
-    if any(config.is_prompt_learning for config in getattr(root, "peft_config", {}).values()):
-        raise OptionError(f"{name} has learned prompts of PEFT, which are not computed on several workers: {ONE_WORKER}")
-    if not type(causal).forward.__module__.startswith("transformers.models."):
-        raise OptionError(
-            f"{name} has a forward pass of its own ({type(causal).forward.__module__}), which may compute another loss than "
-            f"those of transformers, so it is not divided: {ONE_WORKER}"
-        )
-    if getattr(causal.config.get_text_config(), "output_router_logits", False):
-        raise OptionError(
-            f"{name} adds a loss of its router (output_router_logits=True), which is not computed on several workers: "
-            f"set it to False, or {ONE_WORKER}"
-        )
-    if causal.loss_function is not LOSS_MAPPING["ForCausalLM"]:
-        raise OptionError(f"{name} has a loss of its own, which is not computed on several workers: {ONE_WORKER}")
 
 
 def _kept_positions(inputs: ModelInputs) -> torch.Tensor:

@@ -22,9 +22,12 @@ from moreh.planner.report import gib, seconds_text
 from moreh.runtime.checkpoints import is_waiting_for_state, load_pending
 from moreh.runtime.divided_models import call_divided, divide, is_part_of_divided, prepare_for_division, worker_model_of
 from moreh.runtime.evaluation import evaluate_whole
+from moreh.runtime.fused_optimizers import fuse_optimizer
 from moreh.runtime.model_inputs import ModelInputs, read_inputs
 from moreh.runtime.precision import autocast_if, choose_bfloat16, inside_autocast
 from moreh.runtime.restrictions import restrictions_of
+from moreh.runtime.savings import savings_of, savings_text
+from moreh.runtime.script_face import watch_optimizers
 from moreh.runtime.selection import predicted_use, select_plan, select_worker_plan, within_runtime
 from moreh.runtime.weights import keep_weights_on_disk, wanted_dtypes
 from moreh.runtime.world import World
@@ -73,7 +76,7 @@ class WorkerRuntime:
 
     def _divide(self, module: nn.Module, inputs: ModelInputs, *, bfloat16: bool) -> None:
         plan = self._on_first_worker(lambda: self._plan(module, inputs, bfloat16=bfloat16))
-        divide(module, plan)
+        divide(module, plan, savings_of(self.options))
         load_pending(module)
 
     def _plan(self, module: nn.Module, inputs: ModelInputs, *, bfloat16: bool) -> Plan:
@@ -95,6 +98,7 @@ class WorkerRuntime:
         self.job.predicted = predicted_use(selection.prediction, flavor.devices)
         if selection.prediction.plan.devices == workers:
             logger.info("The %d workers are the accelerator's devices: they carry out this plan.", workers)
+            logger.info(savings_text(self.options))
             return selection.prediction.plan
         local = select_worker_plan(module, training, self.options, self.variables, workers, bfloat16=bfloat16)
         logger.info(
@@ -104,6 +108,7 @@ class WorkerRuntime:
             seconds_text(local.step_time_s),
             gib(local.memory_bytes),
         )
+        logger.info(savings_text(self.options))
         return local.plan
 
     def _on_first_worker(self, decide: Callable[[], Result]) -> Result:
@@ -151,6 +156,8 @@ def run_models_on_workers(options: ParallelOptions, variables: PlannerVariables,
     job.worker_pids = tuple((rank, pid) for rank, host, pid in workers if host == socket.gethostname())
     keep_weights_on_disk()
     prepare_for_division()
+    if options.fused_optimizer:
+        watch_optimizers(fuse_optimizer)
     run_instead_of_model_calls(WorkerRuntime(options, variables, job, world).call)
 
 

@@ -1,0 +1,175 @@
+"""Causal attention on a processor, in blocks of queries: a few matrix products instead of torch's own kernel.
+
+In bfloat16 torch 2.13's kernel for processors takes two to three times as long at the lengths of fine-tuning
+(benchmarks/attention.py). Rows that follow each other in one packed row are told apart by `cu_seq_lens_q`, the name under
+which transformers passes their beginnings to Flash Attention.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+# Queries of a block: its scores fit the cache of a core, and few keys behind a query are multiplied in vain.
+BLOCK = 128
+_STARTS = "cu_seq_lens_q"
+# First query, last (not included), first key that they see, and what is added to their scores `[queries, keys]`: -inf for keys
+# of other texts and behind the query.
+Block = tuple[int, int, int, torch.Tensor]
+# What other attention functions of transformers compute besides.
+_OTHER_ARGUMENTS = ("softcap", "position_bias", "cache", "s_aux")
+
+
+@contextmanager
+def attention_in_blocks() -> Iterator[None]:
+    """Let the models of transformers that use torch's attention compute it in blocks where that is the same."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    original = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = _attention_instead_of(original)
+    try:
+        yield
+    finally:
+        del ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+
+def causal_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, starts: tuple[int, ...]
+) -> torch.Tensor:
+    """softmax(scale * query @ key^T) @ value over the keys up to each query: `[batch, sequence, heads, size]`.
+
+    `query` is `[batch, heads, sequence, size]`; `key` and `value` may have fewer heads, each for as many neighbours of the
+    query's. `starts` are the first positions of the texts in a row, 0 among them: a query sees those of its own text only.
+    """
+    if torch.is_autocast_enabled(query.device.type):
+        # As autocast does for torch's own attention; rotary embeddings leave float32.
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    with torch.autocast(query.device.type, enabled=False):
+        output: torch.Tensor = _attend(query, key, value, scale, list(starts))[0]
+    return output
+
+
+@lru_cache(maxsize=2)
+def _attention_instead_of(original: Callable[..., Any]) -> Callable[..., Any]:
+    def attention(
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        is_causal: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        starts = kwargs.get(_STARTS)
+        causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+        window = kwargs.get("sliding_window")
+        same = (
+            causal
+            and dropout == 0.0
+            and query.device.type == "cpu"
+            and query.shape[2] == key.shape[2]
+            and query.shape[2] > 1
+            and (attention_mask is None if starts is None else query.shape[0] == 1)
+            and (window is None or window >= kwargs.get("max_length_q", query.shape[2]))
+            and all(kwargs.get(name) is None for name in _OTHER_ARGUMENTS)
+        )
+        if not same:
+            return original(
+                module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
+            )
+        firsts = (0,) if starts is None else tuple(starts[:-1].tolist())
+        scale = scaling if scaling is not None else float(query.shape[-1] ** -0.5)
+        return causal_attention(query, key, value, scale, firsts), None
+
+    return attention
+
+
+@lru_cache(maxsize=64)
+def _blocks(length: int, starts: tuple[int, ...], dtype: torch.dtype) -> list[Block]:
+    """The blocks that the queries of a row are cut into."""
+    first = torch.zeros(length, dtype=torch.int64)
+    first[torch.tensor(starts)] = torch.tensor(starts)
+    first = first.cummax(0).values
+    blocks = []
+    for begin in range(0, length, BLOCK):
+        end = min(begin + BLOCK, length)
+        # Keys in whole halves of a block: oneDNN compiles a kernel for each shape in bfloat16.
+        lowest = int(first[begin]) // (BLOCK // 2) * (BLOCK // 2)
+        keys, queries = torch.arange(lowest, end), torch.arange(begin, end).unsqueeze(1)
+        seen = (keys <= queries) & (keys >= first[begin:end].unsqueeze(1))
+        blocks.append((begin, end, lowest, torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, float("-inf"))))
+    return blocks
+
+
+# An operation of its own, so that selective recomputation keeps what it gives and nothing of what happens within.
+@torch.library.custom_op("moreh::causal_attention", mutates_args=())
+def _attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, starts: Sequence[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The output `[batch, sequence, heads, size]`, and for the backward pass the probabilities of all blocks in one tensor."""
+    batch, heads, length, size = query.shape
+    folded, groups = batch * key.shape[1], heads // key.shape[1]
+    query = (query * scale).reshape(folded, groups, length, size)
+    key, value = key.reshape(folded, length, size), value.reshape(folded, length, value.shape[-1])
+    output = query.new_empty(batch, length, heads, value.shape[-1])
+    by_head = output.transpose(1, 2)
+    blocks = _blocks(length, tuple(starts), query.dtype)
+    probabilities = query.new_empty(sum(batch * heads * mask.numel() for *_, mask in blocks))
+    for (begin, end, lowest, mask), part in zip(blocks, _parts(probabilities, blocks, folded, groups), strict=True):
+        rows = query[:, :, begin:end].reshape(folded, -1, size)
+        scores = torch.bmm(rows, key[:, lowest:end].transpose(1, 2))
+        scores.view(folded, groups, *mask.shape).add_(mask)
+        torch.softmax(scores, -1, out=part)
+        attended = torch.bmm(part, value[:, lowest:end])
+        by_head[:, :, begin:end] = attended.view(batch, heads, end - begin, -1)
+    return output, probabilities
+
+
+def _parts(probabilities: torch.Tensor, blocks: list[Block], folded: int, groups: int) -> list[torch.Tensor]:
+    """The probabilities of each block, `[folded, groups * queries, keys]`."""
+    parts = probabilities.split([folded * groups * mask.numel() for *_, mask in blocks])
+    return [part.view(folded, groups * mask.shape[0], -1) for part, (*_, mask) in zip(parts, blocks, strict=True)]
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    query, key, value, ctx.scale, ctx.starts = inputs
+    ctx.save_for_backward(query, key, value, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _attend_backward(
+    ctx: Any, gradient: torch.Tensor, _: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None, None]:
+    query, key, value, probabilities = ctx.saved_tensors
+    batch, heads, length, size = query.shape
+    kv_heads = key.shape[1]
+    folded, groups = batch * kv_heads, heads // kv_heads
+    query = query.reshape(folded, groups, length, size)
+    key, value = key.reshape(folded, length, size), value.reshape(folded, length, value.shape[-1])
+    by_head = gradient.transpose(1, 2)
+    of_query, of_key, of_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
+    blocks = _blocks(length, tuple(ctx.starts), query.dtype)
+    for (begin, end, lowest, _mask), part in zip(blocks, _parts(probabilities, blocks, folded, groups), strict=True):
+        rows = query[:, :, begin:end].reshape(folded, -1, size)
+        arrived = by_head[:, :, begin:end].reshape(folded, groups * (end - begin), -1)
+        of_value[:, lowest:end] += torch.bmm(part.transpose(1, 2), arrived)
+        of_part = torch.bmm(arrived, value[:, lowest:end].transpose(1, 2))
+        of_scores = torch._softmax_backward_data(of_part, part, -1, part.dtype)
+        of_query[:, :, begin:end] = torch.bmm(of_scores, key[:, lowest:end]).view(folded, groups, end - begin, size)
+        of_key[:, lowest:end] += torch.bmm(of_scores.transpose(1, 2), rows)
+    return (
+        of_query.mul_(ctx.scale).view(batch, heads, length, size),
+        # Of the product with the queries that are not scaled yet.
+        of_key.mul_(ctx.scale).view(batch, kv_heads, length, size),
+        of_value.view(batch, kv_heads, length, -1),
+        None,
+        None,
+    )
+
+
+_attend.register_autograd(_attend_backward, setup_context=_keep)

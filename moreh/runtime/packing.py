@@ -1,0 +1,130 @@
+"""Rows of different lengths one after the other in packed rows of one length, so that nothing is padded.
+
+transformers tells texts in a row apart by their positions, which begin at 0 with each; `cu_seq_lens_q` and the like tell
+attention functions where that is.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from moreh.runtime.mesh import Mesh
+from moreh.runtime.model_inputs import IGNORED, ModelInputs
+
+# Lengths of packed rows are multiples of this: oneDNN compiles a kernel for each new shape of a product in bfloat16, which
+# takes longer than the product.
+LENGTH_MULTIPLE = 64
+_MASK = "attention_mask"
+_IDS = "input_ids"
+# Families whose attention transformers restricts to one text by the positions; each is compared with rows by themselves in
+# tests/test_packing.py.
+PACKED_FAMILIES = frozenset(
+    {
+        "apertus",
+        "arcee",
+        "cohere",
+        "cohere2",
+        "ernie4_5",
+        "gemma2",
+        "gemma3_text",
+        "glm",
+        "glm4",
+        "gpt2",
+        "gpt_bigcode",
+        "gpt_neox",
+        "gptj",
+        "granite",
+        "hyperclovax",
+        "internlm3",
+        "jais2",
+        "llama",
+        "mistral",
+        "mixtral",
+        "nanochat",
+        "olmo",
+        "olmo2",
+        "olmo3",
+        "persimmon",
+        "phi",
+        "phi3",
+        "qwen2",
+        "qwen3",
+        "smollm3",
+        "starcoder2",
+        "vaultgemma",
+    }
+)
+
+
+def can_pack(causal: Any, inputs: ModelInputs, lengths: torch.Tensor) -> bool:
+    """Whether a model computes the same for rows that are packed: token ids, of which nothing useful is masked."""
+    if causal.config.get_text_config().model_type not in PACKED_FAMILIES or not set(inputs.tensors) <= {_IDS, _MASK}:
+        return False
+    if _IDS not in inputs.tensors or inputs.labels is None:
+        return False
+    mask = inputs.tensors.get(_MASK)
+    if mask is None:
+        return True
+    useful = torch.arange(inputs.sequence_length) < lengths.unsqueeze(1)
+    return mask.dim() == 2 and bool((mask.cpu() == 1)[useful].all())
+
+
+def parts_of(lengths: torch.Tensor, tokens: int, data_ranks: int) -> int:
+    """Packed rows for texts of so many tokens each: as many for each rank, of about `tokens` at most."""
+    return -(-int(lengths.sum()) // (tokens * data_ranks)) * data_ranks
+
+
+def packed_micro_batches(
+    inputs: ModelInputs, lengths: torch.Tensor, parts: int, data_ranks: int, mesh: Mesh, sequence_multiple: int
+) -> list[ModelInputs]:
+    """This rank's micro-batches, of `parts` for all data-parallel ranks: one packed row each, all of one length.
+
+    They have the first `lengths` tokens of each row of the batch. Labels are those of the batch, -100 where a row is filled up.
+    """
+    bins, fullest = _bins(lengths.tolist(), parts)
+    length = -(-fullest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+    length = -(-length // sequence_multiple) * sequence_multiple
+    return [_packed(inputs, lengths, rows, length, mesh) for rows in bins[mesh.rank("data") :: data_ranks]]
+
+
+def _bins(lengths: list[int], parts: int) -> tuple[list[list[int]], int]:
+    """Rows of each part, each row in the part that is emptiest so far, the longest first; the length of the fullest.
+
+    >>> _bins([3, 9, 4, 5], 2)
+    ([[1, 0], [3, 2]], 12)
+    """
+    bins: list[list[int]] = [[] for _ in range(parts)]
+    filled = [0] * parts
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        emptiest = min(range(parts), key=filled.__getitem__)
+        bins[emptiest].append(row)
+        filled[emptiest] += lengths[row]
+    return bins, max(filled)
+
+
+def _packed(inputs: ModelInputs, lengths: torch.Tensor, rows: list[int], length: int, mesh: Mesh) -> ModelInputs:
+    assert inputs.labels is not None
+    sizes = [int(lengths[row]) for row in rows]
+    rest = length - sum(sizes)
+    ids = [inputs.tensors[_IDS][row, :size] for row, size in zip(rows, sizes, strict=True)]
+    labels = [inputs.labels[row, :size] for row, size in zip(rows, sizes, strict=True)]
+    if rest:
+        # Texts that no loss depends on, not longer than those of the batch: a model may know no later positions.
+        most = int(lengths.max())
+        sizes += [*[most] * (rest // most), *[rest % most] * (rest % most > 0)]
+        ids.append(inputs.tensors[_IDS].new_zeros(rest))
+        labels.append(inputs.labels.new_full((rest,), IGNORED))
+    starts = torch.tensor([0, *sizes], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(mesh.device)
+    tensors = {
+        _IDS: torch.cat(ids).unsqueeze(0).to(mesh.device),
+        "position_ids": torch.cat([torch.arange(size) for size in sizes]).unsqueeze(0).to(mesh.device),
+    }
+    longest = max(sizes)
+    attention = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": longest, "max_length_k": longest}
+    return replace(
+        inputs,
+        tensors=tensors,
+        others={**inputs.others, **attention},
+        labels=torch.cat(labels).unsqueeze(0).to(mesh.device),
+    )

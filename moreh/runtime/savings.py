@@ -1,0 +1,58 @@
+"""What the runtime does to compute a training's losses and gradients with less work."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+from moreh.option import ParallelOptions
+
+
+@dataclass(frozen=True)
+class Savings:
+    """`padding`: what stands behind a row's last label is not computed. `packing`: rows are computed one after the other, not
+    side by side. `logits`: the output layer is computed only where labels are. `attention` and `activation`: with fewer or
+    faster kernels.
+    """
+
+    padding: bool = True
+    packing: bool = True
+    logits: bool = True
+    attention: bool = True
+    activation: bool = True
+
+
+ALL_SAVINGS = Savings()
+
+
+def savings_of(options: ParallelOptions) -> Savings:
+    """The savings that the options of the hook leave on."""
+    return Savings(
+        options.skip_padding, options.pack_rows, options.logits_at_labels, options.block_attention, options.fused_activation
+    )
+
+
+def savings_text(options: ParallelOptions) -> str:
+    """A line for the log: each of them, and whether it is on."""
+    said = {
+        "padding skipped": options.skip_padding,
+        "rows packed": options.skip_padding and options.pack_rows,
+        "logits at labels only": options.logits_at_labels,
+        "attention in blocks": options.block_attention,
+        "fused activation": options.fused_activation,
+        "fused Adam and AdamW": options.fused_optimizer,
+    }
+    return "Computed : " + ", ".join(f"{name} : {'on' if on else 'off'}" for name, on in said.items())
+
+
+@contextmanager
+def faster_kernels(savings: Savings) -> Iterator[None]:
+    """Let the modules of transformers compute with the kernels that the savings name."""
+    from moreh.runtime.activation import fused_activation
+    from moreh.runtime.attention import attention_in_blocks
+
+    with ExitStack() as stack:
+        if savings.attention:
+            stack.enter_context(attention_in_blocks())
+        if savings.activation:
+            stack.enter_context(fused_activation())
+        yield
