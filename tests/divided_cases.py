@@ -204,6 +204,10 @@ def error_of(function):
     return None
 
 
+def fused_adamw(parameters):
+    return torch.optim.AdamW(parameters, lr=1e-2, eps=1e-3, fused=True)
+
+
 def sgd_with_momentum(parameters):
     return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, nesterov=True)
 

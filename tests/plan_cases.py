@@ -128,7 +128,7 @@ def batch(number):
     """Rows of different lengths, padded on the right, one of them on the left; the labels of each row begin behind a prompt of
     its own length, and one row has none.
     """
-    rows, length = (BATCH - 1, LENGTH - 3) if number == SMALLER_BATCH else (BATCH, LENGTH)
+    rows, length = rows_of_batch(number), LENGTH - 3 if number == SMALLER_BATCH else LENGTH
     generator = torch.Generator().manual_seed(number)
 
     def draw(low, high, *shape):
@@ -141,6 +141,10 @@ def batch(number):
     labels = ids.masked_fill((mask == 0) | (places < prompts), -100)
     labels[number % rows] = -100
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def rows_of_batch(number):
+    return BATCH - 1 if number == SMALLER_BATCH else BATCH
 
 
 def evaluation_batch():

@@ -11,7 +11,7 @@ from moreh.planner.plan_text import plan_text
 from moreh.runtime import divided_models
 from moreh.runtime.layout import boxes
 from moreh.runtime.parallel_model import local_tensor
-from tests.plan_cases import CALLS, LENGTH, STEPS
+from tests.plan_cases import CALLS, LENGTH, STEPS, rows_of_batch
 from tests.plan_faults import FAULTS
 from tests.plan_training import Curves, base_model, new_model, reference, train
 from tests.workers import run_on_workers
@@ -151,12 +151,20 @@ def not_as_planned(ranks, weights, plan, steps):
         # Each matrix of a layer is in one stage, and divided by tensor and data parallelism.
         if re.search(r"\.\d+\.", name) and weight.ndim == 2 and held != copies * weight.size:
             problems.append(f"{name} is held {held / weight.size:g} times, but the plan means {copies}")
+    numbers = range(sum(CALLS[:steps]))
+    repeats = 1 if plan.recomputation == "none" else 2
+    rows = repeats * sum(-(-rows_of_batch(number) // plan.data) for number in numbers)
+    most_calls = repeats * len(numbers) * plan.micro_batches
     for rank, result in enumerate(ranks):
-        shape = plan.micro_batch_size, LENGTH // (plan.tensor if plan.sequence_parallel else 1)
-        calls = sum(CALLS[:steps]) * plan.micro_batches * (1 if plan.recomputation == "none" else 2)
-        if result.layer_inputs[0] != shape or len(result.layer_inputs) != calls:
-            seen = f"{len(result.layer_inputs)} times, first with {result.layer_inputs[0]}"
-            problems.append(f"rank {rank}: a layer was called {seen}, but the plan means {calls} times and {shape}")
+        tokens = [calls * width * (plan.tensor if plan.sequence_parallel else 1) for calls, width in result.layer_inputs]
+        seen = f"rank {rank}: a layer was called {len(tokens)} times"
+        if plan.pipeline > 1:
+            if len(tokens) != most_calls or result.layer_inputs[0][0] != plan.micro_batch_size:
+                problems.append(f"{seen}, first with {result.layer_inputs[0]}, but the plan means {most_calls} times")
+        elif len(tokens) > most_calls or sum(calls for calls, _ in result.layer_inputs) != rows:
+            problems.append(f"{seen} with {result.layer_inputs}, but the plan means {rows} rows in at most {most_calls} times")
+        if max(tokens) > plan.micro_batch_size * LENGTH:
+            problems.append(f"{seen}, with {max(tokens)} tokens, but the plan means {plan.micro_batch_size} rows of {LENGTH}")
     return problems
 
 

@@ -37,7 +37,7 @@ def test_loop(family, plan):
 
 
 @pytest.mark.parametrize("plan", ["pp-tp", "tp-sharded"])
-@pytest.mark.parametrize("optimizer", [cases.sgd_with_momentum, cases.two_groups])
+@pytest.mark.parametrize("optimizer", [cases.sgd_with_momentum, cases.two_groups, cases.fused_adamw])
 def test_optimizers(optimizer, plan):
     assert_equal(run_on_workers(_compare_with_optimizer, [(PLANS[plan], optimizer)], size=4)[0])
 
@@ -116,7 +116,7 @@ def test_other_computations_are_refused():
     pytest.importorskip("peft")
     for own_forward, learned_prompts in on_workers(cases.errors_of_other_computations, PP_TP):
         assert "OwnForward has a forward pass of its own (tests.divided_cases)" in own_forward
-        assert "learned prompts of PEFT, which are not computed on several workers" in learned_prompts
+        assert "learned prompts of PEFT, which is not computed on several workers" in learned_prompts
 
 
 @pytest.mark.parametrize("plan", ["pp-tp", "pp-sharded"])

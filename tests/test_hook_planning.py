@@ -77,11 +77,11 @@ def test_larger_batches_are_planned_again(run_python):
         PLAN_ONE.format(options={}, batch=16)
         + """
 for rows in (16, 8, 32, 24, 32):
-    print("rows", rows)
+    print("batch of", rows)
     model(torch.zeros(rows, 8, dtype=torch.long), labels=torch.zeros(rows, 8, dtype=torch.long)).loss.backward()
 """
     )
-    after = run_python(source).stdout.split("rows ")[1:]
+    after = run_python(source).stdout.split("batch of ")[1:]
     planned = [part.split()[0] for part in after if "The number of candidates is" in part]
     assert planned == ["32"]
     assert len(after) == 5

@@ -1,0 +1,119 @@
+"""Attention in blocks beside torch's own, and the activation in one kernel beside the one that is written out."""
+
+import pytest
+import torch
+from torch.nn import functional
+from transformers.activations import NewGELUActivation
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from moreh.runtime import attention
+from moreh.runtime.activation import fused_activation
+from moreh.runtime.attention import attention_in_blocks, causal_attention
+
+CASES = [
+    (2, 4, 2, 300, (0,)),
+    (3, 2, 2, 20, (0,)),
+    (1, 4, 4, 300, (0, 17, 100, 290)),
+    (1, 6, 2, 512, (0, 129, 130, 400)),
+]
+
+
+def tensors(batch, heads, kv_heads, length, dtype=torch.float64):
+    torch.manual_seed(0)
+    shapes = [(batch, length, heads, 16), (batch, length, kv_heads, 16), (batch, length, kv_heads, 16)]
+    return [torch.randn(shape, dtype=torch.float64).to(dtype).transpose(1, 2).requires_grad_() for shape in shapes]
+
+
+def whole_attention(query, key, value, scale, starts):
+    """With a mask of all pairs of tokens."""
+    length, groups = query.shape[2], query.shape[1] // key.shape[1]
+    text = sum((torch.arange(length) >= start).int() for start in starts)
+    mask = (text[:, None] == text[None]) & torch.ones(length, length, dtype=torch.bool).tril()
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale).transpose(1, 2)
+
+
+def worst(given, scale, starts, compute=causal_attention):
+    """The largest difference of the output and of the gradients."""
+    seen, expected = compute(*given, scale, starts), whole_attention(*given, scale, starts)
+    arriving = torch.randn_like(expected)
+    pairs = zip(torch.autograd.grad(seen, given, arriving), torch.autograd.grad(expected, given, arriving), strict=True)
+    return max(float((a - b).detach().abs().max()) for a, b in [(seen, expected), *pairs])
+
+
+@pytest.mark.parametrize(("batch", "heads", "kv_heads", "length", "starts"), CASES)
+def test_same_as_with_a_mask(batch, heads, kv_heads, length, starts):
+    assert worst(tensors(batch, heads, kv_heads, length), 0.3, starts) < 1e-12
+
+
+def test_comparison_finds_a_wrong_beginning():
+    def one_late(query, key, value, scale, starts):
+        return causal_attention(query, key, value, scale, (0, *(start + 1 for start in starts[1:])))
+
+    assert worst(tensors(*CASES[2][:4]), 0.3, CASES[2][4], one_late) > 1e-3
+
+
+def test_bfloat16_is_as_exact_as_torch():
+    """Beside the same inputs in float64: no farther off than twice what torch's own kernel is."""
+    given = tensors(2, 4, 4, 300, torch.bfloat16)
+    exact = whole_attention(*(tensor.double() for tensor in given), 0.25, (0,))
+    own = (causal_attention(*given, 0.25, (0,)).double() - exact).abs().mean()
+    torch_own = functional.scaled_dot_product_attention(*given, is_causal=True, scale=0.25).transpose(1, 2)
+    assert own < 2 * (torch_own.double() - exact).abs().mean()
+
+
+@pytest.mark.parametrize("dtypes", [[torch.float32] * 3, [torch.float32, torch.float32, torch.bfloat16]])
+def test_autocast_computes_in_bfloat16(dtypes):
+    """Rotary embeddings leave queries and keys in float32."""
+    given = [tensor.detach().to(dtype).requires_grad_() for tensor, dtype in zip(tensors(2, 4, 4, 20), dtypes, strict=True)]
+    with torch.autocast("cpu", torch.bfloat16):
+        seen = causal_attention(*given, 0.25, (0,))
+        expected = functional.scaled_dot_product_attention(*given, is_causal=True, scale=0.25).transpose(1, 2)
+    assert seen.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(seen, expected, rtol=0.02, atol=0.02)
+    gradients = torch.autograd.grad(seen.float().square().sum(), given)
+    assert [gradient.dtype for gradient in gradients] == dtypes
+
+
+def call(**changes):
+    query, key, value = tensors(2, 4, 2, 20)
+    arguments = {"attention_mask": None, "dropout": 0.0, "scaling": None, "is_causal": True} | changes
+    module = torch.nn.Module()
+    module.num_key_value_groups = 2
+    return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, **arguments)[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "in_blocks"),
+    [
+        ({}, True),
+        ({"sliding_window": 20}, True),
+        ({"sliding_window": 19}, False),
+        ({"attention_mask": torch.ones(2, 1, 20, 20, dtype=torch.bool).tril()}, False),
+        ({"dropout": 0.5}, False),
+        ({"is_causal": False}, False),
+        ({"position_bias": torch.zeros(2, 4, 20, 20, dtype=torch.float64)}, False),
+    ],
+)
+def test_computed_in_blocks_only_where_it_is_the_same(monkeypatch, changes, in_blocks):
+    seen = []
+    monkeypatch.setattr(attention, "causal_attention", lambda *given: seen.append(given) or causal_attention(*given))
+    torch.manual_seed(1)
+    expected = call(**changes)
+    with attention_in_blocks():
+        torch.manual_seed(1)
+        torch.testing.assert_close(call(**changes), expected, rtol=1e-9, atol=1e-9)
+    assert len(seen) == in_blocks
+    call(**changes)
+    assert len(seen) == in_blocks, "torch's own is back afterwards"
+
+
+def test_fused_activation():
+    module = NewGELUActivation()
+    given = torch.linspace(-8, 8, 1001, dtype=torch.float64)
+    written_out = module(given)
+    with fused_activation():
+        fused = module(given)
+        assert not torch.equal(fused, written_out), "the other kernel was used"
+    torch.testing.assert_close(fused, written_out, rtol=1e-12, atol=1e-12)
+    assert torch.equal(module(given), written_out)
