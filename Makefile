@@ -3,6 +3,7 @@
 # make check   formatting, lint and types
 # make verify-plans  train with every plan of the planner on eight processes and compare each with a single one: an hour
 # make verify-families  the same for all families of models, with plans of each kind on four processes
+# make bench   compare with other systems, each in an environment of its own: some hours
 # make smollm2 set everything up and fetch the pretrained model of configs/llama_smollm2.yaml
 # make install only set up: .venv with the packages of requirements.txt and the package moreh
 
@@ -14,7 +15,7 @@ BIN := $(VENV)/bin
 # process wants a core too, a step takes up to ten times as long with it, and twice as long with this.
 export GOMP_SPINCOUNT ?= 1000
 
-.PHONY: verify-families train test check verify-plans smollm2 install clean
+.PHONY: bench verify-families train test check verify-plans smollm2 install clean
 
 train: install
 	$(BIN)/python train_gpt.py --config configs/gpt.yaml
@@ -32,6 +33,18 @@ verify-plans: $(VENV)/installed-dev
 
 verify-families: $(VENV)/installed-dev
 	$(BIN)/python -m tests.verify_families
+
+SYSTEMS := trl litgpt torchtune
+
+bench: $(VENV)/installed-dev models/smollm2-135m/config.json $(SYSTEMS:%=build/systems/%/installed)
+	$(BIN)/python benchmarks/one_line.py
+	$(BIN)/python benchmarks/compare_systems.py gpt smollm2 llama
+	$(BIN)/python benchmarks/compare_systems.py gpt smollm2 llama --ablation
+
+build/systems/%/installed: benchmarks/systems/requirements-%.txt
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --disable-pip-version-check -r $<
+	touch $@
 
 smollm2: models/smollm2-135m/config.json
 

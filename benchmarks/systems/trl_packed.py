@@ -1,0 +1,87 @@
+"""TRL's SFTTrainer with packing, in bfloat16 with the fused AdamW.
+
+python trl_packed.py WORKLOAD     in an environment with trl
+
+It packs all rows into rows of the limit, as many in a step as have the tokens of the workload's batches: the same rows in
+another order, in about as many steps.
+"""
+
+import argparse
+import tempfile
+import time
+from typing import Any
+
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+from workload import IGNORED, Record, held_out_loss, labels_of, read_workload
+
+parser = argparse.ArgumentParser()
+parser.add_argument("workload")
+arguments = parser.parse_args()
+
+work = read_workload(arguments.workload)
+record = Record([], [], [])
+all_rows = [row for rows in work.batches() for row in rows]
+tokens_per_step = sum(len(ids) for ids, _ in all_rows) / work.steps
+
+
+class Counting(SFTTrainer):  # type: ignore[misc]
+    """Notes the loss and the label tokens of each step."""
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Of one batch."""
+        self.label_tokens = int((inputs["labels"][:, 1:] != IGNORED).sum())
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        self.last_loss = loss.detach()
+        return loss
+
+
+class Clock(TrainerCallback):
+    """Notes each step."""
+
+    def __init__(self) -> None:
+        self.start = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Notes the step that has ended."""
+        loss, now = trainer.last_loss.item(), time.perf_counter()
+        record.step_done(loss, now - self.start, trainer.label_tokens)
+        self.start = now
+
+
+# SFTTrainer wants a tokenizer; the rows are token ids already.
+vocabulary = {str(number): number for number in range(max(max(ids) for ids, _ in all_rows) + 1)}
+tokenizer = PreTrainedTokenizerFast(
+    tokenizer_object=Tokenizer(WordLevel(vocabulary, unk_token="0")), pad_token=str(work.pad_id), eos_token=str(work.pad_id)
+)
+with tempfile.TemporaryDirectory() as directory:
+    settings = SFTConfig(
+        directory,
+        per_device_train_batch_size=max(1, round(tokens_per_step / work.max_length)),
+        num_train_epochs=1,
+        learning_rate=work.lr,
+        lr_scheduler_type="constant",
+        weight_decay=work.weight_decay,
+        max_grad_norm=1.0,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        logging_steps=10**6,
+        use_cpu=True,
+        bf16=True,
+        optim="adamw_torch_fused",
+        packing=True,
+        max_length=work.max_length,
+        gradient_checkpointing=False,
+    )
+    data = Dataset.from_list([{"input_ids": row[0], "labels": labels_of(row)} for row in all_rows])
+    model = AutoModelForCausalLM.from_pretrained(work.model, dtype=torch.float32)
+    trainer = Counting(model, settings, train_dataset=data, processing_class=tokenizer, callbacks=[Clock()])
+    trainer.train()
+record.write()
+record.held_out_loss = held_out_loss(model, work)
+record.write()
