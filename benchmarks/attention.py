@@ -31,13 +31,13 @@ def main() -> None:
 def compare(length: int, heads: int, dtype: torch.dtype) -> str:
     """A row of the table."""
     rows = TOKENS // length
-    side_by_side = [torch.randn(rows, length, heads, 64, dtype=dtype).transpose(1, 2).requires_grad_() for _ in range(3)]
+    query, key, value = (torch.randn(rows, length, heads, 64, dtype=dtype).transpose(1, 2).requires_grad_() for _ in range(3))
     packed = [torch.randn(1, TOKENS, heads, 64, dtype=dtype).transpose(1, 2).requires_grad_() for _ in range(3)]
     starts = tuple(range(0, TOKENS, length))
     runs: list[Callable[[], torch.Tensor]] = [
-        lambda: functional.scaled_dot_product_attention(*side_by_side, is_causal=True).transpose(1, 2),
-        lambda: causal_attention(*side_by_side, 0.125, (0,)),
-        lambda: causal_attention(*packed, 0.125, starts),
+        lambda: functional.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2),
+        lambda: causal_attention(query, key, value, 0.125, (0,)),
+        lambda: causal_attention(packed[0], packed[1], packed[2], 0.125, starts),
     ]
     gradients = [torch.randn(rows, length, heads, 64, dtype=dtype)] * 2 + [torch.randn(1, TOKENS, heads, 64, dtype=dtype)]
     seconds: list[list[float]] = [[], [], []]
