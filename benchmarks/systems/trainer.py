@@ -5,12 +5,12 @@ python trainer.py WORKLOAD [--tuned] [--compile] [--group]
 
 import argparse
 import tempfile
-import time
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
-from workload import IGNORED, Record, held_out_loss, padded, read_workload
+from trainer_steps import record_steps
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from workload import Record, held_out_loss, padded, read_workload
 
 parser = argparse.ArgumentParser()
 parser.add_argument("workload")
@@ -26,30 +26,6 @@ record = Record([], [], [])
 def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """Rows padded to the longest of them, as DataCollatorForSeq2Seq pads them."""
     return padded([(row["input_ids"], row["prompt"]) for row in rows], max(len(row["input_ids"]) for row in rows), work.pad_id)
-
-
-class Keeping(Trainer):
-    """Keeps the loss of each step, which logs have rounded, and its label tokens."""
-
-    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """Of one batch."""
-        self.label_tokens = int((inputs["labels"][:, 1:] != IGNORED).sum())
-        loss: Any = super().compute_loss(model, inputs, *args, **kwargs)
-        self.last_loss = loss.detach()
-        return loss
-
-
-class Clock(TrainerCallback):
-    """Notes each step."""
-
-    def __init__(self) -> None:
-        self.start = time.perf_counter()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Notes the step that has ended."""
-        loss, now = trainer.last_loss.item(), time.perf_counter()
-        record.step_done(loss, now - self.start, trainer.label_tokens)
-        self.start = now
 
 
 with tempfile.TemporaryDirectory() as directory:
@@ -74,7 +50,8 @@ with tempfile.TemporaryDirectory() as directory:
     )
     model = AutoModelForCausalLM.from_pretrained(work.model, dtype=torch.float32)
     dataset: Any = [{"input_ids": ids, "prompt": prompt} for ids, prompt in work.rows]
-    trainer = Keeping(model, settings, train_dataset=dataset, data_collator=collate, callbacks=[Clock()])
+    trainer = Trainer(model, settings, train_dataset=dataset, data_collator=collate)
+    record_steps(trainer, record)
     trainer.train()
 record.write()
 record.held_out_loss = held_out_loss(model, work)

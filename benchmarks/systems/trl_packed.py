@@ -8,16 +8,15 @@ another order, in about as many steps.
 
 import argparse
 import tempfile
-import time
-from typing import Any
 
 import torch
 from datasets import Dataset
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+from trainer_steps import record_steps
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
-from workload import IGNORED, Record, held_out_loss, labels_of, read_workload
+from workload import Record, held_out_loss, labels_of, read_workload
 
 parser = argparse.ArgumentParser()
 parser.add_argument("workload")
@@ -27,30 +26,6 @@ work = read_workload(arguments.workload)
 record = Record([], [], [])
 all_rows = [row for rows in work.batches() for row in rows]
 tokens_per_step = sum(len(ids) for ids, _ in all_rows) / work.steps
-
-
-class Counting(SFTTrainer):  # type: ignore[misc]
-    """Notes the loss and the label tokens of each step."""
-
-    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """Of one batch."""
-        self.label_tokens = int((inputs["labels"][:, 1:] != IGNORED).sum())
-        loss = super().compute_loss(model, inputs, *args, **kwargs)
-        self.last_loss = loss.detach()
-        return loss
-
-
-class Clock(TrainerCallback):
-    """Notes each step."""
-
-    def __init__(self) -> None:
-        self.start = time.perf_counter()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Notes the step that has ended."""
-        loss, now = trainer.last_loss.item(), time.perf_counter()
-        record.step_done(loss, now - self.start, trainer.label_tokens)
-        self.start = now
 
 
 # SFTTrainer wants a tokenizer; the rows are token ids already.
@@ -80,7 +55,8 @@ with tempfile.TemporaryDirectory() as directory:
     )
     data = Dataset.from_list([{"input_ids": row[0], "labels": labels_of(row)} for row in all_rows])
     model = AutoModelForCausalLM.from_pretrained(work.model, dtype=torch.float32)
-    trainer = Counting(model, settings, train_dataset=data, processing_class=tokenizer, callbacks=[Clock()])
+    trainer = SFTTrainer(model, settings, train_dataset=data, processing_class=tokenizer)
+    record_steps(trainer, record)
     trainer.train()
 record.write()
 record.held_out_loss = held_out_loss(model, work)
