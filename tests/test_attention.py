@@ -91,6 +91,7 @@ def call(**changes):
         ({"sliding_window": 19}, False),
         ({"attention_mask": torch.ones(2, 1, 20, 20, dtype=torch.bool).tril()}, False),
         ({"dropout": 0.5}, False),
+        ({"max_length_q": attention.LONGEST_TEXT + 1}, False),
         ({"is_causal": False}, False),
         ({"position_bias": torch.zeros(2, 4, 20, 20, dtype=torch.float64)}, False),
     ],

@@ -14,6 +14,8 @@ import torch
 
 # Queries of a block: its scores fit the cache of a core, and few keys behind a query are multiplied in vain.
 BLOCK = 128
+# Tokens of a text from which on the probabilities, which are kept for the backward pass, are too many: torch keeps none.
+LONGEST_TEXT = 1024
 _STARTS = "cu_seq_lens_q"
 # First query, last (not included), first key that they see, and what is added to their scores `[queries, keys]`: -inf for keys
 # of other texts and behind the query.
@@ -68,14 +70,16 @@ def _attention_instead_of(original: Callable[..., Any]) -> Callable[..., Any]:
         starts = kwargs.get(_STARTS)
         causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
         window = kwargs.get("sliding_window")
+        longest = kwargs.get("max_length_q", query.shape[2])
         same = (
             causal
+            and longest <= LONGEST_TEXT
             and dropout == 0.0
             and query.device.type == "cpu"
             and query.shape[2] == key.shape[2]
             and query.shape[2] > 1
             and (attention_mask is None if starts is None else query.shape[0] == 1)
-            and (window is None or window >= kwargs.get("max_length_q", query.shape[2]))
+            and (window is None or window >= longest)
             and all(kwargs.get(name) is None for name in _OTHER_ARGUMENTS)
         )
         if not same:
@@ -89,7 +93,8 @@ def _attention_instead_of(original: Callable[..., Any]) -> Callable[..., Any]:
     return attention
 
 
-@lru_cache(maxsize=64)
+# All layers of a micro-batch have the same.
+@lru_cache(maxsize=4)
 def _blocks(length: int, starts: tuple[int, ...], dtype: torch.dtype) -> list[Block]:
     """The blocks that the queries of a row are cut into."""
     first = torch.zeros(length, dtype=torch.int64)

@@ -9,12 +9,15 @@ from typing import Any
 
 import torch
 
+from moreh.runtime.attention import LONGEST_TEXT
 from moreh.runtime.mesh import Mesh
 from moreh.runtime.model_inputs import IGNORED, ModelInputs
 
 # Lengths of packed rows are multiples of this: oneDNN compiles a kernel for each new shape of a product in bfloat16, which
 # takes longer than the product.
 LENGTH_MULTIPLE = 64
+# Tokens of a packed row at most: where attention is not computed in blocks, transformers masks pairs of them.
+LONGEST_ROW = 4096
 _MASK = "attention_mask"
 _IDS = "input_ids"
 # Families whose attention transformers restricts to one text by the positions; each is compared with rows by themselves in
@@ -57,8 +60,15 @@ PACKED_FAMILIES = frozenset(
 )
 
 
-def can_pack(causal: Any, inputs: ModelInputs, lengths: torch.Tensor) -> bool:
-    """Whether a model computes the same for rows that are packed: token ids, of which nothing useful is masked."""
+def can_pack(causal: Any, inputs: ModelInputs, lengths: torch.Tensor, parts: int) -> bool:
+    """Whether a model computes the same for rows in so many packed ones: token ids, of which nothing useful is masked.
+
+    On processors only, and no longer texts than attention is computed in blocks for: torch's kernels do better with rows of
+    their own.
+    """
+    longest = int(lengths.max())
+    if causal.device.type != "cpu" or longest > LONGEST_TEXT or int(lengths.sum()) > (LONGEST_ROW - longest) * parts:
+        return False
     if causal.config.get_text_config().model_type not in PACKED_FAMILIES or not set(inputs.tensors) <= {_IDS, _MASK}:
         return False
     if _IDS not in inputs.tensors or inputs.labels is None:
@@ -72,7 +82,8 @@ def can_pack(causal: Any, inputs: ModelInputs, lengths: torch.Tensor) -> bool:
 
 def parts_of(lengths: torch.Tensor, tokens: int, data_ranks: int) -> int:
     """Packed rows for texts of so many tokens each: as many for each rank, of about `tokens` at most."""
-    return -(-int(lengths.sum()) // (tokens * data_ranks)) * data_ranks
+    most = min(tokens, LONGEST_ROW - LONGEST_TEXT)
+    return -(-int(lengths.sum()) // (most * data_ranks)) * data_ranks
 
 
 def packed_micro_batches(

@@ -158,14 +158,14 @@ class WorkerModel:
         """Cut a batch into this rank's micro-batches; the shape of hidden states between stages."""
         lengths = useful_lengths(inputs) if self._skip_padding else all_lengths(inputs)
         place = self.plan.data, self.model.mesh, self._sequence_multiple
-        if self._skip_padding and self._savings.packing and can_pack(self.model.decoder.causal, inputs, lengths):
-            tokens = self.tokens or self.plan.micro_batch_size * inputs.sequence_length
-            parts = self.plan.data * micro_batches if self.plan.pipeline > 1 else parts_of(lengths, tokens, self.plan.data)
+        tokens = self.tokens or self.plan.micro_batch_size * inputs.sequence_length
+        parts = self.plan.data * micro_batches if self.plan.pipeline > 1 else parts_of(lengths, tokens, self.plan.data)
+        packing = self._skip_padding and self._savings.packing
+        if packing and can_pack(self.model.decoder.causal, inputs, lengths, parts):
             self._micro_batches = packed_micro_batches(inputs, lengths, parts, *place)
         elif self.plan.pipeline > 1:
             self._micro_batches = equal_micro_batches(inputs, lengths, micro_batches, *place)
         else:
-            tokens = self.tokens or self.plan.micro_batch_size * inputs.sequence_length
             self._micro_batches = micro_batches_by_length(inputs, lengths, tokens, *place)
         return self._hidden_shape(self._micro_batches[0].rows, self._micro_batches[0].sequence_length)
 
