@@ -96,21 +96,21 @@ def test_number_of_packed_rows():
 def test_what_is_not_packed(family, changes):
     model = make(family)
     inputs = read_inputs(model, (), batch(model, **changes))
-    assert not packing.can_pack(model, inputs, useful_lengths(inputs), 1)
+    assert not packing.can_pack(model, inputs, useful_lengths(inputs), 1, CPU)
 
 
 def test_long_texts_and_rows_are_not_packed():
     model = make("llama")
     inputs = read_inputs(model, (), batch(model, attention_mask=None))
-    assert packing.can_pack(model, inputs, torch.full((7,), 500), 1)
-    assert not packing.can_pack(model, inputs, torch.full((8,), 500), 1)
-    assert packing.can_pack(model, inputs, torch.full((8,), 500), 2)
-    assert packing.can_pack(model, inputs, torch.full((7,), packing.LONGEST_TEXT), 4)
-    assert not packing.can_pack(model, inputs, torch.full((7,), packing.LONGEST_TEXT + 1), 4)
+    assert packing.can_pack(model, inputs, torch.full((7,), 500), 1, CPU)
+    assert not packing.can_pack(model, inputs, torch.full((8,), 500), 1, CPU)
+    assert packing.can_pack(model, inputs, torch.full((8,), 500), 2, CPU)
+    assert packing.can_pack(model, inputs, torch.full((7,), packing.LONGEST_TEXT), 4, CPU)
+    assert not packing.can_pack(model, inputs, torch.full((7,), packing.LONGEST_TEXT + 1), 4, CPU)
 
 
 def test_left_padding_is_not_packed():
     model = make("llama")
     given = batch(model)
     inputs = read_inputs(model, (), given | {"attention_mask": given["attention_mask"].flip(1)})
-    assert not packing.can_pack(model, inputs, useful_lengths(inputs), 1)
+    assert not packing.can_pack(model, inputs, useful_lengths(inputs), 1, CPU)

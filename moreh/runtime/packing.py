@@ -60,14 +60,14 @@ PACKED_FAMILIES = frozenset(
 )
 
 
-def can_pack(causal: Any, inputs: ModelInputs, lengths: torch.Tensor, parts: int) -> bool:
+def can_pack(causal: Any, inputs: ModelInputs, lengths: torch.Tensor, parts: int, mesh: Mesh) -> bool:
     """Whether a model computes the same for rows in so many packed ones: token ids, of which nothing useful is masked.
 
     On processors only, and no longer texts than attention is computed in blocks for: torch's kernels do better with rows of
     their own.
     """
     longest = int(lengths.max())
-    if causal.device.type != "cpu" or longest > LONGEST_TEXT or int(lengths.sum()) > (LONGEST_ROW - longest) * parts:
+    if mesh.device.type != "cpu" or longest > LONGEST_TEXT or int(lengths.sum()) > (LONGEST_ROW - longest) * parts:
         return False
     if causal.config.get_text_config().model_type not in PACKED_FAMILIES or not set(inputs.tensors) <= {_IDS, _MASK}:
         return False
