@@ -90,6 +90,7 @@ def call(**changes):
         ({"sliding_window": 20}, True),
         ({"sliding_window": 19}, False),
         ({"attention_mask": torch.ones(2, 1, 20, 20, dtype=torch.bool).tril()}, False),
+        ({"cu_seq_lens_q": torch.tensor([0, 5, 20])}, True),
         ({"dropout": 0.5}, False),
         ({"max_length_q": attention.LONGEST_TEXT + 1}, False),
         ({"is_causal": False}, False),

@@ -46,10 +46,12 @@ def one_text(*given):
 
 
 def texts_begin_late(*given):
-    return [
-        replace(one, others={**one.others, "cu_seq_lens_q": one.others["cu_seq_lens_q"] + 1})
-        for one in packing.packed_micro_batches(*given)
-    ]
+    late = []
+    for one in packing.packed_micro_batches(*given):
+        starts = one.others["cu_seq_lens_q"].clone()
+        starts[1:-1] += 1
+        late.append(replace(one, others={**one.others, "cu_seq_lens_q": starts}))
+    return late
 
 
 @pytest.mark.parametrize("broken", [one_text, texts_begin_late])

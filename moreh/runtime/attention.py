@@ -67,7 +67,8 @@ def _attention_instead_of(original: Callable[..., Any]) -> Callable[..., Any]:
         is_causal: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        starts = kwargs.get(_STARTS)
+        # Without a mask the row is one text, whatever the caller of the model says: torch's own attention does not read it.
+        starts = None if attention_mask is None else kwargs.get(_STARTS)
         causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
         window = kwargs.get("sliding_window")
         longest = kwargs.get("max_length_q", query.shape[2])
@@ -78,7 +79,7 @@ def _attention_instead_of(original: Callable[..., Any]) -> Callable[..., Any]:
             and query.device.type == "cpu"
             and query.shape[2] == key.shape[2]
             and query.shape[2] > 1
-            and (attention_mask is None if starts is None else query.shape[0] == 1)
+            and (attention_mask is None if starts is None else query.shape[0] == 1 and int(starts[-1]) == query.shape[2])
             and (window is None or window >= longest)
             and all(kwargs.get(name) is None for name in _OTHER_ARGUMENTS)
         )
