@@ -7,6 +7,7 @@ which transformers passes their beginnings to Flash Attention.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -14,12 +15,10 @@ import torch
 
 # Queries of a block: its scores fit the cache of a core, and few keys behind a query are multiplied in vain.
 BLOCK = 128
+KEYS = 64
 # Tokens of a text from which on the probabilities, which are kept for the backward pass, are too many: torch keeps none.
 LONGEST_TEXT = 1024
 _STARTS = "cu_seq_lens_q"
-# First query, last (not included), first key that they see, and what is added to their scores `[queries, keys]`: -inf for keys
-# of other texts and behind the query.
-Block = tuple[int, int, int, torch.Tensor]
 # What other attention functions of transformers compute besides.
 _OTHER_ARGUMENTS = ("softcap", "position_bias", "cache", "s_aux")
 
@@ -94,22 +93,42 @@ def _attention_instead_of(original: Callable[..., Any]) -> Callable[..., Any]:
     return attention
 
 
+@dataclass(frozen=True)
+class _Tiles:
+    """Blocks of as many queries that see as many keys, which are multiplied together.
+
+    `queries` and `keys` are where those of each block begin and end. `mask` `[blocks, 1, 1, queries, keys]` is added to their
+    scores: -inf for keys of other texts and behind the query.
+    """
+
+    queries: tuple[tuple[int, int], ...]
+    keys: tuple[tuple[int, int], ...]
+    mask: torch.Tensor
+
+
 # All layers of a micro-batch have the same.
 @lru_cache(maxsize=4)
-def _blocks(length: int, starts: tuple[int, ...], dtype: torch.dtype) -> list[Block]:
-    """The blocks that the queries of a row are cut into."""
+def _tiles(length: int, starts: tuple[int, ...], dtype: torch.dtype) -> list[_Tiles]:
+    """The blocks that the queries of a row are cut into, those of one shape together."""
     first = torch.zeros(length, dtype=torch.int64)
     first[torch.tensor(starts)] = torch.tensor(starts)
     first = first.cummax(0).values
-    blocks = []
+    alike: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
     for begin in range(0, length, BLOCK):
         end = min(begin + BLOCK, length)
         # Keys in whole halves of a block: oneDNN compiles a kernel for each shape in bfloat16.
-        lowest = int(first[begin]) // (BLOCK // 2) * (BLOCK // 2)
-        keys, queries = torch.arange(lowest, end), torch.arange(begin, end).unsqueeze(1)
-        seen = (keys <= queries) & (keys >= first[begin:end].unsqueeze(1))
-        blocks.append((begin, end, lowest, torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, float("-inf"))))
-    return blocks
+        lowest = max(0, end - -(-(end - int(first[begin])) // KEYS) * KEYS)
+        alike.setdefault((end - begin, end - lowest), []).append((begin, end, lowest))
+    tiles = []
+    for blocks in alike.values():
+        masks = []
+        for begin, end, lowest in blocks:
+            keys, queries = torch.arange(lowest, end), torch.arange(begin, end).unsqueeze(1)
+            seen = (keys <= queries) & (keys >= first[begin:end].unsqueeze(1))
+            masks.append(torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, float("-inf")))
+        ranges = tuple((begin, end) for begin, end, _ in blocks), tuple((lowest, end) for _, end, lowest in blocks)
+        tiles.append(_Tiles(*ranges, torch.stack(masks)[:, None, None]))
+    return tiles
 
 
 # An operation of its own, so that selective recomputation keeps what it gives and nothing of what happens within.
@@ -118,28 +137,49 @@ def _attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, starts: Sequence[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The output `[batch, sequence, heads, size]`, and for the backward pass the probabilities of all blocks in one tensor."""
-    batch, heads, length, size = query.shape
-    folded, groups = batch * key.shape[1], heads // key.shape[1]
-    query = (query * scale).reshape(folded, groups, length, size)
-    key, value = key.reshape(folded, length, size), value.reshape(folded, length, value.shape[-1])
+    batch, heads, length, _ = query.shape
+    groups = heads // key.shape[1]
     output = query.new_empty(batch, length, heads, value.shape[-1])
-    by_head = output.transpose(1, 2)
-    blocks = _blocks(length, tuple(starts), query.dtype)
-    probabilities = query.new_empty(sum(batch * heads * mask.numel() for *_, mask in blocks))
-    for (begin, end, lowest, mask), part in zip(blocks, _parts(probabilities, blocks, folded, groups), strict=True):
-        rows = query[:, :, begin:end].reshape(folded, -1, size)
-        scores = torch.bmm(rows, key[:, lowest:end].transpose(1, 2))
-        scores.view(folded, groups, *mask.shape).add_(mask)
+    tiles = _tiles(length, tuple(starts), query.dtype)
+    probabilities = query.new_empty(sum(batch * heads * tile.mask.numel() for tile in tiles))
+    for tile, part in zip(tiles, _parts(probabilities, tiles, batch * key.shape[1], groups), strict=True):
+        rows = _cut(query, tile.queries, groups).mul_(scale)
+        scores = torch.bmm(rows, _cut(key, tile.keys).transpose(1, 2))
+        scores.view(len(tile.keys), -1, groups, *tile.mask.shape[-2:]).add_(tile.mask)
         torch.softmax(scores, -1, out=part)
-        attended = torch.bmm(part, value[:, lowest:end])
-        by_head[:, :, begin:end] = attended.view(batch, heads, end - begin, -1)
+        _put(torch.bmm(part, _cut(value, tile.keys)), output.transpose(1, 2), tile.queries)
     return output, probabilities
 
 
-def _parts(probabilities: torch.Tensor, blocks: list[Block], folded: int, groups: int) -> list[torch.Tensor]:
-    """The probabilities of each block, `[folded, groups * queries, keys]`."""
-    parts = probabilities.split([folded * groups * mask.numel() for *_, mask in blocks])
-    return [part.view(folded, groups * mask.shape[0], -1) for part, (*_, mask) in zip(parts, blocks, strict=True)]
+def _parts(probabilities: torch.Tensor, tiles: list[_Tiles], folded: int, groups: int) -> list[torch.Tensor]:
+    """The probabilities of each of the tiles, `[blocks * batch * key-value heads, groups * queries, keys]`."""
+    parts = probabilities.split([folded * groups * tile.mask.numel() for tile in tiles])
+    return [
+        part.view(len(tile.keys) * folded, groups * tile.mask.shape[-2], -1) for tile, part in zip(tiles, parts, strict=True)
+    ]
+
+
+def _cut(tensor: torch.Tensor, ranges: tuple[tuple[int, int], ...], groups: int = 1) -> torch.Tensor:
+    """Some ranges of `[batch, heads, sequence, size]`: `[ranges * batch * heads / groups, groups * range, size]`.
+
+    Contiguous, which torch would make each operand of a product by itself.
+    """
+    cut = torch.stack([tensor[:, :, begin:end] for begin, end in ranges])
+    return cut.view(-1, groups * cut.shape[-2], cut.shape[-1])
+
+
+def _put(cut: torch.Tensor, tensor: torch.Tensor, ranges: tuple[tuple[int, int], ...]) -> None:
+    """The opposite of `_cut`, into a tensor that exists."""
+    blocks = cut.view(len(ranges), *tensor.shape[:2], -1, cut.shape[-1])
+    for block, (begin, end) in zip(blocks, ranges, strict=True):
+        tensor[:, :, begin:end] = block
+
+
+def _add(cut: torch.Tensor, tensor: torch.Tensor, ranges: tuple[tuple[int, int], ...]) -> None:
+    """As `_put`, for ranges that overlap: added up."""
+    blocks = cut.view(len(ranges), *tensor.shape[:2], -1, cut.shape[-1])
+    for block, (begin, end) in zip(blocks, ranges, strict=True):
+        tensor[:, :, begin:end] += block
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -152,30 +192,19 @@ def _attend_backward(
     ctx: Any, gradient: torch.Tensor, _: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None, None]:
     query, key, value, probabilities = ctx.saved_tensors
-    batch, heads, length, size = query.shape
-    kv_heads = key.shape[1]
-    folded, groups = batch * kv_heads, heads // kv_heads
-    query = query.reshape(folded, groups, length, size)
-    key, value = key.reshape(folded, length, size), value.reshape(folded, length, value.shape[-1])
-    by_head = gradient.transpose(1, 2)
+    batch, heads, length, _size = query.shape
+    groups = heads // key.shape[1]
     of_query, of_key, of_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
-    blocks = _blocks(length, tuple(ctx.starts), query.dtype)
-    for (begin, end, lowest, _mask), part in zip(blocks, _parts(probabilities, blocks, folded, groups), strict=True):
-        rows = query[:, :, begin:end].reshape(folded, -1, size)
-        arrived = by_head[:, :, begin:end].reshape(folded, groups * (end - begin), -1)
-        of_value[:, lowest:end] += torch.bmm(part.transpose(1, 2), arrived)
-        of_part = torch.bmm(arrived, value[:, lowest:end].transpose(1, 2))
+    tiles = _tiles(length, tuple(ctx.starts), query.dtype)
+    for tile, part in zip(tiles, _parts(probabilities, tiles, batch * key.shape[1], groups), strict=True):
+        arrived = _cut(gradient.transpose(1, 2), tile.queries, groups)
+        _add(torch.bmm(part.transpose(1, 2), arrived), of_value, tile.keys)
+        of_part = torch.bmm(arrived, _cut(value, tile.keys).transpose(1, 2))
         of_scores = torch._softmax_backward_data(of_part, part, -1, part.dtype)
-        of_query[:, :, begin:end] = torch.bmm(of_scores, key[:, lowest:end]).view(folded, groups, end - begin, size)
-        of_key[:, lowest:end] += torch.bmm(of_scores.transpose(1, 2), rows)
-    return (
-        of_query.mul_(ctx.scale).view(batch, heads, length, size),
-        # Of the product with the queries that are not scaled yet.
-        of_key.mul_(ctx.scale).view(batch, kv_heads, length, size),
-        of_value.view(batch, kv_heads, length, -1),
-        None,
-        None,
-    )
+        _put(torch.bmm(of_scores, _cut(key, tile.keys)).mul_(ctx.scale), of_query, tile.queries)
+        rows = _cut(query, tile.queries, groups).mul_(ctx.scale)
+        _add(torch.bmm(of_scores.transpose(1, 2), rows), of_key, tile.keys)
+    return of_query, of_key, of_value, None, None
 
 
 _attend.register_autograd(_attend_backward, setup_context=_keep)
