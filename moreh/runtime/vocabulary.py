@@ -11,6 +11,8 @@ from moreh.runtime.collectives import sum_of_ranks
 from moreh.runtime.layout import piece
 
 IGNORED_LABEL = -100
+# Logits that are worked on in float32 at a time.
+CHUNK = 2**19
 
 
 def token_losses(
@@ -70,7 +72,9 @@ class _TokenLosses(torch.autograd.Function):
         ignored = labels == IGNORED_LABEL
         here = (labels >= start) & (labels < stop)
         column = (labels - start).masked_fill(~here, 0)
-        total = torch.logsumexp(_accurate(logits), -1)
+        total = torch.cat([torch.logsumexp(_accurate(part), -1) for part in _chunks(logits, logits.shape[-1])]).view(
+            labels.shape
+        )
         if start == stop:
             label_logits = torch.zeros_like(total)
         else:
@@ -88,10 +92,26 @@ class _TokenLosses(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         logits, total, column, here, ignored = ctx.saved_tensors
         gradient = gradient.masked_fill(ignored, 0).unsqueeze(-1)
-        result = (_accurate(logits) - total.unsqueeze(-1)).exp_().mul_(gradient)
-        if logits.shape[-1] > 0:
-            result.scatter_add_(-1, column.unsqueeze(-1), -gradient.masked_fill(~here.unsqueeze(-1), 0))
-        return result.to(logits.dtype), None, None, None
+        at_label = -gradient.masked_fill(~here.unsqueeze(-1), 0)
+        result = torch.empty_like(logits, memory_format=torch.contiguous_format)
+        parts = zip(
+            *(
+                _chunks(tensor, logits.shape[-1])
+                for tensor in (result, logits, total.unsqueeze(-1), column.unsqueeze(-1), gradient, at_label)
+            ),
+            strict=True,
+        )
+        for of_part, part, part_total, part_column, part_gradient, part_at_label in parts:
+            probabilities = (_accurate(part) - part_total).exp_().mul_(part_gradient)
+            if logits.shape[-1] > 0:
+                probabilities.scatter_add_(-1, part_column, part_at_label)
+            of_part.copy_(probabilities)
+        return result, None, None, None
+
+
+def _chunks(tensor: torch.Tensor, vocabulary: int) -> tuple[torch.Tensor, ...]:
+    """Its rows, a few of so many logits at a time: what is made of them in float32 stays in the cache."""
+    return tensor.flatten(0, -2).split(max(1, CHUNK // max(1, vocabulary)))
 
 
 def _accurate(tensor: torch.Tensor) -> torch.Tensor:
