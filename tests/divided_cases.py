@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from moreh.planner.plan import Plan
+from moreh.runtime import micro_batches
 from moreh.runtime.checkpoints import load_training, save_training
 from moreh.runtime.divided_models import divide, prepare_for_division
 from moreh.runtime.gathering import whole_tensor
@@ -14,6 +15,8 @@ from tests.float64 import exact_float64
 from tests.tensor_cases import whole_model
 
 ROWS, LENGTH = 8, 12
+# Filled up to the multiple of real batches, the label positions of these would be all positions.
+micro_batches.POSITIONS_MULTIPLE = 4
 
 
 def batch(step, vocabulary, rows=ROWS, length=LENGTH):

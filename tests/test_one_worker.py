@@ -8,11 +8,14 @@ import torch
 
 from moreh.errors import OptionError
 from moreh.runtime import micro_batches
+from moreh.runtime.decoder import take_apart
 from moreh.runtime.loss_output import LossFirst
 from moreh.runtime.mesh import mesh_of_one
 from moreh.runtime.model_inputs import read_inputs
 from moreh.runtime.one_worker import OneWorker
+from moreh.runtime.recomputation import recompute_activations
 from moreh.runtime.savings import Savings
+from moreh.runtime.stage import _LastMlp
 from tests import divided_cases as cases
 from tests.float64 import exact_float64
 from tests.tensor_cases import whole_model
@@ -86,6 +89,44 @@ useful_lengths = micro_batches.useful_lengths
 def test_comparison_finds_what_is_left_out(name, broken):
     model = make("llama")
     with mock.patch(f"moreh.runtime.worker_model.{name}", broken):
+        assert min(differences(model, batch(model))) > 1e-6
+
+
+def tokens_of_mlps(model, worker):
+    """How many tokens the MLP of each layer is called with for the whole batch."""
+    seen = []
+    hooks = [
+        layer.mlp.register_forward_pre_hook(lambda _, given: seen.append(given[0].shape[0] * given[0].shape[1]))
+        for layer in model.get_decoder().layers
+    ]
+    assert isinstance(worker.call(model, (), batch(model), ROWS * LENGTH), LossFirst)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+def test_mlp_of_the_last_layer_at_label_positions_only():
+    model, worker = make("llama"), OneWorker(ALL)
+    *earlier, last = tokens_of_mlps(model, worker)
+    labels = int((batch(model)["labels"][:, 1:] != -100).sum())
+    assert labels <= last < labels + micro_batches.POSITIONS_MULTIPLE
+    assert len(set(earlier)) == 1
+    assert last < earlier[0]
+    # What recomputation repeats is the layer as it is.
+    recompute_activations(take_apart(model), "full")
+    model.train()
+    assert len(set(tokens_of_mlps(model, worker))) == 1
+    assert max(differences(model, batch(model))) < 1e-9
+
+
+def test_comparison_finds_a_wrong_position_in_the_last_mlp():
+    model = make("llama")
+    computed = _LastMlp.forward
+
+    def shifted(self, given):
+        return computed(self, given).roll(1, 1)
+
+    with mock.patch.object(_LastMlp, "forward", shifted):
         assert min(differences(model, batch(model))) > 1e-6
 
 

@@ -5,6 +5,7 @@ of other stages are replaced by substitutes that compute nothing: embeddings giv
 layer of the stage takes the hidden states that were received, and what its last layer returns is kept to be sent on.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from moreh.runtime.decoder import Decoder, Place
 
@@ -60,6 +62,7 @@ class Stage(nn.Module):
         else:
             head = decoder.causal.get_output_embeddings()
             found += [(place, _OutputLayer(head, hidden)) for place in decoder.after if place.module is head]
+            found += [(place, _LastMlp(place, hidden)) for place in _mlp_places(places[-1].module)]
         for index, place in enumerate(places):
             if not first <= index < last:
                 found.append((place, _Handing(place.module)))
@@ -176,6 +179,35 @@ class _OutputLayer(_Substitute):
         if wanted is not None:
             given = given.flatten(0, 1).index_select(0, wanted).unsqueeze(0)
         return self._original(given)
+
+
+class _LastMlp(_Substitute):
+    """The MLP of the last layer at the wanted positions only: what it gives for others reaches no output that is wanted.
+
+    Not where the layer is recomputed, which happens when the substitutes are gone.
+    """
+
+    def __init__(self, place: Place, hidden: dict[str, Any]) -> None:
+        super().__init__(place.module)
+        object.__setattr__(self, "_layer", place.parent)
+        object.__setattr__(self, "_hidden", hidden)
+
+    def forward(self, given: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        wanted = self._hidden["wanted"]
+        if wanted is None or self._layer.gradient_checkpointing or args or kwargs:
+            return self._original(given, *args, **kwargs)
+        found = self._original(given.flatten(0, 1).index_select(0, wanted).unsqueeze(0)).squeeze(0)
+        return found.new_zeros(given.shape[0] * given.shape[1], found.shape[-1]).index_copy(0, wanted, found).view(given.shape)
+
+
+def _mlp_places(layer: nn.Module) -> list[Place]:
+    """The MLP of a layer, if it treats each token by itself and the layer says whether it is recomputed."""
+    mlp = layer._modules.get("mlp")
+    if mlp is None or not isinstance(layer, GradientCheckpointingLayer):
+        return []
+    if any(re.search("expert|router", name) for name, _ in mlp.named_modules()):
+        return []
+    return [Place(layer, "mlp", mlp)]
 
 
 class _Handing(_Substitute):
