@@ -27,7 +27,7 @@ DETAILED_LOG = "autoconfig_log.dump"
 # Plans that the detailed log lists.
 DETAILED = 50
 # Tokens of a micro-batch that matrix products and kernels need to be worth their start.
-ENOUGH_TOKENS = 1024
+ENOUGH_TOKENS = 4096
 # What a smaller micro-batch may cost: it needs less memory.
 HARDLY_SLOWER = 1.05
 
