@@ -11,10 +11,10 @@ import math
 import sys
 import time
 
-from utils.program import plan_if_asked, run_script
+from utils.program import before_imports, run_script
 
 if __name__ == "__main__":
-    plan_if_asked("configs/llama3_70b.yaml")  # before the libraries below are imported, which takes seconds
+    before_imports("configs/llama3_70b.yaml")  # before the libraries below are imported, which takes seconds
 
 import torch
 
