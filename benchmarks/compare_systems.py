@@ -36,6 +36,7 @@ OPTIONS = [
     "logits_at_labels",
     "block_attention",
     "fused_activation",
+    "fused_norm",
     "fused_optimizer",
     "mixed_precision",
 ]

@@ -29,6 +29,7 @@ class ParallelOptions:
     logits_at_labels: bool
     block_attention: bool
     fused_activation: bool
+    fused_norm: bool
     fused_optimizer: bool
 
 
@@ -44,6 +45,7 @@ _ALLOWED = {
     "logits_at_labels": _SWITCH,
     "block_attention": _SWITCH,
     "fused_activation": _SWITCH,
+    "fused_norm": _SWITCH,
     "fused_optimizer": _SWITCH,
 }
 # This file is read while torch is imported, which comes before most of what changes the directory.
@@ -83,6 +85,7 @@ def enable_advanced_parallelization(
     logits_at_labels: bool = True,
     block_attention: bool = True,
     fused_activation: bool = True,
+    fused_norm: bool = True,
     fused_optimizer: bool = True,
     **unknown: Any,
 ) -> None:
@@ -107,6 +110,7 @@ def enable_advanced_parallelization(
         logits_at_labels: compute the output layer only where labels are.
         block_attention: on processors, compute causal attention as matrix products of blocks instead of in torch's own kernel.
         fused_activation: compute the GELU of GPT-2 in one kernel instead of eight.
+        fused_norm: on processors, compute the RMSNorm of Llama with fewer passes and keep only its input.
         fused_optimizer: use the fused kernels of torch in Adam and AdamW, where the script has chosen none.
         unknown: catches options that do not exist, to name the one that was meant.
 
@@ -129,6 +133,7 @@ def enable_advanced_parallelization(
         logits_at_labels,
         block_attention,
         fused_activation,
+        fused_norm,
         fused_optimizer,
     )
     _check_values(options)

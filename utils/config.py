@@ -58,6 +58,7 @@ class ParallelizationSection(Section):
     logits_at_labels: bool = True
     block_attention: bool = True
     fused_activation: bool = True
+    fused_norm: bool = True
     fused_optimizer: bool = True
 
     @model_validator(mode="after")

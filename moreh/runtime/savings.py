@@ -10,8 +10,8 @@ from moreh.option import ParallelOptions
 @dataclass(frozen=True)
 class Savings:
     """`padding`: what stands behind a row's last label is not computed. `packing`: rows are computed one after the other, not
-    side by side. `logits`: the output layer is computed only where labels are. `attention` and `activation`: with fewer or
-    faster kernels.
+    side by side. `logits`: the output layer is computed only where labels are. `attention`, `activation` and `norm`: with
+    fewer or faster kernels.
     """
 
     padding: bool = True
@@ -19,6 +19,7 @@ class Savings:
     logits: bool = True
     attention: bool = True
     activation: bool = True
+    norm: bool = True
 
 
 ALL_SAVINGS = Savings()
@@ -27,7 +28,12 @@ ALL_SAVINGS = Savings()
 def savings_of(options: ParallelOptions) -> Savings:
     """The savings that the options of the hook leave on."""
     return Savings(
-        options.skip_padding, options.pack_rows, options.logits_at_labels, options.block_attention, options.fused_activation
+        options.skip_padding,
+        options.pack_rows,
+        options.logits_at_labels,
+        options.block_attention,
+        options.fused_activation,
+        options.fused_norm,
     )
 
 
@@ -39,6 +45,7 @@ def savings_text(options: ParallelOptions) -> str:
         "logits at labels only": options.logits_at_labels,
         "attention in blocks": options.block_attention,
         "fused activation": options.fused_activation,
+        "fused norm": options.fused_norm,
         "fused Adam and AdamW": options.fused_optimizer,
     }
     return "Computed : " + ", ".join(f"{name} : {'on' if on else 'off'}" for name, on in said.items())
@@ -49,10 +56,13 @@ def faster_kernels(savings: Savings) -> Iterator[None]:
     """Let the modules of transformers compute with the kernels that the savings name."""
     from moreh.runtime.activation import fused_activation
     from moreh.runtime.attention import attention_in_blocks
+    from moreh.runtime.normalization import fused_norm
 
     with ExitStack() as stack:
         if savings.attention:
             stack.enter_context(attention_in_blocks())
         if savings.activation:
             stack.enter_context(fused_activation())
+        if savings.norm:
+            stack.enter_context(fused_norm())
         yield
