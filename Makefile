@@ -12,8 +12,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 # How long a thread of a matrix product spins before it sleeps. The default suits a machine of one's own; where another
-# process wants a core too, a step takes up to ten times as long with it, and twice as long with this.
-export GOMP_SPINCOUNT ?= 1000
+# process wants a core too, a step takes up to ten times as long with it, and twice as long with this. Benchmarks have the
+# default, which is some percent faster on a quiet machine.
+train test verify-plans verify-families: export GOMP_SPINCOUNT ?= 1000
 
 .PHONY: bench verify-families train test check verify-plans smollm2 install clean
 

@@ -30,6 +30,7 @@ class ParallelOptions:
     block_attention: bool
     fused_activation: bool
     fused_norm: bool
+    fused_rotary: bool
     fused_optimizer: bool
 
 
@@ -46,6 +47,7 @@ _ALLOWED = {
     "block_attention": _SWITCH,
     "fused_activation": _SWITCH,
     "fused_norm": _SWITCH,
+    "fused_rotary": _SWITCH,
     "fused_optimizer": _SWITCH,
 }
 # This file is read while torch is imported, which comes before most of what changes the directory.
@@ -86,6 +88,7 @@ def enable_advanced_parallelization(
     block_attention: bool = True,
     fused_activation: bool = True,
     fused_norm: bool = True,
+    fused_rotary: bool = True,
     fused_optimizer: bool = True,
     **unknown: Any,
 ) -> None:
@@ -111,6 +114,7 @@ def enable_advanced_parallelization(
         block_attention: on processors, compute causal attention as matrix products of blocks instead of in torch's own kernel.
         fused_activation: compute the GELU of GPT-2 in one kernel instead of eight.
         fused_norm: on processors, compute the RMSNorm of Llama with fewer passes and keep only its input.
+        fused_rotary: on processors, compute the rotary embedding of Llama with fewer passes.
         fused_optimizer: use the fused kernels of torch in Adam and AdamW, where the script has chosen none.
         unknown: catches options that do not exist, to name the one that was meant.
 
@@ -134,6 +138,7 @@ def enable_advanced_parallelization(
         block_attention,
         fused_activation,
         fused_norm,
+        fused_rotary,
         fused_optimizer,
     )
     _check_values(options)

@@ -22,7 +22,13 @@ from tests.tensor_cases import whole_model
 from tests.test_family_plans import FAMILIES, NOT_TENSOR_PARALLEL
 
 ALL = Savings()
-VARIANTS = [ALL, Savings(padding=False), Savings(logits=False), Savings(padding=False, logits=False), Savings(norm=False)]
+VARIANTS = [
+    ALL,
+    Savings(padding=False),
+    Savings(logits=False),
+    Savings(padding=False, logits=False),
+    Savings(norm=False, rotary=False),
+]
 ROWS, LENGTH = 7, 12
 # Of a micro-batch.
 TOKENS = 30

@@ -59,6 +59,7 @@ class ParallelizationSection(Section):
     block_attention: bool = True
     fused_activation: bool = True
     fused_norm: bool = True
+    fused_rotary: bool = True
     fused_optimizer: bool = True
 
     @model_validator(mode="after")

@@ -10,8 +10,8 @@ from moreh.option import ParallelOptions
 @dataclass(frozen=True)
 class Savings:
     """`padding`: what stands behind a row's last label is not computed. `packing`: rows are computed one after the other, not
-    side by side. `logits`: the output layer is computed only where labels are. `attention`, `activation` and `norm`: with
-    fewer or faster kernels.
+    side by side. `logits`: the output layer is computed only where labels are. `attention`, `activation`, `norm` and
+    `rotary`: with fewer or faster kernels.
     """
 
     padding: bool = True
@@ -20,6 +20,7 @@ class Savings:
     attention: bool = True
     activation: bool = True
     norm: bool = True
+    rotary: bool = True
 
 
 ALL_SAVINGS = Savings()
@@ -34,6 +35,7 @@ def savings_of(options: ParallelOptions) -> Savings:
         options.block_attention,
         options.fused_activation,
         options.fused_norm,
+        options.fused_rotary,
     )
 
 
@@ -46,6 +48,7 @@ def savings_text(options: ParallelOptions) -> str:
         "attention in blocks": options.block_attention,
         "fused activation": options.fused_activation,
         "fused norm": options.fused_norm,
+        "fused rotary": options.fused_rotary,
         "fused Adam and AdamW": options.fused_optimizer,
     }
     return "Computed : " + ", ".join(f"{name} : {'on' if on else 'off'}" for name, on in said.items())
@@ -57,6 +60,7 @@ def faster_kernels(savings: Savings) -> Iterator[None]:
     from moreh.runtime.activation import fused_activation
     from moreh.runtime.attention import attention_in_blocks
     from moreh.runtime.normalization import fused_norm
+    from moreh.runtime.rotary import fused_rotary
 
     with ExitStack() as stack:
         if savings.attention:
@@ -65,4 +69,6 @@ def faster_kernels(savings: Savings) -> Iterator[None]:
             stack.enter_context(fused_activation())
         if savings.norm:
             stack.enter_context(fused_norm())
+        if savings.rotary:
+            stack.enter_context(fused_rotary())
         yield
