@@ -15,7 +15,8 @@ import torch
 
 # Queries of a block: its scores fit the cache of a core, and few keys behind a query are multiplied in vain.
 BLOCK = 128
-KEYS = 64
+# Keys of a block, where there are as many: oneDNN compiles a kernel for each shape in bfloat16.
+KEYS_MULTIPLE = 64
 # Tokens of a text from which on the probabilities, which are kept for the backward pass, are too many: torch keeps none.
 LONGEST_TEXT = 1024
 _STARTS = "cu_seq_lens_q"
@@ -116,16 +117,16 @@ def _tiles(length: int, starts: tuple[int, ...], dtype: torch.dtype) -> list[_Ti
     alike: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
     for begin in range(0, length, BLOCK):
         end = min(begin + BLOCK, length)
-        # Keys in whole halves of a block: oneDNN compiles a kernel for each shape in bfloat16.
-        lowest = max(0, end - -(-(end - int(first[begin])) // KEYS) * KEYS)
+        seen = end - int(first[begin])
+        lowest = max(0, end - -(-seen // KEYS_MULTIPLE) * KEYS_MULTIPLE)
         alike.setdefault((end - begin, end - lowest), []).append((begin, end, lowest))
     tiles = []
     for blocks in alike.values():
         masks = []
         for begin, end, lowest in blocks:
             keys, queries = torch.arange(lowest, end), torch.arange(begin, end).unsqueeze(1)
-            seen = (keys <= queries) & (keys >= first[begin:end].unsqueeze(1))
-            masks.append(torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, float("-inf")))
+            hidden = (keys > queries) | (keys < first[begin:end].unsqueeze(1))
+            masks.append(torch.zeros(hidden.shape, dtype=dtype).masked_fill(hidden, float("-inf")))
         ranges = tuple((begin, end) for begin, end, _ in blocks), tuple((lowest, end) for _, end, lowest in blocks)
         tiles.append(_Tiles(*ranges, torch.stack(masks)[:, None, None]))
     return tiles

@@ -120,7 +120,8 @@ class _Runtime:
             _recompute_activations(model)  # for good: a smaller batch later is not worth another change
         self._micro_batch_tokens[model] = local.plan.micro_batch_size * sequence_length
         logger.info(
-            "This machine: 1 worker, micro-batches of at most %s tokens, recomputation : %s; predicted are %s a step and %s.",
+            "This machine: 1 worker, micro-batches of at most %s tokens, recomputation : %s; "
+            "predicted are %s a step and %s for rows without padding.",
             f"{self._micro_batch_tokens[model]:,}",
             local.plan.recomputation,
             seconds_text(local.step_time_s),

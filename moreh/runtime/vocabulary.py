@@ -72,9 +72,8 @@ class _TokenLosses(torch.autograd.Function):
         ignored = labels == IGNORED_LABEL
         here = (labels >= start) & (labels < stop)
         column = (labels - start).masked_fill(~here, 0)
-        total = torch.cat([torch.logsumexp(_accurate(part), -1) for part in _chunks(logits, logits.shape[-1])]).view(
-            labels.shape
-        )
+        parts = [torch.logsumexp(_accurate(part), -1) for part in _chunks(logits, logits.shape[-1])]
+        total = torch.cat(parts).view(labels.shape)
         if start == stop:
             label_logits = torch.zeros_like(total)
         else:
@@ -94,14 +93,9 @@ class _TokenLosses(torch.autograd.Function):
         gradient = gradient.masked_fill(ignored, 0).unsqueeze(-1)
         at_label = -gradient.masked_fill(~here.unsqueeze(-1), 0)
         result = torch.empty_like(logits, memory_format=torch.contiguous_format)
-        parts = zip(
-            *(
-                _chunks(tensor, logits.shape[-1])
-                for tensor in (result, logits, total.unsqueeze(-1), column.unsqueeze(-1), gradient, at_label)
-            ),
-            strict=True,
-        )
-        for of_part, part, part_total, part_column, part_gradient, part_at_label in parts:
+        rows = (result, logits, total.unsqueeze(-1), column.unsqueeze(-1), gradient, at_label)
+        for parts in zip(*(_chunks(tensor, logits.shape[-1]) for tensor in rows), strict=True):
+            of_part, part, part_total, part_column, part_gradient, part_at_label = parts
             probabilities = (_accurate(part) - part_total).exp_().mul_(part_gradient)
             if logits.shape[-1] > 0:
                 probabilities.scatter_add_(-1, part_column, part_at_label)
