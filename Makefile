@@ -3,7 +3,7 @@
 # make check   formatting, lint and types
 # make verify-plans  train with every plan of the planner on eight processes and compare each with a single one: an hour
 # make verify-families  the same for all families of models, with plans of each kind on four processes
-# make bench   compare with other systems, each in an environment of its own: some hours
+# make bench   compare with other systems, each in an environment of its own, and write the tables of benchmarks/data: hours
 # make smollm2 set everything up and fetch the pretrained model of configs/llama_smollm2.yaml
 # make install only set up: .venv with the packages of requirements.txt and the package moreh
 
@@ -39,8 +39,9 @@ SYSTEMS := trl litgpt torchtune
 
 bench: $(VENV)/installed-dev models/smollm2-135m/config.json $(SYSTEMS:%=build/systems/%/installed)
 	$(BIN)/python benchmarks/one_line.py
-	$(BIN)/python benchmarks/compare_systems.py gpt smollm2 llama
-	$(BIN)/python benchmarks/compare_systems.py gpt smollm2 llama --ablation
+	$(BIN)/python benchmarks/compare_systems.py gpt smollm2 llama > benchmarks/data/systems.md
+	$(BIN)/python benchmarks/draw_systems.py benchmarks/data/systems.md benchmarks/data/systems.png
+	$(BIN)/python benchmarks/compare_systems.py gpt smollm2 llama --ablation > benchmarks/data/ablation.md
 
 build/systems/%/installed: benchmarks/systems/requirements-%.txt
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)

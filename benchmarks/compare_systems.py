@@ -69,6 +69,9 @@ SYSTEMS = {
     "trainer-tuned": System("Trainer, bfloat16, fused", ("trainer.py", "--tuned"), tuned=True),
     "trainer-grouped": System("Trainer, bfloat16, fused, by length", ("trainer.py", "--tuned", "--group"), tuned=True),
     "trainer-compiled": System("Trainer, bfloat16, fused, compiled", ("trainer.py", "--tuned", "--compile"), tuned=True),
+    "trainer-grouped-compiled": System(
+        "Trainer, bfloat16, fused, by length, compiled", ("trainer.py", "--tuned", "--group", "--compile"), tuned=True
+    ),
     "trl": System("TRL, packed, bfloat16, fused", ("trl_packed.py",), "trl", tuned=True),
     "litgpt": System("LitGPT, defaults", ("litgpt_full.py",), "litgpt"),
     "litgpt-tuned": System("LitGPT, bfloat16, fused", ("litgpt_full.py", "--tuned"), "litgpt", tuned=True),
@@ -76,8 +79,9 @@ SYSTEMS = {
     "torchtune-bfloat16": System("torchtune, all in bfloat16", ("torchtune_full.py", "--bfloat16"), "torchtune", tuned=True),
     "torchtune-compiled": System("torchtune, compiled", ("torchtune_full.py", "--compile"), "torchtune", tuned=True),
 }
+LOOPS = ["loop", "line", *(f"no-{option}" for option in OPTIONS)]
 # What is no part of the line comes from elsewhere.
-OTHERS = ["trainer", "trainer-tuned", "trainer-grouped", "trainer-compiled", "trl"]
+OTHERS = ["trainer", "trainer-tuned", "trainer-grouped", "trainer-compiled", "trainer-grouped-compiled", "trl"]
 LLAMA_ONLY = ["litgpt", "litgpt-tuned", "torchtune", "torchtune-bfloat16", "torchtune-compiled"]
 
 
@@ -96,9 +100,8 @@ def main() -> None:
             if options.steps is not None:
                 work = replace(work, steps=options.steps)
             write_workload(work)
-            others = [*OTHERS, *(LLAMA_ONLY if name != "gpt" else [])]
-            ablation = ["line", *(f"no-{option}" for option in OPTIONS)]
-            names = options.systems or (ablation if options.ablation else ["loop", "line", *others])
+            systems = [*OTHERS, *(LLAMA_ONLY if name != "gpt" else [])]
+            names = options.systems or (LOOPS[1:] if options.ablation else ["loop", "line", *systems])
             compare(work, names, options.rounds)
 
 
@@ -106,8 +109,9 @@ def compare(work: Workload, names: list[str], rounds: int) -> None:
     """Run the systems in turns and print a table."""
     records: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     products = []
-    for _ in range(rounds):
+    for number in range(rounds):
         for name in names:
+            print(f"{work.name}, round {number + 1} of {rounds}: {SYSTEMS[name].name}", file=sys.stderr, flush=True)
             products.append(matrix_rate())
             records[name].append(run(SYSTEMS[name], work))
     of_rate = statistics.median(products) * sum(label_count([row]) for row in work.rows) / model_flops(work)
@@ -115,10 +119,10 @@ def compare(work: Workload, names: list[str], rounds: int) -> None:
     print(f"{statistics.median(products) / 1e9:.0f} GFLOP/s in large products of bfloat16")
     print("| system | label tokens/s | x | of that rate | peak memory, GiB | first step, s | last losses | held-out loss |")
     print("|---|---|---|---|---|---|---|---|")
-    first = None
+    rates = {name: statistics.median(label_tokens_per_s(one) for one in found) for name, found in records.items()}
+    first = rates[names[0]]
     for name, found in records.items():
-        rate = statistics.median(label_tokens_per_s(one) for one in found)
-        first = first or rate
+        rate = rates[name]
         print(
             f"| {SYSTEMS[name].name} | {rate:,.0f} | {rate / first:.2f} | {rate / of_rate:.0%} | "
             f"{statistics.median(r['peak_bytes'] for r in found) / 2**30:.2f} | "
@@ -126,6 +130,19 @@ def compare(work: Workload, names: list[str], rounds: int) -> None:
             f"{statistics.mean(found[0]['losses'][-5:]):.4f} | {found[0]['held_out_loss']:.4f} |",
             flush=True,
         )
+    print(f"\n{beside_the_fastest(rates)}", flush=True)
+
+
+def beside_the_fastest(rates: dict[str, float]) -> str:
+    """How the line compares with the fastest other systems, given the label tokens per second of each; empty without others."""
+    said = []
+    for tuned in (False, True):
+        others = {name: rate for name, rate in rates.items() if name not in LOOPS and SYSTEMS[name].tuned == tuned}
+        if "line" in rates and others:
+            fastest = max(others, key=others.__getitem__)
+            kind = "tuned" if tuned else "default"
+            said.append(f"{rates['line'] / others[fastest]:.2f} x the fastest with {kind} settings ({SYSTEMS[fastest].name})")
+    return f"The loop with the line: {', '.join(said)}." if said else ""
 
 
 def label_tokens_per_s(record: dict[str, Any]) -> float:
