@@ -110,7 +110,7 @@ def enable_advanced_parallelization(
         mixed_precision: compute in bfloat16 with float32 weights, where the machine multiplies bfloat16 matrices faster.
         skip_padding: order the rows of a batch by their length and compute nothing behind a row's last label.
         pack_rows: put rows one after the other instead of side by side, so that no row is padded to the length of another.
-        logits_at_labels: compute the output layer only where labels are.
+        logits_at_labels: compute the output layer and the MLP of the last layer only where labels are.
         block_attention: on processors, compute causal attention as matrix products of blocks instead of in torch's own kernel.
         fused_activation: compute the GELU of GPT-2 in one kernel instead of eight.
         fused_norm: on processors, compute the RMSNorm of Llama with fewer passes and keep only its input.
