@@ -1,13 +1,11 @@
-"""Attention in blocks beside torch's own, and the activation in one kernel beside the one that is written out."""
+"""Attention in blocks beside torch's own."""
 
 import pytest
 import torch
 from torch.nn import functional
-from transformers.activations import NewGELUActivation
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from moreh.runtime import attention
-from moreh.runtime.activation import fused_activation
 from moreh.runtime.attention import attention_in_blocks, causal_attention
 
 CASES = [
@@ -108,14 +106,3 @@ def test_computed_in_blocks_only_where_it_is_the_same(monkeypatch, changes, in_b
     assert len(seen) == in_blocks
     call(**changes)
     assert len(seen) == in_blocks, "torch's own is back afterwards"
-
-
-def test_fused_activation():
-    module = NewGELUActivation()
-    given = torch.linspace(-8, 8, 1001, dtype=torch.float64)
-    written_out = module(given)
-    with fused_activation():
-        fused = module(given)
-        assert not torch.equal(fused, written_out), "the other kernel was used"
-    torch.testing.assert_close(fused, written_out, rtol=1e-12, atol=1e-12)
-    assert torch.equal(module(given), written_out)

@@ -10,8 +10,8 @@ from moreh.option import ParallelOptions
 @dataclass(frozen=True)
 class Savings:
     """`padding`: what stands behind a row's last label is not computed. `packing`: rows are computed one after the other, not
-    side by side. `logits`: the output layer and the last MLP are computed only where labels are. `attention`, `activation`, `norm`
-    and `rotary`: with fewer or faster kernels.
+    side by side. `logits`: the output layer and the last MLP are computed only where labels are. `attention`, `activation`,
+    `norm` and `rotary`: with fewer or faster kernels.
     """
 
     padding: bool = True

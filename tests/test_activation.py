@@ -1,0 +1,67 @@
+"""Activations in fewer operations beside those of transformers."""
+
+import pytest
+import torch
+from transformers import LlamaConfig
+from transformers.activations import NewGELUActivation
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+from moreh.runtime import activation
+from moreh.runtime.activation import fused_activation
+
+INNER = 24
+
+
+def test_gelu():
+    module = NewGELUActivation()
+    given = torch.linspace(-8, 8, 1001, dtype=torch.float64)
+    written_out = module(given)
+    with fused_activation():
+        fused = module(given)
+        assert not torch.equal(fused, written_out), "the other kernel was used"
+    torch.testing.assert_close(fused, written_out, rtol=1e-12, atol=1e-12)
+    assert torch.equal(module(given), written_out)
+
+
+def mlp(activation_name="silu"):
+    torch.manual_seed(0)
+    config = LlamaConfig(hidden_size=8, intermediate_size=INNER, num_attention_heads=2, hidden_act=activation_name)
+    return LlamaMLP(config).double()
+
+
+def results(module):
+    """The output, and the gradients of the input and of the weights."""
+    torch.manual_seed(1)
+    given = torch.randn(1, 7, 8, dtype=torch.float64, requires_grad=True)
+    output = module(given)
+    return output, *torch.autograd.grad(output, (given, *module.parameters()), torch.randn_like(output))
+
+
+def worst(module):
+    """The largest difference between transformers' and ours."""
+    expected = results(module)
+    with fused_activation():
+        seen = results(module)
+    return max(float((a - b).detach().abs().max()) for a, b in zip(seen, expected, strict=True))
+
+
+# 7 rows in chunks of 1, of 3, and together.
+@pytest.mark.parametrize("chunk", [1, 3 * INNER, activation.CHUNK])
+def test_swiglu(monkeypatch, chunk):
+    monkeypatch.setattr(activation, "CHUNK", chunk)
+    assert worst(mlp()) < 1e-12
+
+
+def test_comparison_finds_swapped_gradients(monkeypatch):
+    backward = activation._SwiGlu.backward
+    monkeypatch.setattr(activation._SwiGlu, "backward", staticmethod(lambda ctx, gradient: backward(ctx, gradient)[::-1]))
+    assert worst(mlp()) > 1e-3
+
+
+@pytest.mark.parametrize(("name", "expected"), [("silu", 3), ("gelu", 4)])
+def test_what_is_kept(name, expected):
+    """Gate, up and their product; with other activations, which stay as they are, the activated gate too."""
+    module, kept = mlp(name), []
+    with fused_activation(), torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        module(torch.randn(1, 7, 8, dtype=torch.float64))
+    assert len({tensor.data_ptr() for tensor in kept if tensor.numel() == 7 * INNER}) == expected
