@@ -124,7 +124,7 @@ def compare(work: Workload, names: list[str], rounds: int) -> None:
     for name, found in records.items():
         rate = rates[name]
         print(
-            f"| {SYSTEMS[name].name} | {rate:,.0f} | {rate / first:.2f} | {rate / of_rate:.0%} | "
+            f"| {SYSTEMS[name].name} | {rate:,.{0 if rate >= 100 else 1}f} | {rate / first:.2f} | {rate / of_rate:.0%} | "
             f"{statistics.median(r['peak_bytes'] for r in found) / 2**30:.2f} | "
             f"{statistics.median(r['first_step_s'] for r in found):.1f} | "
             f"{statistics.mean(found[0]['losses'][-5:]):.4f} | {found[0]['held_out_loss']:.4f} |",
