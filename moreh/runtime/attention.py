@@ -5,6 +5,7 @@ In bfloat16 torch 2.13's kernel for processors takes two to three times as long 
 which transformers passes their beginnings to Flash Attention.
 """
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,8 +16,8 @@ import torch
 
 # Queries of a block: its scores fit the cache of a core, and few keys behind a query are multiplied in vain.
 BLOCK = 128
-# Keys of a block, where there are as many: oneDNN compiles a kernel for each shape in bfloat16.
-KEYS_MULTIPLE = 64
+# Texts are filled up to multiples of this with what follows them: oneDNN compiles a kernel for each shape in bfloat16.
+TEXT_MULTIPLE = 32
 # Tokens of a text from which on the probabilities, which are kept for the backward pass, are too many: torch keeps none.
 LONGEST_TEXT = 1024
 _STARTS = "cu_seq_lens_q"
@@ -98,37 +99,52 @@ def _attention_instead_of(original: Callable[..., Any]) -> Callable[..., Any]:
 class _Tiles:
     """Blocks of as many queries that see as many keys, which are multiplied together.
 
-    `queries` and `keys` are where those of each block begin and end. `mask` `[blocks, 1, 1, queries, keys]` is added to their
-    scores: -inf for keys of other texts and behind the query.
+    `queries` and `keys` are where those of each block begin and end; `own` are the queries that the block is for, numbered
+    within it: the others belong to other blocks. `mask` `[blocks, 1, 1, queries, keys]` is added to the scores: -inf for keys
+    of other texts and behind the query.
     """
 
     queries: tuple[tuple[int, int], ...]
     keys: tuple[tuple[int, int], ...]
+    own: tuple[tuple[int, int], ...]
     mask: torch.Tensor
 
 
 # All layers of a micro-batch have the same.
 @lru_cache(maxsize=4)
 def _tiles(length: int, starts: tuple[int, ...], dtype: torch.dtype) -> list[_Tiles]:
-    """The blocks that the queries of a row are cut into, those of one shape together."""
-    first = torch.zeros(length, dtype=torch.int64)
-    first[torch.tensor(starts)] = torch.tensor(starts)
-    first = first.cummax(0).values
-    alike: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
-    for begin in range(0, length, BLOCK):
-        end = min(begin + BLOCK, length)
-        seen = end - int(first[begin])
-        lowest = max(0, end - -(-seen // KEYS_MULTIPLE) * KEYS_MULTIPLE)
-        alike.setdefault((end - begin, end - lowest), []).append((begin, end, lowest))
+    """The blocks that the queries of each text are cut into, those of one shape together.
+
+    Two texts of 160 and 40 tokens are blocks of 128 queries x 128 keys, of 32 x 160 and of 64 x 64. A block that would reach
+    over the end of the row begins earlier instead.
+    """
+    alike: dict[tuple[int, int], list[tuple[int, int, int, int]]] = {}
+    for start, stop in zip(starts, (*starts[1:], length), strict=True):
+        for begin in range(start, stop, BLOCK):
+            own_end = min(begin + BLOCK, stop)
+            end = begin + -(-(own_end - begin) // TEXT_MULTIPLE) * TEXT_MULTIPLE
+            over = max(0, end - length)
+            first_query, first_key = max(0, begin - over), max(0, start - over)
+            alike.setdefault((end - over - first_query, end - over - first_key), []).append(
+                (begin, own_end, first_query, first_key)
+            )
     tiles = []
-    for blocks in alike.values():
-        masks = []
-        for begin, end, lowest in blocks:
-            keys, queries = torch.arange(lowest, end), torch.arange(begin, end).unsqueeze(1)
-            hidden = (keys > queries) | (keys < first[begin:end].unsqueeze(1))
-            masks.append(torch.zeros(hidden.shape, dtype=dtype).masked_fill(hidden, float("-inf")))
-        ranges = tuple((begin, end) for begin, end, _ in blocks), tuple((lowest, end) for _, end, lowest in blocks)
-        tiles.append(_Tiles(*ranges, torch.stack(masks)[:, None, None]))
+    for (queries, keys), blocks in alike.items():
+        mask = torch.zeros(len(blocks), 1, 1, queries, keys, dtype=dtype)
+        for block, (begin, own_end, first_query, first_key) in zip(mask, blocks, strict=True):
+            start = starts[bisect_right(starts, begin) - 1]
+            own = block[0, 0, begin - first_query : own_end - first_query]
+            own[:, : start - first_key] = float("-inf")
+            behind = torch.arange(keys) + first_key > torch.arange(begin, own_end).unsqueeze(1)
+            own.masked_fill_(behind, float("-inf"))
+        tiles.append(
+            _Tiles(
+                tuple((first_query, first_query + queries) for _, _, first_query, _ in blocks),
+                tuple((first_key, first_key + keys) for _, _, _, first_key in blocks),
+                tuple((begin - first_query, own_end - first_query) for begin, own_end, first_query, _ in blocks),
+                mask,
+            )
+        )
     return tiles
 
 
@@ -148,7 +164,7 @@ def _attend(
         scores = torch.bmm(rows, _cut(key, tile.keys).transpose(1, 2))
         scores.view(len(tile.keys), -1, groups, *tile.mask.shape[-2:]).add_(tile.mask)
         torch.softmax(scores, -1, out=part)
-        _put(torch.bmm(part, _cut(value, tile.keys)), output.transpose(1, 2), tile.queries)
+        _put(torch.bmm(part, _cut(value, tile.keys)), output.transpose(1, 2), tile)
     return output, probabilities
 
 
@@ -169,15 +185,27 @@ def _cut(tensor: torch.Tensor, ranges: tuple[tuple[int, int], ...], groups: int 
     return cut.view(-1, groups * cut.shape[-2], cut.shape[-1])
 
 
-def _put(cut: torch.Tensor, tensor: torch.Tensor, ranges: tuple[tuple[int, int], ...]) -> None:
-    """The opposite of `_cut`, into a tensor that exists."""
-    blocks = cut.view(len(ranges), *tensor.shape[:2], -1, cut.shape[-1])
-    for block, (begin, end) in zip(blocks, ranges, strict=True):
-        tensor[:, :, begin:end] = block
+def _put(cut: torch.Tensor, tensor: torch.Tensor, tile: _Tiles) -> None:
+    """What belongs to the queries that the blocks are for into their places in `[batch, heads, sequence, size]`."""
+    blocks = cut.view(len(tile.queries), *tensor.shape[:2], -1, cut.shape[-1])
+    for block, (first, _), (begin, end) in zip(blocks, tile.queries, tile.own, strict=True):
+        tensor[:, :, first + begin : first + end] = block[:, :, begin:end]
+
+
+def _cut_own(tensor: torch.Tensor, tile: _Tiles, groups: int) -> torch.Tensor:
+    """As `_cut`, with zeros for the queries that the blocks are not for."""
+    cut = _cut(tensor, tile.queries, groups)
+    blocks = cut.view(len(tile.queries), *tensor.shape[:2], -1, cut.shape[-1])
+    for block, (begin, end) in zip(blocks, tile.own, strict=True):
+        if begin > 0:
+            block[:, :, :begin] = 0
+        if end < block.shape[2]:
+            block[:, :, end:] = 0
+    return cut
 
 
 def _add(cut: torch.Tensor, tensor: torch.Tensor, ranges: tuple[tuple[int, int], ...]) -> None:
-    """As `_put`, for ranges that overlap: added up."""
+    """The opposite of `_cut`: added up, since ranges overlap."""
     blocks = cut.view(len(ranges), *tensor.shape[:2], -1, cut.shape[-1])
     for block, (begin, end) in zip(blocks, ranges, strict=True):
         tensor[:, :, begin:end] += block
@@ -198,11 +226,11 @@ def _attend_backward(
     of_query, of_key, of_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
     tiles = _tiles(length, tuple(ctx.starts), query.dtype)
     for tile, part in zip(tiles, _parts(probabilities, tiles, batch * key.shape[1], groups), strict=True):
-        arrived = _cut(gradient.transpose(1, 2), tile.queries, groups)
+        arrived = _cut_own(gradient.transpose(1, 2), tile, groups)
         _add(torch.bmm(part.transpose(1, 2), arrived), of_value, tile.keys)
         of_part = torch.bmm(arrived, _cut(value, tile.keys).transpose(1, 2))
         of_scores = torch._softmax_backward_data(of_part, part, -1, part.dtype)
-        _put(torch.bmm(of_scores, _cut(key, tile.keys)).mul_(ctx.scale), of_query, tile.queries)
+        _put(torch.bmm(of_scores, _cut(key, tile.keys)).mul_(ctx.scale), of_query, tile)
         rows = _cut(query, tile.queries, groups).mul_(ctx.scale)
         _add(torch.bmm(of_scores.transpose(1, 2), rows), of_key, tile.keys)
     return of_query, of_key, of_value, None, None
