@@ -51,6 +51,11 @@ def test_comparison_finds_a_wrong_beginning():
     assert worst(tensors(*CASES[2][:4]), 0.3, CASES[2][4], one_late) > 1e-3
 
 
+def test_comparison_finds_gradients_of_queries_of_other_blocks(monkeypatch):
+    monkeypatch.setattr(attention, "_cut_own", lambda tensor, tile, groups: attention._cut(tensor, tile.queries, groups))
+    assert worst(tensors(*CASES[2][:4]), 0.3, CASES[2][4]) > 1e-3
+
+
 def test_bfloat16_is_as_exact_as_torch():
     """Beside the same inputs in float64: no farther off than twice what torch's own kernel is."""
     given = tensors(2, 4, 4, 300, torch.bfloat16)

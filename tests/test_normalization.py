@@ -67,6 +67,17 @@ def test_types_under_autocast():
         torch.testing.assert_close(a.float(), b, rtol=0.02, atol=0.05)
 
 
+def test_backward_pass_under_autocast_computes_in_float32():
+    module, given = norm(torch.float32), torch.randn(2, 7, SIZE).requires_grad_()
+    output = rms_norm(given, module.weight, 1e-3, torch.float32)
+    arriving = torch.randn(2, 7, SIZE)
+    expected = torch.autograd.grad(output, (given, module.weight), arriving, retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        seen = torch.autograd.grad(output, (given, module.weight), arriving)
+    for a, b in zip(seen, expected, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_keeps_its_input_only():
     module, given = norm(torch.float32), torch.randn(2, 7, SIZE).requires_grad_()
     kept = []

@@ -71,6 +71,8 @@ class _RmsNorm(torch.autograd.Function):
             normed = part * part_scale
             product = arrived * normed
             of_weight += product.sum(0)
-            mean = (product @ wide_weight).unsqueeze(-1).div_(-size)
+            # Backward passes run under autocast where the call does: a product would be one of bfloat16.
+            with torch.autocast("cpu", enabled=False):
+                mean = (product @ wide_weight).unsqueeze(-1).div_(-size)
             of_part.copy_((arrived * wide_weight).addcmul_(normed, mean).mul_(part_scale))
         return of_given, of_weight.to(weight.dtype), None, None
