@@ -1,7 +1,10 @@
 """Activations in fewer operations beside those of transformers."""
 
+import math
+
 import pytest
 import torch
+from torch.nn import functional
 from transformers import LlamaConfig
 from transformers.activations import NewGELUActivation
 from transformers.models.llama.modeling_llama import LlamaMLP
@@ -21,6 +24,33 @@ def test_gelu():
         assert not torch.equal(fused, written_out), "the other kernel was used"
     torch.testing.assert_close(fused, written_out, rtol=1e-12, atol=1e-12)
     assert torch.equal(module(given), written_out)
+
+
+def gelu_in_bfloat16():
+    """The largest relative error of the output, which rounding makes 2**-8; whether the gradient is torch's."""
+    given = torch.linspace(-8, 8, 1001).bfloat16().view(7, 143).requires_grad_()
+    with fused_activation():
+        seen = NewGELUActivation()(given)
+    # Not 1 + tanh, of which little is left at the negative end.
+    exact = given.double()
+    exact = exact * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (exact + 0.044715 * exact**3))
+    arriving = torch.randn(given.shape).bfloat16()
+    gradients = [torch.autograd.grad(f, given, arriving)[0] for f in (seen, functional.gelu(given, approximate="tanh"))]
+    return float((seen / exact - 1).detach()[exact != 0].abs().max()), torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 3 * 143 * 4, activation.CHUNK_BYTES])
+def test_gelu_in_bfloat16(monkeypatch, chunk_bytes):
+    monkeypatch.setattr(activation, "CHUNK_BYTES", chunk_bytes)
+    error, same_gradient = gelu_in_bfloat16()
+    assert error < 2**-7.9
+    assert same_gradient
+
+
+def test_gelu_comparison_finds_another_approximation(monkeypatch):
+    """That of sigmoid alone, without the cubic term."""
+    monkeypatch.setattr(activation, "_CUBIC", 0.0)
+    assert gelu_in_bfloat16()[0] > 0.1
 
 
 def mlp(activation_name="silu"):
@@ -46,9 +76,9 @@ def worst(module):
 
 
 # 7 rows in chunks of 1, of 3, and together.
-@pytest.mark.parametrize("chunk", [1, 3 * INNER, activation.CHUNK])
-def test_swiglu(monkeypatch, chunk):
-    monkeypatch.setattr(activation, "CHUNK", chunk)
+@pytest.mark.parametrize("chunk_bytes", [1, 3 * INNER * 8, activation.CHUNK_BYTES])
+def test_swiglu(monkeypatch, chunk_bytes):
+    monkeypatch.setattr(activation, "CHUNK_BYTES", chunk_bytes)
     assert worst(mlp()) < 1e-12
 
 

@@ -7,6 +7,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from moreh.runtime import attention
 from moreh.runtime.attention import attention_in_blocks, causal_attention
+from moreh.runtime.attention_blocks import Bags
 
 CASES = [
     (2, 4, 2, 300, (0,)),
@@ -52,7 +53,11 @@ def test_comparison_finds_a_wrong_beginning():
 
 
 def test_comparison_finds_gradients_of_queries_of_other_blocks(monkeypatch):
-    monkeypatch.setattr(attention, "_cut_own", lambda tensor, tile, groups: attention._cut(tensor, tile.queries, groups))
+    def all_queries(texts, heads):
+        rows = attention.queries_in(texts, heads)
+        return Bags(rows, torch.arange(len(rows)))
+
+    monkeypatch.setattr(attention, "own_queries_in", all_queries)
     assert worst(tensors(*CASES[2][:4]), 0.3, CASES[2][4]) > 1e-3
 
 

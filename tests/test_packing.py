@@ -1,5 +1,6 @@
 """Rows packed one after the other: where they go, and that each family computes the same as for rows by themselves."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from unittest import mock
 
@@ -19,7 +20,7 @@ CPU = mesh_of_one(torch.device("cpu"))
 def packed(model, parts=2, sequence_multiple=1):
     inputs = read_inputs(model, (), batch(model))
     lengths = useful_lengths(inputs)
-    return inputs, packing.packed_micro_batches(inputs, lengths, parts, 1, CPU, sequence_multiple)
+    return inputs, packing.packed_micro_batches(model, inputs, lengths, parts, 1, CPU, sequence_multiple)
 
 
 @pytest.mark.parametrize("family", sorted(packing.PACKED_FAMILIES))
@@ -37,10 +38,23 @@ def test_without_attention_in_blocks(family):
     assert max(differences(model, batch(model), Savings(attention=False))) < 1e-9
 
 
+@pytest.mark.parametrize("given", [True, False])
+def test_a_window_smaller_than_a_text(given):
+    """A mask of whole texts would be taken as it is, and the window be forgotten."""
+    model = make("mistral")
+    model.config.sliding_window = 3
+    with mock.patch("moreh.runtime.packing._takes_mask_of_pairs", return_value=True) if given else nullcontext():
+        found = differences(model, batch(model))
+    assert min(found) > 1e-6 if given else max(found) < 1e-9
+
+
 def one_text(*given):
     """All rows of a packed one as a single text."""
     return [
-        replace(one, tensors={**one.tensors, "position_ids": torch.arange(one.sequence_length)[None] % LENGTH})
+        replace(
+            one,
+            tensors={"input_ids": one.tensors["input_ids"], "position_ids": torch.arange(one.sequence_length)[None] % LENGTH},
+        )
         for one in packing.packed_micro_batches(*given)
     ]
 

@@ -5,19 +5,25 @@ In bfloat16 torch 2.13's kernel for processors takes two to three times as long 
 which transformers passes their beginnings to Flash Attention.
 """
 
-from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
 
-# Queries of a block: its scores fit the cache of a core, and few keys behind a query are multiplied in vain.
-BLOCK = 128
-# Texts are filled up to multiples of this with what follows them: oneDNN compiles a kernel for each shape in bfloat16.
-TEXT_MULTIPLE = 32
+from moreh.runtime.attention_blocks import (
+    Texts,
+    blocks_of,
+    keys_in,
+    masks_of,
+    own_queries_in,
+    places_of_keys,
+    places_of_queries,
+    queries_in,
+    rows_of,
+)
+
 # Tokens of a text from which on the probabilities, which are kept for the backward pass, are too many: torch keeps none.
 LONGEST_TEXT = 1024
 _STARTS = "cu_seq_lens_q"
@@ -95,59 +101,6 @@ def _attention_instead_of(original: Callable[..., Any]) -> Callable[..., Any]:
     return attention
 
 
-@dataclass(frozen=True)
-class _Tiles:
-    """Blocks of as many queries that see as many keys, which are multiplied together.
-
-    `queries` and `keys` are where those of each block begin and end; `own` are the queries that the block is for, numbered
-    within it: the others belong to other blocks. `mask` `[blocks, 1, 1, queries, keys]` is added to the scores: -inf for keys
-    of other texts and behind the query.
-    """
-
-    queries: tuple[tuple[int, int], ...]
-    keys: tuple[tuple[int, int], ...]
-    own: tuple[tuple[int, int], ...]
-    mask: torch.Tensor
-
-
-# All layers of a micro-batch have the same.
-@lru_cache(maxsize=4)
-def _tiles(length: int, starts: tuple[int, ...], dtype: torch.dtype) -> list[_Tiles]:
-    """The blocks that the queries of each text are cut into, those of one shape together.
-
-    Two texts of 160 and 40 tokens are blocks of 128 queries x 128 keys, of 32 x 160 and of 64 x 64. A block that would reach
-    over the end of the row begins earlier instead.
-    """
-    alike: dict[tuple[int, int], list[tuple[int, int, int, int]]] = {}
-    for start, stop in zip(starts, (*starts[1:], length), strict=True):
-        for begin in range(start, stop, BLOCK):
-            own_end = min(begin + BLOCK, stop)
-            end = begin + -(-(own_end - begin) // TEXT_MULTIPLE) * TEXT_MULTIPLE
-            over = max(0, end - length)
-            first_query, first_key = max(0, begin - over), max(0, start - over)
-            alike.setdefault((end - over - first_query, end - over - first_key), []).append(
-                (begin, own_end, first_query, first_key)
-            )
-    tiles = []
-    for (queries, keys), blocks in alike.items():
-        mask = torch.zeros(len(blocks), 1, 1, queries, keys, dtype=dtype)
-        for block, (begin, own_end, first_query, first_key) in zip(mask, blocks, strict=True):
-            start = starts[bisect_right(starts, begin) - 1]
-            own = block[0, 0, begin - first_query : own_end - first_query]
-            own[:, : start - first_key] = float("-inf")
-            behind = torch.arange(keys) + first_key > torch.arange(begin, own_end).unsqueeze(1)
-            own.masked_fill_(behind, float("-inf"))
-        tiles.append(
-            _Tiles(
-                tuple((first_query, first_query + queries) for _, _, first_query, _ in blocks),
-                tuple((first_key, first_key + keys) for _, _, _, first_key in blocks),
-                tuple((begin - first_query, own_end - first_query) for begin, own_end, first_query, _ in blocks),
-                mask,
-            )
-        )
-    return tiles
-
-
 # An operation of its own, so that selective recomputation keeps what it gives and nothing of what happens within.
 @torch.library.custom_op("moreh::causal_attention", mutates_args=())
 def _attend(
@@ -155,60 +108,60 @@ def _attend(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The output `[batch, sequence, heads, size]`, and for the backward pass the probabilities of all blocks in one tensor."""
     batch, heads, length, _ = query.shape
-    groups = heads // key.shape[1]
-    output = query.new_empty(batch, length, heads, value.shape[-1])
-    tiles = _tiles(length, tuple(starts), query.dtype)
-    probabilities = query.new_empty(sum(batch * heads * tile.mask.numel() for tile in tiles))
-    for tile, part in zip(tiles, _parts(probabilities, tiles, batch * key.shape[1], groups), strict=True):
-        rows = _cut(query, tile.queries, groups).mul_(scale)
-        scores = torch.bmm(rows, _cut(key, tile.keys).transpose(1, 2))
-        scores.view(len(tile.keys), -1, groups, *tile.mask.shape[-2:]).add_(tile.mask)
+    texts = Texts(length, tuple(starts))
+    masks = masks_of(texts, query.dtype)
+    queries, keys, values = _queries(query, scale, texts), _keys(key, texts), _keys(value, texts)
+    folded, groups = batch * key.shape[1], heads // key.shape[1]
+    probabilities = query.new_empty(sum(batch * heads * mask.numel() for mask in masks))
+    output = query.new_empty(queries.shape[0], value.shape[-1])
+    parts = _blocks(texts, folded, groups, probabilities, [queries, output], [keys, values])
+    for mask, (part, [of_query, of_output], [of_key, of_value]) in zip(masks, parts, strict=True):
+        scores = torch.bmm(of_query, of_key.transpose(1, 2))
+        scores.view(mask.shape[0], -1, *mask.shape[-2:]).add_(mask)
         torch.softmax(scores, -1, out=part)
-        _put(torch.bmm(part, _cut(value, tile.keys)), output.transpose(1, 2), tile)
-    return output, probabilities
+        torch.bmm(part, of_value, out=of_output)
+    return output.index_select(0, places_of_queries(texts, batch, heads)).view(batch, length, heads, -1), probabilities
 
 
-def _parts(probabilities: torch.Tensor, tiles: list[_Tiles], folded: int, groups: int) -> list[torch.Tensor]:
-    """The probabilities of each of the tiles, `[blocks * batch * key-value heads, groups * queries, keys]`."""
-    parts = probabilities.split([folded * groups * tile.mask.numel() for tile in tiles])
-    return [
-        part.view(len(tile.keys) * folded, groups * tile.mask.shape[-2], -1) for tile, part in zip(tiles, parts, strict=True)
-    ]
+def _queries(query: torch.Tensor, scale: float, texts: Texts) -> torch.Tensor:
+    """The queries of all blocks, scaled: `[queries, size]`."""
+    rows, heads = rows_of(query)
+    return rows.index_select(0, queries_in(texts, heads)).mul_(scale)
 
 
-def _cut(tensor: torch.Tensor, ranges: tuple[tuple[int, int], ...], groups: int = 1) -> torch.Tensor:
-    """Some ranges of `[batch, heads, sequence, size]`: `[ranges * batch * heads / groups, groups * range, size]`.
+def _keys(key: torch.Tensor, texts: Texts) -> torch.Tensor:
+    """The keys or values of all blocks: `[keys, size]`."""
+    rows, heads = rows_of(key)
+    return rows.index_select(0, keys_in(texts, heads))
 
-    Contiguous, which torch would make each operand of a product by itself.
+
+def _blocks(
+    texts: Texts,
+    folded: int,
+    groups: int,
+    probabilities: torch.Tensor,
+    of_queries: list[torch.Tensor],
+    of_keys: list[torch.Tensor],
+) -> Iterator[tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]]:
+    """What blocks of one shape have of each tensor, for batch and key-value heads folded into one, one shape after the other.
+
+    Probabilities are `[blocks * folded, groups * queries, keys]`, queries `[blocks * folded, groups * queries, size]` and keys
+    `[blocks * folded, keys, size]`.
     """
-    cut = torch.stack([tensor[:, :, begin:end] for begin, end in ranges])
-    return cut.view(-1, groups * cut.shape[-2], cut.shape[-1])
-
-
-def _put(cut: torch.Tensor, tensor: torch.Tensor, tile: _Tiles) -> None:
-    """What belongs to the queries that the blocks are for into their places in `[batch, heads, sequence, size]`."""
-    blocks = cut.view(len(tile.queries), *tensor.shape[:2], -1, cut.shape[-1])
-    for block, (first, _), (begin, end) in zip(blocks, tile.queries, tile.own, strict=True):
-        tensor[:, :, first + begin : first + end] = block[:, :, begin:end]
-
-
-def _cut_own(tensor: torch.Tensor, tile: _Tiles, groups: int) -> torch.Tensor:
-    """As `_cut`, with zeros for the queries that the blocks are not for."""
-    cut = _cut(tensor, tile.queries, groups)
-    blocks = cut.view(len(tile.queries), *tensor.shape[:2], -1, cut.shape[-1])
-    for block, (begin, end) in zip(blocks, tile.own, strict=True):
-        if begin > 0:
-            block[:, :, :begin] = 0
-        if end < block.shape[2]:
-            block[:, :, end:] = 0
-    return cut
-
-
-def _add(cut: torch.Tensor, tensor: torch.Tensor, ranges: tuple[tuple[int, int], ...]) -> None:
-    """The opposite of `_cut`: added up, since ranges overlap."""
-    blocks = cut.view(len(ranges), *tensor.shape[:2], -1, cut.shape[-1])
-    for block, (begin, end) in zip(blocks, ranges, strict=True):
-        tensor[:, :, begin:end] += block
+    first = first_query = first_key = 0
+    for blocks in blocks_of(texts):
+        products = blocks.queries.shape[0] * folded
+        queries, keys = groups * blocks.queries.shape[1], blocks.keys.shape[1]
+        yield (
+            probabilities[first : first + products * queries * keys].view(products, queries, keys),
+            [one[first_query : first_query + products * queries].view(products, queries, -1) for one in of_queries],
+            [one[first_key : first_key + products * keys].view(products, keys, -1) for one in of_keys],
+        )
+        first, first_query, first_key = (
+            first + products * queries * keys,
+            first_query + products * queries,
+            first_key + products * keys,
+        )
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -222,18 +175,28 @@ def _attend_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None, None]:
     query, key, value, probabilities = ctx.saved_tensors
     batch, heads, length, _size = query.shape
-    groups = heads // key.shape[1]
-    of_query, of_key, of_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
-    tiles = _tiles(length, tuple(ctx.starts), query.dtype)
-    for tile, part in zip(tiles, _parts(probabilities, tiles, batch * key.shape[1], groups), strict=True):
-        arrived = _cut_own(gradient.transpose(1, 2), tile, groups)
-        _add(torch.bmm(part.transpose(1, 2), arrived), of_value, tile.keys)
-        of_part = torch.bmm(arrived, _cut(value, tile.keys).transpose(1, 2))
+    texts = Texts(length, tuple(ctx.starts))
+    queries, keys, values = _queries(query, ctx.scale, texts), _keys(key, texts), _keys(value, texts)
+    rows, lying = rows_of(gradient.transpose(1, 2))
+    arrived = own_queries_in(texts, lying).sums(rows)
+    of_queries, of_keys, of_values = torch.empty_like(queries), torch.empty_like(keys), torch.empty_like(values)
+    folded, groups = batch * key.shape[1], heads // key.shape[1]
+    parts = _blocks(texts, folded, groups, probabilities, [queries, arrived, of_queries], [keys, values, of_keys, of_values])
+    for part, [block_query, block_arrived, of_query], [block_key, block_value, of_key, of_value] in parts:
+        torch.bmm(part.transpose(1, 2), block_arrived, out=of_value)
+        of_part = torch.bmm(block_arrived, block_value.transpose(1, 2))
         of_scores = torch._softmax_backward_data(of_part, part, -1, part.dtype)
-        _put(torch.bmm(of_scores, _cut(key, tile.keys)).mul_(ctx.scale), of_query, tile)
-        rows = _cut(query, tile.queries, groups).mul_(ctx.scale)
-        _add(torch.bmm(of_scores.transpose(1, 2), rows), of_key, tile.keys)
-    return of_query, of_key, of_value, None, None
+        torch.bmm(of_scores, block_key, out=of_query)
+        torch.bmm(of_scores.transpose(1, 2), block_query, out=of_key)
+    of_queries = of_queries.mul_(ctx.scale).index_select(0, places_of_queries(texts, batch, heads))
+    places = places_of_keys(texts, batch, key.shape[1])
+    return (
+        of_queries.view(batch, length, heads, -1).transpose(1, 2),
+        places.sums(of_keys).view(batch, length, key.shape[1], -1).transpose(1, 2),
+        places.sums(of_values).view(batch, length, key.shape[1], -1).transpose(1, 2),
+        None,
+        None,
+    )
 
 
 _attend.register_autograd(_attend_backward, setup_context=_keep)

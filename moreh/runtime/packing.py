@@ -5,6 +5,7 @@ attention functions where that is.
 """
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -87,16 +88,38 @@ def parts_of(lengths: torch.Tensor, tokens: int, data_ranks: int) -> int:
 
 
 def packed_micro_batches(
-    inputs: ModelInputs, lengths: torch.Tensor, parts: int, data_ranks: int, mesh: Mesh, sequence_multiple: int
+    causal: Any, inputs: ModelInputs, lengths: torch.Tensor, parts: int, data_ranks: int, mesh: Mesh, sequence_multiple: int
 ) -> list[ModelInputs]:
     """This rank's micro-batches, of `parts` for all data-parallel ranks: one packed row each, all of one length.
 
     They have the first `lengths` tokens of each row of the batch. Labels are those of the batch, -100 where a row is filled up.
     """
+    with_mask = _takes_mask_of_pairs(causal.config.get_text_config(), int(lengths.max()))
     bins, fullest = _bins(lengths.tolist(), parts)
     length = -(-fullest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
     length = -(-length // sequence_multiple) * sequence_multiple
-    return [_packed(inputs, lengths, rows, length, mesh) for rows in bins[mesh.rank("data") :: data_ranks]]
+    packed = [_packed(inputs, lengths, rows, length, mesh) for rows in bins[mesh.rank("data") :: data_ranks]]
+    return [_with_mask_of_pairs(one) for one in packed] if with_mask else packed
+
+
+def _takes_mask_of_pairs(config: Any, longest: int) -> bool:
+    """Whether all layers see the whole text in torch's attention: transformers then takes a mask of pairs as it is.
+
+    It would make the same one from the positions, in several times the time.
+    """
+    windows = getattr(config, "sliding_window", None), getattr(config, "attention_chunk_size", None)
+    return config._attn_implementation == "sdpa" and all(window is None or window >= longest for window in windows)
+
+
+def _with_mask_of_pairs(packed: ModelInputs) -> ModelInputs:
+    """With the mask `[1, 1, sequence, sequence]` of tokens that see each other."""
+    starts = packed.others["cu_seq_lens_q"].tolist()
+    ids = packed.tensors[_IDS]
+    mask = torch.zeros(ids.shape[1], ids.shape[1], dtype=torch.bool)
+    causal = torch.ones(packed.others["max_length_q"], packed.others["max_length_q"], dtype=torch.bool).tril()
+    for start, stop in pairwise(starts):
+        mask[start:stop, start:stop] = causal[: stop - start, : stop - start]
+    return replace(packed, tensors={**packed.tensors, _MASK: mask[None, None].to(ids.device)})
 
 
 def _bins(lengths: list[int], parts: int) -> tuple[list[list[int]], int]:

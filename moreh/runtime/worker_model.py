@@ -161,8 +161,9 @@ class WorkerModel:
         tokens = self.tokens or self.plan.micro_batch_size * inputs.sequence_length
         parts = self.plan.data * micro_batches if self.plan.pipeline > 1 else parts_of(lengths, tokens, self.plan.data)
         packing = self._skip_padding and self._savings.packing
-        if packing and can_pack(self.model.decoder.causal, inputs, lengths, parts, self.model.mesh):
-            self._micro_batches = packed_micro_batches(inputs, lengths, parts, *place)
+        causal = self.model.decoder.causal
+        if packing and can_pack(causal, inputs, lengths, parts, self.model.mesh):
+            self._micro_batches = packed_micro_batches(causal, inputs, lengths, parts, *place)
         elif self.plan.pipeline > 1:
             self._micro_batches = equal_micro_batches(inputs, lengths, micro_batches, *place)
         else:

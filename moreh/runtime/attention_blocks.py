@@ -1,0 +1,166 @@
+"""The blocks that causal attention is computed in: which queries and keys they have, and where those lie in memory.
+
+The operands of the blocks' products must be contiguous. One operation copies them all, by the numbers of their rows, and
+another puts back what the blocks give: that is several times as fast as a copy for each block.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+# Queries of a block: its scores fit the cache of a core, and few keys behind a query are multiplied in vain.
+BLOCK = 128
+# Texts are filled up to multiples of this with what follows them: oneDNN compiles a kernel for each shape in bfloat16.
+TEXT_MULTIPLE = 32
+
+
+@dataclass(frozen=True)
+class Texts:
+    """A row of `length` tokens; `starts` are the first positions of the texts in it, 0 among them."""
+
+    length: int
+    starts: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Heads:
+    """How `[batch, heads, sequence, size]` lies in memory: the steps of its first three dimensions, in rows of `size`."""
+
+    batch: int
+    heads: int
+    steps: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Blocks of as many queries that see as many keys, which are multiplied together.
+
+    `queries` `[blocks, queries]` and `keys` `[blocks, keys]` are positions in the row. `own` are the queries that a block is
+    for (the others belong to other blocks), `seen` the keys that at least one of those sees.
+    """
+
+    queries: torch.Tensor
+    keys: torch.Tensor
+    own: torch.Tensor
+    seen: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Bags:
+    """Rows that are added up: those from each of `offsets` to the next, of which `rows` are the numbers."""
+
+    rows: torch.Tensor
+    offsets: torch.Tensor
+
+    def sums(self, tensor: torch.Tensor) -> torch.Tensor:
+        """`[rows, size]` -> `[bags, size]`; zeros where a bag is empty."""
+        # The functional form would need a gradient of its weights.
+        total: torch.Tensor = torch._embedding_bag_forward_only(tensor, self.rows, self.offsets, False, 0)[0]
+        return total
+
+
+# All layers of a micro-batch have the same.
+@lru_cache(maxsize=4)
+def blocks_of(texts: Texts) -> list[Blocks]:
+    """The blocks that the queries of each text are cut into, those of one shape together.
+
+    Two texts of 160 and 40 tokens are blocks of 128 queries x 128 keys, of 32 x 160 and of 64 x 64. A block that would reach
+    over the end of the row begins earlier instead.
+    """
+    alike: dict[tuple[int, int], list[tuple[int, int, int, int, int]]] = {}
+    for start, stop in zip(texts.starts, (*texts.starts[1:], texts.length), strict=True):
+        for begin in range(start, stop, BLOCK):
+            own_end = min(begin + BLOCK, stop)
+            end = begin + -(-(own_end - begin) // TEXT_MULTIPLE) * TEXT_MULTIPLE
+            over = max(0, end - texts.length)
+            first_query, first_key = max(0, begin - over), max(0, start - over)
+            shape = end - over - first_query, end - over - first_key
+            alike.setdefault(shape, []).append((first_query, first_key, start, begin, own_end))
+    found = []
+    for (queries, keys), places in alike.items():
+        first_query, first_key, start, begin, own_end = torch.tensor(places).T.unsqueeze(-1)
+        query, key = first_query + torch.arange(queries), first_key + torch.arange(keys)
+        found.append(Blocks(query, key, (query >= begin) & (query < own_end), (key >= start) & (key < own_end)))
+    return found
+
+
+@lru_cache(maxsize=4)
+def masks_of(texts: Texts, dtype: torch.dtype) -> list[torch.Tensor]:
+    """What is added to the scores of each of the blocks, `[blocks, 1, queries, keys]`.
+
+    -inf for keys behind the query and of other texts; 0 for queries of other blocks, whose sums must not be empty.
+    """
+    masks = []
+    for blocks in blocks_of(texts):
+        behind = blocks.keys.unsqueeze(1) > blocks.queries.unsqueeze(2)
+        hidden = blocks.own.unsqueeze(2) & (behind | ~blocks.seen.unsqueeze(1))
+        masks.append(torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf")).unsqueeze(1))
+    return masks
+
+
+def rows_of(tensor: torch.Tensor) -> tuple[torch.Tensor, Heads]:
+    """`[batch, heads, sequence, size]` as the rows `[n, size]` that it is in memory; a copy only where it is none."""
+    batch, heads, length, size = tensor.shape
+    if tensor.stride(3) != 1 or any(step % size for step in tensor.stride()[:3]):
+        tensor = tensor.contiguous()
+    of_batch, of_head, of_position = (step // size for step in tensor.stride()[:3])
+    last = (batch - 1) * of_batch + (heads - 1) * of_head + (length - 1) * of_position
+    return tensor.as_strided((last + 1, size), (size, 1)), Heads(batch, heads, (of_batch, of_head, of_position))
+
+
+@lru_cache(maxsize=16)
+def queries_in(texts: Texts, heads: Heads) -> torch.Tensor:
+    """The rows of the queries of all blocks, in the order `[blocks, batch, heads, queries]` for each shape of block."""
+    return torch.cat([_numbers(blocks.queries, heads) for blocks in blocks_of(texts)])
+
+
+@lru_cache(maxsize=16)
+def keys_in(texts: Texts, heads: Heads) -> torch.Tensor:
+    """As `queries_in`, of the keys."""
+    return torch.cat([_numbers(blocks.keys, heads) for blocks in blocks_of(texts)])
+
+
+@lru_cache(maxsize=16)
+def own_queries_in(texts: Texts, heads: Heads) -> Bags:
+    """As `queries_in`, with nothing for queries that the blocks are not for."""
+    own = _for_all_heads([blocks.own for blocks in blocks_of(texts)], heads)
+    counts = own.long()
+    return Bags(queries_in(texts, heads)[own], counts.cumsum(0) - counts)
+
+
+@lru_cache(maxsize=16)
+def places_of_queries(texts: Texts, batch: int, heads: int) -> torch.Tensor:
+    """Where among the blocks' queries those of `[batch, sequence, heads]` are."""
+    target = _side_by_side(texts, batch, heads)
+    own = _for_all_heads([blocks.own for blocks in blocks_of(texts)], target)
+    places = torch.empty(batch * texts.length * heads, dtype=torch.long)
+    places[queries_in(texts, target)[own]] = own.nonzero().squeeze(1)
+    return places
+
+
+@lru_cache(maxsize=16)
+def places_of_keys(texts: Texts, batch: int, heads: int) -> Bags:
+    """Where among the blocks' keys those of `[batch, sequence, heads]` are, as often as they are seen."""
+    target = _side_by_side(texts, batch, heads)
+    seen = _for_all_heads([blocks.seen for blocks in blocks_of(texts)], target)
+    keys = keys_in(texts, target)[seen]
+    counts = keys.bincount(minlength=batch * texts.length * heads)
+    return Bags(seen.nonzero().squeeze(1)[keys.argsort(stable=True)], counts.cumsum(0) - counts)
+
+
+def _side_by_side(texts: Texts, batch: int, heads: int) -> Heads:
+    """`[batch, sequence, heads, size]`, contiguous."""
+    return Heads(batch, heads, (texts.length * heads, 1, heads))
+
+
+def _numbers(positions: torch.Tensor, heads: Heads) -> torch.Tensor:
+    """The rows of positions `[blocks, n]`: `[blocks * batch * heads * n]`."""
+    of_batch, of_head, of_position = heads.steps
+    each = torch.arange(heads.batch).unsqueeze(1) * of_batch + torch.arange(heads.heads) * of_head
+    return (each.unsqueeze(-1) + positions.unsqueeze(1).unsqueeze(1) * of_position).flatten()
+
+
+def _for_all_heads(of_positions: list[torch.Tensor], heads: Heads) -> torch.Tensor:
+    """`[blocks, n]` each, repeated in the order of `_numbers`."""
+    return torch.cat([one[:, None, None].expand(-1, heads.batch, heads.heads, -1).flatten() for one in of_positions])
