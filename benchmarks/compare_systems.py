@@ -39,6 +39,7 @@ OPTIONS = [
     "fused_norm",
     "fused_rotary",
     "fused_optimizer",
+    "keep_freed_memory",
     "mixed_precision",
 ]
 

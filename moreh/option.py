@@ -32,6 +32,7 @@ class ParallelOptions:
     fused_norm: bool
     fused_rotary: bool
     fused_optimizer: bool
+    keep_freed_memory: bool
 
 
 _ALLOWED = {
@@ -49,6 +50,7 @@ _ALLOWED = {
     "fused_norm": _SWITCH,
     "fused_rotary": _SWITCH,
     "fused_optimizer": _SWITCH,
+    "keep_freed_memory": _SWITCH,
 }
 # This file is read while torch is imported, which comes before most of what changes the directory.
 try:
@@ -90,6 +92,7 @@ def enable_advanced_parallelization(
     fused_norm: bool = True,
     fused_rotary: bool = True,
     fused_optimizer: bool = True,
+    keep_freed_memory: bool = True,
     **unknown: Any,
 ) -> None:
     """Plan and run the models of this process on all devices of the accelerator. Call it once, before a model is made.
@@ -114,9 +117,11 @@ def enable_advanced_parallelization(
         block_attention: on processors, compute causal attention as matrix products of blocks instead of in torch's own kernel.
         fused_activation: compute the GELU of GPT-2 in one kernel instead of eight; on processors, keep less for the SwiGLU of
             Llama.
-        fused_norm: on processors, compute the RMSNorm of Llama with fewer passes and keep only its input.
+        fused_norm: on processors, compute the RMSNorm of Llama with fewer passes and keep only its result.
         fused_rotary: on processors, compute the rotary embedding of Llama with fewer passes.
         fused_optimizer: use the fused kernels of torch in Adam and AdamW, where the script has chosen none.
+        keep_freed_memory: on processors, keep the memory that a step frees for the next one instead of giving it back to the
+            system (with glibc, where no environment variable says otherwise).
         unknown: catches options that do not exist, to name the one that was meant.
 
     Raises:
@@ -141,6 +146,7 @@ def enable_advanced_parallelization(
         fused_norm,
         fused_rotary,
         fused_optimizer,
+        keep_freed_memory,
     )
     _check_values(options)
     variables = planner_variables()

@@ -82,16 +82,34 @@ def test_swiglu(monkeypatch, chunk_bytes):
     assert worst(mlp()) < 1e-12
 
 
+def test_comparison_finds_another_product(monkeypatch):
+    """Instead of that which the last linear layer computes again for the gradient of its weight."""
+    computed = activation.without_keeping
+
+    def of_another_gate(down, gate, up):
+        output = computed(down, gate, up)
+        with torch.no_grad():
+            up.add_(0.1)
+        return output
+
+    monkeypatch.setattr(activation, "without_keeping", of_another_gate)
+    monkeypatch.setattr(activation, "swiglu", lambda gate, up: functional.silu(gate) * up.clone())
+    assert worst(mlp()) > 1e-3
+
+
 def test_comparison_finds_swapped_gradients(monkeypatch):
     backward = activation._SwiGlu.backward
     monkeypatch.setattr(activation._SwiGlu, "backward", staticmethod(lambda ctx, gradient: backward(ctx, gradient)[::-1]))
     assert worst(mlp()) > 1e-3
 
 
-@pytest.mark.parametrize(("name", "expected"), [("silu", 3), ("gelu", 4)])
-def test_what_is_kept(name, expected):
-    """Gate, up and their product; with other activations, which stay as they are, the activated gate too."""
+@pytest.mark.parametrize(("name", "recomputed", "expected"), [("silu", False, 2), ("silu", True, 3), ("gelu", False, 4)])
+def test_what_is_kept(name, recomputed, expected):
+    """Gate and up; with other activations, which stay as they are, the activated gate and the product too.
+
+    Where the layer is computed again nothing is hidden from what sees to that.
+    """
     module, kept = mlp(name), []
-    with fused_activation(), torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+    with fused_activation(recomputed), torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         module(torch.randn(1, 7, 8, dtype=torch.float64))
     assert len({tensor.data_ptr() for tensor in kept if tensor.numel() == 7 * INNER}) == expected

@@ -78,12 +78,35 @@ def test_backward_pass_under_autocast_computes_in_float32():
         assert torch.equal(a, b)
 
 
-def test_keeps_its_input_only():
-    module, given = norm(torch.float32), torch.randn(2, 7, SIZE).requires_grad_()
-    kept = []
-    with fused_norm(), torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda t: t):
-        module(given * 1)
-    assert [tensor.shape for tensor in kept] == [(2, 7, SIZE), (SIZE,), (2, 7, 1)]
+def kept_beside_linear_layer(module):
+    """The elements that the norm and the linear layer behind it keep for the backward pass, one storage counted once."""
+    given, linear = torch.randn(2, 7, SIZE).requires_grad_(), torch.nn.Linear(SIZE, 5)
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with fused_norm(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        linear(module(given * 1))
+    return sum(tensor.numel() for tensor in kept.values())
+
+
+@pytest.mark.parametrize(("smallest", "activations"), [(0.1, 1), (0.0, 2)])
+def test_keeps_what_the_linear_layer_keeps(smallest, activations):
+    """Unless its input cannot be computed from that."""
+    module = norm(torch.float32)
+    with torch.no_grad():
+        module.weight.clamp_(min=0.1)[0] = smallest
+    weights = SIZE + 5 * SIZE
+    assert kept_beside_linear_layer(module) == activations * 2 * 7 * SIZE + 2 * 7 + weights
+
+
+def test_weight_of_zero():
+    module = norm()
+    with torch.no_grad():
+        module.weight[3] = 0
+    assert worst(module, torch.randn(1, 7, SIZE, dtype=torch.float64).requires_grad_()) < 1e-12
 
 
 def test_transformers_own_is_back_afterwards():

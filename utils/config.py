@@ -61,6 +61,7 @@ class ParallelizationSection(Section):
     fused_norm: bool = True
     fused_rotary: bool = True
     fused_optimizer: bool = True
+    keep_freed_memory: bool = True
 
     @model_validator(mode="after")
     def _stages_need_a_pipeline(self) -> Self:

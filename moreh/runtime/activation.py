@@ -18,8 +18,10 @@ _CUBIC = 0.044715 * _LINEAR
 
 
 @contextmanager
-def fused_activation() -> Iterator[None]:
-    """Let transformers' NewGELUActivation use torch's GELU, and LlamaMLP keep no activated gate on processors.
+def fused_activation(recomputed: bool = False) -> Iterator[None]:
+    """Let transformers' NewGELUActivation use torch's GELU, and LlamaMLP keep nothing but gate and up on processors.
+
+    `recomputed`: layers are computed again in the backward pass, so that nothing of theirs should be kept before.
 
     NewGELUActivation is the tanh approximation in eight operations, which in bfloat16 round eight times. Sources:
     Hendrycks and Gimpel 2016, https://arxiv.org/abs/1606.08415; Shazeer 2020, https://arxiv.org/abs/2002.05202.
@@ -34,7 +36,10 @@ def fused_activation() -> Iterator[None]:
     def mlp_forward(module: Any, given: torch.Tensor) -> Any:
         if given.device.type != "cpu" or not isinstance(module.act_fn, (SiLUActivation, nn.SiLU)):
             return original_mlp(module, given)
-        return module.down_proj(swiglu(module.gate_proj(given), module.up_proj(given)))
+        gate, up = module.gate_proj(given), module.up_proj(given)
+        if torch.is_grad_enabled() and not recomputed:
+            return without_keeping(module.down_proj, gate, up)
+        return module.down_proj(swiglu(gate, up))
 
     gelu.forward, mlp.forward = _gelu_forward, mlp_forward
     try:
@@ -74,6 +79,23 @@ class _Gelu(torch.autograd.Function):
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up, elementwise. silu(gate) is computed again in the backward pass, which costs less than to keep it."""
     output: torch.Tensor = _SwiGlu.apply(gate, up)  # type: ignore[no-untyped-call]
+    return output
+
+
+def without_keeping(down: nn.Module, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """down(silu(gate) * up), of which `down` computes its input again in the backward pass."""
+    product = swiglu(gate, up)
+    pointer, gate, up = product.untyped_storage().data_ptr(), gate.detach(), up.detach()
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor | torch.Size:
+        is_product = tensor.untyped_storage().data_ptr() == pointer and tensor.numel() == up.numel() and tensor.is_contiguous()
+        return tensor.shape if is_product else tensor
+
+    def unpack(kept: torch.Tensor | torch.Size) -> torch.Tensor:
+        return kept if isinstance(kept, torch.Tensor) else functional.silu(gate).mul_(up).view(kept)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        output: torch.Tensor = down(product)
     return output
 
 

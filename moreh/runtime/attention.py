@@ -168,11 +168,15 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.T
     query, key, value, ctx.scale, ctx.starts = inputs
     ctx.save_for_backward(query, key, value, output[1])
     ctx.mark_non_differentiable(output[1])
+    # Nothing arrives for the probabilities: no zeros of their size.
+    ctx.set_materialize_grads(False)
 
 
 def _attend_backward(
-    ctx: Any, gradient: torch.Tensor, _: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None, None]:
+    ctx: Any, gradient: torch.Tensor | None, _: None
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, None, None]:
+    if gradient is None:
+        return None, None, None, None, None
     query, key, value, probabilities = ctx.saved_tensors
     batch, heads, length, _size = query.shape
     texts = Texts(length, tuple(ctx.starts))

@@ -53,22 +53,27 @@ class _RmsNorm(torch.autograd.Function):
     def forward(ctx: Any, given: torch.Tensor, weight: torch.Tensor, epsilon: float, dtype: torch.dtype) -> torch.Tensor:
         wide = given.to(torch.promote_types(given.dtype, torch.float32))
         scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
-        ctx.save_for_backward(given, weight, scale)
-        return (wide * scale).mul_(weight).to(dtype)
+        output = (wide * scale).mul_(weight).to(dtype)
+        # The linear layers that read it keep the output anyway. A weight of almost zero leaves too little in it.
+        ctx.output_is_kept = bool(weight.abs().min() > torch.finfo(dtype).tiny ** 0.5)
+        ctx.save_for_backward(output if ctx.output_is_kept else given, weight, scale)
+        ctx.type = given.dtype
+        return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
-        given, weight, scale = ctx.saved_tensors
-        size = given.shape[-1]
+        kept, weight, scale = ctx.saved_tensors
+        size = kept.shape[-1]
         wide_weight = weight.to(scale.dtype)
-        of_given = torch.empty_like(given, memory_format=torch.contiguous_format)
+        inverse_weight = wide_weight.reciprocal()
+        of_given = torch.empty(kept.shape, dtype=ctx.type)
         of_weight = torch.zeros_like(wide_weight)
         rows = max(1, CHUNK // size)
-        parts = (tensor.flatten(0, -2).split(rows) for tensor in (given, scale, gradient, of_given))
+        parts = (tensor.flatten(0, -2).split(rows) for tensor in (kept, scale, gradient, of_given))
         for part, part_scale, arrived, of_part in zip(*parts, strict=True):
             # d(x * scale) = scale * (dx - normed * mean(normed * dx))
-            normed = part * part_scale
+            normed = part * (inverse_weight if ctx.output_is_kept else part_scale)
             product = arrived * normed
             of_weight += product.sum(0)
             # Backward passes run under autocast where the call does: a product would be one of bfloat16.

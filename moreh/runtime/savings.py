@@ -11,7 +11,7 @@ from moreh.option import ParallelOptions
 class Savings:
     """`padding`: what stands behind a row's last label is not computed. `packing`: rows are computed one after the other, not
     side by side. `logits`: the output layer and the last MLP are computed only where labels are. `attention`, `activation`,
-    `norm` and `rotary`: with fewer or faster kernels.
+    `norm` and `rotary`: with fewer or faster kernels. `memory`: what a step frees is kept for the next one.
     """
 
     padding: bool = True
@@ -21,6 +21,7 @@ class Savings:
     activation: bool = True
     norm: bool = True
     rotary: bool = True
+    memory: bool = True
 
 
 ALL_SAVINGS = Savings()
@@ -36,6 +37,7 @@ def savings_of(options: ParallelOptions) -> Savings:
         options.fused_activation,
         options.fused_norm,
         options.fused_rotary,
+        options.keep_freed_memory,
     )
 
 
@@ -50,13 +52,17 @@ def savings_text(options: ParallelOptions) -> str:
         "fused norm": options.fused_norm,
         "fused rotary": options.fused_rotary,
         "fused Adam and AdamW": options.fused_optimizer,
+        "freed memory kept": options.keep_freed_memory,
     }
     return "Computed : " + ", ".join(f"{name} : {'on' if on else 'off'}" for name, on in said.items())
 
 
 @contextmanager
-def faster_kernels(savings: Savings) -> Iterator[None]:
-    """Let the modules of transformers compute with the kernels that the savings name."""
+def faster_kernels(savings: Savings, recomputed: bool) -> Iterator[None]:
+    """Let the modules of transformers compute with the kernels that the savings name.
+
+    `recomputed`: layers are computed again in the backward pass.
+    """
     from moreh.runtime.activation import fused_activation
     from moreh.runtime.attention import attention_in_blocks
     from moreh.runtime.normalization import fused_norm
@@ -66,7 +72,7 @@ def faster_kernels(savings: Savings) -> Iterator[None]:
         if savings.attention:
             stack.enter_context(attention_in_blocks())
         if savings.activation:
-            stack.enter_context(fused_activation())
+            stack.enter_context(fused_activation(recomputed))
         if savings.norm:
             stack.enter_context(fused_norm())
         if savings.rotary:

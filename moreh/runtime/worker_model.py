@@ -13,6 +13,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from moreh.errors import OptionError
 from moreh.planner.describe_module import unwrapped
 from moreh.planner.plan import Plan
+from moreh.runtime.allocator import after_training_step, before_training_step
 from moreh.runtime.gradients import hand_over, take_gradients
 from moreh.runtime.known_computation import unknown_computation
 from moreh.runtime.loss_output import LossOutput
@@ -56,6 +57,7 @@ class WorkerModel:
         self._micro_batches: list[ModelInputs] = []
         self._vocabulary = causal.get_output_embeddings().weight.shape[0]
         self._savings = savings
+        self._steps = 0
         self._skip_padding = savings.padding and sees_only_the_past(causal)
         make_model = undivided_model if plan.devices == 1 else divide_model
         self.model: ParallelModel = make_model(root, plan, self._inputs, self._finish, self._wanted)
@@ -93,6 +95,9 @@ class WorkerModel:
 
     def _train(self, inputs: ModelInputs) -> torch.Tensor:
         mesh = self.model.mesh
+        keeps_memory = self._savings.memory and mesh.device.type == "cpu"
+        if keeps_memory:
+            before_training_step(self._steps)
         shape = self._cut(inputs, self.plan.micro_batches)
         earlier = self._put_gradients_aside()
         with self._computing(), computing_generator(mesh):
@@ -102,6 +107,9 @@ class WorkerModel:
         for parameter, gradient in earlier:
             parameter.grad = gradient
         total = self._over_ranks(losses)
+        if keeps_memory:
+            after_training_step(self._steps)
+        self._steps += 1
         leaf = torch.zeros((), dtype=total.dtype, device=mesh.device, requires_grad=True)
         return _Loss.apply(leaf, total, _Pending(self.model, gradients))  # type: ignore[no-untyped-call]
 
@@ -224,7 +232,8 @@ class WorkerModel:
     def _computing(self) -> Iterator[None]:
         use_computing_parameters(self.model)
         try:
-            with faster_kernels(self._savings):
+            recomputed = any(getattr(layer, "gradient_checkpointing", False) for layer in self.model.decoder.layers)
+            with faster_kernels(self._savings, recomputed):
                 yield
         finally:
             for module in self.model.sharded_modules():

@@ -1,0 +1,75 @@
+"""Memory that a step has freed."""
+
+import resource
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from moreh.runtime import allocator
+
+# Pieces that together are more than glibc keeps by itself, made and freed again and again.
+FAULTS = """
+import resource
+import torch
+from moreh.runtime.allocator import before_training_step
+if {settled}:
+    before_training_step(0)
+for _ in range(4):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    pieces = [torch.zeros(2**19) for _ in range(100)]
+    del pieces
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc")
+def test_kept_memory_is_not_cleared_again():
+    pages = 100 * 2**21 // resource.getpagesize()
+    faults = [
+        int(subprocess.run([sys.executable, "-c", FAULTS.format(settled=settled)], capture_output=True, check=True).stdout)
+        for settled in (False, True)
+    ]
+    assert faults[0] > pages / 2
+    assert faults[1] < pages / 20
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The calls of the C library, and no variables that belong to the machine."""
+    for variable in allocator._VARIABLES:
+        monkeypatch.delenv(variable, raising=False)
+    seen = []
+    library = SimpleNamespace(mallopt=lambda *given: seen.append(given), malloc_trim=lambda pad: seen.append("trim"))
+    monkeypatch.setattr(allocator.ctypes, "CDLL", lambda name: library)
+    monkeypatch.setattr(allocator.sys, "platform", "linux")
+    return seen
+
+
+def test_what_happens_when(calls):
+    allocator.before_training_step(0)
+    keep = [(-3, 2**25), (-1, 2**31 - 1)]
+    assert calls == keep
+    allocator.after_training_step(0)
+    assert calls[2:] == [(-3, 2**17)]
+    allocator.before_training_step(1)
+    assert calls[3:] == [*keep, "trim"]
+    allocator.after_training_step(1)
+    allocator.before_training_step(2)
+    assert len(calls) == 6
+
+
+def test_settings_of_the_user_are_left(calls, monkeypatch):
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "0")
+    allocator.before_training_step(0)
+    allocator.after_training_step(0)
+    assert not calls
+
+
+@pytest.mark.parametrize("library", [SimpleNamespace(), SimpleNamespace(mallopt=None)])
+def test_without_glibc(calls, monkeypatch, library):
+    monkeypatch.setattr(allocator.ctypes, "CDLL", lambda name: library)
+    allocator.before_training_step(0)
+    allocator.after_training_step(0)
+    assert not calls
