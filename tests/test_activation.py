@@ -82,6 +82,18 @@ def test_swiglu(monkeypatch, chunk_bytes):
     assert worst(mlp()) < 1e-12
 
 
+def test_gradients_of_a_part():
+    """A frozen weight asks for no product, and the activation is computed by itself; twice through the same graph too."""
+    module = mlp()
+    module.down_proj.weight.requires_grad_(False)
+    given = torch.randn(1, 7, 8, dtype=torch.float64, requires_grad=True)
+    expected = torch.autograd.grad(module(given).sum(), given)[0]
+    with fused_activation():
+        output = module(given).sum()
+    for _ in range(2):
+        torch.testing.assert_close(torch.autograd.grad(output, given, retain_graph=True)[0], expected, rtol=1e-12, atol=1e-12)
+
+
 def test_comparison_finds_another_product(monkeypatch):
     """Instead of that which the last linear layer computes again for the gradient of its weight."""
     computed = activation.without_keeping
@@ -89,17 +101,18 @@ def test_comparison_finds_another_product(monkeypatch):
     def of_another_gate(down, gate, up):
         output = computed(down, gate, up)
         with torch.no_grad():
-            up.add_(0.1)
+            gate.detach().data.add_(0.1)
         return output
 
     monkeypatch.setattr(activation, "without_keeping", of_another_gate)
-    monkeypatch.setattr(activation, "swiglu", lambda gate, up: functional.silu(gate) * up.clone())
     assert worst(mlp()) > 1e-3
 
 
 def test_comparison_finds_swapped_gradients(monkeypatch):
     backward = activation._SwiGlu.backward
-    monkeypatch.setattr(activation._SwiGlu, "backward", staticmethod(lambda ctx, gradient: backward(ctx, gradient)[::-1]))
+    monkeypatch.setattr(
+        activation._SwiGlu, "backward", staticmethod(lambda ctx, gradient: (*backward(ctx, gradient)[1::-1], None))
+    )
     assert worst(mlp()) > 1e-3
 
 

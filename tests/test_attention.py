@@ -45,6 +45,14 @@ def test_same_as_with_a_mask(batch, heads, kv_heads, length, starts):
     assert worst(tensors(batch, heads, kv_heads, length), 0.3, starts) < 1e-12
 
 
+@pytest.mark.parametrize("width", [3 * 16, 20])
+def test_heads_in_a_wider_tensor(width):
+    """As slices of one projection for queries, keys and values; and where no step in memory is whole heads."""
+    torch.manual_seed(0)
+    given = [torch.randn(2, 40, 3, width, dtype=torch.float64)[..., 2:18].transpose(1, 2).requires_grad_() for _ in range(3)]
+    assert worst(given, 0.3, (0,)) < 1e-12
+
+
 def test_comparison_finds_a_wrong_beginning():
     def one_late(query, key, value, scale, starts):
         return causal_attention(query, key, value, scale, (0, *(start + 1 for start in starts[1:])))

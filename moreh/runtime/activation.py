@@ -78,13 +78,14 @@ class _Gelu(torch.autograd.Function):
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up, elementwise. silu(gate) is computed again in the backward pass, which costs less than to keep it."""
-    output: torch.Tensor = _SwiGlu.apply(gate, up)  # type: ignore[no-untyped-call]
+    output: torch.Tensor = _SwiGlu.apply(gate, up, [])  # type: ignore[no-untyped-call]
     return output
 
 
 def without_keeping(down: nn.Module, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """down(silu(gate) * up), of which `down` computes its input again in the backward pass."""
-    product = swiglu(gate, up)
+    activated: list[torch.Tensor] = []
+    product = _SwiGlu.apply(gate, up, activated)  # type: ignore[no-untyped-call]
     pointer, gate, up = product.untyped_storage().data_ptr(), gate.detach(), up.detach()
 
     def pack(tensor: torch.Tensor) -> torch.Tensor | torch.Size:
@@ -92,7 +93,11 @@ def without_keeping(down: nn.Module, gate: torch.Tensor, up: torch.Tensor) -> to
         return tensor.shape if is_product else tensor
 
     def unpack(kept: torch.Tensor | torch.Size) -> torch.Tensor:
-        return kept if isinstance(kept, torch.Tensor) else functional.silu(gate).mul_(up).view(kept)
+        if isinstance(kept, torch.Tensor):
+            return kept
+        # The backward pass of the activation comes next and takes it.
+        activated[:] = [functional.silu(gate)]
+        return (activated[0] * up).view(kept)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         output: torch.Tensor = down(product)
@@ -100,23 +105,25 @@ def without_keeping(down: nn.Module, gate: torch.Tensor, up: torch.Tensor) -> to
 
 
 class _SwiGlu(torch.autograd.Function):
+    """`activated` is silu(gate) in the backward pass if that has been computed there; it is used up."""
+
     @staticmethod
-    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor, activated: list[torch.Tensor]) -> torch.Tensor:
         ctx.save_for_backward(gate, up)
+        ctx.activated = activated
         return functional.silu(gate).mul_(up)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
         gate, up = ctx.saved_tensors
+        of_up = (ctx.activated.pop() if ctx.activated else functional.silu(gate)).mul_(gradient)
         of_gate = torch.empty_like(gate, memory_format=torch.contiguous_format)
-        of_up = torch.empty_like(up, memory_format=torch.contiguous_format)
         rows = _rows_of_a_chunk(gate.shape[-1], gate.dtype)
-        parts = (tensor.flatten(0, -2).split(rows) for tensor in (gate, up, gradient, of_gate, of_up))
-        for part_gate, part_up, arrived, of_part_gate, of_part_up in zip(*parts, strict=True):
-            torch.mul(arrived, functional.silu(part_gate), out=of_part_up)
+        parts = (tensor.flatten(0, -2).split(rows) for tensor in (gate, up, gradient, of_gate))
+        for part_gate, part_up, arrived, of_part_gate in zip(*parts, strict=True):
             torch.ops.aten.silu_backward.grad_input(arrived * part_up, part_gate, grad_input=of_part_gate)
-        return of_gate, of_up
+        return of_gate, of_up, None
 
 
 def _rows_of_a_chunk(width: int, dtype: torch.dtype) -> int:
