@@ -42,6 +42,7 @@ bench: $(VENV)/installed-dev models/smollm2-135m/config.json $(SYSTEMS:%=build/s
 	$(BIN)/python benchmarks/compare_systems.py gpt smollm2 llama > benchmarks/data/systems.md
 	$(BIN)/python benchmarks/draw_systems.py benchmarks/data/systems.md benchmarks/data/systems.png
 	$(BIN)/python benchmarks/compare_systems.py gpt smollm2 llama --ablation > benchmarks/data/ablation.md
+	$(BIN)/python benchmarks/growth.py > benchmarks/data/growth.md
 
 build/systems/%/installed: benchmarks/systems/requirements-%.txt
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
