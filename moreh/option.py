@@ -115,8 +115,8 @@ def enable_advanced_parallelization(
         pack_rows: put rows one after the other instead of side by side, so that no row is padded to the length of another.
         logits_at_labels: compute the output layer and the MLP of the last layer only where labels are.
         block_attention: on processors, compute causal attention as matrix products of blocks instead of in torch's own kernel.
-        fused_activation: compute the GELU of GPT-2 in one kernel instead of eight; on processors, keep less for the SwiGLU of
-            Llama.
+        fused_activation: compute the GELU of GPT-2 with one rounding instead of eight operations; on processors, keep less for
+            the SwiGLU of Llama.
         fused_norm: on processors, compute the RMSNorm of Llama with fewer passes and keep only its result.
         fused_rotary: on processors, compute the rotary embedding of Llama with fewer passes.
         fused_optimizer: use the fused kernels of torch in Adam and AdamW, where the script has chosen none.

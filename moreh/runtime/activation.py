@@ -19,7 +19,7 @@ _CUBIC = 0.044715 * _LINEAR
 
 @contextmanager
 def fused_activation(recomputed: bool = False) -> Iterator[None]:
-    """Let transformers' NewGELUActivation use torch's GELU, and LlamaMLP keep nothing but gate and up on processors.
+    """Let transformers' NewGELUActivation round once, and LlamaMLP keep nothing but gate and up on processors.
 
     `recomputed`: layers are computed again in the backward pass, so that nothing of theirs should be kept before.
 
@@ -127,4 +127,5 @@ class _SwiGlu(torch.autograd.Function):
 
 
 def _rows_of_a_chunk(width: int, dtype: torch.dtype) -> int:
-    return max(1, CHUNK_BYTES // (width * dtype.itemsize))
+    # A tensor-parallel rank may have no part of a narrow layer.
+    return max(1, CHUNK_BYTES // max(1, width * dtype.itemsize))

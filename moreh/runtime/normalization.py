@@ -67,7 +67,7 @@ class _RmsNorm(torch.autograd.Function):
         size = kept.shape[-1]
         wide_weight = weight.to(scale.dtype)
         inverse_weight = wide_weight.reciprocal()
-        of_given = torch.empty(kept.shape, dtype=ctx.type)
+        of_given = kept.new_empty(kept.shape, dtype=ctx.type)
         of_weight = torch.zeros_like(wide_weight)
         rows = max(1, CHUNK // size)
         parts = (tensor.flatten(0, -2).split(rows) for tensor in (kept, scale, gradient, of_given))
