@@ -72,8 +72,8 @@ class _TokenLosses(torch.autograd.Function):
         ignored = labels == IGNORED_LABEL
         here = (labels >= start) & (labels < stop)
         column = (labels - start).masked_fill(~here, 0)
-        parts = [torch.logsumexp(_accurate(part), -1) for part in _chunks(logits, logits.shape[-1])]
-        total = torch.cat(parts).view(labels.shape)
+        parts = [_log_of_sum(_accurate(part)) for part in _chunks(logits, logits.shape[-1])]
+        total = own = torch.cat(parts).view(labels.shape)
         if start == stop:
             label_logits = torch.zeros_like(total)
         else:
@@ -84,19 +84,25 @@ class _TokenLosses(torch.autograd.Function):
             sums = torch.stack([torch.exp(total - largest), label_logits])
             dist.all_reduce(sums, group=group)
             total, label_logits = largest + sums[0].log(), sums[1]
-        ctx.save_for_backward(logits, total, column, here, ignored)
+        # Of the probabilities, those of this rank's tokens together.
+        share = torch.exp(own - total) if group is not None else None
+        ctx.save_for_backward(logits, share, column, here, ignored)
         return (total - label_logits).masked_fill(ignored, 0)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        logits, total, column, here, ignored = ctx.saved_tensors
+        logits, share, column, here, ignored = ctx.saved_tensors
         gradient = gradient.masked_fill(ignored, 0).unsqueeze(-1)
         at_label = -gradient.masked_fill(~here.unsqueeze(-1), 0)
         result = torch.empty_like(logits, memory_format=torch.contiguous_format)
-        rows = (result, logits, total.unsqueeze(-1), column.unsqueeze(-1), gradient, at_label)
+        of_each = gradient if share is None else gradient * share.unsqueeze(-1)
+        rows = (result, logits, column.unsqueeze(-1), of_each, at_label)
         for parts in zip(*(_chunks(tensor, logits.shape[-1]) for tensor in rows), strict=True):
-            of_part, part, part_total, part_column, part_gradient, part_at_label = parts
-            probabilities = (_accurate(part) - part_total).exp_().mul_(part_gradient)
+            of_part, part, part_column, part_of_each, part_at_label = parts
+            probabilities = torch.softmax(_accurate(part), -1).mul_(part_of_each)
+            if share is not None:
+                # Not a number where this rank has only tokens of -inf.
+                probabilities.masked_fill_(part_of_each == 0, 0)
             if logits.shape[-1] > 0:
                 probabilities.scatter_add_(-1, part_column, part_at_label)
             of_part.copy_(probabilities)
@@ -106,6 +112,15 @@ class _TokenLosses(torch.autograd.Function):
 def _chunks(tensor: torch.Tensor, vocabulary: int) -> tuple[torch.Tensor, ...]:
     """Its rows, a few of so many logits at a time: what is made of them in float32 stays in the cache."""
     return tensor.flatten(0, -2).split(max(1, CHUNK // max(1, vocabulary)))
+
+
+def _log_of_sum(logits: torch.Tensor) -> torch.Tensor:
+    """logsumexp over the last dimension: torch's softmax on processors takes half the time of its exponential function."""
+    if logits.shape[-1] == 0:
+        return logits.new_full(logits.shape[:-1], float("-inf"))
+    largest = logits.amax(-1)
+    among_all = torch.softmax(logits, -1).amax(-1)
+    return (largest - among_all.log()).masked_fill(largest == float("-inf"), float("-inf"))
 
 
 def _accurate(tensor: torch.Tensor) -> torch.Tensor:
