@@ -16,8 +16,9 @@ from moreh.runtime.attention_blocks import (
     Texts,
     blocks_of,
     keys_in,
-    masks_of,
+    mask_of,
     own_queries_in,
+    pairs_in,
     places_of_keys,
     places_of_queries,
     queries_in,
@@ -109,15 +110,15 @@ def _attend(
     """The output `[batch, sequence, heads, size]`, and for the backward pass the probabilities of all blocks in one tensor."""
     batch, heads, length, _ = query.shape
     texts = Texts(length, tuple(starts))
-    masks = masks_of(texts, query.dtype)
     queries, keys, values = _queries(query, scale, texts), _keys(key, texts), _keys(value, texts)
     folded, groups = batch * key.shape[1], heads // key.shape[1]
-    probabilities = query.new_empty(sum(batch * heads * mask.numel() for mask in masks))
+    probabilities = query.new_empty(batch * heads * pairs_in(texts))
     output = query.new_empty(queries.shape[0], value.shape[-1])
     parts = _blocks(texts, folded, groups, probabilities, [queries, output], [keys, values])
-    for mask, (part, [of_query, of_output], [of_key, of_value]) in zip(masks, parts, strict=True):
+    for part, [of_query, of_output], [of_key, of_value] in parts:
         scores = torch.bmm(of_query, of_key.transpose(1, 2))
-        scores.view(mask.shape[0], -1, *mask.shape[-2:]).add_(mask)
+        mask = mask_of(scores.shape[1] // groups, scores.dtype)
+        scores.unflatten(1, (groups, -1))[..., -mask.shape[0] :].add_(mask)
         torch.softmax(scores, -1, out=part)
         torch.bmm(part, of_value, out=of_output)
     return output.index_select(0, places_of_queries(texts, batch, heads)).view(batch, length, heads, -1), probabilities

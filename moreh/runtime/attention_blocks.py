@@ -36,8 +36,9 @@ class Heads:
 class Blocks:
     """Blocks of as many queries that see as many keys, which are multiplied together.
 
-    `queries` `[blocks, queries]` and `keys` `[blocks, keys]` are positions in the row. `own` are the queries that a block is
-    for (the others belong to other blocks), `seen` the keys that at least one of those sees.
+    `queries` `[blocks, queries]` and `keys` `[blocks, keys]` are positions in the row; those behind its end stand for nothing.
+    `own` are the queries that a block is for (the others belong to other blocks), `seen` the keys that one of those sees. The
+    last query is at the last key and sees all of them: what the others do not see is the same in all blocks.
     """
 
     queries: torch.Tensor
@@ -65,38 +66,31 @@ class Bags:
 def blocks_of(texts: Texts) -> list[Blocks]:
     """The blocks that the queries of each text are cut into, those of one shape together.
 
-    Two texts of 160 and 40 tokens are blocks of 128 queries x 128 keys, of 32 x 160 and of 64 x 64. A block that would reach
-    over the end of the row begins earlier instead.
+    Two texts of 160 and 40 tokens are blocks of 128 queries x 128 keys, of 32 x 160 and of 64 x 64.
     """
-    alike: dict[tuple[int, int], list[tuple[int, int, int, int, int]]] = {}
+    alike: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
     for start, stop in zip(texts.starts, (*texts.starts[1:], texts.length), strict=True):
         for begin in range(start, stop, BLOCK):
-            own_end = min(begin + BLOCK, stop)
-            end = begin + -(-(own_end - begin) // TEXT_MULTIPLE) * TEXT_MULTIPLE
-            over = max(0, end - texts.length)
-            first_query, first_key = max(0, begin - over), max(0, start - over)
-            shape = end - over - first_query, end - over - first_key
-            alike.setdefault(shape, []).append((first_query, first_key, start, begin, own_end))
+            end = min(begin + BLOCK, stop)
+            queries = -(-(end - begin) // TEXT_MULTIPLE) * TEXT_MULTIPLE
+            alike.setdefault((queries, begin + queries - start), []).append((start, begin, end))
     found = []
     for (queries, keys), places in alike.items():
-        first_query, first_key, start, begin, own_end = torch.tensor(places).T.unsqueeze(-1)
-        query, key = first_query + torch.arange(queries), first_key + torch.arange(keys)
-        found.append(Blocks(query, key, (query >= begin) & (query < own_end), (key >= start) & (key < own_end)))
+        start, begin, end = torch.tensor(places).T.unsqueeze(-1)
+        query, key = begin + torch.arange(queries), start + torch.arange(keys)
+        found.append(Blocks(query, key, query < end, key < end))
     return found
 
 
-@lru_cache(maxsize=4)
-def masks_of(texts: Texts, dtype: torch.dtype) -> list[torch.Tensor]:
-    """What is added to the scores of each of the blocks, `[blocks, 1, queries, keys]`.
+def pairs_in(texts: Texts) -> int:
+    """Queries times keys of all blocks."""
+    return sum(blocks.queries.numel() * blocks.keys.shape[1] for blocks in blocks_of(texts))
 
-    -inf for keys behind the query and of other texts; 0 for queries of other blocks, whose sums must not be empty.
-    """
-    masks = []
-    for blocks in blocks_of(texts):
-        behind = blocks.keys.unsqueeze(1) > blocks.queries.unsqueeze(2)
-        hidden = blocks.own.unsqueeze(2) & (behind | ~blocks.seen.unsqueeze(1))
-        masks.append(torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf")).unsqueeze(1))
-    return masks
+
+@lru_cache(maxsize=2 * BLOCK // TEXT_MULTIPLE)
+def mask_of(queries: int, dtype: torch.dtype) -> torch.Tensor:
+    """What is added to the scores of a block's queries and of as many last keys: -inf for keys behind the query."""
+    return torch.full((queries, queries), float("-inf"), dtype=dtype).triu_(1)
 
 
 def rows_of(tensor: torch.Tensor) -> tuple[torch.Tensor, Heads]:
@@ -112,13 +106,13 @@ def rows_of(tensor: torch.Tensor) -> tuple[torch.Tensor, Heads]:
 @lru_cache(maxsize=16)
 def queries_in(texts: Texts, heads: Heads) -> torch.Tensor:
     """The rows of the queries of all blocks, in the order `[blocks, batch, heads, queries]` for each shape of block."""
-    return torch.cat([_numbers(blocks.queries, heads) for blocks in blocks_of(texts)])
+    return torch.cat([_numbers(blocks.queries, texts, heads) for blocks in blocks_of(texts)])
 
 
 @lru_cache(maxsize=16)
 def keys_in(texts: Texts, heads: Heads) -> torch.Tensor:
     """As `queries_in`, of the keys."""
-    return torch.cat([_numbers(blocks.keys, heads) for blocks in blocks_of(texts)])
+    return torch.cat([_numbers(blocks.keys, texts, heads) for blocks in blocks_of(texts)])
 
 
 @lru_cache(maxsize=16)
@@ -154,11 +148,12 @@ def _side_by_side(texts: Texts, batch: int, heads: int) -> Heads:
     return Heads(batch, heads, (texts.length * heads, 1, heads))
 
 
-def _numbers(positions: torch.Tensor, heads: Heads) -> torch.Tensor:
+def _numbers(positions: torch.Tensor, texts: Texts, heads: Heads) -> torch.Tensor:
     """The rows of positions `[blocks, n]`: `[blocks * batch * heads * n]`."""
     of_batch, of_head, of_position = heads.steps
     each = torch.arange(heads.batch).unsqueeze(1) * of_batch + torch.arange(heads.heads) * of_head
-    return (each.unsqueeze(-1) + positions.unsqueeze(1).unsqueeze(1) * of_position).flatten()
+    steps = positions.clamp(max=texts.length - 1) * of_position
+    return (each.unsqueeze(-1) + steps.unsqueeze(1).unsqueeze(1)).flatten()
 
 
 def _for_all_heads(of_positions: list[torch.Tensor], heads: Heads) -> torch.Tensor:
