@@ -19,7 +19,7 @@ KINDS = ("parameters", "gradients", "optimizer_state", "activations", "other_ten
 # AdamW, which the training scripts use, keeps two values of its own for every parameter.
 ADAMW_VALUES_PER_PARAMETER = 2
 # Counting may take this part of a script's time at most; in between, the last count is used.
-SHARE_OF_TIME_FOR_COUNTING = 0.02
+SHARE_OF_TIME_FOR_COUNTING = 0.005
 
 
 class MemoryLedger:
