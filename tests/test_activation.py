@@ -39,9 +39,9 @@ def gelu_in_bfloat16():
     return [float((a / b - 1).detach()[b != 0].abs().max()) for a, b in ((seen, exact), (gradient, exact_gradient))]
 
 
-@pytest.mark.parametrize("chunk_bytes", [1, 3 * 143 * 4, activation.CHUNK_BYTES])
-def test_gelu_in_bfloat16(monkeypatch, chunk_bytes):
-    monkeypatch.setattr(activation, "CHUNK_BYTES", chunk_bytes)
+@pytest.mark.parametrize("chunk", [1, 3 * 143, activation.CHUNK])
+def test_gelu_in_bfloat16(monkeypatch, chunk):
+    monkeypatch.setattr(activation, "CHUNK", chunk)
     of_output, of_gradient = gelu_in_bfloat16()
     assert of_output < 2**-7.9
     assert of_gradient < 2**-6.9
@@ -86,9 +86,9 @@ def worst(module):
 
 
 # 7 rows in chunks of 1, of 3, and together.
-@pytest.mark.parametrize("chunk_bytes", [1, 3 * INNER * 8, activation.CHUNK_BYTES])
-def test_swiglu(monkeypatch, chunk_bytes):
-    monkeypatch.setattr(activation, "CHUNK_BYTES", chunk_bytes)
+@pytest.mark.parametrize("chunk", [1, 3 * INNER, activation.CHUNK])
+def test_swiglu(monkeypatch, chunk):
+    monkeypatch.setattr(activation, "CHUNK", chunk)
     assert worst(mlp()) < 1e-12
 
 

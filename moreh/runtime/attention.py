@@ -106,11 +106,15 @@ def _attention_instead_of(original: Callable[..., Any]) -> Callable[..., Any]:
 @torch.library.custom_op("moreh::causal_attention", mutates_args=())
 def _attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, starts: Sequence[int]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The output `[batch, sequence, heads, size]`, and for the backward pass the probabilities of all blocks in one tensor."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The output `[batch, sequence, heads, size]`, and for the backward pass the queries of all blocks, scaled, `[queries,
+    size]` and their probabilities in one tensor.
+    """
     batch, heads, length, _ = query.shape
     texts = Texts(length, tuple(starts))
-    queries, keys, values = _queries(query, scale, texts), _keys(key, texts), _keys(value, texts)
+    rows, lying = rows_of(query)
+    queries = rows.index_select(0, queries_in(texts, lying)).mul_(scale)
+    keys, values = _keys(key, texts), _keys(value, texts)
     folded, groups = batch * key.shape[1], heads // key.shape[1]
     probabilities = query.new_empty(batch * heads * pairs_in(texts))
     output = query.new_empty(queries.shape[0], value.shape[-1])
@@ -121,13 +125,8 @@ def _attend(
         scores.unflatten(1, (groups, -1))[..., -mask.shape[0] :].add_(mask)
         torch.softmax(scores, -1, out=part)
         torch.bmm(part, of_value, out=of_output)
-    return output.index_select(0, places_of_queries(texts, batch, heads)).view(batch, length, heads, -1), probabilities
-
-
-def _queries(query: torch.Tensor, scale: float, texts: Texts) -> torch.Tensor:
-    """The queries of all blocks, scaled: `[queries, size]`."""
-    rows, heads = rows_of(query)
-    return rows.index_select(0, queries_in(texts, heads)).mul_(scale)
+    output = output.index_select(0, places_of_queries(texts, batch, heads)).view(batch, length, heads, -1)
+    return output, queries, probabilities
 
 
 def _keys(key: torch.Tensor, texts: Texts) -> torch.Tensor:
@@ -154,34 +153,37 @@ def _blocks(
         products = blocks.queries.shape[0] * folded
         queries, keys = groups * blocks.queries.shape[1], blocks.keys.shape[1]
         yield (
-            probabilities[first : first + products * queries * keys].view(products, queries, keys),
-            [one[first_query : first_query + products * queries].view(products, queries, -1) for one in of_queries],
-            [one[first_key : first_key + products * keys].view(products, keys, -1) for one in of_keys],
+            _matrices(probabilities, first, (products, queries, keys)),
+            [_matrices(one, first_query * one.shape[1], (products, queries, one.shape[1])) for one in of_queries],
+            [_matrices(one, first_key * one.shape[1], (products, keys, one.shape[1])) for one in of_keys],
         )
-        first, first_query, first_key = (
-            first + products * queries * keys,
-            first_query + products * queries,
-            first_key + products * keys,
-        )
+        first += products * queries * keys
+        first_query += products * queries
+        first_key += products * keys
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    query, key, value, ctx.scale, ctx.starts = inputs
-    ctx.save_for_backward(query, key, value, output[1])
-    ctx.mark_non_differentiable(output[1])
-    # Nothing arrives for the probabilities: no zeros of their size.
+def _matrices(tensor: torch.Tensor, first: int, shape: tuple[int, int, int]) -> torch.Tensor:
+    """Those from a contiguous tensor's element `first` on."""
+    return tensor.as_strided(shape, (shape[1] * shape[2], shape[2], 1), first)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
+    _, key, value, ctx.scale, ctx.starts = inputs
+    ctx.save_for_backward(key, value, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+    # Nothing arrives for them: no zeros of their size.
     ctx.set_materialize_grads(False)
 
 
 def _attend_backward(
-    ctx: Any, gradient: torch.Tensor | None, _: None
+    ctx: Any, gradient: torch.Tensor | None, *_: None
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, None, None]:
     if gradient is None:
         return None, None, None, None, None
-    query, key, value, probabilities = ctx.saved_tensors
-    batch, heads, length, _size = query.shape
+    key, value, queries, probabilities = ctx.saved_tensors
+    batch, length, heads, _size = gradient.shape
     texts = Texts(length, tuple(ctx.starts))
-    queries, keys, values = _queries(query, ctx.scale, texts), _keys(key, texts), _keys(value, texts)
+    keys, values = _keys(key, texts), _keys(value, texts)
     rows, lying = rows_of(gradient.transpose(1, 2))
     arrived = own_queries_in(texts, lying).sums(rows)
     of_queries, of_keys, of_values = torch.empty_like(queries), torch.empty_like(keys), torch.empty_like(values)
