@@ -65,3 +65,32 @@ def test_memory_of_every_device_is_the_plans(run, training):
     text = " ".join(run("moreh-smi").stdout.split())
     assert "Memory usage and utilization are simulated" in text
     assert f"Memory is what the plan '{report['predicted_for_plan']}' is predicted to use" in text
+
+
+COUNTING = """
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+torch.moreh.option.enable_advanced_parallelization()
+planned = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=32, n_head=2, vocab_size=50)).cuda().train()
+other = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh()).cuda()
+counted = []
+for module in (planned.transformer.h[0], other[0]):
+    module.register_forward_pre_hook(
+        lambda *given: counted.append(torch._C._autograd._top_saved_tensors_default_hooks(True) is not None)
+    )
+ids = torch.zeros(2, 16, dtype=torch.long).cuda()
+for _ in range(2):
+    planned(ids, labels=ids).loss.backward()
+other(torch.zeros(2, 8).cuda()).sum().backward()
+torch.cuda.reset_peak_memory_stats()
+print(counted, torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated())
+"""
+
+
+def test_activations_are_counted_until_there_is_a_plan(run_python):
+    """And those of models without one always are."""
+    finished = run_python(COUNTING)
+    assert finished.returncode == 0, finished.stderr
+    counted, allocated, peak = finished.stdout.splitlines()[-1].rsplit(" ", 2)
+    assert counted == "[True, False, True]"
+    assert int(peak) > int(allocated) > 0

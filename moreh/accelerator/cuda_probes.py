@@ -182,7 +182,7 @@ def memory_allocated(device: Any = None) -> int:
 def max_memory_allocated(device: Any = None) -> int:
     require_device_zero(device)
     job = local_job_if_started()
-    return 0 if job is None else job.ledger.peak_bytes()
+    return 0 if job is None else job.peak_bytes()
 
 
 def memory_reserved(device: Any = None) -> int:

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -37,6 +38,7 @@ class LocalJob:
         self.uses_all_devices = False
         # What the planner predicts for the devices that are simulated; None until a training was planned.
         self.predicted: PredictedUse | None = None
+        self._planned: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
         # Rank and process id of each worker on this machine, where there are several.
         self.worker_pids: tuple[tuple[int, int], ...] = ()
         # Processor time is that of the job with all that it started; the reports come from one of its processes.
@@ -88,6 +90,16 @@ class LocalJob:
             held = sum(t.nbytes for t in module.parameters() if self.ledger.holds(t))
             self.require("the weights of the model", max(weight_bytes(module) - held, 0))
 
+    def use_prediction(self, model: torch.nn.Module, predicted: PredictedUse) -> None:
+        """From now on show what the plan of a model is predicted to use of the devices, instead of counting its activations."""
+        self.predicted = predicted
+        self._planned.add(model)
+
+    def peak_bytes(self) -> int:
+        """The most memory that the job has used, in bytes: what was counted, or what its plan is predicted to use."""
+        predicted = 0 if self.predicted is None else sum(self.predicted.memory_bytes.values())
+        return max(self.ledger.peak_bytes(), predicted)
+
     def report(self) -> None:
         """Tell moreh-smi how this job is doing, at most once a second. A disk that is full does not end the training."""
         now = time.monotonic()
@@ -122,7 +134,8 @@ class LocalJob:
 
     @contextmanager
     def _count_activations(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
-        if self.worker_pids:  # memory of the devices is predicted, and that of the workers measured
+        # Memory of the devices is predicted, and that of the workers measured.
+        if self.worker_pids or model in self._planned:
             yield
             return
         if self.ledger.has_module(model):

@@ -114,7 +114,7 @@ class _Runtime:
         if selection.prediction is None:
             raise nothing_fits_error(selection.smallest_bytes, self.variables.memory_percent / 100, accelerator)
         if self.job.simulated:
-            self.job.predicted = predicted_use(selection.prediction, accelerator.flavor.devices)
+            self.job.use_prediction(model, predicted_use(selection.prediction, accelerator.flavor.devices))
         local = select_local_plan(training, self.options, bfloat16=bfloat16)
         if local.plan.recomputation == "full" and self.options.activation_recomputation == "auto":
             _recompute_activations(model)  # for good: a smaller batch later is not worth another change

@@ -95,7 +95,7 @@ class WorkerRuntime:
         selection = select_plan(training, flavor, restrictions, self.options, self.variables, logger.info)
         if selection.prediction is None:
             raise nothing_fits_error(selection.smallest_bytes, self.variables.memory_percent / 100, accelerator)
-        self.job.predicted = predicted_use(selection.prediction, flavor.devices)
+        self.job.use_prediction(module, predicted_use(selection.prediction, flavor.devices))
         if selection.prediction.plan.devices == workers:
             logger.info("The %d workers are the accelerator's devices: they carry out this plan.", workers)
             logger.info(savings_text(self.options))
