@@ -113,20 +113,20 @@ def _attend(
     batch, heads, length, _ = query.shape
     texts = Texts(length, tuple(starts))
     rows, lying = rows_of(query)
-    queries = rows.index_select(0, queries_in(texts, lying)).mul_(scale)
+    all_queries = rows.index_select(0, queries_in(texts, lying)).mul_(scale)
     keys, values = _keys(key, texts), _keys(value, texts)
     folded, groups = batch * key.shape[1], heads // key.shape[1]
     probabilities = query.new_empty(batch * heads * pairs_in(texts))
-    output = query.new_empty(queries.shape[0], value.shape[-1])
-    parts = _blocks(texts, folded, groups, probabilities, [queries, output], [keys, values])
+    output = query.new_empty(all_queries.shape[0], value.shape[-1])
+    parts = _blocks(texts, folded, groups, probabilities, [all_queries, output], [keys, values])
     for part, [of_query, of_output], [of_key, of_value] in parts:
         scores = torch.bmm(of_query, of_key.transpose(1, 2))
-        mask = mask_of(scores.shape[1] // groups, scores.dtype)
-        scores.unflatten(1, (groups, -1))[..., -mask.shape[0] :].add_(mask)
+        queries = of_query.shape[1] // groups
+        scores.view(-1, groups, queries, scores.shape[2])[..., -queries:].add_(mask_of(queries, scores.dtype))
         torch.softmax(scores, -1, out=part)
         torch.bmm(part, of_value, out=of_output)
     output = output.index_select(0, places_of_queries(texts, batch, heads)).view(batch, length, heads, -1)
-    return output, queries, probabilities
+    return output, all_queries, probabilities
 
 
 def _keys(key: torch.Tensor, texts: Texts) -> torch.Tensor:
