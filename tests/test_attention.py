@@ -53,6 +53,16 @@ def test_heads_in_a_wider_tensor(width):
     assert worst(given, 0.3, (0,)) < 1e-12
 
 
+def test_what_is_kept_may_come_back_elsewhere():
+    """Hooks on saved tensors may give a part of a larger tensor back."""
+
+    def moved(tensor):
+        return torch.cat([tensor.new_ones(7), tensor.flatten()])[7:].view(tensor.shape)
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, moved):
+        assert worst(tensors(*CASES[2][:4]), 0.3, CASES[2][4]) < 1e-12
+
+
 def test_comparison_finds_a_wrong_beginning():
     def one_late(query, key, value, scale, starts):
         return causal_attention(query, key, value, scale, (0, *(start + 1 for start in starts[1:])))

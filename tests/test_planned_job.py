@@ -82,7 +82,13 @@ ids = torch.zeros(2, 16, dtype=torch.long).cuda()
 for _ in range(2):
     planned(ids, labels=ids).loss.backward()
 other(torch.zeros(2, 8).cuda()).sum().backward()
+planned.zero_grad()
+planned.to(torch.bfloat16)
+with torch.no_grad():
+    planned(ids, labels=ids)
 torch.cuda.reset_peak_memory_stats()
+assert torch.cuda.memory_allocated() > sum(p.nbytes for p in planned.parameters()), "weights of another type are counted too"
+counted.pop()
 print(counted, torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated())
 """
 

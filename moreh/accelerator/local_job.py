@@ -7,7 +7,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import psutil
@@ -134,13 +134,12 @@ class LocalJob:
 
     @contextmanager
     def _count_activations(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
-        # Memory of the devices is predicted, and that of the workers measured.
-        if self.worker_pids or model in self._planned:
+        if self.worker_pids:  # memory of the devices is predicted, and that of the workers measured
             yield
             return
         if self.ledger.has_module(model):
             self.ledger.add_module(model)  # its weights may be new ones, of another type
-        with self.ledger.activations.counting():
+        with nullcontext() if model in self._planned else self.ledger.activations.counting():
             yield
 
     def _after_model_call(self, model: torch.nn.Module, outputs: Any) -> None:

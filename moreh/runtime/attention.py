@@ -153,18 +153,13 @@ def _blocks(
         products = blocks.queries.shape[0] * folded
         queries, keys = groups * blocks.queries.shape[1], blocks.keys.shape[1]
         yield (
-            _matrices(probabilities, first, (products, queries, keys)),
-            [_matrices(one, first_query * one.shape[1], (products, queries, one.shape[1])) for one in of_queries],
-            [_matrices(one, first_key * one.shape[1], (products, keys, one.shape[1])) for one in of_keys],
+            probabilities[first : first + products * queries * keys].view(products, queries, keys),
+            [one[first_query : first_query + products * queries].view(products, queries, -1) for one in of_queries],
+            [one[first_key : first_key + products * keys].view(products, keys, -1) for one in of_keys],
         )
         first += products * queries * keys
         first_query += products * queries
         first_key += products * keys
-
-
-def _matrices(tensor: torch.Tensor, first: int, shape: tuple[int, int, int]) -> torch.Tensor:
-    """Those from a contiguous tensor's element `first` on."""
-    return tensor.as_strided(shape, (shape[1] * shape[2], shape[2], 1), first)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
