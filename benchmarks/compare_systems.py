@@ -111,7 +111,8 @@ def compare(work: Workload, names: list[str], rounds: int) -> None:
     records: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     products = []
     for number in range(rounds):
-        for name in names:
+        # Every second round backwards, so that none always runs after the same one.
+        for name in names if number % 2 == 0 else reversed(names):
             print(f"{work.name}, round {number + 1} of {rounds}: {SYSTEMS[name].name}", file=sys.stderr, flush=True)
             products.append(matrix_rate())
             records[name].append(run(SYSTEMS[name], work))

@@ -40,9 +40,30 @@ def worst(given, scale, starts, compute=causal_attention):
     return max(float((a - b).detach().abs().max()) for a, b in [(seen, expected), *pairs])
 
 
+@pytest.mark.parametrize("kept_bytes", [attention.KEPT_BYTES, 0])
 @pytest.mark.parametrize(("batch", "heads", "kv_heads", "length", "starts"), CASES)
-def test_same_as_with_a_mask(batch, heads, kv_heads, length, starts):
+def test_same_as_with_a_mask(monkeypatch, batch, heads, kv_heads, length, starts, kept_bytes):
+    monkeypatch.setattr(attention, "KEPT_BYTES", kept_bytes)
     assert worst(tensors(batch, heads, kv_heads, length), 0.3, starts) < 1e-12
+
+
+@pytest.mark.parametrize(("kept_bytes", "elements_kept"), [(attention.KEPT_BYTES, 128**2), (0, 0)])
+def test_what_is_kept(monkeypatch, kept_bytes, elements_kept):
+    """Queries, keys and values, and one block of probabilities if they are."""
+    monkeypatch.setattr(attention, "KEPT_BYTES", kept_bytes)
+    given, kept = tensors(1, 1, 1, 128), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()) or tensor, lambda tensor: tensor):
+        causal_attention(*given, 0.3, (0,))
+    assert sum(kept) == 3 * 128 * 16 + elements_kept
+
+
+def test_comparison_finds_wrong_probabilities_in_the_backward_pass(monkeypatch):
+    monkeypatch.setattr(attention, "KEPT_BYTES", 0)
+    given = tensors(*CASES[0][:4])
+    output, expected = causal_attention(*given, 0.3, (0,)), whole_attention(*given, 0.3, (0,))
+    monkeypatch.setattr(attention, "mask_of", lambda queries, dtype: torch.zeros(queries, queries, dtype=dtype))
+    seen, wanted = (torch.autograd.grad(one.square().sum(), given) for one in (output, expected))
+    assert max(float((a - b).abs().max()) for a, b in zip(seen, wanted, strict=True)) > 1e-3
 
 
 @pytest.mark.parametrize("width", [3 * 16, 20])

@@ -25,8 +25,11 @@ from moreh.runtime.attention_blocks import (
     rows_of,
 )
 
-# Tokens of a text from which on the probabilities, which are kept for the backward pass, are too many: torch keeps none.
+# Tokens of a text from which on blocks have too many probabilities at a time.
 LONGEST_TEXT = 1024
+# The probabilities of a layer that are kept for the backward pass; more of them are computed again there, at the cost of one
+# product in six.
+KEPT_BYTES = 2**23
 _STARTS = "cu_seq_lens_q"
 # What other attention functions of transformers compute besides.
 _OTHER_ARGUMENTS = ("softcap", "position_bias", "cache", "s_aux")
@@ -108,7 +111,7 @@ def _attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, starts: Sequence[int]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The output `[batch, sequence, heads, size]`, and for the backward pass the queries of all blocks, scaled, `[queries,
-    size]` and their probabilities in one tensor.
+    size]` and their probabilities in one tensor, which is empty where they are to be computed again.
     """
     batch, heads, length, _ = query.shape
     texts = Texts(length, tuple(starts))
@@ -116,17 +119,22 @@ def _attend(
     all_queries = rows.index_select(0, queries_in(texts, lying)).mul_(scale)
     keys, values = _keys(key, texts), _keys(value, texts)
     folded, groups = batch * key.shape[1], heads // key.shape[1]
-    probabilities = query.new_empty(batch * heads * pairs_in(texts))
+    pairs = batch * heads * pairs_in(texts)
+    probabilities = query.new_empty(pairs if pairs * query.element_size() <= KEPT_BYTES else 0)
     output = query.new_empty(all_queries.shape[0], value.shape[-1])
     parts = _blocks(texts, folded, groups, probabilities, [all_queries, output], [keys, values])
     for part, [of_query, of_output], [of_key, of_value] in parts:
-        scores = torch.bmm(of_query, of_key.transpose(1, 2))
-        queries = of_query.shape[1] // groups
-        scores.view(-1, groups, queries, scores.shape[2])[..., -queries:].add_(mask_of(queries, scores.dtype))
-        torch.softmax(scores, -1, out=part)
-        torch.bmm(part, of_value, out=of_output)
+        torch.bmm(_probabilities(of_query, of_key, groups, part), of_value, out=of_output)
     output = output.index_select(0, places_of_queries(texts, batch, heads)).view(batch, length, heads, -1)
     return output, all_queries, probabilities
+
+
+def _probabilities(queries: torch.Tensor, keys: torch.Tensor, groups: int, out: torch.Tensor | None) -> torch.Tensor:
+    """Those of blocks of one shape, given queries `[n, groups * queries, size]`, scaled, and keys `[n, keys, size]`."""
+    scores = torch.bmm(queries, keys.transpose(1, 2))
+    own = queries.shape[1] // groups
+    scores.view(-1, groups, own, scores.shape[2])[..., -own:].add_(mask_of(own, scores.dtype))
+    return torch.softmax(scores, -1, out=out)
 
 
 def _keys(key: torch.Tensor, texts: Texts) -> torch.Tensor:
@@ -142,18 +150,19 @@ def _blocks(
     probabilities: torch.Tensor,
     of_queries: list[torch.Tensor],
     of_keys: list[torch.Tensor],
-) -> Iterator[tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]]:
+) -> Iterator[tuple[torch.Tensor | None, list[torch.Tensor], list[torch.Tensor]]]:
     """What blocks of one shape have of each tensor, for batch and key-value heads folded into one, one shape after the other.
 
-    Probabilities are `[blocks * folded, groups * queries, keys]`, queries `[blocks * folded, groups * queries, size]` and keys
-    `[blocks * folded, keys, size]`.
+    Probabilities are `[blocks * folded, groups * queries, keys]`, None if they are not kept, queries `[blocks * folded, groups
+    * queries, size]` and keys `[blocks * folded, keys, size]`.
     """
     first = first_query = first_key = 0
     for blocks in blocks_of(texts):
         products = blocks.queries.shape[0] * folded
         queries, keys = groups * blocks.queries.shape[1], blocks.keys.shape[1]
+        part = probabilities[first : first + products * queries * keys]
         yield (
-            probabilities[first : first + products * queries * keys].view(products, queries, keys),
+            part.view(products, queries, keys) if len(probabilities) else None,
             [one[first_query : first_query + products * queries].view(products, queries, -1) for one in of_queries],
             [one[first_key : first_key + products * keys].view(products, keys, -1) for one in of_keys],
         )
@@ -184,7 +193,8 @@ def _attend_backward(
     of_queries, of_keys, of_values = torch.empty_like(queries), torch.empty_like(keys), torch.empty_like(values)
     folded, groups = batch * key.shape[1], heads // key.shape[1]
     parts = _blocks(texts, folded, groups, probabilities, [queries, arrived, of_queries], [keys, values, of_keys, of_values])
-    for part, [block_query, block_arrived, of_query], [block_key, block_value, of_key, of_value] in parts:
+    for kept, [block_query, block_arrived, of_query], [block_key, block_value, of_key, of_value] in parts:
+        part = _probabilities(block_query, block_key, groups, None) if kept is None else kept
         torch.bmm(part.transpose(1, 2), block_arrived, out=of_value)
         of_part = torch.bmm(block_arrived, block_value.transpose(1, 2))
         of_scores = torch._softmax_backward_data(of_part, part, -1, part.dtype)

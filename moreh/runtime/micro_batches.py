@@ -12,9 +12,10 @@ import torch
 from moreh.planner.families import FAMILIES
 from moreh.runtime.mesh import Mesh
 from moreh.runtime.model_inputs import IGNORED, ModelInputs, padded, rows_of
+from moreh.runtime.shapes import filled_size
 
 _MASK = "attention_mask"
-# As many positions reach the output layer: oneDNN compiles a kernel for each new shape of a product in bfloat16.
+# The positions that reach the output layer are filled up to multiples of this.
 POSITIONS_MULTIPLE = 64
 # Rotary angles that depend on how long a batch is, padding included.
 _ANGLES_BY_LENGTH = ("dynamic", "longrope")
@@ -89,7 +90,7 @@ def label_positions(batch: ModelInputs) -> torch.Tensor | None:
     labels = batch.labels.flatten()
     labelled = labels != IGNORED
     positions = labelled.nonzero().squeeze(1)
-    more = -len(positions) % POSITIONS_MULTIPLE
+    more = filled_size(len(positions), POSITIONS_MULTIPLE) - len(positions)
     if len(positions) + more >= len(labels):
         return None
     # Any others: their labels are ignored.

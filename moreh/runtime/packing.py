@@ -13,9 +13,9 @@ import torch
 from moreh.runtime.attention import LONGEST_TEXT
 from moreh.runtime.mesh import Mesh
 from moreh.runtime.model_inputs import IGNORED, ModelInputs
+from moreh.runtime.shapes import filled_size
 
-# Lengths of packed rows are multiples of this: oneDNN compiles a kernel for each new shape of a product in bfloat16, which
-# takes longer than the product.
+# Packed rows are filled up to multiples of this.
 LENGTH_MULTIPLE = 64
 # Tokens of a packed row at most: where attention is not computed in blocks, transformers masks pairs of them.
 LONGEST_ROW = 4096
@@ -96,7 +96,7 @@ def packed_micro_batches(
     """
     with_mask = _takes_mask_of_pairs(causal.config.get_text_config(), int(lengths.max()))
     bins, fullest = _bins(lengths.tolist(), parts)
-    length = -(-fullest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+    length = filled_size(fullest, LENGTH_MULTIPLE)
     length = -(-length // sequence_multiple) * sequence_multiple
     packed = [_packed(inputs, lengths, rows, length, mesh) for rows in bins[mesh.rank("data") :: data_ranks]]
     return [_with_mask_of_pairs(one) for one in packed] if with_mask else packed

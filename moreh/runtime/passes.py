@@ -39,6 +39,9 @@ def forward_and_backward(model: ParallelModel, micro_batches: int, hidden_shape:
         if model.sharded:
             _set_exchange(stage, model, is_last=number == micro_batches - 1)
         loss = stage(micro_batch=torch.tensor([number]))
+        if number == micro_batches - 1:
+            # Autocast would keep its copies of the weights to the end: without it the backward pass frees each after its use.
+            torch.clear_autocast_cache()
         loss.backward()
         losses.append(loss.detach())
     return losses

@@ -1,0 +1,16 @@
+"""Sizes that come again: for each new shape of a product in bfloat16 oneDNN compiles a kernel, which takes longer than the
+product, and keeps 0.6 MB with each of the last thousand.
+"""
+
+# From this many multiples on, a twice as large one adds 3 % at most in the mean.
+_FEW = 16
+
+
+def filled_size(size: int, multiple: int) -> int:
+    """The next multiple of `multiple`, and of twice as much where there are more than a few.
+
+    >>> filled_size(130, 64), filled_size(1025, 64)
+    (192, 1152)
+    """
+    step = multiple if size <= _FEW * multiple else 2 * multiple
+    return -(-size // step) * step
