@@ -143,6 +143,16 @@ def batch(number):
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
+def can_be_packed(number):
+    """Whether nothing is masked in front of the labels of a batch; a packed row is longer than any other."""
+    given = batch(number)
+    labelled = given["labels"] != -100
+    behind = labelled.flip(1).cumsum(1).flip(1) > 0
+    # Of a row without labels the first token is left.
+    behind[:, 0] = True
+    return bool(given["attention_mask"][behind].all())
+
+
 def rows_of_batch(number):
     return BATCH - 1 if number == SMALLER_BATCH else BATCH
 

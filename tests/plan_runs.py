@@ -10,8 +10,10 @@ from moreh.planner.plan import Plan
 from moreh.planner.plan_text import plan_text
 from moreh.runtime import divided_models
 from moreh.runtime.layout import boxes
+from moreh.runtime.packing import LENGTH_MULTIPLE
 from moreh.runtime.parallel_model import local_tensor
-from tests.plan_cases import CALLS, LENGTH, STEPS, rows_of_batch
+from moreh.runtime.shapes import filled_size
+from tests.plan_cases import CALLS, LENGTH, STEPS, can_be_packed, rows_of_batch
 from tests.plan_faults import FAULTS
 from tests.plan_training import Curves, base_model, new_model, reference, train
 from tests.workers import run_on_workers
@@ -153,17 +155,24 @@ def not_as_planned(ranks, weights, plan, steps):
             problems.append(f"{name} is held {held / weight.size:g} times, but the plan means {copies}")
     numbers = range(sum(CALLS[:steps]))
     repeats = 1 if plan.recomputation == "none" else 2
-    rows = repeats * sum(-(-rows_of_batch(number) // plan.data) for number in numbers)
+    rows = repeats * sum(-(-rows_of_batch(number) // plan.data) for number in numbers if not can_be_packed(number))
     most_calls = repeats * len(numbers) * plan.micro_batches
     for rank, result in enumerate(ranks):
-        tokens = [calls * width * (plan.tensor if plan.sequence_parallel else 1) for calls, width in result.layer_inputs]
+        widths = [width * (plan.tensor if plan.sequence_parallel else 1) for _, width in result.layer_inputs]
+        tokens = [calls * width for (calls, _), width in zip(result.layer_inputs, widths, strict=True)]
+        unpacked = [calls for (calls, _), width in zip(result.layer_inputs, widths, strict=True) if width <= LENGTH]
+        most_packed = filled_size(plan.micro_batch_size * LENGTH, LENGTH_MULTIPLE)
         seen = f"rank {rank}: a layer was called {len(tokens)} times"
         if plan.pipeline > 1:
             if len(tokens) != most_calls or result.layer_inputs[0][0] != plan.micro_batch_size:
                 problems.append(f"{seen}, first with {result.layer_inputs[0]}, but the plan means {most_calls} times")
-        elif len(tokens) > most_calls or sum(calls for calls, _ in result.layer_inputs) != rows:
-            problems.append(f"{seen} with {result.layer_inputs}, but the plan means {rows} rows in at most {most_calls} times")
-        if max(tokens) > plan.micro_batch_size * LENGTH:
+        elif len(tokens) > most_calls or sum(unpacked) != rows:
+            problems.append(
+                f"{seen} with {result.layer_inputs}, but the plan means {rows} rows that are not packed in at most "
+                f"{most_calls} times"
+            )
+        most_tokens = [plan.micro_batch_size * LENGTH if width <= LENGTH else most_packed for width in widths]
+        if any(found > most for found, most in zip(tokens, most_tokens, strict=True)):
             problems.append(f"{seen}, with {max(tokens)} tokens, but the plan means {plan.micro_batch_size} rows of {LENGTH}")
     return problems
 
