@@ -8,7 +8,7 @@ import tempfile
 from typing import Any
 
 import torch
-from trainer_steps import record_steps
+from trainer_steps import TUNED, record_steps, settings_of
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from workload import Record, held_out_loss, padded, read_workload
 
@@ -29,24 +29,15 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 
 with tempfile.TemporaryDirectory() as directory:
-    tuned: dict[str, Any] = {"bf16": True, "optim": "adamw_torch_fused"} if arguments.tuned else {}
     settings = TrainingArguments(
         directory,
         per_device_train_batch_size=work.batch_size,
         max_steps=work.steps,
-        learning_rate=work.lr,
-        lr_scheduler_type="constant",
-        weight_decay=work.weight_decay,
-        max_grad_norm=1.0,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        logging_steps=10**6,
         remove_unused_columns=False,
-        use_cpu=True,
         torch_compile=arguments.compile,
         train_sampling_strategy="group_by_length" if arguments.group else "sequential",
-        **tuned,
+        **settings_of(work),
+        **(TUNED if arguments.tuned else {}),
     )
     model = AutoModelForCausalLM.from_pretrained(work.model, dtype=torch.float32)
     dataset: Any = [{"input_ids": ids, "prompt": prompt} for ids, prompt in work.rows]

@@ -1,11 +1,13 @@
-"""Notes the steps of a Trainer of transformers, or of one that is made of it."""
+"""What a Trainer of transformers and one that is made of it are given alike, and a clock that notes their steps."""
 
 import time
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
-from workload import IGNORED, Record
+from workload import IGNORED, Record, Workload
+
+TUNED: dict[str, Any] = {"bf16": True, "optim": "adamw_torch_fused"}
 
 
 class _Clock(TrainerCallback):
@@ -22,6 +24,21 @@ class _Clock(TrainerCallback):
         loss, now = self.loss.item(), time.perf_counter()
         self.record.step_done(loss, now - self.start, self.label_tokens)
         self.start = now
+
+
+def settings_of(work: Workload) -> dict[str, Any]:
+    """The workload's settings, and nothing saved or reported on the way."""
+    return {
+        "learning_rate": work.lr,
+        "lr_scheduler_type": "constant",
+        "weight_decay": work.weight_decay,
+        "max_grad_norm": 1.0,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "logging_steps": 10**6,
+        "use_cpu": True,
+    }
 
 
 def record_steps(trainer: Any, record: Record) -> None:

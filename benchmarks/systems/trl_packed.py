@@ -13,7 +13,7 @@ import torch
 from datasets import Dataset
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from trainer_steps import record_steps
+from trainer_steps import TUNED, record_steps, settings_of
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 from workload import Record, held_out_loss, labels_of, read_workload
@@ -38,20 +38,11 @@ with tempfile.TemporaryDirectory() as directory:
         directory,
         per_device_train_batch_size=max(1, round(tokens_per_step / work.max_length)),
         num_train_epochs=1,
-        learning_rate=work.lr,
-        lr_scheduler_type="constant",
-        weight_decay=work.weight_decay,
-        max_grad_norm=1.0,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        logging_steps=10**6,
-        use_cpu=True,
-        bf16=True,
-        optim="adamw_torch_fused",
         packing=True,
         max_length=work.max_length,
         gradient_checkpointing=False,
+        **settings_of(work),
+        **TUNED,
     )
     data = Dataset.from_list([{"input_ids": row[0], "labels": labels_of(row)} for row in all_rows])
     model = AutoModelForCausalLM.from_pretrained(work.model, dtype=torch.float32)
