@@ -27,8 +27,7 @@ from moreh.runtime.attention_blocks import (
 
 # Tokens of a text from which on blocks have too many probabilities at a time.
 LONGEST_TEXT = 1024
-# The probabilities of a layer that are kept for the backward pass; more of them are computed again there, at the cost of one
-# product in six.
+# The most probabilities of a layer that are kept for the backward pass. More are computed again there: a seventh product.
 KEPT_BYTES = 2**23
 _STARTS = "cu_seq_lens_q"
 # What other attention functions of transformers compute besides.
