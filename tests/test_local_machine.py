@@ -113,9 +113,7 @@ def test_one_worker_measured_once_and_kept(state_directory, monkeypatch):
     assert 1e8 < profile.best_rate("half") < 1e17
     assert 1e8 < profile.best_rate("float32") < 1e17
     assert 1e8 < profile.memory_bytes_per_second < 1e13
-    # Not which is shorter: on a machine that others use too, it may be either.
-    assert 0 < profile.forward_operation_s < 0.1
-    assert 0 < profile.autograd_operation_s < 0.1
+    assert 0 < profile.forward_operation_s <= profile.autograd_operation_s < 0.1
     assert profile.memory_mib > 0
     for compute in ("float32", "half"):
         assert roofline_of(profile, compute).product_s(256, 256, 256) > 0

@@ -2,7 +2,7 @@
 product, and keeps 0.6 MB with each of the last thousand.
 """
 
-# From this many multiples on, a twice as large one adds 3 % at most in the mean.
+# Beyond so many multiples, one twice as large adds 3 % more at most in the mean.
 _FEW = 16
 
 
