@@ -1,9 +1,9 @@
-"""What the one line gives on one worker: the same script, data and seed, without the line and with it.
+"""What the one line gives on one machine: the same script, data and seed, without the line, with it, and on two workers.
 
 python benchmarks/one_line.py [--rounds 3] [--steps 60]
 
 The default GPT is trained in processes of their own that take turns. Speeds are medians over all steps but the first ones of
-all rounds; memory is the most that a process had (its resident set, shared libraries included).
+all rounds; memory is the most that a process had (its resident set, shared libraries included); each of two workers has as much.
 """
 
 import argparse
@@ -20,9 +20,10 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 STEPS_NOT_COUNTED = 10
 VARIANTS = {
-    "without the line": "accelerator.advanced_parallelization=null",
-    "with it, float32": "accelerator.advanced_parallelization.mixed_precision=false",
-    "with it": "accelerator.advanced_parallelization.mixed_precision=true",
+    "without the line": ["accelerator.advanced_parallelization=null"],
+    "with it, float32": ["accelerator.advanced_parallelization.mixed_precision=false"],
+    "with it": ["accelerator.advanced_parallelization.mixed_precision=true"],
+    "with it, 2 workers": ["accelerator.advanced_parallelization.mixed_precision=true", "accelerator.workers=2"],
 }
 
 
@@ -46,14 +47,14 @@ def main() -> None:
     runs: dict[str, list[Run]] = {name: [] for name in VARIANTS}
     with tempfile.TemporaryDirectory() as directory:
         for number in range(options.rounds):
-            for name, override in VARIANTS.items():
+            for place, (name, overrides) in enumerate(VARIANTS.items()):
                 runs[name].append(
-                    train(Path(directory) / f"run{number}-{len(name)}", [override, *options.overrides], options.steps)
+                    train(Path(directory) / f"run{number}-{place}", [*overrides, *options.overrides], options.steps)
                 )
     first = runs["without the line"]
     speed = {name: statistics.median(s for run in of for s in run.real_tokens_per_s) for name, of in runs.items()}
     print(f"{options.rounds} rounds of {options.steps} steps in turns")
-    print("| variant | real tokens/s | x | peak memory, GiB | x | largest difference of a loss |")
+    print("| variant | real tokens/s | x | peak memory of a process, GiB | x | largest difference of a loss |")
     print("|---|---|---|---|---|---|")
     for name, of in runs.items():
         peak, peak_first = (statistics.median(run.peak_bytes for run in these) for these in (of, first))

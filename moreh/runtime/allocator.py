@@ -1,6 +1,7 @@
 """Memory that a training step has freed, on processors: the C library keeps it for the next step.
 
-By default glibc gives the upper end of what is free back to the system, which clears every page of it when it is wanted again.
+By default glibc gives the upper end of what is free back to the system, and every piece of more than 32 MiB, such as the gradient
+of a large vocabulary. The system clears every page of it when it is wanted again.
 Source of the settings: https://man7.org/linux/man-pages/man3/mallopt.3.html.
 """
 
@@ -8,12 +9,18 @@ import ctypes
 import os
 import sys
 
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
 _NEVER = 2**31 - 1
-# The largest threshold that glibc takes, and the one that it begins with: larger pieces are given back when they are freed.
-_MOST_KEPT_BYTES, _FEWEST_KEPT_BYTES = 2**25, 2**17
+# What glibc begins with: so many pieces at most, each of so many bytes at least, lie by themselves and are given back when freed.
+_MMAP_MAX_DEFAULT, _MMAP_THRESHOLD_DEFAULT_BYTES = 2**16, 2**17
 # By which somebody has chosen settings of their own.
-_VARIABLES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES")
+_VARIABLES = (
+    "MALLOC_TRIM_THRESHOLD_",
+    "MALLOC_MMAP_THRESHOLD_",
+    "MALLOC_MMAP_MAX_",
+    "MALLOC_TOP_PAD_",
+    "GLIBC_TUNABLES",
+)
 
 
 def before_training_step(steps: int) -> None:
@@ -23,7 +30,7 @@ def before_training_step(steps: int) -> None:
     """
     library = _library() if steps < 2 else None
     if library is not None:
-        library.mallopt(_MMAP_THRESHOLD, _MOST_KEPT_BYTES)
+        library.mallopt(_MMAP_MAX, 0)
         library.mallopt(_TRIM_THRESHOLD, _NEVER)
         if steps == 1:
             library.malloc_trim(0)
@@ -36,7 +43,8 @@ def after_training_step(steps: int) -> None:
     """
     library = _library() if steps == 0 else None
     if library is not None:
-        library.mallopt(_MMAP_THRESHOLD, _FEWEST_KEPT_BYTES)
+        library.mallopt(_MMAP_MAX, _MMAP_MAX_DEFAULT)
+        library.mallopt(_MMAP_THRESHOLD, _MMAP_THRESHOLD_DEFAULT_BYTES)
 
 
 def _library() -> ctypes.CDLL | None:
