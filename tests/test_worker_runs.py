@@ -95,6 +95,55 @@ def test_tutorial_loop_on_four_workers(environment, tmp_path, make_gpt2):
     assert (tmp_path / "finetuned" / "model.safetensors").exists()
 
 
+PRECISION = """
+import torch
+import moreh.runtime.precision as precision
+precision.bfloat16_speedup = lambda device: 2.0
+torch.moreh.option.enable_advanced_parallelization(num_stages=NUM_STAGES)
+from transformers import GPT2Config, GPT2LMHeadModel
+torch.manual_seed(0)
+model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=64, n_head=2, vocab_size=100, n_positions=32))
+seen = []
+model.transformer.h[0].mlp.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+ids = torch.arange(64).view(4, 16)
+model.train()
+for _ in range(3):
+    model(input_ids=ids, labels=ids).loss.backward()
+    print("trained", *set(seen))
+    seen.clear()
+model.eval()
+with torch.no_grad():
+    model(input_ids=ids, labels=ids)
+    print("evaluated", *set(seen))
+    seen.clear()
+    model(input_ids=ids)
+    print("called", *set(seen))
+    seen.clear()
+    with torch.autocast("cpu", enabled=False):
+        model(input_ids=ids, labels=ids)
+    print("own precision", *set(seen))
+"""
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_every_step_in_bfloat16_on_two_workers(environment, tmp_path, stages):
+    """Each call, not only the one that divides the model; and float32 where the script says so."""
+    (tmp_path / "script.py").write_text(PRECISION.replace("NUM_STAGES", str(stages)))
+    finished = subprocess.run(
+        [sys.executable, "script.py"],
+        cwd=tmp_path,
+        env={**environment, "MOREH_WORKERS": "2"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert f"carry out the plan 'tp1 pp{stages} dp{2 // stages} " in finished.stdout
+    said = [line for line in finished.stdout.splitlines() if not line.startswith("[")]
+    half = "torch.bfloat16"
+    assert said == [*[f"trained {half}"] * 3, f"evaluated {half}", f"called {half}", "own precision torch.float32"]
+
+
 SAVING = """
 import torch
 torch.manual_seed(0)
