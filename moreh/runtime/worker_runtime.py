@@ -102,7 +102,8 @@ class WorkerRuntime:
             return selection.prediction.plan
         local = select_worker_plan(module, training, self.options, self.variables, workers, bfloat16=bfloat16)
         logger.info(
-            "This machine: %d workers carry out the plan '%s'; predicted are %s a step and %s on the fullest worker.",
+            "This machine: %d workers carry out the plan '%s'; predicted are %s a step and %s on the fullest worker for rows "
+            "without padding.",
             workers,
             plan_text(local.plan),
             seconds_text(local.step_time_s),
