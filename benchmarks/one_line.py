@@ -3,7 +3,8 @@
 python benchmarks/one_line.py [--rounds 3] [--steps 60]
 
 The default GPT is trained in processes of their own that take turns. Speeds are medians over all steps but the first ones of
-all rounds; memory is the most that a process had (its resident set, shared libraries included); each of two workers has as much.
+all rounds; memory is the most that a process had (its resident set, shared libraries included). Two workers
+have that each.
 """
 
 import argparse

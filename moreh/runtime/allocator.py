@@ -1,7 +1,7 @@
 """Memory that a training step has freed, on processors: the C library keeps it for the next step.
 
-By default glibc gives the upper end of what is free back to the system, and every piece of more than 32 MiB, such as the gradient
-of a large vocabulary. The system clears every page of it when it is wanted again.
+By default glibc gives the upper end of what is free back to the system, and every piece of more than 32 MiB, such as the
+gradient of a large vocabulary. The system clears every page of it when it is wanted again.
 Source of the settings: https://man7.org/linux/man-pages/man3/mallopt.3.html.
 """
 
@@ -11,7 +11,7 @@ import sys
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
 _NEVER = 2**31 - 1
-# What glibc begins with: so many pieces at most, each of so many bytes at least, lie by themselves and are given back when freed.
+# glibc's own: so many pieces at most, each of so many bytes at least, lie by themselves and are given back when freed.
 _MMAP_MAX_DEFAULT, _MMAP_THRESHOLD_DEFAULT_BYTES = 2**16, 2**17
 # By which somebody has chosen settings of their own.
 _VARIABLES = (
