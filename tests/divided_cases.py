@@ -53,12 +53,25 @@ def train(model, optimizer_of=None, clip=None, steps=3, accumulation=2, **model_
 
 # What a tiny model of a family needs besides the sizes that all have.
 FAMILY_SETTINGS = {
+    "codegen": {"n_head": 8, "rotary_dim": 4},
+    "cwm": {"num_key_value_heads": 2, "head_dim": 12},
+    "exaone4": {"num_key_value_heads": 2},
     "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2},
+    "gemma": {"num_key_value_heads": 2, "head_dim": 12},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1], [["global"], 1]], "window_size": 6},
     "gptj": {"rotary_dim": 8},
+    "helium": {"num_key_value_heads": 2, "head_dim": 12},
+    "hunyuan_v1_dense": {"num_key_value_heads": 2, "head_dim": 12},
+    "iquestcoder": {"num_key_value_heads": 2},
+    "ministral": {"num_key_value_heads": 2, "head_dim": 12},
+    "ministral3": {"num_key_value_heads": 2, "head_dim": 12},
     "mistral": {"num_key_value_heads": 2, "sliding_window": 6},
     "mixtral": {"num_key_value_heads": 2, "num_local_experts": 4, "experts_implementation": "eager"},
+    "nemotron": {"num_key_value_heads": 2},
     "qwen2": {"num_key_value_heads": 2},
     "qwen3": {"num_key_value_heads": 2, "head_dim": 16},
+    "seed_oss": {"num_key_value_heads": 2, "head_dim": 12},
+    "stablelm": {"num_key_value_heads": 2, "rope_parameters": {"partial_rotary_factor": 0.5, "rope_theta": 1e4}},
 }
 
 

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch.nn import functional
 
 from moreh.planner.family_defaults import DROPOUT_KEYS
+from moreh.runtime.collectives import gather_parts
 from moreh.runtime.layout import Layout, boxes, local_part
 from moreh.runtime.mesh import make_mesh
 from moreh.runtime.tensor_parallel import describe_division, install_tensor_parallel
@@ -30,6 +31,13 @@ def whole_model(family, changes):
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
     return model.train()
+
+
+def gathered_parts(tokens):
+    """Whether a tensor of parts with so many tokens is contiguous, and whose parts it has in which order."""
+    group = tensor_group(2)
+    whole = gather_parts(torch.full((BATCH, tokens, 4), float(group.rank())), 1, group)
+    return whole.is_contiguous(), whole[0, :, 0].tolist()
 
 
 def divide(model, division, group):

@@ -33,8 +33,10 @@ FAMILIES = (
     "bloom",
     "gptj",
     "olmo2",
+    "nanochat",
     "cohere",
     "starcoder2",
+    "olmo",
 )
 # Families that there are no rules of tensor parallelism for.
 NOT_TENSOR_PARALLEL = ("mixtral", "gpt_bigcode")

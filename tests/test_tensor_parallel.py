@@ -17,7 +17,7 @@ from moreh.runtime.tensor_parallel import (
 )
 from moreh.runtime.tensor_rules import OWN_RULES, PLANNED_FAMILIES
 
-from .tensor_cases import compare, tensor_group
+from .tensor_cases import compare, gathered_parts, tensor_group
 from .tiny_models import build, tiny_config_of
 from .workers import WorkerError, run_on_workers
 
@@ -48,6 +48,13 @@ CHANGES = {
     "qwen3": [HEADS | {"head_dim": 16}],
     "stablelm": [HEADS | {"partial_rotary_factor": 0.5}],
 }
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_parts_are_gathered_into_a_contiguous_tensor(tokens):
+    """GPT-2's matrices take no other."""
+    (found,) = run_on_workers(gathered_parts, [(tokens,)])
+    assert found == [(True, [0.0] * tokens + [1.0] * tokens)] * 2
 
 
 def worst(results):

@@ -28,6 +28,22 @@ def train_gpt(config, environment, *overrides):
     )
 
 
+def run_script(text, workers, directory, environment):
+    """The console of a script of one's own on so many workers."""
+    script = directory / "script.py"
+    script.write_text(text, encoding="utf-8")
+    finished = subprocess.run(
+        [sys.executable, script],
+        cwd=directory,
+        env={**environment, "MOREH_WORKERS": str(workers)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
+
+
 def metrics_of(directory):
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
@@ -77,21 +93,11 @@ def test_tutorial_loop_on_four_workers(environment, tmp_path, make_gpt2):
     words = Tokenizer(models.WordLevel({"<|endoftext|>": 0, "a": 1, "b": 2, "c": 3, "?": 4}, unk_token="?"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|endoftext|>").save_pretrained(tmp_path / "model")
-    script = tmp_path / "tutorial.py"
-    script.write_text(TUTORIAL, encoding="utf-8")
-    finished = subprocess.run(
-        [sys.executable, script],
-        cwd=tmp_path,
-        env={**environment, "MOREH_WORKERS": "4"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert finished.returncode == 0, finished.stderr
-    losses = [float(line.split()[1]) for line in finished.stdout.splitlines() if line.startswith("Loss:")]
+    console = run_script(TUTORIAL, 4, tmp_path, environment)
+    losses = [float(line.split()[1]) for line in console.splitlines() if line.startswith("Loss:")]
     assert len(losses) == 50
     assert sum(losses[-10:]) < 0.7 * sum(losses[:5]) * 2
-    assert re.search(r"4 workers carry out the plan '.+'", finished.stdout)
+    assert re.search(r"4 workers carry out the plan '.+'", console)
     assert (tmp_path / "finetuned" / "model.safetensors").exists()
 
 
@@ -128,18 +134,9 @@ with torch.no_grad():
 @pytest.mark.parametrize("stages", [1, 2])
 def test_every_step_in_bfloat16_on_two_workers(environment, tmp_path, stages):
     """Each call, not only the one that divides the model; and float32 where the script says so."""
-    (tmp_path / "script.py").write_text(PRECISION.replace("NUM_STAGES", str(stages)))
-    finished = subprocess.run(
-        [sys.executable, "script.py"],
-        cwd=tmp_path,
-        env={**environment, "MOREH_WORKERS": "2"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert finished.returncode == 0, finished.stderr
-    assert f"carry out the plan 'tp1 pp{stages} dp{2 // stages} " in finished.stdout
-    said = [line for line in finished.stdout.splitlines() if not line.startswith("[")]
+    console = run_script(PRECISION.replace("NUM_STAGES", str(stages)), 2, tmp_path, environment)
+    assert f"carry out the plan 'tp1 pp{stages} dp{2 // stages} " in console
+    said = [line for line in console.splitlines() if not line.startswith("[")]
     half = "torch.bfloat16"
     assert said == [*[f"trained {half}"] * 3, f"evaluated {half}", f"called {half}", "own precision torch.float32"]
 

@@ -66,7 +66,8 @@ def _all_gather(tensor: torch.Tensor, dim: int, group: dist.ProcessGroup) -> tor
     if dim == 0:
         return gathered
     # [ranks * batch, n, hidden] -> [ranks, batch, n, hidden] -> [batch, ranks, n, hidden] -> [batch, ranks * n, hidden]
-    return gathered.unflatten(0, (size, tensor.shape[0])).movedim(0, dim).flatten(dim, dim + 1)
+    # Parts of one token would be left a view, which GPT-2's matrices do not take.
+    return gathered.unflatten(0, (size, tensor.shape[0])).movedim(0, dim).flatten(dim, dim + 1).contiguous()
 
 
 def _reduce_scatter(tensor: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Tensor:

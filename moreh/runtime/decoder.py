@@ -26,7 +26,7 @@ class Decoder:
 
     `root` is what the script calls, with adapters or not; `causal` the model of transformers inside it. `before` and `after`
     are the modules with parameters of their own (or with adapters) that are used before the layers and after them, among the
-    latter the output layer.
+    latter the output layer. `bare_norms` have none and are used after the layers, and perhaps before them, too.
     """
 
     root: nn.Module
@@ -34,6 +34,7 @@ class Decoder:
     layers: nn.ModuleList
     before: tuple[Place, ...]
     after: tuple[Place, ...]
+    bare_norms: tuple[Place, ...]
 
     @property
     def layer_places(self) -> tuple[Place, ...]:
@@ -57,26 +58,29 @@ def take_apart(root: nn.Module) -> Decoder:
         )
     layers = layer_list(causal)
     head = causal.get_output_embeddings()
-    before, after, layers_seen = [], [], False
+    before, after, bare_norms, layers_seen = [], [], [], False
     for name, place in _outside(causal, layers):
         if place is None:
             layers_seen = True
+        elif next(place.module.parameters(), None) is None:
+            if re.search("norm", name):
+                bare_norms.append(place)
         elif place.module is head or (re.search(AFTER_LAYERS, name) and not re.search(BEFORE_LAYERS, name)):
             after.append(place)
         elif re.search(BEFORE_LAYERS, name) or not layers_seen:
             before.append(place)
         else:
             after.append(place)
-    return Decoder(root, causal, layers, tuple(before), tuple(after))
+    return Decoder(root, causal, layers, tuple(before), tuple(after), tuple(bare_norms))
 
 
 def _outside(module: nn.Module, layers: nn.ModuleList, prefix: str = "") -> Iterator[tuple[str, Place | None]]:
-    """The outermost modules with parameters of their own in their order; None where the layers stand."""
+    """The outermost modules in their order; None where the layers stand."""
     for key, child in module.named_children():
         name = f"{prefix}{key}"
         if child is layers:
             yield name, None
         elif any(part is layers for part in child.modules()):
             yield from _outside(child, layers, f"{name}.")
-        elif next(child.parameters(), None) is not None:
+        else:
             yield name, Place(module, key, child)

@@ -59,6 +59,7 @@ class Stage(nn.Module):
             found += [(place, _Before(place.module, hidden)) for place in decoder.before]
         if not self.is_last:
             found += [(place, _After(place.module, hidden)) for place in decoder.after]
+            found += [(place, _BareNorm(place.module)) for place in decoder.bare_norms]
         else:
             head = decoder.causal.get_output_embeddings()
             found += [(place, _OutputLayer(head, hidden)) for place in decoder.after if place.module is head]
@@ -165,6 +166,15 @@ class _After(_Substitute):
         if sent is None:
             raise RuntimeError(f"{type(self._original).__name__} is used before layers: its model cannot be cut into stages")
         return sent.new_zeros(()).expand(*self._hidden["tokens"], sent.shape[-1])
+
+
+class _BareNorm(_Substitute):
+    """A norm without parameters, which families such as nanochat use before the layers, too. What it would be given after them
+    is a tuple of another stage's layer, or matters to nobody.
+    """
+
+    def forward(self, given: Any) -> Any:
+        return self._original(given) if isinstance(given, torch.Tensor) else given[0]
 
 
 class _OutputLayer(_Substitute):
