@@ -53,7 +53,7 @@ def train(model, optimizer_of=None, clip=None, steps=3, accumulation=2, **model_
 
 # What a tiny model of a family needs besides the sizes that all have.
 FAMILY_SETTINGS = {
-    "codegen": {"n_head": 8, "rotary_dim": 4},
+    "codegen": {"num_attention_heads": 8, "rotary_dim": 4},
     "cwm": {"num_key_value_heads": 2, "head_dim": 12},
     "exaone4": {"num_key_value_heads": 2},
     "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2},

@@ -252,15 +252,18 @@ def test_dropout_is_drawn_anew_in_each_call():
     assert worker.call(model, (), batch(model), TOKENS).loss.item() == losses[0] != losses[1]
 
 
-def test_micro_batches_have_similar_rows():
-    """No micro-batch has more tokens than allowed; the longest rows come first; nothing behind the last label is left."""
+@pytest.mark.parametrize("multiple", [1, 8])
+def test_micro_batches_have_similar_rows(multiple):
+    """No micro-batch has more tokens than allowed; the longest rows come first; nothing behind the last label is left, but what
+    makes a multiple.
+    """
     model = make("llama")
     inputs = read_inputs(model, (), batch(model))
     lengths = useful_lengths(inputs)
-    cut = micro_batches.micro_batches_by_length(inputs, lengths, TOKENS, 1, mesh_of_one(torch.device("cpu")), 1)
+    cut = micro_batches.micro_batches_by_length(inputs, lengths, TOKENS, 1, mesh_of_one(torch.device("cpu")), multiple)
     widths = [one.sequence_length for one in cut]
     assert widths == sorted(widths, reverse=True)
     assert all(one.rows * one.sequence_length <= TOKENS for one in cut)
     assert sum(one.rows for one in cut) == ROWS
-    assert widths[0] == int(lengths.max())
+    assert widths[0] == -(-int(lengths.max()) // multiple) * multiple
     assert sum(int((one.labels != -100).sum()) for one in cut) == int((inputs.labels != -100).sum())

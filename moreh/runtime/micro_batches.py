@@ -33,7 +33,7 @@ def micro_batches_by_length(
     order = torch.argsort(lengths, descending=True, stable=True)
     # Ranks take turns, so that each has as many long rows as the others.
     own = order[mesh.rank("data") :: data_ranks]
-    longest = lengths[order[::data_ranks]].tolist()
+    longest = [length + -length % sequence_multiple for length in lengths[order[::data_ranks]].tolist()]
     return [
         _micro_batch(inputs, lengths, own[start:stop], longest[start], mesh, sequence_multiple)
         for start, stop in _groups(longest, tokens)
