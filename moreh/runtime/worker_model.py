@@ -166,7 +166,8 @@ class WorkerModel:
         """Cut a batch into this rank's micro-batches; the shape of hidden states between stages."""
         lengths = useful_lengths(inputs) if self._skip_padding else all_lengths(inputs)
         place = self.plan.data, self.model.mesh, self._sequence_multiple
-        tokens = self.tokens or self.plan.micro_batch_size * inputs.sequence_length
+        filled_up = inputs.sequence_length + -inputs.sequence_length % self._sequence_multiple
+        tokens = self.tokens or self.plan.micro_batch_size * filled_up
         parts = self.plan.data * micro_batches if self.plan.pipeline > 1 else parts_of(lengths, tokens, self.plan.data)
         packing = self._skip_padding and self._savings.packing
         causal = self.model.decoder.causal
