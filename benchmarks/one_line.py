@@ -3,8 +3,7 @@
 python benchmarks/one_line.py [--rounds 3] [--steps 60]
 
 The default GPT is trained in processes of their own that take turns. Speeds are medians over all steps but the first ones of
-all rounds; memory is the most that a process had (its resident set, shared libraries included). Two workers
-have that each.
+all rounds; memory is the most that a process had (its resident set, shared libraries included): two workers have it each.
 """
 
 import argparse

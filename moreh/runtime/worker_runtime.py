@@ -156,7 +156,7 @@ def run_models_on_workers(options: ParallelOptions, variables: PlannerVariables,
     dist.all_gather_object(workers, (world.rank, socket.gethostname(), os.getpid()))
     job.worker_pids = tuple((rank, pid) for rank, host, pid in workers if host == socket.gethostname())
     keep_weights_on_disk()
-    # The first to be asked is the one that chooses the precision.
+    # Asked before what computes divided models, which chooses no precision.
     run_instead_of_model_calls(WorkerRuntime(options, variables, job, world).call)
     prepare_for_division()
     if options.fused_optimizer:
