@@ -49,9 +49,9 @@ def start(environment, tmp_path):
     """Start source as a user's script, in a session of its own as in a terminal; in the end nothing may be left of it."""
     started = []
 
-    def start_source(source, *arguments, workers=2, command=(sys.executable,), models=False, **variables):
+    def start_source(source, *arguments, workers=2, command=(sys.executable,), models=False, before="", **variables):
         script = tmp_path / "script.py"
-        script.write_text(("" if models else WITHOUT_MODELS) + START + source, encoding="utf-8")
+        script.write_text(before + ("" if models else WITHOUT_MODELS) + START + source, encoding="utf-8")
         process = subprocess.Popen(
             [*command, script, *arguments],
             cwd=tmp_path,
@@ -258,6 +258,30 @@ def test_interrupt_while_workers_start(start):
     assert seconds < SECONDS_TO_BE_GONE
 
 
+LOSES_INTERRUPT = """
+import os, signal, time
+rank = os.environ.get("RANK")
+if rank is not None:
+    if rank == "{}":
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    open("ready" + rank, "x")
+    time.sleep(2)
+"""
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_interrupt_that_a_starting_worker_loses(start, tmp_path, rank):
+    """As Python loses it in a callback of an import: the worker goes on, and waits for the one that has ended."""
+    process = start("time.sleep(100)", before=LOSES_INTERRUPT.format(rank))
+    while len(list(tmp_path.glob("ready?"))) < 2:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    exit_code, said, errors, seconds = finish(process)
+    assert exit_code == -signal.SIGINT
+    assert (said, [line for line in errors if line.startswith("error")]) == ([], [])
+    assert seconds < SECONDS_TO_BE_GONE
+
+
 def test_torchrun(start):
     source = """
 from moreh.accelerator.registry import read_registry
@@ -355,7 +379,7 @@ def test_second_signal_ends_the_waiting(tmp_path):
     with Signals() as signals:
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGINT)
-        outcome = watch({0: worker}, {0: tmp_path / "none"}, signals)
+        outcome = watch({0: worker}, {0: tmp_path / "none"}, tmp_path / "none", signals)
     worker.kill()
     worker.wait()
     assert (outcome.ends, outcome.stopped_by, outcome.impatient) == ({}, signal.SIGINT, True)

@@ -22,7 +22,7 @@ from moreh.accelerator.registry import end_job, read_registry
 from moreh.accelerator.state_files import state_directory
 from moreh.errors import MorehError, OptionError, RegistryError
 from moreh.runtime import worker_start
-from moreh.runtime.outcome import error_path, log_path, report, say
+from moreh.runtime.outcome import error_path, joined_path, log_path, report, say
 from moreh.runtime.watch import Outcome, Signals, watch
 from moreh.runtime.world import LAUNCHER
 
@@ -109,7 +109,7 @@ def _run(command: list[str], workers: int, start_directory: str, logs: Path, sig
     )
     assert isinstance(context, SubprocessContext)
     processes = {rank: handler.proc for rank, handler in context.subprocess_handlers.items()}
-    outcome = watch(processes, {rank: error_path(logs, rank) for rank in processes}, signals)
+    outcome = watch(processes, {rank: error_path(logs, rank) for rank in processes}, joined_path(logs), signals)
     # Who has got a signal already, or is waited for by nobody, is killed.
     context.close(signal.SIGTERM if outcome.stopped_by is None else signal.SIGKILL, SECONDS_TO_END)
     if any(end.exit_code != 0 for end in outcome.ends.values()) or len(outcome.ends) < workers:

@@ -41,6 +41,11 @@ def error_path(logs: Path, rank: int) -> Path:
     return logs / f"rank{rank}.error.json"
 
 
+def joined_path(logs: Path) -> Path:
+    """The file that a worker makes when it has joined the others."""
+    return logs / "joined"
+
+
 def report(outcome: Outcome, logs: Path) -> tuple[list[str], int]:
     """The lines for the console and the exit code; negative for the signal that has to end this process as well.
 
@@ -66,7 +71,7 @@ def _report_of_stop(outcome: Outcome, stopped_by: signal.Signals, failures: list
         if failure.end.rank > 0 and failure.error is not None and not failure.secondary:
             lines += _describe(failure, outcome, logs)
     late = [rank for rank in outcome.pids if rank not in outcome.ends]
-    if late and not outcome.impatient:
+    if late and outcome.joined and not outcome.impatient:
         numbers = ", ".join(map(str, late))
         lines.append(f"after {stopped_by.name}, worker {numbers} of {len(outcome.pids)} did not end in time and was killed")
     end = outcome.ends.get(0)

@@ -18,6 +18,9 @@ SECONDS_BETWEEN_LOOKS = 0.05
 SECONDS_TO_SAVE = 60.0
 # The same once worker 0 has ended: what it saves alone is saved then.
 SECONDS_TO_SAVE_AFTER_FIRST = 15.0
+# The same while none has joined the others, so that there is nothing to save. Python may lose the interrupt of one that is
+# importing: it cannot raise KeyboardInterrupt out of a callback. Until then a worker may also wait for one that has ended.
+SECONDS_TO_END_BEFORE_JOINING = 5.0
 # After a failure, until the other workers are ended. They may come upon the same error a little later, and then worker 0 says
 # on the console what one worker would have said. A worker that was killed, or worker 0, needs no such comparison.
 SECONDS_AFTER_FAILURE = 5.0
@@ -42,13 +45,14 @@ class Outcome:
     """What became of the workers.
 
     `ends` has those that ended by themselves, and `pids` all of them. `stopped_by` is the signal that this process got, if
-    it got one; at a second one, it was `impatient`.
+    it got one; at a second one, it was `impatient`. `joined` tells whether any worker had joined the others.
     """
 
     pids: dict[int, int]
     ends: dict[int, WorkerEnd]
     stopped_by: signal.Signals | None = None
     impatient: bool = False
+    joined: bool = True
 
 
 @dataclass
@@ -79,12 +83,14 @@ class Signals:
             self.stops.append((caught, time.time()))
 
 
-def watch(workers: dict[int, subprocess.Popen[bytes]], error_files: dict[int, Path], signals: Signals) -> Outcome:
+def watch(
+    workers: dict[int, subprocess.Popen[bytes]], error_files: dict[int, Path], joined_file: Path, signals: Signals
+) -> Outcome:
     """Wait until all workers have ended, or those that are left have to be ended.
 
     That is when one has failed and the others had the time to fail likewise, when they do not end after a signal, or at
     a second signal. A worker has also failed if it has left an error and does not end: it waits for the others, in
-    a collective operation that it began before.
+    a collective operation that it began before. `joined_file` exists once a worker has joined the others.
     """
     ends: dict[int, WorkerEnd] = {}
     ending: dict[int, float] = {}
@@ -99,19 +105,22 @@ def watch(workers: dict[int, subprocess.Popen[bytes]], error_files: dict[int, Pa
         running = {rank: worker for rank, worker in workers.items() if rank not in ends}
         while signals.waiting:
             _pass_on(signals.waiting.pop(0), running)
-        if not running or now >= _patience_ends(ends, signals):
+        joined = joined_file.exists()
+        if not running or now >= _patience_ends(ends, signals, joined):
             stopped_by = signals.stops[0][0] if signals.stops else None
             pids = {rank: worker.pid for rank, worker in workers.items()}
-            return Outcome(pids, ends, stopped_by, impatient=len(signals.stops) > 1)
+            return Outcome(pids, ends, stopped_by, impatient=len(signals.stops) > 1, joined=joined)
         time.sleep(SECONDS_BETWEEN_LOOKS)
 
 
-def _patience_ends(ends: dict[int, WorkerEnd], signals: Signals) -> float:
+def _patience_ends(ends: dict[int, WorkerEnd], signals: Signals, joined: bool) -> float:
     """The time at which the workers that are still running are ended."""
     first = ends.get(0)
     if len(signals.stops) > 1:
         return 0.0
     if signals.stops:
+        if not joined:
+            return signals.stops[0][1] + SECONDS_TO_END_BEFORE_JOINING
         after_first = first.time + SECONDS_TO_SAVE_AFTER_FIRST if first is not None else float("inf")
         return min(signals.stops[0][1] + SECONDS_TO_SAVE, after_first)
     failures = [end for end in ends.values() if end.exit_code != 0]

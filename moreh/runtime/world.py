@@ -17,6 +17,7 @@ import torch.distributed as dist
 from moreh.accelerator.local_job import local_job
 from moreh.errors import AcceleratorError, MorehError, OptionError
 from moreh.log import logger
+from moreh.runtime.outcome import joined_path
 from moreh.runtime.worker_errors import ERROR_FILE, keep_errors
 
 # The process that started this worker, when it was `launch.py`; torchrun does not set it.
@@ -78,6 +79,7 @@ def join_world() -> World:
                 _behave_as_one_program(world)
             _init_process_group(world)
             if launched:
+                joined_path(Path(os.environ[ERROR_FILE]).parent).touch()
                 if world.rank == 0:
                     local_job().report_from_here()
             else:
