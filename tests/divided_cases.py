@@ -2,16 +2,20 @@
 
 import copy
 import io
+import weakref
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 
 from moreh.planner.plan import Plan
-from moreh.runtime import micro_batches
+from moreh.runtime import micro_batches, pipeline_stage
 from moreh.runtime.checkpoints import load_training, save_training
 from moreh.runtime.divided_models import divide, prepare_for_division
 from moreh.runtime.gathering import whole_tensor
+from moreh.runtime.pipeline_stage import LeanStage
 from tests.float64 import exact_float64
+from tests.plan_training import new_model
 from tests.tensor_cases import whole_model
 
 ROWS, LENGTH = 8, 12
@@ -358,3 +362,31 @@ def dropout_loss(plan):
         torch.manual_seed(seed)
         losses.append(train(model, steps=2))
     return losses
+
+
+def received_at_once(family, plan, lets_go):
+    """How many hidden states and gradients this rank of a pipeline receives in two batches of different lengths, how many of
+    them exist at once, and the lengths. Nothing is let go of if `lets_go` is false.
+    """
+    prepare_for_division()
+    model = new_model(family)
+    divide(model, plan)
+    received, most, lengths = [], 0, set()
+    make_room, let_go = LeanStage._make_room, pipeline_stage._let_go
+
+    def counted(stage, infos):
+        nonlocal most
+        make_room(stage, infos)
+        received.extend(weakref.ref(info.buffer) for info in infos)
+        lengths.update(info.buffer.shape[1] for info in infos)
+        most = max(most, sum(one() is not None for one in received))
+
+    keep = mock.patch.object(pipeline_stage, "_let_go", let_go if lets_go else lambda infos: None)
+    with mock.patch.object(LeanStage, "_make_room", counted), keep:
+        for length in (LENGTH, LENGTH - 4):
+            ids = torch.arange(ROWS * length).view(ROWS, length) % model.config.vocab_size
+            # Nothing is packed where padding is in front.
+            mask = torch.ones_like(ids)
+            mask[0, 0] = 0
+            model(input_ids=ids, attention_mask=mask, labels=ids, use_cache=False).loss.backward()
+    return len(received), most, lengths

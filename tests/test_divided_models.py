@@ -3,6 +3,7 @@
 import pytest
 
 from tests import divided_cases as cases
+from tests.plan_cases import plan_of
 from tests.workers import run_on_workers
 
 PP_TP = {"stage_layers": (1, 2), "pipeline": 2, "tensor": 2, "micro_batches": 2, "micro_batch_size": 4}
@@ -122,6 +123,17 @@ def test_other_computations_are_refused():
 @pytest.mark.parametrize("plan", ["pp-tp", "pp-sharded"])
 def test_parameters_frozen_after_the_division(plan):
     assert on_workers(cases.frozen_later, PLANS[plan]) == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("lets_go", [True, False])
+def test_pipeline_has_room_for_what_is_on_its_way(lets_go):
+    """And not for each of eight micro-batches, in each of two shapes."""
+    plan = plan_of("llama", "pp4 mb1x8", workers=4)
+    for rank, (received, most, lengths) in enumerate(on_workers(cases.received_at_once, "llama", plan, lets_go)):
+        assert received == 2 * 8 * (2 if 0 < rank < 3 else 1)
+        assert len(lengths) == 2
+        # Hidden states of as many micro-batches as stages follow, the gradient of one, and what torch's loop still names.
+        assert (most <= 4 - rank + 2) == lets_go
 
 
 def test_random_numbers_of_ranks():

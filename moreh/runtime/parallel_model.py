@@ -16,6 +16,7 @@ from moreh.runtime.collectives import sum_own_part
 from moreh.runtime.decoder import Decoder, take_apart
 from moreh.runtime.layout import Layout, tensor_shape
 from moreh.runtime.mesh import Mesh, make_mesh, mesh_of_one
+from moreh.runtime.pipeline_stage import Pipeline
 from moreh.runtime.placement import parameter_layouts, stage_places
 from moreh.runtime.recomputation import recompute_activations
 from moreh.runtime.shown_parameters import shown_parameter
@@ -33,8 +34,8 @@ class ParallelModel:
 
     `computing` are the parameters of this rank that its stages compute with: plain tensors, or sharded by FSDP over the
     data-parallel ranks. `shown` are those that the script and its optimizer see, in the coordinates of the whole tensors; where
-    they are the same objects nothing is exchanged. `slots` are the places in modules of each. `schedules` are those of the
-    pipeline for the shapes of batches that have occurred.
+    they are the same objects nothing is exchanged. `slots` are the places in modules of each. `pipelines` are made
+    when they are needed, by their numbers of micro-batches.
     """
 
     decoder: Decoder
@@ -46,7 +47,7 @@ class ParallelModel:
     computing: dict[str, nn.Parameter]
     shown: dict[str, nn.Parameter]
     slots: dict[str, list[Slot]]
-    schedules: dict[tuple[int, ...], Any] = field(default_factory=dict)
+    pipelines: dict[int, Pipeline] = field(default_factory=dict)
 
     @property
     def sharded(self) -> bool:

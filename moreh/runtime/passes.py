@@ -7,7 +7,6 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import (
-    PipelineStage,
     Schedule1F1B,
     ScheduleInterleaved1F1B,
     ScheduleInterleavedZeroBubble,
@@ -15,6 +14,7 @@ from torch.distributed.pipelining import (
 )
 
 from moreh.runtime.parallel_model import ParallelModel
+from moreh.runtime.pipeline_stage import LeanStage, Pipeline
 from moreh.runtime.placement import stage_places
 
 _SCHEDULES: dict[str, Any] = {
@@ -56,13 +56,14 @@ def _set_exchange(stage: Any, model: ParallelModel, *, is_last: bool) -> None:
 
 
 def _through_pipeline(model: ParallelModel, micro_batches: int, hidden_shape: tuple[int, int, int]) -> list[torch.Tensor]:
-    key = (micro_batches, *hidden_shape)
-    if key not in model.schedules:
-        model.schedules[key] = _make_schedule(model, micro_batches, hidden_shape, hidden_dtype(model))
-    schedule = model.schedules[key]
+    if micro_batches not in model.pipelines:
+        model.pipelines[micro_batches] = _make_pipeline(model, micro_batches, hidden_shape)
+    pipeline = model.pipelines[micro_batches]
+    for stage in pipeline.stages:
+        stage.hidden_shape = hidden_shape
     numbers = torch.arange(micro_batches)
     losses: list[torch.Tensor] = []
-    schedule.step(micro_batch=numbers, target=numbers, losses=losses, return_outputs=False)
+    pipeline.schedule.step(micro_batch=numbers, target=numbers, losses=losses, return_outputs=False)
     return [loss.detach() for loss in losses]
 
 
@@ -71,14 +72,14 @@ def hidden_dtype(model: ParallelModel) -> torch.dtype:
     return next(iter(model.computing.values())).dtype
 
 
-def _make_schedule(model: ParallelModel, micro_batches: int, hidden_shape: tuple[int, int, int], dtype: torch.dtype) -> Any:
-    """The schedule of torch for batches of one shape. Shapes are given, so that none is found out by computing."""
-    mesh, plan = model.mesh, model.plan
+def _make_pipeline(model: ParallelModel, micro_batches: int, hidden_shape: tuple[int, int, int]) -> Pipeline:
+    """The schedule of torch for so many micro-batches. A shape is given, so that none is found out by computing."""
+    mesh, plan, dtype = model.mesh, model.plan, hidden_dtype(model)
     hidden = torch.empty(hidden_shape, dtype=dtype, device="meta", requires_grad=True)
     loss = torch.empty((), dtype=dtype, device="meta", requires_grad=True)
     places = [place for place in stage_places(plan) if place.pipeline_rank == mesh.rank("pipeline")]
     stages = [
-        PipelineStage(
+        LeanStage(
             stage,
             place.number,
             len(plan.stage_layers),
@@ -92,7 +93,8 @@ def _make_schedule(model: ParallelModel, micro_batches: int, hidden_shape: tuple
     make = _SCHEDULES[plan.schedule]
     stages_or_stage = stages[0] if plan.schedule == "1f1b" else stages
     # The loss is a sum already, divided by all label tokens.
-    return make(stages_or_stage, micro_batches, loss_fn=lambda output, target: output, scale_grads=False)
+    schedule = make(stages_or_stage, micro_batches, loss_fn=lambda output, target: output, scale_grads=False)
+    return Pipeline(schedule, stages)
 
 
 def forward(
