@@ -142,8 +142,9 @@ class LocalJob:
         with nullcontext() if model in self._planned else self.ledger.activations.counting():
             yield
 
-    def _after_model_call(self, model: torch.nn.Module, outputs: Any) -> None:
+    def _after_model_call(self, model: torch.nn.Module, outputs: Any) -> Any:
         self._observe("the activations of the forward pass", after_forward=True)
+        return outputs
 
     def _before_optimizer_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         self._observe("the gradients", after_forward=False)

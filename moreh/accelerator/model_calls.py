@@ -14,8 +14,8 @@ import torch
 # Given the model and what it is called with, a context that is entered before its forward pass and left after it, however
 # it ends.
 MakeContext = Callable[[torch.nn.Module, tuple[Any, ...], dict[str, Any]], AbstractContextManager[Any]]
-# Given the model and its outputs, once the forward pass has ended without an error.
-AfterCall = Callable[[torch.nn.Module, Any], None]
+# Given the model and its outputs, once the forward pass has ended without an error: what the script gets.
+AfterCall = Callable[[torch.nn.Module, Any], Any]
 
 # Given the same, what the call returns in place of the module's own forward pass; NotImplemented to let that happen.
 InsteadOfCall = Callable[[torch.nn.Module, tuple[Any, ...], dict[str, Any]], Any]
@@ -59,7 +59,7 @@ def _replace_module_call() -> None:
                 if outputs is NotImplemented:
                     outputs = original(self, *args, **kwargs)
             for _, after in _around:
-                after(self, outputs)
+                outputs = after(self, outputs)
         finally:
             _inside.model_call = False
         return outputs

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from moreh.errors import PlanError
 from moreh.planner.architecture import Architecture
@@ -64,15 +65,27 @@ def describe_module(module: nn.Module) -> Architecture:
 
 def unwrapped(module: nn.Module) -> nn.Module:
     """The model inside PEFT's, DistributedDataParallel's or torch.compile's wrapper."""
-    while True:
-        if hasattr(module, "get_base_model"):
-            return module.get_base_model()  # type: ignore[operator]
-        inner = getattr(module, "_orig_mod", None)
-        if inner is None and not hasattr(module, "config"):
-            inner = getattr(module, "module", None)
-        if not isinstance(inner, nn.Module):
-            return module
+    while (inner := _inside(module)) is not None:
         module = inner
+    return module
+
+
+def wrappers(module: nn.Module) -> list[nn.Module]:
+    """The wrappers around a model, the outermost first."""
+    found = []
+    while (inner := _inside(module)) is not None:
+        found.append(module)
+        module = inner
+    return found
+
+
+def _inside(module: nn.Module) -> nn.Module | None:
+    if hasattr(module, "get_base_model"):
+        return module.get_base_model()  # type: ignore[operator]
+    # A module of the script's that has another one as its `module` may compute more than that one does.
+    name = "module" if isinstance(module, (DistributedDataParallel, DataParallel)) else "_orig_mod"
+    inner = getattr(module, name, None)
+    return inner if isinstance(inner, nn.Module) else None
 
 
 def text_config(model: nn.Module) -> Any:

@@ -10,6 +10,8 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from moreh.runtime.originals import is_of_transformers
+
 # Elements that are worked on at a time: most of what is made of them stays in the cache.
 CHUNK = 2**19
 # GELU's tanh approximation is x * sigmoid(x * (_LINEAR + _CUBIC * x**2)), since 1 + tanh(u) = 2 * sigmoid(2 * u).
@@ -34,18 +36,26 @@ def fused_activation(recomputed: bool = False) -> Iterator[None]:
     original_gelu, original_mlp = gelu.forward, mlp.forward
 
     def mlp_forward(module: Any, given: torch.Tensor) -> Any:
-        if given.device.type != "cpu" or not isinstance(module.act_fn, (SiLUActivation, nn.SiLU)):
+        if given.device.type != "cpu" or not _is_plain(module.act_fn, SiLUActivation, nn.SiLU):
             return original_mlp(module, given)
         gate, up = module.gate_proj(given), module.up_proj(given)
         if torch.is_grad_enabled() and not recomputed:
             return without_keeping(module.down_proj, gate, up)
         return module.down_proj(swiglu(gate, up))
 
-    gelu.forward, mlp.forward = _gelu_forward, mlp_forward
+    if is_of_transformers(original_gelu):
+        gelu.forward = _gelu_forward
+    if is_of_transformers(original_mlp):
+        mlp.forward = mlp_forward
     try:
         yield
     finally:
         gelu.forward, mlp.forward = original_gelu, original_mlp
+
+
+def _is_plain(module: nn.Module, *kinds: type) -> bool:
+    """Whether calling a module means no more than its class says."""
+    return type(module) in kinds and not (module._forward_hooks or module._forward_pre_hooks)
 
 
 def _gelu_forward(module: nn.Module, given: torch.Tensor) -> torch.Tensor:

@@ -24,6 +24,7 @@ from moreh.runtime.attention_blocks import (
     queries_in,
     rows_of,
 )
+from moreh.runtime.originals import is_of_transformers
 
 # Tokens of a text from which on blocks have too many probabilities at a time.
 LONGEST_TEXT = 1024
@@ -40,6 +41,9 @@ def attention_in_blocks() -> Iterator[None]:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     original = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    if not is_of_transformers(original):
+        yield
+        return
     ALL_ATTENTION_FUNCTIONS["sdpa"] = _attention_instead_of(original)
     try:
         yield

@@ -22,7 +22,7 @@ from moreh.planner.describe_module import describe_module
 from moreh.planner.plan import Training
 from moreh.planner.report import gib, seconds_text
 from moreh.runtime.fused_optimizers import fuse_optimizer
-from moreh.runtime.precision import autocast_if, choose_bfloat16, inside_autocast
+from moreh.runtime.precision import autocast_if, choose_bfloat16, in_float32, inside_autocast
 from moreh.runtime.restrictions import restrictions_of
 from moreh.runtime.savings import savings_of, savings_text
 from moreh.runtime.script_face import watch_optimizers
@@ -48,6 +48,8 @@ class _Runtime:
         self._planned: weakref.WeakKeyDictionary[torch.nn.Module, float] = weakref.WeakKeyDictionary()
         self._micro_batch_tokens: weakref.WeakKeyDictionary[torch.nn.Module, int] = weakref.WeakKeyDictionary()
         self._low_precision: dict[torch.device, bool] = {}
+        # The call that is going on.
+        self._in_bfloat16 = False
         self._one_worker: OneWorker | None = None
 
     @contextmanager
@@ -65,12 +67,14 @@ class _Runtime:
             shape = _tokens_shape(args, kwargs)
             if shape is not None and shape[0] * shape[1] > self._planned.get(model, 0):
                 self._planned[model] = self._plan(model, *shape, bfloat16=bfloat16)
+        self._in_bfloat16 = bfloat16
         with autocast_if(bfloat16, parameter.device.type):
             yield
 
-    def after_call(self, model: torch.nn.Module, outputs: Any) -> None:
-        """Report to moreh-smi."""
+    def after_call(self, model: torch.nn.Module, outputs: Any) -> Any:
+        """Report to moreh-smi; the outputs, in the model's own precision."""
         self.job.report()
+        return in_float32(outputs) if self._in_bfloat16 else outputs
 
     def instead_of_call(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The loss of a batch of a language model; NotImplemented for what its own forward pass is to compute."""

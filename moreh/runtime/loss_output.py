@@ -5,9 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from transformers.utils.generic import ModelOutput
 
 from moreh.errors import OptionError
+
+TWICE = "Trying to backward through the loss a second time: its gradients were handed over. Call the model again"
 
 
 @dataclass
@@ -80,3 +83,33 @@ class LossFirst(ModelOutput):
         """All outputs."""
         self._fill()
         return super().values()
+
+
+def loss_with_gradients(loss: torch.Tensor, gradients: list[tuple[nn.Parameter, torch.Tensor]]) -> torch.Tensor:
+    """The loss as a result of parameters whose gradients are computed already. They are used up by the backward pass."""
+    parameters = [parameter for parameter, _ in gradients]
+    loss_of_parameters: torch.Tensor = _Computed.apply(loss, [gradient for _, gradient in gradients], *parameters)  # type: ignore[no-untyped-call]
+    return loss_of_parameters
+
+
+class _Computed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, loss: torch.Tensor, gradients: list[torch.Tensor], *parameters: torch.Tensor) -> torch.Tensor:
+        ctx.gradients = gradients
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *scales: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError(TWICE)
+        if torch.is_grad_enabled():
+            raise OptionError(
+                "create_graph=True: the gradients of a batch with labels are computed in the call and have none themselves; "
+                "call the model without labels for a loss of your own"
+            )
+        gradients, ctx.gradients = ctx.gradients, None
+        factor = scales[0].item()
+        if factor != 1.0:
+            for gradient in gradients:
+                gradient.mul_(factor)
+        return None, None, *gradients

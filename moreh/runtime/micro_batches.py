@@ -59,7 +59,9 @@ def sees_only_the_past(causal: Any) -> bool:
     config = causal.config.get_text_config()
     angles = getattr(config, "rope_parameters", None) or {}
     kinds = [angles, *(value for value in angles.values() if isinstance(value, dict))]
-    if getattr(config, "use_bidirectional_attention", False) or any(k.get("rope_type") in _ANGLES_BY_LENGTH for k in kinds):
+    if getattr(config, "use_bidirectional_attention", False) or getattr(config, "is_causal", True) is False:
+        return False
+    if any(kind.get("rope_type") in _ANGLES_BY_LENGTH for kind in kinds):
         return False
     said = [module.is_causal for module in causal.modules() if hasattr(module, "is_causal")]
     return all(said) if said else config.model_type in FAMILIES

@@ -12,7 +12,8 @@ from moreh.errors import OptionError, WorkerError
 
 IGNORED = -100
 # Switched on, these ask for what exists only in pieces, on different workers.
-_WHOLE_MODEL_OUTPUTS = ("output_attentions", "output_hidden_states", "output_router_logits")
+WHOLE_MODEL_OUTPUTS = ("output_attentions", "output_hidden_states", "output_router_logits")
+_MASK, _POSITIONS = "attention_mask", "position_ids"
 ONE_WORKER = "run on 1 worker for that (MOREH_WORKERS=1)"
 
 
@@ -54,9 +55,13 @@ def read_inputs(causal: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> M
     given = dict(inspect.signature(causal.forward).bind_partial(*args, **kwargs).arguments)
     given.update(given.pop("kwargs", {}))
     given = {name: value for name, value in given.items() if value is not None}
-    for name in _WHOLE_MODEL_OUTPUTS:
-        if given.pop(name, False):
+    for name in WHOLE_MODEL_OUTPUTS:
+        if given.pop(name, getattr(causal.config, name, False)):
             raise OptionError(f"{name}=True: a model that is divided over workers does not give them: {ONE_WORKER}")
+    if given.pop("ignore_index", IGNORED) != IGNORED:
+        raise OptionError(f"ignore_index: the label that counts for nothing is {IGNORED}, so put it in place of the other one")
+    if "adapter_names" in given:
+        raise OptionError(f"adapter_names: all rows of a batch are computed with the active adapters: {ONE_WORKER}")
     if "input_ids" not in given and "inputs_embeds" not in given:
         raise OptionError(f"the model was called with {', '.join(given) or 'nothing'}: give input_ids or inputs_embeds")
     given.pop("return_dict", None)
@@ -66,10 +71,11 @@ def read_inputs(causal: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> M
     items = given.pop("num_items_in_batch", None)
     first = given["input_ids"] if "input_ids" in given else given["inputs_embeds"]
     rows = first.shape[0]
+    _settle_mask(causal, given, first)
     tensors = {
-        name: value.expand(rows, *value.shape[1:]) if name == "position_ids" else value
+        name: value.expand(rows, *value.shape[1:]) if name == _POSITIONS else value
         for name, value in given.items()
-        if isinstance(value, torch.Tensor) and value.dim() > 0 and (value.shape[0] == rows or name == "position_ids")
+        if isinstance(value, torch.Tensor) and value.dim() > 0 and (value.shape[0] == rows or name == _POSITIONS)
     }
     others = {name: value for name, value in given.items() if name not in tensors}
     if labels is not None and given.get("logits_to_keep"):
@@ -78,6 +84,27 @@ def read_inputs(causal: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> M
     if shifted is not None:
         divisor = float((shifted != IGNORED).sum() if items is None else items)
     return ModelInputs(tensors, others, shifted, divisor)
+
+
+def _settle_mask(causal: Any, given: dict[str, Any], first: torch.Tensor) -> None:
+    """Give the mask a row for each row of the batch, where that says what it meant.
+
+    transformers looks in the positions for texts that follow each other in a row, but only if there is no mask and no cache;
+    here there is never a cache. A mask of ones says that there is one text.
+    """
+    mask, rows = given.get(_MASK), first.shape[0]
+    if mask is not None:
+        if not isinstance(mask, torch.Tensor) or mask.shape[0] not in (1, rows):
+            shape = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
+            raise OptionError(f"attention_mask is {shape}: allowed is a tensor with a row for each of the {rows} of the batch")
+        given[_MASK] = mask.expand(rows, *mask.shape[1:])
+    elif _POSITIONS in given and given.get("use_cache", getattr(causal.config.get_text_config(), "use_cache", False)):
+        if causal.training and any(getattr(module, "gradient_checkpointing", False) for module in causal.modules()):
+            raise OptionError(
+                "position_ids without attention_mask: with activation recomputation, families take them for one text or for "
+                "several; pass an attention_mask, or use_cache=False for several texts in a row"
+            )
+        given[_MASK] = torch.ones(first.shape[:2], dtype=torch.long, device=first.device)
 
 
 def padded(inputs: ModelInputs, rows: int, sequence_multiple: int) -> ModelInputs:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from moreh.runtime.originals import is_of_transformers
+
 # Elements of the rows that the backward pass works on at a time: what it makes of them stays in the cache.
 CHUNK = 2**19
 
@@ -22,6 +24,9 @@ def fused_norm() -> Iterator[None]:
 
     norm: Any = LlamaRMSNorm
     original = norm.forward
+    if not is_of_transformers(original):
+        yield
+        return
 
     def forward(module: Any, hidden_states: torch.Tensor) -> torch.Tensor:
         if hidden_states.device.type != "cpu":

@@ -3,7 +3,6 @@
 A model that it does not know how to cut is computed by its own forward pass, as without the hook.
 """
 
-import weakref
 from typing import Any
 
 import torch
@@ -15,22 +14,26 @@ from moreh.log import logger
 from moreh.planner.describe_module import unwrapped
 from moreh.planner.plan import Plan
 from moreh.runtime.decoder import take_apart
-from moreh.runtime.known_computation import unknown_computation
+from moreh.runtime.known_computation import adds_noise, is_watched, scales_losses, unknown_computation, unknown_part
 from moreh.runtime.loss_output import LossFirst
+from moreh.runtime.model_inputs import WHOLE_MODEL_OUTPUTS, read_inputs
 from moreh.runtime.savings import Savings
 from moreh.runtime.worker_model import WorkerModel
 
-# Outputs that only the whole forward pass gives.
-_WHOLE_OUTPUTS = ("output_attentions", "output_hidden_states", "output_router_logits")
+# What only the whole forward pass can take.
 _WHOLE_INPUTS = ("past_key_values", "logits_to_keep", "inputs_embeds")
 
 
+# Models that are taken apart again once a script has called as many others: what is known of a model keeps it in memory.
+_KNOWN_MODELS = 4
+
+
 class OneWorker:
-    """The models that this process has computed in micro-batches, and those that it computes as they are."""
+    """The last models that this process has computed in micro-batches, and those that it computes as they are."""
 
     def __init__(self, savings: Savings) -> None:
         self._savings = savings
-        self._known: weakref.WeakKeyDictionary[nn.Module, tuple[list[int], WorkerModel | None]] = weakref.WeakKeyDictionary()
+        self._known: dict[nn.Module, tuple[list[int], WorkerModel | None]] = {}
 
     def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], tokens: int) -> Any:
         """What a call with labels gives; NotImplemented for one that the model's own forward pass is to compute.
@@ -40,20 +43,24 @@ class OneWorker:
         if kwargs.get("labels") is None or not _asks_for_the_loss(kwargs):
             return NotImplemented
         worker_model = self._worker_model(module)
-        if worker_model is None or _has_gradient_hooks(module):
+        if worker_model is None or _is_more_than_a_loss(module):
             return NotImplemented
         training = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in module.parameters())
         if torch.is_grad_enabled() and not training:
             return NotImplemented
+        try:
+            inputs = read_inputs(worker_model.model.decoder.causal, args, kwargs)
+        except OptionError:
+            return NotImplemented
         worker_model.tokens = tokens
-        loss = worker_model.loss(args, kwargs)
-        versions = _versions(module)
+        loss = worker_model.loss(inputs)
+        versions = _versions(module, args, kwargs)
 
         def others() -> Any:
-            if _versions(module) != versions:
+            if _versions(module, args, kwargs) != versions:
                 raise OptionError(
-                    "the outputs beside the loss are computed when they are asked for, and the weights have changed since the "
-                    "call: read them before the optimizer's step"
+                    "the outputs beside the loss are computed when they are asked for, and the weights or inputs have changed "
+                    "since the call: read them before the optimizer's step"
                 )
             with torch.no_grad():
                 whole: Any = module(*args, **{**kwargs, "labels": None})
@@ -66,10 +73,12 @@ class OneWorker:
     def _worker_model(self, module: nn.Module) -> WorkerModel | None:
         """The model cut into its parts, again if its modules have changed; None if it is computed as it is."""
         parts = [id(part) for part in module.modules()] + [id(parameter) for parameter in module.parameters()]
-        known = self._known.get(module)
+        known = self._known.pop(module, None)
         if known is None or known[0] != parts:
             known = parts, _cut_model(module, self._savings)
-            self._known[module] = known
+        self._known[module] = known
+        if len(self._known) > _KNOWN_MODELS:
+            del self._known[next(iter(self._known))]
         return known[1]
 
 
@@ -77,7 +86,7 @@ def _cut_model(module: nn.Module, savings: Savings) -> WorkerModel | None:
     causal = unwrapped(module)
     if not isinstance(causal, PreTrainedModel) or causal.get_output_embeddings() is None:
         return None
-    problem = unknown_computation(module)
+    problem = unknown_computation(module) or unknown_part(module)
     if problem is None:
         try:
             layers = len(take_apart(module).layers)
@@ -91,18 +100,26 @@ def _cut_model(module: nn.Module, savings: Savings) -> WorkerModel | None:
 
 def _asks_for_the_loss(kwargs: dict[str, Any]) -> bool:
     """Whether the call asks for nothing that only the whole forward pass gives."""
-    if kwargs.get("return_dict") is False or any(kwargs.get(name) for name in _WHOLE_OUTPUTS):
+    if kwargs.get("return_dict") is False or any(kwargs.get(name) for name in WHOLE_MODEL_OUTPUTS):
         return False
     return all(kwargs.get(name) is None for name in _WHOLE_INPUTS)
 
 
-def _has_gradient_hooks(module: nn.Module) -> bool:
-    """Whether somebody wants to see the gradients of the whole batch on their way."""
-    return any(parameter._backward_hooks or parameter._post_accumulate_grad_hooks for parameter in module.parameters())
+def _is_more_than_a_loss(module: nn.Module) -> bool:
+    """Whether a call has effects that computing its loss in parts would not have.
+
+    What a script may change at any time: the rest is looked at once, when the model is cut.
+    """
+    if unknown_computation(module) is not None or is_watched(module) or adds_noise(module):
+        return True
+    parameters = list(module.parameters())
+    # torch.func.functional_call puts results of computations in their places.
+    return scales_losses(parameters[0].device) or not all(one.is_leaf and one.dtype != torch.float16 for one in parameters)
 
 
-def _versions(module: nn.Module) -> list[int]:
-    return [parameter._version for parameter in module.parameters()]
+def _versions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int]:
+    given = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+    return [tensor._version for tensor in (*module.parameters(), *given)]
 
 
 class _NoGradient(torch.autograd.Function):

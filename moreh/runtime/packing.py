@@ -21,6 +21,7 @@ LENGTH_MULTIPLE = 64
 LONGEST_ROW = 4096
 _MASK = "attention_mask"
 _IDS = "input_ids"
+_ATTENTIONS = ("sdpa", "eager")
 # Families whose attention transformers restricts to one text by the positions; each is compared with rows by themselves in
 # tests/test_packing.py.
 PACKED_FAMILIES = frozenset(
@@ -71,6 +72,9 @@ def can_pack(causal: Any, inputs: ModelInputs, lengths: torch.Tensor, parts: int
     if mesh.device.type != "cpu" or longest > LONGEST_TEXT or int(lengths.sum()) > (LONGEST_ROW - longest) * parts:
         return False
     if causal.config.get_text_config().model_type not in PACKED_FAMILIES or not set(inputs.tensors) <= {_IDS, _MASK}:
+        return False
+    # Those that a script has registered may make no mask.
+    if causal.config._attn_implementation not in _ATTENTIONS:
         return False
     if _IDS not in inputs.tensors or inputs.labels is None:
         return False

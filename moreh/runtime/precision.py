@@ -4,6 +4,7 @@ import contextlib
 import statistics
 import time
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 
@@ -32,6 +33,24 @@ def choose_bfloat16(device: torch.device, *, asked: bool) -> bool:
 def autocast_if(bfloat16: bool, device_type: str) -> AbstractContextManager[object]:
     """A context that computes in bfloat16, or one that changes nothing."""
     return torch.autocast(device_type, dtype=torch.bfloat16) if bfloat16 else contextlib.nullcontext()
+
+
+def in_float32(outputs: Any) -> Any:
+    """What a model returns, with tensors of bfloat16 converted: what the script computes of them is to be exact."""
+    if isinstance(outputs, torch.Tensor):
+        return outputs.float() if outputs.dtype == torch.bfloat16 else outputs
+    if hasattr(outputs, "to_tuple"):
+        # transformers' outputs; of those that are computed when somebody asks for them, what there is.
+        for name, value in list(dict.items(outputs)):
+            converted = in_float32(value)
+            if converted is not value:
+                outputs[name] = converted
+        return outputs
+    if type(outputs) is dict:
+        return {name: in_float32(value) for name, value in outputs.items()}
+    if type(outputs) in (tuple, list):
+        return type(outputs)(in_float32(value) for value in outputs)
+    return outputs
 
 
 def inside_autocast() -> bool:

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from moreh.runtime.originals import is_of_transformers
+
 
 @contextmanager
 def fused_rotary() -> Iterator[None]:
@@ -18,6 +20,9 @@ def fused_rotary() -> Iterator[None]:
 
     module: Any = modeling_llama
     original = module.apply_rotary_pos_emb
+    if not is_of_transformers(original):
+        yield
+        return
 
     def apply(
         query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int = 1

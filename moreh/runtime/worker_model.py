@@ -15,8 +15,8 @@ from moreh.planner.describe_module import unwrapped
 from moreh.planner.plan import Plan
 from moreh.runtime.allocator import after_training_step, before_training_step
 from moreh.runtime.gradients import hand_over, take_gradients
-from moreh.runtime.known_computation import unknown_computation
-from moreh.runtime.loss_output import LossOutput
+from moreh.runtime.known_computation import scales_losses, unknown_computation, unknown_part
+from moreh.runtime.loss_output import TWICE, LossOutput, loss_with_gradients
 from moreh.runtime.micro_batches import (
     all_lengths,
     equal_micro_batches,
@@ -25,7 +25,7 @@ from moreh.runtime.micro_batches import (
     sees_only_the_past,
     useful_lengths,
 )
-from moreh.runtime.model_inputs import ONE_WORKER, ModelInputs, padded, read_inputs, require_same_on_all_ranks, rows_of
+from moreh.runtime.model_inputs import IGNORED, ONE_WORKER, ModelInputs, padded, read_inputs, require_same_on_all_ranks, rows_of
 from moreh.runtime.packing import can_pack, packed_micro_batches, parts_of
 from moreh.runtime.parallel_model import (
     ParallelModel,
@@ -50,6 +50,8 @@ class WorkerModel:
         problem = unknown_computation(root)
         if problem is not None:
             raise OptionError(f"{problem}, which is not computed on several workers: {ONE_WORKER}")
+        # It may see more than one token, or more than one row.
+        self._has_unknown_part = unknown_part(root) is not None
         causal: Any = unwrapped(root)
         self.plan = plan
         # Those of a micro-batch at most; None for as many as the plan's rows have.
@@ -61,6 +63,10 @@ class WorkerModel:
         self._skip_padding = savings.padding and sees_only_the_past(causal)
         make_model = undivided_model if plan.devices == 1 else divide_model
         self.model: ParallelModel = make_model(root, plan, self._inputs, self._finish, self._wanted)
+        head = causal.get_output_embeddings()
+        # Inside of another module, as BERT's, it gets what that one makes of all positions.
+        self._chooses_positions = any(place.module is head for place in self.model.decoder.after)
+        self._chooses_positions &= savings.logits and not self._has_unknown_part and not plan.sequence_parallel
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the model returns for the whole batch, which every worker is called with; collective.
@@ -83,14 +89,24 @@ class WorkerModel:
                     "gradients in the call, so pass labels; without them, call it under torch.no_grad()"
                 )
             return self._logits(inputs, as_tuple=as_tuple)
-        loss = self._loss(inputs)
+        if torch.is_grad_enabled() and scales_losses(self.model.mesh.device):
+            raise OptionError(
+                "training in float16: gradients are computed in the call, before the script scales the loss, and most would "
+                f"vanish; use bfloat16, or {ONE_WORKER}"
+            )
+        loss = self.loss(inputs)
         return (loss,) if as_tuple else LossOutput(loss=loss)
 
-    def loss(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-        """The loss of a batch with labels, which computes the gradients as `call` does."""
-        return self._loss(read_inputs(self.model.decoder.causal, args, kwargs))
+    def loss(self, inputs: ModelInputs) -> torch.Tensor:
+        """The loss of a batch with labels, which computes the gradients as `call` does.
 
-    def _loss(self, inputs: ModelInputs) -> torch.Tensor:
+        Raises:
+            IndexError: a label is no token, as in torch.
+        """
+        assert inputs.labels is not None
+        wrong = (inputs.labels != IGNORED) & ((inputs.labels < 0) | (inputs.labels >= self._vocabulary))
+        if bool(wrong.any()):
+            raise IndexError(f"Target {int(inputs.labels[wrong][0])} is out of bounds.")
         return self._train(inputs) if torch.is_grad_enabled() else self._evaluate(inputs)
 
     def _train(self, inputs: ModelInputs) -> torch.Tensor:
@@ -100,7 +116,7 @@ class WorkerModel:
             before_training_step(self._steps)
         shape = self._cut(inputs, self.plan.micro_batches)
         earlier = self._put_gradients_aside()
-        with self._computing(), computing_generator(mesh):
+        with self._computing(), self._own_draws():
             losses = forward_and_backward(self.model, len(self._micro_batches), shape)
             gradients = take_gradients(self.model)
         self._micro_batches = []
@@ -110,12 +126,14 @@ class WorkerModel:
         if keeps_memory:
             after_training_step(self._steps)
         self._steps += 1
+        if self.plan.devices == 1:
+            return loss_with_gradients(total, [(self.model.computing[name], one) for name, one in gradients.items()])
         leaf = torch.zeros((), dtype=total.dtype, device=mesh.device, requires_grad=True)
         return _Loss.apply(leaf, total, _Pending(self.model, gradients))  # type: ignore[no-untyped-call]
 
     def _evaluate(self, inputs: ModelInputs) -> torch.Tensor:
         shape = self._cut(inputs, self._fewest_micro_batches(inputs.rows))
-        with self._computing(), self._own_draws():
+        with self._computing(), self._draws_of_evaluation():
             losses = forward(self.model, len(self._micro_batches), lambda _: shape, self.model.mesh.device)
         self._micro_batches = []
         return self._over_ranks(losses)
@@ -129,7 +147,7 @@ class WorkerModel:
             whole = replace(whole, others={k: v for k, v in whole.others.items() if k != _KEEP})
         self._micro_batches = [rows_of(whole, 0, whole.rows, mesh.device)]
         shape = self._hidden_shape(whole.rows, whole.sequence_length)
-        with self._computing(), self._own_draws():
+        with self._computing(), self._draws_of_evaluation():
             outputs = forward(self.model, 1, lambda _: shape, mesh.device)
         self._micro_batches = []
         positions = whole.sequence_length if self.plan.sequence_parallel else len(kept)
@@ -158,7 +176,7 @@ class WorkerModel:
     def _wanted(self, number: int) -> torch.Tensor | None:
         """The positions of a micro-batch that reach the output layer. Sequence-parallel ranks have a part of each row there."""
         batch = self._micro_batches[number]
-        if batch.labels is None or self.plan.sequence_parallel or not self._savings.logits:
+        if batch.labels is None or not self._chooses_positions:
             return None
         return label_positions(batch)
 
@@ -169,7 +187,7 @@ class WorkerModel:
         filled_up = inputs.sequence_length + -inputs.sequence_length % self._sequence_multiple
         tokens = self.tokens or self.plan.micro_batch_size * filled_up
         parts = self.plan.data * micro_batches if self.plan.pipeline > 1 else parts_of(lengths, tokens, self.plan.data)
-        packing = self._skip_padding and self._savings.packing
+        packing = self._skip_padding and self._savings.packing and not self._has_unknown_part
         causal = self.model.decoder.causal
         if packing and can_pack(causal, inputs, lengths, parts, self.model.mesh):
             self._micro_batches = packed_micro_batches(causal, inputs, lengths, parts, *place)
@@ -217,8 +235,12 @@ class WorkerModel:
         return logits
 
     def _own_draws(self) -> AbstractContextManager[None]:
+        """Several workers draw for dropout from generators of their own, one from that of the script as without the hook."""
+        return computing_generator(self.model.mesh) if self.plan.devices > 1 else nullcontext()
+
+    def _draws_of_evaluation(self) -> AbstractContextManager[None]:
         """Dropout that a script has left on in an evaluation must not bring the workers' generators out of step."""
-        return computing_generator(self.model.mesh) if self.model.decoder.root.training else nullcontext()
+        return self._own_draws() if self.model.decoder.root.training else nullcontext()
 
     def _put_gradients_aside(self) -> list[tuple[nn.Parameter, torch.Tensor | None]]:
         """Gradients of earlier calls, which must not mix with those that this call computes."""
@@ -269,9 +291,7 @@ class _Loss(torch.autograd.Function):
     def backward(context: Any, *scales: torch.Tensor) -> tuple[None, None, None]:
         pending = context.pending
         if pending.gradients is None:
-            raise RuntimeError(
-                "Trying to backward through the loss a second time: its gradients were handed over. Call the model again"
-            )
+            raise RuntimeError(TWICE)
         hand_over(pending.model, pending.gradients, scales[0])
         pending.gradients = None
         return None, None, None

@@ -24,7 +24,7 @@ from moreh.runtime.divided_models import call_divided, divide, is_part_of_divide
 from moreh.runtime.evaluation import evaluate_whole
 from moreh.runtime.fused_optimizers import fuse_optimizer
 from moreh.runtime.model_inputs import ModelInputs, read_inputs
-from moreh.runtime.precision import autocast_if, choose_bfloat16, inside_autocast
+from moreh.runtime.precision import autocast_if, choose_bfloat16, in_float32, inside_autocast
 from moreh.runtime.restrictions import restrictions_of
 from moreh.runtime.savings import savings_of, savings_text
 from moreh.runtime.script_face import watch_optimizers
@@ -72,7 +72,8 @@ class WorkerRuntime:
                         "the model was called without labels before it was divided over the workers: call it with labels first"
                     )
                 self._divide(module, inputs, bfloat16=bfloat16)
-            return call_divided(module, args, kwargs)
+            outputs = call_divided(module, args, kwargs)
+        return in_float32(outputs) if bfloat16 else outputs
 
     def _divide(self, module: nn.Module, inputs: ModelInputs, *, bfloat16: bool) -> None:
         plan = self._on_first_worker(lambda: self._plan(module, inputs, bfloat16=bfloat16))
