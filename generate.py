@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, TextStreamer, logging
+from transformers import TextStreamer, logging
 
 from utils.dataset import load_tokenizer
-from utils.errors import UserError, first_line
+from utils.errors import UserError
+from utils.model import load_pretrained
 from utils.program import exit_code_of
 from utils.tokenization import encode_prompts
 
@@ -29,11 +30,12 @@ def answer(arguments: argparse.Namespace) -> None:
         UserError: the checkpoint or the prompt cannot be used.
     """
     prompt = _read_prompt(arguments)
+    # First, since it says more about a directory that holds no model.
+    model = load_pretrained(arguments.checkpoint, "the checkpoint")
     tokenizer = load_tokenizer(arguments.checkpoint)
-    model = _load_checkpoint(arguments.checkpoint)
     (prompt_ids,) = encode_prompts([prompt], tokenizer)
     new_tokens = _new_tokens(model, len(prompt_ids), arguments.max_new_tokens)
-    torch.manual_seed(arguments.seed)
+    torch.manual_seed(arguments.seed or 0)
     sampling = (
         {"do_sample": True, "temperature": arguments.temperature, "top_p": arguments.top_p, "top_k": arguments.top_k}
         if arguments.temperature > 0
@@ -60,22 +62,15 @@ def _read_prompt(arguments: argparse.Namespace) -> str:
         # A shell makes it hard to type a line break.
         return arguments.prompt.replace("\\n", "\n")
     if arguments.file is None:
-        if sys.stdin.isatty():
-            print("Prompt (end with Ctrl-D):", file=sys.stderr)
         if sys.stdin is None:
             raise UserError("standard input is closed: give the prompt on the command line or in --file")
+        if sys.stdin.isatty():
+            print("Prompt (end with Ctrl-D):", file=sys.stderr)
         return sys.stdin.buffer.read().decode(errors="replace")
     try:
         return Path(arguments.file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--file: {arguments.file} cannot be read: {error}") from error
-
-
-def _load_checkpoint(name: str) -> Any:
-    try:
-        return AutoModelForCausalLM.from_pretrained(name)
-    except Exception as error:  # the libraries raise many kinds for files that are missing or broken
-        raise UserError(f"the model {name!r} cannot be loaded: {first_line(error)}") from error
 
 
 def _new_tokens(model: Any, prompt_length: int, wanted: int | None) -> int:
@@ -103,6 +98,12 @@ def _number(text: str, low: float, high: float) -> float:
     return number
 
 
+def _seed(text: str) -> int:
+    if not (text.isascii() and text.isdecimal() and int(text) < 2**63):
+        raise argparse.ArgumentTypeError(f"{text}: allowed is a whole number from 0 to {2**63 - 1}")
+    return int(text)
+
+
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Ask a fine-tuned checkpoint; the answer is streamed.")
     parser.add_argument("checkpoint", help="directory of a saved model, or a name on the hub")
@@ -122,14 +123,14 @@ def _parse() -> argparse.Namespace:
     parser.add_argument(
         "--repetition-penalty", type=lambda text: _number(text, 0.01, math.inf), default=1.0, help="default: %(default)s"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the drawing (default: %(default)s)")
+    parser.add_argument("--seed", type=_seed, help="of the drawing (default: 0)")
     parser.add_argument("--echo", action="store_true", help="print the prompt too")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     arguments = parser.parse_args()
     if (arguments.max_new_tokens is not None and arguments.max_new_tokens < 1) or arguments.top_k < 0:
         parser.error("--max-new-tokens must be at least 1 and --top-k at least 0")
-    if arguments.temperature == 0 and (arguments.top_p != 1.0 or arguments.top_k != 0):
-        parser.error("--top-p and --top-k need a --temperature above 0")
+    if arguments.temperature == 0 and (arguments.top_p != 1.0 or arguments.top_k != 0 or arguments.seed is not None):
+        parser.error("--top-p, --top-k and --seed need a --temperature above 0")
     return arguments
 
 

@@ -2,9 +2,9 @@
 
 python benchmarks/compare_systems.py WORKLOAD... [--rounds 2] [--ablation] [--systems loop line ...]
 
-WORKLOAD is gpt (the default GPT on padded docstring pairs), smollm2 (SmolLM2-135M on body -> summary pairs; `make smollm2`
-first) or llama (a matrix-dominated Llama on rows without padding). Each run is a process of its own; figures are medians over
-the rounds, of all steps but the first ones.
+WORKLOAD is gpt (the default GPT on padded docstring pairs), smollm2 (SmolLM2-135M-Instruct on body -> summary pairs; `make
+smollm2` first) or llama (a matrix-dominated Llama on rows without padding). Each run is a process of its own; figures are
+medians over the rounds, of all steps but the first ones.
 """
 
 import argparse
@@ -205,7 +205,7 @@ def gpt(directory: Path) -> Workload:
 
 
 def smollm2(directory: Path) -> Workload:
-    """SmolLM2-135M and its data, as configs/llama_smollm2.yaml says."""
+    """SmolLM2-135M-Instruct and its data, as configs/llama_smollm2.yaml says."""
     return _from_config(directory, "configs/llama_smollm2.yaml", [], "SmolLM2-135M, summaries", steps=8)
 
 

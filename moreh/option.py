@@ -57,6 +57,8 @@ try:
     _START_DIRECTORY = os.getcwd()  # noqa: PTH109
 except OSError:
     _START_DIRECTORY = ""  # it was deleted
+# Of one machine. Each is a process that imports torch.
+MOST_WORKERS = 256
 _VARIABLE = "MOREH_ADVANCED_PARALLELIZATION_"
 
 
@@ -214,14 +216,16 @@ def _workers_to_start() -> int:
     """How many workers this process has to start: 1 if it is a worker itself, or computes alone.
 
     Raises:
-        OptionError: MOREH_WORKERS is no whole number from 1, or more than there are GPUs.
+        OptionError: MOREH_WORKERS is no whole number from 1, or more than there are GPUs, or than a processor can have.
     """
     import torch
 
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     text = os.environ.get("MOREH_WORKERS", str(max(gpus, 1))).strip()
-    if not (text.isascii() and text.isdecimal() and int(text) >= 1):
-        raise OptionError(f"MOREH_WORKERS={text!r}: allowed is a whole number from 1; the number of GPUs, else 1, if unset")
+    if not (text.isascii() and text.isdecimal() and 1 <= int(text) <= MOST_WORKERS):
+        raise OptionError(
+            f"MOREH_WORKERS={text!r}: allowed is a whole number from 1 to {MOST_WORKERS}; the number of GPUs, else 1, if unset"
+        )
     # Started by torchrun or by this package; or by multiprocessing, to help a process that is a worker already.
     if {"RANK", "WORLD_SIZE"} & os.environ.keys() or multiprocessing.parent_process() is not None:
         return 1

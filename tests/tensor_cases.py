@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from moreh.planner.family_defaults import DROPOUT_KEYS
 from moreh.runtime.collectives import gather_parts
-from moreh.runtime.layout import Layout, boxes, local_part
+from moreh.runtime.layout import Layout, boxes
 from moreh.runtime.mesh import make_mesh
 from moreh.runtime.tensor_parallel import describe_division, install_tensor_parallel
 from moreh.runtime.vocabulary import gather_logits, token_losses
@@ -126,3 +126,13 @@ def compare(family, changes, size, sequence_parallel):
     kept = mask.bool()
     result["logits"] = difference(gather_logits(local_logits, group, vocabulary)[kept], logits[kept])
     return result
+
+
+def local_part(whole, held, dim):
+    """A copy of the boxes of a tensor, concatenated along `dim`: what a rank holds of it."""
+    if not held:
+        shape = list(whole.shape)
+        shape[dim] = 0
+        return whole.new_empty(shape)
+    parts = [whole[tuple(slice(start, stop) for start, stop in box)] for box in held]
+    return parts[0].clone(memory_format=torch.contiguous_format) if len(parts) == 1 else torch.cat(parts, dim)

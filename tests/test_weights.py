@@ -12,11 +12,12 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 from moreh.errors import OptionError, WorkerError
-from moreh.runtime.layout import Layout, boxes, local_part
+from moreh.runtime.layout import Layout, boxes
 from moreh.runtime.mesh import make_mesh
 from moreh.runtime.state_dict import ShardedStateDict, load_whole_state_dict, state_dict_of
 from moreh.runtime.weights import keep_weights_on_disk, stays_on_disk, take_local_parts, wanted_dtypes
 
+from .tensor_cases import local_part
 from .test_saving import GRIDS, build, empty_model, layouts_of
 from .workers import run_on_workers
 

@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_vali
 from pydantic_core import PydanticCustomError
 from typing_extensions import Self
 
+from moreh.option import MOST_WORKERS
+
 NonEmpty = Annotated[str, StringConstraints(min_length=1)]
 Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
@@ -75,7 +77,7 @@ class AcceleratorSection(Section):
 
     model: NonEmpty | Positive | None = None
     """Switch the current accelerator to this model first, by name or number; null leaves it as it is."""
-    workers: Positive | None = None
+    workers: Annotated[int, Field(ge=1, le=MOST_WORKERS)] | None = None
     """Processes that compute; null: as many as the machine has GPUs, else one. The variable MOREH_WORKERS goes before it."""
     advanced_parallelization: ParallelizationSection | None = ParallelizationSection()
     """null: the hook is not called, and the model lives on one physical device in full precision."""
@@ -141,6 +143,16 @@ class TokenizerSection(Section):
     vocabulary_size: Annotated[int, Field(ge=300, le=1_000_000)] = 4096
     """Entries of a tokenizer that is trained, the 256 bytes and the end-of-text token among them."""
 
+    @model_validator(mode="after")
+    def _size_of_what_is_trained(self) -> Self:
+        default = type(self).model_fields["vocabulary_size"].default
+        if self.pretrained is not None and self.vocabulary_size != default:
+            raise ValueError(
+                f"vocabulary_size is {self.vocabulary_size} but the tokenizer is {self.pretrained!r}, which has its own: "
+                "leave one out"
+            )
+        return self
+
 
 class DataSection(Section):
     """The pairs to learn: exactly one of docstrings, summaries, files and hub."""
@@ -177,6 +189,8 @@ class DataSection(Section):
             raise ValueError(f"give exactly one of docstrings, summaries, files and hub; given: {', '.join(given) or 'none'}")
         if self.hub_configuration is not None and self.hub is None:
             raise ValueError(f"hub_configuration is {self.hub_configuration!r} but there is no hub: give hub, or leave it out")
+        if self.split != "train" and self.hub is None:
+            raise ValueError(f"split is {self.split!r} but there is no hub, whose splits it names: give hub, or leave it out")
         return self
 
     @field_validator("template")
@@ -232,6 +246,8 @@ class TrainSection(Section):
             raise ValueError("give exactly one of steps and epochs")
         if self.steps is not None and self.warmup_steps > self.steps:
             raise ValueError(f"warmup_steps is {self.warmup_steps} but there are only {self.steps} steps")
+        if self.schedule == "constant" and self.min_lr_ratio != 0:
+            raise ValueError(f"min_lr_ratio is {self.min_lr_ratio} but schedule is constant, so that lr stays: leave it out")
         return self
 
 

@@ -113,7 +113,7 @@ def _apply_override(content: dict[str, Any], places: Places, text: str) -> str |
         return f"command line: {text!r} is not a setting: write section.key=value, for example train.lr=1e-4"
     try:
         value = yaml.load(value_text, Loader=_Loader)
-    except (yaml.YAMLError, ValueError):
+    except (yaml.YAMLError, ValueError, RecursionError):
         return f"command line: {dotted}: {value_text!r} is not a valid YAML value"
     section: Any = content
     for depth, key in enumerate(keys[:-1], start=1):

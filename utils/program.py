@@ -2,6 +2,7 @@
 
 import argparse
 import gc
+import os
 import sys
 from collections.abc import Callable
 
@@ -14,6 +15,7 @@ from utils.plan_only import print_plan
 PLAN_ONLY = "--plan-only"
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+EXIT_BROKEN_PIPE = 141
 EXIT_TERMINATED = 143
 
 
@@ -39,7 +41,7 @@ def run_script(train: Callable[[Config], None], description: str, default_config
     parser.add_argument("--resume", metavar="CHECKPOINT", help="go on from a checkpoint: auto, or its directory or its run's")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_argument("overrides", nargs="*", metavar="SECTION.KEY=VALUE", help="settings that replace the file's")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     overrides = arguments.overrides + ([f"checkpoint.resume={arguments.resume}"] if arguments.resume else [])
     program = print_plan if arguments.plan_only else train
     return exit_code_of(lambda: program(load_config(arguments.config, overrides)), debug=arguments.debug)
@@ -58,6 +60,10 @@ def exit_code_of(program: Callable[[], None], *, debug: bool) -> int:
     except Stopped as stop:
         print(stop, file=sys.stderr)
         return EXIT_TERMINATED
+    except BrokenPipeError:
+        # Whoever read the output has ended. Python would say so again when it flushes it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED

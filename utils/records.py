@@ -74,6 +74,10 @@ def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: not valid JSON: {error.msg} at column {error.colno}") from None
+    except UnicodeDecodeError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
     if not isinstance(content, list):
         raise UserError(f"{path}: expected a list of objects, found {type(content).__name__}")
     for index, row in enumerate(content):

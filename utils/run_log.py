@@ -94,7 +94,10 @@ class RunLog:
         # What came after the checkpoint is done again.
         metrics = self.directory / "metrics.jsonl"
         lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True) if metrics.exists() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= done]
+        try:
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= done]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{metrics} has a line that no step has written: delete it, or give the run another name") from None
         self._open(lambda: metrics.write_text("".join(kept), encoding="utf-8"))
 
     def __enter__(self) -> Self:

@@ -252,10 +252,26 @@ def _parse(content: Any) -> Registry:
             accelerators=tuple(Accelerator(**row) for row in content["accelerators"]),
             jobs=tuple(Job(**row) for row in content["jobs"]),
         )
+        _check_types(registry)
         registry.accelerator(registry.current)
     except (KeyError, TypeError, AcceleratorError) as error:
         raise RegistryError(f"{_registry_path()} is damaged ({error}): delete it, and one accelerator is set up anew") from None
     return registry
+
+
+def _check_types(registry: Registry) -> None:
+    """Raise TypeError or AcceleratorError for what no tool has written."""
+    for row in (registry, *registry.accelerators, *registry.jobs):
+        for name, kind in row.__annotations__.items():
+            value = getattr(row, name)
+            wanted = {int: int, float: (int, float), str: str}.get(kind)
+            if wanted is not None and (not isinstance(value, wanted) or isinstance(value, bool)):  # type: ignore[arg-type]
+                raise TypeError(f"{name} is {value!r}")
+    for job in registry.jobs:
+        if job.pid < 1:
+            raise TypeError(f"pid is {job.pid}")
+    for accelerator in registry.accelerators:
+        find_flavor(accelerator.model)
 
 
 def command_line_of(process: psutil.Process) -> str:

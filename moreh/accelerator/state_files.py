@@ -71,7 +71,7 @@ def read_json(path: Path) -> Any | None:
         return None
     except OSError as error:
         raise _unusable(path, error) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise RegistryError(f"{path} is damaged ({error}): delete it, and one accelerator is set up anew") from None
 
 

@@ -98,13 +98,3 @@ def _clip(held: list[tuple[int, int]], first: int, last: int) -> list[tuple[int,
             clipped.append((start + low, start + high))
         position += length
     return clipped
-
-
-def local_part(whole: torch.Tensor, held: list[Box], dim: int) -> torch.Tensor:
-    """A copy of the boxes of a tensor, concatenated along `dim`: what a rank holds of it."""
-    if not held:
-        shape = list(whole.shape)
-        shape[dim] = 0
-        return whole.new_empty(shape)
-    parts = [whole[tuple(slice(start, stop) for start, stop in box)] for box in held]
-    return parts[0].clone(memory_format=torch.contiguous_format) if len(parts) == 1 else torch.cat(parts, dim)

@@ -229,6 +229,10 @@ def _read_metadata(directory: Path) -> Metadata:
         raise CheckpointError(
             f"{directory} has no complete checkpoint of a training: {error}. Give another directory."
         ) from error
+    except Exception as error:  # whatever unpickling a damaged file raises
+        raise CheckpointError(
+            f"{directory} is damaged ({type(error).__name__}: {error}). Give an earlier checkpoint."
+        ) from error
 
 
 def _check_model(directory: Path, sizes: Mapping[str, TensorStorageMetadata], layouts: Mapping[str, Layout]) -> None:
