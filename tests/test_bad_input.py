@@ -187,6 +187,27 @@ def test_directory_that_cannot_be_made(script, tmp_path):
     assert "run.directory: " in lines[0]
 
 
+def test_settings_on_both_sides_of_an_option(script):
+    _, lines = script("train.x=1", "--resume", "auto", "train.y=1")
+    assert [line.split(": unknown")[0] for line in lines] == ["error: command line: train.x", "error: command line: train.y"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ("accelerator.workers=257", "accelerator.workers: 257 is not allowed: input should be less than or equal to 256"),
+        ("data.split=test", "data: split is 'test' but there is no hub"),
+        ("train.lr=" + "[" * 3000, "train.lr: "),
+    ],
+    ids=["workers", "split", "brackets"],
+)
+def test_more_settings(script, setting, told):
+    code, lines = script(setting)
+    assert code == 2
+    assert len(lines) == 1
+    assert told in lines[0]
+
+
 def test_traceback_is_behind_a_flag(script):
     with pytest.raises(UserError, match="unknown key"):
         script("--debug", "train.x=1")

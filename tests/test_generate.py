@@ -1,5 +1,7 @@
 """generate.py: prompts from everywhere, sampling, streaming, and mistakes."""
 
+import json
+import shutil
 import subprocess
 import sys
 
@@ -65,12 +67,15 @@ def test_answer_is_streamed(environment, checkpoint):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["none", "x"], "error: the tokenizer of 'none' cannot be loaded"),
+        (["none", "x"], "error: the checkpoint: 'none' cannot be loaded"),
         (["{}", "x", "--file", "y"], "error: give the prompt on the command line or in --file, not both"),
         (["{}", "--file", "/no/such"], "error: --file: /no/such cannot be read"),
         (["{}", "one", "--max-new-tokens", "100"], "error: the prompt has 1 tokens and 100 more are asked for, but the model"),
         (["{}", "one", "--top-p", "0.5"], "need a --temperature above 0"),
         (["{}", "one", "--temperature", "-1"], "allowed is a number from 0.001 to 100"),
+        (["{}", "one", "--temperature", "1", "--seed", str(2**64)], f"allowed is a whole number from 0 to {2**63 - 1}"),
+        (["{}", "one", "--seed", "1"], "need a --temperature above 0"),
+        (["./no/such", "x"], "error: the checkpoint: there is no directory ./no/such: give one that holds a saved model"),
     ],
 )
 def test_mistakes_give_one_line(run, checkpoint, arguments, message):
@@ -78,6 +83,37 @@ def test_mistakes_give_one_line(run, checkpoint, arguments, message):
     assert finished.returncode == 2
     assert message in finished.stderr
     assert "Traceback" not in finished.stderr
+
+
+def test_run_instead_of_its_model(run, checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "run" / "model")
+    told = run(sys.executable, "generate.py", tmp_path / "run", "x").stderr
+    assert told.endswith(f"which has no config.json; did you mean {tmp_path / 'run' / 'model'}?\n")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "lacking"),
+    [("n_layer", 2, "transformer.h.1.attn.c_attn.bias is not in its files"), ("vocab_size", 999, "by its configuration")],
+)
+def test_weights_of_another_model_are_refused(run, checkpoint, tmp_path, key, value, lacking):
+    """transformers draws what is missing at random."""
+    directory = shutil.copytree(checkpoint, tmp_path / "model")
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    assert config[key] != value
+    (directory / "config.json").write_text(json.dumps(config | {key: value}), encoding="utf-8")
+    finished = run(sys.executable, "generate.py", directory, "one")
+    assert (finished.returncode, finished.stdout) == (2, "")
+    assert "its config.json is of another model than its weights" in finished.stderr
+    assert lacking in finished.stderr
+
+
+def test_reader_that_has_ended(environment, checkpoint):
+    command = f"{sys.executable} generate.py {checkpoint} 'one two' --echo | true"
+    assert subprocess.run(["sh", "-c", command], env=environment, capture_output=True, text=True).stderr == ""
+    closed = subprocess.run(
+        ["sh", "-c", f"{sys.executable} generate.py {checkpoint} <&-"], env=environment, capture_output=True
+    )
+    assert closed.stderr.startswith(b"error: standard input is closed")
 
 
 def test_asking_does_not_need_the_accelerator(run, checkpoint, environment, tmp_path):

@@ -319,10 +319,10 @@ def test_source_from_standard_input_is_refused(start):
     assert errors[-1].startswith("moreh.errors.OptionError: 2 workers in an interactive session or a program read from")
 
 
-@pytest.mark.parametrize("value", ["0", "two", "-1", "1.5", ""])
+@pytest.mark.parametrize("value", ["0", "two", "-1", "1.5", "", "257", "9" * 30])
 def test_number_of_workers_is_checked(monkeypatch, value):
     monkeypatch.setenv("MOREH_WORKERS", value)
-    with pytest.raises(OptionError, match=f"MOREH_WORKERS='{value}': allowed is a whole number from 1"):
+    with pytest.raises(OptionError, match=f"MOREH_WORKERS='{value}': allowed is a whole number from 1 to 256"):
         option.enable_advanced_parallelization()
 
 

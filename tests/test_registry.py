@@ -147,8 +147,25 @@ def test_writer_killed_in_the_middle_leaves_the_old_content(state_directory):
     assert not list(state_directory.glob("*.tmp"))
 
 
+WITH_JOB = (
+    '{"current": 0, "next_job_id": 1, "accelerators": [{"index": 0, "model": %s, "token": "a"}], '
+    '"jobs": [{"id": 1, "accelerator": 0, "pid": %s, "process_start_time": 0, "command": "c"}]}'
+)
+
+
 @pytest.mark.parametrize(
-    "content", ["{", "[]", '{"current": 0}', '{"current": 3, "next_job_id": 1, "accelerators": [], "jobs": []}']
+    "content",
+    [
+        "{",
+        "[]",
+        '{"current": 0}',
+        '{"current": 3, "next_job_id": 1, "accelerators": [], "jobs": []}',
+        "[" * 20000,
+        WITH_JOB % ('"Large.256GB"', '"x"'),
+        WITH_JOB % ('"Large.256GB"', -5),
+        WITH_JOB % (5, 1),
+        WITH_JOB % ('"Foo"', 1),
+    ],
 )
 def test_damaged_registry_names_its_file(state_directory, content):
     state_directory.mkdir(exist_ok=True)

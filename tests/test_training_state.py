@@ -348,6 +348,18 @@ def test_what_does_not_fit_is_refused_before_anything_changes(tmp_path):
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp"])
+@pytest.mark.parametrize("content", [b"", None])
+def test_damaged_files(tmp_path, name, content):
+    save_alone(tmp_path / "state")
+    (tmp_path / "state" / name).unlink()
+    if content is not None:
+        (tmp_path / "state" / name).write_bytes(content)
+    model, optimizer = trained(seed=3)
+    with pytest.raises(CheckpointError, match=r"is damaged .*Give an earlier checkpoint|has no complete checkpoint"):
+        load_alone(tmp_path / "state", model, [optimizer])
+
+
 def test_what_cannot_be_read_back_safely_is_refused(tmp_path):
     with pytest.raises(TypeError, match="extra cannot be stored: it may consist of numbers"):
         save_alone(tmp_path / "state", extra={"lock": copy.Error("no")})

@@ -143,16 +143,6 @@ class TokenizerSection(Section):
     vocabulary_size: Annotated[int, Field(ge=300, le=1_000_000)] = 4096
     """Entries of a tokenizer that is trained, the 256 bytes and the end-of-text token among them."""
 
-    @model_validator(mode="after")
-    def _size_of_what_is_trained(self) -> Self:
-        default = type(self).model_fields["vocabulary_size"].default
-        if self.pretrained is not None and self.vocabulary_size != default:
-            raise ValueError(
-                f"vocabulary_size is {self.vocabulary_size} but the tokenizer is {self.pretrained!r}, which has its own: "
-                "leave one out"
-            )
-        return self
-
 
 class DataSection(Section):
     """The pairs to learn: exactly one of docstrings, summaries, files and hub."""
@@ -232,7 +222,7 @@ class TrainSection(Section):
     """How the learning rate falls after the warm-up."""
     warmup_steps: NotNegative = 0
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """The learning rate at the last step, as a part of lr."""
+    """The learning rate at the last step, as a part of lr, where the schedule lets it fall."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradients are scaled down to this global norm."""
@@ -246,8 +236,6 @@ class TrainSection(Section):
             raise ValueError("give exactly one of steps and epochs")
         if self.steps is not None and self.warmup_steps > self.steps:
             raise ValueError(f"warmup_steps is {self.warmup_steps} but there are only {self.steps} steps")
-        if self.schedule == "constant" and self.min_lr_ratio != 0:
-            raise ValueError(f"min_lr_ratio is {self.min_lr_ratio} but schedule is constant, so that lr stays: leave it out")
         return self
 
 

@@ -5,7 +5,6 @@ from dataclasses import replace
 from typing import Any
 
 from torch import nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from moreh.errors import PlanError
 from moreh.planner.architecture import Architecture
@@ -64,7 +63,7 @@ def describe_module(module: nn.Module) -> Architecture:
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """The model inside PEFT's, DistributedDataParallel's or torch.compile's wrapper."""
+    """The model inside PEFT's, DistributedDataParallel's or torch.compile's wrapper, or inside a module of the same make."""
     while (inner := _inside(module)) is not None:
         module = inner
     return module
@@ -82,9 +81,9 @@ def wrappers(module: nn.Module) -> list[nn.Module]:
 def _inside(module: nn.Module) -> nn.Module | None:
     if hasattr(module, "get_base_model"):
         return module.get_base_model()  # type: ignore[operator]
-    # A module of the script's that has another one as its `module` may compute more than that one does.
-    name = "module" if isinstance(module, (DistributedDataParallel, DataParallel)) else "_orig_mod"
-    inner = getattr(module, name, None)
+    inner = getattr(module, "_orig_mod", None)
+    if inner is None and not hasattr(module, "config"):
+        inner = getattr(module, "module", None)
     return inner if isinstance(inner, nn.Module) else None
 
 

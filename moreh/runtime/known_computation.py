@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from moreh.planner.describe_module import unwrapped, wrappers
-from moreh.runtime.originals import is_of_transformers, module_of_its_own
+from moreh.runtime.originals import LIBRARIES, is_of_transformers, module_of_its_own
 
 # What a forward pass of transformers may make a loss of: the mean over label tokens, and the loss of a router, which is
 # computed only where `output_router_logits` asks for it.
@@ -34,10 +34,14 @@ def unknown_computation(root: Any) -> str | None:
     name = type(causal).__name__
     if (adapters := _unknown_adapters(root)) is not None:
         return f"{name} has {adapters}"
-    # torch.compile puts its own there.
-    own = next((m for m in (*wrappers(root), causal) if "forward" in m.__dict__ and "_orig_mod" not in m._modules), None)
-    if own is not None:
-        return f"the forward pass of this {type(own).__name__} has been replaced"
+    # torch.compile puts a forward pass of its own there.
+    outer = [module for module in (*wrappers(root), causal) if "_orig_mod" not in module._modules]
+    replaced = next((module for module in outer if "forward" in module.__dict__), None)
+    if replaced is not None:
+        return f"the forward pass of this {type(replaced).__name__} has been replaced"
+    of_script = next((module for module in outer if not type(module).__module__.startswith(LIBRARIES)), None)
+    if of_script is not None and of_script is not causal:
+        return f"{name} is inside of {type(of_script).__name__}, which may compute more than the model"
     forward = type(causal).forward
     if not forward.__module__.startswith("transformers.models.") or not is_of_transformers(forward):
         return (

@@ -9,7 +9,7 @@ from torch import nn
 
 _TRANSFORMERS = str(Path(transformers.__file__).parent)
 # Of what modules a model of transformers is made, with or without adapters.
-_LIBRARIES = ("torch.nn.", "transformers.", "peft.")
+LIBRARIES = ("torch.nn.", "transformers.", "peft.")
 
 
 def is_of_transformers(function: Callable[..., Any]) -> bool:
@@ -32,7 +32,7 @@ def module_of_its_own(model: nn.Module) -> nn.Module | None:
     Batch normalization is one: no model here has it, and what it computes depends on how a batch is cut.
     """
     for module in model.modules():
-        own = not type(module).__module__.startswith(_LIBRARIES)
+        own = not type(module).__module__.startswith(LIBRARIES)
         if own or "forward" in module.__dict__ or isinstance(module, nn.modules.batchnorm._BatchNorm):
             return module
     return None

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
-from moreh.errors import WorkerError
+from moreh.errors import MorehError, WorkerError
 from moreh.runtime.agreement import raise_together
 from moreh.runtime.layout import Layout
 from moreh.runtime.mesh import Mesh
@@ -230,9 +230,12 @@ def _read_metadata(directory: Path) -> Metadata:
             f"{directory} has no complete checkpoint of a training: {error}. Give another directory."
         ) from error
     except Exception as error:  # whatever unpickling a damaged file raises
-        raise CheckpointError(
-            f"{directory} is damaged ({type(error).__name__}: {error}). Give an earlier checkpoint."
-        ) from error
+        raise _damaged(directory, error) from error
+
+
+def _damaged(directory: Path, error: Exception) -> CheckpointError:
+    told = " ".join(str(error).split())[:300]
+    return CheckpointError(f"{directory} is damaged ({type(error).__name__}: {told}). Give an earlier checkpoint.")
 
 
 def _check_model(directory: Path, sizes: Mapping[str, TensorStorageMetadata], layouts: Mapping[str, Layout]) -> None:
@@ -301,7 +304,8 @@ def _read(state: State, directory: str | os.PathLike[str], mesh: Mesh | None, do
     try:
         load(state, storage_reader=reader, planner=RestoringPlanner(), no_dist=mesh is None)
     except CheckpointException as raised:
-        raise _own_error(raised, own_rank(mesh), doing) from raised
+        error = _own_error(raised, own_rank(mesh), doing)
+        raise error if isinstance(error, MorehError) else _damaged(Path(directory), error) from raised
 
 
 def _quietly_alone(alone: bool) -> None:
