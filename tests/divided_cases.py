@@ -335,8 +335,27 @@ def refusals(plan):
         "adafactor": lambda: torch.optim.Adafactor(model.parameters()),
         "lbfgs": lambda: torch.optim.LBFGS(model.parameters()),
         "cache": lambda: model.generate(ids[:1], past_key_values=object()),
+        "ignored label": lambda: model(input_ids=ids, labels=labels, ignore_index=0),
+        "adapters of rows": lambda: model(input_ids=ids, labels=labels, adapter_names=["a"] * ROWS),
+        "mask": lambda: model(input_ids=ids, labels=labels, attention_mask=mask[:2]),
+        "no token": lambda: model(input_ids=ids, labels=labels.masked_fill(labels == -100, -1)),
+        "float16": lambda: in_float16(lambda: model(input_ids=ids, labels=labels)),
     }
-    return {name: error_of(call) for name, call in calls.items()}
+    told = {name: error_of(call) for name, call in calls.items()}
+    model.register_forward_hook(lambda module, given, outputs: None)
+    return told | {"hook": error_of(lambda: model(input_ids=ids, labels=labels))}
+
+
+def in_float16(call):
+    with torch.autocast("cpu", dtype=torch.float16):
+        return call()
+
+
+def gradient_hook_error(plan):
+    prepare_for_division()
+    model = whole_model("gpt2", {})
+    model.lm_head.weight.register_hook(lambda gradient: gradient)
+    return error_of(lambda: divide(model, Plan(**plan)))
 
 
 def dropout_draws(plan):

@@ -101,6 +101,17 @@ def test_refusals(plan):
         assert "leave it out" in told["cache"]
         assert "AdamW" in told["adafactor"]
         assert "AdamW" in told["lbfgs"]
+        assert "the label that counts for nothing is -100" in told["ignored label"]
+        assert "with the active adapters" in told["adapters of rows"]
+        assert "attention_mask is (2, 12): allowed is a tensor with a row for each of the 8" in told["mask"]
+        assert "IndexError: Target -1 is out of bounds" in told["no token"]
+        assert "use bfloat16" in told["float16"]
+        assert "a forward hook on the whole model" in told["hook"]
+
+
+def test_hooks_on_gradients_are_refused():
+    for error in on_workers(cases.gradient_hook_error, PP_TP):
+        assert "hooks on gradients" in error
 
 
 def test_loss_of_a_router_is_refused():

@@ -143,6 +143,26 @@ def test_changes_of_a_model(change):
     assert call(model, worker) is NotImplemented
 
 
+@pytest.mark.parametrize("adapters", [False, True])
+@pytest.mark.parametrize(("precision", "known"), [("bf16", True), ("fp16", False)])
+def test_wrapper_of_accelerate(precision, known, adapters):
+    """Whose Trainer(bf16=True) it is. In float16 the loss is scaled."""
+    accelerate, peft = pytest.importorskip("accelerate"), pytest.importorskip("peft")
+    model = llama().float()
+    given = batch(model)
+    if adapters:
+        model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    accelerator = accelerate.Accelerator(cpu=True)
+    # As on machines that have it.
+    accelerator.native_amp = True
+    context = torch.autocast("cpu", dtype={"bf16": torch.bfloat16, "fp16": torch.float16}[precision])
+    with mock.patch("accelerate.accelerator.get_mixed_precision_context_manager", return_value=context):
+        prepared = accelerator.prepare_model(model)
+    assert prepared is model
+    assert "forward" in model.__dict__
+    assert (OneWorker(ALL).call(model, (), given, TOKENS) is not NotImplemented) == known
+
+
 def test_wrapper_of_the_script():
     model = llama()
     assert OneWorker(ALL).call(Wrapper(model).train(), (), batch(model), TOKENS) is NotImplemented

@@ -37,8 +37,9 @@ METRIC_KEYS = (
 class RunLog:
     """The files of one run in its directory `<run.directory>/<run.name>/`; an earlier run of that name is kept as `.1`.
 
-    Nothing is written before `begin`, so a start that fails leaves an earlier run where it is. Of several workers only the
-    first one writes: in the others `is_writer` is false, and all methods do nothing.
+    Nothing is written before `begin`, so a start that fails leaves an earlier run where it is, unless it fails at the first
+    batch, as for want of a plan (`--plan-only` tells before). Of several workers only the first one writes: in the others
+    `is_writer` is false, and all methods do nothing.
     """
 
     def __init__(self, config: Config) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from moreh.planner.describe_module import unwrapped, wrappers
-from moreh.runtime.originals import LIBRARIES, is_of_transformers, module_of_its_own
+from moreh.runtime.originals import LIBRARIES, is_in_bfloat16, is_of_transformers, module_of_its_own
 
 # What a forward pass of transformers may make a loss of: the mean over label tokens, and the loss of a router, which is
 # computed only where `output_router_logits` asks for it.
@@ -36,7 +36,7 @@ def unknown_computation(root: Any) -> str | None:
         return f"{name} has {adapters}"
     # torch.compile puts a forward pass of its own there.
     outer = [module for module in (*wrappers(root), causal) if "_orig_mod" not in module._modules]
-    replaced = next((module for module in outer if "forward" in module.__dict__), None)
+    replaced = next((module for module in outer if "forward" in module.__dict__ and not is_in_bfloat16(module)), None)
     if replaced is not None:
         return f"the forward pass of this {type(replaced).__name__} has been replaced"
     of_script = next((module for module in outer if not type(module).__module__.startswith(LIBRARIES)), None)
@@ -70,11 +70,13 @@ def unknown_part(root: nn.Module) -> str | None:
     return f"it contains {type(module).__module__}.{type(module).__qualname__}, which is none of transformers"
 
 
-def is_watched(root: nn.Module) -> bool:
-    """Whether somebody wants to see, or to change, a whole call of a model, or gradients on their way."""
-    outer = (*wrappers(root), unwrapped(root))
-    if any(module._forward_hooks or module._forward_pre_hooks for module in outer):
-        return True
+def watches_calls(root: nn.Module) -> bool:
+    """Whether somebody wants to see, or to change, whole calls of a model."""
+    return any(module._forward_hooks or module._forward_pre_hooks for module in (*wrappers(root), unwrapped(root)))
+
+
+def watches_gradients(root: nn.Module) -> bool:
+    """Whether somebody wants to see, or to change, the gradients of whole batches on their way."""
     if any(module._backward_hooks or module._backward_pre_hooks for module in root.modules()):
         return True
     return any(parameter._backward_hooks or parameter._post_accumulate_grad_hooks for parameter in root.parameters())

@@ -14,7 +14,14 @@ from moreh.log import logger
 from moreh.planner.describe_module import unwrapped
 from moreh.planner.plan import Plan
 from moreh.runtime.decoder import take_apart
-from moreh.runtime.known_computation import adds_noise, is_watched, scales_losses, unknown_computation, unknown_part
+from moreh.runtime.known_computation import (
+    adds_noise,
+    scales_losses,
+    unknown_computation,
+    unknown_part,
+    watches_calls,
+    watches_gradients,
+)
 from moreh.runtime.loss_output import LossFirst
 from moreh.runtime.model_inputs import WHOLE_MODEL_OUTPUTS, read_inputs
 from moreh.runtime.savings import Savings
@@ -110,7 +117,7 @@ def _is_more_than_a_loss(module: nn.Module) -> bool:
 
     What a script may change at any time: the rest is looked at once, when the model is cut.
     """
-    if unknown_computation(module) is not None or is_watched(module) or adds_noise(module):
+    if unknown_computation(module) is not None or watches_calls(module) or watches_gradients(module) or adds_noise(module):
         return True
     parameters = list(module.parameters())
     # torch.func.functional_call puts results of computations in their places.

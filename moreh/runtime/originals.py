@@ -1,15 +1,21 @@
 """Whether functions and modules are those of the libraries, or what a script has put in their places."""
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from torch import nn
+from torch.amp import autocast_mode
 
-_TRANSFORMERS = str(Path(transformers.__file__).parent)
 # Of what modules a model of transformers is made, with or without adapters.
 LIBRARIES = ("torch.nn.", "transformers.", "peft.")
+_TRANSFORMERS = str(Path(transformers.__file__).parent)
+_AUTOCAST = str(autocast_mode.__file__)
+# Accelerate converts outputs in bfloat16 to float32.
+_ACCELERATE = str(Path("accelerate") / "utils" / "operations.py")
 
 
 def is_of_transformers(function: Callable[..., Any]) -> bool:
@@ -17,13 +23,21 @@ def is_of_transformers(function: Callable[..., Any]) -> bool:
 
     Wrappers of a script take the names of what they wrap (`functools.wraps`), but not its file.
     """
-    while True:
-        code = getattr(function, "__code__", None)
-        if code is None or not code.co_filename.startswith(_TRANSFORMERS):
-            return False
-        if not hasattr(function, "__wrapped__"):
+    return all(_file_of(one).startswith(_TRANSFORMERS) for one in _layers(function))
+
+
+def is_in_bfloat16(module: nn.Module) -> bool:
+    """Whether a module's own forward pass is that of its class in accelerate's wrapper, as with `Trainer` and `bf16=True`."""
+    for one in _layers(module.forward):
+        if one is type(module).forward:
             return True
-        function = function.__wrapped__
+        if _file_of(one) == _AUTOCAST:
+            context = inspect.getclosurevars(one).nonlocals["autocast_instance"]
+            if context.fast_dtype != torch.bfloat16:
+                return False
+        elif not _file_of(one).endswith(_ACCELERATE):
+            return False
+    return False
 
 
 def module_of_its_own(model: nn.Module) -> nn.Module | None:
@@ -33,6 +47,20 @@ def module_of_its_own(model: nn.Module) -> nn.Module | None:
     """
     for module in model.modules():
         own = not type(module).__module__.startswith(LIBRARIES)
-        if own or "forward" in module.__dict__ or isinstance(module, nn.modules.batchnorm._BatchNorm):
+        own |= module is not model and "forward" in module.__dict__
+        if own or isinstance(module, nn.modules.batchnorm._BatchNorm):
             return module
     return None
+
+
+def _layers(function: Any) -> Iterator[Any]:
+    """A function and what it wraps, one in the other."""
+    while function is not None:
+        function = getattr(function, "__func__", function)
+        yield function
+        function = getattr(function, "__wrapped__", None)
+
+
+def _file_of(function: Any) -> str:
+    code = getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", None)
+    return "" if code is None else code.co_filename

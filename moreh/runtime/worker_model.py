@@ -15,7 +15,7 @@ from moreh.planner.describe_module import unwrapped
 from moreh.planner.plan import Plan
 from moreh.runtime.allocator import after_training_step, before_training_step
 from moreh.runtime.gradients import hand_over, take_gradients
-from moreh.runtime.known_computation import scales_losses, unknown_computation, unknown_part
+from moreh.runtime.known_computation import scales_losses, unknown_computation, unknown_part, watches_calls, watches_gradients
 from moreh.runtime.loss_output import TWICE, LossOutput, loss_with_gradients
 from moreh.runtime.micro_batches import (
     all_lengths,
@@ -50,6 +50,8 @@ class WorkerModel:
         problem = unknown_computation(root)
         if problem is not None:
             raise OptionError(f"{problem}, which is not computed on several workers: {ONE_WORKER}")
+        if plan.devices > 1 and watches_gradients(root):
+            raise OptionError(f"hooks on gradients would not see those of all workers: {ONE_WORKER}")
         # It may see more than one token, or more than one row.
         self._has_unknown_part = unknown_part(root) is not None
         causal: Any = unwrapped(root)
@@ -78,6 +80,8 @@ class WorkerModel:
             OptionError: the call asks for what a divided model cannot give.
             WorkerError: the workers were called with different batches.
         """
+        if watches_calls(self.model.decoder.root):
+            raise OptionError(f"a forward hook on the whole model would see no worker's call of it: {ONE_WORKER}")
         as_tuple = kwargs.get("return_dict") is False
         inputs = read_inputs(self.model.decoder.causal, args, kwargs)
         if self.plan.devices > 1:

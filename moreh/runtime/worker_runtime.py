@@ -23,6 +23,7 @@ from moreh.runtime.checkpoints import is_waiting_for_state, load_pending
 from moreh.runtime.divided_models import call_divided, divide, is_part_of_divided, prepare_for_division, worker_model_of
 from moreh.runtime.evaluation import evaluate_whole
 from moreh.runtime.fused_optimizers import fuse_optimizer
+from moreh.runtime.known_computation import unknown_computation
 from moreh.runtime.model_inputs import ModelInputs, read_inputs
 from moreh.runtime.precision import autocast_if, choose_bfloat16, in_float32, inside_autocast
 from moreh.runtime.restrictions import restrictions_of
@@ -66,7 +67,9 @@ class WorkerRuntime:
                         "divided over the workers; train first"
                     )
                 if not training and parameter.device == self._device:
-                    return NotImplemented if inputs.labels is None else evaluate_whole(module, inputs, self.world)
+                    if inputs.labels is None or unknown_computation(module) is not None:
+                        return NotImplemented
+                    return evaluate_whole(module, inputs, self.world)
                 if inputs.labels is None:
                     raise OptionError(
                         "the model was called without labels before it was divided over the workers: call it with labels first"
