@@ -143,6 +143,14 @@ def test_changes_of_a_model(change):
     assert call(model, worker) is NotImplemented
 
 
+def test_batch_normalization():
+    """Several workers refuse what is not known."""
+    model = llama()
+    assert unknown_computation(model) is None
+    put_in_batch_norm(model)
+    assert "batch normalization" in unknown_computation(model)
+
+
 @pytest.mark.parametrize("adapters", [False, True])
 @pytest.mark.parametrize(("precision", "known"), [("bf16", True), ("fp16", False)])
 def test_wrapper_of_accelerate(precision, known, adapters):

@@ -16,7 +16,13 @@ import torch
 from torch import nn
 
 from moreh.planner.describe_module import unwrapped, wrappers
-from moreh.runtime.originals import LIBRARIES, is_in_bfloat16, is_of_transformers, module_of_its_own
+from moreh.runtime.originals import (
+    LIBRARIES,
+    is_in_bfloat16,
+    is_of_transformers,
+    module_of_its_own,
+    sees_whole_batches,
+)
 
 # What a forward pass of transformers may make a loss of: the mean over label tokens, and the loss of a router, which is
 # computed only where `output_router_logits` asks for it.
@@ -53,6 +59,8 @@ def unknown_computation(root: Any) -> str | None:
         return f"{name} has an encoder and a decoder"
     if config is not causal.config:
         return f"{name} is more than a language model"
+    if sees_whole_batches(root):
+        return f"{name} has batch normalization, which depends on how a batch is cut"
     if not hasattr(causal.get_output_embeddings(), "weight"):
         return f"the output layer of {name} is no single matrix"
     if getattr(config, "output_router_logits", False):

@@ -41,16 +41,17 @@ def is_in_bfloat16(module: nn.Module) -> bool:
 
 
 def module_of_its_own(model: nn.Module) -> nn.Module | None:
-    """A module in a model of transformers that a script has put there or whose forward pass it has replaced; None without.
-
-    Batch normalization is one: no model here has it, and what it computes depends on how a batch is cut.
-    """
+    """A module in a model of transformers that a script has put there or whose forward pass it has replaced; None without."""
     for module in model.modules():
         own = not type(module).__module__.startswith(LIBRARIES)
-        own |= module is not model and "forward" in module.__dict__
-        if own or isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if own or (module is not model and "forward" in module.__dict__):
             return module
     return None
+
+
+def sees_whole_batches(model: nn.Module) -> bool:
+    """Whether what a model computes of a row depends on the others: batch normalization, put there by a script."""
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
 
 
 def _layers(function: Any) -> Iterator[Any]:
