@@ -7,6 +7,7 @@ cat prompt.txt | python generate.py runs/gpt/model
 
 import argparse
 import math
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from utils.program import exit_code_of
 from utils.tokenization import encode_prompts
 
 DEFAULT_NEW_TOKENS = 128
+EXIT_BROKEN_PIPE = 141
 
 
 def answer(arguments: argparse.Namespace) -> None:
@@ -53,6 +55,16 @@ def answer(arguments: argparse.Namespace) -> None:
         streamer=TextStreamer(tokenizer, skip_prompt=not arguments.echo, skip_special_tokens=True),
         **sampling,
     )
+
+
+def answer_while_read(arguments: argparse.Namespace) -> None:
+    """As `answer`, but end without a word once whoever reads the output has ended, as `| head` does."""
+    try:
+        answer(arguments)
+    except BrokenPipeError:
+        # Python would say so when it flushes the rest.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_BROKEN_PIPE)
 
 
 def _read_prompt(arguments: argparse.Namespace) -> str:
@@ -139,4 +151,4 @@ if __name__ == "__main__":
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     given = _parse()
-    sys.exit(exit_code_of(lambda: answer(given), debug=given.debug))
+    sys.exit(exit_code_of(lambda: answer_while_read(given), debug=given.debug))

@@ -216,7 +216,7 @@ def _workers_to_start() -> int:
     """How many workers this process has to start: 1 if it is a worker itself, or computes alone.
 
     Raises:
-        OptionError: MOREH_WORKERS is no whole number from 1, or more than there are GPUs, or than a processor can have.
+        OptionError: MOREH_WORKERS is no whole number from 1, or more than there are GPUs, or more than MOST_WORKERS.
     """
     import torch
 

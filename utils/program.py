@@ -2,7 +2,6 @@
 
 import argparse
 import gc
-import os
 import sys
 from collections.abc import Callable
 
@@ -15,7 +14,6 @@ from utils.plan_only import print_plan
 PLAN_ONLY = "--plan-only"
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
-EXIT_BROKEN_PIPE = 141
 EXIT_TERMINATED = 143
 
 
@@ -60,10 +58,6 @@ def exit_code_of(program: Callable[[], None], *, debug: bool) -> int:
     except Stopped as stop:
         print(stop, file=sys.stderr)
         return EXIT_TERMINATED
-    except BrokenPipeError:
-        # Whoever read the output has ended. Python would say so again when it flushes it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_BROKEN_PIPE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
