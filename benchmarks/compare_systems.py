@@ -33,7 +33,9 @@ HELD_OUT = 64
 OPTIONS = [
     "skip_padding",
     "pack_rows",
+    "share_prefix",
     "logits_at_labels",
+    "sparse_embedding",
     "block_attention",
     "fused_activation",
     "fused_norm",

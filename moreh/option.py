@@ -26,7 +26,9 @@ class ParallelOptions:
     mixed_precision: bool
     skip_padding: bool
     pack_rows: bool
+    share_prefix: bool
     logits_at_labels: bool
+    sparse_embedding: bool
     block_attention: bool
     fused_activation: bool
     fused_norm: bool
@@ -44,7 +46,9 @@ _ALLOWED = {
     "mixed_precision": _SWITCH,
     "skip_padding": _SWITCH,
     "pack_rows": _SWITCH,
+    "share_prefix": _SWITCH,
     "logits_at_labels": _SWITCH,
+    "sparse_embedding": _SWITCH,
     "block_attention": _SWITCH,
     "fused_activation": _SWITCH,
     "fused_norm": _SWITCH,
@@ -88,7 +92,9 @@ def enable_advanced_parallelization(
     mixed_precision: bool = True,
     skip_padding: bool = True,
     pack_rows: bool = True,
+    share_prefix: bool = True,
     logits_at_labels: bool = True,
+    sparse_embedding: bool = True,
     block_attention: bool = True,
     fused_activation: bool = True,
     fused_norm: bool = True,
@@ -115,7 +121,10 @@ def enable_advanced_parallelization(
         mixed_precision: compute in bfloat16 with float32 weights, where the machine multiplies bfloat16 matrices faster.
         skip_padding: order the rows of a batch by their length and compute nothing behind a row's last label.
         pack_rows: put rows one after the other instead of side by side, so that no row is padded to the length of another.
+        share_prefix: compute the tokens that all packed rows of a batch begin with, such as an instruction, once.
         logits_at_labels: compute the output layer and the MLP of the last layer only where labels are.
+        sparse_embedding: on one worker, add the gradient of token embeddings that are the output layer's weights, too, to its
+            gradient row by row instead of as a matrix of mostly zeros.
         block_attention: on processors, compute causal attention as matrix products of blocks instead of in torch's own kernel.
         fused_activation: compute the GELU of GPT-2 with one rounding instead of eight operations; on processors, keep less for
             the SwiGLU of Llama.
@@ -142,7 +151,9 @@ def enable_advanced_parallelization(
         mixed_precision,
         skip_padding,
         pack_rows,
+        share_prefix,
         logits_at_labels,
+        sparse_embedding,
         block_attention,
         fused_activation,
         fused_norm,

@@ -8,7 +8,7 @@ from transformers import LlamaConfig
 from transformers.activations import NewGELUActivation
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from moreh.runtime import activation
+from moreh.runtime import activation, chunks
 from moreh.runtime.activation import fused_activation
 
 INNER = 24
@@ -39,9 +39,9 @@ def gelu_in_bfloat16():
     return [float((a / b - 1).detach()[b != 0].abs().max()) for a, b in ((seen, exact), (gradient, exact_gradient))]
 
 
-@pytest.mark.parametrize("chunk", [1, 3 * 143, activation.CHUNK])
+@pytest.mark.parametrize("chunk", [1, 3 * 143, chunks.CHUNK])
 def test_gelu_in_bfloat16(monkeypatch, chunk):
-    monkeypatch.setattr(activation, "CHUNK", chunk)
+    monkeypatch.setattr(chunks, "CHUNK", chunk)
     of_output, of_gradient = gelu_in_bfloat16()
     assert of_output < 2**-7.9
     assert of_gradient < 2**-6.9
@@ -86,9 +86,9 @@ def worst(module):
 
 
 # 7 rows in chunks of 1, of 3, and together.
-@pytest.mark.parametrize("chunk", [1, 3 * INNER, activation.CHUNK])
+@pytest.mark.parametrize("chunk", [1, 3 * INNER, chunks.CHUNK])
 def test_swiglu(monkeypatch, chunk):
-    monkeypatch.setattr(activation, "CHUNK", chunk)
+    monkeypatch.setattr(chunks, "CHUNK", chunk)
     assert worst(mlp()) < 1e-12
 
 

@@ -15,6 +15,13 @@ CASES = [
     (1, 4, 4, 300, (0, 17, 100, 290)),
     (1, 6, 2, 512, (0, 129, 130, 400)),
 ]
+# The tokens that later texts share with the first one.
+SHARED_CASES = [
+    (1, 4, 2, 300, (0, 17, 100, 290), 7),
+    (1, 6, 2, 512, (0, 129, 130, 400), 128),
+    (1, 2, 2, 700, (0, 300, 301, 460), 270),
+    (2, 2, 1, 90, (0, 40, 50), 32),
+]
 
 
 def tensors(batch, heads, kv_heads, length, dtype=torch.float64):
@@ -23,18 +30,19 @@ def tensors(batch, heads, kv_heads, length, dtype=torch.float64):
     return [torch.randn(shape, dtype=torch.float64).to(dtype).transpose(1, 2).requires_grad_() for shape in shapes]
 
 
-def whole_attention(query, key, value, scale, starts):
+def whole_attention(query, key, value, scale, starts, shared=0):
     """With a mask of all pairs of tokens."""
     length, groups = query.shape[2], query.shape[1] // key.shape[1]
     text = sum((torch.arange(length) >= start).int() for start in starts)
-    mask = (text[:, None] == text[None]) & torch.ones(length, length, dtype=torch.bool).tril()
+    seen = (text[:, None] == text[None]) | (torch.arange(length) < shared)
+    mask = seen & torch.ones(length, length, dtype=torch.bool).tril()
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale).transpose(1, 2)
 
 
-def worst(given, scale, starts, compute=causal_attention):
+def worst(given, scale, starts, compute=causal_attention, shared=0):
     """The largest difference of the output and of the gradients."""
-    seen, expected = compute(*given, scale, starts), whole_attention(*given, scale, starts)
+    seen, expected = compute(*given, scale, starts, shared), whole_attention(*given, scale, starts, shared)
     arriving = torch.randn_like(expected)
     pairs = zip(torch.autograd.grad(seen, given, arriving), torch.autograd.grad(expected, given, arriving), strict=True)
     return max(float((a - b).detach().abs().max()) for a, b in [(seen, expected), *pairs])
@@ -45,6 +53,15 @@ def worst(given, scale, starts, compute=causal_attention):
 def test_same_as_with_a_mask(monkeypatch, batch, heads, kv_heads, length, starts, kept_bytes):
     monkeypatch.setattr(attention, "KEPT_BYTES", kept_bytes)
     assert worst(tensors(batch, heads, kv_heads, length), 0.3, starts) < 1e-12
+
+
+@pytest.mark.parametrize("kept_bytes", [attention.KEPT_BYTES, 0])
+@pytest.mark.parametrize(("batch", "heads", "kv_heads", "length", "starts", "shared"), SHARED_CASES)
+def test_texts_that_begin_alike(monkeypatch, batch, heads, kv_heads, length, starts, shared, kept_bytes):
+    monkeypatch.setattr(attention, "KEPT_BYTES", kept_bytes)
+    given = tensors(batch, heads, kv_heads, length)
+    assert worst(given, 0.3, starts, shared=shared) < 1e-12
+    assert worst(given, 0.3, starts, lambda *arguments: causal_attention(*arguments[:-1], shared - 1), shared) > 1e-3
 
 
 @pytest.mark.parametrize(("kept_bytes", "elements_kept"), [(attention.KEPT_BYTES, 128**2), (0, 0)])
@@ -85,7 +102,7 @@ def test_what_is_kept_may_come_back_elsewhere():
 
 
 def test_comparison_finds_a_wrong_beginning():
-    def one_late(query, key, value, scale, starts):
+    def one_late(query, key, value, scale, starts, shared):
         return causal_attention(query, key, value, scale, (0, *(start + 1 for start in starts[1:])))
 
     assert worst(tensors(*CASES[2][:4]), 0.3, CASES[2][4], one_late) > 1e-3

@@ -106,7 +106,8 @@ def test_documented_log_lines(run_python, tmp_path):
         r"train: true",
         r"Simulated: on xLarge\.512GB \(8 x MI250 GCD\) the plan '.+' is predicted to take .+",
         r"This machine: 1 worker, micro-batches of at most [\d,]+ tokens, recomputation : none; predicted are .+",
-        r"Computed : padding skipped : on, rows packed : on, logits at labels only : on, attention in blocks : on, .+ : on",
+        r"Computed : padding skipped : on, rows packed : on, common prefix once : on, logits at labels only : on, "
+        r"tied embeddings by rows : on, attention in blocks : on, .+ : on",
     ]
     assert len(said) == len(patterns)  # once for each model, and one of the two was trained under the hook
     matches = [re.fullmatch(pattern, line) for pattern, line in zip(patterns, said, strict=True)]

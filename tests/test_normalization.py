@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from moreh.runtime import normalization
+from moreh.runtime import chunks, normalization
 from moreh.runtime.normalization import fused_norm, rms_norm
 from tests.float64 import exact_float64
 
@@ -38,9 +38,9 @@ def worst(module, given):
 
 
 # 7 rows in chunks of 1, of 3, and together.
-@pytest.mark.parametrize("chunk", [1, 3 * SIZE, normalization.CHUNK])
+@pytest.mark.parametrize("chunk", [1, 3 * SIZE, chunks.CHUNK])
 def test_same_as_transformers(monkeypatch, chunk):
-    monkeypatch.setattr(normalization, "CHUNK", chunk)
+    monkeypatch.setattr(chunks, "CHUNK", chunk)
     # Not contiguous, as what is sliced from a longer sequence.
     given = torch.randn(1, 9, SIZE, dtype=torch.float64)[:, 1:8].requires_grad_()
     assert worst(norm(), given) < 1e-12

@@ -43,7 +43,7 @@ def test_a_window_smaller_than_a_text(given):
     """A mask of whole texts would be taken as it is, and the window be forgotten."""
     model = make("mistral")
     model.config.sliding_window = 3
-    with mock.patch("moreh.runtime.packing._takes_mask_of_pairs", return_value=True) if given else nullcontext():
+    with mock.patch("moreh.runtime.packing.takes_mask_of_pairs", return_value=True) if given else nullcontext():
         found = differences(model, batch(model))
     assert min(found) > 1e-6 if given else max(found) < 1e-9
 

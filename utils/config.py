@@ -57,7 +57,9 @@ class ParallelizationSection(Section):
     mixed_precision: bool = True
     skip_padding: bool = True
     pack_rows: bool = True
+    share_prefix: bool = True
     logits_at_labels: bool = True
+    sparse_embedding: bool = True
     block_attention: bool = True
     fused_activation: bool = True
     fused_norm: bool = True

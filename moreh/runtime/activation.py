@@ -10,10 +10,9 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from moreh.runtime.chunks import chunks
 from moreh.runtime.originals import is_of_transformers
 
-# Elements that are worked on at a time: most of what is made of them stays in the cache.
-CHUNK = 2**19
 # GELU's tanh approximation is x * sigmoid(x * (_LINEAR + _CUBIC * x**2)), since 1 + tanh(u) = 2 * sigmoid(2 * u).
 _LINEAR = 2 * math.sqrt(2 / math.pi)
 _CUBIC = 0.044715 * _LINEAR
@@ -76,14 +75,11 @@ class _Gelu(torch.autograd.Function):
         output = torch.empty_like(given, memory_format=torch.contiguous_format)
         derivative = torch.empty_like(output) if ctx.needs_input_grad[0] else None
         linear = torch.tensor(_LINEAR)
-        rows = _rows_of_a_chunk(given.shape[-1])
-        parts = [tensor.flatten(0, -2).split(rows) for tensor in (given, output)]
-        of_parts = derivative.flatten(0, -2).split(rows) if derivative is not None else [None] * len(parts[0])
-        for part, into, of_part in zip(*parts, of_parts, strict=True):
+        for part, into, of_part in chunks(given, output, output if derivative is None else derivative):
             exact = part.float()
             inner = torch.addcmul(linear, exact, exact, value=_CUBIC).mul_(exact)
             gate = inner.sigmoid()
-            if of_part is not None:
+            if derivative is not None:
                 # gate + x * inner'(x) * gate * (1 - gate), where x * inner'(x) is 3 * inner(x) - 2 * _LINEAR * x.
                 inner.sub_(exact, alpha=2 / 3 * _LINEAR)
                 torch.ops.aten.sigmoid_backward.grad_input(inner, gate, grad_input=inner)
@@ -142,13 +138,6 @@ class _SwiGlu(torch.autograd.Function):
         gate, up = ctx.saved_tensors
         of_up = (ctx.activated.pop() if ctx.activated else functional.silu(gate)).mul_(gradient)
         of_gate = torch.empty_like(gate, memory_format=torch.contiguous_format)
-        rows = _rows_of_a_chunk(gate.shape[-1])
-        parts = (tensor.flatten(0, -2).split(rows) for tensor in (gate, up, gradient, of_gate))
-        for part_gate, part_up, arrived, of_part_gate in zip(*parts, strict=True):
+        for part_gate, part_up, arrived, of_part_gate in chunks(gate, up, gradient, of_gate):
             torch.ops.aten.silu_backward.grad_input(arrived * part_up, part_gate, grad_input=of_part_gate)
         return of_gate, of_up, None
-
-
-def _rows_of_a_chunk(width: int) -> int:
-    # A tensor-parallel rank may have no part of a narrow layer.
-    return max(1, CHUNK // max(1, width))

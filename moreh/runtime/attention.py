@@ -1,8 +1,9 @@
 """Causal attention on a processor, in blocks of queries: a few matrix products instead of torch's own kernel.
 
 In bfloat16 torch 2.13's kernel for processors takes two to three times as long at the lengths of fine-tuning
-(benchmarks/attention.py). Rows that follow each other in one packed row are told apart by `cu_seq_lens_q`, the name under
-which transformers passes their beginnings to Flash Attention.
+(benchmarks/attention.py). Texts that follow each other in one packed row are told apart by `cu_seq_lens_q`, the name under
+which transformers passes their beginnings to Flash Attention. Where `cu_seq_lens_k` counts more keys than a text has queries,
+these are the first ones of the row, with which all texts begin.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +31,7 @@ from moreh.runtime.originals import is_of_transformers
 LONGEST_TEXT = 1024
 # The most probabilities of a layer that are kept for the backward pass. More are computed again there: a seventh product.
 KEPT_BYTES = 2**23
-_STARTS = "cu_seq_lens_q"
+_STARTS, _STARTS_OF_KEYS = "cu_seq_lens_q", "cu_seq_lens_k"
 # What other attention functions of transformers compute besides.
 _OTHER_ARGUMENTS = ("softcap", "position_bias", "cache", "s_aux")
 
@@ -52,19 +53,20 @@ def attention_in_blocks() -> Iterator[None]:
 
 
 def causal_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, starts: tuple[int, ...]
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, starts: tuple[int, ...], shared: int = 0
 ) -> torch.Tensor:
     """softmax(scale * query @ key^T) @ value over the keys up to each query: `[batch, sequence, heads, size]`.
 
     `query` is `[batch, heads, sequence, size]`; `key` and `value` may have fewer heads, each for as many neighbours of the
-    query's. `starts` are the first positions of the texts in a row, 0 among them: a query sees those of its own text only.
+    query's. `starts` are the first positions of the texts in a row, 0 among them: a query sees those of its own text only,
+    and the first `shared` of the row.
     """
     if torch.is_autocast_enabled(query.device.type):
         # As autocast does for torch's own attention; rotary embeddings leave float32.
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     with torch.autocast(query.device.type, enabled=False):
-        output: torch.Tensor = _attend(query, key, value, scale, list(starts))[0]
+        output: torch.Tensor = _attend(query, key, value, scale, list(starts), shared)[0]
     return output
 
 
@@ -85,7 +87,7 @@ def _attention_instead_of(original: Callable[..., Any]) -> Callable[..., Any]:
         starts = None if attention_mask is None else kwargs.get(_STARTS)
         causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
         window = kwargs.get("sliding_window")
-        longest = kwargs.get("max_length_q", query.shape[2])
+        longest = max(kwargs.get("max_length_q", 0), kwargs.get("max_length_k", 0)) or query.shape[2]
         same = (
             causal
             and longest <= LONGEST_TEXT
@@ -102,22 +104,28 @@ def _attention_instead_of(original: Callable[..., Any]) -> Callable[..., Any]:
                 module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
             )
         firsts = (0,) if starts is None else tuple(starts[:-1].tolist())
+        shared = _more_keys(starts, kwargs.get(_STARTS_OF_KEYS)) if starts is not None and len(firsts) > 1 else 0
         scale = scaling if scaling is not None else float(query.shape[-1] ** -0.5)
-        return causal_attention(query, key, value, scale, firsts), None
+        return causal_attention(query, key, value, scale, firsts, shared), None
 
     return attention
+
+
+def _more_keys(starts: torch.Tensor, starts_of_keys: torch.Tensor | None) -> int:
+    """How many more keys than queries the texts after the first one have."""
+    return 0 if starts_of_keys is None else int((starts_of_keys[2] - starts_of_keys[1]) - (starts[2] - starts[1]))
 
 
 # An operation of its own, so that selective recomputation keeps what it gives and nothing of what happens within.
 @torch.library.custom_op("moreh::causal_attention", mutates_args=())
 def _attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, starts: Sequence[int]
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, starts: Sequence[int], shared: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The output `[batch, sequence, heads, size]`, and for the backward pass the queries of all blocks, scaled, `[queries,
     size]` and their probabilities in one tensor, which is empty where they are to be computed again.
     """
     batch, heads, length, _ = query.shape
-    texts = Texts(length, tuple(starts))
+    texts = Texts(length, tuple(starts), shared)
     rows, lying = rows_of(query)
     all_queries = rows.index_select(0, queries_in(texts, lying)).mul_(scale)
     keys, values = _keys(key, texts), _keys(value, texts)
@@ -175,7 +183,7 @@ def _blocks(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
-    _, key, value, ctx.scale, ctx.starts = inputs
+    _, key, value, ctx.scale, ctx.starts, ctx.shared = inputs
     ctx.save_for_backward(key, value, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
     # Nothing arrives for them: no zeros of their size.
@@ -184,12 +192,12 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.T
 
 def _attend_backward(
     ctx: Any, gradient: torch.Tensor | None, *_: None
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, None, None]:
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, None, None, None]:
     if gradient is None:
-        return None, None, None, None, None
+        return None, None, None, None, None, None
     key, value, queries, probabilities = ctx.saved_tensors
     batch, length, heads, _size = gradient.shape
-    texts = Texts(length, tuple(ctx.starts))
+    texts = Texts(length, tuple(ctx.starts), ctx.shared)
     keys, values = _keys(key, texts), _keys(value, texts)
     rows, lying = rows_of(gradient.transpose(1, 2))
     arrived = own_queries_in(texts, lying).sums(rows)
@@ -209,6 +217,7 @@ def _attend_backward(
         of_queries.view(batch, length, heads, -1).transpose(1, 2),
         places.sums(of_keys).view(batch, length, key.shape[1], -1).transpose(1, 2),
         places.sums(of_values).view(batch, length, key.shape[1], -1).transpose(1, 2),
+        None,
         None,
         None,
     )

@@ -17,10 +17,14 @@ TEXT_MULTIPLE = 32
 
 @dataclass(frozen=True)
 class Texts:
-    """A row of `length` tokens; `starts` are the first positions of the texts in it, 0 among them."""
+    """A row of `length` tokens; `starts` are the first positions of the texts in it, 0 among them.
+
+    All texts begin with the same `shared` tokens, which only the first one has here: the others see them there.
+    """
 
     length: int
     starts: tuple[int, ...]
+    shared: int = 0
 
 
 @dataclass(frozen=True)
@@ -66,18 +70,23 @@ class Bags:
 def blocks_of(texts: Texts) -> list[Blocks]:
     """The blocks that the queries of each text are cut into, those of one shape together.
 
-    Two texts of 160 and 40 tokens are blocks of 128 queries x 128 keys, of 32 x 160 and of 64 x 64.
+    Two texts of 160 and 40 tokens are blocks of 128 queries x 128 keys, of 32 x 160 and of 64 x 64. If they share the first 10,
+    the second one has 54 queries x 64 keys.
     """
     alike: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
     for start, stop in zip(texts.starts, (*texts.starts[1:], texts.length), strict=True):
-        for begin in range(start, stop, BLOCK):
-            end = min(begin + BLOCK, stop)
-            queries = -(-(end - begin) // TEXT_MULTIPLE) * TEXT_MULTIPLE
-            alike.setdefault((queries, begin + queries - start), []).append((start, begin, end))
+        # Where the text's first token would be if it had all of them.
+        origin = start - texts.shared if start > 0 else 0
+        for block in range(origin, stop, BLOCK):
+            begin, end = max(block, start), min(block + BLOCK, stop)
+            if begin < end:
+                last = block + -(-(end - block) // TEXT_MULTIPLE) * TEXT_MULTIPLE
+                alike.setdefault((last - begin, last - origin), []).append((origin, begin, end))
     found = []
     for (queries, keys), places in alike.items():
-        start, begin, end = torch.tensor(places).T.unsqueeze(-1)
-        query, key = begin + torch.arange(queries), start + torch.arange(keys)
+        origin, begin, end = torch.tensor(places).T.unsqueeze(-1)
+        query, number = begin + torch.arange(queries), torch.arange(keys)
+        key = torch.where(number < texts.shared, number, origin + number)
         found.append(Blocks(query, key, query < end, key < end))
     return found
 

@@ -7,10 +7,8 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from moreh.runtime.chunks import chunks, scratch
 from moreh.runtime.originals import is_of_transformers
-
-# Elements of the rows that the backward pass works on at a time: what it makes of them stays in the cache.
-CHUNK = 2**19
 
 
 @contextmanager
@@ -57,32 +55,29 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, given: torch.Tensor, weight: torch.Tensor, epsilon: float, dtype: torch.dtype) -> torch.Tensor:
         wide = given.to(torch.promote_types(given.dtype, torch.float32))
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
-        output = (wide * scale).mul_(weight).to(dtype)
+        scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(given.shape[-1]).add_(epsilon).rsqrt_()
+        output = torch.empty_like(given, dtype=dtype, memory_format=torch.contiguous_format)
+        for part, part_scale, into in chunks(wide, scale, output):
+            into.copy_(torch.mul(part, part_scale, out=scratch(0, part.shape, part.dtype)).mul_(weight))
         # The linear layers that read it keep the output anyway. A weight of almost zero leaves too little in it.
         ctx.output_is_kept = bool(weight.abs().min() > torch.finfo(dtype).tiny ** 0.5)
         ctx.save_for_backward(output if ctx.output_is_kept else given, weight, scale)
-        ctx.type = given.dtype
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
         kept, weight, scale = ctx.saved_tensors
-        size = kept.shape[-1]
         wide_weight = weight.to(scale.dtype)
         inverse_weight = wide_weight.reciprocal()
-        of_given = kept.new_empty(kept.shape, dtype=ctx.type)
+        # autograd converts them to the types of the inputs
+        of_given = torch.empty_like(kept, dtype=scale.dtype, memory_format=torch.contiguous_format)
         of_weight = torch.zeros_like(wide_weight)
-        rows = max(1, CHUNK // size)
-        parts = (tensor.flatten(0, -2).split(rows) for tensor in (kept, scale, gradient, of_given))
-        for part, part_scale, arrived, of_part in zip(*parts, strict=True):
+        for part, part_scale, arrived, into in chunks(kept, scale, gradient, of_given):
             # d(x * scale) = scale * (dx - normed * mean(normed * dx))
-            normed = part * (inverse_weight if ctx.output_is_kept else part_scale)
-            product = arrived * normed
+            normed = scratch(0, part.shape, scale.dtype).copy_(part).mul_(inverse_weight if ctx.output_is_kept else part_scale)
+            product = torch.mul(into.copy_(arrived), normed, out=scratch(1, part.shape, scale.dtype))
             of_weight += product.sum(0)
-            # Backward passes run under autocast where the call does: a product would be one of bfloat16.
-            with torch.autocast("cpu", enabled=False):
-                mean = (product @ wide_weight).unsqueeze(-1).div_(-size)
-            of_part.copy_((arrived * wide_weight).addcmul_(normed, mean).mul_(part_scale))
-        return of_given, of_weight.to(weight.dtype), None, None
+            mean = product.mul_(wide_weight).mean(-1, keepdim=True)
+            into.mul_(wide_weight).addcmul_(normed, mean, value=-1).mul_(part_scale)
+        return of_given, of_weight, None, None

@@ -1,7 +1,7 @@
 """Rows of different lengths one after the other in packed rows of one length, so that nothing is padded.
 
 transformers tells texts in a row apart by their positions, which begin at 0 with each; `cu_seq_lens_q` and the like tell
-attention functions where that is.
+attention functions where that is. Tokens that all texts begin with are in a packed row once (moreh/runtime/shared_prefix.py).
 """
 
 from dataclasses import replace
@@ -14,6 +14,7 @@ from moreh.runtime.attention import LONGEST_TEXT
 from moreh.runtime.mesh import Mesh
 from moreh.runtime.model_inputs import IGNORED, ModelInputs
 from moreh.runtime.shapes import filled_size
+from moreh.runtime.shared_prefix import takes_mask_of_pairs
 
 # Packed rows are filled up to multiples of this.
 LENGTH_MULTIPLE = 64
@@ -85,37 +86,39 @@ def can_pack(causal: Any, inputs: ModelInputs, lengths: torch.Tensor, parts: int
     return mask.dim() == 2 and bool((mask.cpu() == 1)[useful].all())
 
 
-def parts_of(lengths: torch.Tensor, tokens: int, data_ranks: int) -> int:
-    """Packed rows for texts of so many tokens each: as many for each rank, of about `tokens` at most."""
-    most = min(tokens, LONGEST_ROW - LONGEST_TEXT)
-    return -(-int(lengths.sum()) // (most * data_ranks)) * data_ranks
+def parts_of(lengths: torch.Tensor, tokens: int, data_ranks: int, shared: int = 0) -> int:
+    """Packed rows for texts of so many tokens each: as many for each rank, of about `tokens` at most.
+
+    The first `shared` tokens of the texts are in each packed row once.
+    """
+    most = min(tokens, LONGEST_ROW - LONGEST_TEXT) - shared
+    return -(-int((lengths - shared).clamp(min=0).sum()) // (max(most, 1) * data_ranks)) * data_ranks
 
 
 def packed_micro_batches(
-    causal: Any, inputs: ModelInputs, lengths: torch.Tensor, parts: int, data_ranks: int, mesh: Mesh, sequence_multiple: int
+    causal: Any,
+    inputs: ModelInputs,
+    lengths: torch.Tensor,
+    parts: int,
+    data_ranks: int,
+    mesh: Mesh,
+    sequence_multiple: int,
+    shared: int = 0,
 ) -> list[ModelInputs]:
     """This rank's micro-batches, of `parts` for all data-parallel ranks: one packed row each, all of one length.
 
-    They have the first `lengths` tokens of each row of the batch. Labels are those of the batch, -100 where a row is filled up.
+    They have the first `lengths` tokens of each row of the batch, but the first `shared` of them once. Labels are those of the
+    batch, -100 where a row is filled up.
     """
-    with_mask = _takes_mask_of_pairs(causal.config.get_text_config(), int(lengths.max()))
-    bins, fullest = _bins(lengths.tolist(), parts)
-    length = filled_size(fullest, LENGTH_MULTIPLE)
+    with_mask = takes_mask_of_pairs(causal.config.get_text_config(), int(lengths.max()))
+    bins, fullest = _bins((lengths - shared).tolist(), parts)
+    length = filled_size(fullest + shared, LENGTH_MULTIPLE)
     length = -(-length // sequence_multiple) * sequence_multiple
-    packed = [_packed(inputs, lengths, rows, length, mesh) for rows in bins[mesh.rank("data") :: data_ranks]]
-    return [_with_mask_of_pairs(one) for one in packed] if with_mask else packed
+    packed = [_packed(inputs, lengths, rows, length, shared, mesh) for rows in bins[mesh.rank("data") :: data_ranks]]
+    return [_with_mask_of_pairs(one, shared) for one in packed] if with_mask else packed
 
 
-def _takes_mask_of_pairs(config: Any, longest: int) -> bool:
-    """Whether all layers see the whole text in torch's attention: transformers then takes a mask of pairs as it is.
-
-    It would make the same one from the positions, in several times the time.
-    """
-    windows = getattr(config, "sliding_window", None), getattr(config, "attention_chunk_size", None)
-    return config._attn_implementation == "sdpa" and all(window is None or window >= longest for window in windows)
-
-
-def _with_mask_of_pairs(packed: ModelInputs) -> ModelInputs:
+def _with_mask_of_pairs(packed: ModelInputs, shared: int) -> ModelInputs:
     """With the mask `[1, 1, sequence, sequence]` of tokens that see each other."""
     starts = packed.others["cu_seq_lens_q"].tolist()
     ids = packed.tensors[_IDS]
@@ -123,46 +126,58 @@ def _with_mask_of_pairs(packed: ModelInputs) -> ModelInputs:
     causal = torch.ones(packed.others["max_length_q"], packed.others["max_length_q"], dtype=torch.bool).tril()
     for start, stop in pairwise(starts):
         mask[start:stop, start:stop] = causal[: stop - start, : stop - start]
+    mask[starts[1] :, :shared] = True
     return replace(packed, tensors={**packed.tensors, _MASK: mask[None, None].to(ids.device)})
 
 
 def _bins(lengths: list[int], parts: int) -> tuple[list[list[int]], int]:
     """Rows of each part, each row in the part that is emptiest so far, the longest first; the length of the fullest.
 
-    >>> _bins([3, 9, 4, 5], 2)
-    ([[1, 0], [3, 2]], 12)
+    Without rows that have nothing.
+
+    >>> _bins([3, 9, 4, 0, 5], 2)
+    ([[1, 0], [4, 2]], 12)
     """
     bins: list[list[int]] = [[] for _ in range(parts)]
     filled = [0] * parts
-    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+    for row in sorted((row for row, length in enumerate(lengths) if length > 0), key=lambda row: -lengths[row]):
         emptiest = min(range(parts), key=filled.__getitem__)
         bins[emptiest].append(row)
         filled[emptiest] += lengths[row]
     return bins, max(filled)
 
 
-def _packed(inputs: ModelInputs, lengths: torch.Tensor, rows: list[int], length: int, mesh: Mesh) -> ModelInputs:
+def _packed(inputs: ModelInputs, lengths: torch.Tensor, rows: list[int], length: int, shared: int, mesh: Mesh) -> ModelInputs:
     assert inputs.labels is not None
-    sizes = [int(lengths[row]) for row in rows]
-    rest = length - sum(sizes)
-    ids = [inputs.tensors[_IDS][row, :size] for row, size in zip(rows, sizes, strict=True)]
-    labels = [inputs.labels[row, :size] for row, size in zip(rows, sizes, strict=True)]
+    # The first text has the tokens that the others share with it.
+    ends = [(0 if place == 0 else shared, int(lengths[row])) for place, row in enumerate(rows)]
+    ids = [inputs.tensors[_IDS][row, start:stop] for row, (start, stop) in zip(rows, ends, strict=True)]
+    labels = [inputs.labels[row, start:stop] for row, (start, stop) in zip(rows, ends, strict=True)]
+    rest = length - sum(stop - start for start, stop in ends)
     if rest:
-        # Texts that no loss depends on, not longer than those of the batch: a model may know no later positions.
-        most = int(lengths.max())
-        sizes += [*[most] * (rest // most), *[rest % most] * (rest % most > 0)]
         ids.append(inputs.tensors[_IDS].new_zeros(rest))
         labels.append(inputs.labels.new_full((rest,), IGNORED))
-    starts = torch.tensor([0, *sizes], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(mesh.device)
+        # Texts that no loss depends on, not longer than those of the batch: a model may know no later positions.
+        most = int(lengths.max()) - shared
+        ends += [(shared, shared + min(most, rest - done)) for done in range(0, rest, most)]
+    starts = _sums([stop - start for start, stop in ends]).to(mesh.device)
     tensors = {
         _IDS: torch.cat(ids).unsqueeze(0).to(mesh.device),
-        "position_ids": torch.cat([torch.arange(size) for size in sizes]).unsqueeze(0).to(mesh.device),
+        "position_ids": torch.cat([torch.arange(start, stop) for start, stop in ends]).unsqueeze(0).to(mesh.device),
     }
-    longest = max(sizes)
-    attention = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": longest, "max_length_k": longest}
+    attention = {
+        "cu_seq_lens_q": starts,
+        "cu_seq_lens_k": _sums([stop for _, stop in ends]).to(mesh.device) if shared else starts,
+        "max_length_q": max(stop - start for start, stop in ends),
+        "max_length_k": max(stop for _, stop in ends),
+    }
     return replace(
         inputs,
         tensors=tensors,
         others={**inputs.others, **attention},
         labels=torch.cat(labels).unsqueeze(0).to(mesh.device),
     )
+
+
+def _sums(sizes: list[int]) -> torch.Tensor:
+    return torch.tensor([0, *sizes], dtype=torch.int32).cumsum(0, dtype=torch.int32)

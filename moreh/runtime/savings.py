@@ -10,13 +10,16 @@ from moreh.option import ParallelOptions
 @dataclass(frozen=True)
 class Savings:
     """`padding`: what stands behind a row's last label is not computed. `packing`: rows are computed one after the other, not
-    side by side. `logits`: the output layer and the last MLP are computed only where labels are. `attention`, `activation`,
-    `norm` and `rotary`: with fewer or faster kernels. `memory`: what a step frees is kept for the next one.
+    side by side. `prefix`: what all of these begin with is computed once. `logits`: the output layer and the last MLP are
+    computed only where labels are. `embedding`: the gradient of tied embeddings is added to the output layer's row by row.
+    `attention`, `activation`, `norm` and `rotary`: with fewer or faster kernels. `memory`: what a step frees is kept.
     """
 
     padding: bool = True
     packing: bool = True
+    prefix: bool = True
     logits: bool = True
+    embedding: bool = True
     attention: bool = True
     activation: bool = True
     norm: bool = True
@@ -32,7 +35,9 @@ def savings_of(options: ParallelOptions) -> Savings:
     return Savings(
         options.skip_padding,
         options.pack_rows,
+        options.share_prefix,
         options.logits_at_labels,
+        options.sparse_embedding,
         options.block_attention,
         options.fused_activation,
         options.fused_norm,
@@ -46,7 +51,9 @@ def savings_text(options: ParallelOptions) -> str:
     said = {
         "padding skipped": options.skip_padding,
         "rows packed": options.skip_padding and options.pack_rows,
+        "common prefix once": options.skip_padding and options.pack_rows and options.share_prefix,
         "logits at labels only": options.logits_at_labels,
+        "tied embeddings by rows": options.sparse_embedding,
         "attention in blocks": options.block_attention,
         "fused activation": options.fused_activation,
         "fused norm": options.fused_norm,

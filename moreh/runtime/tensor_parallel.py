@@ -15,9 +15,9 @@ from torch import nn
 from torch.nn import functional
 
 from moreh.errors import PlanError
-from moreh.planner.family_defaults import DROPOUT_KEYS
 from moreh.runtime.adapters import base_matrix, lora_pairs
 from moreh.runtime.collectives import copy_to_ranks, gather_parts, own_part, part_of_sum, sum_of_ranks
+from moreh.runtime.dropout import has_dropout
 from moreh.runtime.random_numbers import OwnRandomNumbers
 from moreh.runtime.tensor_division import (
     DivisibleDecoder,
@@ -67,7 +67,7 @@ def install_tensor_parallel(model: nn.Module, group: dist.ProcessGroup, *, seque
     random = OwnRandomNumbers(group.rank())
     state = TensorParallelState(group, sequence_parallel=sequence_parallel, random=random)
     _install_embedding(decoder, state)
-    dropout = _has_dropout(decoder)
+    dropout = has_dropout(decoder.config, decoder.parts.layers)
     for layer in decoder.parts.layers:
         for region in decoder.regions:
             _install_region(layer, region, decoder, state, dropout=dropout)
@@ -228,14 +228,6 @@ def _whole_sequence(state: TensorParallelState) -> Callable[[nn.Module, Any, Any
         return hidden if isinstance(output, torch.Tensor) else (hidden, *output[1:])
 
     return hook
-
-
-def _has_dropout(decoder: DivisibleDecoder) -> bool:
-    """Whether anything in the layers is dropped in training."""
-    settings = [decoder.config, getattr(decoder.config, "attn_config", None)]
-    rates = [getattr(config, key, None) for config in settings for key in DROPOUT_KEYS]
-    modules = [module.p for module in decoder.parts.layers.modules() if isinstance(module, nn.Dropout)]
-    return any(rates) or any(modules)
 
 
 def _begin_layer(state: TensorParallelState) -> Callable[[nn.Module, Any], None]:

@@ -7,12 +7,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional
 
+from moreh.runtime.chunks import chunks
 from moreh.runtime.collectives import sum_of_ranks
 from moreh.runtime.layout import piece
 
 IGNORED_LABEL = -100
-# Logits that are worked on in float32 at a time.
-CHUNK = 2**19
 
 
 def token_losses(
@@ -72,7 +71,7 @@ class _TokenLosses(torch.autograd.Function):
         ignored = labels == IGNORED_LABEL
         here = (labels >= start) & (labels < stop)
         column = (labels - start).masked_fill(~here, 0)
-        parts = [_log_of_sum(_accurate(part)) for part in _chunks(logits, logits.shape[-1])]
+        parts = [_log_of_sum(_accurate(part)) for (part,) in chunks(logits)]
         total = own = torch.cat(parts).view(labels.shape)
         if start == stop:
             label_logits = torch.zeros_like(total)
@@ -96,8 +95,7 @@ class _TokenLosses(torch.autograd.Function):
         at_label = -gradient.masked_fill(~here.unsqueeze(-1), 0)
         result = torch.empty_like(logits, memory_format=torch.contiguous_format)
         of_each = gradient if share is None else gradient * share.unsqueeze(-1)
-        rows = (result, logits, column.unsqueeze(-1), of_each, at_label)
-        for parts in zip(*(_chunks(tensor, logits.shape[-1]) for tensor in rows), strict=True):
+        for parts in chunks(result, logits, column.unsqueeze(-1), of_each, at_label):
             of_part, part, part_column, part_of_each, part_at_label = parts
             probabilities = torch.softmax(_accurate(part), -1).mul_(part_of_each)
             if share is not None:
@@ -107,11 +105,6 @@ class _TokenLosses(torch.autograd.Function):
                 probabilities.scatter_add_(-1, part_column, part_at_label)
             of_part.copy_(probabilities)
         return result, None, None, None
-
-
-def _chunks(tensor: torch.Tensor, vocabulary: int) -> tuple[torch.Tensor, ...]:
-    """Its rows, a few of so many logits at a time: what is made of them in float32 stays in the cache."""
-    return tensor.flatten(0, -2).split(max(1, CHUNK // max(1, vocabulary)))
 
 
 def _log_of_sum(logits: torch.Tensor) -> torch.Tensor:

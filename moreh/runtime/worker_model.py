@@ -38,6 +38,8 @@ from moreh.runtime.passes import forward, forward_and_backward
 from moreh.runtime.placement import stage_places
 from moreh.runtime.randomness import computing_generator
 from moreh.runtime.savings import Savings, faster_kernels
+from moreh.runtime.shared_prefix import shared_prefix
+from moreh.runtime.tied_embedding import TiedEmbedding
 from moreh.runtime.vocabulary import gather_logits, token_losses
 
 _KEEP = "logits_to_keep"
@@ -65,6 +67,7 @@ class WorkerModel:
         self._skip_padding = savings.padding and sees_only_the_past(causal)
         make_model = undivided_model if plan.devices == 1 else divide_model
         self.model: ParallelModel = make_model(root, plan, self._inputs, self._finish, self._wanted)
+        self._tied_embedding = TiedEmbedding(causal)
         head = causal.get_output_embeddings()
         # Inside of another module, as BERT's, it gets what that one makes of all positions.
         self._chooses_positions = any(place.module is head for place in self.model.decoder.after)
@@ -122,6 +125,7 @@ class WorkerModel:
         earlier = self._put_gradients_aside()
         with self._computing(), self._own_draws():
             losses = forward_and_backward(self.model, len(self._micro_batches), shape)
+            self._tied_embedding.add_rows()
             gradients = take_gradients(self.model)
         self._micro_batches = []
         for parameter, gradient in earlier:
@@ -190,12 +194,16 @@ class WorkerModel:
         place = self.plan.data, self.model.mesh, self._sequence_multiple
         filled_up = inputs.sequence_length + -inputs.sequence_length % self._sequence_multiple
         tokens = self.tokens or self.plan.micro_batch_size * filled_up
-        parts = self.plan.data * micro_batches if self.plan.pipeline > 1 else parts_of(lengths, tokens, self.plan.data)
         packing = self._skip_padding and self._savings.packing and not self._has_unknown_part
         causal = self.model.decoder.causal
+        shared = 0
+        if packing and self._savings.prefix:
+            shared = shared_prefix(self.model.decoder.root, causal.config.get_text_config(), inputs, lengths)
+        pipelined = self.plan.pipeline > 1
+        parts = self.plan.data * micro_batches if pipelined else parts_of(lengths, tokens, self.plan.data, shared)
         if packing and can_pack(causal, inputs, lengths, parts, self.model.mesh):
-            self._micro_batches = packed_micro_batches(causal, inputs, lengths, parts, *place)
-        elif self.plan.pipeline > 1:
+            self._micro_batches = packed_micro_batches(causal, inputs, lengths, parts, *place, shared)
+        elif pipelined:
             self._micro_batches = equal_micro_batches(inputs, lengths, micro_batches, *place)
         else:
             self._micro_batches = micro_batches_by_length(inputs, lengths, tokens, *place)
@@ -260,7 +268,8 @@ class WorkerModel:
         use_computing_parameters(self.model)
         try:
             recomputed = any(getattr(layer, "gradient_checkpointing", False) for layer in self.model.decoder.layers)
-            with faster_kernels(self._savings, recomputed):
+            by_rows = self._savings.embedding and self.plan.devices == 1
+            with faster_kernels(self._savings, recomputed), self._tied_embedding.by_rows() if by_rows else nullcontext():
                 yield
         finally:
             for module in self.model.sharded_modules():
