@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from moreh.planner.plan import Plan
-from moreh.runtime import micro_batches, pipeline_stage
+from moreh.runtime import micro_batches, packing, pipeline_stage
 from moreh.runtime.checkpoints import load_training, save_training
 from moreh.runtime.divided_models import divide, prepare_for_division
 from moreh.runtime.gathering import whole_tensor
@@ -34,7 +34,14 @@ def batch(step, vocabulary, rows=ROWS, length=LENGTH):
     return ids, mask, labels
 
 
-def train(model, optimizer_of=None, clip=None, steps=3, accumulation=2, **model_arguments):
+def rows_that_begin_alike(step, vocabulary):
+    """The same with five tokens in front of each row, without labels."""
+    ids, mask, labels = batch(step, vocabulary)
+    prefix = torch.arange(5).expand(ROWS, 5)
+    return tuple(torch.cat(pair, 1) for pair in ((prefix, ids), (torch.ones_like(prefix), mask), (0 * prefix - 100, labels)))
+
+
+def train(model, optimizer_of=None, clip=None, steps=3, accumulation=2, make_batch=batch, **model_arguments):
     """The loop of a script, and what it sees: losses and norms. Everything is made before the first batch."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     make = optimizer_of or (lambda parameters: torch.optim.AdamW(parameters, lr=1e-2, eps=1e-3))
@@ -44,7 +51,7 @@ def train(model, optimizer_of=None, clip=None, steps=3, accumulation=2, **model_
     seen = []
     for step in range(steps):
         for part in range(accumulation):
-            ids, mask, labels = batch(accumulation * step + part, model.config.vocab_size)
+            ids, mask, labels = make_batch(accumulation * step + part, model.config.vocab_size)
             outputs = model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False, **model_arguments)
             (outputs[0] / accumulation).backward()
             seen.append(outputs.loss.item())
@@ -92,6 +99,18 @@ def compare(family, plan, change=None, **loop):
         seen = train(divided, **loop)
     seen_difference = max(abs(a - b) / max(abs(b), 1e-12) for a, b in zip(seen, expected, strict=True))
     return seen_difference, weight_difference(worker_model.model, model)
+
+
+def compare_rows_that_begin_alike(family, plan, seen_as=None):
+    """The same for these, and the numbers of tokens that were computed once; `seen_as` instead of them, if given."""
+    shared = []
+
+    def pack(*given):
+        shared.append(given[-1])
+        return packing.packed_micro_batches(*given[:-1], given[-1] if seen_as is None else seen_as)
+
+    with mock.patch("moreh.runtime.worker_model.packed_micro_batches", pack):
+        return *compare(family, plan, make_batch=rows_that_begin_alike), set(shared)
 
 
 def weight_difference(parallel, whole):

@@ -37,6 +37,16 @@ def test_loop(family, plan):
     assert_equal(on_workers(cases.compare, family, PLANS[plan]))
 
 
+@pytest.mark.parametrize("plan", PLANS)
+def test_rows_that_begin_alike(plan):
+    """What they have in common is computed once; one token more would be found."""
+    for losses, weights, shared in on_workers(cases.compare_rows_that_begin_alike, "llama", PLANS[plan]):
+        assert max(losses, weights) < 1e-9
+        assert shared == {5}
+    for losses, weights, _ in on_workers(cases.compare_rows_that_begin_alike, "llama", PLANS[plan], 6):
+        assert min(losses, weights) > 1e-6
+
+
 @pytest.mark.parametrize("plan", ["pp-tp", "tp-sharded"])
 @pytest.mark.parametrize("optimizer", [cases.sgd_with_momentum, cases.two_groups, cases.fused_adamw])
 def test_optimizers(optimizer, plan):
