@@ -7,7 +7,7 @@ from unittest import mock
 
 import torch.distributed as dist
 
-from moreh.runtime import divided_models, gradients, worker_model
+from moreh.runtime import divided_models, gradients
 from moreh.runtime.parallel_model import ParallelModel, local_tensor
 from moreh.runtime.worker_model import WorkerModel
 
@@ -55,7 +55,7 @@ def stale_weights():
 
 def ignored_scale():
     """The script's loss / 2 has no effect on the gradients, which Adam does not see."""
-    return mock.patch.object(worker_model, "hand_over", lambda model, given, scale: _hand_over(model, given, scale / scale))
+    return mock.patch.object(gradients, "hand_over", lambda model, given, scale: _hand_over(model, given, scale / scale))
 
 
 def lost_accumulation():
@@ -66,7 +66,7 @@ def lost_accumulation():
             parameter.grad = None
         _hand_over(model, given, scale)
 
-    return mock.patch.object(worker_model, "hand_over", hand_over)
+    return mock.patch.object(gradients, "hand_over", hand_over)
 
 
 def norm_of_own_part():

@@ -135,11 +135,16 @@ def test_what_rows_have_in_common():
     assert shared(model, batch(model)) == 0
 
 
-def test_rows_that_are_dropped_from_are_not_alike():
-    model = make("gpt2")
-    model.config.resid_pdrop = 0.1
+@pytest.mark.parametrize(("family", "rate"), [("gpt2", "resid_pdrop"), ("mixtral", "router_jitter_noise")])
+def test_rows_that_something_random_happens_to_are_not_alike(family, rate):
+    model = make(family)
+    model.config.sliding_window = None
+    setattr(model.config, rate, 0.1)
     assert shared(model.train(), rows(model)) == 0
     assert shared(model.eval(), rows(model)) == PREFIX
+
+
+def test_dropout_of_an_adapter():
     model = make("llama").train()
     model.model.layers[0].mlp.up_proj = torch.nn.Sequential(torch.nn.Dropout(0.1), model.model.layers[0].mlp.up_proj)
     assert shared(model, rows(model)) == 0

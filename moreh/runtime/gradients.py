@@ -1,10 +1,12 @@
 """Gradients of a divided model: summed over the ranks that computed a part of them, and handed to the script."""
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from moreh.runtime.loss_output import TWICE
 from moreh.runtime.parallel_model import ParallelModel, local_tensor
 from moreh.runtime.shown_parameters import as_shown
 
@@ -82,6 +84,30 @@ def _sum_over_holders(tensor: torch.Tensor, model: ParallelModel, pipeline_ranks
     for rank in pipeline_ranks[1:]:
         total += parts[rank]
     tensor.copy_(total)
+
+
+def loss_that_hands_over(loss: torch.Tensor, model: ParallelModel, gradients: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The loss of a batch whose gradients are computed already: its backward pass hands them over."""
+    leaf = torch.zeros((), dtype=loss.dtype, device=loss.device, requires_grad=True)
+    handing_over: torch.Tensor = _Loss.apply(leaf, loss, model, gradients)  # type: ignore[no-untyped-call]
+    return handing_over
+
+
+class _Loss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, leaf: torch.Tensor, loss: torch.Tensor, model: ParallelModel, gradients: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
+        ctx.model, ctx.gradients = model, gradients
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *scales: torch.Tensor) -> tuple[None, None, None, None]:
+        if ctx.gradients is None:
+            raise RuntimeError(TWICE)
+        hand_over(ctx.model, ctx.gradients, scales[0])
+        ctx.gradients = None
+        return None, None, None, None
 
 
 def hand_over(model: ParallelModel, gradients: dict[str, torch.Tensor], scale: torch.Tensor) -> None:

@@ -29,11 +29,13 @@ def shared_prefix(root: nn.Module, config: Any, inputs: ModelInputs, lengths: to
     """How many tokens, without labels, all rows with labels begin with; 0 where computing them once would change anything.
 
     `root` is the model with its wrappers, `config` that of its decoder; `lengths` `[rows]` are the useful tokens of each row.
+    Where something random happens to hidden states in training, each row has its own.
     """
     labels, ids = inputs.labels, inputs.tensors.get("input_ids")
     if labels is None or ids is None or not takes_mask_of_pairs(config, int(lengths.max())):
         return 0
-    if has_dropout(config, root) and any(module.training for module in root.modules()):
+    random = has_dropout(config, root) or bool(getattr(config, "router_jitter_noise", None))
+    if random and any(module.training for module in root.modules()):
         return 0
     rows = (labels != IGNORED).any(1)
     if int(rows.sum()) < 2:

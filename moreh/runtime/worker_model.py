@@ -14,9 +14,9 @@ from moreh.errors import OptionError
 from moreh.planner.describe_module import unwrapped
 from moreh.planner.plan import Plan
 from moreh.runtime.allocator import after_training_step, before_training_step
-from moreh.runtime.gradients import hand_over, take_gradients
+from moreh.runtime.gradients import loss_that_hands_over, take_gradients
 from moreh.runtime.known_computation import scales_losses, unknown_computation, unknown_part, watches_calls, watches_gradients
-from moreh.runtime.loss_output import TWICE, LossOutput, loss_with_gradients
+from moreh.runtime.loss_output import LossOutput, loss_with_gradients
 from moreh.runtime.micro_batches import (
     all_lengths,
     equal_micro_batches,
@@ -136,8 +136,7 @@ class WorkerModel:
         self._steps += 1
         if self.plan.devices == 1:
             return loss_with_gradients(total, [(self.model.computing[name], one) for name, one in gradients.items()])
-        leaf = torch.zeros((), dtype=total.dtype, device=mesh.device, requires_grad=True)
-        return _Loss.apply(leaf, total, _Pending(self.model, gradients))  # type: ignore[no-untyped-call]
+        return loss_that_hands_over(total, self.model, gradients)
 
     def _evaluate(self, inputs: ModelInputs) -> torch.Tensor:
         shape = self._cut(inputs, self._fewest_micro_batches(inputs.rows))
@@ -282,29 +281,3 @@ def _kept_positions(inputs: ModelInputs) -> torch.Tensor:
     kept = inputs.others.get(_KEEP, 0)
     positions = torch.arange(inputs.sequence_length)
     return positions[kept] if isinstance(kept, torch.Tensor) else positions[-kept:]
-
-
-class _Pending:
-    """Gradients that wait for `loss.backward()`."""
-
-    def __init__(self, model: ParallelModel, gradients: dict[str, torch.Tensor]) -> None:
-        self.model = model
-        self.gradients: dict[str, torch.Tensor] | None = gradients
-
-
-class _Loss(torch.autograd.Function):
-    """The loss of a batch whose gradients are computed already."""
-
-    @staticmethod
-    def forward(context: Any, leaf: torch.Tensor, loss: torch.Tensor, pending: _Pending) -> torch.Tensor:
-        context.pending = pending
-        return loss.clone()
-
-    @staticmethod
-    def backward(context: Any, *scales: torch.Tensor) -> tuple[None, None, None]:
-        pending = context.pending
-        if pending.gradients is None:
-            raise RuntimeError(TWICE)
-        hand_over(pending.model, pending.gradients, scales[0])
-        pending.gradients = None
-        return None, None, None
