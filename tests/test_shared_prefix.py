@@ -60,7 +60,7 @@ def test_most_families_share():
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize("tokens", [TOKENS, 1000])
+@pytest.mark.parametrize("tokens", [1, TOKENS, 1000])
 def test_without_attention_in_blocks(family, tokens):
     """Then the mask says which tokens see each other."""
     model = make(family)
@@ -93,16 +93,28 @@ def test_comparison_finds_another_prefix(name, broken):
         assert min(differences(model, rows(model), savings)) > 1e-6
 
 
-def test_prefix_is_in_each_packed_row_once():
+def test_long_prefixes_are_packed():
+    model = make("llama")
+    inputs = read_inputs(model, (), batch(model, attention_mask=None))
+    lengths = torch.full((ROWS,), 1000)
+    assert not packing.can_pack(model, inputs, lengths, 1, CPU)
+    assert packing.can_pack(model, inputs, lengths, 1, CPU, 900)
+    assert not packing.can_pack(model, inputs, lengths, 1, CPU, 600)
+
+
+@pytest.mark.parametrize("parts", [2, ROWS + 1])
+def test_prefix_is_in_each_packed_row_once(parts):
     model = make("llama")
     given = rows(model)
-    cut = packed(model, given, 2)
+    cut = packed(model, given, parts)
     prefix = given["input_ids"][0, :PREFIX]
     labels = []
+    assert len(cut) == parts
     for one in cut:
         ids, positions = one.tensors["input_ids"][0], one.tensors["position_ids"][0]
-        assert torch.equal(ids[:PREFIX], prefix)
-        assert positions.tolist().count(0) == 1
+        has_texts = bool((one.labels != -100).any())
+        assert torch.equal(ids[:PREFIX], prefix) == has_texts
+        assert positions.tolist().count(0) == has_texts
         assert positions.max() < LENGTH
         starts, keys = one.others["cu_seq_lens_q"], one.others["cu_seq_lens_k"]
         assert set((keys.diff() - starts.diff())[1:].tolist()) == {PREFIX}
@@ -117,6 +129,8 @@ def test_tokens_of_a_packed_row():
     lengths = torch.tensor([30, 30, 30, 1])
     assert packing.parts_of(lengths, 70, 1) == 2
     assert packing.parts_of(lengths, 70, 1, shared=20) == 1
+    # Of one text each, however many tokens a micro-batch may have.
+    assert packing.parts_of(lengths, 20, 1, shared=25) == packing.parts_of(lengths, 20, 3, shared=25) == 3
 
 
 def test_what_rows_have_in_common():

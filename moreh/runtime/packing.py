@@ -63,14 +63,16 @@ PACKED_FAMILIES = frozenset(
 )
 
 
-def can_pack(causal: Any, inputs: ModelInputs, lengths: torch.Tensor, parts: int, mesh: Mesh) -> bool:
+def can_pack(causal: Any, inputs: ModelInputs, lengths: torch.Tensor, parts: int, mesh: Mesh, shared: int = 0) -> bool:
     """Whether a model computes the same for rows in so many packed ones: token ids, of which nothing useful is masked.
+
+    The first `shared` tokens of the rows are in each packed row once.
 
     On processors only, and no longer texts than attention is computed in blocks for: torch's kernels do better with rows of
     their own.
     """
-    longest = int(lengths.max())
-    if mesh.device.type != "cpu" or longest > LONGEST_TEXT or int(lengths.sum()) > (LONGEST_ROW - longest) * parts:
+    longest, tokens = int(lengths.max()), int(_own_lengths(lengths, shared).sum()) + shared * parts
+    if mesh.device.type != "cpu" or longest > LONGEST_TEXT or tokens > (LONGEST_ROW - longest) * parts:
         return False
     if causal.config.get_text_config().model_type not in PACKED_FAMILIES or not set(inputs.tensors) <= {_IDS, _MASK}:
         return False
@@ -87,12 +89,19 @@ def can_pack(causal: Any, inputs: ModelInputs, lengths: torch.Tensor, parts: int
 
 
 def parts_of(lengths: torch.Tensor, tokens: int, data_ranks: int, shared: int = 0) -> int:
-    """Packed rows for texts of so many tokens each: as many for each rank, of about `tokens` at most.
+    """Packed rows for texts of so many tokens each: as many for each rank, of about `tokens` at most or one text.
 
     The first `shared` tokens of the texts are in each packed row once.
     """
-    most = min(tokens, LONGEST_ROW - LONGEST_TEXT) - shared
-    return -(-int((lengths - shared).clamp(min=0).sum()) // (max(most, 1) * data_ranks)) * data_ranks
+    own = _own_lengths(lengths, shared)
+    most = max(1, min(tokens, LONGEST_ROW - LONGEST_TEXT) - shared)
+    wanted, texts = -(-int(own.sum()) // (most * data_ranks)), -(-int((own > 0).sum()) // data_ranks)
+    return min(wanted, texts) * data_ranks
+
+
+def _own_lengths(lengths: torch.Tensor, shared: int) -> torch.Tensor:
+    """What texts have behind the tokens that they share; nothing is computed for one that has none."""
+    return (lengths - shared).clamp(min=0)
 
 
 def packed_micro_batches(
@@ -111,7 +120,7 @@ def packed_micro_batches(
     batch, -100 where a row is filled up.
     """
     with_mask = takes_mask_of_pairs(causal.config.get_text_config(), int(lengths.max()))
-    bins, fullest = _bins((lengths - shared).tolist(), parts)
+    bins, fullest = _bins(_own_lengths(lengths, shared).tolist(), parts)
     length = filled_size(fullest + shared, LENGTH_MULTIPLE)
     length = -(-length // sequence_multiple) * sequence_multiple
     packed = [_packed(inputs, lengths, rows, length, shared, mesh) for rows in bins[mesh.rank("data") :: data_ranks]]

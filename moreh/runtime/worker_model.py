@@ -200,7 +200,7 @@ class WorkerModel:
             shared = shared_prefix(self.model.decoder.root, causal.config.get_text_config(), inputs, lengths)
         pipelined = self.plan.pipeline > 1
         parts = self.plan.data * micro_batches if pipelined else parts_of(lengths, tokens, self.plan.data, shared)
-        if packing and can_pack(causal, inputs, lengths, parts, self.model.mesh):
+        if packing and can_pack(causal, inputs, lengths, parts, self.model.mesh, shared):
             self._micro_batches = packed_micro_batches(causal, inputs, lengths, parts, *place, shared)
         elif pipelined:
             self._micro_batches = equal_micro_batches(inputs, lengths, micro_batches, *place)
