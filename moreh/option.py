@@ -120,8 +120,9 @@ def enable_advanced_parallelization(
         distribute_parameter: shard parameters, gradients and optimizer state over data-parallel ranks.
         mixed_precision: compute in bfloat16 with float32 weights, where the machine multiplies bfloat16 matrices faster.
         skip_padding: order the rows of a batch by their length and compute nothing behind a row's last label.
-        pack_rows: put rows one after the other instead of side by side, so that no row is padded to the length of another.
-        share_prefix: compute the tokens that all packed rows of a batch begin with, such as an instruction, once.
+        pack_rows: on processors, put rows one after the other instead of side by side, so that none is padded to the length of
+            another.
+        share_prefix: compute the tokens that all of these packed rows of a batch begin with, such as an instruction, once.
         logits_at_labels: compute the output layer and the MLP of the last layer only where labels are.
         sparse_embedding: on one worker, add the gradient of token embeddings that are the output layer's weights, too, to its
             gradient row by row instead of as a matrix of mostly zeros.

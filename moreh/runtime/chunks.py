@@ -32,12 +32,12 @@ def scratch(number: int, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
     """Memory of a processor with any content, the same for each call with this number: valid until the next one."""
     size = math.prod(shape)
     if size * dtype.itemsize > KEPT_BYTES:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
     buffers = _kept.__dict__
     key = f"{number} {dtype}"
     if key not in buffers or len(buffers[key]) < size:
         # Made in inference mode, it could not be written to outside of it.
         with torch.inference_mode(False):
-            buffers[key] = torch.empty(size, dtype=dtype)
+            buffers[key] = torch.empty(size, dtype=dtype, device="cpu")
     found: torch.Tensor = buffers[key][:size].view(shape)
     return found
