@@ -3,7 +3,6 @@
 import json
 import re
 import sys
-import time
 from dataclasses import asdict, replace
 from types import SimpleNamespace
 
@@ -322,14 +321,11 @@ def test_long_sequences_are_a_warning(plan, model):
 
 
 def test_the_real_model_in_a_process_of_its_own(run):
-    started = time.perf_counter()
     finished = run(sys.executable, "-m", "moreh.cli.plan", *LLAMA, "--json")
-    seconds = time.perf_counter() - started
     assert (finished.returncode, finished.stderr) == (0, "")
     content = json.loads(finished.stdout)
     assert content["model"]["parameters"] == 70_553_706_496
     assert content["plans"][0]["fits"]
-    assert seconds < 8  # under a second on a machine that does nothing else
 
     explained = run(sys.executable, "-m", "moreh.cli.plan", *LLAMA, "--explain", PLATFORM_PLAN).stdout
     assert f"This plan     {PLATFORM_PLAN}\n" in explained
