@@ -30,10 +30,10 @@ check: $(VENV)/installed-dev
 	$(BIN)/mypy
 
 verify-plans: $(VENV)/installed-dev
-	$(BIN)/python -m tests.verify_plans
+	$(BIN)/python -m tests.verify.plans
 
 verify-families: $(VENV)/installed-dev
-	$(BIN)/python -m tests.verify_families
+	$(BIN)/python -m tests.verify.families
 
 SYSTEMS := trl litgpt torchtune
 

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from transformers import TextStreamer, logging
 
-from utils.dataset import load_tokenizer
+from utils.cli import exit_code_of
+from utils.data.dataset import load_tokenizer
+from utils.data.tokenization import encode_prompts
 from utils.errors import UserError
-from utils.model import load_pretrained
-from utils.program import exit_code_of
-from utils.tokenization import encode_prompts
+from utils.training.model import load_pretrained
 
 DEFAULT_NEW_TOKENS = 128
 EXIT_BROKEN_PIPE = 141
@@ -119,10 +119,15 @@ def _seed(text: str) -> int:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Ask a fine-tuned checkpoint; the answer is streamed.")
     parser.add_argument("checkpoint", help="directory of a saved model, or a name on the hub")
-    parser.add_argument("prompt", nargs="?", help="the prompt (\\n is a line break); without it, --file or standard input")
+    parser.add_argument(
+        "prompt", nargs="?", help="the prompt (\\n is a line break); without it, --file or standard input"
+    )
     parser.add_argument("--file", metavar="FILE", help="read the prompt from a file")
     parser.add_argument(
-        "--max-new-tokens", type=int, metavar="N", help=f"default: {DEFAULT_NEW_TOKENS}, or what the model's positions leave"
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help=f"default: {DEFAULT_NEW_TOKENS}, or what the model's positions leave",
     )
     parser.add_argument(
         "--temperature",
@@ -133,7 +138,10 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--top-p", type=lambda text: _number(text, 0, 1), default=1.0, help="default: %(default)s")
     parser.add_argument("--top-k", type=int, default=0, help="0: no limit (default: %(default)s)")
     parser.add_argument(
-        "--repetition-penalty", type=lambda text: _number(text, 0.01, math.inf), default=1.0, help="default: %(default)s"
+        "--repetition-penalty",
+        type=lambda text: _number(text, 0.01, math.inf),
+        default=1.0,
+        help="default: %(default)s",
     )
     parser.add_argument("--seed", type=_seed, help="of the drawing (default: 0)")
     parser.add_argument("--echo", action="store_true", help="print the prompt too")

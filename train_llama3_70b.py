@@ -11,24 +11,24 @@ import math
 import sys
 import time
 
-from utils.program import before_imports, run_script
+from utils.cli import before_imports, run_script
 
 if __name__ == "__main__":
     before_imports("configs/llama3_70b.yaml")  # before the libraries below are imported, which takes seconds
 
 import torch
 
-from utils.batches import batches_of_steps, evaluation_loader, labels_of, total_steps, training_loader
-from utils.checkpoint import Checkpoints
-from utils.config import Config
-from utils.dataset import prepare_data
+from utils.config.schema import Config
+from utils.data.batches import batches_of_steps, evaluation_loader, labels_of, total_steps, training_loader
+from utils.data.dataset import prepare_data
+from utils.data.masks import count_labels
 from utils.errors import UserError
-from utils.evaluation import evaluate, write_sample
-from utils.masks import count_labels
-from utils.model import load_model
-from utils.run_log import RunLog
-from utils.schedule import make_scheduler
-from utils.workers import prepare_accelerator
+from utils.logging.run_log import RunLog
+from utils.training.checkpoint import Checkpoints
+from utils.training.evaluation import evaluate, write_sample
+from utils.training.lr_schedule import make_scheduler
+from utils.training.model import load_model
+from utils.training.workers import prepare_accelerator
 
 
 def main(config: Config) -> None:
@@ -71,7 +71,9 @@ def train(config: Config, log: RunLog) -> None:
         eval_loss = evaluate(model, held_out, config.data.loss_on)
         log.say(f"[Step {step}/{steps}] | Held-out loss: {eval_loss:.4f}")
         if not math.isfinite(eval_loss):
-            raise UserError(f"step {step}: the held-out loss is {eval_loss}, so the model is not saved; try a smaller train.lr")
+            raise UserError(
+                f"step {step}: the held-out loss is {eval_loss}, so the model is not saved; try a smaller train.lr"
+            )
         if config.log.sample_tokens > 0:
             row = data.evaluation[0]
             prompt_ids = row["input_ids"][: row["prompt_length"]]
@@ -94,7 +96,9 @@ def train(config: Config, log: RunLog) -> None:
     tokens_since_log, seconds_since_log = 0, 0.0
 
     start = time.perf_counter()
-    for step, batches in enumerate(batches_of_steps(loader, config.train.gradient_accumulation, steps, done), start=done + 1):
+    for step, batches in enumerate(
+        batches_of_steps(loader, config.train.gradient_accumulation, steps, done), start=done + 1
+    ):
         labels_of_batches = [labels_of(batch, config.data.loss_on) for batch in batches]
         label_tokens = sum(count_labels(labels) for labels in labels_of_batches)
 
@@ -156,7 +160,9 @@ def train(config: Config, log: RunLog) -> None:
     model.save_pretrained(log.directory / "model")
     if log.is_writer:
         tokenizer.save_pretrained(log.directory / "model")
-    log.say(f"Held-out loss: {first_eval_loss:.4f} before, {eval_loss:.4f} after ({1 - eval_loss / first_eval_loss:.1%} less)")
+    log.say(
+        f"Held-out loss: {first_eval_loss:.4f} before, {eval_loss:.4f} after ({1 - eval_loss / first_eval_loss:.1%} less)"
+    )
     log.say(f"Loss curves: {log.draw_losses()}")
     log.say(f"Model: {log.directory / 'model'}")
 

@@ -1,4 +1,4 @@
-"""Causal attention in blocks (moreh/runtime/attention.py) beside torch's own kernel on a processor: forward and backward pass.
+"""Causal attention in blocks (moreh/runtime/kernels/attention.py) beside torch's own kernel on a processor: forward and backward pass.
 
 python benchmarks/attention.py
 
@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional
 
-from moreh.runtime.attention import causal_attention
+from moreh.runtime.kernels.attention import causal_attention
 
 TOKENS = 1024
 ROUNDS = 9
@@ -31,7 +31,9 @@ def main() -> None:
 def compare(length: int, heads: int, dtype: torch.dtype) -> str:
     """A row of the table."""
     rows = TOKENS // length
-    query, key, value = (torch.randn(rows, length, heads, 64, dtype=dtype).transpose(1, 2).requires_grad_() for _ in range(3))
+    query, key, value = (
+        torch.randn(rows, length, heads, 64, dtype=dtype).transpose(1, 2).requires_grad_() for _ in range(3)
+    )
     packed = [torch.randn(1, TOKENS, heads, 64, dtype=dtype).transpose(1, 2).requires_grad_() for _ in range(3)]
     starts = tuple(range(0, TOKENS, length))
     runs: list[Callable[[], torch.Tensor]] = [
@@ -39,7 +41,9 @@ def compare(length: int, heads: int, dtype: torch.dtype) -> str:
         lambda: causal_attention(query, key, value, 0.125, (0,)),
         lambda: causal_attention(packed[0], packed[1], packed[2], 0.125, starts),
     ]
-    gradients = [torch.randn(rows, length, heads, 64, dtype=dtype)] * 2 + [torch.randn(1, TOKENS, heads, 64, dtype=dtype)]
+    gradients = [torch.randn(rows, length, heads, 64, dtype=dtype)] * 2 + [
+        torch.randn(1, TOKENS, heads, 64, dtype=dtype)
+    ]
     seconds: list[list[float]] = [[], [], []]
     for number in range(ROUNDS + 2):
         for run, gradient, into in zip(runs, gradients, seconds, strict=True):

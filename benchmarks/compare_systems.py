@@ -71,7 +71,9 @@ SYSTEMS = {
     "trainer": System("Trainer, defaults", ("trainer.py",)),
     "trainer-tuned": System("Trainer, bfloat16, fused", ("trainer.py", "--tuned"), tuned=True),
     "trainer-grouped": System("Trainer, bfloat16, fused, by length", ("trainer.py", "--tuned", "--group"), tuned=True),
-    "trainer-compiled": System("Trainer, bfloat16, fused, compiled", ("trainer.py", "--tuned", "--compile"), tuned=True),
+    "trainer-compiled": System(
+        "Trainer, bfloat16, fused, compiled", ("trainer.py", "--tuned", "--compile"), tuned=True
+    ),
     "trainer-grouped-compiled": System(
         "Trainer, bfloat16, fused, by length, compiled", ("trainer.py", "--tuned", "--group", "--compile"), tuned=True
     ),
@@ -79,12 +81,16 @@ SYSTEMS = {
     "litgpt": System("LitGPT, defaults", ("litgpt_full.py",), "litgpt"),
     "litgpt-tuned": System("LitGPT, bfloat16, fused", ("litgpt_full.py", "--tuned"), "litgpt", tuned=True),
     "torchtune": System("torchtune, float32", ("torchtune_full.py",), "torchtune"),
-    "torchtune-bfloat16": System("torchtune, all in bfloat16", ("torchtune_full.py", "--bfloat16"), "torchtune", tuned=True),
+    "torchtune-bfloat16": System(
+        "torchtune, all in bfloat16", ("torchtune_full.py", "--bfloat16"), "torchtune", tuned=True
+    ),
     "torchtune-compiled": System("torchtune, compiled", ("torchtune_full.py", "--compile"), "torchtune", tuned=True),
 }
 LOOPS = ["loop", "line", *(f"no-{option}" for option in OPTIONS)]
 # The line again before every third of its options: all are compared with it, and the machine's speed drifts.
-ABLATION = [name for place, option in enumerate(OPTIONS) for name in (["line"] if place % 3 == 0 else []) + [f"no-{option}"]]
+ABLATION = [
+    name for place, option in enumerate(OPTIONS) for name in (["line"] if place % 3 == 0 else []) + [f"no-{option}"]
+]
 # What is no part of the line comes from elsewhere.
 OTHERS = ["trainer", "trainer-tuned", "trainer-grouped", "trainer-compiled", "trainer-grouped-compiled", "trl"]
 LLAMA_ONLY = ["litgpt", "litgpt-tuned", "torchtune", "torchtune-bfloat16", "torchtune-compiled"]
@@ -97,7 +103,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--steps", type=int, help="instead of the workload's own number")
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, help="instead of all that know the model")
-    parser.add_argument("--ablation", action="store_true", help="the line with each of its options off, instead of systems")
+    parser.add_argument(
+        "--ablation", action="store_true", help="the line with each of its options off, instead of systems"
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         for name in options.workloads:
@@ -123,7 +131,9 @@ def compare(work: Workload, names: list[str], rounds: int) -> None:
     of_rate = statistics.median(products) * sum(label_count([row]) for row in work.rows) / model_flops(work)
     print(f"\n{work.name}: {work.steps} steps of {work.batch_size} rows, {rounds} rounds in turns; ", end="")
     print(f"{statistics.median(products) / 1e9:.0f} GFLOP/s in large products of bfloat16")
-    print("| system | label tokens/s | x | of that rate | peak memory, GiB | first step, s | last losses | held-out loss |")
+    print(
+        "| system | label tokens/s | x | of that rate | peak memory, GiB | first step, s | last losses | held-out loss |"
+    )
     print("|---|---|---|---|---|---|---|---|")
     rates = {name: statistics.median(label_tokens_per_s(one) for one in found) for name, found in records.items()}
     first = rates[names[0]]
@@ -147,7 +157,9 @@ def beside_the_fastest(rates: dict[str, float]) -> str:
         if "line" in rates and others:
             fastest = max(others, key=others.__getitem__)
             kind = "tuned" if tuned else "default"
-            said.append(f"{rates['line'] / others[fastest]:.2f} x the fastest with {kind} settings ({SYSTEMS[fastest].name})")
+            said.append(
+                f"{rates['line'] / others[fastest]:.2f} x the fastest with {kind} settings ({SYSTEMS[fastest].name})"
+            )
     return f"The loop with the line: {', '.join(said)}." if said else ""
 
 
@@ -231,25 +243,27 @@ def llama(directory: Path) -> Workload:
     LlamaForCausalLM(config).save_pretrained(directory / "model")
     steps, batch_size, length = 8, 4, 512
     rows = [(row, 0) for row in torch.randint(0, 8192, (steps * batch_size + 4, length)).tolist()]
-    return Workload(directory, "Llama 1,024 x 8, no padding", batch_size, length, steps, 1e-4, 0.1, 0, rows[:-4], rows[-4:])
+    return Workload(
+        directory, "Llama 1,024 x 8, no padding", batch_size, length, steps, 1e-4, 0.1, 0, rows[:-4], rows[-4:]
+    )
 
 
 def _from_config(directory: Path, path: str, overrides: list[str], name: str, steps: int) -> Workload:
     import torch
 
-    from utils.batches import ShuffledBatches
-    from utils.config_file import load_config
-    from utils.dataset import prepare_data
-    from utils.model import load_model
+    from utils.config.yaml_file import load_config
+    from utils.data.batches import ShuffledBatches
+    from utils.data.dataset import prepare_data
+    from utils.training.model import load_model
 
     os.chdir(ROOT)
     config = load_config(path, overrides)
     torch.manual_seed(config.train.seed)
     data = prepare_data(config, lambda line: None)
     load_model(config, data.tokenizer).save_pretrained(directory / "model")
-    order = [row for batch in ShuffledBatches(len(data.train), config.train.batch_size, config.train.seed) for row in batch][
-        : steps * config.train.batch_size
-    ]
+    order = [
+        row for batch in ShuffledBatches(len(data.train), config.train.batch_size, config.train.seed) for row in batch
+    ][: steps * config.train.batch_size]
     rows, held_out = (
         [(part[i]["input_ids"], part[i]["prompt_length"]) for i in numbers]
         for part, numbers in ((data.train, order), (data.evaluation, range(min(HELD_OUT, len(data.evaluation)))))

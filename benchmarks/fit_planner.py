@@ -19,13 +19,13 @@ from published_runs import PublishedRun, read_rows, usable_runs
 from scipy.optimize import least_squares
 
 from moreh.accelerator.devices import all_devices
-from moreh.planner.arrays import Floats
-from moreh.planner.efficiency import FEW_RUNS, Efficiency
-from moreh.planner.plan_table import table_of_plans
-from moreh.planner.prediction import Setting, step_seconds
-from moreh.planner.stage_cost import stage_time
+from moreh.planner.cost.prediction import Setting, step_seconds
+from moreh.planner.cost.stage_time import stage_time
+from moreh.planner.hardware.efficiency import FEW_RUNS, Efficiency
+from moreh.planner.plan.arrays import Floats
+from moreh.planner.plan.plan_table import table_of_plans
 
-OUTPUT = Path(__file__).parent.parent / "moreh" / "planner" / "data" / "efficiency.json"
+OUTPUT = Path(__file__).parent.parent / "moreh" / "planner" / "hardware" / "data" / "efficiency.json"
 
 # What is usual on GPUs, and by how much it may be wrong (one standard deviation of the logarithm or of half the log-odds):
 # judgement, and that of attention was narrowed after errors of all rows had been seen.
@@ -121,7 +121,7 @@ def fit(runs: Sequence[PublishedRun], prior: Efficiency) -> Efficiency:
 def errors_of_classes(
     runs: Sequence[PublishedRun], fitted: set[str], constants: dict[str, Efficiency]
 ) -> dict[str, dict[str, float]]:
-    """How far the runs that were not fitted are off, for each class: the fields of `moreh.planner.efficiency.Uncertainty`."""
+    """How far the runs that were not fitted are off, for each class: the fields of `moreh.planner.hardware.efficiency.Uncertainty`."""
     tested = [run for run in runs if run.digest not in fitted]
 
     def errors(rows: Sequence[PublishedRun], efficiency: Efficiency) -> list[float]:

@@ -55,7 +55,9 @@ def main() -> None:
                 found = run(SYSTEMS["line"], work)
                 steps[case] += list(zip(found["label_tokens"], found["seconds"], strict=True))[STEPS_NOT_COUNTED:]
         parameters = {case: parameters_of(work) for case, work in works.items()}
-    print("| changed | rows | longest row | layers | hidden size | parameters | label tokens a step | ms a step | µs a token |")
+    print(
+        "| changed | rows | longest row | layers | hidden size | parameters | label tokens a step | ms a step | µs a token |"
+    )
     print("|---|---|---|---|---|---|---|---|---|")
     for changed, cases in CASES.items():
         for case in cases:
@@ -82,7 +84,13 @@ def workload(whole: Workload, directory: Path, case: Case) -> Workload:
     torch.manual_seed(0)
     GPT2LMHeadModel(config).save_pretrained(directory / "model")
     made = replace(
-        whole, directory=directory, batch_size=case.rows, max_length=case.longest, steps=STEPS, rows=rows, held_out=rows[:1]
+        whole,
+        directory=directory,
+        batch_size=case.rows,
+        max_length=case.longest,
+        steps=STEPS,
+        rows=rows,
+        held_out=rows[:1],
     )
     write_workload(made)
     return made

@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 
-from moreh.planner.describe_module import describe_module
-from moreh.planner.plan import Training
-from moreh.planner.plan_text import parse_plan
+from moreh.models.describe.from_module import describe_module
+from moreh.planner.plan.notation import parse_plan
+from moreh.planner.plan.plan import Training
 
 STEPS_PER_ROUND = 2
 
@@ -185,7 +185,7 @@ def _training_step(setup: Setup, rank: int, store: str) -> Callable[[], None]:
     if setup.workers > 1:
         import torch.distributed as dist
 
-        from moreh.runtime.divided_models import divide, prepare_for_division
+        from moreh.runtime.engine.registry import divide, prepare_for_division
 
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=setup.workers)
         prepare_for_division()

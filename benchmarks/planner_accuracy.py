@@ -20,8 +20,8 @@ from pathlib import Path
 from published_programs import cell
 from published_runs import PublishedRun, failure, read_rows, usable_runs
 
-from moreh.planner.efficiency import fitted_rows
-from moreh.planner.prediction import Prediction, predict, setting_of
+from moreh.planner.cost.prediction import Prediction, predict, setting_of
+from moreh.planner.hardware.efficiency import fitted_rows
 
 COLUMNS = (
     "id",
@@ -172,7 +172,9 @@ def main(arguments: Sequence[str]) -> int:
     scored = [entry for _, entry, _ in lines if entry is not None]
     tested = [entry for entry in scored if entry.tested]
 
-    print(f"{len(lines)} rows: {len(scored)} predicted, of which {len(scored) - len(tested)} were used to fit the constants")
+    print(
+        f"{len(lines)} rows: {len(scored)} predicted, of which {len(scored) - len(tested)} were used to fit the constants"
+    )
     for reason, count in Counter(reason for _, entry, reason in lines if entry is None).most_common():
         print(f"  {count} not predicted: {reason}")
     print_errors("Step time, rows that were not used to fit", tested, lambda entry: entry.time_error)

@@ -9,14 +9,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from moreh.accelerator.flavors import find_flavor
-from moreh.planner.cluster import cluster_of_flavor
-from moreh.planner.describe import describe
-from moreh.planner.efficiency import uncertainty
-from moreh.planner.plan import Plan, Recomputation, Training
-from moreh.planner.plan_text import plan_text
-from moreh.planner.prediction import predict, setting_of
-from moreh.planner.search import search
-from moreh.planner.stages import even_layers
+from moreh.models.describe.from_source import describe
+from moreh.planner.cost.prediction import predict, setting_of
+from moreh.planner.hardware.cluster import cluster_of_flavor
+from moreh.planner.hardware.efficiency import uncertainty
+from moreh.planner.plan.layer_balancing import even_layers
+from moreh.planner.plan.notation import plan_text
+from moreh.planner.plan.plan import Plan, Recomputation, Training
+from moreh.planner.search.search import search
 
 MODELS = Path(__file__).parent.parent / "configs" / "models"
 
@@ -32,7 +32,9 @@ class PublishedPlan:
     tokens_per_second: float
 
 
-def _sharded(layers: int, pipeline: int, data: int, size: int, count: int, recomputation: Recomputation = "none") -> Plan:
+def _sharded(
+    layers: int, pipeline: int, data: int, size: int, count: int, recomputation: Recomputation = "none"
+) -> Plan:
     return Plan(
         even_layers(layers, pipeline),
         pipeline=pipeline,

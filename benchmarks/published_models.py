@@ -4,7 +4,7 @@ import re
 
 from published_programs import Row, Unusable, cell, optional, required
 
-from moreh.planner.architecture import Architecture, DecoderLayer, Linear
+from moreh.models.architecture import Architecture, DecoderLayer, Linear
 
 
 def architecture_of(row: Row) -> Architecture:

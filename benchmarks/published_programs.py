@@ -5,7 +5,7 @@ import reprlib
 from collections.abc import Mapping
 from dataclasses import replace
 
-from moreh.planner.implementation import Implementation
+from moreh.planner.software_profile import Implementation
 
 # A line of a file of published runs. Any cell may be missing, empty or nonsense.
 Row = Mapping[str, str]

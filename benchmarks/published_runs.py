@@ -19,11 +19,11 @@ from published_programs import Row, Unusable, cell, implementation_of, measureme
 
 from moreh.accelerator.devices import Device, find_device
 from moreh.errors import PlanError
-from moreh.planner.architecture import Architecture
-from moreh.planner.cluster import Cluster, cluster_of_devices
-from moreh.planner.implementation import Implementation
-from moreh.planner.plan import Plan, Recomputation, Schedule, Sharding, Training
-from moreh.planner.schedules import check_schedule
+from moreh.models.architecture import Architecture
+from moreh.planner.hardware.cluster import Cluster, cluster_of_devices
+from moreh.planner.plan.plan import Plan, Recomputation, Schedule, Sharding, Training
+from moreh.planner.plan.schedules import check_schedule
+from moreh.planner.software_profile import Implementation
 
 _NETWORKS = Path(__file__).parent / "data" / "networks.csv"
 # Passes of a micro-batch through a stage: several times the largest run that was published, and a second to simulate.
@@ -119,7 +119,9 @@ def published_run(row: Row) -> PublishedRun:
     implementation = implementation_of(row)
     if "torchtitan" in framework and pipeline > 1:
         sizes = (_torchtitan_micro_batch_size(row, sizes[0], pipeline),)
-    plans = tuple(_plan(row, architecture, tensor, pipeline, data, context, size, batch // (data * size)) for size in sizes)
+    plans = tuple(
+        _plan(row, architecture, tensor, pipeline, data, context, size, batch // (data * size)) for size in sizes
+    )
     measured = _step_time_s(row, training, units)
     text = " ".join(cell(row, column) for column in ("flag", "mem_as_published", "notes")).lower()
     names = [cell(row, column) for column in ("group", "framework", "model", "gpu")]

@@ -51,11 +51,15 @@ def main() -> None:
                 lambda: _printed(IMPORT, environment),
             ]
         )
-        print(f"import torch: {without:.3f} s without, {with_package:.3f} s with: {1000 * (with_package - without):+.0f} ms")
+        print(
+            f"import torch: {without:.3f} s without, {with_package:.3f} s with: {1000 * (with_package - without):+.0f} ms"
+        )
         plain, simulated = _alternate(
             [lambda: _printed(STEP, environment, "processor"), lambda: _printed(STEP, environment, "accelerator")]
         )
-        print(f"tiny step: {1000 * plain:.2f} ms plain, {1000 * simulated:.2f} ms simulated: ratio {simulated / plain:.2f}")
+        print(
+            f"tiny step: {1000 * plain:.2f} ms plain, {1000 * simulated:.2f} ms simulated: ratio {simulated / plain:.2f}"
+        )
         tools = [Path(sys.executable).parent / name for name in ("moreh-smi", "moreh-switch-model")]
         times = _alternate([partial(_whole_process, [str(tool), "--json"], environment) for tool in tools])
         for tool, seconds in zip(tools, times, strict=True):

@@ -22,11 +22,11 @@ import torch.distributed as dist
 from safetensors import safe_open
 from torch.multiprocessing.spawn import start_processes
 
-from moreh.runtime.layout import Division, Layout
-from moreh.runtime.mesh import make_mesh
-from moreh.runtime.pieces import tensor_bytes
-from moreh.runtime.saving import save_pretrained
-from moreh.runtime.weights import keep_weights_on_disk, take_local_parts, wanted_dtypes
+from moreh.runtime.checkpoint.hf_save import save_pretrained
+from moreh.runtime.sharding.local_weights import keep_weights_on_disk, take_local_parts, wanted_dtypes
+from moreh.runtime.sharding.mesh import make_mesh
+from moreh.runtime.sharding.shards import tensor_bytes
+from moreh.runtime.sharding.spec import Division, Layout
 
 WORKERS = 4
 LAYERS = 16
@@ -84,17 +84,23 @@ def main() -> None:
     gigabytes = parser.parse_args().gigabytes
     failed = False
     # New processes for each case, which need not import everything again.
-    multiprocessing.set_forkserver_preload(["transformers.models.llama.modeling_llama", "moreh.runtime.saving"])
+    multiprocessing.set_forkserver_preload(
+        ["transformers.models.llama.modeling_llama", "moreh.runtime.checkpoint.hf_save"]
+    )
     with tempfile.TemporaryDirectory() as directory:
         checkpoint, saved, results = (Path(directory) / name for name in ("checkpoint", "saved", "results"))
         make_checkpoint(checkpoint, gigabytes)
         results.mkdir()
         size = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
-        print(f"checkpoint of {size / 2**20:.0f} MiB in bfloat16, {WORKERS} workers; MiB of anonymous memory, peak above start")
+        print(
+            f"checkpoint of {size / 2**20:.0f} MiB in bfloat16, {WORKERS} workers; MiB of anonymous memory, peak above start"
+        )
         for number, (pipeline, data, tensor, dtype) in enumerate(CASES):
             store = str(Path(directory) / f"store{number}")
             grid = (pipeline, data, tensor)
-            start_processes(run_rank, (grid, dtype, checkpoint, saved, store, results), WORKERS, start_method="forkserver")
+            start_processes(
+                run_rank, (grid, dtype, checkpoint, saved, store, results), WORKERS, start_method="forkserver"
+            )
             print(f"pipeline {pipeline} x data {data} x tensor {tensor}, {str(dtype).removeprefix('torch.')}:")
             for rank in range(WORKERS):
                 peaks: Peaks = torch.load(results / str(rank), weights_only=False)
@@ -183,7 +189,9 @@ def warm_up(directory: Path) -> None:
     """Load and save a tiny model, so that what the first time leaves in memory is not counted."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1, vocab_size=16)
+    config = LlamaConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1, vocab_size=16
+    )
     LlamaForCausalLM(config).save_pretrained(directory)  # which rank 0 does
     dist.barrier()
     LlamaForCausalLM.from_pretrained(directory)

@@ -14,8 +14,8 @@ def attach_to_torch() -> None:
     torch.moreh = sys.modules["moreh"]  # type: ignore[attr-defined]
     # device_count() asks the driver's library without starting CUDA, which would forbid forking later on.
     if torch.cuda.device_count() == 0:
-        from moreh.accelerator.cuda_moves import install_moves
-        from moreh.accelerator.cuda_probes import install_probes
+        from moreh.patches.cuda.moves import install_moves
+        from moreh.patches.cuda.queries import install_probes
 
         install_probes()
         install_moves()

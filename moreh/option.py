@@ -171,11 +171,11 @@ def enable_advanced_parallelization(
         raise OptionError(f"advanced parallelization is already enabled, with {_enabled}: call it once for a process")
     # These need torch, which is still being imported when this file is read.
     if workers > 1:
-        from moreh.runtime.launch import launch
+        from moreh.runtime.launch.launcher import launch
 
         launch(workers, start_directory=_START_DIRECTORY)  # does not return
-    from moreh.runtime.forward import run_models_with
-    from moreh.runtime.world import join_world
+    from moreh.runtime.engine.hook import run_models_with
+    from moreh.runtime.launch.world import join_world
 
     join_world()
     run_models_with(options, variables)
@@ -201,7 +201,9 @@ def _check_values(options: ParallelOptions) -> None:
         if not valid:
             raise OptionError(f"{name}={value!r}: allowed is {allowed}")
     if not options.pipeline_parallel and options.num_stages not in ("auto", 1):
-        raise OptionError(f"num_stages={options.num_stages!r} with pipeline_parallel=False: stages need pipeline_parallel=True")
+        raise OptionError(
+            f"num_stages={options.num_stages!r} with pipeline_parallel=False: stages need pipeline_parallel=True"
+        )
 
 
 def planner_variables() -> PlannerVariables:
@@ -220,7 +222,9 @@ def planner_variables() -> PlannerVariables:
 def _number_in_environment(name: str, *, default: int, least: int, most: int) -> int:
     text = os.environ.get(_VARIABLE + name, str(default)).strip()
     if not (text.isascii() and text.isdecimal() and least <= int(text) <= most):
-        raise OptionError(f"{_VARIABLE}{name}={text!r}: allowed is a whole number from {least} to {most}; {default} if unset")
+        raise OptionError(
+            f"{_VARIABLE}{name}={text!r}: allowed is a whole number from {least} to {most}; {default} if unset"
+        )
     return int(text)
 
 

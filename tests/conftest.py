@@ -40,7 +40,7 @@ log: {{every_steps: 2, sample_tokens: 4}}
 @pytest.fixture(scope="session")
 def measured_profiles():
     """The cached profile of this machine: measured once for all tests, since it takes seconds."""
-    from moreh.planner.local_machine import local_profile
+    from moreh.planner.hardware.measured_device import local_profile
 
     local_profile()
     return list(Path(os.environ["MOREH_STATE_DIR"]).glob("this-machine-*.json"))
@@ -95,7 +95,9 @@ def run_python(run, tmp_path):
 @pytest.fixture
 def tiny_rows():
     """Forty pairs of different lengths."""
-    return [{"prompt": f"def add_{i}(x):\n", "response": "    return x" + " + 1" * (i % 7) + f" + {i}\n"} for i in range(40)]
+    return [
+        {"prompt": f"def add_{i}(x):\n", "response": "    return x" + " + 1" * (i % 7) + f" + {i}\n"} for i in range(40)
+    ]
 
 
 @pytest.fixture
@@ -112,7 +114,7 @@ def tiny_config(tmp_path, tiny_rows):
 def train(tiny_config, tmp_path):
     """Run train_gpt.py in this process with the tiny settings and some overrides; returns the run's directory."""
     import train_gpt
-    from utils.config_file import load_config
+    from utils.config.yaml_file import load_config
 
     def train_tiny(*overrides):
         train_gpt.main(load_config(str(tiny_config), list(overrides)))

@@ -9,19 +9,19 @@ from moreh.accelerator.registry import read_registry
 from moreh.cli.plan_options import DEFAULT_COUNT
 from moreh.cli.tables import Column, draw_table
 from moreh.errors import PlanError
+from moreh.models.architecture import Architecture
+from moreh.models.describe.from_source import describe, describe_config
 from moreh.option import ParallelOptions, planner_variables
-from moreh.planner.architecture import Architecture
-from moreh.planner.candidates import Restrictions
-from moreh.planner.cluster import cluster_of_flavor
-from moreh.planner.describe import describe, describe_config
-from moreh.planner.implementation import computing_in
-from moreh.planner.plan import Training
-from moreh.planner.prediction import setting_of
-from moreh.planner.remedies import smallest_sufficient
-from moreh.planner.report import PLAN_HEADERS, Request, gib, header_rows, plan_rows
-from moreh.planner.search import search_on_most_devices
-from moreh.runtime.restrictions import restrictions_of
-from utils.config import Config, ModelSection, ParallelizationSection, TokenizerSection
+from moreh.planner.cost.prediction import setting_of
+from moreh.planner.hardware.cluster import cluster_of_flavor
+from moreh.planner.plan.plan import Training
+from moreh.planner.report.report import PLAN_HEADERS, Request, gib, header_rows, plan_rows
+from moreh.planner.search.candidates import Restrictions
+from moreh.planner.search.constraints import restrictions_of
+from moreh.planner.search.search import search_on_most_devices
+from moreh.planner.search.suggestions import smallest_sufficient
+from moreh.planner.software_profile import computing_in
+from utils.config.schema import Config, ModelSection, ParallelizationSection, TokenizerSection
 from utils.errors import UserError
 
 ARCHITECTURES = Path(__file__).parent.parent / "configs" / "models"
@@ -72,12 +72,16 @@ def plan_request(config: Config) -> Request:
     architecture = _architecture(config.model, config.tokenizer)
     positions, length = architecture.max_positions, config.data.max_length
     if positions is not None and positions < length:
-        raise UserError(f"data.max_length is {length}, but the model has {positions} positions: make it {positions} at most")
+        raise UserError(
+            f"data.max_length is {length}, but the model has {positions} positions: make it {positions} at most"
+        )
     parallelization = config.accelerator.advanced_parallelization or ParallelizationSection()
     flavor = _flavor(config)
     return Request(
         training=Training(architecture, config.train.batch_size, length),
-        setting=setting_of(cluster_of_flavor(flavor), computing_in("half" if parallelization.mixed_precision else "float32")),
+        setting=setting_of(
+            cluster_of_flavor(flavor), computing_in("half" if parallelization.mixed_precision else "float32")
+        ),
         restrictions=_restrictions(parallelization, flavor.devices),
         flavor=flavor,
         precision="bfloat16" if parallelization.mixed_precision else "float32",
@@ -121,7 +125,9 @@ def _new_architecture(architecture: dict[str, Any], tokenizer: TokenizerSection)
 
 def _nothing_fits(request: Request, smallest_bytes: float) -> str:
     larger = smallest_sufficient(request)
-    remedies = [f"give accelerator.model={larger.flavor.name}"] if larger is not None and larger.flavor is not None else []
+    remedies = (
+        [f"give accelerator.model={larger.flavor.name}"] if larger is not None and larger.flavor is not None else []
+    )
     free = _restrictions(ParallelizationSection(), request.setting.cluster.devices)
     remedies += ["fewer options in accelerator.advanced_parallelization"] if request.restrictions != free else []
     remedies.append("a smaller train.batch_size or data.max_length")

@@ -25,7 +25,9 @@ record = Record([], [], [])
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """Rows padded to the longest of them, as DataCollatorForSeq2Seq pads them."""
-    return padded([(row["input_ids"], row["prompt"]) for row in rows], max(len(row["input_ids"]) for row in rows), work.pad_id)
+    return padded(
+        [(row["input_ids"], row["prompt"]) for row in rows], max(len(row["input_ids"]) for row in rows), work.pad_id
+    )
 
 
 with tempfile.TemporaryDirectory() as directory:

@@ -31,7 +31,9 @@ tokens_per_step = sum(len(ids) for ids, _ in all_rows) / work.steps
 # SFTTrainer wants a tokenizer; the rows are token ids already.
 vocabulary = {str(number): number for number in range(max(max(ids) for ids, _ in all_rows) + 1)}
 tokenizer = PreTrainedTokenizerFast(
-    tokenizer_object=Tokenizer(WordLevel(vocabulary, unk_token="0")), pad_token=str(work.pad_id), eos_token=str(work.pad_id)
+    tokenizer_object=Tokenizer(WordLevel(vocabulary, unk_token="0")),
+    pad_token=str(work.pad_id),
+    eos_token=str(work.pad_id),
 )
 with tempfile.TemporaryDirectory() as directory:
     settings = SFTConfig(

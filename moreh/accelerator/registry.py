@@ -255,7 +255,9 @@ def _parse(content: Any) -> Registry:
         _check_types(registry)
         registry.accelerator(registry.current)
     except (KeyError, TypeError, AcceleratorError) as error:
-        raise RegistryError(f"{_registry_path()} is damaged ({error}): delete it, and one accelerator is set up anew") from None
+        raise RegistryError(
+            f"{_registry_path()} is damaged ({error}): delete it, and one accelerator is set up anew"
+        ) from None
     return registry
 
 

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from moreh.accelerator.devices import all_devices
-from moreh.planner.local_machine import NAME as THIS_MACHINE
-from moreh.planner.picture import SUFFIXES
-from moreh.planner.plan import SCHEDULES
-from moreh.planner.plan_text import LEGEND
+from moreh.planner.hardware.measured_device import NAME as THIS_MACHINE
+from moreh.planner.plan.notation import LEGEND
+from moreh.planner.plan.plan import SCHEDULES
+from moreh.planner.report.plot import SUFFIXES
 
 # Larger than anything that is trained; a typing error must not keep the search busy for minutes.
 MOST_ROWS, MOST_TOKENS, MOST_DEVICES, MOST_PLANS = 1_000_000, 100_000_000, 100_000, 1_000
@@ -68,10 +68,16 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("model", metavar="MODEL", help="a config.json, a directory with one, or the name of a model")
-    parser.add_argument("--batch-size", type=_whole(MOST_ROWS), required=True, metavar="B", help="rows of a training step")
-    parser.add_argument("--sequence-length", type=_whole(MOST_TOKENS), required=True, metavar="S", help="tokens of a row")
+    parser.add_argument(
+        "--batch-size", type=_whole(MOST_ROWS), required=True, metavar="B", help="rows of a training step"
+    )
+    parser.add_argument(
+        "--sequence-length", type=_whole(MOST_TOKENS), required=True, metavar="S", help="tokens of a row"
+    )
     where = parser.add_argument_group("where (otherwise the current accelerator)")
-    where.add_argument("--accelerator", metavar="MODEL", help="an accelerator, by its name or number in moreh-switch-model")
+    where.add_argument(
+        "--accelerator", metavar="MODEL", help="an accelerator, by its name or number in moreh-switch-model"
+    )
     where.add_argument("--device", metavar="NAME", help="a kind of device, one of those below")
     where.add_argument(
         "--devices", type=_whole(MOST_DEVICES), metavar="N", help="how many of them (of this machine: worker processes)"
@@ -100,15 +106,21 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     what.add_argument(
         "--memory-percent", type=_amount(100), default=80.0, metavar="P", help="of a device for plans (default 80)"
     )
-    what.add_argument("--precision", choices=PRECISIONS, default="bfloat16", help="of the arithmetic (default bfloat16)")
+    what.add_argument(
+        "--precision", choices=PRECISIONS, default="bfloat16", help="of the arithmetic (default bfloat16)"
+    )
     show = parser.add_argument_group("what is shown")
     kind = show.add_mutually_exclusive_group()
     kind.add_argument(
         "--count", type=_whole(MOST_PLANS), metavar="N", help=f"so many of the best plans (default {DEFAULT_COUNT})"
     )
-    kind.add_argument("--explain", metavar="PLAN", help="a plan such as 'tp4 pp8 dp2 mb1x64': why it is not the best one")
+    kind.add_argument(
+        "--explain", metavar="PLAN", help="a plan such as 'tp4 pp8 dp2 mb1x64': why it is not the best one"
+    )
     kind.add_argument("--flavors", action="store_true", help="compare all accelerators of moreh-switch-model")
-    show.add_argument("--dataset-tokens", type=_amount(1e18), metavar="N", help="with --flavors: hours for so many tokens")
+    show.add_argument(
+        "--dataset-tokens", type=_amount(1e18), metavar="N", help="with --flavors: hours for so many tokens"
+    )
     show.add_argument(
         "--price-per-device-hour", type=_amount(1e9), metavar="X", help="with --dataset-tokens: cost, in your unit"
     )
@@ -123,7 +135,8 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
         "--device cannot be combined with --flavors": options.device is None or not options.flavors,
         "--plot cannot be combined with --flavors": options.plot is None or not options.flavors,
         "--dataset-tokens needs --flavors": options.dataset_tokens is None or options.flavors,
-        "--price-per-device-hour needs --dataset-tokens": options.price_per_device_hour is None or options.dataset_tokens,
+        "--price-per-device-hour needs --dataset-tokens": options.price_per_device_hour is None
+        or options.dataset_tokens,
     }
     for message, is_met in needs.items():
         if not is_met:

@@ -61,7 +61,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         description="Show the model of the current MoAI Accelerator and switch it. Without an argument it asks.",
         epilog="Exit codes: 0 done, 1 refused (the message says why), 2 wrong usage.",
     )
-    parser.add_argument("selection", nargs="?", help="the new model, by its number in the list or its name; nothing is asked")
+    parser.add_argument(
+        "selection", nargs="?", help="the new model, by its number in the list or its name; nothing is asked"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON: the models, or the result of the switch")
     return parser.parse_args(arguments)
 

@@ -1,0 +1,238 @@
+"""What moreh-smi shows of each accelerator: gathered once, then drawn as tables or given as JSON."""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from typing import Any
+
+from moreh.accelerator.job_status import JobStatus, measured_worker_bytes, read_status, utilization_percent
+from moreh.accelerator.registry import Accelerator, Job, Registry
+from moreh.cli.tables import Column, draw_table
+from moreh.version import __version__
+
+NAME = "MoAI Accelerator"
+SIMULATED_NOTE = (
+    "Memory usage and utilization are simulated: the job computes on this machine's processor.\n"
+    "Memory is what its tensors would take on the device; utilization is the share of the cores that it uses."
+)
+PREDICTED_NOTE = (
+    "Memory usage and utilization are simulated: the job computes on this machine's processor.\n"
+    "Memory is what the plan '{plan}' is predicted to use; utilization is the share of the cores that the job uses, times\n"
+    "the predicted share of a step in which a device computes."
+)
+DEVICE_COLUMNS = (
+    Column("Device", 6),
+    Column("Name", 17, "right"),
+    Column("Model", 11),
+    Column("Memory Usage", 12),
+    Column("Total Memory", 12),
+    Column("Utilization", 11),
+)
+PROCESS_COLUMNS = (
+    Column("Device", 6, "right"),
+    Column("Job ID", 6, "right"),
+    Column("PID", 7, "right"),
+    Column("Process", 27),
+    Column("Memory Usage", 12),
+)
+PHYSICAL_COLUMNS = (
+    Column("Device", 6, "right"),
+    Column("Physical", 8, "right"),
+    Column("Node", 4, "right"),
+    Column("Name", 9),
+    Column("Memory Usage", 12),
+    Column("Total Memory", 12),
+    Column("Utilization", 11),
+)
+WORKER_COLUMNS = (
+    Column("Job ID", 6, "right"),
+    Column("Worker", 6, "right"),
+    Column("PID", 7, "right"),
+    Column("Measured Memory", 15),
+)
+WORKERS_NOTE = (
+    "Measured memory is what a worker's process holds in this machine's memory, programs and libraries included."
+)
+
+
+@dataclass(frozen=True)
+class AcceleratorReport:
+    """One accelerator with its running job, as far as there is one and it has reported yet."""
+
+    accelerator: Accelerator
+    is_current: bool
+    job: Job | None
+    status: JobStatus | None
+    utilization_percent: int | None
+
+    @property
+    def memory_mib(self) -> int | None:
+        """The job's memory in MiB, rounded up; None without a report."""
+        return None if self.status is None else -(-self.status.total_memory_bytes // 2**20)
+
+
+@dataclass(frozen=True)
+class PhysicalDevice:
+    """One device of an accelerator; memory in MiB. None where nothing runs on it or nothing is known."""
+
+    index: int
+    node: int
+    name: str
+    memory_used_mib: int | None
+    memory_total_mib: int
+    utilization_percent: int | None
+
+
+def collect_reports(registry: Registry) -> list[AcceleratorReport]:
+    """One report for every accelerator of the registry."""
+    reports = []
+    for accelerator in registry.accelerators:
+        job = registry.job_on(accelerator.index)
+        status = None if job is None else read_status(job)
+        percent = None if job is None or status is None else utilization_percent(job, status)
+        reports.append(AcceleratorReport(accelerator, accelerator.index == registry.current, job, status, percent))
+    return reports
+
+
+def draw_reports(reports: Sequence[AcceleratorReport], *, physical: bool) -> str:
+    """The documented tables: accelerators, physical devices where asked for, and the processes that run."""
+    parts = [
+        datetime.now().strftime("%H:%M:%S %B %d, %Y"),
+        draw_table(
+            DEVICE_COLUMNS,
+            [_device_row(report) for report in reports],
+            # Nobody is asked over the network which version is the latest.
+            title=f"Current Version: {__version__}  Latest Version: -",
+        ),
+    ]
+    if physical:
+        rows = [_physical_row(report, device) for report in reports for device in _physical_devices(report)]
+        parts += ["", draw_table(PHYSICAL_COLUMNS, rows)]
+    running = [report for report in reports if report.job is not None]
+    workers = [row for report in running for row in _worker_rows(report)] if physical else []
+    if workers:
+        parts += ["", "Workers:", draw_table(WORKER_COLUMNS, workers), WORKERS_NOTE]
+    if running:
+        parts += ["", "Processes:", draw_table(PROCESS_COLUMNS, [_process_row(report) for report in running])]
+    simulated = [report.status for report in reports if report.status is not None and report.status.simulated]
+    notes = [PREDICTED_NOTE.format(plan=s.predicted.plan) if s.predicted else SIMULATED_NOTE for s in simulated]
+    for note in dict.fromkeys(notes):
+        parts += ["", note]
+    return "\n".join(parts)
+
+
+def as_json(reports: Sequence[AcceleratorReport], *, physical: bool) -> dict[str, Any]:
+    """The same for machines. What is not known is null; memory is in MiB and, by kind, in bytes."""
+    rows = []
+    for report in reports:
+        flavor = report.accelerator.flavor
+        row: dict[str, Any] = {
+            "index": report.accelerator.index,
+            "current": report.is_current,
+            "name": NAME,
+            "model": flavor.name,
+            "memory_used_mib": report.memory_mib,
+            "memory_total_mib": flavor.memory_mib,
+            "utilization_percent": report.utilization_percent,
+            "simulated": None if report.status is None else report.status.simulated,
+            "predicted_for_plan": None
+            if report.status is None or report.status.predicted is None
+            else report.status.predicted.plan,
+            "processes": [],
+        }
+        if report.job is not None:
+            memory_bytes = None if report.status is None else report.status.memory_bytes
+            job = report.job
+            row["processes"].append(
+                {"job_id": job.id, "pid": job.pid, "command": job.command, "memory_bytes": memory_bytes}
+            )
+        if physical:
+            row["physical_devices"] = [asdict(device) for device in _physical_devices(report)]
+            measured = [] if report.status is None else measured_worker_bytes(report.status)
+            row["workers"] = [{"rank": rank, "pid": pid, "memory_bytes": size} for rank, pid, size in measured]
+        rows.append(row)
+    return {"version": __version__, "accelerators": rows}
+
+
+def _device_row(report: AcceleratorReport) -> tuple[str, ...]:
+    busy = report.job is not None
+    return (
+        f"{'*' if report.is_current else ' '} {report.accelerator.index}",
+        NAME,
+        report.accelerator.model,
+        _mib(report.memory_mib),
+        _mib(report.accelerator.flavor.memory_mib if busy else None),
+        _percent(report.utilization_percent),
+    )
+
+
+def _process_row(report: AcceleratorReport) -> tuple[str, ...]:
+    assert report.job is not None
+    return (
+        str(report.accelerator.index),
+        str(report.job.id),
+        str(report.job.pid),
+        _in_one_line(report.job.command),
+        _mib(report.memory_mib),
+    )
+
+
+def _worker_rows(report: AcceleratorReport) -> list[tuple[str, ...]]:
+    assert report.job is not None
+    measured = [] if report.status is None else measured_worker_bytes(report.status)
+    return [(str(report.job.id), str(rank), str(pid), _mib(-(-size // 2**20))) for rank, pid, size in measured]
+
+
+def _physical_devices(report: AcceleratorReport) -> list[PhysicalDevice]:
+    """The physical devices of an accelerator. A job that was not planned lives on the first one; the others are idle."""
+    predicted = None if report.status is None else report.status.predicted
+    flavor = report.accelerator.flavor
+    devices_per_node = -(-flavor.devices // flavor.nodes)
+    return [
+        PhysicalDevice(
+            index=index,
+            node=index // devices_per_node,
+            name=flavor.device.name,
+            memory_used_mib=_used_mib(report, index),
+            memory_total_mib=flavor.device.memory_mib,
+            utilization_percent=report.utilization_percent if index == 0 or predicted is not None else None,
+        )
+        for index in range(flavor.devices)
+    ]
+
+
+def _used_mib(report: AcceleratorReport, index: int) -> int | None:
+    """The memory in use on a device, in MiB, rounded up."""
+    predicted = None if report.status is None else report.status.predicted
+    if predicted is not None:
+        return -(-predicted.device_bytes[index] // 2**20)
+    return report.memory_mib if index == 0 else None
+
+
+def _physical_row(report: AcceleratorReport, device: PhysicalDevice) -> tuple[str, ...]:
+    return (
+        str(report.accelerator.index),
+        str(device.index),
+        str(device.node),
+        device.name,
+        _mib(device.memory_used_mib),
+        _mib(device.memory_total_mib),
+        _percent(device.utilization_percent),
+    )
+
+
+def _in_one_line(command: str) -> str:
+    """A command line as a table can show it: unprintable characters replaced, shortened to what the terminal has left."""
+    printable = "".join(character if character.isprintable() else "?" for character in command)
+    rest_of_table = 70
+    width = max(shutil.get_terminal_size((200, 24)).columns - rest_of_table, 27)
+    return printable if len(printable) <= width else printable[: width - 3] + "..."
+
+
+def _mib(amount: int | None) -> str:
+    return "-" if amount is None else f"{amount} MiB"
+
+
+def _percent(amount: int | None) -> str:
+    return "-" if amount is None else f"{amount}%"

@@ -1,0 +1,130 @@
+"""Whether the runtime knows what a model computes: its layers, and the mean loss over label tokens.
+
+What it does not know it leaves to the model's own forward pass, or refuses where a model is divided over workers: cut into
+parts, such a model would train on something else without any error.
+"""
+
+import ast
+import inspect
+import re
+import textwrap
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from moreh.models.describe.from_module import unwrapped, wrappers
+from moreh.models.provenance import (
+    LIBRARIES,
+    is_in_bfloat16,
+    is_of_transformers,
+    module_of_its_own,
+    sees_whole_batches,
+)
+
+# What a forward pass of transformers may make a loss of: the mean over label tokens, and the loss of a router, which is
+# computed only where `output_router_logits` asks for it.
+_KNOWN_LOSSES = re.compile(
+    r"None|self\.loss_function\((logits=)?(lm_)?logits, (labels=)?labels, .*"
+    r"|self\.\w*aux_loss_coef \* aux_loss\.to\(loss\.device\)"
+)
+
+
+def unknown_computation(root: Any) -> str | None:
+    """What a model computes besides, which would be lost if its parts were computed one by one; None if nothing."""
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    causal: Any = unwrapped(root)
+    name = type(causal).__name__
+    if (adapters := _unknown_adapters(root)) is not None:
+        return f"{name} has {adapters}"
+    # torch.compile puts a forward pass of its own there.
+    outer = [module for module in (*wrappers(root), causal) if "_orig_mod" not in module._modules]
+    replaced = next((module for module in outer if "forward" in module.__dict__ and not is_in_bfloat16(module)), None)
+    if replaced is not None:
+        return f"the forward pass of this {type(replaced).__name__} has been replaced"
+    of_script = next((module for module in outer if not type(module).__module__.startswith(LIBRARIES)), None)
+    if of_script is not None and of_script is not causal:
+        return f"{name} is inside of {type(of_script).__name__}, which may compute more than the model"
+    forward = type(causal).forward
+    if not forward.__module__.startswith("transformers.models.") or not is_of_transformers(forward):
+        return (
+            f"{name} has a forward pass of its own ({forward.__module__}), which may compute another loss than "
+            "those of transformers"
+        )
+    config = causal.config.get_text_config()
+    if getattr(causal.config, "is_encoder_decoder", False):
+        return f"{name} has an encoder and a decoder"
+    if config is not causal.config:
+        return f"{name} is more than a language model"
+    if sees_whole_batches(root):
+        return f"{name} has batch normalization, which depends on how a batch is cut"
+    if not hasattr(causal.get_output_embeddings(), "weight"):
+        return f"the output layer of {name} is no single matrix"
+    if getattr(config, "output_router_logits", False):
+        return f"{name} adds a loss of its router (output_router_logits=True)"
+    if causal.loss_function is not ForCausalLMLoss or not _takes_the_mean_over_labels(forward):
+        return f"{name} has a loss of its own"
+    return None
+
+
+def unknown_part(root: nn.Module) -> str | None:
+    """A module of the script's own, which may compute something else from a part of a batch; None if there is none."""
+    module = module_of_its_own(unwrapped(root))
+    if module is None:
+        return None
+    return f"it contains {type(module).__module__}.{type(module).__qualname__}, which is none of transformers"
+
+
+def watches_calls(root: nn.Module) -> bool:
+    """Whether somebody wants to see, or to change, whole calls of a model."""
+    return any(module._forward_hooks or module._forward_pre_hooks for module in (*wrappers(root), unwrapped(root)))
+
+
+def watches_gradients(root: nn.Module) -> bool:
+    """Whether somebody wants to see, or to change, the gradients of whole batches on their way."""
+    if any(module._backward_hooks or module._backward_pre_hooks for module in root.modules()):
+        return True
+    return any(parameter._backward_hooks or parameter._post_accumulate_grad_hooks for parameter in root.parameters())
+
+
+def adds_noise(root: nn.Module) -> bool:
+    """Whether embeddings get noise that depends on the length of a padded row: NEFTune, https://arxiv.org/abs/2310.05914."""
+    causal: Any = unwrapped(root)
+    return getattr(causal.get_input_embeddings(), "neftune_noise_alpha", None) is not None
+
+
+def scales_losses(device: torch.device) -> bool:
+    """Whether the script computes in float16, whose gradients vanish unless they are computed from a loss that is scaled."""
+    return torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) == torch.float16
+
+
+def _unknown_adapters(root: Any) -> str | None:
+    """Adapters of PEFT that do more than the modules that they put into a model."""
+    for wrapper in wrappers(root):
+        configs = getattr(wrapper, "peft_config", {}).values()
+        if any(config.is_prompt_learning for config in configs):
+            return "learned prompts of PEFT"
+        if any(getattr(config, "alora_invocation_tokens", None) is not None for config in configs):
+            return "adapters of PEFT that begin at certain tokens"
+        tuner = getattr(wrapper, "base_model", None)
+        if configs and getattr(type(tuner), "forward", nn.Module.forward).__qualname__ != "BaseTuner.forward":
+            return f"adapters of PEFT with a forward pass of their own ({type(tuner).__name__})"
+    return None
+
+
+@lru_cache(maxsize=64)
+def _takes_the_mean_over_labels(forward: Callable[..., Any]) -> bool:
+    """Whether all that a forward pass assigns to `loss` is known, by its source."""
+    try:
+        source = inspect.getsource(inspect.unwrap(forward))
+    except OSError:
+        return False
+    found = []
+    for node in ast.walk(ast.parse(textwrap.dedent(source))):
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        if any(isinstance(target, ast.Name) and target.id == "loss" for target in targets):
+            found.append(ast.unparse(node.value))  # type: ignore[attr-defined]
+    return any("loss_function" in one for one in found) and all(_KNOWN_LOSSES.fullmatch(one) for one in found)

@@ -1,0 +1,35 @@
+"""Tells user code from library code, which must not be led into CUDA paths that a CPU build of torch lacks."""
+
+import sys
+import sysconfig
+from functools import cache
+from pathlib import Path
+
+_THIS_PACKAGE = Path(__file__).resolve().parents[2]
+_LIBRARY_DIRECTORIES = tuple(
+    f"{directory}/"
+    for directory in {
+        _THIS_PACKAGE,
+        *(Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib", "purelib", "platlib")),
+    }
+)
+_PACKAGE_DIRECTORIES = ("/site-packages/", "/dist-packages/")
+
+
+def caller_is_user_code(frames_up: int) -> bool:
+    """Whether the code that called, `frames_up` frames above the caller of this function, is a user's.
+
+    A user's code is what is neither in the standard library nor in a directory of installed packages; that includes a
+    notebook's cells and what is typed at a prompt.
+    """
+    return _is_user_file(sys._getframe(frames_up + 1).f_code.co_filename)
+
+
+@cache
+def _is_user_file(file_name: str) -> bool:
+    if file_name.startswith("<frozen"):
+        return False
+    if file_name.startswith("<"):  # <stdin>, <string>, <ipython-input-...>
+        return True
+    path = str(Path(file_name).resolve())
+    return not path.startswith(_LIBRARY_DIRECTORIES) and not any(part in path for part in _PACKAGE_DIRECTORIES)

@@ -1,0 +1,105 @@
+"""`state_dict` and `load_state_dict` of a divided model."""
+
+import copy
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.modules.module import _IncompatibleKeys
+
+from moreh.errors import WorkerError
+from moreh.runtime.checkpoint.hf_save_plan import buffers_of, state_entries
+from moreh.runtime.sharding.mesh import Mesh
+from moreh.runtime.sharding.shards import check_local_tensors, own_pieces
+from moreh.runtime.sharding.spec import Layout
+
+
+class ShardedStateDict(dict[str, Any]):
+    """What one rank holds of a state dict. It can be copied and loaded again, but not written as if it were the whole.
+
+    Raises (when it is pickled, as torch.save does):
+        WorkerError: says what saves the whole model.
+    """
+
+    def __init__(self, parts: Mapping[str, Any], rank: int | None = None) -> None:
+        super().__init__(parts)
+        # Libraries make dicts of the same type without knowing of ranks.
+        self.rank = dist.get_rank() if rank is None else rank
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise WorkerError(
+            f"This state dict holds the part of rank {self.rank} only, since the model is divided over workers. Save the model "
+            "with model.save_pretrained(directory) on all ranks, and a training to be resumed with "
+            'moreh.runtime.engine.checkpoint_api.save_training; a Trainer saves with save_strategy="no" and trainer.save_model().'
+        )
+
+    def copy(self) -> "ShardedStateDict":
+        """Another dict with the same tensors."""
+        return ShardedStateDict(self, self.rank)
+
+    __copy__ = copy
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ShardedStateDict":
+        return ShardedStateDict({name: copy.deepcopy(value, memo) for name, value in self.items()}, self.rank)
+
+
+def state_dict_of(model: nn.Module, local_tensors: Mapping[str, torch.Tensor], rank: int) -> ShardedStateDict:
+    """The entries that a rank holds, in the order and under the names of the whole model's; tied ones have the same tensor."""
+    tensors = {**local_tensors, **buffers_of(model)}
+    entries = state_entries(model)
+    return ShardedStateDict(
+        {name: tensors[entry.source] for name, entry in entries.items() if entry.source in tensors}, rank
+    )
+
+
+@torch.no_grad()
+def load_whole_state_dict(
+    model: nn.Module,
+    state_dict: Mapping[str, Any],
+    layouts: Mapping[str, Layout],
+    local_tensors: Mapping[str, torch.Tensor],
+    mesh: Mesh | None,
+    *,
+    strict: bool = True,
+) -> _IncompatibleKeys:
+    """Load a whole model's state dict, or one that this rank's model gave, into the local tensors and the model's buffers.
+
+    As Module.load_state_dict: returns the keys that were missing and unexpected, of the whole model. An entry of a whole
+    tensor is cut; of a ShardedStateDict it is taken as it is.
+
+    Raises:
+        RuntimeError: a tensor has the wrong shape, or with `strict` keys are missing or unexpected; nothing is loaded then.
+    """
+    check_local_tensors(layouts, local_tensors, mesh)
+    entries = state_entries(model)
+    buffers = buffers_of(model)
+    parts = isinstance(state_dict, ShardedStateDict)
+    expected = {
+        name for name, entry in entries.items() if not parts or entry.source in local_tensors or name in buffers
+    }
+    missing = [name for name in entries if name in expected - state_dict.keys()]
+    unexpected = [name for name in state_dict if name not in expected]
+    problems = [f"missing keys {missing}"] * bool(strict and missing)
+    problems += [f"unexpected keys {unexpected}"] * bool(strict and unexpected)
+    for name in expected & state_dict.keys():
+        source = entries[name].source
+        if source in buffers:
+            shape = tuple(buffers[source].shape)
+        else:
+            shape = tuple(local_tensors[source].shape) if parts else layouts[source].shape
+        if tuple(state_dict[name].shape) != shape:
+            problems.append(f"{name} has the shape {tuple(state_dict[name].shape)} instead of {shape}")
+    if problems:
+        raise RuntimeError(f"The state dict does not fit {type(model).__name__}: {'; '.join(problems[:5])}.")
+    for name in expected & state_dict.keys():
+        source = entries[name].source
+        if source in buffers:
+            buffers[source].copy_(state_dict[name])
+        elif parts:
+            local_tensors[source].copy_(state_dict[name])
+        elif source in local_tensors:
+            for piece in own_pieces(layouts[source], mesh):
+                piece.of_local(local_tensors[source]).copy_(piece.of_whole(state_dict[name]))
+    return _IncompatibleKeys(missing, unexpected)

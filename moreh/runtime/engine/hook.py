@@ -1,0 +1,205 @@
+"""What the hook adds to a forward pass: the plan, mixed precision, and activation recomputation.
+
+It is attached to no model: it holds for models made before and after, for copies, and for parts of models that are called
+by themselves.
+"""
+
+import math
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from moreh.accelerator.job import LocalJob, local_job
+from moreh.accelerator.memory.out_of_memory import nothing_fits_error
+from moreh.errors import OptionError, PlanError
+from moreh.log import logger
+from moreh.models.describe.from_module import describe_module
+from moreh.option import ParallelOptions, PlannerVariables
+from moreh.patches.module_call import run_around_model_calls, run_instead_of_model_calls
+from moreh.planner.plan.plan import Training
+from moreh.planner.report.report import gib, seconds_text
+from moreh.planner.search.constraints import restrictions_of
+from moreh.runtime.engine.choose_plan import predicted_use, select_local_plan, select_plan
+from moreh.runtime.engine.optimizer_patches import watch_optimizers
+from moreh.runtime.kernels.fused_adam import fuse_optimizer
+from moreh.runtime.kernels.options import savings_of, savings_text
+from moreh.runtime.kernels.precision import autocast_if, choose_bfloat16, in_float32, inside_autocast
+from moreh.runtime.launch.world import current_world
+
+if TYPE_CHECKING:
+    from moreh.runtime.engine.single_worker import OneWorker
+
+# In a micro-batch of an evaluation before the first training batch.
+UNPLANNED_TOKENS = 1024
+
+
+class _Runtime:
+    """The options that are in force and the models that they have been applied to."""
+
+    def __init__(self, options: ParallelOptions, variables: PlannerVariables, job: LocalJob) -> None:
+        self.options = options
+        self.variables = variables
+        self.job = job
+        self._prepared: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+        # The tokens of the largest batch that each model was planned for.
+        self._planned: weakref.WeakKeyDictionary[torch.nn.Module, float] = weakref.WeakKeyDictionary()
+        self._micro_batch_tokens: weakref.WeakKeyDictionary[torch.nn.Module, int] = weakref.WeakKeyDictionary()
+        self._low_precision: dict[torch.device, bool] = {}
+        # The call that is going on.
+        self._in_bfloat16 = False
+        self._one_worker: OneWorker | None = None
+
+    @contextmanager
+    def around_call(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+        """Prepare a model before its first forward pass, plan its training before the first one with gradients and before
+        larger batches than it was planned for, and compute each pass in the precision that was chosen.
+        """
+        if model not in self._prepared:
+            self._prepare(model)
+            self._prepared.add(model)
+        parameter = next(model.parameters())
+        # A model of another type, or one that the script runs under an autocast of its own, is left as it is.
+        bfloat16 = parameter.dtype == torch.float32 and not inside_autocast() and self._uses_bfloat16(parameter.device)
+        if torch.is_grad_enabled() and model.training and not parameter.is_meta:
+            shape = _tokens_shape(args, kwargs)
+            if shape is not None and shape[0] * shape[1] > self._planned.get(model, 0):
+                self._planned[model] = self._plan(model, *shape, bfloat16=bfloat16)
+        self._in_bfloat16 = bfloat16
+        with autocast_if(bfloat16, parameter.device.type):
+            yield
+
+    def after_call(self, model: torch.nn.Module, outputs: Any) -> Any:
+        """Report to moreh-smi; the outputs, in the model's own precision."""
+        self.job.report()
+        return in_float32(outputs) if self._in_bfloat16 else outputs
+
+    def instead_of_call(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The loss of a batch of a language model; NotImplemented for what its own forward pass is to compute."""
+        if kwargs.get("labels") is None:
+            return NotImplemented
+        if self._one_worker is None:
+            # transformers takes seconds to import: whoever calls a model with labels has most likely done so.
+            from moreh.runtime.engine.single_worker import OneWorker
+
+            self._one_worker = OneWorker(savings_of(self.options))
+        return self._one_worker.call(model, args, kwargs, self._micro_batch_tokens.get(model, UNPLANNED_TOKENS))
+
+    def _prepare(self, model: torch.nn.Module) -> None:
+        if self.job.simulated and not any(parameter.is_meta for parameter in model.parameters()):
+            self.job.ledger.add_module(model)
+        if self.options.activation_recomputation is True:
+            _recompute_activations(model)
+
+    def _plan(self, model: torch.nn.Module, batch_size: int, sequence_length: int, *, bfloat16: bool) -> float:
+        """Plan the training for the accelerator and for this machine; the tokens of the largest batch that this holds for.
+
+        Raises:
+            PlanError: no plan divides the batch under the options.
+            SimulatedOutOfMemoryError: no plan fits the accelerator.
+        """
+        try:
+            training = Training(describe_module(model), batch_size, sequence_length)
+        except PlanError as reason:
+            logger.info("This model is not planned for the accelerator, and is trained as it is: %s", reason)
+            return math.inf
+        accelerator = self.job.accelerator
+        try:
+            restrictions = restrictions_of(self.options, self.variables, accelerator.flavor.devices)
+            selection = select_plan(
+                training, accelerator.flavor, restrictions, self.options, self.variables, logger.info
+            )
+        except PlanError as reason:
+            if model not in self._planned:
+                raise
+            # A larger batch in the middle of a training does not end it.
+            logger.info("A batch of %d x %d is not planned: %s", batch_size, sequence_length, reason)
+            return training.tokens
+        if selection.prediction is None:
+            raise nothing_fits_error(selection.smallest_bytes, self.variables.memory_percent / 100, accelerator)
+        if self.job.simulated:
+            self.job.use_prediction(model, predicted_use(selection.prediction, accelerator.flavor.devices))
+        local = select_local_plan(training, self.options, bfloat16=bfloat16)
+        if local.plan.recomputation == "full" and self.options.activation_recomputation == "auto":
+            _recompute_activations(model)  # for good: a smaller batch later is not worth another change
+        self._micro_batch_tokens[model] = local.plan.micro_batch_size * sequence_length
+        logger.info(
+            "This machine: 1 worker, micro-batches of at most %s tokens, recomputation : %s; "
+            "predicted are %s a step and %s for rows without padding.",
+            f"{self._micro_batch_tokens[model]:,}",
+            local.plan.recomputation,
+            seconds_text(local.step_time_s),
+            gib(local.memory_bytes),
+        )
+        logger.info(savings_text(self.options))
+        return training.tokens
+
+    def _uses_bfloat16(self, device: torch.device) -> bool:
+        if device not in self._low_precision:
+            self._low_precision[device] = choose_bfloat16(device, asked=self.options.mixed_precision)
+        return self._low_precision[device]
+
+
+def run_models_with(options: ParallelOptions, variables: PlannerVariables) -> None:
+    """Apply the options to every model from now on, and let this process use all devices of the accelerator.
+
+    Raises:
+        AcceleratorError: another process is using the accelerator.
+    """
+    job = local_job()
+    job.uses_all_devices = True
+    world = current_world()
+    if world.size > 1:
+        # torch.distributed and transformers take seconds to import, which one worker does not need yet.
+        from moreh.runtime.engine.multi_worker_hook import run_models_on_workers
+
+        run_models_on_workers(options, variables, job, world)
+        return
+    if options.fused_optimizer:
+        watch_optimizers(fuse_optimizer)
+    runtime = _Runtime(options, variables, job)
+    run_around_model_calls(runtime.around_call, runtime.after_call)
+    run_instead_of_model_calls(runtime.instead_of_call)
+
+
+def _tokens_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int] | None:
+    """Batch size and sequence length of the token ids or embeddings that a model is called with; None if there are none."""
+    ids = kwargs.get("input_ids", args[0] if args else None)
+    if isinstance(ids, torch.Tensor) and ids.dim() == 2 and not ids.is_floating_point():
+        return ids.shape[0], ids.shape[1]
+    embeddings = kwargs.get("inputs_embeds")
+    if isinstance(embeddings, torch.Tensor) and embeddings.dim() == 3:
+        return embeddings.shape[0], embeddings.shape[1]
+    return None
+
+
+def _recompute_activations(model: torch.nn.Module) -> None:
+    """Switch recomputation on in a model of transformers, or in those that a module of the user's contains.
+
+    A module without layers of its own kind to recompute, such as an embedding or a head that is called by itself, has
+    nothing to gain and is left alone.
+
+    Raises:
+        OptionError: a model of transformers does not support it, or a module with several layers is none of theirs.
+    """
+    from transformers import PreTrainedModel
+
+    candidates = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    outermost = [m for m in candidates if not any(m is not other and m in other.modules() for other in candidates)]
+    if not outermost and len(list(model.children())) > 0:
+        raise OptionError(
+            f"activation_recomputation=True: {type(model).__name__} is no model of transformers, whose layers could be "
+            'recomputed; use False or "auto"'
+        )
+    for pretrained in outermost:
+        if not pretrained.supports_gradient_checkpointing:
+            raise OptionError(
+                f'activation_recomputation=True: {type(pretrained).__name__} does not support it; use False or "auto"'
+            )
+        # Older releases of transformers 5 call it gradient_checkpointing_enable.
+        enable: Any = (
+            getattr(pretrained, "activation_checkpointing_enable", None) or pretrained.gradient_checkpointing_enable
+        )
+        enable({"use_reentrant": False})

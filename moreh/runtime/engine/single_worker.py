@@ -1,0 +1,151 @@
+"""What the hook does with a training batch where there is one worker: the same as each of several does with its rows.
+
+A model that it does not know how to cut is computed by its own forward pass, as without the hook.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from moreh.errors import OptionError, PlanError
+from moreh.log import logger
+from moreh.models.compatibility import (
+    adds_noise,
+    scales_losses,
+    unknown_computation,
+    unknown_part,
+    watches_calls,
+    watches_gradients,
+)
+from moreh.models.describe.from_module import unwrapped
+from moreh.models.parts import take_apart
+from moreh.planner.plan.plan import Plan
+from moreh.runtime.batch.loss_output import LossFirst
+from moreh.runtime.batch.model_inputs import WHOLE_MODEL_OUTPUTS, read_inputs
+from moreh.runtime.engine.train_step import WorkerModel
+from moreh.runtime.kernels.options import Savings
+
+# What only the whole forward pass can take.
+_WHOLE_INPUTS = ("past_key_values", "logits_to_keep", "inputs_embeds")
+
+
+# Models that are taken apart again once a script has called as many others: what is known of a model keeps it in memory.
+_KNOWN_MODELS = 4
+
+
+class OneWorker:
+    """The last models that this process has computed in micro-batches, and those that it computes as they are."""
+
+    def __init__(self, savings: Savings) -> None:
+        self._savings = savings
+        self._known: dict[nn.Module, tuple[list[int], WorkerModel | None]] = {}
+
+    def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], tokens: int) -> Any:
+        """What a call with labels gives; NotImplemented for one that the model's own forward pass is to compute.
+
+        A micro-batch has at most so many tokens, or one row.
+        """
+        if kwargs.get("labels") is None or not _asks_for_the_loss(kwargs):
+            return NotImplemented
+        worker_model = self._worker_model(module)
+        if worker_model is None or _is_more_than_a_loss(module):
+            return NotImplemented
+        training = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in module.parameters())
+        if torch.is_grad_enabled() and not training:
+            return NotImplemented
+        try:
+            inputs = read_inputs(worker_model.model.decoder.causal, args, kwargs)
+        except OptionError:
+            return NotImplemented
+        worker_model.tokens = tokens
+        loss = worker_model.loss(inputs)
+        versions = _versions(module, args, kwargs)
+
+        def others() -> Any:
+            if _versions(module, args, kwargs) != versions:
+                raise OptionError(
+                    "the outputs beside the loss are computed when they are asked for, and the weights or inputs have changed "
+                    "since the call: read them before the optimizer's step"
+                )
+            with torch.no_grad():
+                whole: Any = module(*args, **{**kwargs, "labels": None})
+            if training:
+                whole.logits = _NoGradient.apply(torch.zeros((), requires_grad=True), whole.logits)  # type: ignore[no-untyped-call]
+            return whole
+
+        return LossFirst(loss=loss).compute_others_with(others)
+
+    def _worker_model(self, module: nn.Module) -> WorkerModel | None:
+        """The model cut into its parts, again if its modules have changed; None if it is computed as it is."""
+        parts = [id(part) for part in module.modules()] + [id(parameter) for parameter in module.parameters()]
+        known = self._known.pop(module, None)
+        if known is None or known[0] != parts:
+            known = parts, _cut_model(module, self._savings)
+        self._known[module] = known
+        if len(self._known) > _KNOWN_MODELS:
+            del self._known[next(iter(self._known))]
+        return known[1]
+
+
+def _cut_model(module: nn.Module, savings: Savings) -> WorkerModel | None:
+    causal = unwrapped(module)
+    if not isinstance(causal, PreTrainedModel) or causal.get_output_embeddings() is None:
+        return None
+    problem = unknown_computation(module) or unknown_part(module)
+    if problem is None:
+        try:
+            layers = len(take_apart(module).layers)
+        except PlanError as error:
+            problem = str(error)
+    if problem is not None:
+        logger.info("Each batch of this model is computed in one piece: %s.", problem)
+        return None
+    return WorkerModel(module, Plan((layers,)), savings)
+
+
+def _asks_for_the_loss(kwargs: dict[str, Any]) -> bool:
+    """Whether the call asks for nothing that only the whole forward pass gives."""
+    if kwargs.get("return_dict") is False or any(kwargs.get(name) for name in WHOLE_MODEL_OUTPUTS):
+        return False
+    return all(kwargs.get(name) is None for name in _WHOLE_INPUTS)
+
+
+def _is_more_than_a_loss(module: nn.Module) -> bool:
+    """Whether a call has effects that computing its loss in parts would not have.
+
+    What a script may change at any time: the rest is looked at once, when the model is cut.
+    """
+    if (
+        unknown_computation(module) is not None
+        or watches_calls(module)
+        or watches_gradients(module)
+        or adds_noise(module)
+    ):
+        return True
+    parameters = list(module.parameters())
+    # torch.func.functional_call puts results of computations in their places.
+    return scales_losses(parameters[0].device) or not all(
+        one.is_leaf and one.dtype != torch.float16 for one in parameters
+    )
+
+
+def _versions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int]:
+    given = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+    return [tensor._version for tensor in (*module.parameters(), *given)]
+
+
+class _NoGradient(torch.autograd.Function):
+    """Outputs that were computed after the backward pass: a loss made of them would lack its gradient in silence."""
+
+    @staticmethod
+    def forward(context: Any, leaf: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(context: Any, *gradients: torch.Tensor) -> tuple[None, None]:
+        raise OptionError(
+            "a gradient through the logits of a call with labels: its gradients were computed with the loss; "
+            "call the model without labels for a loss of your own"
+        )

@@ -1,0 +1,72 @@
+"""Which pipeline rank computes which layers and holds which parameters, as the plan says. Every rank knows it of all."""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from moreh.models.parts import Decoder
+from moreh.planner.plan.plan import Plan
+from moreh.runtime.sharding.local_weights import wanted_dtypes
+from moreh.runtime.sharding.spec import Division, Layout
+
+
+@dataclass(frozen=True)
+class StagePlace:
+    """A stage of the pipeline: its number, the rank that computes it, and its layers from `first` to before `last`."""
+
+    number: int
+    pipeline_rank: int
+    first: int
+    last: int
+
+
+def stage_places(plan: Plan) -> tuple[StagePlace, ...]:
+    """The stages in the order of the model. zbv folds them into a V; else they go round the ranks."""
+    places, first = [], 0
+    for number, layers in enumerate(plan.stage_layers):
+        rank = number % plan.pipeline
+        if plan.schedule == "zbv" and number >= plan.pipeline:
+            rank = 2 * plan.pipeline - 1 - number
+        places.append(StagePlace(number, rank, first, first + layers))
+        first += layers
+    return tuple(places)
+
+
+def parameter_layouts(decoder: Decoder, plan: Plan, divisions: dict[str, Division]) -> dict[str, Layout]:
+    """Where each parameter of a model is, by its name and in the order of `named_parameters`.
+
+    `divisions` are those of tensor parallelism by name; FSDP divides what they leave along the first dimension.
+    """
+    holders = _holders(decoder, plan)
+    wanted = wanted_dtypes(decoder.root)
+    return {
+        name: Layout(
+            name=name,
+            shape=tuple(parameter.shape),
+            dtype=wanted.get(name, parameter.dtype),
+            pipeline_ranks=tuple(sorted(holders[id(parameter)])),
+            division=divisions.get(name),
+            data_dim=0 if plan.sharding != "none" and plan.data > 1 else None,
+        )
+        for name, parameter in decoder.root.named_parameters()
+    }
+
+
+def _holders(decoder: Decoder, plan: Plan) -> dict[int, set[int]]:
+    """The pipeline ranks that use each parameter, by the parameter's id."""
+    holders: dict[int, set[int]] = {}
+
+    def hold(module: nn.Module, rank: int) -> None:
+        for parameter in module.parameters():
+            holders.setdefault(id(parameter), set()).add(rank)
+
+    places = stage_places(plan)
+    for place in decoder.before:
+        hold(place.module, places[0].pipeline_rank)
+    for place in decoder.after:
+        hold(place.module, places[-1].pipeline_rank)
+    layers = decoder.layer_places
+    for stage in places:
+        for layer in layers[stage.first : stage.last]:
+            hold(layer.module, stage.pipeline_rank)
+    return holders

@@ -1,0 +1,214 @@
+"""What moreh-plan refuses, what it says where nothing fits, and what would help."""
+
+import json
+import re
+
+import pytest
+
+from moreh.accelerator.flavors import all_flavors
+from moreh.models.describe.from_source import describe
+from moreh.planner.cost.prediction import setting_of
+from moreh.planner.hardware.cluster import cluster_of_flavor
+from moreh.planner.plan.plan import Training
+from moreh.planner.search.search import search
+from tests.helpers.plan_tool import LLAMA, STEP, runner, write_model
+
+
+@pytest.fixture
+def model(tmp_path):
+    return write_model(tmp_path)
+
+
+@pytest.fixture
+def plan(state_directory, monkeypatch, capsys):
+    return runner(monkeypatch, capsys)
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (("--batch-size", "0"), 2, "--batch-size: 0: give a whole number from 1 to"),
+        (("--batch-size", "-3"), 2, "--batch-size"),
+        (("--batch-size", "9" * 30), 2, "give a whole number from 1 to 1,000,000"),
+        (("--sequence-length", "1.5"), 2, "--sequence-length: 1.5"),
+        (("--stages", "0"), 2, "--stages"),
+        (("--stages", "5"), 1, "5 stages: the number must divide 8 devices"),
+        (("--stages", "8", "--micro-batches", "5"), 1, "no plan divides a batch of 48 x 128 over 8 devices"),
+        (("--stages", "8", "--micro-batches", "5"), 1, "; there are plans without --micro-batches 5\n"),
+        (
+            ("--batch-size", "1", "--shard-parameters", "yes"),
+            1,
+            "there are plans without --shard-parameters yes, or with",
+        ),
+        (("--recompute", "maybe"), 2, "invalid choice: 'maybe'"),
+        (("--memory-percent", "0"), 2, "give a number above 0, at most 100"),
+        (("--memory-percent", "nan"), 2, "give a number above 0"),
+        (("--memory-percent", "0.001"), 1, "no plan fits"),
+        (("--count", "0"), 2, "--count"),
+        (("--accelerator", "huge"), 1, "no model 'huge'"),
+        (("--device", "K80", "--devices", "4"), 1, "no device 'K80'"),
+        (("--device", "H200"), 2, "--device and --devices are given together"),
+        (("--devices", "4"), 2, "--device and --devices are given together"),
+        (
+            ("--device", "H200", "--devices", "4", "--accelerator", "4"),
+            2,
+            "--device cannot be combined with --accelerator",
+        ),
+        (("--device", "H200", "--devices", "4", "--flavors"), 2, "--device cannot be combined with --flavors"),
+        (("--precision", "int4"), 2, "invalid choice: 'int4'"),
+        (
+            ("--precision", "float8"),
+            1,
+            "MI250 GCD does not compute in float8: choose bfloat16, or with --device one of MI300X",
+        ),
+        (("--flavors", "--explain", "tp4"), 2, "not allowed with argument"),
+        (("--flavors", "--plot", "x.png"), 2, "--plot cannot be combined with --flavors"),
+        (("--dataset-tokens", "1e9"), 2, "--dataset-tokens needs --flavors"),
+        (("--flavors", "--dataset-tokens", "-1"), 2, "give a number above 0"),
+        (("--flavors", "--price-per-device-hour", "1"), 2, "--price-per-device-hour needs --dataset-tokens"),
+        (("--explain", "tp4 pp3"), 1, "tp4 pp3 does not divide 8 devices"),
+        (("--explain", "tq4"), 1, "did you mean one like tp4?"),
+        (("--plot", "x.jpg"), 2, "x.jpg: give a file that ends with .png, .svg, .pdf"),
+        (("--plot", "/nowhere/x.png"), 1, "--plot /nowhere/x.png: there is no directory /nowhere: give"),
+        (("--plot", "/nowhere/x.png", "--batch-size", "1000000", "--stages", "5"), 1, "--plot /nowhere/x.png"),
+    ],
+)
+def test_refusals(plan, model, options, code, message):
+    refused, out, err = plan(model, *STEP, *options)
+    assert (refused, out) == (code, "")
+    assert message in err
+    lines = err.splitlines()
+    assert len(lines) == (2 if code == 2 else 1)
+    assert lines[-1].startswith("error: " if code == 1 else "moreh-plan: error: ")
+
+
+def test_models_that_cannot_be_planned(plan, tmp_path):
+    (tmp_path / "broken.json").write_text("{", encoding="utf-8")
+    assert "there is no such file" in plan(tmp_path / "none.json", *STEP)[2]
+    assert "it is no JSON" in plan(tmp_path / "broken.json", *STEP)[2]
+    assert plan(*STEP)[0] == 2
+
+
+def test_a_picture_that_cannot_be_written(plan, model, tmp_path):
+    directory = tmp_path / "directory.png"
+    directory.mkdir()
+    code, out, err = plan(model, *STEP, "--plot", directory)
+    assert (code, out, err) == (
+        1,
+        "",
+        f"error: --plot {directory}: it is a directory: give a file in a directory that you may write to\n",
+    )
+    pytest.importorskip("matplotlib")
+    link = tmp_path / "link.png"
+    link.symlink_to(tmp_path / "none" / "x.png")
+    code, out, err = plan(model, *STEP, "--plot", link)
+    assert code == 1
+    assert "| " in out  # the table stands before the drawing fails
+    assert err == f"error: --plot {link}: it cannot be written (No such file or directory): give another file\n"
+
+
+def test_nothing_fits(plan):
+    model, _, _, *step = LLAMA
+    code, out, err = plan(model, "--accelerator", "Small.64GB", *step)
+    assert (code, out) == (1, "")
+    training = Training(describe(model), 512, 1024)
+    fitting = next(
+        flavor for flavor in all_flavors() if search(training, setting_of(cluster_of_flavor(flavor)), count=1).possible
+    )
+    assert re.fullmatch(rf"error: no plan fits: .* take {fitting.name} .*, or give a smaller batch or length\n", err)
+
+    code, out, err = plan(model, "--device", "H100 80GB", "--devices", 4, *step, "--explain", "tp4")
+    assert code == 1
+    assert "It does not fit: it needs " in out  # one rank: no number of a rank
+    assert "No other plan fits either." in out
+    assert re.fullmatch(r"error: no plan fits: .* take \d+ x H100 80GB, the smallest on which one fits.*\n", err)
+
+
+def test_json_where_nothing_fits(plan):
+    model, _, _, *step = LLAMA
+    for options in ((), ("--explain", "dp1"), ("--flavors", "--memory-percent", 0.1)):
+        code, out, err = plan(model, "--accelerator", 1, *step, *options, "--json")
+        content = json.loads(out)
+        assert (code, err) == (1, f"error: {content['message']}\n")
+        if "--flavors" in options:
+            assert min(row["smallest_bytes"] for row in content["flavors"]) > 0
+            assert content["recommendation"] == []
+        elif options:
+            assert content["best"] is None
+            assert not content["asked"]["fits"]
+        else:
+            assert content["plans"] == []
+            assert content["search"]["smallest_bytes"] > content["limit_bytes"]
+
+
+def test_nothing_larger_fits(plan, model):
+    for where, tried in (
+        (("--accelerator", 13), "no larger accelerator would do"),
+        (("--device", "H200", "--devices", 1), "no 2 to 64 times as many"),
+    ):
+        code, out, err = plan(model, *where, *STEP, "--memory-percent", 0.0001)
+        assert (code, out) == (1, "")
+        assert tried in err
+        assert "fewer restrictions" not in err
+
+
+def test_options_that_would_make_a_plan_fit(plan, model):
+    """What the message names is tried: with it there is a plan."""
+    where = (model, "--accelerator", 3, "--batch-size", 4, "--sequence-length", 128)
+    restricted = (*where, "--memory-percent", 0.04, "--recompute", "no")
+    err = plan(*restricted)[2]
+    percent = re.search(r"--memory-percent (\d+),", err)[1]
+    assert err.endswith("or a smaller batch or length, or fewer restrictions\n")
+    assert plan(*where, "--recompute", "no", "--memory-percent", percent)[0] == 0
+
+    long = (
+        model,
+        "--accelerator",
+        13,
+        "--batch-size",
+        1,
+        "--sequence-length",
+        65536,
+        "--memory-percent",
+        0.15,
+        "--count",
+        1,
+    )
+    code, _, err = plan(*long, "--max-tensor", 1)
+    assert code == 1
+    assert "give --memory-percent 6, or a larger --max-context, or " in err
+    assert plan(*long, "--max-tensor", 1, "--max-context", 384)[0] == 0
+
+
+def test_devices_that_stay_idle(plan, model):
+    step = ("--batch-size", 7, "--sequence-length", 128, "--max-tensor", 1)
+    code, out, err = plan(model, "--accelerator", 6, *step, "--stages", 4)
+    assert (code, err) == (0, "")
+    idle = next(line for line in out.splitlines() if line.startswith("Idle "))
+    assert idle.split(maxsplit=1)[1] == (
+        "12 of 16 devices: no plan divides a batch of 7 x 128 over 16 devices; there are plans on "
+        "all devices without --max-tensor 1, or with a larger --max-context"
+    )
+    assert " tp1 pp4 dp1 mb" in out
+    content = json.loads(plan(model, "--accelerator", 6, *step, "--stages", 4, "--json")[1])
+    assert (content["accelerator"]["devices"], content["devices_in_use"]) == (16, 4)
+    assert content["idle"].endswith(idle.split(maxsplit=1)[1].split(": ")[1])
+    best = content["plans"][0]
+    explained = json.loads(
+        plan(model, "--accelerator", 6, *step, "--stages", 4, "--explain", best["text"], "--json")[1]
+    )
+    assert explained["asked"] == explained["best"]
+    assert explained["asked"]["step_time_s"] == best["step_time_s"]
+    on_all = json.loads(plan(model, "--accelerator", 6, *step, "--explain", "pp4 cp4 dp1", "--json")[1])
+    assert on_all["explanation"][-1] == "The search did not consider it: cp4 is above the largest context size, 1."
+    assert "Idle" not in plan(model, "--accelerator", 6, *STEP)[1]
+
+
+def test_help_describes_the_notation_and_the_devices(plan):
+    code, out, _ = plan("--help")
+    assert code == 0
+    for piece in ("tp4 pp8 dp2 cp2", "mb1x64", "recompute:selective", "shard:optimizer", "layers:9,10x6,11"):
+        assert piece in out
+    assert "H100 80GB" in out
+    assert "this machine" in out
+    assert out.count("  moreh-plan configs/models/") == 2

@@ -1,0 +1,71 @@
+"""Tiny models of any family of transformers, and what they consist of."""
+
+import dataclasses
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from moreh.models.families.config_defaults import ALIASES, RENAMED
+
+# Odd sizes: no two of hidden, inner, heads and vocabulary are easily taken for each other.
+TINY = {
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 40,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": None,
+}
+
+
+def name_case(case):
+    return case if isinstance(case, str) else ",".join(f"{key}={value}" for key, value in case.items()) or "plain"
+
+
+def names_of_keys(family):
+    """What the classes of transformers call the keys of the table."""
+    return {key: alias for alias, key in ALIASES.get(family, {}).items() if alias != "n_embed"} | RENAMED.get(
+        family, {}
+    )
+
+
+def tiny_config_of(family, changes):
+    """A configuration as in a file of the family, with its own names of the keys."""
+    names = names_of_keys(family)
+    sizes = {names.get(key) or key: value for key, value in TINY.items()}
+    if family == "gpt_bigcode":
+        sizes["n_positions"] = sizes.pop("max_position_embeddings")
+    return {"model_type": family} | sizes | changes
+
+
+def build(config, device="cpu"):
+    settings = {key: value for key, value in config.items() if key != "model_type"}
+    torch.manual_seed(0)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **settings))
+
+
+def module_counts(module):
+    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    return (
+        sum(parameter.numel() for parameter in module.parameters()),
+        sum(parameter.numel() for parameter in trainable),
+        len(trainable),
+    )
+
+
+def described_counts(architecture):
+    return architecture.parameters, architecture.trainable_parameters, architecture.trainable_tensors
+
+
+def layer_list(model):
+    return next(part for part in model.modules() if isinstance(part, nn.ModuleList))
+
+
+def same(first, second):
+    """The same architecture under another name."""
+    return dataclasses.replace(first, name="") == dataclasses.replace(second, name="")

@@ -1,0 +1,262 @@
+"""Memory that the planner predicts, against live tensors of real training steps, published formulas and arithmetic."""
+
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import pytest
+import torch
+from torch.distributed._tools.mem_tracker import MemTracker
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from moreh.models.describe.from_module import describe_module
+from moreh.planner.cost.activation_memory import layer_activations
+from moreh.planner.cost.memory import Memory, memory
+from moreh.planner.plan.plan import Plan, Training
+from moreh.planner.plan.plan_table import table_of_plans
+from moreh.planner.software_profile import MOREH, TRANSFORMERS, TRANSFORMERS_AUTOCAST, Implementation
+
+TOLERANCE = 0.05
+HEADS = 4
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and a training step of `micro_batches` batches of `batch` rows of `length` tokens.
+
+    `kv_heads` is the number of key-value heads of a Llama, `inner` the width of its feed-forward network, in hidden sizes.
+    """
+
+    family: str
+    batch: int
+    length: int
+    recomputation: str = "none"
+    micro_batches: int = 1
+    tied: bool = False
+    hidden: int = 128
+    layers: int = 3
+    vocabulary: int = 500
+    kv_heads: int = 4
+    inner: int = 3
+    dropout: float = 0.1
+    autocast: bool = False
+
+    def __str__(self):
+        # pytest shows what differs from the defaults.
+        changed = [f for f in fields(self)[3:] if getattr(self, f.name) != f.default]
+        return f"{self.family} {self.batch}x{self.length}" + "".join(
+            f" {f.name}={getattr(self, f.name)}" for f in changed
+        )
+
+    def build(self, device="cpu"):
+        common = {"vocab_size": self.vocabulary, "tie_word_embeddings": self.tied, "bos_token_id": 0, "eos_token_id": 0}
+        torch.manual_seed(0)
+        with torch.device(device):
+            if self.family == "gpt2":
+                drops = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), self.dropout)
+                sizes = {"n_embd": self.hidden, "n_layer": self.layers, "n_head": HEADS, "n_positions": self.length}
+                return GPT2LMHeadModel(GPT2Config(**sizes, **drops, **common))
+            return LlamaForCausalLM(
+                LlamaConfig(
+                    hidden_size=self.hidden,
+                    num_hidden_layers=self.layers,
+                    num_attention_heads=HEADS,
+                    num_key_value_heads=self.kv_heads,
+                    intermediate_size=self.inner * self.hidden,
+                    max_position_embeddings=self.length,
+                    **common,
+                )
+            )
+
+    def predict(self):
+        plan = Plan(
+            (self.layers,),
+            micro_batch_size=self.batch,
+            micro_batches=self.micro_batches,
+            recomputation=self.recomputation,
+        )
+        training = Training(describe_module(self.build("meta")), self.batch * self.micro_batches, self.length)
+        return memory(table_of_plans([plan]), training, TRANSFORMERS_AUTOCAST if self.autocast else TRANSFORMERS)
+
+    def measure(self):
+        """The highest number of bytes in live tensors during the second step of a plain loop."""
+        model = self.build().train()
+        if self.recomputation == "full":
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        optimizer = torch.optim.AdamW(model.parameters())
+        batches = [torch.randint(0, self.vocabulary, (self.batch, self.length)) for _ in range(self.micro_batches)]
+        masks = [torch.ones_like(batch) for batch in batches]
+
+        tracker = MemTracker()
+
+        def step():
+            for batch, mask in zip(batches, masks, strict=True):
+                # The tracker counts each module's calls for itself and takes one of each; the step's peak stays.
+                tracker.reset_mod_stats()
+                with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.autocast):
+                    loss = model(batch, attention_mask=mask, labels=batch, use_cache=False).loss
+                loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        step()
+        # Now there is optimizer state.
+        tracker.track_external(model, optimizer, *batches, *masks)
+        with tracker:
+            step()
+        return tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+
+
+CASES = [
+    Case(family, batch, length, recomputation, tied=tied)
+    for family, tied in (("gpt2", True), ("llama", False))
+    for batch, length in ((1, 256), (4, 64), (4, 256), (8, 128))
+    for recomputation in ("none", "full")
+] + [
+    Case("gpt2", 4, 128, tied=False, vocabulary=3000),
+    Case("gpt2", 4, 128, "full", tied=True, micro_batches=2, vocabulary=3000),
+    Case("gpt2", 2, 128, "none", tied=True, micro_batches=2, hidden=192),
+    Case("gpt2", 4, 256, dropout=0.0),
+    Case("gpt2", 1, 64, hidden=256, vocabulary=5000),
+    Case("gpt2", 1, 64, "full", tied=True, hidden=256, vocabulary=5000, micro_batches=2),
+    Case("llama", 4, 128, tied=True, vocabulary=3000),
+    Case("llama", 4, 128, "full", tied=True, micro_batches=2, vocabulary=3000),
+    Case("llama", 2, 128, micro_batches=3, hidden=192),
+    Case("llama", 4, 256, kv_heads=2, inner=2),
+    Case("llama", 4, 256, "full", kv_heads=1, inner=4),
+    Case("llama", 1, 64, hidden=256, layers=2, vocabulary=5000),
+    Case("llama", 1, 64, "full", hidden=256, layers=2),
+    Case("gpt2", 4, 128, autocast=True, tied=True),
+    Case("gpt2", 4, 128, "full", autocast=True, tied=True, micro_batches=2),
+    Case("llama", 4, 256, autocast=True),
+    Case("llama", 4, 256, "full", autocast=True, kv_heads=2),
+    Case("llama", 2, 64, "full", autocast=True, micro_batches=2, hidden=256, vocabulary=2000),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_peak_is_that_of_a_real_step(case):
+    assert case.predict().total[0, 0] == pytest.approx(case.measure(), rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_comparison_notices_wrong_predictions(family):
+    case = Case(family, 4, 128, vocabulary=1000)
+    full = replace(case, recomputation="full")
+    measured, measured_full = case.measure(), full.measure()
+    wrong = {
+        "recomputation ignored": (case.predict().total, measured_full),
+        "recomputation imagined": (full.predict().total, measured),
+        "one layer less": (replace(case, layers=2).predict().total, measured),
+        "no logits": (case.predict().total - case.predict().logits, measured),
+        "no optimizer state": (full.predict().total - full.predict().optimizer, measured_full),
+        "other precision": (replace(case, autocast=True).predict().total, measured),
+    }
+    close = [name for name, (predicted, found) in wrong.items() if abs(predicted[0, 0] / found - 1) < TOLERANCE]
+    assert not close
+
+
+def test_cases_have_their_peaks_at_different_moments():
+    def moment(found):
+        if found.logits[0, 0]:
+            return "loss or output layer"
+        return "layer" if found.activations[0, 0] > found.buffers[0, 0] else "embedding or optimizer"
+
+    found = [(case.family, moment(case.predict())) for case in CASES if not case.autocast]
+    assert set(found) == {
+        (f, m) for f in ("gpt2", "llama") for m in ("loss or output layer", "layer", "embedding or optimizer")
+    }
+
+
+def architecture(family="gpt2", **changes):
+    return describe_module(Case(family, 1, 1024, **{"hidden": 256, "layers": 8, **changes}).build("meta"))
+
+
+def memory_of(plan, implementation=MOREH, family="gpt2", **changes):
+    training = Training(architecture(family, **changes), plan.global_batch_size, 1024)
+    return memory(table_of_plans([plan]), training, implementation)
+
+
+@pytest.mark.parametrize("tensor", [1, 4])
+def test_a_gpt_layer_keeps_what_korthikanti_et_al_count(tensor):
+    """Equations 1 and 4 of https://arxiv.org/abs/2205.05198: s b h (34 + 5 a s / h) bytes, 1 / t of it on each rank."""
+    batch, length, hidden = 3, 1024, 256
+    plan = Plan((8,), tensor=tensor, micro_batch_size=batch, sequence_parallel=tensor > 1)
+    unfused = Implementation("unfused", fused_attention=False)
+    table, training = table_of_plans([plan]), Training(architecture(), batch, length)
+    everything = length * batch * hidden * (34 + 5 * HEADS * length / hidden) / tensor
+    assert layer_activations(table, training, unfused).kept[0] == pytest.approx(everything, rel=1e-12)
+    # Selective recomputation leaves out the second term (equation 6), full recomputation keeps the input: 2 s b h.
+    selective = table_of_plans([replace(plan, recomputation="selective")])
+    assert layer_activations(selective, training, unfused).kept[0] == pytest.approx(
+        length * batch * hidden * 34 / tensor
+    )
+    full = table_of_plans([replace(plan, recomputation="full")])
+    assert layer_activations(full, training, unfused).kept[0] == pytest.approx(length * batch * hidden * 2 / tensor)
+
+
+@pytest.mark.parametrize("implementation", [MOREH, TRANSFORMERS, TRANSFORMERS_AUTOCAST], ids=lambda i: i.name)
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_more_recomputation_needs_less(family, implementation):
+    totals = [
+        memory_of(Plan((8,), micro_batch_size=4, recomputation=recomputation), implementation, family).total[0, 0]
+        for recomputation in ("none", "selective", "full")
+    ]
+    assert totals[0] > totals[1] > totals[2]
+
+
+@pytest.mark.parametrize("implementation", [MOREH, TRANSFORMERS], ids=lambda i: i.name)
+@pytest.mark.parametrize(
+    ("sharding", "divided"),
+    [
+        ("none", ()),
+        ("optimizer", ("optimizer",)),
+        ("gradients", ("optimizer", "gradients")),
+        ("parameters", ("optimizer", "gradients", "parameters")),
+    ],
+)
+def test_sharding_divides_what_it_says(sharding, divided, implementation):
+    """As figure 1 of https://arxiv.org/abs/1910.02054, over data-parallel and context-parallel ranks."""
+    alone = memory_of(Plan((8,), micro_batches=2), replace(implementation, working_bytes=0))
+    plan = Plan((8,), data=2, context=2, micro_batches=2, sharding=sharding)
+    shared = memory_of(plan, replace(implementation, working_bytes=0))
+    for name in ("parameters", "gradients", "optimizer"):
+        parts = 4 if name in divided else 1
+        # A shared matrix has a second gradient, which is not divided, in the backward passes of TRANSFORMERS.
+        slack = 256 * 500 * 4 if (name, implementation) == ("gradients", TRANSFORMERS) else 0
+        assert getattr(shared, name) * parts == pytest.approx(getattr(alone, name), abs=slack * parts), name
+
+
+@pytest.mark.parametrize("implementation", [MOREH, TRANSFORMERS], ids=lambda i: i.name)
+def test_first_stage_of_1f1b_holds_a_micro_batch_for_each_stage(implementation):
+    """Section 2.2.1 of https://arxiv.org/abs/2104.04473: rank r of p holds min(m, p - r) micro-batches."""
+
+    def activations(micro_batches):
+        return memory_of(Plan((2,) * 4, pipeline=4, micro_batches=micro_batches), implementation).activations[0]
+
+    one = activations(1)
+    for micro_batches in (2, 3, 4, 5, 16):
+        held = np.minimum(micro_batches, 4 - np.arange(4))
+        if implementation is MOREH:
+            assert activations(micro_batches) == pytest.approx(held * one)
+        else:
+            # What is held besides, the gradients in the layer that is at work, does not grow with the micro-batches.
+            growth = activations(micro_batches) - one
+            assert growth[:3] == pytest.approx((held - 1)[:3] * (activations(2) - one)[:3])
+
+
+def test_parts_add_up_and_are_never_negative():
+    plans = [
+        Plan((2,) * 4, pipeline=4, data=data, micro_batches=4, sharding=sharding, recomputation=recomputation)
+        for data in (1, 4)
+        for sharding in ("none", "parameters")
+        for recomputation in ("none", "full")
+    ]
+    training = Training(architecture("llama"), 16, 1024)
+    for implementation in (MOREH, TRANSFORMERS, replace(TRANSFORMERS_AUTOCAST, fragmentation=0.1)):
+        found = memory(table_of_plans(plans), training, implementation)
+        parts = [getattr(found, field.name) for field in fields(Memory)]
+        assert all(part.shape == (len(plans), 4) and (part >= 0).all() for part in parts)
+        assert np.sum(parts, axis=0) == pytest.approx(found.total)
+        # The table gives for each plan what it gives for the plan alone.
+        for row, plan in enumerate(plans):
+            assert memory(table_of_plans([plan]), training, implementation).total[0] == pytest.approx(found.total[row])

@@ -1,0 +1,130 @@
+"""Stopping a run and going on: the same bits under the same plan, the same training under any other."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.conftest import ROOT
+from tests.helpers import sharded_cases as cases
+from tests.helpers.workers import run_on_workers
+from utils.errors import UserError
+from utils.training.checkpoint import checkpoint_to_resume
+
+FOUR = {
+    "pp-tp": {"stage_layers": (1, 2), "pipeline": 2, "tensor": 2, "micro_batches": 2, "micro_batch_size": 4},
+    "tp-sharded": {"stage_layers": (3,), "tensor": 2, "data": 2, "micro_batch_size": 4, "sharding": "parameters"},
+    "zero-bubble": {
+        "stage_layers": (2, 1),
+        "pipeline": 2,
+        "data": 2,
+        "micro_batches": 2,
+        "micro_batch_size": 2,
+        "schedule": "zero-bubble",
+    },
+}
+TWO = {"stage_layers": (3,), "data": 2, "micro_batch_size": 4, "sharding": "optimizer"}
+ONE = {"stage_layers": (3,), "micro_batch_size": 8}
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_resume_under_other_plans(family, tmp_path):
+    """Saved by four workers under one plan, resumed by four under others, by two and by one: losses, norms and weights."""
+    directory = str(tmp_path / "state")
+    saved = run_on_workers(cases.train_and_save, [(family, FOUR["pp-tp"], directory)], size=4)[0]
+    assert len({tuple(seen) for seen in saved}) == 1
+    for size, plans in ((4, [FOUR["tp-sharded"], FOUR["zero-bubble"]]), (2, [TWO]), (1, [ONE])):
+        for results in run_on_workers(cases.resume_and_train, [(family, plan, directory) for plan in plans], size=size):
+            for seen_difference, weights in results:
+                assert seen_difference < 1e-9
+                assert weights < 1e-9
+
+
+def test_resume_has_the_same_bits(tmp_path):
+    """Under the same plan nothing tells that the training was interrupted."""
+    directory = str(tmp_path / "state")
+    for plan in (FOUR["tp-sharded"], FOUR["pp-tp"]):
+        for identical in run_on_workers(cases.interrupted_is_identical, [(plan, directory)], size=4)[0]:
+            assert identical
+
+
+def start(config, environment, *arguments):
+    return subprocess.Popen(
+        [sys.executable, "train_gpt.py", "--config", str(config), *arguments],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def metrics_of(directory):
+    """Loss, norm and learning rate of each step; speeds differ from run to run."""
+    lines = (directory / "metrics.jsonl").read_text().splitlines()
+    return [
+        {k: v for k, v in json.loads(line).items() if not k.endswith("_per_s") and k != "memory_bytes"}
+        for line in lines
+    ]
+
+
+@pytest.fixture
+def config(tiny_config):
+    text = tiny_config.read_text().replace("resid_pdrop: 0.0", "resid_pdrop: 0.1").replace("steps: 4", "steps: 12")
+    tiny_config.write_text(text + "checkpoint: {every_steps: 3, keep_last: 2}\n")
+    return tiny_config
+
+
+def test_stopped_and_resumed_run(config, environment, tmp_path):
+    """SIGTERM in the middle: the run saves, ends with 143, and `--resume auto` ends with the bits of a run left alone."""
+    alone = start(config, environment, "run.name=alone")
+    assert alone.wait(timeout=120) == 0, alone.stdout.read()
+
+    stopped = start(config, environment, "run.name=tiny")
+    metrics = tmp_path / "runs" / "tiny" / "metrics.jsonl"
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < 5:
+        time.sleep(0.005)
+        assert stopped.poll() is None, stopped.stdout.read()
+    stopped.send_signal(signal.SIGTERM)
+    output = stopped.communicate(timeout=60)[0]
+    assert stopped.returncode == 143, output
+    assert "--resume auto goes on" in output
+    assert not (tmp_path / "runs" / "tiny" / "model").exists()
+
+    resumed = start(config, environment, "run.name=tiny", "--resume", "auto")
+    output = resumed.communicate(timeout=120)[0]
+    assert resumed.returncode == 0, output
+    assert "Resumed from" in output
+    assert metrics_of(tmp_path / "runs" / "tiny") == metrics_of(tmp_path / "runs" / "alone")
+    weights, expected = (
+        load_file(tmp_path / "runs" / name / "model" / "model.safetensors") for name in ("tiny", "alone")
+    )
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], expected[name]) for name in weights)
+    kept = sorted(path.name for path in (tmp_path / "runs" / "tiny" / "checkpoints").iterdir())
+    assert kept == ["step-12", "step-9"]
+
+    finished = start(config, environment, "run.name=tiny", "--resume", "auto")
+    output = finished.communicate(timeout=60)[0]
+    assert finished.returncode == 2
+    assert "has done 12 steps" in output
+
+
+def test_what_resume_means(tmp_path):
+    run = tmp_path / "runs" / "tiny"
+    assert checkpoint_to_resume(None, run) is None
+    assert checkpoint_to_resume("auto", run) is None
+    for asked in ("/nowhere", str(tmp_path), str(run)):
+        with pytest.raises(UserError, match="there is no checkpoint"):
+            checkpoint_to_resume(asked, run)
+    for step in (9, 10, 8):
+        (run / "checkpoints" / f"step-{step}").mkdir(parents=True)
+    (run / "checkpoints" / ".step-11.unfinished").mkdir()
+    last = run / "checkpoints" / "step-10"
+    for asked in ("auto", str(run), str(run / "checkpoints"), str(last)):
+        assert checkpoint_to_resume(asked, run) == last

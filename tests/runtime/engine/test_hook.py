@@ -1,0 +1,268 @@
+"""enable_advanced_parallelization: its options, and that what it adds to a model changes no loss and no gradient."""
+
+import re
+
+import pytest
+
+from moreh import option
+from moreh.errors import OptionError
+
+# Trains three ways in one process and prints the losses, each as a line of numbers.
+COMPARE = """
+import sys, torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+def losses(before_step=None):
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(n_layer=3, n_embd=32, n_head=2, vocab_size=64, n_positions=32, bos_token_id=0,
+                                       eos_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)).cuda()
+    model.train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)  # AdamW would not see a gradient of another length
+    ids = torch.arange(64).repeat(8).reshape(16, 32).cuda()
+    found = []
+    torch.manual_seed(1)
+    for _ in range(5):
+        loss = model(ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        if before_step is not None:
+            before_step(model)
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(loss.item())
+    peak = torch.cuda.max_memory_allocated()
+    model.eval()
+    with torch.no_grad():
+        found.append(model(ids, labels=ids).loss.item())
+    print(model(ids).logits.dtype, peak)
+    return found
+
+def break_one_gradient(model):
+    model.transformer.h[1].mlp.c_fc.weight.grad.mul_(1.01)
+
+print(losses())
+print(losses(break_one_gradient))
+torch.moreh.option.enable_advanced_parallelization(**eval(sys.argv[1]))
+torch.cuda.reset_peak_memory_stats()
+print(losses())
+"""
+
+
+def compare(run_python, options):
+    """Losses of the plain loop, of a plain loop with one gradient slightly wrong, and under the hook; and what was said."""
+    finished = run_python(COMPARE, repr(options))
+    assert finished.returncode == 0, finished.stderr
+    lines = finished.stdout.splitlines()
+    plain, broken, hooked = (eval(line) for line in lines if line.startswith("[") and not line.startswith("[info]"))
+    peaks = [int(line.split()[1]) for line in lines if line.startswith("torch.")]
+    return plain, broken, hooked, peaks, finished.stdout
+
+
+def largest_difference(a, b):
+    return max(abs(x - y) / abs(x) for x, y in zip(a, b, strict=True))
+
+
+def test_float32_gives_the_plain_loops_losses(run_python):
+    hooked_peaks = {}
+    for recompute in (False, True):
+        options = {"mixed_precision": False, "activation_recomputation": recompute}
+        plain, broken, hooked, peaks, said = compare(run_python, options)
+        assert largest_difference(plain, hooked) < 1e-6
+        assert largest_difference(plain, broken) > 1e-6  # so the comparison sees an error of 1 % in one of 38 gradients
+        assert f"recomputation : {'full' if recompute else 'none'}; predicted are" in said  # on this machine
+        chosen = re.search(r"recomputation : (\w+)\(\d\), distribute_param", said)[1]  # on the accelerator
+        assert (chosen != "none") == recompute
+        hooked_peaks[recompute] = peaks[2]
+    assert hooked_peaks[True] < hooked_peaks[False]  # it was really active
+
+
+def test_bfloat16_gives_nearly_the_plain_loops_losses(run_python, monkeypatch):
+    plain, _, hooked, _, said = compare(run_python, {})
+    assert largest_difference(plain, hooked) < 0.02
+    computed_in_bfloat16 = "mixed_precision : bfloat16" in said
+    assert computed_in_bfloat16 != ("mixed_precision : off, float32" in said)
+    assert (largest_difference(plain, hooked) > 1e-6) == computed_in_bfloat16
+
+
+def test_documented_log_lines(run_python, tmp_path):
+    *_, said = compare(run_python, {"mixed_precision": False})
+    said = [line.removeprefix("[info] ") for line in said.splitlines() if line.startswith("[info] ")]
+    patterns = [
+        r"MoAI Accelerator is ready to use\.",
+        r"Moreh Version: .+",
+        r"Moreh Job ID: 1",
+        r"Simulated: this machine has no GPU, so xLarge\.512GB .+",
+        r"The number of candidates is (\d+)\.",
+        r"Parallel Graph Compile start\.\.\.",
+        r"Elapsed Time to compile all candidates = \d+ \[ms\]",
+        r"Parallel Graph Compile finished\.",
+        r"The number of possible candidates is (\d+)\.",
+        r"SelectBestGraphFromCandidates start\.\.\.",
+        r"Elapsed Time to compute cost for survived candidates = \d+ \[ms\]",
+        r"SelectBestGraphFromCandidates finished\.",
+        r"Configuration for parallelism is selected\.",
+        r"num_stages : \d+, num_micro_batches : \d+, batch_per_device : \d+, (No TP|TP \d+), "
+        r"recomputation : (none\(0\)|selective\(1\)|full\(2\)), distribute_param : (true|false), "
+        r"distribute_low_prec_param : false",
+        r"train: true",
+        r"Simulated: on xLarge\.512GB \(8 x MI250 GCD\) the plan '.+' is predicted to take .+",
+        r"This machine: 1 worker, micro-batches of at most [\d,]+ tokens, recomputation : none; predicted are .+",
+        r"Computed : padding skipped : on, rows packed : on, common prefix once : on, logits at labels only : on, "
+        r"tied embeddings by rows : on, attention in blocks : on, .+ : on",
+    ]
+    assert len(said) == len(patterns)  # once for each model, and one of the two was trained under the hook
+    matches = [re.fullmatch(pattern, line) for pattern, line in zip(patterns, said, strict=True)]
+    assert all(matches), said
+    assert int(matches[4][1]) >= int(matches[8][1]) > 0
+    assert (tmp_path / "advanced_parallelization_selected_config.dump").read_text() == said[13] + "\n"
+
+
+def test_machine_without_bfloat16_units_computes_in_float32(run_python):
+    source = """
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+import moreh.runtime.kernels.precision as precision
+precision.bfloat16_speedup = lambda device: 0.4
+torch.moreh.option.enable_advanced_parallelization()
+model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=64)).cuda()
+print(model(torch.zeros(1, 4, dtype=torch.long).cuda()).logits.dtype)
+"""
+    said = run_python(source).stdout
+    assert "[info] mixed_precision : off, float32 (bfloat16 matrix products are 0.4 x as fast as float32 here)" in said
+    assert "torch.float32" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_stage": 4}, r"unknown option num_stage=4; did you mean num_stages\?"),
+        ({"pipeline_parallel": 1}, "pipeline_parallel=1: allowed is True or False"),
+        ({"pipeline_parallel": "auto"}, "pipeline_parallel='auto': allowed is True or False"),
+        ({"mixed_precision": None}, "mixed_precision=None: allowed is True or False"),
+        ({"num_stages": 0}, 'num_stages=0: allowed is a whole number from 1, or "auto"'),
+        ({"num_stages": True}, "num_stages=True: allowed is a whole number"),
+        ({"num_stages": 2.0}, "num_stages=2.0: allowed is a whole number"),
+        ({"num_micro_batches": "many"}, "num_micro_batches='many': allowed is"),
+        ({"activation_recomputation": "full"}, "activation_recomputation='full': allowed is True, False or \"auto\""),
+        ({"distribute_parameter": 1}, "distribute_parameter=1: allowed is"),
+        ({"pipeline_parallel": False, "num_stages": 4}, "stages need pipeline_parallel=True"),
+    ],
+)
+def test_options_are_checked(options, message):
+    with pytest.raises(OptionError, match=message):
+        option.enable_advanced_parallelization(**options)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("DETAILED_LOG", "3", "from 0 to 2; 0 if unset"),
+        ("DETAILED_LOG", "yes", "from 0 to 2"),
+        ("MEMORY_USAGE_CORRECTION_RATIO", "0", "from 1 to 100; 80 if unset"),
+        ("MEMORY_USAGE_CORRECTION_RATIO", "0.8", "from 1 to 100"),
+        ("MAX_PARALLEL_COMPILE_THREADS", "-1", "from 1 to 1024; 16 if unset"),
+    ],
+)
+def test_environment_is_checked(monkeypatch, name, value, allowed):
+    monkeypatch.setenv(f"MOREH_ADVANCED_PARALLELIZATION_{name}", value)
+    with pytest.raises(OptionError, match=f"{name}='{value}': allowed is a whole number {allowed}"):
+        option.enable_advanced_parallelization()
+
+
+def test_second_call_must_agree(run_python):
+    source = (
+        "import torch\n"
+        "enable = torch.moreh.option.enable_advanced_parallelization\n"
+        "enable(mixed_precision=False)\n"
+        "enable(mixed_precision=False)\n"
+        "print('agreed')\n"
+        "enable()\n"
+    )
+    finished = run_python(source)
+    assert "agreed" in finished.stdout
+    assert "already enabled" in finished.stderr
+
+
+def test_model_without_recomputation_is_told(run_python):
+    source = (
+        "import torch\n"
+        "torch.moreh.option.enable_advanced_parallelization(activation_recomputation=True)\n"
+        "model = torch.nn.Sequential(torch.nn.Linear(2, 2))\n"
+        "for _ in range(2):\n"
+        "    try:\n"
+        "        model(torch.ones(1, 2))\n"
+        "    except ValueError as error:\n"
+        "        print(error)\n"
+    )
+    assert (
+        run_python(source).stdout.count("Sequential is no model of transformers, whose layers could be recomputed") == 2
+    )
+
+
+INTERRUPTED = """
+import os, signal, sys, torch
+if len(sys.argv) > 1:
+    torch.moreh.option.enable_advanced_parallelization()
+
+class Interrupted(torch.nn.Linear):
+    def forward(self, x):
+        if x.shape[0] == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return super().forward(x)
+
+model = torch.nn.Sequential(Interrupted(4, 4)).cuda()
+model(torch.ones(2, 4).cuda())
+try:
+    model(torch.ones(3, 4).cuda())
+except KeyboardInterrupt:
+    print("interrupted")
+print((torch.ones(2, 2) @ torch.ones(2, 2)).dtype)
+print(torch._C._autograd._top_saved_tensors_default_hooks(True))
+"""
+
+
+@pytest.mark.parametrize("hook", [[], ["hook"]])
+def test_interrupt_in_a_forward_pass_leaves_nothing_switched_on(run_python, hook):
+    assert run_python(INTERRUPTED, *hook).stdout.endswith("interrupted\ntorch.float32\nNone\n")
+
+
+OTHER_PRECISIONS = """
+import torch
+import moreh.runtime.kernels.precision as precision
+precision.bfloat16_speedup = lambda device: 2.0
+torch.moreh.option.enable_advanced_parallelization()
+inputs = torch.ones(2, 4)
+layers = lambda: torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 4)).cuda()
+def show(outputs):
+    rounded = outputs.dtype == torch.float32 and torch.equal(outputs, outputs.bfloat16().float())
+    print(outputs.dtype, "from bfloat16" if rounded else "")
+show(layers()(inputs))
+with torch.autocast("cuda", enabled=False):
+    show(layers()(inputs))
+with torch.autocast("cuda", dtype=torch.float16):
+    show(layers()(inputs))
+show(layers().double()(inputs.double()))
+show(layers().half()(inputs.half()))
+compiled = torch.compile(layers(), backend="aot_eager", fullgraph=True)
+show(compiled(inputs))
+"""
+
+
+def test_precision_that_the_script_chose_is_kept(run_python):
+    """Outputs are float32 where the weights are: what the script computes of them is not rounded."""
+    finished = run_python(OTHER_PRECISIONS)
+    found = [line.removeprefix("torch.").strip() for line in finished.stdout.splitlines() if line.startswith("torch.")]
+    half = "float32 from bfloat16"
+    assert found == [half, "float32", "float16", "float64", "float16", half], finished.stderr
+
+
+def test_parts_of_a_model_called_by_themselves(run_python):
+    source = """
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+torch.moreh.option.enable_advanced_parallelization(activation_recomputation=True, mixed_precision=False)
+model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=32, n_head=2, vocab_size=64)).cuda().train()
+ids = torch.zeros(1, 4, dtype=torch.long)
+model(inputs_embeds=model.get_input_embeddings()(ids), use_cache=False).logits.sum().backward()
+print(model.is_gradient_checkpointing)
+"""
+    assert run_python(source).stdout.endswith("True\n")

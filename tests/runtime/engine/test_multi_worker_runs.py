@@ -1,0 +1,191 @@
+"""Runs on several workers, as a user starts them: the GPT script, the tutorial's loop, a worker that dies while saving."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+from safetensors.torch import load_file
+
+from tests.conftest import ROOT
+from tests.patches.test_cuda_face import TUTORIAL
+
+SECONDS_TO_BE_GONE = 15
+
+
+def train_gpt(config, environment, *overrides):
+    return subprocess.run(
+        [sys.executable, "train_gpt.py", "--config", str(config), *overrides],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+def run_script(text, workers, directory, environment):
+    """The console of a script of one's own on so many workers."""
+    script = directory / "script.py"
+    script.write_text(text, encoding="utf-8")
+    finished = subprocess.run(
+        [sys.executable, script],
+        cwd=directory,
+        env={**environment, "MOREH_WORKERS": str(workers)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
+
+
+def metrics_of(directory):
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def hook_config(tiny_config):
+    """The tiny run with the hook, in float32, stopped and resumed as well."""
+    text = tiny_config.read_text().replace(
+        "{advanced_parallelization: null}", "{advanced_parallelization: {mixed_precision: false}}"
+    )
+    tiny_config.write_text(text + "checkpoint: {every_steps: 2}\n")
+    return tiny_config
+
+
+def test_script_on_two_workers(hook_config, environment, tmp_path):
+    """The losses, norms and the saved model of one worker; files and console as of one program; resumed by one worker."""
+    runs = tmp_path / "runs"
+    one = train_gpt(hook_config, environment, "run.name=one")
+    assert one.returncode == 0, one.stderr
+    two = train_gpt(hook_config, environment, "run.name=two", "accelerator.workers=2")
+    assert two.returncode == 0, two.stderr
+    assert "2 workers carry out the plan" in two.stdout
+    assert two.stdout.count("[Step 4/4] | Loss") == 1
+    expected = metrics_of(runs / "one")
+    for seen in (metrics_of(runs / "two"),):
+        assert [line["step"] for line in seen] == [line["step"] for line in expected]
+        for line, other in zip(seen, expected, strict=True):
+            for key in {"loss", "eval_loss", "grad_norm", "lr"} & other.keys():
+                assert line[key] == pytest.approx(other[key], rel=1e-4)
+    weights, others = (load_file(runs / name / "model" / "model.safetensors") for name in ("two", "one"))
+    assert weights.keys() == others.keys()
+    assert max(float((weights[name] - others[name]).abs().max()) for name in weights) < 1e-3
+
+    resumed = train_gpt(
+        hook_config, environment, "run.name=resumed", "--resume", str(runs / "two" / "checkpoints" / "step-2")
+    )
+    assert resumed.returncode == 0, resumed.stderr
+    assert [line["step"] for line in metrics_of(runs / "resumed")] == [3, 4]
+    for line, other in zip(metrics_of(runs / "resumed"), expected[-2:], strict=True):
+        assert line["loss"] == pytest.approx(other["loss"], rel=1e-4)
+
+
+def test_tutorial_loop_on_four_workers(environment, tmp_path, make_gpt2):
+    """The tutorial's unchanged script, with only a variable in the environment."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    make_gpt2(vocab_size=5).save_pretrained(tmp_path / "model")
+    words = Tokenizer(models.WordLevel({"<|endoftext|>": 0, "a": 1, "b": 2, "c": 3, "?": 4}, unk_token="?"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|endoftext|>").save_pretrained(tmp_path / "model")
+    console = run_script(TUTORIAL, 4, tmp_path, environment)
+    losses = [float(line.split()[1]) for line in console.splitlines() if line.startswith("Loss:")]
+    assert len(losses) == 50
+    assert sum(losses[-10:]) < 0.7 * sum(losses[:5]) * 2
+    assert re.search(r"4 workers carry out the plan '.+'", console)
+    assert (tmp_path / "finetuned" / "model.safetensors").exists()
+
+
+PRECISION = """
+import torch
+import moreh.runtime.kernels.precision as precision
+precision.bfloat16_speedup = lambda device: 2.0
+torch.moreh.option.enable_advanced_parallelization(num_stages=NUM_STAGES)
+from transformers import GPT2Config, GPT2LMHeadModel
+torch.manual_seed(0)
+model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=64, n_head=2, vocab_size=100, n_positions=32))
+seen = []
+model.transformer.h[0].mlp.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+ids = torch.arange(64).view(4, 16)
+model.train()
+for _ in range(3):
+    model(input_ids=ids, labels=ids).loss.backward()
+    print("trained", *set(seen))
+    seen.clear()
+model.eval()
+with torch.no_grad():
+    model(input_ids=ids, labels=ids)
+    print("evaluated", *set(seen))
+    seen.clear()
+    model(input_ids=ids)
+    print("called", *set(seen))
+    seen.clear()
+    with torch.autocast("cpu", enabled=False):
+        model(input_ids=ids, labels=ids)
+    print("own precision", *set(seen))
+"""
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_every_step_in_bfloat16_on_two_workers(environment, tmp_path, stages):
+    """Each call, not only the one that divides the model; and float32 where the script says so."""
+    console = run_script(PRECISION.replace("NUM_STAGES", str(stages)), 2, tmp_path, environment)
+    assert f"carry out the plan 'tp1 pp{stages} dp{2 // stages} " in console
+    said = [line for line in console.splitlines() if not line.startswith("[")]
+    half = "torch.bfloat16"
+    assert said == [*[f"trained {half}"] * 3, f"evaluated {half}", f"called {half}", "own precision torch.float32"]
+
+
+SAVING = """
+import torch
+torch.manual_seed(0)
+torch.moreh.option.enable_advanced_parallelization(mixed_precision=False)
+from transformers import GPT2Config, GPT2LMHeadModel
+from moreh.runtime.engine.checkpoint_api import save_training
+model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=64, n_head=2, vocab_size=1000, n_positions=32))
+optimizer = torch.optim.AdamW(model.parameters())
+ids = torch.arange(64).view(4, 16)
+model(input_ids=ids, labels=ids).loss.backward()
+optimizer.step()
+print("saving", flush=True)
+for number in range(100000):
+    save_training(model, [optimizer], "checkpoint", {"number": number}).result()
+    model.save_pretrained("model")
+"""
+
+
+def test_worker_killed_while_it_saves(environment, tmp_path):
+    """All are gone within seconds and the cause is told; what is on the disk is complete."""
+    (tmp_path / "script.py").write_text(SAVING)
+    process = subprocess.Popen(
+        [sys.executable, "script.py"],
+        cwd=tmp_path,
+        env={**environment, "MOREH_WORKERS": "2"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for line in process.stdout:
+        if line.strip() == "saving":
+            break
+    while not (tmp_path / "model" / "config.json").exists():
+        time.sleep(0.01)
+    children = psutil.Process(process.pid).children()
+    victim = next(child for child in children if child.environ().get("RANK") == "1")
+    victim.send_signal(signal.SIGKILL)
+    begun = time.monotonic()
+    errors = process.communicate(timeout=60)[1]
+    assert time.monotonic() - begun < SECONDS_TO_BE_GONE
+    assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children)
+    assert process.returncode == 137
+    assert "worker 1 of 2" in errors
+    assert "SIGKILL" in errors
+    load_file(tmp_path / "model" / "model.safetensors")
+    assert (tmp_path / "checkpoint" / ".metadata").exists()

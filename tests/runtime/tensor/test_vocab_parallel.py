@@ -1,0 +1,115 @@
+"""Losses of a divided vocabulary, and the collectives that autograd goes through."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.nn import functional
+
+from moreh.runtime.sharding.spec import piece
+from moreh.runtime.tensor import collectives
+from moreh.runtime.tensor.vocab_parallel import gather_logits, token_losses
+from tests.helpers.workers import run_on_workers
+
+
+def divided_losses(vocabulary, dtype):
+    """Losses, their gradients and the gathered logits, beside those of the whole vocabulary in the same type."""
+    group = dist.group.WORLD
+    generator = torch.Generator().manual_seed(vocabulary)
+    logits = (4 * torch.randn(2, 5, vocabulary, generator=generator, dtype=torch.float64)).to(dtype)
+    logits[0, 0, : min(3, vocabulary - 1)] = float("-inf")
+    labels = torch.randint(vocabulary, (2, 5), generator=generator)
+    labels[0, 0] = vocabulary - 1
+    labels[1, 2:4] = -100
+    weights = torch.randn(2, 5, generator=generator, dtype=torch.float64)
+    whole = logits.clone().requires_grad_()
+    accurate = whole if dtype == torch.float64 else whole.float()
+    expected = functional.cross_entropy(accurate.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
+    (expected * weights.to(expected.dtype)).sum().backward()
+    start, stop = piece(vocabulary, group.size(), group.rank())
+    # Not contiguous, as logits that were scaled in place or sliced may be.
+    local = logits.movedim(-1, 0)[start:stop].movedim(0, -1).requires_grad_()
+    losses = token_losses(local, labels, group, vocabulary)
+    (losses * weights.to(losses.dtype)).sum().backward()
+    alone = token_losses(logits, labels, None, vocabulary)
+    return {
+        "types": (losses.dtype, local.grad.dtype, expected.dtype),
+        "losses": float((losses - expected).detach().abs().max()),
+        "alone": float((alone - expected).detach().abs().max()),
+        "gradients": float((local.grad - whole.grad[..., start:stop]).abs().sum()),
+        "gathered": torch.equal(gather_logits(local, group, vocabulary), logits),
+        "ignored": losses[1, 2:4].tolist(),
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_losses_of_a_divided_vocabulary(dtype):
+    accurate = torch.float64 if dtype == torch.float64 else torch.float32
+    tolerance = {torch.float64: 1e-13, torch.float32: 1e-4, torch.bfloat16: 1e-1}[dtype]
+    # 5 rows on 4 ranks are 2, 2, 1 and none.
+    for results in run_on_workers(divided_losses, [(size, dtype) for size in (97, 8, 5, 2)], size=4):
+        for result in results:
+            assert result["types"] == (accurate, dtype, accurate)
+            assert result["losses"] < tolerance
+            assert result["alone"] < tolerance
+            assert result["gradients"] < tolerance
+            assert result["gathered"]
+            assert result["ignored"] == [0, 0]
+
+
+def transposes(dtype):
+    """For each collective f and its backward pass g: the sums over ranks of f(x) * y and of x * g(y)."""
+    group = dist.group.WORLD
+    size = group.size()
+    generator = torch.Generator().manual_seed(group.rank())
+    shared = torch.Generator().manual_seed(99)
+
+    def draw(shape, source):
+        # Transposed: not contiguous in memory.
+        return torch.randint(-4, 5, shape[::-1], generator=source).to(dtype).movedim((0, 1, 2), (2, 1, 0))
+
+    result = {}
+    for dim in (0, 1):
+        whole, part = [3, 4, 5], [3, 4, 5]
+        whole[dim] = size * part[dim]
+        for name, function, given, returned, same_input, same_gradient in (
+            ("copy_to_ranks", lambda x: collectives.copy_to_ranks(x, group), part, part, True, False),
+            ("sum_of_ranks", lambda x: collectives.sum_of_ranks(x, group), part, part, False, True),
+            ("gather_parts", lambda x, dim=dim: collectives.gather_parts(x, dim, group), part, whole, False, False),
+            ("part_of_sum", lambda x, dim=dim: collectives.part_of_sum(x, dim, group), whole, part, False, False),
+            ("own_part", lambda x, dim=dim: collectives.own_part(x, dim, group), whole, part, True, False),
+        ):
+            tensor = draw(given, shared if same_input else generator).requires_grad_()
+            before = tensor.detach().clone()
+            output = function(tensor)
+            gradient = draw(returned, shared if same_gradient else generator)
+            kept = gradient.clone()
+            output.backward(gradient)
+            products = torch.stack([(output.detach() * gradient).double().sum(), (before * tensor.grad).double().sum()])
+            # What all ranks hold together counts once.
+            products[0] /= size if same_gradient else 1
+            products[1] /= size if same_input else 1
+            dist.all_reduce(products)
+            unchanged = torch.equal(tensor.detach(), before) and torch.equal(gradient, kept)
+            result[name, dim] = (*products.tolist(), unchanged, list(output.shape) == returned, output.dtype == dtype)
+    return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_the_backward_pass_of_a_collective_is_its_transpose(dtype):
+    for result in run_on_workers(transposes, [(dtype,)], size=4)[0]:
+        for forward, backward, *conditions in result.values():
+            # Small whole numbers: exact in every type.
+            assert forward == backward != 0
+            assert all(conditions)
+
+
+def test_parts_lie_in_the_order_of_ranks():
+    assert run_on_workers(gather_ranks, [(0,), (1,)], size=2) == [
+        [[[[0, 0], [0, 0], [1, 1], [1, 1]]] * 1] * 2,
+        [[[[0, 0, 1, 1], [0, 0, 1, 1]]] * 1] * 2,
+    ]
+
+
+def gather_ranks(dim):
+    part = torch.full((2, 2), float(dist.get_rank()))
+    return [collectives.gather_parts(part, dim, dist.group.WORLD).tolist()]

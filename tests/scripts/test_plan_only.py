@@ -1,0 +1,165 @@
+"""--plan-only of the training scripts: the plan of the settings, without torch, data, network or a free accelerator."""
+
+import os
+import re
+import sys
+
+import psutil
+import pytest
+
+from moreh.accelerator.registry import read_registry, start_job, switch_model
+from moreh.errors import PlanError
+from tests.conftest import ROOT
+from tests.helpers.plan_tool import LLAMA, runner
+from utils.config.yaml_file import load_config
+from utils.data.dataset import prepare_data
+from utils.errors import UserError
+from utils.plan_only import ARCHITECTURE_OF, ARCHITECTURES, plan_request, print_plan
+from utils.training.model import load_model
+
+LLAMA_70B = str(ROOT / "configs" / "llama3_70b.yaml")
+
+
+def plans(text):
+    """The plans of a printed table, without the seconds that their search took."""
+    return re.findall(r"^\|  +\d+  \|  .*", text, re.M)
+
+
+# Linux counts a process's most memory from before it began its program, when it was a copy of the tests' process; what it
+# says of the program itself is in /proc.
+MEASURE = """
+import pathlib, resource, runpy, sys
+sys.argv = sys.argv[1:]
+sys.path[0] = str(pathlib.Path(sys.argv[0]).parent)
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+finally:
+    status = pathlib.Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    highest = [line.split()[1] for line in lines if line.startswith("VmHWM")]
+    print("most kB:", *(highest or [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss]), file=sys.stderr)
+"""
+
+
+@pytest.fixture
+def run_to_the_end(run, tmp_path):
+    """Run a script in an empty directory; returns exit code, output, imported modules and most memory in bytes."""
+
+    def measure(*command):
+        directory = tmp_path / "here"
+        directory.mkdir()
+        finished = run(sys.executable, "-c", MEASURE, *command, cwd=directory, PYTHONPROFILEIMPORTTIME="1")
+        assert list(directory.iterdir()) == []
+        lines = finished.stderr.splitlines()
+        imported = {line.rpartition("|")[2].strip() for line in lines if line.startswith("import time:")}
+        return finished.returncode, finished.stdout, imported, 1024 * int(lines[-1].removeprefix("most kB:"))
+
+    return measure
+
+
+@pytest.mark.parametrize("script", ["train_llama3_70b.py", "train_gpt.py"])
+def test_large_model_is_planned_without_torch(run_to_the_end, state_directory, script):
+    profiles = {path.name for path in state_directory.glob("*")}
+    code, said, imported, most_bytes = run_to_the_end(str(ROOT / script), "--config", LLAMA_70B, "--plan-only")
+    assert code == 0
+    assert re.search(r"^Model +meta-llama/Meta-Llama-3-70B, 70,553,706,496 parameters$", said, re.M)
+    assert re.search(r"^Accelerator +8xLarge\.4096GB \(64 x MI250 GCD\) on 8 nodes$", said, re.M)
+    assert re.search(r"^Step +512 x 1,024 tokens, bfloat16$", said, re.M)
+    assert len(plans(said)) == 10
+    assert "numpy" in imported
+    assert imported.isdisjoint({"torch", "transformers", "datasets", "tokenizers"})
+    assert most_bytes < 0.5 * 2**30
+    assert {path.name for path in state_directory.glob("*")} - profiles <= {"registry.lock"}
+    assert read_registry().accelerator(0).model == "xLarge.512GB"
+
+
+def test_plans_are_those_of_moreh_plan(monkeypatch, capsys, state_directory):
+    print_plan(load_config(LLAMA_70B, []))
+    said = plans(capsys.readouterr().out)
+    code, expected, _ = runner(monkeypatch, capsys)(*LLAMA)
+    assert code == 0
+    assert said == plans(expected)
+    assert len(said) == 10
+
+
+def test_current_accelerator_is_planned_for_although_it_is_in_use(state_directory, tiny_config, capsys):
+    switch_model("4xLarge.2048GB")
+    start_job(psutil.Process(os.getppid()), "another job")
+    before = (state_directory / "registry.json").read_bytes()
+    print_plan(load_config(str(tiny_config), ["accelerator.advanced_parallelization={}", "train.batch_size=32"]))
+    assert re.search(r"^Accelerator +4xLarge\.2048GB \(32 x", capsys.readouterr().out, re.M)
+    print_plan(load_config(str(tiny_config), ["accelerator={model: 2}"]))
+    assert re.search(r"^Accelerator +Medium\.128GB \(2 x", capsys.readouterr().out, re.M)
+    assert (state_directory / "registry.json").read_bytes() == before
+
+
+def test_new_model_is_described_as_it_will_be_made(state_directory, tiny_config, capsys):
+    config = load_config(str(tiny_config), ["tokenizer.vocabulary_size=310"])
+    print_plan(config)
+    parameters = re.search(r"^Model +a new gpt2, ([\d,]+) parameters$", capsys.readouterr().out, re.M)[1]
+    model = load_model(config, prepare_data(config, lambda _: None).tokenizer)
+    assert int(parameters.replace(",", "")) == model.num_parameters()
+
+
+def test_saved_model_is_described_from_its_directory(state_directory, tiny_config, make_gpt2, tmp_path, capsys):
+    make_gpt2().save_pretrained(tmp_path / "saved")
+    pretrained = f"model={{pretrained: {tmp_path / 'saved'}}}"
+    print_plan(load_config(str(tiny_config), [pretrained, "tokenizer={}"]))
+    assert re.search(r"^Model +saved, \d[\d,]+ parameters$", capsys.readouterr().out, re.M)
+
+
+def test_options_of_the_hook_restrict_the_plans(state_directory, tiny_config, capsys):
+    def planned(options):
+        print_plan(load_config(str(tiny_config), [f"accelerator.advanced_parallelization={options}"]))
+        return capsys.readouterr().out
+
+    assert all(" pp1 " in row for row in plans(planned("{pipeline_parallel: false}")))
+    assert all("recompute:" in row for row in plans(planned("{activation_recomputation: true}")))
+    assert re.search(r"^Step +8 x 48 tokens, float32$", planned("{mixed_precision: false}"), re.M)
+    one_device = "Not used      accelerator.advanced_parallelization is null, so a training computes on one device"
+    assert one_device in planned("null")
+    assert one_device not in planned("{}")
+
+
+def test_memory_that_plans_may_use_is_that_of_the_environment(state_directory, tiny_config, monkeypatch):
+    monkeypatch.setenv("MOREH_ADVANCED_PARALLELIZATION_MEMORY_USAGE_CORRECTION_RATIO", "50")
+    request = plan_request(load_config(str(tiny_config), []))
+    assert request.restrictions.memory_fraction == 0.5
+
+
+REFUSED = {
+    "unknown name": (
+        ["model={pretrained: no/such}", "tokenizer={}"],
+        UserError,
+        r"model\.pretrained: no/such: .*give the path of a config",
+    ),
+    "no directory": (["model={pretrained: ./nowhere}", "tokenizer={}"], UserError, r"model\.pretrained: .*nowhere"),
+    "few positions": (["data.max_length=65"], UserError, r"data\.max_length is 65, but the model has 64 positions"),
+    "vocabulary": (["tokenizer={pretrained: x}"], UserError, r"give model\.architecture\.vocab_size its number"),
+    "odd stages": (
+        ["accelerator={advanced_parallelization: {num_stages: 7}}"],
+        PlanError,
+        r"7 stages: the number must divide",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refusals_name_the_setting(state_directory, tiny_config, case):
+    overrides, error, message = REFUSED[case]
+    with pytest.raises(error, match=message):
+        print_plan(load_config(str(tiny_config), overrides))
+
+
+def test_accelerator_that_is_too_small_names_one_that_is_not(state_directory, capsys):
+    with pytest.raises(
+        UserError, match=r"no plan fits xLarge\.512GB .*: the smallest needs .*: give accelerator\.model="
+    ) as refused:
+        print_plan(load_config(LLAMA_70B, ["accelerator.model=4"]))
+    remedy = re.search(r"accelerator\.model=\S+GB", str(refused.value))[0]
+    print_plan(load_config(LLAMA_70B, [remedy]))
+    assert len(plans(capsys.readouterr().out)) > 0
+
+
+def test_every_architecture_of_the_project_has_a_name_on_the_hub():
+    assert sorted(ARCHITECTURE_OF.values()) == sorted(path.stem for path in ARCHITECTURES.glob("*.json"))

@@ -1,0 +1,33 @@
+"""The learning rate over the run."""
+
+import math
+
+import torch
+
+from utils.config.schema import TrainSection
+
+
+def learning_rate_factor(step: int, total_steps: int, train: TrainSection) -> float:
+    """What `train.lr` is multiplied with in a step, counted from 1.
+
+    The warm-up rises in equal parts and begins above 0, so that the first step already learns: with 4 warm-up steps the
+    factors are 1/4, 2/4, 3/4, 1. After it the factor falls to `min_lr_ratio` in the last step.
+    """
+    if step < train.warmup_steps:
+        return step / train.warmup_steps
+    if train.schedule == "constant":
+        return 1.0
+    first = max(train.warmup_steps, 1)
+    progress = min((step - first) / max(total_steps - first, 1), 1.0)
+    height = 1 - progress if train.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
+    return train.min_lr_ratio + (1 - train.min_lr_ratio) * height
+
+
+def make_scheduler(
+    optimizer: torch.optim.Optimizer, total_steps: int, train: TrainSection
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """A scheduler for one `step()` after each optimizer step."""
+    # LambdaLR counts the steps that were taken, so during step 1 it is at 0.
+    return torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda taken: learning_rate_factor(taken + 1, total_steps, train)
+    )
