@@ -11,21 +11,21 @@ import math
 import sys
 import time
 
-from utils.cli import before_imports, run_script
+from utils.cli import plan_only_fast_path, run_script
 
 if __name__ == "__main__":
-    before_imports("configs/gpt.yaml")  # before the libraries below are imported, which takes seconds
+    plan_only_fast_path("configs/gpt.yaml")  # before the libraries below are imported, which takes seconds
 
 import torch
 
 from utils.config.schema import Config
-from utils.data.batches import batches_of_steps, evaluation_loader, labels_of, total_steps, training_loader
+from utils.data.batches import evaluation_loader, iter_steps, make_labels, total_steps, training_loader
 from utils.data.dataset import prepare_data
 from utils.data.masks import count_labels
 from utils.errors import UserError
 from utils.logging.run_log import RunLog
 from utils.training.checkpoint import Checkpoints
-from utils.training.evaluation import evaluate, write_sample
+from utils.training.evaluation import evaluate, generate_sample
 from utils.training.lr_schedule import make_scheduler
 from utils.training.model import load_model
 from utils.training.workers import prepare_accelerator
@@ -77,7 +77,7 @@ def train(config: Config, log: RunLog) -> None:
         if config.log.sample_tokens > 0:
             row = data.evaluation[0]
             prompt_ids = row["input_ids"][: row["prompt_length"]]
-            sample = write_sample(model, prompt_ids, tokenizer, config.log.sample_tokens)
+            sample = generate_sample(model, prompt_ids, tokenizer, config.log.sample_tokens)
             log.say(f"Sample:\n{tokenizer.decode(prompt_ids)}>>>\n{sample}")
         return eval_loss
 
@@ -86,19 +86,17 @@ def train(config: Config, log: RunLog) -> None:
     if checkpoints.to_resume is None:
         log.begin()
         done, first_eval_loss = 0, evaluate_and_show(0)
-        log.step_done({"step": 0, "eval_loss": first_eval_loss})
+        log.log_step({"step": 0, "eval_loss": first_eval_loss})
     else:
         done, first_eval_loss = checkpoints.resume(model, optim, scheduler, steps)
-        log.go_on(done)
+        log.resume(done)
         log.say(f"[Step {done}/{steps}] | Resumed from {checkpoints.to_resume}")
     log.show_progress(steps)
     tokens_since_log, seconds_since_log = 0, 0.0
 
     start = time.perf_counter()
-    for step, batches in enumerate(
-        batches_of_steps(loader, config.train.gradient_accumulation, steps, done), start=done + 1
-    ):
-        labels_of_batches = [labels_of(batch, config.data.loss_on) for batch in batches]
+    for step, batches in enumerate(iter_steps(loader, config.train.gradient_accumulation, steps, done), start=done + 1):
+        labels_of_batches = [make_labels(batch, config.data.loss_on) for batch in batches]
         label_tokens = sum(count_labels(labels) for labels in labels_of_batches)
 
         # Each batch counts by its label tokens, so the gradient is the same however the rows are cut into batches.
@@ -150,8 +148,8 @@ def train(config: Config, log: RunLog) -> None:
             tokens_since_log, seconds_since_log = 0, 0.0
         if step == steps or (config.log.eval_every_steps and step % config.log.eval_every_steps == 0):
             metrics["eval_loss"] = eval_loss = evaluate_and_show(step)
-        log.step_done(metrics)
-        checkpoints.save_if_due(step, model, optim, scheduler, first_eval_loss)
+        log.log_step(metrics)
+        checkpoints.maybe_save(step, model, optim, scheduler, first_eval_loss)
         start = time.perf_counter()
 
     # Save the model and its tokenizer

@@ -19,9 +19,9 @@ from published_runs import PublishedRun, read_rows, usable_runs
 from scipy.optimize import least_squares
 
 from moreh.accelerator.devices import all_devices
-from moreh.planner.cost.prediction import Setting, step_seconds
+from moreh.planner.cost.prediction import Environment, step_seconds
 from moreh.planner.cost.stage_time import stage_time
-from moreh.planner.hardware.efficiency import FEW_RUNS, Efficiency
+from moreh.planner.hardware.efficiency import MIN_RUNS_FOR_QUANTILE, Efficiency
 from moreh.planner.plan.arrays import Floats
 from moreh.planner.plan.plan_table import table_of_plans
 
@@ -86,7 +86,7 @@ def fitted_rows(runs: Sequence[PublishedRun]) -> list[PublishedRun]:
 def step_time_s(run: PublishedRun, efficiency: Efficiency) -> float:
     """The predicted seconds of a step; of the fastest one where the row leaves the micro-batch size open."""
     table = table_of_plans(run.plans)
-    setting = Setting(run.cluster, efficiency, run.implementation)
+    setting = Environment(run.cluster, efficiency, run.implementation)
     times = stage_time(setting.roofline, run.cluster, table, run.training)
     return min(step_seconds(table, row, times) for row in range(len(table)))
 
@@ -131,7 +131,7 @@ def errors_of_classes(
     for name, efficiency in constants.items():
         found = errors([run for run in tested if run.cluster.device.efficiency == name], efficiency)
         known = found or errors(tested, PRIOR)
-        share = 1.0 if 0 < len(found) < FEW_RUNS else 0.8
+        share = 1.0 if 0 < len(found) < MIN_RUNS_FOR_QUANTILE else 0.8
         figures = {"error": np.quantile(np.abs(known), share), "lowest": min(known), "highest": max(known)}
         table[name] = {"runs": len(found), **{key: float(f"{value:.3g}") for key, value in figures.items()}}
     return table

@@ -185,12 +185,12 @@ def _training_step(setup: Setup, rank: int, store: str) -> Callable[[], None]:
     if setup.workers > 1:
         import torch.distributed as dist
 
-        from moreh.runtime.engine.registry import divide, prepare_for_division
+        from moreh.runtime.engine.registry import install_sharding_support, shard_model
 
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=setup.workers)
-        prepare_for_division()
+        install_sharding_support()
         training = Training(describe_module(model), shape.rows, shape.sequence_length)
-        divide(model, parse_plan(setup.plan, training, setup.workers))
+        shard_model(model, parse_plan(setup.plan, training, setup.workers))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     ids = torch.randint(shape.vocabulary, (shape.rows, shape.sequence_length))
 

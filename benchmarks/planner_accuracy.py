@@ -20,7 +20,7 @@ from pathlib import Path
 from published_programs import cell
 from published_runs import PublishedRun, failure, read_rows, usable_runs
 
-from moreh.planner.cost.prediction import Prediction, predict, setting_of
+from moreh.planner.cost.prediction import Prediction, make_environment, predict
 from moreh.planner.hardware.efficiency import fitted_rows
 
 COLUMNS = (
@@ -69,7 +69,7 @@ class Scored:
 
 def score(run: PublishedRun, fitted: frozenset[str]) -> Scored:
     """Predict a run; the fastest of its plans that fit where the row leaves the micro-batch size open."""
-    setting = setting_of(run.cluster, run.implementation)
+    setting = make_environment(run.cluster, run.implementation)
     predictions = [predict(plan, run.training, setting) for plan in run.plans]
     fitting = [p for p in predictions if p.memory_bytes <= run.cluster.device.memory_bytes]
     return Scored(run, min(fitting or predictions, key=lambda p: p.step_time_s), run.digest not in fitted)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from moreh.accelerator.flavors import find_flavor
 from moreh.models.describe.from_source import describe
-from moreh.planner.cost.prediction import predict, setting_of
-from moreh.planner.hardware.cluster import cluster_of_flavor
+from moreh.planner.cost.prediction import make_environment, predict
+from moreh.planner.hardware.cluster import cluster_for_flavor
 from moreh.planner.hardware.efficiency import uncertainty
 from moreh.planner.plan.layer_balancing import even_layers
 from moreh.planner.plan.notation import plan_text
@@ -60,7 +60,7 @@ def main() -> int:
     print("|---|---|---|---|---|---|---|")
     for job in PUBLISHED:
         flavor = find_flavor(job.flavor)
-        setting = setting_of(cluster_of_flavor(flavor))
+        setting = make_environment(cluster_for_flavor(flavor))
         training = Training(describe(MODELS / f"{job.model}.json"), job.plan.global_batch_size, job.length)
         # It is not said how the platform exchanges sharded parameters in a pipeline: for each micro-batch fits what it reports.
         platform = replace(setting, implementation=replace(setting.implementation, reshards_in_pipeline=True))

@@ -5,7 +5,7 @@ import reprlib
 from collections.abc import Mapping
 from dataclasses import replace
 
-from moreh.planner.software_profile import Implementation
+from moreh.planner.software_profile import SoftwareProfile
 
 # A line of a file of published runs. Any cell may be missing, empty or nonsense.
 Row = Mapping[str, str]
@@ -72,7 +72,7 @@ def required(row: Row, column: str) -> int:
     return value
 
 
-def implementation_of(row: Row) -> Implementation:
+def implementation_of(row: Row) -> SoftwareProfile:
     """What the program of a row does.
 
     Most of it is how these programs are documented to work. Chosen by hand so that published figures, tested ones included,
@@ -81,7 +81,7 @@ def implementation_of(row: Row) -> Implementation:
     guess.
     """
     framework, precision, sharding = cell(row, "framework"), cell(row, "precision").lower(), cell(row, "sharding")
-    megatron = Implementation(  # arXiv:2205.05198: float16 weights and a master copy, fused softmax, bias and dropout
+    megatron = SoftwareProfile(  # arXiv:2205.05198: float16 weights and a master copy, fused softmax, bias and dropout
         "Megatron",
         weight_bytes=2,
         working_bytes=0,
@@ -95,7 +95,7 @@ def implementation_of(row: Row) -> Implementation:
     )
     if "llm-foundry" in framework:
         # Its loss is the fused one of FlashAttention, which writes the gradient over the logits.
-        found = Implementation("llm-foundry", logit_bytes=4, logit_passes_bytes=8)
+        found = SoftwareProfile("llm-foundry", logit_bytes=4, logit_passes_bytes=8)
         found = replace(found, reduce_bytes=2 if "PURE" in sharding else 4)
         if "PURE" in sharding:
             found = replace(found, weight_bytes=2, gradient_bytes=2, optimizer_bytes=4, working_bytes=0)
@@ -109,7 +109,7 @@ def implementation_of(row: Row) -> Implementation:
     elif "OneFlow" in framework:
         found = replace(megatron, name="OneFlow", overlaps_data=True, least_in_flight=4, elementwise=0.4)
     elif "MoAI" in framework:
-        found = Implementation("MoAI Platform")
+        found = SoftwareProfile("MoAI Platform")
     else:
         found = megatron
     if "fp8" in precision or "float8" in precision:
@@ -117,10 +117,10 @@ def implementation_of(row: Row) -> Implementation:
     return found
 
 
-def _torchtitan(row: Row) -> Implementation:
+def _torchtitan(row: Row) -> SoftwareProfile:
     """torchtitan, arXiv:2410.06511: selective recomputation repeats every second matrix product."""
     framework = cell(row, "framework")
-    found = Implementation(
+    found = SoftwareProfile(
         "torchtitan", recomputed_products=0.5, overlaps_tensor="async" in framework.lower(), gated_copies=1.0
     )
     if "compile" in framework:

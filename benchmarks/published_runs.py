@@ -20,10 +20,10 @@ from published_programs import Row, Unusable, cell, implementation_of, measureme
 from moreh.accelerator.devices import Device, find_device
 from moreh.errors import PlanError
 from moreh.models.architecture import Architecture
-from moreh.planner.hardware.cluster import Cluster, cluster_of_devices
+from moreh.planner.hardware.cluster import Cluster, cluster_for_devices
 from moreh.planner.plan.plan import Plan, Recomputation, Schedule, Sharding, Training
 from moreh.planner.plan.schedules import check_schedule
-from moreh.planner.software_profile import Implementation
+from moreh.planner.software_profile import SoftwareProfile
 
 _NETWORKS = Path(__file__).parent / "data" / "networks.csv"
 # Passes of a micro-batch through a stage: several times the largest run that was published, and a second to simulate.
@@ -58,7 +58,7 @@ class PublishedRun:
     training: Training
     plans: tuple[Plan, ...]
     cluster: Cluster
-    implementation: Implementation
+    implementation: SoftwareProfile
     units: int
     step_time_s: float | None
     memory_gib: float | None
@@ -103,7 +103,7 @@ def published_run(row: Row) -> PublishedRun:
     if given is not None and tensor * pipeline * context * given not in (units, devices):
         raise Unusable(f"dp={given} contradicts {devices} devices / (tp x pp x cp) = {data}")
     network = _network(row)
-    cluster = cluster_of_devices(device, devices, network)
+    cluster = cluster_for_devices(device, devices, network)
     length = optional(row, "seq_len")
     if length is None:
         if "torchtitan" not in framework:

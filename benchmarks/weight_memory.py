@@ -23,10 +23,10 @@ from safetensors import safe_open
 from torch.multiprocessing.spawn import start_processes
 
 from moreh.runtime.checkpoint.hf_save import save_pretrained
-from moreh.runtime.sharding.local_weights import keep_weights_on_disk, take_local_parts, wanted_dtypes
+from moreh.runtime.sharding.local_weights import materialize_local_shards, patch_lazy_loading, target_dtypes
 from moreh.runtime.sharding.mesh import make_mesh
 from moreh.runtime.sharding.shards import tensor_bytes
-from moreh.runtime.sharding.spec import Division, Layout
+from moreh.runtime.sharding.spec import ParamSpec, TPSplit
 
 WORKERS = 4
 LAYERS = 16
@@ -167,12 +167,12 @@ def run_rank(
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORKERS)
     mesh = make_mesh(*grid)
-    keep_weights_on_disk()
+    patch_lazy_loading()
     warm_up(checkpoint.parent / "tiny")
     watch, started = Watch(), time.perf_counter()
     model = LlamaForCausalLM.from_pretrained(checkpoint, dtype=dtype)
-    layouts = layouts_of(model, *grid)
-    parts = take_local_parts(model, layouts, mesh)
+    layouts = param_specs_of(model, *grid)
+    parts = materialize_local_shards(model, layouts, mesh)
     load_s, loading = time.perf_counter() - started, watch.peak()
     model.to_empty(device="meta")
     share = sum(part.nbytes for part in parts.values())
@@ -197,17 +197,17 @@ def warm_up(directory: Path) -> None:
     LlamaForCausalLM.from_pretrained(directory)
 
 
-def layouts_of(model: torch.nn.Module, pipeline: int, data: int, tensor: int) -> dict[str, Layout]:
+def param_specs_of(model: torch.nn.Module, pipeline: int, data: int, tensor: int) -> dict[str, ParamSpec]:
     """Layers in stages, matrices divided as in Megatron-LM, everything sharded over data-parallel ranks."""
-    dtypes = wanted_dtypes(model)
+    dtypes = target_dtypes(model)
     layouts = {}
     for name, parameter in model.named_parameters():
         dim = 1 if "o_proj" in name or "down_proj" in name else 0
-        division = None if "norm" in name or tensor == 1 else Division(dim, (parameter.shape[dim],))
+        division = None if "norm" in name or tensor == 1 else TPSplit(dim, (parameter.shape[dim],))
         layer = re.search(r"layers\.(\d+)\.", name)
         stage = int(layer.group(1)) * pipeline // LAYERS if layer else 0 if "embed" in name else pipeline - 1
         shape = tuple(parameter.shape)
-        layouts[name] = Layout(name, shape, dtypes[name], (stage,), division, 0 if data > 1 else None)
+        layouts[name] = ParamSpec(name, shape, dtypes[name], (stage,), division, 0 if data > 1 else None)
     return layouts
 
 

@@ -62,7 +62,7 @@ try:
 except OSError:
     _START_DIRECTORY = ""  # it was deleted
 # Of one machine. Each is a process that imports torch.
-MOST_WORKERS = 256
+MAX_WORKERS = 256
 _VARIABLE = "MOREH_ADVANCED_PARALLELIZATION_"
 
 
@@ -174,11 +174,11 @@ def enable_advanced_parallelization(
         from moreh.runtime.launch.launcher import launch
 
         launch(workers, start_directory=_START_DIRECTORY)  # does not return
-    from moreh.runtime.engine.hook import run_models_with
+    from moreh.runtime.engine.hook import install_hook
     from moreh.runtime.launch.world import join_world
 
     join_world()
-    run_models_with(options, variables)
+    install_hook(options, variables)
     _enabled = options
 
 
@@ -232,15 +232,15 @@ def _workers_to_start() -> int:
     """How many workers this process has to start: 1 if it is a worker itself, or computes alone.
 
     Raises:
-        OptionError: MOREH_WORKERS is no whole number from 1, or more than there are GPUs, or more than MOST_WORKERS.
+        OptionError: MOREH_WORKERS is no whole number from 1, or more than there are GPUs, or more than MAX_WORKERS.
     """
     import torch
 
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     text = os.environ.get("MOREH_WORKERS", str(max(gpus, 1))).strip()
-    if not (text.isascii() and text.isdecimal() and 1 <= int(text) <= MOST_WORKERS):
+    if not (text.isascii() and text.isdecimal() and 1 <= int(text) <= MAX_WORKERS):
         raise OptionError(
-            f"MOREH_WORKERS={text!r}: allowed is a whole number from 1 to {MOST_WORKERS}; the number of GPUs, else 1, if unset"
+            f"MOREH_WORKERS={text!r}: allowed is a whole number from 1 to {MAX_WORKERS}; the number of GPUs, else 1, if unset"
         )
     # Started by torchrun or by this package; or by multiprocessing, to help a process that is a worker already.
     if {"RANK", "WORLD_SIZE"} & os.environ.keys() or multiprocessing.parent_process() is not None:

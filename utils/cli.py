@@ -17,7 +17,7 @@ EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 143
 
 
-def before_imports(default_config: str) -> None:
+def plan_only_fast_path(default_config: str) -> None:
     """To be called before torch and transformers are imported: if the command line has --plan-only, print the plan and exit.
 
     With it a script answers in a second; `run_script` would do the same after the imports. Without it garbage collection is

@@ -12,15 +12,15 @@ from moreh.errors import PlanError
 from moreh.models.architecture import Architecture
 from moreh.models.describe.from_source import describe, describe_config
 from moreh.option import ParallelOptions, planner_variables
-from moreh.planner.cost.prediction import setting_of
-from moreh.planner.hardware.cluster import cluster_of_flavor
+from moreh.planner.cost.prediction import make_environment
+from moreh.planner.hardware.cluster import cluster_for_flavor
 from moreh.planner.plan.plan import Training
 from moreh.planner.report.report import PLAN_HEADERS, Request, gib, header_rows, plan_rows
-from moreh.planner.search.candidates import Restrictions
-from moreh.planner.search.constraints import restrictions_of
+from moreh.planner.search.candidates import Constraints
+from moreh.planner.search.constraints import constraints_from_options
 from moreh.planner.search.search import search_on_most_devices
 from moreh.planner.search.suggestions import smallest_sufficient
-from moreh.planner.software_profile import computing_in
+from moreh.planner.software_profile import moreh_software
 from utils.config.schema import Config, ModelSection, ParallelizationSection, TokenizerSection
 from utils.errors import UserError
 
@@ -79,8 +79,8 @@ def plan_request(config: Config) -> Request:
     flavor = _flavor(config)
     return Request(
         training=Training(architecture, config.train.batch_size, length),
-        setting=setting_of(
-            cluster_of_flavor(flavor), computing_in("half" if parallelization.mixed_precision else "float32")
+        setting=make_environment(
+            cluster_for_flavor(flavor), moreh_software("half" if parallelization.mixed_precision else "float32")
         ),
         restrictions=_restrictions(parallelization, flavor.devices),
         flavor=flavor,
@@ -88,8 +88,8 @@ def plan_request(config: Config) -> Request:
     )
 
 
-def _restrictions(parallelization: ParallelizationSection, devices: int) -> Restrictions:
-    return restrictions_of(ParallelOptions(**parallelization.model_dump()), planner_variables(), devices)
+def _restrictions(parallelization: ParallelizationSection, devices: int) -> Constraints:
+    return constraints_from_options(ParallelOptions(**parallelization.model_dump()), planner_variables(), devices)
 
 
 def _flavor(config: Config) -> Flavor:

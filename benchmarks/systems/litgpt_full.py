@@ -16,7 +16,7 @@ from litgpt.model import GPT
 from litgpt.scripts.convert_hf_checkpoint import copy_weights_hf_llama
 from litgpt.utils import chunked_cross_entropy
 from safetensors.torch import load_file
-from workload import Record, held_out_loss, label_count, labels_of, read_workload
+from workload import Record, held_out_loss, label_count, make_labels, read_workload
 
 parser = argparse.ArgumentParser()
 parser.add_argument("workload")
@@ -61,7 +61,10 @@ for rows in work.batches():
     start = time.perf_counter()
     counts = {"raw": 0, "raw_plus_prompt_template": 0}
     batch = collate(
-        [{"input_ids": torch.tensor(r[0]), "labels": torch.tensor(labels_of(r)), "token_counts": counts} for r in rows]
+        [
+            {"input_ids": torch.tensor(r[0]), "labels": torch.tensor(make_labels(r)), "token_counts": counts}
+            for r in rows
+        ]
     )
     logits = model(batch["input_ids"])
     loss = chunked_cross_entropy(logits[..., :-1, :], batch["labels"][..., 1:])
@@ -69,7 +72,7 @@ for rows in work.batches():
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
-    record.step_done(loss.item(), time.perf_counter() - start, label_count(rows))
+    record.log_step(loss.item(), time.perf_counter() - start, label_count(rows))
 record.write()
 
 

@@ -65,7 +65,7 @@ for rows in work.batches():
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    record.step_done(loss.item(), time.perf_counter() - start, label_count(rows))
+    record.log_step(loss.item(), time.perf_counter() - start, label_count(rows))
 record.write()
 
 

@@ -22,7 +22,7 @@ class _Clock(TrainerCallback):
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         """Called by the Trainer."""
         loss, now = self.loss.item(), time.perf_counter()
-        self.record.step_done(loss, now - self.start, self.label_tokens)
+        self.record.log_step(loss, now - self.start, self.label_tokens)
         self.start = now
 
 

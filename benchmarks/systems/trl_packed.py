@@ -16,7 +16,7 @@ from tokenizers.models import WordLevel
 from trainer_steps import TUNED, record_steps, settings_of
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
-from workload import Record, held_out_loss, labels_of, read_workload
+from workload import Record, held_out_loss, make_labels, read_workload
 
 parser = argparse.ArgumentParser()
 parser.add_argument("workload")
@@ -46,7 +46,7 @@ with tempfile.TemporaryDirectory() as directory:
         **settings_of(work),
         **TUNED,
     )
-    data = Dataset.from_list([{"input_ids": row[0], "labels": labels_of(row)} for row in all_rows])
+    data = Dataset.from_list([{"input_ids": row[0], "labels": make_labels(row)} for row in all_rows])
     model = AutoModelForCausalLM.from_pretrained(work.model, dtype=torch.float32)
     trainer = SFTTrainer(model, settings, train_dataset=data, processing_class=tokenizer)
     record_steps(trainer, record)

@@ -56,7 +56,7 @@ def write_workload(workload: Workload) -> None:
     torch.save({"rows": workload.rows, "held_out": workload.held_out}, workload.directory / "rows.pt")
 
 
-def labels_of(row: tuple[list[int], int]) -> list[int]:
+def make_labels(row: tuple[list[int], int]) -> list[int]:
     """The labels of a row: its ids behind the prompt."""
     ids, prompt = row
     return [IGNORED] * prompt + ids[prompt:]
@@ -70,7 +70,7 @@ def padded(rows: list[tuple[list[int], int]], length: int, pad_id: int) -> dict[
         size = len(row[0])
         ids[number, :size] = torch.tensor(row[0])
         mask[number, :size] = 1
-        labels[number, :size] = torch.tensor(labels_of(row))
+        labels[number, :size] = torch.tensor(make_labels(row))
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
@@ -85,7 +85,7 @@ class Record:
     peak_bytes: int = 0
     held_out_loss: float = float("nan")
 
-    def step_done(self, loss: float, seconds: float, label_tokens: int) -> None:
+    def log_step(self, loss: float, seconds: float, label_tokens: int) -> None:
         """Note a step."""
         if not self.seconds:
             self.first_step_s = time.time() - float(os.environ["BENCHMARK_STARTED"])

@@ -23,7 +23,7 @@ class Device:
 
     name: str
     memory_mib: int
-    half_flops_per_second: float
+    bf16_flops_per_second: float
     float32_flops_per_second: float
     float8_flops_per_second: float | None
     memory_bytes_per_second: float

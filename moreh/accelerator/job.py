@@ -14,13 +14,13 @@ import psutil
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from moreh.accelerator.job_status import JobStatus, PredictedUse, available_cores, sample_processor_time, write_status
+from moreh.accelerator.job_status import JobStatus, PredictedUse, available_cores, sample_cpu_time, write_status
 from moreh.accelerator.memory.ledger import MemoryLedger, adamw_training_bytes, weight_bytes
 from moreh.accelerator.memory.out_of_memory import out_of_memory_error
 from moreh.accelerator.registry import Accelerator, Job, command_line_of, end_job, read_registry, start_job
 from moreh.errors import RegistryError
 from moreh.log import logger, set_up_logger
-from moreh.patches.module_call import run_around_model_calls
+from moreh.patches.module_call import around_model_calls
 from moreh.version import __version__
 
 SECONDS_BETWEEN_REPORTS = 1.0
@@ -44,10 +44,10 @@ class LocalJob:
         # Processor time is that of the job with all that it started; the reports come from one of its processes.
         self._process = psutil.Process(job.pid)
         self._reporting_pid = job.pid
-        self._earlier = self._latest = sample_processor_time(self._process)
+        self._earlier = self._latest = sample_cpu_time(self._process)
         self._next_report = 0.0
         if self.simulated:
-            run_around_model_calls(self._count_activations, self._after_model_call)
+            around_model_calls(self._count_activations, self._after_model_call)
             register_optimizer_step_pre_hook(self._before_optimizer_step)
             register_optimizer_step_post_hook(self._after_optimizer_step)
 
@@ -106,7 +106,7 @@ class LocalJob:
         if now < self._next_report or os.getpid() != self._reporting_pid:
             return
         self._next_report = now + SECONDS_BETWEEN_REPORTS
-        self._earlier, self._latest = self._latest, sample_processor_time(self._process)
+        self._earlier, self._latest = self._latest, sample_cpu_time(self._process)
         if self.simulated:
             # As a driver sees it: an allocator keeps what the last steps needed.
             highest = self.ledger.activations.highest_bytes_since_last_asked()

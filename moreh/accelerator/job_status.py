@@ -17,11 +17,11 @@ SHORTEST_SAMPLE_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
-class ProcessorSample:
+class CpuSample:
     """Processor seconds that the job's processes had used at a moment (seconds since the epoch)."""
 
     time: float
-    processor_seconds: float
+    cpu_seconds: float
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ class JobStatus:
     memory_bytes: dict[str, int]
     simulated: bool
     cores: int
-    earlier: ProcessorSample
-    latest: ProcessorSample
+    earlier: CpuSample
+    latest: CpuSample
     predicted: PredictedUse | None = None
     worker_pids: tuple[tuple[int, int], ...] = ()
 
@@ -61,7 +61,7 @@ class JobStatus:
         return sum(self.memory_bytes.values())
 
 
-def sample_processor_time(process: psutil.Process) -> ProcessorSample:
+def sample_cpu_time(process: psutil.Process) -> CpuSample:
     """The processor time that a process and those that it started, as far as they are running, have used until now.
 
     Raises:
@@ -73,7 +73,7 @@ def sample_processor_time(process: psutil.Process) -> ProcessorSample:
         with contextlib.suppress(psutil.Error):
             times = descendant.cpu_times()
             seconds += times.user + times.system
-    return ProcessorSample(time=time.time(), processor_seconds=seconds)
+    return CpuSample(time=time.time(), cpu_seconds=seconds)
 
 
 def write_status(job: Job, status: JobStatus) -> None:
@@ -85,7 +85,7 @@ def read_status(job: Job) -> JobStatus | None:
     """The last report of a job; None until it has made one, or if another version of this package wrote it."""
     try:
         content: Any = read_json(job_status_path(job.id))
-        samples = {name: ProcessorSample(**content[name]) for name in ("earlier", "latest")}
+        samples = {name: CpuSample(**content[name]) for name in ("earlier", "latest")}
         predicted = None if content["predicted"] is None else PredictedUse(**content["predicted"])
         workers = tuple((int(rank), int(pid)) for rank, pid in content["worker_pids"])
         return JobStatus(**{**content, **samples, "predicted": predicted, "worker_pids": workers})
@@ -111,14 +111,14 @@ def utilization_percent(job: Job, status: JobStatus) -> int | None:
     if not status.simulated:
         return None
     try:
-        now = sample_processor_time(psutil.Process(job.pid))
+        now = sample_cpu_time(psutil.Process(job.pid))
     except psutil.NoSuchProcess:
         return None
     since = status.latest if now.time - status.latest.time >= SHORTEST_SAMPLE_SECONDS else status.earlier
     elapsed = now.time - since.time
     if elapsed <= 0:
         return None
-    share = (now.processor_seconds - since.processor_seconds) / (elapsed * status.cores)
+    share = (now.cpu_seconds - since.cpu_seconds) / (elapsed * status.cores)
     busy = 1.0 if status.predicted is None else status.predicted.busy
     return round(100 * busy * min(max(share, 0.0), 1.0))
 

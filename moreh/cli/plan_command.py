@@ -13,8 +13,8 @@ from moreh.cli.tables import Column, draw_table
 from moreh.cli.terminal import run_tool
 from moreh.errors import PlanError
 from moreh.models.describe.from_source import describe
-from moreh.planner.cost.prediction import Prediction, Setting, predict, setting_of, setting_of_this_machine
-from moreh.planner.hardware.cluster import cluster_of_devices, cluster_of_flavor
+from moreh.planner.cost.prediction import Environment, Prediction, make_environment, measured_environment, predict
+from moreh.planner.hardware.cluster import cluster_for_devices, cluster_for_flavor
 from moreh.planner.hardware.measured_device import NAME as THIS_MACHINE
 from moreh.planner.plan.notation import parse_plan, plan_text
 from moreh.planner.plan.plan import Plan, Training
@@ -27,7 +27,7 @@ from moreh.planner.report.flavor_comparison import (
     no_flavor_text,
     recommendation,
 )
-from moreh.planner.report.plot import check_picture, draw_plan
+from moreh.planner.report.plot import check_plot_path, draw_plan
 from moreh.planner.report.report import (
     PLAN_HEADERS,
     Json,
@@ -37,9 +37,9 @@ from moreh.planner.report.report import (
     request_json,
     search_json,
 )
-from moreh.planner.search.candidates import Restrictions
-from moreh.planner.search.suggestions import Found, find_plans, found_json, nothing_fits_text
-from moreh.planner.software_profile import TRANSFORMERS, TRANSFORMERS_AUTOCAST, computing_in
+from moreh.planner.search.candidates import Constraints
+from moreh.planner.search.suggestions import SearchOutcome, nothing_fits_text, search_outcome_json, search_plans
+from moreh.planner.software_profile import TRANSFORMERS, TRANSFORMERS_AUTOCAST, moreh_software
 
 # What is computed in without advanced parallelization, by a model of transformers on this machine.
 LOCAL_IMPLEMENTATIONS = {"bfloat16": TRANSFORMERS_AUTOCAST, "float32": TRANSFORMERS}
@@ -53,7 +53,7 @@ def main() -> int:
 def _plan(arguments: list[str]) -> int:
     options = parse_options(arguments)
     if options.plot is not None:
-        check_picture(options.plot)
+        check_plot_path(options.plot)
     request = _request(options)
     longest = request.training.architecture.max_positions
     if longest is not None and options.sequence_length > longest:
@@ -90,7 +90,7 @@ def _request(options: argparse.Namespace) -> Request:
     return Request(
         training=Training(describe(options.model), options.batch_size, options.sequence_length),
         setting=setting,
-        restrictions=Restrictions(
+        restrictions=Constraints(
             pipeline=options.stages,
             micro_batches=options.micro_batches,
             recompute=YES_NO_AUTO[options.recompute],
@@ -105,22 +105,22 @@ def _request(options: argparse.Namespace) -> Request:
     )
 
 
-def _setting(options: argparse.Namespace, flavor: Flavor | None) -> Setting:
-    implementation = computing_in(PRECISIONS[options.precision])
+def _setting(options: argparse.Namespace, flavor: Flavor | None) -> Environment:
+    implementation = moreh_software(PRECISIONS[options.precision])
     if flavor is not None:
-        return setting_of(cluster_of_flavor(flavor), implementation)
+        return make_environment(cluster_for_flavor(flavor), implementation)
     if options.device.strip().lower() == THIS_MACHINE:
-        return setting_of_this_machine(options.devices, LOCAL_IMPLEMENTATIONS.get(options.precision, implementation))
-    return setting_of(cluster_of_devices(find_device(options.device), options.devices), implementation)
+        return measured_environment(options.devices, LOCAL_IMPLEMENTATIONS.get(options.precision, implementation))
+    return make_environment(cluster_for_devices(find_device(options.device), options.devices), implementation)
 
 
 def _search(options: argparse.Namespace, request: Request) -> int:
-    found = find_plans(request, options.count or DEFAULT_COUNT)
+    found = search_plans(request, options.count or DEFAULT_COUNT)
     best = found.result.best
     message = None if best else nothing_fits_text(request, found)
     if options.json:
         plot = str(options.plot) if best and options.plot else None
-        content = {**request_json(request), **search_json(request, found.result), **found_json(found, message)}
+        content = {**request_json(request), **search_json(request, found.result), **search_outcome_json(found, message)}
         _print_json({**content, "plot": plot})
     elif best:
         _print_pairs(_header(request, found))
@@ -132,13 +132,17 @@ def _search(options: argparse.Namespace, request: Request) -> int:
 
 
 def _explain(options: argparse.Namespace, request: Request) -> int:
-    found = find_plans(request, count=1)
+    found = search_plans(request, count=1)
     plan, setting = _given_plan(options.explain, request, found)
     asked = predict(plan, request.training, setting)
     best = found.result.best[0] if found.result.best else None
     message = None if best else nothing_fits_text(request, found)
     if options.json:
-        content = {**request_json(request), **explanation_json(request, asked, best), **found_json(found, message)}
+        content = {
+            **request_json(request),
+            **explanation_json(request, asked, best),
+            **search_outcome_json(found, message),
+        }
         _print_json({**content, "plot": str(options.plot) if options.plot else None})
     else:
         _print_pairs([*_header(request, found), ("This plan", plan_text(plan))])
@@ -153,7 +157,7 @@ def _explain(options: argparse.Namespace, request: Request) -> int:
     return 0
 
 
-def _given_plan(text: str, request: Request, found: Found) -> tuple[Plan, Setting]:
+def _given_plan(text: str, request: Request, found: SearchOutcome) -> tuple[Plan, Environment]:
     """The plan of a text, for all devices or for those that the search uses, and the setting with these."""
     if found.idle:
         with suppress(PlanError):  # what is wrong with it on the devices in use is said below
@@ -186,7 +190,7 @@ def _draw(options: argparse.Namespace, request: Request, prediction: Prediction,
         print(f"The picture of {name} is in {options.plot}")
 
 
-def _header(request: Request, found: Found) -> list[tuple[str, str]]:
+def _header(request: Request, found: SearchOutcome) -> list[tuple[str, str]]:
     rows = header_rows(request, found.result)
     return [*rows[:-1], ("Idle", found.idle.replace(" stay idle", "", 1)), rows[-1]] if found.idle else rows
 

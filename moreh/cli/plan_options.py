@@ -13,7 +13,7 @@ from moreh.planner.plan.plan import SCHEDULES
 from moreh.planner.report.plot import SUFFIXES
 
 # Larger than anything that is trained; a typing error must not keep the search busy for minutes.
-MOST_ROWS, MOST_TOKENS, MOST_DEVICES, MOST_PLANS = 1_000_000, 100_000_000, 100_000, 1_000
+MAX_ROWS, MAX_TOKENS, MAX_DEVICES, MAX_PLANS = 1_000_000, 100_000_000, 100_000, 1_000
 DEFAULT_COUNT = 10
 YES_NO_AUTO = {"yes": True, "no": False, "auto": None}
 PRECISIONS = {"bfloat16": "half", "float32": "float32", "float8": "float8"}
@@ -69,10 +69,10 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("model", metavar="MODEL", help="a config.json, a directory with one, or the name of a model")
     parser.add_argument(
-        "--batch-size", type=_whole(MOST_ROWS), required=True, metavar="B", help="rows of a training step"
+        "--batch-size", type=_whole(MAX_ROWS), required=True, metavar="B", help="rows of a training step"
     )
     parser.add_argument(
-        "--sequence-length", type=_whole(MOST_TOKENS), required=True, metavar="S", help="tokens of a row"
+        "--sequence-length", type=_whole(MAX_TOKENS), required=True, metavar="S", help="tokens of a row"
     )
     where = parser.add_argument_group("where (otherwise the current accelerator)")
     where.add_argument(
@@ -80,14 +80,14 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     )
     where.add_argument("--device", metavar="NAME", help="a kind of device, one of those below")
     where.add_argument(
-        "--devices", type=_whole(MOST_DEVICES), metavar="N", help="how many of them (of this machine: worker processes)"
+        "--devices", type=_whole(MAX_DEVICES), metavar="N", help="how many of them (of this machine: worker processes)"
     )
     what = parser.add_argument_group("what is decided already (otherwise it is searched)")
-    what.add_argument("--stages", type=_whole(MOST_DEVICES), metavar="N", help="devices in a pipeline")
-    what.add_argument("--micro-batches", type=_whole(MOST_ROWS), metavar="N", help="micro-batches of a step")
+    what.add_argument("--stages", type=_whole(MAX_DEVICES), metavar="N", help="devices in a pipeline")
+    what.add_argument("--micro-batches", type=_whole(MAX_ROWS), metavar="N", help="micro-batches of a step")
     for name, meaning in (("--recompute", "recompute activations"), ("--shard-parameters", "shard parameters")):
         what.add_argument(name, choices=YES_NO_AUTO, default="auto", help=f"{meaning}: yes, no or auto (default)")
-    what.add_argument("--max-tensor", type=_whole(MOST_DEVICES), metavar="N", help="the most tensor-parallel ranks")
+    what.add_argument("--max-tensor", type=_whole(MAX_DEVICES), metavar="N", help="the most tensor-parallel ranks")
     what.add_argument(
         "--schedules",
         nargs="+",
@@ -98,7 +98,7 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     )
     what.add_argument(
         "--max-context",
-        type=_whole(MOST_DEVICES),
+        type=_whole(MAX_DEVICES),
         default=1,
         metavar="N",
         help="the most context-parallel ranks (default 1: the local runtime has no context parallelism)",
@@ -112,7 +112,7 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     show = parser.add_argument_group("what is shown")
     kind = show.add_mutually_exclusive_group()
     kind.add_argument(
-        "--count", type=_whole(MOST_PLANS), metavar="N", help=f"so many of the best plans (default {DEFAULT_COUNT})"
+        "--count", type=_whole(MAX_PLANS), metavar="N", help=f"so many of the best plans (default {DEFAULT_COUNT})"
     )
     kind.add_argument(
         "--explain", metavar="PLAN", help="a plan such as 'tp4 pp8 dp2 mb1x64': why it is not the best one"

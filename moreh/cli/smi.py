@@ -16,7 +16,7 @@ from moreh.errors import AcceleratorError
 from moreh.version import __version__
 
 SECONDS_UNTIL_KILL = 10.0
-MOST_SECONDS_BETWEEN = 86_400.0
+MAX_SECONDS_BETWEEN = 86_400.0
 # Value of a device option that was given without its argument: the tool asks for it.
 ASK = ""
 
@@ -126,8 +126,8 @@ def _seconds(text: str) -> float:
         seconds = float(text)
     except ValueError:
         seconds = math.nan
-    if not 0 < seconds <= MOST_SECONDS_BETWEEN:
-        raise argparse.ArgumentTypeError(f"{text}: give a number of seconds above 0, at most {MOST_SECONDS_BETWEEN:g}")
+    if not 0 < seconds <= MAX_SECONDS_BETWEEN:
+        raise argparse.ArgumentTypeError(f"{text}: give a number of seconds above 0, at most {MAX_SECONDS_BETWEEN:g}")
     return seconds
 
 

@@ -18,10 +18,10 @@ from torch import nn
 from moreh.models.describe.from_module import unwrapped, wrappers
 from moreh.models.provenance import (
     LIBRARIES,
-    is_in_bfloat16,
-    is_of_transformers,
-    module_of_its_own,
-    sees_whole_batches,
+    first_custom_module,
+    has_batch_norm,
+    is_accelerate_bf16_forward,
+    is_stock_transformers,
 )
 
 # What a forward pass of transformers may make a loss of: the mean over label tokens, and the loss of a router, which is
@@ -32,24 +32,26 @@ _KNOWN_LOSSES = re.compile(
 )
 
 
-def unknown_computation(root: Any) -> str | None:
+def unsupported_reason(root: Any) -> str | None:
     """What a model computes besides, which would be lost if its parts were computed one by one; None if nothing."""
     from transformers.loss.loss_utils import ForCausalLMLoss
 
     causal: Any = unwrapped(root)
     name = type(causal).__name__
-    if (adapters := _unknown_adapters(root)) is not None:
+    if (adapters := _unsupported_adapters(root)) is not None:
         return f"{name} has {adapters}"
     # torch.compile puts a forward pass of its own there.
     outer = [module for module in (*wrappers(root), causal) if "_orig_mod" not in module._modules]
-    replaced = next((module for module in outer if "forward" in module.__dict__ and not is_in_bfloat16(module)), None)
+    replaced = next(
+        (module for module in outer if "forward" in module.__dict__ and not is_accelerate_bf16_forward(module)), None
+    )
     if replaced is not None:
         return f"the forward pass of this {type(replaced).__name__} has been replaced"
     of_script = next((module for module in outer if not type(module).__module__.startswith(LIBRARIES)), None)
     if of_script is not None and of_script is not causal:
         return f"{name} is inside of {type(of_script).__name__}, which may compute more than the model"
     forward = type(causal).forward
-    if not forward.__module__.startswith("transformers.models.") or not is_of_transformers(forward):
+    if not forward.__module__.startswith("transformers.models.") or not is_stock_transformers(forward):
         return (
             f"{name} has a forward pass of its own ({forward.__module__}), which may compute another loss than "
             "those of transformers"
@@ -59,7 +61,7 @@ def unknown_computation(root: Any) -> str | None:
         return f"{name} has an encoder and a decoder"
     if config is not causal.config:
         return f"{name} is more than a language model"
-    if sees_whole_batches(root):
+    if has_batch_norm(root):
         return f"{name} has batch normalization, which depends on how a batch is cut"
     if not hasattr(causal.get_output_embeddings(), "weight"):
         return f"the output layer of {name} is no single matrix"
@@ -70,38 +72,38 @@ def unknown_computation(root: Any) -> str | None:
     return None
 
 
-def unknown_part(root: nn.Module) -> str | None:
+def unsupported_module(root: nn.Module) -> str | None:
     """A module of the script's own, which may compute something else from a part of a batch; None if there is none."""
-    module = module_of_its_own(unwrapped(root))
+    module = first_custom_module(unwrapped(root))
     if module is None:
         return None
     return f"it contains {type(module).__module__}.{type(module).__qualname__}, which is none of transformers"
 
 
-def watches_calls(root: nn.Module) -> bool:
+def has_call_hooks(root: nn.Module) -> bool:
     """Whether somebody wants to see, or to change, whole calls of a model."""
     return any(module._forward_hooks or module._forward_pre_hooks for module in (*wrappers(root), unwrapped(root)))
 
 
-def watches_gradients(root: nn.Module) -> bool:
+def has_gradient_hooks(root: nn.Module) -> bool:
     """Whether somebody wants to see, or to change, the gradients of whole batches on their way."""
     if any(module._backward_hooks or module._backward_pre_hooks for module in root.modules()):
         return True
     return any(parameter._backward_hooks or parameter._post_accumulate_grad_hooks for parameter in root.parameters())
 
 
-def adds_noise(root: nn.Module) -> bool:
+def uses_neftune(root: nn.Module) -> bool:
     """Whether embeddings get noise that depends on the length of a padded row: NEFTune, https://arxiv.org/abs/2310.05914."""
     causal: Any = unwrapped(root)
     return getattr(causal.get_input_embeddings(), "neftune_noise_alpha", None) is not None
 
 
-def scales_losses(device: torch.device) -> bool:
+def uses_fp16_loss_scaling(device: torch.device) -> bool:
     """Whether the script computes in float16, whose gradients vanish unless they are computed from a loss that is scaled."""
     return torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) == torch.float16
 
 
-def _unknown_adapters(root: Any) -> str | None:
+def _unsupported_adapters(root: Any) -> str | None:
     """Adapters of PEFT that do more than the modules that they put into a model."""
     for wrapper in wrappers(root):
         configs = getattr(wrapper, "peft_config", {}).values()

@@ -8,11 +8,11 @@ from typing import Any
 from torch import nn
 
 from moreh.errors import PlanError
-from moreh.models.describe.from_module import AFTER_LAYERS, BEFORE_LAYERS, layer_list, unwrapped
+from moreh.models.describe.from_module import POST_LAYER_NAMES, PRE_LAYER_NAMES, layer_list, unwrapped
 
 
 @dataclass(frozen=True)
-class Place:
+class ModuleSlot:
     """A module and where it hangs: `parent._modules[key] is module`."""
 
     parent: nn.Module
@@ -21,28 +21,28 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Decoder:
+class ModelParts:
     """A causal language model taken apart.
 
     `root` is what the script calls, with adapters or not; `causal` the model of transformers inside it. `before` and `after`
     are the modules with parameters of their own (or with adapters) that are used before the layers and after them, among the
-    latter the output layer. `bare_norms` have none and are used after the layers, and perhaps before them, too.
+    latter the output layer. `parameterless_norms` have none and are used after the layers, and perhaps before them, too.
     """
 
     root: nn.Module
     causal: Any
     layers: nn.ModuleList
-    before: tuple[Place, ...]
-    after: tuple[Place, ...]
-    bare_norms: tuple[Place, ...]
+    before: tuple[ModuleSlot, ...]
+    after: tuple[ModuleSlot, ...]
+    parameterless_norms: tuple[ModuleSlot, ...]
 
     @property
-    def layer_places(self) -> tuple[Place, ...]:
+    def layer_slots(self) -> tuple[ModuleSlot, ...]:
         """The places of the layers, from the first to the last."""
-        return tuple(Place(self.layers, key, layer) for key, layer in self.layers.named_children())
+        return tuple(ModuleSlot(self.layers, key, layer) for key, layer in self.layers.named_children())
 
 
-def take_apart(root: nn.Module) -> Decoder:
+def split_into_parts(root: nn.Module) -> ModelParts:
     """The parts of a model.
 
     Raises:
@@ -58,23 +58,23 @@ def take_apart(root: nn.Module) -> Decoder:
         )
     layers = layer_list(causal)
     head = causal.get_output_embeddings()
-    before, after, bare_norms, layers_seen = [], [], [], False
+    before, after, parameterless_norms, layers_seen = [], [], [], False
     for name, place in _outside(causal, layers):
         if place is None:
             layers_seen = True
         elif next(place.module.parameters(), None) is None:
             if re.search("norm", name):
-                bare_norms.append(place)
-        elif place.module is head or (re.search(AFTER_LAYERS, name) and not re.search(BEFORE_LAYERS, name)):
+                parameterless_norms.append(place)
+        elif place.module is head or (re.search(POST_LAYER_NAMES, name) and not re.search(PRE_LAYER_NAMES, name)):
             after.append(place)
-        elif re.search(BEFORE_LAYERS, name) or not layers_seen:
+        elif re.search(PRE_LAYER_NAMES, name) or not layers_seen:
             before.append(place)
         else:
             after.append(place)
-    return Decoder(root, causal, layers, tuple(before), tuple(after), tuple(bare_norms))
+    return ModelParts(root, causal, layers, tuple(before), tuple(after), tuple(parameterless_norms))
 
 
-def _outside(module: nn.Module, layers: nn.ModuleList, prefix: str = "") -> Iterator[tuple[str, Place | None]]:
+def _outside(module: nn.Module, layers: nn.ModuleList, prefix: str = "") -> Iterator[tuple[str, ModuleSlot | None]]:
     """The outermost modules in their order; None where the layers stand."""
     for key, child in module.named_children():
         name = f"{prefix}{key}"
@@ -83,4 +83,4 @@ def _outside(module: nn.Module, layers: nn.ModuleList, prefix: str = "") -> Iter
         elif any(part is layers for part in child.modules()):
             yield from _outside(child, layers, f"{name}.")
         else:
-            yield name, Place(module, key, child)
+            yield name, ModuleSlot(module, key, child)

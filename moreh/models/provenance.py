@@ -18,7 +18,7 @@ _AUTOCAST = str(autocast_mode.__file__)
 _ACCELERATE = str(Path("accelerate") / "utils" / "operations.py")
 
 
-def is_of_transformers(function: Callable[..., Any]) -> bool:
+def is_stock_transformers(function: Callable[..., Any]) -> bool:
     """Whether a function and whatever it is wrapped in come from transformers.
 
     Wrappers of a script take the names of what they wrap (`functools.wraps`), but not its file.
@@ -26,7 +26,7 @@ def is_of_transformers(function: Callable[..., Any]) -> bool:
     return all(_file_of(one).startswith(_TRANSFORMERS) for one in _layers(function))
 
 
-def is_in_bfloat16(module: nn.Module) -> bool:
+def is_accelerate_bf16_forward(module: nn.Module) -> bool:
     """Whether a module's own forward pass is that of its class in accelerate's wrapper, as with `Trainer` and `bf16=True`."""
     for one in _layers(module.forward):
         if one is type(module).forward:
@@ -40,7 +40,7 @@ def is_in_bfloat16(module: nn.Module) -> bool:
     return False
 
 
-def module_of_its_own(model: nn.Module) -> nn.Module | None:
+def first_custom_module(model: nn.Module) -> nn.Module | None:
     """A module in a model of transformers that a script has put there or whose forward pass it has replaced; None without."""
     for module in model.modules():
         own = not type(module).__module__.startswith(LIBRARIES)
@@ -49,7 +49,7 @@ def module_of_its_own(model: nn.Module) -> nn.Module | None:
     return None
 
 
-def sees_whole_batches(model: nn.Module) -> bool:
+def has_batch_norm(model: nn.Module) -> bool:
     """Whether what a model computes of a row depends on the others: batch normalization, put there by a script."""
     return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
 

@@ -25,19 +25,19 @@ _around: list[tuple[MakeContext, AfterCall]] = []
 _inside = threading.local()
 
 
-def run_around_model_calls(make_context: MakeContext, after: AfterCall) -> None:
+def around_model_calls(make_context: MakeContext, after: AfterCall) -> None:
     """From now on, use the context and the function for every outermost call of a module that has parameters."""
-    _replace_module_call()
+    _patch_module_call()
     _around.append((make_context, after))
 
 
-def run_instead_of_model_calls(function: InsteadOfCall) -> None:
+def instead_of_model_calls(function: InsteadOfCall) -> None:
     """From now on, ask the function at every outermost call of a module that has parameters."""
-    _replace_module_call()
+    _patch_module_call()
     _instead.append(function)
 
 
-def _replace_module_call() -> None:
+def _patch_module_call() -> None:
     """Only the first call does it."""
     if _around or _instead:
         return

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
-class Implementation:
+class SoftwareProfile:
     """Traits of a training program.
 
     Arithmetic is in `compute` precision. Bytes of a parameter: `weight_bytes` of the stored weights, `working_bytes` of a
@@ -81,10 +81,10 @@ class Implementation:
 
 
 # A layer of transformers: two norms of 8 kernels in float32, rotary angles 10, residuals, activation, casts of weights.
-MOREH = Implementation("moreh", layer_kernels=32, reshards_in_pipeline=False)
+MOREH = SoftwareProfile("moreh", layer_kernels=32, reshards_in_pipeline=False)
 
 
-def computing_in(compute: str) -> Implementation:
+def moreh_software(compute: str) -> SoftwareProfile:
     """Ours, computing in "half" precision with float32 weights, in "float32", or in "float8" with the rest in half."""
     if compute == "float32":
         return replace(MOREH, compute=compute, activation_bytes=4, working_bytes=0, gather_bytes=4)
@@ -95,7 +95,7 @@ def computing_in(compute: str) -> Implementation:
 # `use_cache=False` and rows without padding: measured in tests/planner/test_planner_memory.py. The activation is GPT-2's, GELU
 # approximated with tanh, whose operations are a kernel each. The loss holds log-probabilities, their gradient and that of the
 # logits in float32; at the end of the forward pass, logits and log-probabilities.
-TRANSFORMERS = Implementation(
+TRANSFORMERS = SoftwareProfile(
     "transformers",
     compute="float32",
     activation_bytes=4,

@@ -14,14 +14,14 @@ from moreh.accelerator.flavors import all_flavors, find_flavor
 from moreh.accelerator.registry import switch_model
 from moreh.cli import plan_command as tool
 from moreh.models.describe.from_source import describe
-from moreh.planner.cost.prediction import predict, setting_of
-from moreh.planner.hardware.cluster import cluster_of_devices, cluster_of_flavor
+from moreh.planner.cost.prediction import make_environment, predict
+from moreh.planner.hardware.cluster import cluster_for_devices, cluster_for_flavor
 from moreh.planner.plan.notation import parse_plan, plan_text
 from moreh.planner.plan.plan import Plan, Training
 from moreh.planner.report.flavor_comparison import recommendation
 from moreh.planner.report.report import PLAN_HEADERS
 from moreh.planner.search.search import search
-from moreh.planner.software_profile import computing_in
+from moreh.planner.software_profile import moreh_software
 from tests.helpers.plan_tool import LLAMA, STEP, runner, write_model
 
 PLATFORM_PLAN = "tp1 pp8 dp8 mb1x64 recompute:full shard:parameters"
@@ -61,7 +61,7 @@ def plan_of(content):
 
 def searched(model, flavor, restrictions=None, count=10):
     training = Training(describe(model), 48, 128)
-    return search(training, setting_of(cluster_of_flavor(find_flavor(flavor))), restrictions, count)
+    return search(training, make_environment(cluster_for_flavor(find_flavor(flavor))), restrictions, count)
 
 
 def test_table_of_the_best_plans(plan, model):
@@ -150,7 +150,7 @@ def test_the_current_accelerator_is_the_default(plan_json, model):
 def test_precision_changes_arithmetic_and_bytes(plan_json, model):
     where = ("--device", "H100 80GB", "--devices", 1, "--count", 1, *STEP)
     best = {name: plan_json(model, *where, "--precision", name)["plans"][0] for name in tool.PRECISIONS}
-    setting = setting_of(cluster_of_devices(find_device("H100 80GB"), 1), computing_in("float32"))
+    setting = make_environment(cluster_for_devices(find_device("H100 80GB"), 1), moreh_software("float32"))
     assert setting.implementation.compute == "float32"
     result = search(Training(describe(model), 48, 128), setting, count=1)
     assert best["float32"]["step_time_s"] == result.best[0].step_time_s > best["bfloat16"]["step_time_s"]
@@ -160,7 +160,7 @@ def test_precision_changes_arithmetic_and_bytes(plan_json, model):
 def test_why_a_plan_loses(plan, plan_json, model):
     text = "tp4 pp2 dp1 mb1x48 recompute:full"
     content = plan_json(model, "--accelerator", 4, *STEP, "--explain", text)
-    training, setting = Training(describe(model), 48, 128), setting_of(cluster_of_flavor(find_flavor("4")))
+    training, setting = Training(describe(model), 48, 128), make_environment(cluster_for_flavor(find_flavor("4")))
     asked = predict(parse_plan(text, training, 8), training, setting)
     assert content["asked"]["text"] == text
     assert content["asked"]["step_time_s"] == asked.step_time_s

@@ -7,8 +7,8 @@ import pytest
 
 from moreh.accelerator.flavors import all_flavors
 from moreh.models.describe.from_source import describe
-from moreh.planner.cost.prediction import setting_of
-from moreh.planner.hardware.cluster import cluster_of_flavor
+from moreh.planner.cost.prediction import make_environment
+from moreh.planner.hardware.cluster import cluster_for_flavor
 from moreh.planner.plan.plan import Training
 from moreh.planner.search.search import search
 from tests.helpers.plan_tool import LLAMA, STEP, runner, write_model
@@ -113,7 +113,9 @@ def test_nothing_fits(plan):
     assert (code, out) == (1, "")
     training = Training(describe(model), 512, 1024)
     fitting = next(
-        flavor for flavor in all_flavors() if search(training, setting_of(cluster_of_flavor(flavor)), count=1).possible
+        flavor
+        for flavor in all_flavors()
+        if search(training, make_environment(cluster_for_flavor(flavor)), count=1).possible
     )
     assert re.fullmatch(rf"error: no plan fits: .* take {fitting.name} .*, or give a smaller batch or length\n", err)
 

@@ -9,11 +9,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from moreh.accelerator.devices import find_device
 from moreh.models.families.builders import architecture_from_config
-from moreh.planner.cost.prediction import setting_of
-from moreh.planner.hardware.cluster import cluster_of_devices
+from moreh.planner.cost.prediction import make_environment
+from moreh.planner.hardware.cluster import cluster_for_devices
 from moreh.planner.plan.notation import parse_plan
 from moreh.planner.plan.plan import Training
-from moreh.planner.search.candidates import Restrictions, candidate_tables
+from moreh.planner.search.candidates import Constraints, candidate_tables
 
 WORKERS = 8
 BATCH, LENGTH = 8, 16
@@ -58,7 +58,7 @@ MODELS = {
     # For what pipelines of eight can do with more stages than ranks, and with stages that are not even.
     "deep-gpt2": GPT2 | {"n_layer": 17},
 }
-RESTRICTIONS = {"deep-gpt2": Restrictions(pipeline=8)}
+RESTRICTIONS = {"deep-gpt2": Constraints(pipeline=8)}
 
 
 def training_of(family):
@@ -69,8 +69,8 @@ def training_of(family):
 @functools.cache
 def all_plans(family, workers=WORKERS):
     """Every plan that the planner enumerates for so many devices, whatever their memory."""
-    setting = setting_of(cluster_of_devices(find_device("MI250 GCD"), workers))
-    restrictions = RESTRICTIONS.get(family, Restrictions())
+    setting = make_environment(cluster_for_devices(find_device("MI250 GCD"), workers))
+    restrictions = RESTRICTIONS.get(family, Constraints())
     tables = candidate_tables(setting.roofline, setting.cluster, training_of(family), restrictions)
     return tuple(table.plan(row) for table in tables for row in range(len(table)))
 

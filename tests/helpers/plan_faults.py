@@ -9,16 +9,16 @@ import torch.distributed as dist
 
 from moreh.runtime.engine import gradients
 from moreh.runtime.engine import registry as divided_models
+from moreh.runtime.engine.model_runner import ModelRunner
 from moreh.runtime.engine.parallel_model import ParallelModel, local_tensor
-from moreh.runtime.engine.train_step import WorkerModel
 
-_divide, _reduce, _cut = divided_models.divide, gradients._reduce, WorkerModel._cut
-_hand_over, _total_norm = gradients.hand_over, gradients.total_norm
+_divide, _reduce, _cut = divided_models.shard_model, gradients._reduce, ModelRunner._cut
+_hand_over, _total_norm = gradients.accumulate_grads, gradients.global_grad_norm
 
 
 def no_tied_sum():
     """Each end of the pipeline trains its own copy of tied embeddings."""
-    return mock.patch.object(gradients, "_sum_over_holders", return_value=None)
+    return mock.patch.object(gradients, "_reduce_tied_gradient", return_value=None)
 
 
 def no_data_reduction():
@@ -46,7 +46,7 @@ def mean_of_means():
         ]
         return shape
 
-    return mock.patch.object(WorkerModel, "_cut", cut)
+    return mock.patch.object(ModelRunner, "_cut", cut)
 
 
 def stale_weights():
@@ -57,45 +57,45 @@ def stale_weights():
 def ignored_scale():
     """The script's loss / 2 has no effect on the gradients, which Adam does not see."""
     return mock.patch.object(
-        gradients, "hand_over", lambda model, given, scale: _hand_over(model, given, scale / scale)
+        gradients, "accumulate_grads", lambda model, given, scale: _hand_over(model, given, scale / scale)
     )
 
 
 def lost_accumulation():
     """The second call of a step replaces the gradients of the first."""
 
-    def hand_over(model, given, scale):
-        for parameter in model.shown.values():
+    def accumulate_grads(model, given, scale):
+        for parameter in model.user_params.values():
             parameter.grad = None
         _hand_over(model, given, scale)
 
-    return mock.patch.object(gradients, "hand_over", hand_over)
+    return mock.patch.object(gradients, "accumulate_grads", accumulate_grads)
 
 
 def norm_of_own_part():
     """Each rank clips by the norm of the gradients that it holds."""
 
-    def total_norm(model, given, norm_type):
+    def global_grad_norm(model, given, norm_type):
         whole = _total_norm(model, given, norm_type)
         return sum(local_tensor(gradient).norm() ** 2 for gradient in given.values()) ** 0.5 + 0 * whole
 
-    return mock.patch.object(divided_models, "total_norm", total_norm)
+    return mock.patch.object(divided_models, "global_grad_norm", global_grad_norm)
 
 
 def no_end():
     """One rank never comes to its part."""
 
-    def divide(root, plan):
+    def shard_model(root, plan):
         while dist.get_rank() == 0:
             time.sleep(1)
         return _divide(root, plan)
 
-    return mock.patch.object(divided_models, "divide", divide)
+    return mock.patch.object(divided_models, "shard_model", shard_model)
 
 
 def old_parameters():
     """The optimizer goes on with the parameters that the model had before."""
-    return mock.patch.object(divided_models, "exchange_parameters")
+    return mock.patch.object(divided_models, "replace_params")
 
 
 FAULTS = {

@@ -11,8 +11,8 @@ from moreh.planner.plan.plan import Plan
 from moreh.runtime.batch.packing import LENGTH_MULTIPLE
 from moreh.runtime.engine import registry as divided_models
 from moreh.runtime.engine.parallel_model import local_tensor
-from moreh.runtime.kernels.shape_buckets import filled_size
-from moreh.runtime.sharding.spec import boxes
+from moreh.runtime.kernels.shape_buckets import bucket_size
+from moreh.runtime.sharding.spec import shard_boxes
 from tests.helpers.plan_cases import CALLS, LENGTH, STEPS, can_be_packed, rows_of_batch
 from tests.helpers.plan_faults import FAULTS
 from tests.helpers.plan_training import Curves, base_model, new_model, reference, train
@@ -50,7 +50,7 @@ class RankResult:
 
 def get_ready(family):
     """On each rank, once for all plans: what takes seconds."""
-    divided_models.prepare_for_division()
+    divided_models.install_sharding_support()
     base_model(family)
 
 
@@ -59,8 +59,8 @@ def train_with_plan(family: str, plan: Plan, fault: str | None, steps: int) -> R
     started = time.process_time()
     made, layer_inputs = [], []
 
-    def divide(root):
-        made.append(divided_models.divide(root, plan).model)
+    def shard_model(root):
+        made.append(divided_models.shard_model(root, plan).model)
         layer = made[0].stages[0].layers[0]
         # transformers repeats what is inside of a layer, without the layer's hooks.
         norm = next(part for part in layer.children() if all(parameter.dim() == 1 for parameter in part.parameters()))
@@ -70,16 +70,16 @@ def train_with_plan(family: str, plan: Plan, fault: str | None, steps: int) -> R
 
     try:
         with FAULTS[fault]():
-            done = train(new_model(family), divide, steps)
+            done = train(new_model(family), shard_model, steps)
         (model,) = made
         mesh = model.mesh
         place = mesh.rank("tensor"), plan.tensor, mesh.rank("data"), plan.data
         parts = {}
-        for name, parameter in model.shown.items():
+        for name, parameter in model.user_params.items():
             layout, gradient = model.layouts[name], done.gradients[name]
             state = done.optimizer.state.get(parameter, {})
             parts[name] = Part(
-                boxes=boxes(layout, *place),
+                boxes=shard_boxes(layout, *place),
                 dim=0 if layout.division is None else layout.division.dim,
                 gradient=None if gradient is None else local_tensor(gradient).numpy(),
                 weight=local_tensor(parameter.detach()).numpy(),
@@ -161,7 +161,7 @@ def not_as_planned(ranks, weights, plan, steps):
         widths = [width * (plan.tensor if plan.sequence_parallel else 1) for _, width in result.layer_inputs]
         tokens = [calls * width for (calls, _), width in zip(result.layer_inputs, widths, strict=True)]
         unpacked = [calls for (calls, _), width in zip(result.layer_inputs, widths, strict=True) if width <= LENGTH]
-        most_packed = filled_size(plan.micro_batch_size * LENGTH, LENGTH_MULTIPLE)
+        most_packed = bucket_size(plan.micro_batch_size * LENGTH, LENGTH_MULTIPLE)
         seen = f"rank {rank}: a layer was called {len(tokens)} times"
         if plan.pipeline > 1:
             if len(tokens) != most_calls or result.layer_inputs[0][0] != plan.micro_batch_size:

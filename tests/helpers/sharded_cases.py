@@ -11,9 +11,9 @@ import torch.distributed as dist
 from moreh.planner.plan.plan import Plan
 from moreh.runtime.batch import micro_batches, packing
 from moreh.runtime.engine.checkpoint_api import load_training, save_training
-from moreh.runtime.engine.registry import divide, prepare_for_division
+from moreh.runtime.engine.registry import install_sharding_support, shard_model
 from moreh.runtime.pipeline import lean_stage as pipeline_stage
-from moreh.runtime.pipeline.lean_stage import LeanStage
+from moreh.runtime.pipeline.lean_stage import LeanPipelineStage
 from moreh.runtime.sharding.gather import whole_tensor
 from tests.helpers.float64 import exact_float64
 from tests.helpers.plan_training import new_model
@@ -91,17 +91,17 @@ FAMILY_SETTINGS = {
 
 def compare(family, plan, change=None, **loop):
     """The greatest relative difference of losses and norms, and of weights, between a divided model and a whole one."""
-    prepare_for_division()
+    install_sharding_support()
     model = whole_model(family, FAMILY_SETTINGS.get(family, {}))
     if change is not None:
         model = change(model)
     divided = copy.deepcopy(model)
     with exact_float64():
         expected = train(model, **loop)
-        worker_model = divide(divided, Plan(**plan))
+        model_runner = shard_model(divided, Plan(**plan))
         seen = train(divided, **loop)
     seen_difference = max(abs(a - b) / max(abs(b), 1e-12) for a, b in zip(seen, expected, strict=True))
-    return seen_difference, weight_difference(worker_model.model, model)
+    return seen_difference, weight_difference(model_runner.model, model)
 
 
 def compare_rows_that_begin_alike(family, plan, seen_as=None):
@@ -110,9 +110,9 @@ def compare_rows_that_begin_alike(family, plan, seen_as=None):
 
     def pack(*given):
         shared.append(given[-1])
-        return packing.packed_micro_batches(*given[:-1], given[-1] if seen_as is None else seen_as)
+        return packing.pack_micro_batches(*given[:-1], given[-1] if seen_as is None else seen_as)
 
-    with mock.patch("moreh.runtime.engine.train_step.packed_micro_batches", pack):
+    with mock.patch("moreh.runtime.engine.model_runner.pack_micro_batches", pack):
         return *compare(family, plan, make_batch=rows_that_begin_alike), set(shared)
 
 
@@ -129,10 +129,10 @@ def weight_difference(parallel, whole):
 
 def divided_model(family, plan, **changes):
     """A whole model and a divided copy."""
-    prepare_for_division()
+    install_sharding_support()
     model = whole_model(family, FAMILY_SETTINGS.get(family, {}) | changes)
     divided = copy.deepcopy(model)
-    return model, divided, divide(divided, Plan(**plan))
+    return model, divided, shard_model(divided, Plan(**plan))
 
 
 STEPS, STEPS_BEFORE = 4, 2
@@ -173,7 +173,7 @@ def train_and_save(family, plan, directory):
 
 def resume_and_train(family, plan, directory):
     """The other steps under another plan, compared with a whole model's training that was never interrupted."""
-    whole, model, worker_model = divided_model(family, plan)
+    whole, model, model_runner = divided_model(family, plan)
     whole_optimizer, whole_scheduler = _parts(whole)
     _steps(whole, whole_optimizer, whole_scheduler, range(STEPS_BEFORE))
     expected = _steps(whole, whole_optimizer, whole_scheduler, range(STEPS_BEFORE, STEPS))
@@ -182,28 +182,28 @@ def resume_and_train(family, plan, directory):
     scheduler.load_state_dict(extra["scheduler"])
     seen = _steps(model, optimizer, scheduler, range(STEPS_BEFORE, STEPS))
     difference = max(abs(a - b) / abs(b) for a, b in zip(seen, expected, strict=True))
-    return difference, weight_difference(worker_model.model, whole)
+    return difference, weight_difference(model_runner.model, whole)
 
 
 def interrupted_is_identical(plan, directory):
     """Whether a training that was saved and loaded into a new model ends with the bits of one that went through."""
     models = []
     for interrupted in (False, True):
-        _, model, worker_model = divided_model("llama", plan, attention_dropout=0.2)
+        _, model, model_runner = divided_model("llama", plan, attention_dropout=0.2)
         optimizer, scheduler = _parts(model)
         torch.manual_seed(3)
         _steps(model, optimizer, scheduler, range(STEPS_BEFORE))
         if interrupted:
             state = {"scheduler": scheduler.state_dict(), "random": torch.get_rng_state()}
             save_training(model, [optimizer], directory, state).result()
-            _, model, worker_model = divided_model("llama", plan, attention_dropout=0.2)
+            _, model, model_runner = divided_model("llama", plan, attention_dropout=0.2)
             optimizer, scheduler = _parts(model)
             torch.manual_seed(4)
             state = load_training(model, [optimizer], directory)
             scheduler.load_state_dict(state["scheduler"])
             torch.set_rng_state(state["random"])
         _steps(model, optimizer, scheduler, range(STEPS_BEFORE, STEPS))
-        models.append(worker_model.model.local_tensors())
+        models.append(model_runner.model.local_tensors())
     first, second = models
     return all(torch.equal(first[name], second[name]) for name in first)
 
@@ -227,18 +227,18 @@ def errors_of_other_computations(plan):
     own = whole_model("llama", {})
     own.__class__ = OwnForward
     prompted = get_peft_model(whole_model("llama", {}), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
-    return [error_of(lambda model=model: divide(model, Plan(**plan))) for model in (own, prompted)]
+    return [error_of(lambda model=model: shard_model(model, Plan(**plan))) for model in (own, prompted)]
 
 
 def frozen_later(plan):
     """Whether a parameter that is frozen once the model is divided gets no gradient."""
-    _, model, worker_model = divided_model("llama", plan)
-    for parameter in worker_model.model.shown.values():
+    _, model, model_runner = divided_model("llama", plan)
+    for parameter in model_runner.model.user_params.values():
         parameter.requires_grad_(False)
-    next(iter(worker_model.model.shown.values())).requires_grad_(True)
+    next(iter(model_runner.model.user_params.values())).requires_grad_(True)
     ids, _, labels = batch(0, model.config.vocab_size)
     model(input_ids=ids, labels=labels).loss.backward()
-    return sum(parameter.grad is not None for parameter in worker_model.model.shown.values())
+    return sum(parameter.grad is not None for parameter in model_runner.model.user_params.values())
 
 
 def error_of(function):
@@ -302,7 +302,7 @@ def freeze_some(model):
 
 def backward_variants(family, plan):
     """Gradients after what scripts do with a loss: scaled, summed with another, left unused, used twice."""
-    whole, divided, worker_model = divided_model(family, plan)
+    whole, divided, model_runner = divided_model(family, plan)
     ids, mask, labels = batch(0, whole.config.vocab_size)
     others = batch(1, whole.config.vocab_size)
     twice = None
@@ -317,7 +317,7 @@ def backward_variants(family, plan):
             twice = error_of(third.backward)
             torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
             torch.optim.SGD(model.parameters(), lr=1.0).step()
-    return weight_difference(worker_model.model, whole), twice
+    return weight_difference(model_runner.model, whole), twice
 
 
 def outputs_without_labels(family, plan):
@@ -338,11 +338,11 @@ def outputs_without_labels(family, plan):
         results.append((logits, last, loss, shared, text))
     (*expected, text), (*seen, divided_text) = results
     pairs = zip(expected, seen, strict=True)
-    difference = max(float((a * mask_of(a, mask) - b * mask_of(b, mask)).abs().max()) for a, b in pairs)
+    difference = max(float((a * causal_bias(a, mask) - b * causal_bias(b, mask)).abs().max()) for a, b in pairs)
     return difference, text.tolist() == divided_text.tolist(), whole.training or divided.training
 
 
-def mask_of(tensor, mask):
+def causal_bias(tensor, mask):
     """1 where a result does not come from padding."""
     return mask[:, -tensor.shape[1] :, None] if tensor.dim() == 3 else torch.ones(())
 
@@ -380,24 +380,24 @@ def in_float16(call):
 
 
 def gradient_hook_error(plan):
-    prepare_for_division()
+    install_sharding_support()
     model = whole_model("gpt2", {})
     model.lm_head.weight.register_hook(lambda gradient: gradient)
-    return error_of(lambda: divide(model, Plan(**plan)))
+    return error_of(lambda: shard_model(model, Plan(**plan)))
 
 
 def dropout_draws(plan):
     """Numbers that ranks draw while they compute, and what the script's generator gives afterwards."""
-    from moreh.runtime.sharding.rng import computing_generator
+    from moreh.runtime.sharding.rng import rank_local_rng
 
-    prepare_for_division()
-    _, _, worker_model = divided_model("gpt2", plan)
+    install_sharding_support()
+    _, _, model_runner = divided_model("gpt2", plan)
     torch.manual_seed(5)
     draws = []
     for _ in range(2):
-        with computing_generator(worker_model.model.mesh):
+        with rank_local_rng(model_runner.model.mesh):
             draws.append(torch.rand(dist.get_rank() + 1)[0].item())
-    mesh = worker_model.model.mesh
+    mesh = model_runner.model.mesh
     return draws, torch.rand(1).item(), (mesh.rank("pipeline"), mesh.rank("data"), mesh.rank("tensor"))
 
 
@@ -415,11 +415,11 @@ def received_at_once(family, plan, lets_go):
     """How many hidden states and gradients this rank of a pipeline receives in two batches of different lengths, how many of
     them exist at once, and the lengths. Nothing is let go of if `lets_go` is false.
     """
-    prepare_for_division()
+    install_sharding_support()
     model = new_model(family)
-    divide(model, plan)
+    shard_model(model, plan)
     received, most, lengths = [], 0, set()
-    make_room, let_go = LeanStage._make_room, pipeline_stage._let_go
+    make_room, let_go = LeanPipelineStage._make_room, pipeline_stage._let_go
 
     def counted(stage, infos):
         nonlocal most
@@ -429,7 +429,7 @@ def received_at_once(family, plan, lets_go):
         most = max(most, sum(one() is not None for one in received))
 
     keep = mock.patch.object(pipeline_stage, "_let_go", let_go if lets_go else lambda infos: None)
-    with mock.patch.object(LeanStage, "_make_room", counted), keep:
+    with mock.patch.object(LeanPipelineStage, "_make_room", counted), keep:
         for length in (LENGTH, LENGTH - 4):
             ids = torch.arange(ROWS * length).view(ROWS, length) % model.config.vocab_size
             # Nothing is packed where padding is in front.

@@ -8,10 +8,10 @@ from torch.nn import functional
 
 from moreh.models.families.config_defaults import DROPOUT_KEYS
 from moreh.runtime.sharding.mesh import make_mesh
-from moreh.runtime.sharding.spec import Layout, boxes
-from moreh.runtime.tensor.apply import describe_division, install_tensor_parallel
-from moreh.runtime.tensor.collectives import gather_parts
-from moreh.runtime.tensor.vocab_parallel import gather_logits, token_losses
+from moreh.runtime.sharding.spec import ParamSpec, shard_boxes
+from moreh.runtime.tensor.apply import describe_partition, install_tensor_parallel
+from moreh.runtime.tensor.collectives import gather_from_sp
+from moreh.runtime.tensor.vocab_parallel import gather_logits, vocab_parallel_cross_entropy
 from tests.helpers.float64 import exact_float64
 from tests.helpers.tiny_models import build, tiny_config_of
 
@@ -36,17 +36,17 @@ def whole_model(family, changes):
 def gathered_parts(tokens):
     """Whether a tensor of parts with so many tokens is contiguous, and whose parts it has in which order."""
     group = tensor_group(2)
-    whole = gather_parts(torch.full((BATCH, tokens, 4), float(group.rank())), 1, group)
+    whole = gather_from_sp(torch.full((BATCH, tokens, 4), float(group.rank())), 1, group)
     return whole.is_contiguous(), whole[0, :, 0].tolist()
 
 
-def divide(model, division, group):
+def shard_model(model, division, group):
     """Replace each parameter by the part of this rank; tied ones stay one object."""
     parts = {}
     for name, parameter in model.named_parameters():
-        layout = Layout(name, tuple(parameter.shape), parameter.dtype, (0,), division.divisions.get(name))
+        layout = ParamSpec(name, tuple(parameter.shape), parameter.dtype, (0,), division.divisions.get(name))
         dim = layout.division.dim if layout.division else 0
-        part = local_part(parameter.detach(), boxes(layout, group.rank(), group.size(), 0, 1), dim)
+        part = local_part(parameter.detach(), shard_boxes(layout, group.rank(), group.size(), 0, 1), dim)
         parts[id(parameter)] = torch.nn.Parameter(part, requires_grad=parameter.requires_grad)
     for module in model.modules():
         for key, parameter in module._parameters.items():
@@ -57,8 +57,8 @@ def divide(model, division, group):
 
 def divided_copy(model, group, sequence_parallel):
     """A copy of a model that computes with this rank's parts, how it is divided, and the state of its hooks."""
-    division = describe_division(model, group.size(), sequence_parallel=sequence_parallel)
-    local = divide(copy.deepcopy(model), division, group)
+    division = describe_partition(model, group.size(), sequence_parallel=sequence_parallel)
+    local = shard_model(copy.deepcopy(model), division, group)
     return local, division, install_tensor_parallel(local, group, sequence_parallel=sequence_parallel)
 
 
@@ -76,7 +76,7 @@ def padded_batch(vocabulary):
 def mean_loss(logits, labels, group=None, vocabulary=None):
     if group is None:
         return functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
-    return token_losses(logits, labels, group, vocabulary).sum() / (labels != -100).sum()
+    return vocab_parallel_cross_entropy(logits, labels, group, vocabulary).sum() / (labels != -100).sum()
 
 
 def difference(actual, expected):
@@ -95,12 +95,12 @@ def gradient_differences(local, division, whole, group):
             dist.all_reduce(gradient, group=group)
         reference = expected[name]
         if reference is not None:
-            layout = Layout(name, tuple(reference.shape), reference.dtype, (0,), division.divisions.get(name))
+            layout = ParamSpec(name, tuple(reference.shape), reference.dtype, (0,), division.divisions.get(name))
             # Keys' biases have no gradient but rounding: softmax does not see them.
             scale = reference.abs().max().clamp(min=1e-6)
             reference = local_part(
                 reference,
-                boxes(layout, group.rank(), group.size(), 0, 1),
+                shard_boxes(layout, group.rank(), group.size(), 0, 1),
                 layout.division.dim if layout.division else 0,
             )
             result[name] = float(((gradient - reference).abs() / scale).amax()) if reference.numel() else 0.0

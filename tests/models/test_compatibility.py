@@ -12,9 +12,9 @@ from transformers.loss import loss_utils
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama
 
-from moreh.models.compatibility import unknown_computation
-from moreh.runtime.engine.single_worker import OneWorker
-from moreh.runtime.kernels.attention import attention_in_blocks
+from moreh.models.compatibility import unsupported_reason
+from moreh.runtime.engine.fast_path import FastPath
+from moreh.runtime.kernels.attention import use_block_attention
 from moreh.runtime.kernels.gelu import fused_activation
 from moreh.runtime.kernels.options import Savings
 from moreh.runtime.kernels.rms_norm import fused_norm
@@ -22,7 +22,7 @@ from moreh.runtime.kernels.rotary import fused_rotary
 from tests.helpers import sharded_cases as cases
 from tests.helpers.float64 import exact_float64
 from tests.helpers.tensor_cases import whole_model
-from tests.runtime.engine.test_single_worker import LENGTH, ROWS, TOKENS, batch, differences
+from tests.runtime.engine.test_fast_path import LENGTH, ROWS, TOKENS, batch, differences
 
 ALL = Savings()
 
@@ -32,7 +32,7 @@ def llama(**settings):
 
 
 def call(model, worker=None, **changes):
-    return (worker or OneWorker(ALL)).call(model, (), batch(model, **changes), TOKENS)
+    return (worker or FastPath(ALL)).call(model, (), batch(model, **changes), TOKENS)
 
 
 def test_what_is_known_is_computed_in_parts():
@@ -49,7 +49,7 @@ SMALL = {"vocab_size": 64, "d_model": 16, "encoder_layers": 1, "decoder_layers":
 def test_losses_that_families_write_out_themselves(family):
     """Their labels are not shifted."""
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SMALL))
-    assert "has a loss of its own" in unknown_computation(model)
+    assert "has a loss of its own" in unsupported_reason(model)
     assert call(model) is NotImplemented
 
 
@@ -57,12 +57,12 @@ def test_loss_that_is_added():
     config = AutoConfig.for_model("bamba", vocab_size=64, hidden_size=32, num_hidden_layers=1, attn_layer_indices=[0],
                                   num_attention_heads=2, num_key_value_heads=2, intermediate_size=32, mamba_n_heads=4,
                                   mamba_d_head=16, mamba_d_state=8, z_loss_coefficient=0.1)  # fmt: skip
-    assert "has a loss of its own" in unknown_computation(AutoModelForCausalLM.from_config(config))
+    assert "has a loss of its own" in unsupported_reason(AutoModelForCausalLM.from_config(config))
 
 
 def test_encoder_and_decoder():
     model = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model("bart", **SMALL))
-    assert "an encoder and a decoder" in unknown_computation(model)
+    assert "an encoder and a decoder" in unsupported_reason(model)
     assert call(model) is NotImplemented
 
 
@@ -136,7 +136,7 @@ CHANGES = [
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_changes_of_a_model(change):
-    model, worker = llama(), OneWorker(ALL)
+    model, worker = llama(), FastPath(ALL)
     assert call(model, worker) is not NotImplemented
     # Also between two calls.
     change(model)
@@ -146,9 +146,9 @@ def test_changes_of_a_model(change):
 def test_batch_normalization():
     """Several workers refuse what is not known."""
     model = llama()
-    assert unknown_computation(model) is None
+    assert unsupported_reason(model) is None
     put_in_batch_norm(model)
-    assert "batch normalization" in unknown_computation(model)
+    assert "batch normalization" in unsupported_reason(model)
 
 
 @pytest.mark.parametrize("adapters", [False, True])
@@ -168,12 +168,12 @@ def test_wrapper_of_accelerate(precision, known, adapters):
         prepared = accelerator.prepare_model(model)
     assert prepared is model
     assert "forward" in model.__dict__
-    assert (OneWorker(ALL).call(model, (), given, TOKENS) is not NotImplemented) == known
+    assert (FastPath(ALL).call(model, (), given, TOKENS) is not NotImplemented) == known
 
 
 def test_wrapper_of_the_script():
     model = llama()
-    assert OneWorker(ALL).call(Wrapper(model).train(), (), batch(model), TOKENS) is NotImplemented
+    assert FastPath(ALL).call(Wrapper(model).train(), (), batch(model), TOKENS) is NotImplemented
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ def test_wrapper_of_the_script():
 )
 def test_calls(changes):
     model = llama()
-    assert OneWorker(ALL).call(model, (), {**batch(model), **changes}, TOKENS) is NotImplemented
+    assert FastPath(ALL).call(model, (), {**batch(model), **changes}, TOKENS) is NotImplemented
 
 
 def test_losses_that_are_scaled_for_float16():
@@ -201,7 +201,7 @@ def test_losses_that_are_scaled_for_float16():
 
 def test_results_in_the_places_of_parameters():
     model = llama()
-    worker = OneWorker(ALL)
+    worker = FastPath(ALL)
     computed = {name: 1.0 * parameter for name, parameter in model.named_parameters()}
     with torch.nn.utils.stateless._reparametrize_module(model, computed):
         assert call(model, worker) is NotImplemented
@@ -215,11 +215,11 @@ def test_replaced_loss_of_transformers():
 def test_adapters_that_do_more():
     peft = pytest.importorskip("peft")
     common = {"task_type": "CAUSAL_LM", "target_modules": ["q_proj"]}
-    assert unknown_computation(peft.get_peft_model(llama(), peft.LoraConfig(**common))) is None
+    assert unsupported_reason(peft.get_peft_model(llama(), peft.LoraConfig(**common))) is None
     invoked = peft.LoraConfig(alora_invocation_tokens=[1], **common)
-    assert "begin at certain tokens" in unknown_computation(peft.get_peft_model(llama(), invoked))
+    assert "begin at certain tokens" in unsupported_reason(peft.get_peft_model(llama(), invoked))
     regularized = peft.AdaLoraConfig(total_step=10, tinit=1, tfinal=1, **common)
-    assert "AdaLoraModel" in unknown_computation(peft.get_peft_model(llama(), regularized))
+    assert "AdaLoraModel" in unsupported_reason(peft.get_peft_model(llama(), regularized))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -285,20 +285,20 @@ def test_labels_that_are_no_tokens(label):
     given = batch(model)
     given["labels"][0, 2] = label
     with pytest.raises(IndexError, match=f"Target {label} is out of bounds"):
-        OneWorker(ALL).call(model, (), given, TOKENS)
+        FastPath(ALL).call(model, (), given, TOKENS)
 
 
 def test_logits_of_inputs_that_have_changed():
     model = llama()
     given = batch(model)
-    outputs = OneWorker(ALL).call(model, (), given, TOKENS)
+    outputs = FastPath(ALL).call(model, (), given, TOKENS)
     given["input_ids"].zero_()
     with pytest.raises(Exception, match="weights or inputs have changed"):
         _ = outputs.logits
 
 
 def test_models_are_let_go_of():
-    worker = OneWorker(ALL)
+    worker = FastPath(ALL)
     for _ in range(6):
         call(llama(), worker)
     assert len(worker._known) == 4
@@ -328,11 +328,11 @@ def test_functions_of_the_script_stay_in_their_places(kernel, owner, name):
 def test_attention_of_the_script_stays_in_its_place():
     ALL_ATTENTION_FUNCTIONS["sdpa"] = own_sdpa
     try:
-        with attention_in_blocks():
+        with use_block_attention():
             assert ALL_ATTENTION_FUNCTIONS["sdpa"] is own_sdpa
     finally:
         del ALL_ATTENTION_FUNCTIONS["sdpa"]
-    with attention_in_blocks():
+    with use_block_attention():
         assert ALL_ATTENTION_FUNCTIONS["sdpa"] is not own_sdpa
 
 

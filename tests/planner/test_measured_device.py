@@ -12,11 +12,11 @@ from moreh.planner.hardware import measured_device as lm
 from moreh.planner.hardware.cluster import ring_links
 from moreh.planner.hardware.microbenchmarks import CHAIN, Worker
 from moreh.planner.hardware.roofline import Roofline
-from moreh.planner.software_profile import Implementation
+from moreh.planner.software_profile import SoftwareProfile
 
 IMPLEMENTATIONS = {
-    "float32": Implementation("float32", compute="float32", activation_bytes=4),
-    "half": Implementation("half"),
+    "float32": SoftwareProfile("float32", compute="float32", activation_bytes=4),
+    "half": SoftwareProfile("half"),
 }
 SIZES = [
     (512, 64, 512),
@@ -32,7 +32,7 @@ SIZES = [
 def synthetic_profile(workers=1, depth=20.0, waves=0.5, latency_s=2e-4, rate=2e9, rates=(1e11, 3e11)):
     """What would be measured on a machine with these constants."""
     products = [
-        lm.MeasuredProduct(
+        lm.MeasuredMatmul(
             compute,
             rows,
             inner,
@@ -56,7 +56,7 @@ def synthetic_profile(workers=1, depth=20.0, waves=0.5, latency_s=2e-4, rate=2e9
         compute_units=1,
         products=tuple(products),
         attention_float32_flops_per_second=5e10,
-        attention_half_flops_per_second=6e10,
+        attention_bf16_flops_per_second=6e10,
         memory_bytes_per_second=5e10,
         forward_operation_s=4e-6,
         autograd_operation_s=1e-5,
@@ -79,7 +79,7 @@ def test_planner_gives_back_the_measured_products(compute, depth, waves):
     products = [product for product in profile.products if product.compute == compute]
     assert len(products) == len(SIZES)
     for product in products:
-        predicted = roofline.product_s(product.rows, product.outer, product.inner)
+        predicted = roofline.matmul_s(product.rows, product.outer, product.inner)
         assert predicted == pytest.approx(product.seconds, rel=0.1)
     # A fraction of the highest measured rate, which the largest of these sizes nearly reaches.
     assert 0.8 < roofline.efficiency.matmul < 1.3
@@ -126,7 +126,7 @@ def test_one_worker_measured_once_and_kept(state_directory, monkeypatch):
     assert 0 < profile.autograd_operation_s < 0.1
     assert profile.memory_mib > 0
     for compute in ("float32", "half"):
-        assert roofline_of(profile, compute).product_s(256, 256, 256) > 0
+        assert roofline_of(profile, compute).matmul_s(256, 256, 256) > 0
 
     (path,) = state_directory.glob("this-machine-*.json")
     with monkeypatch.context() as patched:
@@ -175,12 +175,12 @@ def test_another_number_of_threads_is_another_profile(state_directory, monkeypat
 
 def test_processes_at_the_same_time_wait_for_one_measurement(state_directory, monkeypatch):
     measured = []
-    begun, go_on = threading.Event(), threading.Event()
+    begun, resume = threading.Event(), threading.Event()
 
     def slow(workers):
         measured.append(workers)
         begun.set()
-        assert go_on.wait(30)
+        assert resume.wait(30)
         return synthetic_profile(workers)
 
     monkeypatch.setattr(lm, "measure", slow)
@@ -189,7 +189,7 @@ def test_processes_at_the_same_time_wait_for_one_measurement(state_directory, mo
     for thread in threads:
         thread.start()
     assert begun.wait(30)
-    go_on.set()
+    resume.set()
     for thread in threads:
         thread.join(30)
     assert measured == [2]

@@ -13,7 +13,7 @@ from moreh.planner.cost.activation_memory import layer_activations
 from moreh.planner.cost.memory import Memory, memory
 from moreh.planner.plan.plan import Plan, Training
 from moreh.planner.plan.plan_table import table_of_plans
-from moreh.planner.software_profile import MOREH, TRANSFORMERS, TRANSFORMERS_AUTOCAST, Implementation
+from moreh.planner.software_profile import MOREH, TRANSFORMERS, TRANSFORMERS_AUTOCAST, SoftwareProfile
 
 TOLERANCE = 0.05
 HEADS = 4
@@ -181,7 +181,7 @@ def test_a_gpt_layer_keeps_what_korthikanti_et_al_count(tensor):
     """Equations 1 and 4 of https://arxiv.org/abs/2205.05198: s b h (34 + 5 a s / h) bytes, 1 / t of it on each rank."""
     batch, length, hidden = 3, 1024, 256
     plan = Plan((8,), tensor=tensor, micro_batch_size=batch, sequence_parallel=tensor > 1)
-    unfused = Implementation("unfused", fused_attention=False)
+    unfused = SoftwareProfile("unfused", fused_attention=False)
     table, training = table_of_plans([plan]), Training(architecture(), batch, length)
     everything = length * batch * hidden * (34 + 5 * HEADS * length / hidden) / tensor
     assert layer_activations(table, training, unfused).kept[0] == pytest.approx(everything, rel=1e-12)

@@ -21,11 +21,11 @@ from moreh.planner.plan.schedules import (
     Operation,
     Order,
     check_schedule,
+    is_runnable,
     operations,
     order,
     peak_in_flight,
     peak_waiting_weights,
-    runnable,
     stages_of_ranks,
 )
 
@@ -89,7 +89,7 @@ def cases(most_ranks: int, least_ranks: int = 1, most_chunks: int = 4) -> Iterat
                 {1, 2, ranks - 1, ranks, ranks + 1, 2 * ranks - 1, 2 * ranks, 2 * ranks + 2, 3 * ranks, 23} - {0}
             ):
                 for chunks in range(1, most_chunks + 1):
-                    if runnable(schedule, np.array(ranks), np.array(micro_batches), np.array(chunks)):
+                    if is_runnable(schedule, np.array(ranks), np.array(micro_batches), np.array(chunks)):
                         yield schedule, ranks, micro_batches, chunks
 
 
@@ -102,7 +102,7 @@ def random_cases(
         schedule, ranks = SCHEDULES[int(rng.integers(4))], int(rng.integers(1, 9))
         micro_batches = int(rng.integers(1, 50))
         chunks = {"1f1b": 1, "zbv": 2}.get(schedule) or int(rng.integers(1, 5))
-        if not runnable(schedule, np.array(ranks), np.array(micro_batches), np.array(chunks)):
+        if not is_runnable(schedule, np.array(ranks), np.array(micro_batches), np.array(chunks)):
             continue
         stages = ranks * chunks
         forward_s = rng.uniform(0.7, 1.4, stages)
@@ -171,7 +171,7 @@ def test_what_torch_refuses_is_refused():
                 for chunks in range(1, 4):
                     allowed = accepted(check_schedule, PlanError, schedule, ranks, micro_batches, chunks)
                     arrays = (np.array([number]) for number in (ranks, micro_batches, chunks))
-                    assert runnable(schedule, *arrays).tolist() == [allowed]
+                    assert is_runnable(schedule, *arrays).tolist() == [allowed]
                     if schedule != "1f1b":
                         # This lays out the sends and receives too: torch's own check that no rank waits for ever.
                         torchs = accepted(torch_multi_stage, ValueError, schedule, ranks, micro_batches, chunks)
@@ -206,7 +206,7 @@ def test_refusals_say_what_to_do(given, said):
         with pytest.raises(PlanError) as caught:
             call(*given)
         assert all(part in str(caught.value) for part in said), str(caught.value)
-    assert not runnable(given[0], *(np.array([number]) for number in given[1:])).any()
+    assert not is_runnable(given[0], *(np.array([number]) for number in given[1:])).any()
 
 
 def test_counts_in_the_named_alternatives_are_allowed():

@@ -11,15 +11,15 @@ from moreh.errors import PlanError
 from moreh.models.describe.from_source import describe, describe_config
 from moreh.planner.cost.memory import memory
 from moreh.planner.cost.pipeline_bounds import makespan_lower_bound
-from moreh.planner.cost.prediction import Setting, model_flops, predict, setting_of, step_seconds
+from moreh.planner.cost.prediction import Environment, make_environment, model_flops, predict, step_seconds
 from moreh.planner.cost.stage_time import stage_time
-from moreh.planner.hardware.cluster import cluster_of_devices, cluster_of_flavor
+from moreh.planner.hardware.cluster import cluster_for_devices, cluster_for_flavor
 from moreh.planner.plan.layer_balancing import balanced_layers, even_layers
 from moreh.planner.plan.plan import Training
 from moreh.planner.plan.schedules import check_schedule
-from moreh.planner.search.candidates import Restrictions, candidate_tables
+from moreh.planner.search.candidates import Constraints, candidate_tables
 from moreh.planner.search.search import search
-from moreh.planner.software_profile import MOREH, computing_in
+from moreh.planner.software_profile import MOREH, moreh_software
 from tests.conftest import ROOT
 
 MODELS = ROOT / "configs" / "models"
@@ -67,9 +67,9 @@ def exhaustive(training, setting, restrictions):
 def test_pruned_search_returns_the_optimum_of_the_exhaustive_one(
     architecture, device, devices, batch, length, mebibytes
 ):
-    setting = with_memory(setting_of(cluster_of_devices(find_device(device), devices)), mebibytes)
+    setting = with_memory(make_environment(cluster_for_devices(find_device(device), devices)), mebibytes)
     training = Training(architecture, batch, length)
-    everything = exhaustive(training, setting, Restrictions())
+    everything = exhaustive(training, setting, Constraints())
     found = search(training, setting, count=5)
     assert 0 < len(everything) < found.candidates or mebibytes > 60000  # memory does decide in the small cases
     assert found.possible == len(everything)
@@ -80,8 +80,8 @@ def test_pruned_search_returns_the_optimum_of_the_exhaustive_one(
 
 def test_a_wrong_bound_is_seen(monkeypatch):
     """With a bound that is none the search stops too early, so the comparison above can fail."""
-    setting = setting_of(cluster_of_devices(find_device("MI250 GCD"), 16))
-    restrictions = Restrictions(pipeline=4)
+    setting = make_environment(cluster_for_devices(find_device("MI250 GCD"), 16))
+    restrictions = Constraints(pipeline=4)
     right = search(Training(LLAMA, 32, 1024), setting, restrictions, count=1)
     monkeypatch.setattr(
         "moreh.planner.search.search.makespan_lower_bound", lambda *arguments: 1e6 / makespan_lower_bound(*arguments)
@@ -92,7 +92,7 @@ def test_a_wrong_bound_is_seen(monkeypatch):
 
 def test_the_large_case_has_ten_thousand_candidates():
     training = Training(describe(MODELS / "llama3_70b.json"), 512, 1024)
-    setting = setting_of(cluster_of_flavor(find_flavor("8xLarge.4096GB")))
+    setting = make_environment(cluster_for_flavor(find_flavor("8xLarge.4096GB")))
     found = search(training, setting)
     assert found.candidates >= 10_000
     assert 0 < found.possible < found.candidates
@@ -109,10 +109,10 @@ def test_the_large_case_has_ten_thousand_candidates():
 
 def test_candidates_can_all_be_run():
     training = Training(LLAMA, 24, 512)
-    setting = setting_of(cluster_of_devices(find_device("MI250 GCD"), 8))
+    setting = make_environment(cluster_for_devices(find_device("MI250 GCD"), 8))
     plans = [
         table.plan(row)
-        for table in candidate_tables(setting.roofline, setting.cluster, training, Restrictions(max_context=2))
+        for table in candidate_tables(setting.roofline, setting.cluster, training, Constraints(max_context=2))
         for row in range(len(table))
     ]
     assert len(set(plans)) == len(plans)
@@ -138,18 +138,18 @@ def test_candidates_can_all_be_run():
 @pytest.mark.parametrize(
     ("restrictions", "holds"),
     [
-        (Restrictions(pipeline=4), lambda plan: plan.pipeline == 4),
-        (Restrictions(micro_batches=2), lambda plan: plan.micro_batches == 2),
-        (Restrictions(recompute=True), lambda plan: plan.recomputation != "none"),
-        (Restrictions(recompute=False), lambda plan: plan.recomputation == "none"),
-        (Restrictions(shard_parameters=True), lambda plan: plan.sharding == "parameters"),
-        (Restrictions(shard_parameters=False), lambda plan: plan.sharding != "parameters"),
-        (Restrictions(max_tensor=1), lambda plan: plan.tensor == 1),
-        (Restrictions(schedules=("1f1b",)), lambda plan: plan.schedule == "1f1b"),
+        (Constraints(pipeline=4), lambda plan: plan.pipeline == 4),
+        (Constraints(micro_batches=2), lambda plan: plan.micro_batches == 2),
+        (Constraints(recompute=True), lambda plan: plan.recomputation != "none"),
+        (Constraints(recompute=False), lambda plan: plan.recomputation == "none"),
+        (Constraints(shard_parameters=True), lambda plan: plan.sharding == "parameters"),
+        (Constraints(shard_parameters=False), lambda plan: plan.sharding != "parameters"),
+        (Constraints(max_tensor=1), lambda plan: plan.tensor == 1),
+        (Constraints(schedules=("1f1b",)), lambda plan: plan.schedule == "1f1b"),
     ],
 )
 def test_restrictions_hold(restrictions, holds):
-    setting = setting_of(cluster_of_devices(find_device("MI250 GCD"), 8))
+    setting = make_environment(cluster_for_devices(find_device("MI250 GCD"), 8))
     found = search(Training(LLAMA, 16, 512), setting, restrictions, count=50)
     assert found.best
     assert all(holds(best.plan) for best in found.best)
@@ -157,11 +157,11 @@ def test_restrictions_hold(restrictions, holds):
 
 
 def test_what_cannot_be_divided_is_told():
-    setting = setting_of(cluster_of_devices(find_device("MI250 GCD"), 7))
+    setting = make_environment(cluster_for_devices(find_device("MI250 GCD"), 7))
     with pytest.raises(PlanError, match="no plan divides a batch of 5 x 64 over 7 devices"):
         search(Training(GPT, 5, 64), setting)
     with pytest.raises(PlanError, match="3 stages: the number must divide 7 devices"):
-        search(Training(GPT, 7, 64), setting, Restrictions(pipeline=3))
+        search(Training(GPT, 7, 64), setting, Constraints(pipeline=3))
     with pytest.raises(PlanError, match="both numbers must be at least 1"):
         search(Training(GPT, 0, 64), setting)
 
@@ -190,15 +190,15 @@ def random_cases(count):
             int(2 ** generator.integers(7, 13)),
         )
         computes = ["half", "float32"] + (["float8"] if device.float8_flops_per_second else [])
-        implementation = computing_in(str(generator.choice(computes)))
-        yield training, setting_of(cluster_of_devices(device, devices), implementation)
+        implementation = moreh_software(str(generator.choice(computes)))
+        yield training, make_environment(cluster_for_devices(device, devices), implementation)
 
 
 def test_no_prediction_exceeds_the_peak():
     generator = np.random.default_rng(1)
     for training, setting in random_cases(25):
         least = model_flops(training) / setting.peak_flops_per_second
-        for table in candidate_tables(setting.roofline, setting.cluster, training, Restrictions(max_context=2)):
+        for table in candidate_tables(setting.roofline, setting.cluster, training, Constraints(max_context=2)):
             times = stage_time(setting.roofline, setting.cluster, table, training)
             for row in generator.choice(len(table), size=min(4, len(table)), replace=False):
                 seconds = step_seconds(table, int(row), times)
@@ -211,15 +211,15 @@ def test_more_memory_or_a_faster_link_never_makes_the_best_plan_slower():
     changed_memory = changed_link = 0
     for training, setting in random_cases(25):
         device = setting.cluster.device
-        found = search(training, setting, Restrictions(memory_fraction=1), count=1)
+        found = search(training, setting, Constraints(memory_fraction=1), count=1)
         needed = found.smallest_bytes / 2**20
-        small = search(training, with_memory(setting, int(needed * 1.2) + 1), Restrictions(memory_fraction=1), count=1)
-        large = search(training, with_memory(setting, int(needed * 3) + 2), Restrictions(memory_fraction=1), count=1)
+        small = search(training, with_memory(setting, int(needed * 1.2) + 1), Constraints(memory_fraction=1), count=1)
+        large = search(training, with_memory(setting, int(needed * 3) + 2), Constraints(memory_fraction=1), count=1)
         assert large.best[0].step_time_s <= small.best[0].step_time_s
         changed_memory += large.best[0].step_time_s < small.best[0].step_time_s
         for name in ("node_bytes_per_second", "network_bytes_per_second"):
             cluster = replace(setting.cluster, device=replace(device, **{name: 2 * getattr(device, name)}))
-            faster = search(training, replace(setting, cluster=cluster), Restrictions(memory_fraction=1), count=1)
+            faster = search(training, replace(setting, cluster=cluster), Constraints(memory_fraction=1), count=1)
             assert faster.best[0].step_time_s <= found.best[0].step_time_s * (1 + 1e-9)
             changed_link += faster.best[0].step_time_s < found.best[0].step_time_s * (1 - 1e-9)
     assert changed_memory > 5  # neither is so because nothing ever changes
@@ -227,14 +227,14 @@ def test_more_memory_or_a_faster_link_never_makes_the_best_plan_slower():
 
 
 def test_threads_do_not_change_the_result():
-    setting = setting_of(cluster_of_devices(find_device("MI250 GCD"), 8))
+    setting = make_environment(cluster_for_devices(find_device("MI250 GCD"), 8))
     training = Training(LLAMA, 16, 512)
     one, many = search(training, setting), search(training, setting, threads=4)
     assert [best.plan for best in one.best] == [best.plan for best in many.best]
 
 
 def test_parts_of_a_step_add_up():
-    setting = setting_of(cluster_of_devices(find_device("A100 80GB"), 16))
+    setting = make_environment(cluster_for_devices(find_device("A100 80GB"), 16))
     for best in search(Training(LLAMA, 64, 2048), setting, count=30).best:
         parts = best.parts
         total = sum(getattr(parts, name) for name in parts.__dataclass_fields__)
@@ -270,9 +270,11 @@ def test_model_flops_of_a_known_model():
 
 
 def test_float32_is_slower_and_larger():
-    cluster = cluster_of_devices(find_device("A100 80GB"), 8)
+    cluster = cluster_for_devices(find_device("A100 80GB"), 8)
     training = Training(LLAMA, 16, 1024)
-    half, single = (Setting(cluster, setting_of(cluster).efficiency, i) for i in (MOREH, computing_in("float32")))
+    half, single = (
+        Environment(cluster, make_environment(cluster).efficiency, i) for i in (MOREH, moreh_software("float32"))
+    )
     plan = search(training, half, count=1).best[0].plan
     assert predict(plan, training, single).step_time_s > predict(plan, training, half).step_time_s
     assert predict(plan, training, single).memory_bytes > predict(plan, training, half).memory_bytes

@@ -8,11 +8,11 @@ import pytest
 
 from moreh.accelerator.devices import find_device
 from moreh.models.describe.from_source import describe_config
-from moreh.planner.cost.prediction import model_flops, predict, setting_of
-from moreh.planner.hardware.cluster import Cluster, cluster_of_devices, ring_links
+from moreh.planner.cost.prediction import make_environment, model_flops, predict
+from moreh.planner.hardware.cluster import Cluster, cluster_for_devices, ring_links
 from moreh.planner.plan.layer_balancing import balanced_ranks, even_layers
 from moreh.planner.plan.plan import Plan, Training
-from moreh.planner.software_profile import MOREH, computing_in
+from moreh.planner.software_profile import MOREH, moreh_software
 
 DEVICE = find_device("MI250 GCD")
 MODEL = {
@@ -26,7 +26,7 @@ MODEL = {
 }
 LLAMA = describe_config(MODEL, "llama")
 TIED = describe_config({**MODEL, "tie_word_embeddings": True}, "tied")
-EIGHT = setting_of(cluster_of_devices(DEVICE, 8))
+EIGHT = make_environment(cluster_for_devices(DEVICE, 8))
 
 
 def plan(pipeline=1, chunks=1, data=8, count=1, batch=32, **more):
@@ -66,7 +66,7 @@ def test_a_ring_is_inside_a_node_only_if_all_groups_are(node, devices):
 
 
 def test_network_ports_of_a_node_are_shared_by_the_groups_in_it():
-    cluster = cluster_of_devices(DEVICE, 16)
+    cluster = cluster_for_devices(DEVICE, 16)
     ports = DEVICE.network_bytes_per_second
     whole, one = (ring_links(cluster, np.array([s]), np.array([t])).bytes_per_second[0] for s, t in ((16, 1), (2, 8)))
     assert whole == min(8 * ports, DEVICE.node_bytes_per_second)
@@ -138,7 +138,7 @@ def test_frozen_parameters_cost_no_gradient():
 
 def test_float8_without_units_for_it_is_half_precision():
     assert DEVICE.float8_flops_per_second is None
-    setting = replace(EIGHT, implementation=computing_in("float8"))
+    setting = replace(EIGHT, implementation=moreh_software("float8"))
     assert at(setting).step_time_s == pytest.approx(at().step_time_s)
 
 

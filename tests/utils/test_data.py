@@ -15,7 +15,7 @@ import torch
 
 from utils.config.schema import DataSection
 from utils.config.yaml_file import load_config
-from utils.data.batches import batches_of_steps, evaluation_loader, labels_of, pad_rows, training_loader
+from utils.data.batches import collate_padded, evaluation_loader, iter_steps, make_labels, training_loader
 from utils.data.cache import make_once, write_atomically
 from utils.data.data_sources import Pair, read_pairs
 from utils.data.dataset import prepare_data
@@ -224,13 +224,13 @@ def test_rows_are_padded_on_the_right_and_masked_by_their_length(tokenizer):
     ]
     tokenizer.padding_side = "left"
     try:
-        batch = pad_rows(rows, tokenizer, 4)
+        batch = collate_padded(rows, tokenizer, 4)
     finally:
         tokenizer.padding_side = "right"
     assert batch["input_ids"].tolist() == [[0, 6, 0, 0], [7, 0, 0, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 0, 0, 0]]
-    assert labels_of(batch, "response").tolist() == [[-100, 6, 0, -100], [7, -100, -100, -100]]
-    assert labels_of(batch, "all").tolist() == [[0, 6, 0, -100], [7, -100, -100, -100]]
+    assert make_labels(batch, "response").tolist() == [[-100, 6, 0, -100], [7, -100, -100, -100]]
+    assert make_labels(batch, "all").tolist() == [[0, 6, 0, -100], [7, -100, -100, -100]]
 
 
 def test_empty_prompt_is_the_token_that_begins_a_text(tokenizer):
@@ -309,7 +309,7 @@ def test_batches_come_in_a_fixed_order_whatever_their_size(tiny_config):
         config = load_config(str(tiny_config), [f"train.batch_size={batch_size}"])
         data = prepare_data(config, lambda _: None)
         loader = training_loader(data.train, data.tokenizer, config)
-        steps = list(batches_of_steps(loader, accumulation, 6))  # 32 rows, so the fifth step begins a new epoch
+        steps = list(iter_steps(loader, accumulation, 6))  # 32 rows, so the fifth step begins a new epoch
         orders.append([[place for batch in step for place in batch["places"]] for step in steps])
     assert orders[0] == orders[1] == orders[2]
     assert sorted(place for step in orders[0][:4] for place in step) == sorted(data.train["place"])

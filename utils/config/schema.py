@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_vali
 from pydantic_core import PydanticCustomError
 from typing_extensions import Self
 
-from moreh.option import MOST_WORKERS
+from moreh.option import MAX_WORKERS
 
 NonEmpty = Annotated[str, StringConstraints(min_length=1)]
 Positive = Annotated[int, Field(ge=1)]
@@ -81,7 +81,7 @@ class AcceleratorSection(Section):
 
     model: NonEmpty | Positive | None = None
     """Switch the current accelerator to this model first, by name or number; null leaves it as it is."""
-    workers: Annotated[int, Field(ge=1, le=MOST_WORKERS)] | None = None
+    workers: Annotated[int, Field(ge=1, le=MAX_WORKERS)] | None = None
     """Processes that compute; null: as many as the machine has GPUs, else one. The variable MOREH_WORKERS goes before it."""
     advanced_parallelization: ParallelizationSection | None = ParallelizationSection()
     """null: the hook is not called, and the model lives on one physical device in full precision."""

@@ -54,7 +54,7 @@ def training_loader(rows: datasets.Dataset, tokenizer: Any, config: Config) -> D
     return DataLoader(
         rows,
         batch_sampler=ShuffledBatches(len(rows), config.train.batch_size, config.train.seed),
-        collate_fn=partial(pad_rows, tokenizer=tokenizer, length=config.data.max_length),
+        collate_fn=partial(collate_padded, tokenizer=tokenizer, length=config.data.max_length),
         num_workers=config.train.loader_workers,
         generator=torch.Generator(),  # every pass over a loader draws a number, which must not come from the script's
         pin_memory=True,
@@ -66,14 +66,14 @@ def evaluation_loader(rows: datasets.Dataset, tokenizer: Any, config: Config) ->
     return DataLoader(
         rows,
         batch_size=config.log.eval_batch_size or config.train.batch_size,
-        collate_fn=partial(pad_rows, tokenizer=tokenizer, length=config.data.max_length),
+        collate_fn=partial(collate_padded, tokenizer=tokenizer, length=config.data.max_length),
         # Every pass over a loader draws a number, which must not come from the generator that training draws from.
         generator=torch.Generator(),
         pin_memory=True,
     )
 
 
-def pad_rows(rows: list[dict[str, Any]], tokenizer: Any, length: int) -> Batch:
+def collate_padded(rows: list[dict[str, Any]], tokenizer: Any, length: int) -> Batch:
     """A batch of rows, each padded to `length` on the right: positions then count from the first token of the text."""
     input_ids = torch.full((len(rows), length), tokenizer.pad_token_id)
     attention_mask = torch.zeros_like(input_ids)
@@ -109,9 +109,7 @@ def total_steps(loader: DataLoader[Batch], config: Config) -> int:
     return steps
 
 
-def batches_of_steps(
-    loader: DataLoader[Batch], batches_per_step: int, steps: int, done: int = 0
-) -> Iterator[list[Batch]]:
+def iter_steps(loader: DataLoader[Batch], batches_per_step: int, steps: int, done: int = 0) -> Iterator[list[Batch]]:
     """For each step after the first `done` the batches whose gradients it sums, going through the data as often as it takes."""
     assert isinstance(loader.batch_sampler, ShuffledBatches)
     loader.batch_sampler.start_at(done * batches_per_step)
@@ -127,7 +125,7 @@ def batches_of_steps(
         yield step
 
 
-def labels_of(batch: Batch, loss_on: str) -> torch.Tensor:
+def make_labels(batch: Batch, loss_on: str) -> torch.Tensor:
     """The labels `[batch, sequence]` of a batch: its ids, without padding and, for `response`, without the prompts.
 
     They come from the rows' true lengths, which `mask_pads` can only tell from ids.

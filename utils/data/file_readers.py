@@ -8,7 +8,7 @@ from typing import Any
 
 from utils.errors import UserError, first_line
 
-MOST_CHARACTERS_OF_A_FIELD = 2**31 - 1
+MAX_FIELD_CHARACTERS = 2**31 - 1
 # A row's place ("data.jsonl:17") and its fields.
 Record = tuple[str, dict[str, Any]]
 
@@ -86,7 +86,7 @@ def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
     with path.open(encoding="utf-8-sig", newline="") as file:
-        csv.field_size_limit(MOST_CHARACTERS_OF_A_FIELD)  # by default 131,072, less than a long document
+        csv.field_size_limit(MAX_FIELD_CHARACTERS)  # by default 131,072, less than a long document
         reader = csv.reader(file, strict=True)
         try:
             header = next(reader, None)

@@ -9,7 +9,7 @@ from utils.data.python_sources import parse_source, source_files
 from utils.errors import UserError
 
 # Of a text that is worth a summary, and of a summary.
-LEAST_CHARACTERS, LEAST_WORDS = 100, 3
+MIN_CHARACTERS, MIN_WORDS = 100, 3
 # No so many words in a row occur in two pairs.
 PASSAGE_WORDS = 8
 
@@ -53,8 +53,8 @@ def _pairs_of(tree: ast.Module) -> Iterator[tuple[int, str, str]]:
         summary, _, rest = docstring.partition("\n")
         empty, _, text = rest.partition("\n")
         summary, text = summary.rstrip(), text.strip()
-        is_summary = summary.endswith(".") and len(_words(summary)) >= LEAST_WORDS and not empty.strip()
-        if is_summary and len(text) >= LEAST_CHARACTERS:
+        is_summary = summary.endswith(".") and len(_words(summary)) >= MIN_WORDS and not empty.strip()
+        if is_summary and len(text) >= MIN_CHARACTERS:
             yield node.body[0].lineno, text, summary
 
 

@@ -83,7 +83,7 @@ class RunLog:
 
             self._tensorboard = SummaryWriter(str(self.directory / "tensorboard"))
 
-    def go_on(self, done: int) -> None:
+    def resume(self, done: int) -> None:
         """Write on in the directory of the run after so many steps, or make one if there is none.
 
         Raises:
@@ -131,7 +131,7 @@ class RunLog:
         if self.is_writer:
             self._bar = tqdm(total=total_steps, desc="training", unit=" steps", disable=None)
 
-    def step_done(self, metrics: dict[str, float]) -> None:
+    def log_step(self, metrics: dict[str, float]) -> None:
         """Write the figures of a step, any of `METRIC_KEYS`, and move the progress bar."""
         unknown = metrics.keys() - set(METRIC_KEYS)
         assert not unknown, unknown

@@ -63,7 +63,7 @@ class Checkpoints:
             )
         return int(extra["step"]), float(extra["first_eval_loss"])
 
-    def save_if_due(self, step: int, model: Any, optimizer: Any, scheduler: Any, first_eval_loss: float) -> None:
+    def maybe_save(self, step: int, model: Any, optimizer: Any, scheduler: Any, first_eval_loss: float) -> None:
         """Begin to write the state after a step if the settings want it; the training goes on meanwhile.
 
         Raises:

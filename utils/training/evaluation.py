@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from utils.data.batches import Batch, labels_of
+from utils.data.batches import Batch, make_labels
 from utils.data.masks import count_labels
 
 # A little below 1, where a small model still varies but seldom strays.
@@ -19,7 +19,7 @@ def evaluate(model: Any, batches: Iterable[Batch], loss_on: str) -> float:
     loss_sum, label_tokens = 0.0, 0
     with _evaluating(model):
         for batch in batches:
-            labels = labels_of(batch, loss_on)
+            labels = make_labels(batch, loss_on)
             outputs = model(
                 batch["input_ids"].cuda(),
                 attention_mask=batch["attention_mask"].cuda(),
@@ -32,7 +32,7 @@ def evaluate(model: Any, batches: Iterable[Batch], loss_on: str) -> float:
     return loss_sum / label_tokens
 
 
-def write_sample(model: Any, prompt_ids: list[int], tokenizer: Any, max_new_tokens: int) -> str:
+def generate_sample(model: Any, prompt_ids: list[int], tokenizer: Any, max_new_tokens: int) -> str:
     """A continuation of a prompt, until the end of text, `max_new_tokens` or the model's last position.
 
     Equal weights give the same one each time.

@@ -12,8 +12,8 @@ from moreh.models.describe.from_layer import ParameterCount, describe_layer, is_
 from moreh.models.families.config_defaults import DROPOUT_KEYS
 
 # Modules are registered in any order: OPT's final norm stands before its layers.
-BEFORE_LAYERS = re.compile("embed|wpe|project_in|prompt")
-AFTER_LAYERS = re.compile("norm|ln_f|final|project_out")
+PRE_LAYER_NAMES = re.compile("embed|wpe|project_in|prompt")
+POST_LAYER_NAMES = re.compile("norm|ln_f|final|project_out")
 
 
 def describe_module(module: nn.Module) -> Architecture:
@@ -171,7 +171,7 @@ def _outside(
         # A bias that is trained without its weight cannot go with it.
         if id(parameter) in biases and parameter.requires_grad == head.requires_grad and not head_bias:
             head_bias = True
-        elif BEFORE_LAYERS.search(name) or (not layers_seen and not AFTER_LAYERS.search(name)):
+        elif PRE_LAYER_NAMES.search(name) or (not layers_seen and not POST_LAYER_NAMES.search(name)):
             table.add(parameter)
         else:
             final.add(parameter)

@@ -14,7 +14,7 @@ _MAX_SIZE = 2**40
 
 
 @dataclass(frozen=True)
-class Settings:
+class HFConfig:
     """The configuration of a model of a known family.
 
     `values` has each key of the family's table; `keys` gives what the file calls those that it gives.
@@ -118,7 +118,7 @@ class Settings:
         return [window if slides else None for slides in sliding]
 
 
-def read_settings(config: Mapping[str, Any], name: str) -> Settings:
+def read_hf_config(config: Mapping[str, Any], name: str) -> HFConfig:
     """The settings of a configuration whose family, `config["model_type"]`, is in the table, with defaults for what is missing.
 
     Raises PlanError where a value cannot be meant.
@@ -135,4 +135,4 @@ def read_settings(config: Mapping[str, Any], name: str) -> Settings:
         if alias in config and (config[alias] is not None or key not in config):
             values[key] = config[alias]
             keys[key] = alias
-    return Settings(name, family, values, keys)
+    return HFConfig(name, family, values, keys)

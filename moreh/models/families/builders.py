@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from moreh.errors import PlanError
 from moreh.models.architecture import Architecture, DecoderLayer, Linear
-from moreh.models.describe.hf_config import Settings, read_settings
+from moreh.models.describe.hf_config import HFConfig, read_hf_config
 
 # Parameters and the tensors they are in.
 Count = tuple[int, int]
@@ -25,7 +25,7 @@ def architecture_from_config(config: Mapping[str, Any], name: str) -> Architectu
     family = model_type(config, name)
     if family not in FAMILIES:
         raise PlanError(f"{name}: model_type is {family!r}: give one of {', '.join(sorted(FAMILIES))}")
-    return FAMILIES[family](read_settings(config, name))
+    return FAMILIES[family](read_hf_config(config, name))
 
 
 def model_type(config: Mapping[str, Any], name: str) -> str:
@@ -47,7 +47,7 @@ def _norms(count: int, size: int, kind: Literal["rms", "layer"]) -> Count:
 
 
 def _separate_projections(
-    s: Settings, bias: bool, order: str = "qkv", output: str = "self_attn.o_proj"
+    s: HFConfig, bias: bool, order: str = "qkv", output: str = "self_attn.o_proj"
 ) -> tuple[Linear, ...]:
     """Attention with a matrix each for queries, keys, values and the output."""
     widths = {"q": s.heads * s.head_dim, "k": s.kv_heads * s.head_dim, "v": s.kv_heads * s.head_dim}
@@ -56,19 +56,19 @@ def _separate_projections(
     return (*inputs, Linear(output, widths["q"], s.hidden, "row", bias))
 
 
-def _two_matrices(s: Settings, first: str, second: str, bias: bool = True) -> tuple[Linear, Linear]:
+def _two_matrices(s: HFConfig, first: str, second: str, bias: bool = True) -> tuple[Linear, Linear]:
     """A feed-forward network without a gate."""
     return Linear(first, s.hidden, s.inner, "column", bias), Linear(second, s.inner, s.hidden, "row", bias)
 
 
-def _gated_network(s: Settings, bias: bool = False) -> tuple[Linear, ...]:
+def _gated_network(s: HFConfig, bias: bool = False) -> tuple[Linear, ...]:
     """A feed-forward network with a gate."""
     gate = Linear("mlp.gate_proj", s.hidden, s.inner, "column", bias)
     return gate, replace(gate, name="mlp.up_proj"), Linear("mlp.down_proj", s.inner, s.hidden, "row", bias)
 
 
 def _decoder(
-    s: Settings,
+    s: HFConfig,
     linears: Iterable[Linear],
     others: Count,
     final: Count,
@@ -104,7 +104,7 @@ def _decoder(
 
 
 def _rms_decoder(
-    s: Settings,
+    s: HFConfig,
     linears: Iterable[Linear],
     *,
     norms: int = 2,
@@ -117,7 +117,7 @@ def _rms_decoder(
     return _decoder(s, linears, others, _norms(1, s.hidden, "rms"), norm="rms", gated=True, windows=windows)
 
 
-def _gpt2(s: Settings) -> Architecture:
+def _gpt2(s: HFConfig) -> Architecture:
     if s.flag("add_cross_attention"):
         raise s.refuse("add_cross_attention", "false: a model with an encoder cannot be planned")
     hidden = s.hidden
@@ -131,25 +131,25 @@ def _gpt2(s: Settings) -> Architecture:
     return _decoder(s, linears, *norms, norm="layer", rotary=False, table=table)
 
 
-def _gptj(s: Settings) -> Architecture:
+def _gptj(s: HFConfig) -> Architecture:
     attention = _separate_projections(s, bias=False, order="kvq", output="attn.out_proj")
     norms = _norms(1, s.hidden, "layer"), _norms(1, s.hidden, "layer")
     return _decoder(s, attention + _two_matrices(s, "mlp.fc_in", "mlp.fc_out"), *norms, norm="layer", head_bias=True)
 
 
-def _gpt_neox(s: Settings) -> Architecture:
+def _gpt_neox(s: HFConfig) -> Architecture:
     linears = _fused_projections(s, "attention", 3 * s.hidden, s.flag("attention_bias"))
     linears += _two_matrices(s, "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
     return _decoder(s, linears, _norms(2, s.hidden, "layer"), _norms(1, s.hidden, "layer"), norm="layer")
 
 
-def _fused_projections(s: Settings, module: str, outputs: int, bias: bool) -> tuple[Linear, ...]:
+def _fused_projections(s: HFConfig, module: str, outputs: int, bias: bool) -> tuple[Linear, ...]:
     """Attention with one matrix for queries, keys and values together, and one for the output."""
     fused = Linear(f"{module}.query_key_value", s.hidden, outputs, "column", bias)
     return fused, Linear(f"{module}.dense", s.hidden, s.hidden, "row", bias)
 
 
-def _bloom(s: Settings) -> Architecture:
+def _bloom(s: HFConfig) -> Architecture:
     linears = _fused_projections(s, "self_attention", 3 * s.hidden, bias=True)
     linears += _two_matrices(s, "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
     embedding_norm = _norms(1, s.hidden, "layer")
@@ -157,7 +157,7 @@ def _bloom(s: Settings) -> Architecture:
     return _decoder(s, linears, *norms, norm="layer", rotary=False, table=embedding_norm)
 
 
-def _falcon(s: Settings) -> Architecture:
+def _falcon(s: HFConfig) -> Architecture:
     newer = s.flag("new_decoder_architecture")
     if not newer:
         # The older ones have one key-value head or as many as query heads, whatever the file says.
@@ -171,7 +171,7 @@ def _falcon(s: Settings) -> Architecture:
     return _decoder(s, linears, *norms, norm="layer", rotary=not s.flag("alibi"))
 
 
-def _opt(s: Settings) -> Architecture:
+def _opt(s: HFConfig) -> Architecture:
     bias, hidden = s.flag("enable_bias"), s.hidden
     linears = _separate_projections(s, bias, order="kvq", output="self_attn.out_proj")
     linears += _two_matrices(s, "fc1", "fc2", bias)
@@ -187,7 +187,7 @@ def _opt(s: Settings) -> Architecture:
     return _decoder(s, linears, others, final, norm="layer", rotary=False, table=table, embedding_dim=embedding_dim)
 
 
-def _phi(s: Settings) -> Architecture:
+def _phi(s: HFConfig) -> Architecture:
     linears = _separate_projections(s, bias=True, output="self_attn.dense")
     linears += _two_matrices(s, "mlp.fc1", "mlp.fc2")
     parameters, tensors = _norms(1, s.hidden, "layer")
@@ -196,22 +196,22 @@ def _phi(s: Settings) -> Architecture:
     return _decoder(s, linears, (parameters, tensors), _norms(1, s.hidden, "layer"), norm="layer", head_bias=True)
 
 
-def _starcoder2(s: Settings) -> Architecture:
+def _starcoder2(s: HFConfig) -> Architecture:
     bias = s.flag("use_bias")
     linears = _separate_projections(s, bias) + _two_matrices(s, "mlp.c_fc", "mlp.c_proj", bias)
     norms = _norms(2, s.hidden, "layer"), _norms(1, s.hidden, "layer")
     return _decoder(s, linears, *norms, norm="layer", windows=s.windows((True,) * s.layers))
 
 
-def _llama(s: Settings) -> Architecture:
+def _llama(s: HFConfig) -> Architecture:
     return _rms_decoder(s, _separate_projections(s, s.flag("attention_bias")) + _gated_network(s, s.flag("mlp_bias")))
 
 
-def _mistral(s: Settings) -> Architecture:
+def _mistral(s: HFConfig) -> Architecture:
     return _rms_decoder(s, _separate_projections(s, False) + _gated_network(s), windows=s.windows((True,) * s.layers))
 
 
-def _mixtral(s: Settings) -> Architecture:
+def _mixtral(s: HFConfig) -> Architecture:
     experts, active = s.size("num_local_experts"), s.size("num_experts_per_tok")
     if active > experts:
         raise s.refuse("num_experts_per_tok", f"at most the {experts} experts of num_local_experts")
@@ -224,7 +224,7 @@ def _mixtral(s: Settings) -> Architecture:
     return _rms_decoder(s, linears, windows=s.windows((True,) * s.layers))
 
 
-def _qwen_windows(s: Settings) -> list[int | None]:
+def _qwen_windows(s: HFConfig) -> list[int | None]:
     if not s.flag("use_sliding_window"):
         return [None] * s.layers
     first = s.values["max_window_layers"]
@@ -233,29 +233,29 @@ def _qwen_windows(s: Settings) -> list[int | None]:
     return s.windows(tuple(layer >= first for layer in range(s.layers)))
 
 
-def _qwen2(s: Settings) -> Architecture:
+def _qwen2(s: HFConfig) -> Architecture:
     attention = _separate_projections(s, bias=True)
     output = replace(attention[-1], bias=False)
     return _rms_decoder(s, (*attention[:-1], output, *_gated_network(s)), windows=_qwen_windows(s))
 
 
-def _qwen3(s: Settings) -> Architecture:
+def _qwen3(s: HFConfig) -> Architecture:
     linears = _separate_projections(s, s.flag("attention_bias")) + _gated_network(s)
     return _rms_decoder(s, linears, more=_norms(2, s.head_dim, "rms"), windows=_qwen_windows(s))
 
 
-def _gemma(s: Settings) -> Architecture:
+def _gemma(s: HFConfig) -> Architecture:
     return _rms_decoder(s, _separate_projections(s, s.flag("attention_bias")) + _gated_network(s))
 
 
-def _gemma2(s: Settings) -> Architecture:
+def _gemma2(s: HFConfig) -> Architecture:
     windows = s.windows(tuple(layer % 2 == 0 for layer in range(s.layers)))
     return _rms_decoder(
         s, _separate_projections(s, s.flag("attention_bias")) + _gated_network(s), norms=4, windows=windows
     )
 
 
-def _phi3(s: Settings) -> Architecture:
+def _phi3(s: HFConfig) -> Architecture:
     linears = (
         Linear("self_attn.o_proj", s.heads * s.head_dim, s.hidden, "row"),
         Linear("self_attn.qkv_proj", s.hidden, (s.heads + 2 * s.kv_heads) * s.head_dim, "column"),
@@ -265,7 +265,7 @@ def _phi3(s: Settings) -> Architecture:
     return _rms_decoder(s, linears, windows=s.windows((True,) * s.layers))
 
 
-FAMILIES: Mapping[str, Callable[[Settings], Architecture]] = {
+FAMILIES: Mapping[str, Callable[[HFConfig], Architecture]] = {
     "bloom": _bloom,
     "falcon": _falcon,
     "gemma": _gemma,

@@ -9,7 +9,7 @@ from moreh.planner.cost.layer_time import micro_batch_tokens
 from moreh.planner.plan.arrays import Floats
 from moreh.planner.plan.plan import Training
 from moreh.planner.plan.plan_table import FULL, SELECTIVE, PlanTable
-from moreh.planner.software_profile import Implementation
+from moreh.planner.software_profile import SoftwareProfile
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class _Tensors:
         return self.norms + self.masks + self.attention + self.scores + self.products + self.activated
 
 
-def layer_activations(plans: PlanTable, training: Training, implementation: Implementation) -> LayerActivations:
+def layer_activations(plans: PlanTable, training: Training, implementation: SoftwareProfile) -> LayerActivations:
     """The mean over the model's layers."""
     architecture = training.architecture
     result = LayerActivations(*(np.zeros(len(plans)) for _ in fields(LayerActivations)))
@@ -73,7 +73,7 @@ def layer_activations(plans: PlanTable, training: Training, implementation: Impl
 
 
 def _layer_tensors(
-    plans: PlanTable, training: Training, implementation: Implementation, layer: DecoderLayer
+    plans: PlanTable, training: Training, implementation: SoftwareProfile, layer: DecoderLayer
 ) -> _Tensors:
     """What a layer keeps without recomputation."""
     architecture = training.architecture
@@ -111,7 +111,7 @@ def _layer_tensors(
     )
 
 
-def _selective(plans: PlanTable, training: Training, implementation: Implementation, layer: DecoderLayer) -> Floats:
+def _selective(plans: PlanTable, training: Training, implementation: SoftwareProfile, layer: DecoderLayer) -> Floats:
     """Bytes kept with selective recomputation."""
     tensors = _layer_tensors(plans, training, implementation, layer)
     if not is_fused(training.architecture, implementation):
@@ -122,7 +122,7 @@ def _selective(plans: PlanTable, training: Training, implementation: Implementat
     return kept - implementation.recomputed_products * (kept - tensors.wide)
 
 
-def _backward(tensors: _Tensors, architecture: Architecture, implementation: Implementation) -> Floats:
+def _backward(tensors: _Tensors, architecture: Architecture, implementation: SoftwareProfile) -> Floats:
     """The highest moment of a layer's backward pass, which frees what is kept on its way from the result to the input."""
     # The activation's: its result is replaced by that one's gradient, and both factors of a product get a gradient. A chain of
     # kernels for the activation ends in such a product too; a single one has one input, of `products`' size.
@@ -133,17 +133,17 @@ def _backward(tensors: _Tensors, architecture: Architecture, implementation: Imp
     return np.maximum(network, attention)
 
 
-def is_fused(architecture: Architecture, implementation: Implementation) -> bool:
+def is_fused(architecture: Architecture, implementation: SoftwareProfile) -> bool:
     """Whether attention writes no scores to memory."""
     return implementation.fused_attention and (implementation.fused_dropout or not architecture.dropout)
 
 
-def mask_bytes(size: int, implementation: Implementation) -> int:
+def mask_bytes(size: int, implementation: SoftwareProfile) -> int:
     """Bytes of one number of the mask of dropout over numbers of `size` bytes."""
     return size if implementation.mask_bytes is None else implementation.mask_bytes
 
 
-def residual_bytes(implementation: Implementation) -> int:
+def residual_bytes(implementation: SoftwareProfile) -> int:
     """Bytes of one number of the residual stream."""
     return implementation.weight_bytes if implementation.autocast else implementation.activation_bytes
 
@@ -154,7 +154,7 @@ def residual_stream(plans: PlanTable, training: Training) -> Floats:
     return numbers / np.where(plans.sequence_parallel, plans.tensor, 1)
 
 
-def norm_bytes(wide: Floats, architecture: Architecture, implementation: Implementation) -> Floats:
+def norm_bytes(wide: Floats, architecture: Architecture, implementation: SoftwareProfile) -> Floats:
     """Bytes of what one norm keeps of a residual stream of `wide` numbers, without its result, which a product keeps."""
     copies = implementation.rms_norm_copies if architecture.norm == "rms" else implementation.norm_copies
     return wide * copies * residual_bytes(implementation)
@@ -166,7 +166,7 @@ def inner_width(layer: DecoderLayer) -> int:
     return max(0, columns - (layer.heads + 2 * layer.kv_heads) * layer.head_dim)
 
 
-def embedding_activations(plans: PlanTable, training: Training, implementation: Implementation) -> Floats:
+def embedding_activations(plans: PlanTable, training: Training, implementation: SoftwareProfile) -> Floats:
     """Bytes that the first stage keeps besides its layers: token ids, 8 bytes each, and a dropout mask."""
     architecture = training.architecture
     tokens = micro_batch_tokens(plans, training)
@@ -174,13 +174,13 @@ def embedding_activations(plans: PlanTable, training: Training, implementation: 
     return np.asarray(tokens * (8.0 + mask * architecture.hidden), dtype=np.float64)
 
 
-def final_activations(plans: PlanTable, training: Training, implementation: Implementation) -> Floats:
+def final_activations(plans: PlanTable, training: Training, implementation: SoftwareProfile) -> Floats:
     """Bytes that the last stage keeps for its final norm and as the output layer's input, [n]."""
     wide = residual_stream(plans, training)
     return norm_bytes(wide, training.architecture, implementation) + wide * implementation.activation_bytes
 
 
-def product_results(plans: PlanTable, training: Training) -> Floats:
+def matmul_output_elements(plans: PlanTable, training: Training) -> Floats:
     """Elements that the matrix products of a layer give for one micro-batch on each device: the mean over the layers, [n]."""
     tokens = micro_batch_tokens(plans, training)
     architecture = training.architecture

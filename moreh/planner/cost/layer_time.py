@@ -76,8 +76,8 @@ def _one_layer(
     keys = 2 * layer.kv_heads * layer.head_dim / plans.tensor * tokens * plans.context * implementation.activation_bytes
     context_links = ring_links(cluster, plans.context, plans.tensor)
     key_gather_s = roofline.ring_s(keys, context_links)
-    attention_s = roofline.beside_s(attention_s, key_gather_s)
-    attention_back_s = roofline.beside_s(attention_back_s, 2 * key_gather_s)
+    attention_s = roofline.overlapped_s(attention_s, key_gather_s)
+    attention_back_s = roofline.overlapped_s(attention_back_s, 2 * key_gather_s)
 
     # All-reduce after attention and after the feed-forward network, in both directions (https://arxiv.org/abs/1909.08053);
     # with sequence parallelism a reduce-scatter and an all-gather instead (https://arxiv.org/abs/2205.05198).
@@ -85,7 +85,7 @@ def _one_layer(
     exchange_s = 4 * roofline.ring_s(tokens * hidden * implementation.activation_bytes, links)
     forward_s = products_s + attention_s + elementwise_s
     if implementation.overlaps_tensor:
-        exchange_s = roofline.beside_s(products_s, exchange_s) - products_s
+        exchange_s = roofline.overlapped_s(products_s, exchange_s) - products_s
 
     waiting = np.where(plans.tensor > 1, roofline.efficiency.skew, 0.0)
     backward_s = inputs_s + weights_s + attention_back_s + elementwise_back_s
@@ -114,10 +114,10 @@ def _linear_s(
         outputs = linear.outputs / (plans.tensor if linear.split == "column" else 1)
         # Each expert gets its share of the tokens.
         rows, batch = tokens * linear.active / linear.copies, linear.copies
-        forward = forward + roofline.product_s(rows, outputs, inputs, batch)
-        backward = backward + roofline.product_s(rows, inputs, outputs, batch)
+        forward = forward + roofline.matmul_s(rows, outputs, inputs, batch)
+        backward = backward + roofline.matmul_s(rows, inputs, outputs, batch)
         if not linear.frozen:
-            weights = weights + roofline.product_s(inputs, outputs, rows, batch)
+            weights = weights + roofline.matmul_s(inputs, outputs, rows, batch)
     return forward, backward, weights
 
 
@@ -136,7 +136,7 @@ def _attention_s(
         return forward, FUSED_ATTENTION_BACKWARD * forward
     batch = plans.micro_batch_size * heads
     queries = length / plans.context
-    products = roofline.product_s(queries, length, layer.head_dim, batch) + roofline.product_s(
+    products = roofline.matmul_s(queries, length, layer.head_dim, batch) + roofline.matmul_s(
         queries, layer.head_dim, length, batch
     )
     # Each score is written, read and written by the masked softmax, by dropout with its mask, and read: 2 bytes each.
@@ -190,9 +190,9 @@ def head_time(roofline: Roofline, cluster: Cluster, plans: PlanTable, training: 
     links: Links = ring_links(cluster, plans.tensor, np.ones_like(plans.tensor))
     exchange_s = 2 * roofline.ring_s(tokens * hidden * roofline.implementation.activation_bytes, links)
     passes_s = roofline.memory_s(tokens * columns * roofline.implementation.logit_passes_bytes / 2, kernels=4)
-    backward = roofline.product_s(tokens, hidden, columns)
+    backward = roofline.matmul_s(tokens, hidden, columns)
     if not head_is_frozen(training.architecture):
-        backward = backward + roofline.product_s(hidden, columns, tokens)
+        backward = backward + roofline.matmul_s(hidden, columns, tokens)
     return EdgeTime(
-        forward_s=roofline.product_s(tokens, columns, hidden) + passes_s, backward_s=backward + passes_s + exchange_s
+        forward_s=roofline.matmul_s(tokens, columns, hidden) + passes_s, backward_s=backward + passes_s + exchange_s
     )

@@ -8,7 +8,7 @@ from moreh.planner.cost.activation_memory import (
     embedding_activations,
     final_activations,
     layer_activations,
-    product_results,
+    matmul_output_elements,
     residual_bytes,
     residual_stream,
 )
@@ -31,7 +31,7 @@ from moreh.planner.plan.arrays import Floats, Integers
 from moreh.planner.plan.plan import Training
 from moreh.planner.plan.plan_table import PARAMETERS, PlanTable
 from moreh.planner.plan.schedules import SPLIT_BACKWARD, peak_waiting_weights
-from moreh.planner.software_profile import Implementation
+from moreh.planner.software_profile import SoftwareProfile
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Memory:
         return np.asarray(sum(parts) + self.fragmentation)
 
 
-def memory(plans: PlanTable, training: Training, implementation: Implementation) -> Memory:
+def memory(plans: PlanTable, training: Training, implementation: SoftwareProfile) -> Memory:
     """The memory of every plan."""
     states = states_of(plans, training, implementation)
     if not implementation.reuses_memory:
@@ -71,7 +71,7 @@ def memory(plans: PlanTable, training: Training, implementation: Implementation)
     return Memory(**{field.name: at_highest(field.name) for field in fields(Memory)})
 
 
-def _sum_of_moments(states: States, plans: PlanTable, training: Training, implementation: Implementation) -> Memory:
+def _sum_of_moments(states: States, plans: PlanTable, training: Training, implementation: SoftwareProfile) -> Memory:
     """What a step needs at any moment, added up."""
     sharding = plans.sharding[:, None]
     # Unsharded, a new gradient of that matrix exists before it is added to the one that is there.
@@ -89,7 +89,7 @@ def _sum_of_moments(states: States, plans: PlanTable, training: Training, implem
     activations = in_flight * layers_of_stage(plans) * layer.kept[:, None] + layer.working[:, None]
     activations[:, 0] += in_flight[:, 0] / plans.chunks * embedding_activations(plans, training, implementation)
     if plans.schedule in SPLIT_BACKWARD:
-        results = product_results(plans, training) * implementation.activation_bytes
+        results = matmul_output_elements(plans, training) * implementation.activation_bytes
         waiting = for_each_count(plans, peak_waiting_weights)
         activations += waiting * layers_of_stage(plans) * results[:, None]
     logits = logit_elements(plans, training, implementation) * implementation.logit_bytes
@@ -105,7 +105,7 @@ def _sum_of_moments(states: States, plans: PlanTable, training: Training, implem
     )
 
 
-def _moments(states: States, plans: PlanTable, training: Training, implementation: Implementation) -> list[Memory]:
+def _moments(states: States, plans: PlanTable, training: Training, implementation: SoftwareProfile) -> list[Memory]:
     """The moments of a step that may be its highest one."""
     none = np.zeros_like(states.held)
     first, last = edge_ranks(plans)

@@ -12,7 +12,7 @@ from moreh.planner.plan.arrays import Floats, Integers
 from moreh.planner.plan.plan import Schedule, Training
 from moreh.planner.plan.plan_table import FULL, GRADIENTS, OPTIMIZER, PARAMETERS, PlanTable, per_rank, stage_ranks
 from moreh.planner.plan.schedules import peak_in_flight
-from moreh.planner.software_profile import Implementation
+from moreh.planner.software_profile import SoftwareProfile
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class States:
     exchanged: Floats
 
 
-def states_of(plans: PlanTable, training: Training, implementation: Implementation) -> States:
+def states_of(plans: PlanTable, training: Training, implementation: SoftwareProfile) -> States:
     """What parameters, gradients and optimizer state take, and the buffers of their exchange."""
     shards = (plans.data * plans.context)[:, None]
     sharding = plans.sharding[:, None]
@@ -77,7 +77,7 @@ class Copies:
     head: Floats
 
 
-def copies_of_weights(states: States, plans: PlanTable, training: Training, implementation: Implementation) -> Copies:
+def copies_of_weights(states: States, plans: PlanTable, training: Training, implementation: SoftwareProfile) -> Copies:
     """Copies of weights in low precision that exist for a while."""
     # Copies that last are among the states' weights.
     lasting = not implementation.autocast
@@ -104,7 +104,7 @@ class Gradients:
     head: Floats
 
 
-def gradients_held(states: States, plans: PlanTable, training: Training, implementation: Implementation) -> Gradients:
+def gradients_held(states: States, plans: PlanTable, training: Training, implementation: SoftwareProfile) -> Gradients:
     """All gradients exist if they were not freed, or not since the micro-batch before; else those that the pass has passed."""
     everything = states.trained * states.gradient
     trainable, size = states.trainable, implementation.gradient_bytes
@@ -146,7 +146,7 @@ def layers_of_stage(plans: PlanTable) -> Floats:
     return per_rank(plans, plans.stage_layers.astype(np.float64)) / plans.chunks
 
 
-def logit_elements(plans: PlanTable, training: Training, implementation: Implementation) -> Floats:
+def logit_elements(plans: PlanTable, training: Training, implementation: SoftwareProfile) -> Floats:
     """How many logits there are at once, [n, pipeline]."""
     columns = training.architecture.vocabulary / plans.tensor
     logits = np.zeros((len(plans), plans.pipeline))
@@ -173,7 +173,7 @@ def feed_forward(layer: DecoderLayer) -> list[Linear]:
 
 
 def optimizer_temporaries(
-    states: States, plans: PlanTable, training: Training, implementation: Implementation
+    states: States, plans: PlanTable, training: Training, implementation: SoftwareProfile
 ) -> Floats:
     """Bytes that the optimizer needs at most while it updates a rank's parameters one after the other, [n, pipeline]."""
     count = implementation.optimizer_temporaries
@@ -199,7 +199,7 @@ def for_each_count(plans: PlanTable, peak: Callable[[Schedule, int, int, int], I
     return result
 
 
-def stages_in_flight(plans: PlanTable, implementation: Implementation) -> Floats:
+def stages_in_flight(plans: PlanTable, implementation: SoftwareProfile) -> Floats:
     """Micro-batches whose activations a rank holds at the peak, counted in stages: [n, pipeline]."""
     result = for_each_count(plans, peak_in_flight)
     if plans.pipeline > 1:

@@ -15,16 +15,16 @@ from moreh.planner.hardware.measured_device import cluster_of, efficiency_of, lo
 from moreh.planner.hardware.roofline import Roofline
 from moreh.planner.plan.plan import Plan, Training
 from moreh.planner.plan.plan_table import PlanTable, table_of_plans
-from moreh.planner.software_profile import MOREH, Implementation
+from moreh.planner.software_profile import MOREH, SoftwareProfile
 
 
 @dataclass(frozen=True)
-class Setting:
+class Environment:
     """Where and with which software a training runs: all that a prediction needs besides the plan."""
 
     cluster: Cluster
     efficiency: Efficiency
-    implementation: Implementation
+    implementation: SoftwareProfile
 
     @property
     def roofline(self) -> Roofline:
@@ -36,15 +36,15 @@ class Setting:
         """The peak of all devices together, in the precision that the implementation computes in."""
         device = self.cluster.device
         rates = {"float32": device.float32_flops_per_second, "float8": device.float8_flops_per_second}
-        return self.cluster.devices * (rates.get(self.implementation.compute) or device.half_flops_per_second)
+        return self.cluster.devices * (rates.get(self.implementation.compute) or device.bf16_flops_per_second)
 
 
-def setting_of(cluster: Cluster, implementation: Implementation = MOREH) -> Setting:
+def make_environment(cluster: Cluster, implementation: SoftwareProfile = MOREH) -> Environment:
     """A cluster with the measured efficiency of its class of devices."""
-    return Setting(cluster, find_efficiency(cluster.device.efficiency), implementation)
+    return Environment(cluster, find_efficiency(cluster.device.efficiency), implementation)
 
 
-def setting_of_this_machine(workers: int, implementation: Implementation) -> Setting:
+def measured_environment(workers: int, implementation: SoftwareProfile) -> Environment:
     """So many workers of this machine, whose rates are measured in some seconds unless that was done before.
 
     Raises:
@@ -52,7 +52,7 @@ def setting_of_this_machine(workers: int, implementation: Implementation) -> Set
         RegistryError: the state directory, where the figures are kept, cannot be used.
     """
     profile = local_profile(workers)
-    return Setting(cluster_of(profile), efficiency_of(profile, implementation.compute), implementation)
+    return Environment(cluster_of(profile), efficiency_of(profile, implementation.compute), implementation)
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ NOTABLE = 0.05
 
 
 @dataclass(frozen=True)
-class StepParts:
+class StepBreakdown:
     """Where the seconds of a step go on the devices of the busiest stage; together the step time.
 
     `bubble_s` is waiting for other stages, `data_exchange_s` for parameters and gradients that are exchanged during the
@@ -119,7 +119,7 @@ class Prediction:
     step_time_s: float
     tokens_per_second: float
     mfu: float
-    parts: StepParts
+    parts: StepBreakdown
     memory: tuple[DeviceMemory, ...]
     stage_forward_s: tuple[float, ...]
     stage_backward_s: tuple[float, ...]
@@ -151,7 +151,7 @@ def model_flops(training: Training) -> float:
     return flops
 
 
-def predict(plan: Plan, training: Training, setting: Setting) -> Prediction:
+def predict(plan: Plan, training: Training, setting: Environment) -> Prediction:
     """The cost of one plan."""
     table = table_of_plans([plan])
     times = stage_time(setting.roofline, setting.cluster, table, training)
@@ -170,16 +170,16 @@ def step_seconds(table: PlanTable, row: int, times: StageTime) -> float:
         float(times.weight_fraction[row]),
         float(times.send_s[row]),
     )
-    return pipeline_s + float(times.finish_s[row])
+    return pipeline_s + float(times.tail_s[row])
 
 
 def predict_row(
-    table: PlanTable, row: int, times: StageTime, needed: Memory, training: Training, setting: Setting
+    table: PlanTable, row: int, times: StageTime, needed: Memory, training: Training, setting: Environment
 ) -> Prediction:
     """The cost of one row of a table, from the arrays that were computed for all of it."""
     seconds = step_seconds(table, row, times)
     count = int(table.micro_batches[row])
-    parts = StepParts(
+    parts = StepBreakdown(
         computation_s=count * float(times.computation_s[row]),
         recomputation_s=count * float(times.recomputation_s[row]),
         tensor_exchange_s=count * float(times.tensor_exchange_s[row]),

@@ -12,7 +12,7 @@ from moreh.planner.plan.arrays import Booleans, Floats
 from moreh.planner.plan.plan import Training
 from moreh.planner.plan.plan_table import GRADIENTS, OPTIMIZER, PARAMETERS, WHOLE, PlanTable, per_rank, stage_ranks
 from moreh.planner.plan.schedules import SPLIT_BACKWARD
-from moreh.planner.software_profile import Implementation
+from moreh.planner.software_profile import SoftwareProfile
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class StageTime:
     """Seconds of one micro-batch in each stage, [n, stages]; of a transfer between stages, [n]; and of a step's end, [n].
 
     `backward_s` contains recomputation. `weight_fraction` is the share of it that a split backward pass can put off, [n].
-    `finish_s` is the exchange of gradients that computation does not hide, plus the optimizer. The rest says what `forward_s`
+    `tail_s` is the exchange of gradients that computation does not hide, plus the optimizer. The rest says what `forward_s`
     and `backward_s` consist of in the busiest rank, seconds a micro-batch, [n]: matrix products and kernels, recomputation,
     tensor-parallel communication, and waiting for parameters and gradients of the data-parallel group.
     """
@@ -37,7 +37,7 @@ class StageTime:
     data_exchange_s: Floats
 
     @property
-    def finish_s(self) -> Floats:
+    def tail_s(self) -> Floats:
         """What follows the last micro-batch, [n]."""
         return self.gradients_s + self.optimizer_s
 
@@ -91,7 +91,7 @@ def ends_are_apart(plans: PlanTable) -> bool:
     return bool(ranks[0] != ranks[-1])
 
 
-def reshards_each_micro_batch(pipeline: int, implementation: Implementation) -> bool:
+def reshards_each_micro_batch(pipeline: int, implementation: SoftwareProfile) -> bool:
     """Whether sharded parameters are gathered, and sharded gradients reduced, for each micro-batch and not once a step."""
     return pipeline == 1 or implementation.reshards_in_pipeline
 
@@ -126,7 +126,7 @@ def stage_time(roofline: Roofline, cluster: Cluster, plans: PlanTable, training:
         exchange = np.where(gathers > 0, roofline.ring_s(gather * gathers, links), 0.0)
         exchange = exchange + np.where(reduces > 0, roofline.ring_s(reduce * reduces, links), 0.0)
         if implementation.overlaps_data:
-            return roofline.beside_s(computation, exchange)
+            return roofline.overlapped_s(computation, exchange)
         return computation + exchange
 
     none = np.zeros(len(plans))
@@ -171,7 +171,7 @@ def _both(edge: EdgeTime, applies: Booleans) -> Floats:
     return np.where(applies, edge.forward_s + edge.backward_s, 0.0)
 
 
-def activation_bytes_between_stages(plans: PlanTable, training: Training, implementation: Implementation) -> Floats:
+def activation_bytes_between_stages(plans: PlanTable, training: Training, implementation: SoftwareProfile) -> Floats:
     """Bytes that a device sends to the next stage for a micro-batch, [n]."""
     parts = np.where(plans.sequence_parallel, plans.tensor, 1)
     return micro_batch_tokens(plans, training) * training.architecture.hidden * implementation.activation_bytes / parts
@@ -227,8 +227,8 @@ def _finish(
         # hooks that would start an exchange, so there it comes after the step.
         last = backward_s.max(axis=1)
         if plans.schedule not in SPLIT_BACKWARD:
-            once = roofline.beside_s(last, once) - last
-        after = roofline.beside_s(last, after) - last
+            once = roofline.overlapped_s(last, once) - last
+        after = roofline.overlapped_s(last, after) - last
 
     # AdamW reads gradient, weight and state and writes the latter two; clipping reads the gradient once more.
     moved = 2 * implementation.gradient_bytes + 2 * (implementation.weight_bytes + implementation.optimizer_bytes)

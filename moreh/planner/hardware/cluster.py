@@ -23,12 +23,12 @@ class Cluster:
         return -(-self.devices // self.devices_per_node)
 
 
-def cluster_of_flavor(flavor: Flavor) -> Cluster:
+def cluster_for_flavor(flavor: Flavor) -> Cluster:
     """The devices of an accelerator."""
     return Cluster(flavor.device, flavor.devices, flavor.devices // flavor.nodes)
 
 
-def cluster_of_devices(device: Device, devices: int, network_bytes_per_second: float | None = None) -> Cluster:
+def cluster_for_devices(device: Device, devices: int, network_bytes_per_second: float | None = None) -> Cluster:
     """`devices` of one kind in nodes of the usual size, with another network where one is given (bytes/s of a device)."""
     if network_bytes_per_second is not None:
         device = replace(device, network_bytes_per_second=network_bytes_per_second)

@@ -10,7 +10,7 @@ from moreh.errors import PlanError
 
 _DATA = Path(__file__).parent / "data" / "efficiency.json"
 # With fewer published runs than this, the worst one counts.
-FEW_RUNS = 10
+MIN_RUNS_FOR_QUANTILE = 10
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Uncertainty:
         extremes = f"from {abs(self.lowest):.0%} too fast to {max(0.0, self.highest):.0%} too slow"
         if self.runs == 0:
             return f"within {self.error:.0%} for 4 of 5 published runs on other devices; there is none on these"
-        if self.runs < FEW_RUNS:
+        if self.runs < MIN_RUNS_FOR_QUANTILE:
             return f"{extremes} in {self.runs} published run{'s' if self.runs > 1 else ''} on such devices"
         return f"within {self.error:.0%} for 4 of 5 of {self.runs} published runs on such devices ({extremes})"
 

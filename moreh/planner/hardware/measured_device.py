@@ -20,7 +20,7 @@ from moreh.log import logger
 from moreh.planner.hardware.cluster import Cluster
 from moreh.planner.hardware.efficiency import Efficiency
 from moreh.planner.hardware.roofline import Roofline
-from moreh.planner.software_profile import Implementation
+from moreh.planner.software_profile import SoftwareProfile
 
 NAME = "this machine"
 # Of what is measured and of the file that keeps it: older files are not read.
@@ -33,7 +33,7 @@ _WAVES = (0.0, *np.geomspace(0.01, 4, 27).tolist())
 
 
 @dataclass(frozen=True)
-class MeasuredProduct:
+class MeasuredMatmul:
     """Seconds of `[rows, inner] x [inner, outer]`; `compute` is "float32" or "half" (bfloat16, float16 where there is none)."""
 
     compute: str
@@ -73,9 +73,9 @@ class LocalProfile:
     threads_per_worker: int
     memory_mib: int
     compute_units: int
-    products: tuple[MeasuredProduct, ...]
+    products: tuple[MeasuredMatmul, ...]
     attention_float32_flops_per_second: float
-    attention_half_flops_per_second: float
+    attention_bf16_flops_per_second: float
     memory_bytes_per_second: float
     forward_operation_s: float
     autograd_operation_s: float
@@ -156,7 +156,7 @@ def device_of(profile: LocalProfile) -> Device:
     """
     return replace(
         _measured_device(profile),
-        half_flops_per_second=profile.best_rate("half") * max(1.0, _fitted(profile, "half").matmul),
+        bf16_flops_per_second=profile.best_rate("half") * max(1.0, _fitted(profile, "half").matmul),
         float32_flops_per_second=profile.best_rate("float32") * max(1.0, _fitted(profile, "float32").matmul),
     )
 
@@ -166,7 +166,7 @@ def _measured_device(profile: LocalProfile) -> Device:
     return Device(
         name=NAME,
         memory_mib=profile.memory_mib,
-        half_flops_per_second=profile.best_rate("half"),
+        bf16_flops_per_second=profile.best_rate("half"),
         float32_flops_per_second=profile.best_rate("float32"),
         float8_flops_per_second=None,
         memory_bytes_per_second=profile.memory_bytes_per_second,
@@ -189,7 +189,7 @@ def cluster_of(profile: LocalProfile) -> Cluster:
 def efficiency_of(profile: LocalProfile, compute: str = "half") -> Efficiency:
     """The constants with which a Roofline over `device_of(profile)` gives the measured times of one type.
 
-    `compute` is that of the Implementation; float8, for which nothing is measured, counts as half.
+    `compute` is that of the SoftwareProfile; float8, for which nothing is measured, counts as half.
     """
     fitted = _fitted(profile, "float32" if compute == "float32" else "half")
     scale = max(1.0, fitted.matmul)
@@ -200,7 +200,7 @@ def efficiency_of(profile: LocalProfile, compute: str = "half") -> Efficiency:
 def _fitted(profile: LocalProfile, kind: str) -> Efficiency:
     """The constants over `_measured_device(profile)`; `matmul` is above 1 where larger products would be faster still."""
     attention = (
-        profile.attention_float32_flops_per_second if kind == "float32" else profile.attention_half_flops_per_second
+        profile.attention_float32_flops_per_second if kind == "float32" else profile.attention_bf16_flops_per_second
     )
     hop_s = profile.ring[0] / max(1, profile.workers - 1)
     start = Efficiency(
@@ -231,15 +231,15 @@ def _fit_products(profile: LocalProfile, kind: str, start: Efficiency) -> Effici
     roofline = Roofline(
         _measured_device(profile),
         start,
-        Implementation(NAME, compute=kind, activation_bytes=4 if kind == "float32" else 2),
+        SoftwareProfile(NAME, compute=kind, activation_bytes=4 if kind == "float32" else 2),
     )
 
     def fitted(depth: float, waves: float) -> tuple[float, Efficiency]:
         efficiency = replace(start, matmul_depth=depth, matmul_waves=waves)
-        times = replace(roofline, efficiency=efficiency).product_s(rows, outer, inner)
+        times = replace(roofline, efficiency=efficiency).matmul_s(rows, outer, inner)
         matmul = float(1 / np.median(measured / times))
         efficiency = replace(efficiency, matmul=matmul, float8=matmul)
-        times = replace(roofline, efficiency=efficiency).product_s(rows, outer, inner)
+        times = replace(roofline, efficiency=efficiency).matmul_s(rows, outer, inner)
         return float(np.mean(np.abs(np.log(measured / times)))), efficiency
 
     return min((fitted(depth, waves) for depth in _DEPTHS for waves in _WAVES), key=lambda found: found[0])[1]
@@ -318,7 +318,7 @@ def _read_profile(path: Path, key: dict[str, Any]) -> LocalProfile | None:
 
 def _profile_of(figures: dict[str, Any]) -> LocalProfile:
     """A profile from JSON. KeyError, TypeError or ValueError where it is none."""
-    products = tuple(MeasuredProduct(**row) for row in figures["products"])
+    products = tuple(MeasuredMatmul(**row) for row in figures["products"])
     collectives = tuple(MeasuredCollective(**row) for row in figures["collectives"])
     profile = LocalProfile(**figures | {"products": products, "collectives": collectives})
     rates = [profile.best_rate("half"), profile.best_rate("float32"), profile.memory_bytes_per_second]

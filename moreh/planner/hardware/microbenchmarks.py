@@ -85,7 +85,7 @@ class Worker:
         return {
             "products": _records(seconds, "product", ("compute", "rows", "inner", "outer")),
             "attention_float32_flops_per_second": attention_flops / seconds["attention", "float32"],
-            "attention_half_flops_per_second": attention_flops / seconds["attention", "half"],
+            "attention_bf16_flops_per_second": attention_flops / seconds["attention", "half"],
             "memory_bytes_per_second": moved / (seconds["copy",] + seconds["add",]),
             # A part of what the other figure is of: where it seems longer, another program has disturbed all its passes.
             "forward_operation_s": min(seconds["forward",], seconds["autograd",]) / CHAIN,
@@ -102,12 +102,12 @@ class Worker:
         for compute, dtype in {"float32": torch.float32, "half": self.half}.items():
             for rows, inner, outer in DEPTHS + RESULTS:
                 rows, outer = rows * self.scale, outer * self.scale
-                figures["product", compute, rows, inner, outer] = self._product_s(rows, inner, outer, dtype)
+                figures["product", compute, rows, inner, outer] = self._matmul_s(rows, inner, outer, dtype)
             figures["attention", compute] = self._attention_s(dtype)
         figures |= self._memory_s() | self._operation_s()
         return figures | self._collectives() | self._overlap() if self.workers > 1 else figures
 
-    def _product_s(self, rows: int, inner: int, outer: int, dtype: torch.dtype) -> float:
+    def _matmul_s(self, rows: int, inner: int, outer: int, dtype: torch.dtype) -> float:
         """Seconds of the product of a linear layer."""
         values = torch.randn(rows, inner, device=self.device).to(dtype)
         weight = torch.randn(outer, inner, device=self.device).to(dtype)

@@ -8,7 +8,7 @@ from moreh.accelerator.devices import Device
 from moreh.planner.hardware.cluster import Links
 from moreh.planner.hardware.efficiency import Efficiency
 from moreh.planner.plan.arrays import Floats, Integers
-from moreh.planner.software_profile import Implementation
+from moreh.planner.software_profile import SoftwareProfile
 
 Number = Integers | Floats | int | float
 
@@ -22,14 +22,14 @@ class Roofline:
 
     device: Device
     efficiency: Efficiency
-    implementation: Implementation
+    implementation: SoftwareProfile
 
     @property
     def half_rate(self) -> float:
         """FLOP/s that attention's products can reach at best."""
         if self.implementation.compute == "float32":
             return self.device.float32_flops_per_second
-        return self.device.half_flops_per_second
+        return self.device.bf16_flops_per_second
 
     @property
     def linear_rate(self) -> float:
@@ -44,7 +44,7 @@ class Roofline:
         """Bytes/s that memory-bound kernels reach."""
         return self.device.memory_bytes_per_second * self.efficiency.memory
 
-    def product_s(self, rows: Number, columns: Number, depth: Number, batch: Number = 1) -> Floats:
+    def matmul_s(self, rows: Number, columns: Number, depth: Number, batch: Number = 1) -> Floats:
         """Seconds of `batch` products `[rows, depth] x [depth, columns]`, by compute or by memory, whichever is slower."""
         rows, columns, depth, batch = (np.asarray(value, dtype=np.float64) for value in (rows, columns, depth, batch))
         waves = batch * rows * columns / (TILE_ELEMENTS * self.device.compute_units)
@@ -76,7 +76,7 @@ class Roofline:
             links.size > 1, share * whole_bytes / (links.bytes_per_second * fraction) + (links.size - 1) * hop, 0.0
         )
 
-    def beside_s(self, computation: Floats, communication: Floats) -> Floats:
+    def overlapped_s(self, computation: Floats, communication: Floats) -> Floats:
         """Seconds of a computation and a communication that run at the same time and slow each other down."""
         longer, shorter = np.maximum(computation, communication), np.minimum(computation, communication)
         return longer + self.efficiency.contention * shorter

@@ -14,7 +14,7 @@ import numpy as np
 from moreh.errors import PlanError
 from moreh.planner.plan.layer_balancing import even_layers
 from moreh.planner.plan.plan import RECOMPUTATIONS, SCHEDULES, SHARDINGS, Plan, Schedule, Training
-from moreh.planner.plan.schedules import SPLIT_BACKWARD, runnable
+from moreh.planner.plan.schedules import SPLIT_BACKWARD, is_runnable
 
 # For the help of moreh-plan.
 LEGEND = """\
@@ -243,7 +243,9 @@ def torch_refusal(plan: Plan) -> str:
 
 def _is_run(plan: Plan, micro_batches: int) -> bool:
     """Whether torch runs the plan's pipeline with so many micro-batches."""
-    return bool(runnable(plan.schedule, np.asarray(plan.pipeline), np.asarray(micro_batches), np.asarray(plan.chunks)))
+    return bool(
+        is_runnable(plan.schedule, np.asarray(plan.pipeline), np.asarray(micro_batches), np.asarray(plan.chunks))
+    )
 
 
 def _nearest_micro_batches(plan: Plan) -> str:

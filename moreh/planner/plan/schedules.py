@@ -79,7 +79,7 @@ def check_schedule(schedule: Schedule, ranks: int, micro_batches: int, chunks: i
             )
 
 
-def runnable(
+def is_runnable(
     schedule: str,
     ranks: NDArray[np.integer[Any]],
     micro_batches: NDArray[np.integer[Any]],

@@ -23,7 +23,7 @@ PARTS = {
 # Pieces that a plan's text leaves out at their defaults.
 DEFAULT_PIECES = {"cp": "cp1", "schedule": "1f1b", "recompute": "recompute:none", "shard": "shard:none", "sp": "no sp"}
 # Differences below this share of the best plan's step are not worth a sentence, nor are more of them than this.
-NOTABLE, MOST_DIFFERENCES = 0.01, 3
+NOTABLE, MAX_DIFFERENCES = 0.01, 3
 
 
 def explanation_rows(predictions: Sequence[Prediction]) -> list[tuple[str, ...]]:
@@ -78,7 +78,7 @@ def _slower(asked: Prediction, best: Prediction) -> list[str]:
     sentences = [f"A step takes {seconds_text(step_s)}, {_more(more, step_s)} ({share}) than with the best plan."]
     gaps = part_differences(asked, best)
     notable = [part for part in gaps if abs(gaps[part]) > NOTABLE * best.step_time_s]
-    for part in sorted(notable, key=lambda part: -abs(gaps[part]))[:MOST_DIFFERENCES]:
+    for part in sorted(notable, key=lambda part: -abs(gaps[part]))[:MAX_DIFFERENCES]:
         name = PARTS[part][0].capitalize()
         sentences.append(f"{name} takes {_more(gaps[part], step_s)}{_instead(asked.plan, best.plan, part)}.")
     return sentences

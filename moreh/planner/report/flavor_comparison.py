@@ -12,17 +12,17 @@ from moreh.planner.plan.notation import plan_text
 from moreh.planner.report.report import (
     Json,
     Request,
+    constraints_text,
     gib,
     memory_text,
     percent_text,
     prediction_json,
-    restrictions_text,
 )
-from moreh.planner.search.suggestions import find_plans, on_flavor
+from moreh.planner.search.suggestions import on_flavor, search_plans
 
 SECONDS_PER_HOUR = 3600.0
 # A larger accelerator that loses no more than this share is worth a line.
-ALMOST = 0.03
+NEAR_OPTIMAL = 0.03
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def compare_flavors(request: Request) -> tuple[FlavorPlan, ...]:
 def _best_on(flavor: Flavor, request: Request) -> FlavorPlan:
     here = on_flavor(request, flavor)
     try:
-        found = find_plans(here, count=1)
+        found = search_plans(here, count=1)
     except PlanError as error:
         return FlavorPlan(flavor, None, problem=re.split(": give |; there are plans", str(error))[0])
     best, smallest = (found.result.best or (None,))[0], found.result.smallest_bytes
@@ -147,7 +147,7 @@ def recommendation(rows: tuple[FlavorPlan, ...], dataset_tokens: float | None, p
     if saving is quick:
         return [f"Recommended: {saving.flavor.name}; {reason}, and none is faster."]
     lines = [f"Recommended: {saving.flavor.name}; {reason}."]
-    least = (1 - ALMOST) * _tokens_per_device_second(saving)
+    least = (1 - NEAR_OPTIMAL) * _tokens_per_device_second(saving)
     almost = fastest(row for row in rows if _tokens_per_device_second(row) >= least)
     if almost is not None and almost not in (saving, quick):
         lines.append(f"Almost as good: {almost.flavor.name}; {_compared(almost, saving)}.")
@@ -211,7 +211,7 @@ def no_flavor_text(request: Request, rows: tuple[FlavorPlan, ...]) -> str:
     options += ["a smaller batch or length"] + (
         ["a larger --max-context"] if request.restrictions.max_context == 1 else []
     )
-    if restrictions_text(request.restrictions):
+    if constraints_text(request.restrictions):
         options.append("fewer restrictions")
     return (
         f"no accelerator is large enough: the smallest plan needs {gib(smallest)} on its fullest device, and {device.name} "

@@ -23,7 +23,7 @@ MEMORY_COLOURS = ("#4477aa", "#66ccee", "#228833", "#ee8866", "#eecc66", "#aa337
 READABLE, DIGIT = 80, 0.0065
 
 
-def check_picture(path: Path) -> None:
+def check_plot_path(path: Path) -> None:
     """Raise PlanError where no picture can be written to a path, before anything is computed for it."""
     directory = path.parent
     if not directory.is_dir():

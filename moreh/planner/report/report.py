@@ -5,12 +5,12 @@ from typing import Any
 
 from moreh.accelerator.devices import Device
 from moreh.accelerator.flavors import Flavor
-from moreh.planner.cost.prediction import Prediction, Setting
+from moreh.planner.cost.prediction import Environment, Prediction
 from moreh.planner.hardware.efficiency import uncertainty
 from moreh.planner.hardware.measured_device import NAME as THIS_MACHINE
 from moreh.planner.plan.notation import plan_text
 from moreh.planner.plan.plan import SCHEDULES, Training
-from moreh.planner.search.candidates import Restrictions
+from moreh.planner.search.candidates import Constraints
 from moreh.planner.search.search import SearchResult
 
 GIB = 2**30
@@ -22,8 +22,8 @@ class Request:
     """What is to be planned. `flavor` is the accelerator of the setting, if it is one; `precision` is that of arithmetic."""
 
     training: Training
-    setting: Setting
-    restrictions: Restrictions
+    setting: Environment
+    restrictions: Constraints
     flavor: Flavor | None = None
     precision: str = "bfloat16"
 
@@ -63,16 +63,16 @@ def header_rows(request: Request, result: SearchResult | None = None) -> list[tu
         ("Memory", f"{device_memory}, of which plans may use {percent}, {gib(request.limit_bytes)}"),
         ("Step", f"{training.global_batch_size:,} x {training.sequence_length:,} tokens, {request.precision}"),
     ]
-    restricted = restrictions_text(request.restrictions)
+    restricted = constraints_text(request.restrictions)
     if restricted:
-        rows.append(("Restrictions", restricted))
+        rows.append(("Constraints", restricted))
     if result is not None:
         seconds = result.memory_s + result.search_s
         rows.append(("Search", f"{result.candidates:,} candidates, {result.possible:,} fit in memory, {seconds:.2f} s"))
     return [*rows, ("Note", uncertainty_text(request.device))]
 
 
-def restrictions_text(restrictions: Restrictions) -> str:
+def constraints_text(restrictions: Constraints) -> str:
     """What the user has decided already, without what is so by default; may be empty."""
     texts = []
     if restrictions.pipeline is not None:

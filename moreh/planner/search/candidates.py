@@ -14,15 +14,15 @@ from moreh.planner.plan.arrays import Booleans, Floats, Integers
 from moreh.planner.plan.layer_balancing import balanced_layers, balanced_ranks, even_layers
 from moreh.planner.plan.plan import SCHEDULES, Schedule, Training
 from moreh.planner.plan.plan_table import FULL, GRADIENTS, NONE, PARAMETERS, SELECTIVE, WHOLE, PlanTable
-from moreh.planner.plan.schedules import SPLIT_BACKWARD, runnable
-from moreh.planner.software_profile import Implementation
+from moreh.planner.plan.schedules import SPLIT_BACKWARD, is_runnable
+from moreh.planner.software_profile import SoftwareProfile
 
 # More chunks on a rank than this give little less bubble and many more messages.
 MAX_CHUNKS = 8
 
 
 @dataclass(frozen=True)
-class Restrictions:
+class Constraints:
     """What the user has decided already; the rest is searched.
 
     `pipeline` and `micro_batches` are fixed numbers, or None for all. `recompute` and `shard_parameters`: True for
@@ -43,7 +43,7 @@ class Restrictions:
 
 
 def candidate_tables(
-    roofline: Roofline, cluster: Cluster, training: Training, restrictions: Restrictions
+    roofline: Roofline, cluster: Cluster, training: Training, restrictions: Constraints
 ) -> Iterator[PlanTable]:
     """Every plan on all devices of the cluster, in tables of plans with the same pipeline.
 
@@ -68,7 +68,7 @@ def candidate_tables(
                 yield table
     if not found:
         batch = f"{training.global_batch_size} x {training.sequence_length}"
-        if restrictions == Restrictions(
+        if restrictions == Constraints(
             max_context=restrictions.max_context, memory_fraction=restrictions.memory_fraction
         ):
             remedy = f"give a batch that has more divisors in common with {cluster.devices}"
@@ -86,7 +86,7 @@ def _divisors(number: int) -> list[int]:
     return sorted({*small, *(number // d for d in small)})
 
 
-def _pipelines(cluster: Cluster, training: Training, restrictions: Restrictions) -> list[int]:
+def _pipelines(cluster: Cluster, training: Training, restrictions: Constraints) -> list[int]:
     layers = len(training.architecture.layers)
     sizes = [size for size in _divisors(cluster.devices) if size <= layers]
     if restrictions.pipeline is not None:
@@ -100,7 +100,7 @@ def _pipelines(cluster: Cluster, training: Training, restrictions: Restrictions)
 
 
 def _groups(
-    cluster: Cluster, training: Training, restrictions: Restrictions, pipeline: int
+    cluster: Cluster, training: Training, restrictions: Constraints, pipeline: int
 ) -> Iterator[tuple[Integers, ...]]:
     """Columns (tensor, context, data, micro-batch size, micro-batches, recomputation, sharding, sequence parallel)."""
     architecture = training.architecture
@@ -135,20 +135,20 @@ def _groups(
             yield (*sizes, rows // micro_batches, micro_batches, recomputation, sharding, sequence_parallel)
 
 
-def _recomputations(restrictions: Restrictions) -> list[int]:
+def _recomputations(restrictions: Constraints) -> list[int]:
     if restrictions.recompute is None:
         return [NONE, SELECTIVE, FULL]
     return [SELECTIVE, FULL] if restrictions.recompute else [NONE]
 
 
-def _shardings(ranks: int, restrictions: Restrictions) -> list[int]:
+def _shardings(ranks: int, restrictions: Constraints) -> list[int]:
     if restrictions.shard_parameters is True:
         return [PARAMETERS] if ranks > 1 else []
     levels = list(range(PARAMETERS + 1)) if ranks > 1 else [0]
     return [level for level in levels if level != PARAMETERS] if restrictions.shard_parameters is False else levels
 
 
-def _schedules(pipeline: int, training: Training, restrictions: Restrictions) -> Iterator[tuple[Schedule, int]]:
+def _schedules(pipeline: int, training: Training, restrictions: Constraints) -> Iterator[tuple[Schedule, int]]:
     if pipeline == 1:
         yield "1f1b", 1
         return
@@ -165,7 +165,7 @@ def _schedules(pipeline: int, training: Training, restrictions: Restrictions) ->
 
 
 def _table(
-    implementation: Implementation,
+    implementation: SoftwareProfile,
     training: Training,
     pipeline: int,
     schedule: Schedule,
@@ -175,7 +175,7 @@ def _table(
 ) -> PlanTable:
     """The rows that the schedule can run, each with even stages, and with balanced ones where they differ."""
     micro_batches, recomputation, sharding = columns[4], columns[5], columns[6]
-    allowed = runnable(schedule, np.asarray(pipeline), micro_batches, np.asarray(chunks))
+    allowed = is_runnable(schedule, np.asarray(pipeline), micro_batches, np.asarray(chunks))
     if schedule in SPLIT_BACKWARD:
         # A backward pass in two parts leaves gradients of sharded parameters wrong, without an error, and recomputes
         # activations again for the gradient of every single matrix.

@@ -1,10 +1,10 @@
 """What the hook's options leave to the search of a plan. It needs no torch, so that a plan can be shown in a second."""
 
 from moreh.option import ParallelOptions, PlannerVariables
-from moreh.planner.search.candidates import Restrictions
+from moreh.planner.search.candidates import Constraints
 
 
-def restrictions_of(options: ParallelOptions, variables: PlannerVariables, devices: int) -> Restrictions:
+def constraints_from_options(options: ParallelOptions, variables: PlannerVariables, devices: int) -> Constraints:
     """What the hook's options and the environment leave to the search on so many devices."""
 
     def fixed(value: int | str) -> int | None:
@@ -13,7 +13,7 @@ def restrictions_of(options: ParallelOptions, variables: PlannerVariables, devic
     def decided(value: bool | str) -> bool | None:
         return value if isinstance(value, bool) else None
 
-    return Restrictions(
+    return Constraints(
         pipeline=fixed(options.num_stages) if options.pipeline_parallel else 1,
         micro_batches=fixed(options.num_micro_batches),
         recompute=decided(options.activation_recomputation),

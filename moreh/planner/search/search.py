@@ -9,12 +9,12 @@ import numpy as np
 from moreh.errors import PlanError
 from moreh.planner.cost.memory import Memory, memory
 from moreh.planner.cost.pipeline_bounds import makespan_lower_bound
-from moreh.planner.cost.prediction import Prediction, Setting, predict_row, step_seconds
+from moreh.planner.cost.prediction import Environment, Prediction, predict_row, step_seconds
 from moreh.planner.cost.stage_time import StageTime, stage_time
 from moreh.planner.plan.arrays import Floats
 from moreh.planner.plan.plan import Training
 from moreh.planner.plan.plan_table import PlanTable
-from moreh.planner.search.candidates import Restrictions, candidate_tables
+from moreh.planner.search.candidates import Constraints, candidate_tables
 
 # Two plans whose times differ by less than this, relatively, are equal: the first one found, which is the simpler one, wins.
 EQUAL = 1e-9
@@ -46,7 +46,7 @@ class _Costed:
 
 
 def search(
-    training: Training, setting: Setting, restrictions: Restrictions | None = None, count: int = 10, threads: int = 1
+    training: Training, setting: Environment, restrictions: Constraints | None = None, count: int = 10, threads: int = 1
 ) -> SearchResult:
     """The `count` fastest plans that fit in memory; candidates are costed by so many `threads`.
 
@@ -57,7 +57,7 @@ def search(
     Raises:
         PlanError: the batch cannot be divided, or nothing satisfies the restrictions.
     """
-    restrictions = restrictions or Restrictions()
+    restrictions = restrictions or Constraints()
     started = time.perf_counter()
     limit = setting.cluster.device.memory_bytes * restrictions.memory_fraction
     tables: list[tuple[PlanTable, Memory]] = []
@@ -92,8 +92,8 @@ def search(
 
 
 def search_on_most_devices(
-    training: Training, setting: Setting, restrictions: Restrictions | None = None, count: int = 10, threads: int = 1
-) -> tuple[SearchResult, Setting, str]:
+    training: Training, setting: Environment, restrictions: Constraints | None = None, count: int = 10, threads: int = 1
+) -> tuple[SearchResult, Environment, str]:
     """`search` on all devices, or on as many as a small batch and model can be divided over; the others stay idle.
 
     Besides the result: the setting with the devices in use, and why not all of them are (empty where they are).
@@ -115,7 +115,7 @@ def search_on_most_devices(
     raise reason
 
 
-def _cost(table: PlanTable, needed: Memory, training: Training, setting: Setting) -> _Costed:
+def _cost(table: PlanTable, needed: Memory, training: Training, setting: Environment) -> _Costed:
     times = stage_time(setting.roofline, setting.cluster, table, training)
     if table.pipeline == 1:
         pipeline_s = table.micro_batches * (times.forward_s[:, 0] + times.backward_s[:, 0])
@@ -130,7 +130,7 @@ def _cost(table: PlanTable, needed: Memory, training: Training, setting: Setting
             times.weight_fraction[:, None],
             times.send_s,
         )
-    return _Costed(table, times, needed, pipeline_s + times.finish_s)
+    return _Costed(table, times, needed, pipeline_s + times.tail_s)
 
 
 def _fastest(costed: list[_Costed], count: int) -> list[tuple[float, int, int]]:

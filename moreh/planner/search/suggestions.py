@@ -7,10 +7,10 @@ from math import ceil
 from moreh.accelerator.flavors import Flavor, all_flavors
 from moreh.errors import PlanError
 from moreh.planner.cost.memory import memory
-from moreh.planner.cost.prediction import Setting, setting_of
-from moreh.planner.hardware.cluster import cluster_of_devices, cluster_of_flavor
+from moreh.planner.cost.prediction import Environment, make_environment
+from moreh.planner.hardware.cluster import cluster_for_devices, cluster_for_flavor
 from moreh.planner.hardware.measured_device import NAME as THIS_MACHINE
-from moreh.planner.report.report import Json, Request, gib, restrictions_text
+from moreh.planner.report.report import Json, Request, constraints_text, gib
 from moreh.planner.search.candidates import candidate_tables
 from moreh.planner.search.search import SearchResult, search_on_most_devices
 
@@ -19,22 +19,22 @@ TIMES_DEVICES = (2, 4, 8, 16, 32, 64)
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchOutcome:
     """What a search found, the setting with the devices that it uses, and why some stay idle (empty where none does)."""
 
     result: SearchResult
-    setting: Setting
+    setting: Environment
     idle: str
 
 
-def find_plans(request: Request, count: int) -> Found:
+def search_plans(request: Request, count: int) -> SearchOutcome:
     """The best plans of a request, on all devices or on as many as can be used.
 
     Raises:
         PlanError: nothing satisfies the restrictions; the message says without which one there would be plans.
     """
     try:
-        found = Found(*search_on_most_devices(request.training, request.setting, request.restrictions, count))
+        found = SearchOutcome(*search_on_most_devices(request.training, request.setting, request.restrictions, count))
     except PlanError as error:
         freed = _freed(request, all_devices=False)
         raise PlanError(f"{error}; there are plans {freed}" if freed else str(error)) from None
@@ -46,7 +46,7 @@ def find_plans(request: Request, count: int) -> Found:
     return replace(found, idle=f"{idle}; there are plans on all devices {freed}" if freed else idle)
 
 
-def found_json(found: Found, message: str | None) -> Json:
+def search_outcome_json(found: SearchOutcome, message: str | None) -> Json:
     """The devices in use, and what there is to say about idle ones and about plans that do not fit."""
     return {"devices_in_use": found.setting.cluster.devices, "idle": found.idle or None, "message": message}
 
@@ -90,11 +90,11 @@ def _possible(request: Request) -> bool:
 
 def on_flavor(request: Request, flavor: Flavor) -> Request:
     """The same request for another accelerator."""
-    setting = setting_of(cluster_of_flavor(flavor), request.setting.implementation)
+    setting = make_environment(cluster_for_flavor(flavor), request.setting.implementation)
     return replace(request, flavor=flavor, setting=setting)
 
 
-def nothing_fits_text(request: Request, found: Found) -> str:
+def nothing_fits_text(request: Request, found: SearchOutcome) -> str:
     """Why no plan fits, and what would help."""
     smallest, device = found.result.smallest_bytes, request.device
     percent = f"{100 * request.restrictions.memory_fraction:g}% of {gib(device.memory_bytes)}"
@@ -120,7 +120,7 @@ def nothing_fits_text(request: Request, found: Found) -> str:
         free = replace(request.restrictions, max_context=most)
         options += ["a larger --max-context"] if _fits(replace(request, restrictions=free)) else []
     options.append("a smaller batch or length")
-    if restrictions_text(request.restrictions):
+    if constraints_text(request.restrictions):
         options.append("fewer restrictions")
     return f"{problem}: {', or '.join([*remedies, 'give ' + ', or '.join(options)])}"
 
@@ -141,7 +141,7 @@ def smallest_sufficient(request: Request) -> Request | None:
 
 
 def _on_devices(request: Request, devices: int) -> Request:
-    return replace(request, setting=replace(request.setting, cluster=cluster_of_devices(request.device, devices)))
+    return replace(request, setting=replace(request.setting, cluster=cluster_for_devices(request.device, devices)))
 
 
 def _fits(request: Request) -> bool:

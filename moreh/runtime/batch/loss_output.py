@@ -10,7 +10,9 @@ from transformers.utils.generic import ModelOutput
 
 from moreh.errors import OptionError
 
-TWICE = "Trying to backward through the loss a second time: its gradients were handed over. Call the model again"
+BACKWARD_TWICE_MESSAGE = (
+    "Trying to backward through the loss a second time: its gradients were handed over. Call the model again"
+)
 
 
 @dataclass
@@ -29,12 +31,12 @@ class LossOutput(ModelOutput):
 
 
 @dataclass
-class LossFirst(ModelOutput):
+class LazyLogitsOutput(ModelOutput):
     """The loss; the model's other outputs, such as logits, are computed when somebody asks for them."""
 
     loss: torch.Tensor | None = None
 
-    def compute_others_with(self, compute: Callable[[], ModelOutput]) -> "LossFirst":
+    def with_lazy(self, compute: Callable[[], ModelOutput]) -> "LazyLogitsOutput":
         """Set what gives the model's outputs."""
         self.__dict__["_compute"] = compute
         return self
@@ -85,7 +87,7 @@ class LossFirst(ModelOutput):
         return super().values()
 
 
-def loss_with_gradients(loss: torch.Tensor, gradients: list[tuple[nn.Parameter, torch.Tensor]]) -> torch.Tensor:
+def loss_with_computed_grads(loss: torch.Tensor, gradients: list[tuple[nn.Parameter, torch.Tensor]]) -> torch.Tensor:
     """The loss as a result of parameters whose gradients are computed already. They are used up by the backward pass."""
     parameters = [parameter for parameter, _ in gradients]
     loss_of_parameters: torch.Tensor = _Computed.apply(loss, [gradient for _, gradient in gradients], *parameters)  # type: ignore[no-untyped-call]
@@ -101,7 +103,7 @@ class _Computed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *scales: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         if ctx.gradients is None:
-            raise RuntimeError(TWICE)
+            raise RuntimeError(BACKWARD_TWICE_MESSAGE)
         if torch.is_grad_enabled():
             raise OptionError(
                 "create_graph=True: the gradients of a batch with labels are computed in the call and have none themselves; "

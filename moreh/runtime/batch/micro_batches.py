@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from moreh.models.families.builders import FAMILIES
-from moreh.runtime.batch.model_inputs import IGNORED, ModelInputs, padded, rows_of
-from moreh.runtime.kernels.shape_buckets import filled_size
+from moreh.runtime.batch.model_inputs import IGNORED, ModelInputs, padded, slice_rows
+from moreh.runtime.kernels.shape_buckets import bucket_size
 from moreh.runtime.sharding.mesh import Mesh
 
 _MASK = "attention_mask"
@@ -29,7 +29,7 @@ def micro_batches_by_length(
     Every rank has the same number of them. Sequences are a multiple of `sequence_multiple`.
     """
     rows = -(-inputs.rows // data_ranks) * data_ranks
-    inputs, lengths = _filled_up(inputs, lengths, rows)
+    inputs, lengths = _pad_rows(inputs, lengths, rows)
     order = torch.argsort(lengths, descending=True, stable=True)
     # Ranks take turns, so that each has as many long rows as the others.
     own = order[mesh.rank("data") :: data_ranks]
@@ -48,13 +48,13 @@ def equal_micro_batches(
     """
     parts = data_ranks * micro_batches
     size = -(-inputs.rows // parts)
-    inputs, lengths = _filled_up(inputs, lengths, size * parts)
+    inputs, lengths = _pad_rows(inputs, lengths, size * parts)
     rows = torch.arange(inputs.rows).view(data_ranks, micro_batches, size)[mesh.rank("data")]
     longest = int(lengths.max())
     return [_micro_batch(inputs, lengths, numbers, longest, mesh, sequence_multiple) for numbers in rows]
 
 
-def sees_only_the_past(causal: Any) -> bool:
+def is_causal_model(causal: Any) -> bool:
     """Whether what stands behind a token changes nothing of what a model of transformers computes for it."""
     config = causal.config.get_text_config()
     angles = getattr(config, "rope_parameters", None) or {}
@@ -92,14 +92,14 @@ def label_positions(batch: ModelInputs) -> torch.Tensor | None:
     labels = batch.labels.flatten()
     labelled = labels != IGNORED
     positions = labelled.nonzero().squeeze(1)
-    more = filled_size(len(positions), POSITIONS_MULTIPLE) - len(positions)
+    more = bucket_size(len(positions), POSITIONS_MULTIPLE) - len(positions)
     if len(positions) + more >= len(labels):
         return None
     # Any others: their labels are ignored.
     return torch.cat([positions, (~labelled).nonzero().squeeze(1)[:more]])
 
 
-def _filled_up(inputs: ModelInputs, lengths: torch.Tensor, rows: int) -> tuple[ModelInputs, torch.Tensor]:
+def _pad_rows(inputs: ModelInputs, lengths: torch.Tensor, rows: int) -> tuple[ModelInputs, torch.Tensor]:
     """With rows that no loss depends on, which are as short as can be.
 
     In rows without labels nothing is masked: with all that is left of them masked, attention would not be a number.
@@ -134,7 +134,7 @@ def _micro_batch(
     tensors = {name: tensor.index_select(0, rows.to(tensor.device)) for name, tensor in inputs.tensors.items()}
     labels = None if inputs.labels is None else inputs.labels.index_select(0, rows.to(inputs.labels.device))
     part = _shortened(replace(inputs, tensors=tensors, labels=labels), length, sequence_multiple)
-    return rows_of(_without_needless_mask(part, lengths[rows]), 0, len(rows), mesh.device)
+    return slice_rows(_without_needless_mask(part, lengths[rows]), 0, len(rows), mesh.device)
 
 
 def _without_needless_mask(inputs: ModelInputs, lengths: torch.Tensor) -> ModelInputs:

@@ -141,14 +141,14 @@ def _grown(tensor: torch.Tensor, rows: int, tokens: int, fill: int) -> torch.Ten
     return torch.cat([tensor, tensor[:1].expand(rows, *tensor.shape[1:])]) if rows else tensor
 
 
-def rows_of(inputs: ModelInputs, first: int, last: int, device: torch.device) -> ModelInputs:
+def slice_rows(inputs: ModelInputs, first: int, last: int, device: torch.device) -> ModelInputs:
     """The rows `first` to `last`, not included, on a device."""
     tensors = {name: tensor[first:last].to(device) for name, tensor in inputs.tensors.items()}
     labels = None if inputs.labels is None else inputs.labels[first:last].to(device)
     return ModelInputs(tensors, inputs.others, labels, inputs.loss_divisor)
 
 
-def require_same_on_all_ranks(inputs: ModelInputs, device: torch.device) -> None:
+def check_same_on_all_ranks(inputs: ModelInputs, device: torch.device) -> None:
     """Check that every worker was given the same batch; collective.
 
     Raises:

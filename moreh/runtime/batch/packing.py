@@ -11,21 +11,21 @@ from typing import Any
 import torch
 
 from moreh.runtime.batch.model_inputs import IGNORED, ModelInputs
-from moreh.runtime.batch.shared_prefix import takes_mask_of_pairs
-from moreh.runtime.kernels.attention import LONGEST_TEXT
-from moreh.runtime.kernels.shape_buckets import filled_size
+from moreh.runtime.batch.shared_prefix import accepts_pairwise_mask
+from moreh.runtime.kernels.attention import MAX_SEQUENCE_LENGTH
+from moreh.runtime.kernels.shape_buckets import bucket_size
 from moreh.runtime.sharding.mesh import Mesh
 
 # Packed rows are filled up to multiples of this.
 LENGTH_MULTIPLE = 64
 # Tokens of a packed row at most: where attention is not computed in blocks, transformers masks pairs of them.
-LONGEST_ROW = 4096
+MAX_ROW_LENGTH = 4096
 _MASK = "attention_mask"
 _IDS = "input_ids"
 _ATTENTIONS = ("sdpa", "eager")
 # Families whose attention transformers restricts to one text by the positions; each is compared with rows by themselves in
 # tests/runtime/batch/test_packing.py.
-PACKED_FAMILIES = frozenset(
+PACKABLE_FAMILIES = frozenset(
     {
         "apertus",
         "arcee",
@@ -71,10 +71,10 @@ def can_pack(causal: Any, inputs: ModelInputs, lengths: torch.Tensor, parts: int
     On processors only, and no longer texts than attention is computed in blocks for: torch's kernels do better with rows of
     their own.
     """
-    longest, tokens = int(lengths.max()), int(_own_lengths(lengths, shared).sum()) + shared * parts
-    if mesh.device.type != "cpu" or longest > LONGEST_TEXT or tokens > (LONGEST_ROW - longest) * parts:
+    longest, tokens = int(lengths.max()), int(_lengths_after_prefix(lengths, shared).sum()) + shared * parts
+    if mesh.device.type != "cpu" or longest > MAX_SEQUENCE_LENGTH or tokens > (MAX_ROW_LENGTH - longest) * parts:
         return False
-    if causal.config.get_text_config().model_type not in PACKED_FAMILIES or not set(inputs.tensors) <= {_IDS, _MASK}:
+    if causal.config.get_text_config().model_type not in PACKABLE_FAMILIES or not set(inputs.tensors) <= {_IDS, _MASK}:
         return False
     # Those that a script has registered may make no mask.
     if causal.config._attn_implementation not in _ATTENTIONS:
@@ -88,23 +88,23 @@ def can_pack(causal: Any, inputs: ModelInputs, lengths: torch.Tensor, parts: int
     return mask.dim() == 2 and bool((mask.cpu() == 1)[useful].all())
 
 
-def parts_of(lengths: torch.Tensor, tokens: int, data_ranks: int, shared: int = 0) -> int:
+def num_packed_rows(lengths: torch.Tensor, tokens: int, data_ranks: int, shared: int = 0) -> int:
     """Packed rows for texts of so many tokens each: as many for each rank, of about `tokens` at most or one text.
 
     The first `shared` tokens of the texts are in each packed row once.
     """
-    own = _own_lengths(lengths, shared)
-    most = max(1, min(tokens, LONGEST_ROW - LONGEST_TEXT) - shared)
+    own = _lengths_after_prefix(lengths, shared)
+    most = max(1, min(tokens, MAX_ROW_LENGTH - MAX_SEQUENCE_LENGTH) - shared)
     wanted, texts = -(-int(own.sum()) // (most * data_ranks)), -(-int((own > 0).sum()) // data_ranks)
     return min(wanted, texts) * data_ranks
 
 
-def _own_lengths(lengths: torch.Tensor, shared: int) -> torch.Tensor:
+def _lengths_after_prefix(lengths: torch.Tensor, shared: int) -> torch.Tensor:
     """What texts have behind the tokens that they share; nothing is computed for one that has none."""
     return (lengths - shared).clamp(min=0)
 
 
-def packed_micro_batches(
+def pack_micro_batches(
     causal: Any,
     inputs: ModelInputs,
     lengths: torch.Tensor,
@@ -119,15 +119,15 @@ def packed_micro_batches(
     They have the first `lengths` tokens of each row of the batch, but the first `shared` of them once. Labels are those of the
     batch, -100 where a row is filled up.
     """
-    with_mask = takes_mask_of_pairs(causal.config.get_text_config(), int(lengths.max()))
-    bins, fullest = _bins(_own_lengths(lengths, shared).tolist(), parts)
-    length = filled_size(fullest + shared, LENGTH_MULTIPLE)
+    with_mask = accepts_pairwise_mask(causal.config.get_text_config(), int(lengths.max()))
+    bins, fullest = _pack_bins(_lengths_after_prefix(lengths, shared).tolist(), parts)
+    length = bucket_size(fullest + shared, LENGTH_MULTIPLE)
     length = -(-length // sequence_multiple) * sequence_multiple
     packed = [_packed(inputs, lengths, rows, length, shared, mesh) for rows in bins[mesh.rank("data") :: data_ranks]]
-    return [_with_mask_of_pairs(one, shared) for one in packed] if with_mask else packed
+    return [_with_pairwise_mask(one, shared) for one in packed] if with_mask else packed
 
 
-def _with_mask_of_pairs(packed: ModelInputs, shared: int) -> ModelInputs:
+def _with_pairwise_mask(packed: ModelInputs, shared: int) -> ModelInputs:
     """With the mask `[1, 1, sequence, sequence]` of tokens that see each other."""
     starts = packed.others["cu_seq_lens_q"].tolist()
     ids = packed.tensors[_IDS]
@@ -139,7 +139,7 @@ def _with_mask_of_pairs(packed: ModelInputs, shared: int) -> ModelInputs:
     return replace(packed, tensors={**packed.tensors, _MASK: mask[None, None].to(ids.device)})
 
 
-def _bins(lengths: list[int], parts: int) -> tuple[list[list[int]], int]:
+def _pack_bins(lengths: list[int], parts: int) -> tuple[list[list[int]], int]:
     """Rows of each part, each row in the part that is emptiest so far, the longest first; the length of the fullest.
 
     Without rows that have nothing.
@@ -171,14 +171,14 @@ def _packed(
         # Texts that no loss depends on, not longer than those of the batch: a model may know no later positions.
         most = int(lengths.max()) - shared
         ends += [(shared, shared + min(most, rest - done)) for done in range(0, rest, most)]
-    starts = _sums([stop - start for start, stop in ends]).to(mesh.device)
+    starts = _cu_seqlens([stop - start for start, stop in ends]).to(mesh.device)
     tensors = {
         _IDS: torch.cat(ids).unsqueeze(0).to(mesh.device),
         "position_ids": torch.cat([torch.arange(start, stop) for start, stop in ends]).unsqueeze(0).to(mesh.device),
     }
     attention = {
         "cu_seq_lens_q": starts,
-        "cu_seq_lens_k": _sums([stop for _, stop in ends]).to(mesh.device) if shared else starts,
+        "cu_seq_lens_k": _cu_seqlens([stop for _, stop in ends]).to(mesh.device) if shared else starts,
         "max_length_q": max(stop - start for start, stop in ends),
         "max_length_k": max(stop for _, stop in ends),
     }
@@ -190,5 +190,5 @@ def _packed(
     )
 
 
-def _sums(sizes: list[int]) -> torch.Tensor:
+def _cu_seqlens(sizes: list[int]) -> torch.Tensor:
     return torch.tensor([0, *sizes], dtype=torch.int32).cumsum(0, dtype=torch.int32)

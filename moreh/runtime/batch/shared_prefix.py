@@ -13,10 +13,10 @@ from moreh.models.dropout import has_dropout
 from moreh.runtime.batch.model_inputs import IGNORED, ModelInputs
 
 # Fewer are not worth shapes of their own: now and then texts begin with the same word.
-FEWEST_SHARED = 4
+MIN_SHARED_TOKENS = 4
 
 
-def takes_mask_of_pairs(config: Any, longest: int) -> bool:
+def accepts_pairwise_mask(config: Any, longest: int) -> bool:
     """Whether all layers see the whole text in torch's attention: transformers then takes a mask of pairs as it is.
 
     It would make the same one from the positions, in several times the time.
@@ -32,7 +32,7 @@ def shared_prefix(root: nn.Module, config: Any, inputs: ModelInputs, lengths: to
     Where something random happens to hidden states in training, each row has its own.
     """
     labels, ids = inputs.labels, inputs.tensors.get("input_ids")
-    if labels is None or ids is None or not takes_mask_of_pairs(config, int(lengths.max())):
+    if labels is None or ids is None or not accepts_pairwise_mask(config, int(lengths.max())):
         return 0
     random = has_dropout(config, root) or bool(getattr(config, "router_jitter_noise", None))
     if random and any(module.training for module in root.modules()):
@@ -43,4 +43,4 @@ def shared_prefix(root: nn.Module, config: Any, inputs: ModelInputs, lengths: to
     ids, labelled = ids[rows.to(ids.device)], (labels[rows] != IGNORED).any(0)
     parted = (ids != ids[:1]).any(0).to(labelled.device) | labelled
     shared = int(parted.int().argmax()) if bool(parted.any()) else 0
-    return shared if shared >= FEWEST_SHARED else 0
+    return shared if shared >= MIN_SHARED_TOKENS else 0

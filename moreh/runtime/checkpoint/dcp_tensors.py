@@ -10,8 +10,8 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from moreh.runtime.sharding.mesh import Mesh
-from moreh.runtime.sharding.shards import own_pieces
-from moreh.runtime.sharding.spec import Layout
+from moreh.runtime.sharding.shards import local_shards
+from moreh.runtime.sharding.spec import ParamSpec
 
 
 class StoredTensor:
@@ -52,9 +52,9 @@ class StoredTensor:
         return self.views[tuple(index.offset or ())]
 
 
-def stored_part(layout: Layout, local: torch.Tensor, mesh: Mesh | None) -> StoredTensor:
+def stored_part(layout: ParamSpec, local: torch.Tensor, mesh: Mesh | None) -> StoredTensor:
     """A local tensor that is laid out as `layout` says; its dtype is its own."""
-    pieces = own_pieces(layout, mesh)
+    pieces = local_shards(layout, mesh)
     views = {tuple(start for start, _ in piece.box): piece.of_local(local) for piece in pieces}
     return StoredTensor(layout.shape, local.dtype, views)
 

@@ -16,13 +16,19 @@ from torch import nn
 
 from moreh.errors import OptionError
 from moreh.runtime.checkpoint.atomic_dir import publish_files, unfinished_directory
-from moreh.runtime.checkpoint.hf_save_plan import Conversion, SavedFiles, buffers_of, describe_saving, shaped_as_whole
+from moreh.runtime.checkpoint.hf_save_plan import (
+    Conversion,
+    SavePlan,
+    persistent_buffers,
+    plan_saving,
+    with_full_shapes,
+)
 from moreh.runtime.checkpoint.safetensors_writer import SafetensorsWriter
-from moreh.runtime.launch.collective_errors import raise_together
-from moreh.runtime.sharding.gather import gather_to_first
+from moreh.runtime.launch.collective_errors import raise_on_all_ranks
+from moreh.runtime.sharding.gather import gather_to_rank0
 from moreh.runtime.sharding.mesh import Mesh
-from moreh.runtime.sharding.shards import check_local_tensors, own_rank
-from moreh.runtime.sharding.spec import Layout
+from moreh.runtime.sharding.shards import check_local_tensors, global_rank_of
+from moreh.runtime.sharding.spec import ParamSpec
 
 # What save_pretrained takes that is not done here, and what to do instead.
 _REFUSED = {
@@ -36,7 +42,7 @@ _REFUSED = {
 def save_pretrained(
     model: nn.Module,
     directory: str | os.PathLike[str],
-    layouts: Mapping[str, Layout],
+    layouts: Mapping[str, ParamSpec],
     local_tensors: Mapping[str, torch.Tensor],
     mesh: Mesh,
     **settings: Any,
@@ -61,22 +67,22 @@ def save_pretrained(
             raise OptionError(
                 f"save_pretrained({name}=...) does not work while the model is divided over workers; {remedy}."
             )
-    writes = settings.pop("is_main_process", True) if own_rank(mesh) == 0 else True
+    writes = settings.pop("is_main_process", True) if global_rank_of(mesh) == 0 else True
     target = Path(directory)
     doing = f"saving the model to {target}"
     error: Exception | None = None
-    files: SavedFiles | None = None
+    files: SavePlan | None = None
     unfinished: Path | None = None
     try:
         check_local_tensors(layouts, local_tensors, mesh)
-        if own_rank(mesh) == 0 and writes:
+        if global_rank_of(mesh) == 0 and writes:
             unfinished = unfinished_directory(target, inside=True)
-            with shaped_as_whole(model, layouts):
-                files = describe_saving(model, unfinished, settings)
+            with with_full_shapes(model, layouts):
+                files = plan_saving(model, unfinished, settings)
     except Exception as raised:
         error = raised
     try:
-        raise_together(error, doing, mesh.device)
+        raise_on_all_ranks(error, doing, mesh.device)
         described = [files]
         dist.broadcast_object_list(described, 0, device=mesh.device)
         if described[0] is not None:
@@ -90,15 +96,15 @@ def save_pretrained(
 def _write_files(
     model: nn.Module,
     directory: Path | None,
-    files: SavedFiles,
-    layouts: Mapping[str, Layout],
+    files: SavePlan,
+    layouts: Mapping[str, ParamSpec],
     local_tensors: Mapping[str, torch.Tensor],
     mesh: Mesh,
     doing: str,
 ) -> None:
     """Gather and write all tensors. `directory` is where rank 0 writes, None on other ranks."""
     file_of = {name: file for file in files.files for name in file.tensors}
-    buffers = buffers_of(model)
+    buffers = persistent_buffers(model)
     writers: dict[str, SafetensorsWriter] = {}
 
     def write(made: dict[str, torch.Tensor], directory: Path) -> None:
@@ -114,7 +120,7 @@ def _write_files(
             gathered = {
                 name: buffers[name]
                 if name in buffers
-                else gather_to_first(layouts[name], local_tensors.get(name), mesh)
+                else gather_to_rank0(layouts[name], local_tensors.get(name), mesh)
                 for name in conversion.sources
             }
             try:
@@ -123,27 +129,27 @@ def _write_files(
             except Exception as raised:
                 error = raised
             del gathered
-            raise_together(error, doing, mesh.device)
+            raise_on_all_ranks(error, doing, mesh.device)
     finally:
         for writer in writers.values():
             writer.close()
 
 
 def _converted(
-    model: Any, conversion: Conversion, gathered: dict[str, Any], layouts: Mapping[str, Layout]
+    model: Any, conversion: Conversion, gathered: dict[str, Any], layouts: Mapping[str, ParamSpec]
 ) -> dict[str, torch.Tensor]:
     """The tensors that are saved, made from those of the model."""
     if conversion.as_it_is:
         return {conversion.saved[0]: gathered[conversion.sources[0]]}
     from transformers.core_model_loading import revert_weight_conversion
 
-    with shaped_as_whole(model, layouts):
+    with with_full_shapes(model, layouts):
         made = revert_weight_conversion(model, gathered)
     return {name: made[name] for name in conversion.saved}
 
 
 def _publish_together(
-    unfinished: Path | None, target: Path, files: SavedFiles, variant: str | None, mesh: Mesh, doing: str
+    unfinished: Path | None, target: Path, files: SavePlan, variant: str | None, mesh: Mesh, doing: str
 ) -> None:
     error = None
     try:
@@ -154,4 +160,4 @@ def _publish_together(
             publish_files(unfinished, target, {weights, index}, shard)
     except Exception as raised:
         error = raised
-    raise_together(error, doing, mesh.device)
+    raise_on_all_ranks(error, doing, mesh.device)

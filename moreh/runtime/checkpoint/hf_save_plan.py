@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from moreh.runtime.checkpoint.safetensors_writer import TensorKind
-from moreh.runtime.sharding.spec import Layout
+from moreh.runtime.sharding.spec import ParamSpec
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Conversion:
 
 
 @dataclass(frozen=True)
-class SavedFiles:
+class SavePlan:
     """The files and what makes their tensors, in the order of the files."""
 
     files: tuple[SavedFile, ...]
@@ -89,14 +89,14 @@ def state_entries(model: nn.Module) -> dict[str, Entry]:
     return entries
 
 
-def buffers_of(model: nn.Module) -> dict[str, torch.Tensor]:
+def persistent_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
     """The persistent buffers, by their names in the state dict."""
     found = ((name, entry.module._buffers.get(entry.key)) for name, entry in state_entries(model).items())
     return {name: buffer for name, buffer in found if buffer is not None}
 
 
 @contextlib.contextmanager
-def shaped_as_whole(model: nn.Module, layouts: Mapping[str, Layout]) -> Iterator[None]:
+def with_full_shapes(model: nn.Module, layouts: Mapping[str, ParamSpec]) -> Iterator[None]:
     """Within it the model's parameters are those of the whole model, without data; tied ones are the same object.
 
     Raises:
@@ -121,7 +121,7 @@ def shaped_as_whole(model: nn.Module, layouts: Mapping[str, Layout]) -> Iterator
             entry.module._parameters[entry.key] = originals[name]
 
 
-def _without_data(layout: Layout) -> nn.Parameter:
+def _without_data(layout: ParamSpec) -> nn.Parameter:
     tensor = torch.empty(layout.shape, dtype=layout.dtype, device="meta")
     return nn.Parameter(tensor, requires_grad=layout.dtype.is_floating_point)
 
@@ -137,7 +137,7 @@ def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
         setattr(module, name, original)
 
 
-def describe_saving(model: Any, directory: Path, settings: Mapping[str, Any]) -> SavedFiles:
+def plan_saving(model: Any, directory: Path, settings: Mapping[str, Any]) -> SavePlan:
     """Run `save_pretrained` of a model shaped as whole: it writes everything but the weights into the directory.
 
     `settings` are keyword arguments of `save_pretrained`.
@@ -173,7 +173,7 @@ def describe_saving(model: Any, directory: Path, settings: Mapping[str, Any]) ->
         _replaced(modeling_utils, "split_torch_state_dict_into_shards", split),
     ):
         save(model, directory, state_dict=state, **settings)
-    return SavedFiles(tuple(files), _conversions(made, {id(tensor): originals[id(tensor)] for tensor in held}))
+    return SavePlan(tuple(files), _conversions(made, {id(tensor): originals[id(tensor)] for tensor in held}))
 
 
 def _conversions(made: list[tuple[str, torch.Tensor]], originals: Mapping[int, str]) -> tuple[Conversion, ...]:

@@ -13,7 +13,7 @@ from moreh.errors import MorehError
 from moreh.runtime.checkpoint.dcp_tensors import StoredTensor, stored_part, stored_value, stored_whole, value_of
 from moreh.runtime.sharding.mesh import Mesh
 from moreh.runtime.sharding.shards import local_shape
-from moreh.runtime.sharding.spec import Layout
+from moreh.runtime.sharding.spec import ParamSpec
 
 # Marks what is no tensor, such as a count of steps.
 _VALUE = "value:"
@@ -23,7 +23,7 @@ class CheckpointError(MorehError, RuntimeError):
     """A training cannot be saved under its plan, or a checkpoint does not fit the training that is to be resumed."""
 
 
-def _is_divided(layout: Layout, mesh: Mesh | None) -> bool:
+def _is_divided(layout: ParamSpec, mesh: Mesh | None) -> bool:
     if mesh is None:
         return False
     over_tensor = layout.division is not None and mesh.size("tensor") > 1
@@ -38,8 +38,8 @@ def _refusal(optimizer: str, name: str, key: str, size: tuple[int, ...]) -> Chec
     )
 
 
-def optimizer_to_save(
-    optimizer: Optimizer, names: Mapping[int, str], layouts: Mapping[str, Layout], mesh: Mesh | None
+def optimizer_state_to_save(
+    optimizer: Optimizer, names: Mapping[int, str], layouts: Mapping[str, ParamSpec], mesh: Mesh | None
 ) -> dict[str, StoredTensor]:
     """What this rank has of the optimizer's state, by "parameter/key". `names` are the parameters' by their ids.
 
@@ -101,7 +101,7 @@ def check_groups(optimizer: Optimizer, names: Mapping[int, str], saved: list[dic
 def state_to_fill(
     optimizer: Optimizer,
     names: Mapping[int, str],
-    layouts: Mapping[str, Layout],
+    layouts: Mapping[str, ParamSpec],
     saved: Mapping[str, Mapping[str, TensorStorageMetadata]],
     mesh: Mesh | None,
 ) -> dict[str, tuple[StoredTensor, torch.Tensor]]:

@@ -10,10 +10,10 @@ from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from moreh.errors import WorkerError
-from moreh.runtime.checkpoint.hf_save_plan import buffers_of, state_entries
+from moreh.runtime.checkpoint.hf_save_plan import persistent_buffers, state_entries
 from moreh.runtime.sharding.mesh import Mesh
-from moreh.runtime.sharding.shards import check_local_tensors, own_pieces
-from moreh.runtime.sharding.spec import Layout
+from moreh.runtime.sharding.shards import check_local_tensors, local_shards
+from moreh.runtime.sharding.spec import ParamSpec
 
 
 class ShardedStateDict(dict[str, Any]):
@@ -47,7 +47,7 @@ class ShardedStateDict(dict[str, Any]):
 
 def state_dict_of(model: nn.Module, local_tensors: Mapping[str, torch.Tensor], rank: int) -> ShardedStateDict:
     """The entries that a rank holds, in the order and under the names of the whole model's; tied ones have the same tensor."""
-    tensors = {**local_tensors, **buffers_of(model)}
+    tensors = {**local_tensors, **persistent_buffers(model)}
     entries = state_entries(model)
     return ShardedStateDict(
         {name: tensors[entry.source] for name, entry in entries.items() if entry.source in tensors}, rank
@@ -58,7 +58,7 @@ def state_dict_of(model: nn.Module, local_tensors: Mapping[str, torch.Tensor], r
 def load_whole_state_dict(
     model: nn.Module,
     state_dict: Mapping[str, Any],
-    layouts: Mapping[str, Layout],
+    layouts: Mapping[str, ParamSpec],
     local_tensors: Mapping[str, torch.Tensor],
     mesh: Mesh | None,
     *,
@@ -74,7 +74,7 @@ def load_whole_state_dict(
     """
     check_local_tensors(layouts, local_tensors, mesh)
     entries = state_entries(model)
-    buffers = buffers_of(model)
+    buffers = persistent_buffers(model)
     parts = isinstance(state_dict, ShardedStateDict)
     expected = {
         name for name, entry in entries.items() if not parts or entry.source in local_tensors or name in buffers
@@ -100,6 +100,6 @@ def load_whole_state_dict(
         elif parts:
             local_tensors[source].copy_(state_dict[name])
         elif source in local_tensors:
-            for piece in own_pieces(layouts[source], mesh):
+            for piece in local_shards(layouts[source], mesh):
                 piece.of_local(local_tensors[source]).copy_(piece.of_whole(state_dict[name]))
     return _IncompatibleKeys(missing, unexpected)

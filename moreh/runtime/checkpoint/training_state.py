@@ -38,14 +38,14 @@ from moreh.runtime.checkpoint.optimizer_state import (
     CheckpointError,
     check_groups,
     groups_of,
-    optimizer_to_save,
+    optimizer_state_to_save,
     restore_optimizer,
     state_to_fill,
 )
-from moreh.runtime.launch.collective_errors import raise_together
+from moreh.runtime.launch.collective_errors import raise_on_all_ranks
 from moreh.runtime.sharding.mesh import Mesh
-from moreh.runtime.sharding.shards import check_local_tensors, own_rank
-from moreh.runtime.sharding.spec import Layout
+from moreh.runtime.sharding.shards import check_local_tensors, global_rank_of
+from moreh.runtime.sharding.spec import ParamSpec
 
 # What a rank holds of a training's state, by the names on the disk.
 State = dict[str, StoredTensor]
@@ -58,13 +58,13 @@ _saver = ThreadPoolExecutor(1, thread_name_prefix="moreh-checkpoint")
 _running: list[Future[None]] = []
 
 
-def layouts_of_whole(model: nn.Module) -> dict[str, Layout]:
+def layouts_of_whole(model: nn.Module) -> dict[str, ParamSpec]:
     """The layouts of a model that one worker holds."""
-    return {name: Layout(name, tuple(tensor.shape), tensor.dtype, (0,)) for name, tensor in model.named_parameters()}
+    return {name: ParamSpec(name, tuple(tensor.shape), tensor.dtype, (0,)) for name, tensor in model.named_parameters()}
 
 
 def state_to_save(
-    layouts: Mapping[str, Layout],
+    layouts: Mapping[str, ParamSpec],
     local_tensors: Mapping[str, torch.Tensor],
     optimizers: Sequence[Optimizer],
     parameters: Mapping[str, nn.Parameter],
@@ -90,9 +90,9 @@ def state_to_save(
         for name, tensor in local_tensors.items():
             state[_MODEL + name] = stored_part(layouts[name], tensor.detach(), mesh)
         for number, optimizer in enumerate(optimizers):
-            for path, stored in optimizer_to_save(optimizer, names, layouts, mesh).items():
+            for path, stored in optimizer_state_to_save(optimizer, names, layouts, mesh).items():
                 state[_OPTIMIZER.format(number) + path] = stored
-        if own_rank(mesh) == 0:
+        if global_rank_of(mesh) == 0:
             state[_GROUPS] = stored_value(groups, "the settings of an optimizer")
             state[_EXTRA] = stored_value(extra, "extra")
     except Exception as raised:
@@ -131,7 +131,7 @@ def save_state_async(state: State, directory: str | os.PathLike[str], mesh: Mesh
 
 def load_state(
     directory: str | os.PathLike[str],
-    layouts: Mapping[str, Layout],
+    layouts: Mapping[str, ParamSpec],
     local_tensors: Mapping[str, torch.Tensor],
     optimizers: Sequence[Optimizer],
     parameters: Mapping[str, nn.Parameter],
@@ -208,7 +208,7 @@ def load_extra(directory: str | os.PathLike[str]) -> Any:
 
 def _raise_together(error: Exception | None, doing: str, mesh: Mesh | None) -> None:
     if mesh is not None:
-        raise_together(error, doing, mesh.device)
+        raise_on_all_ranks(error, doing, mesh.device)
     elif error is not None:
         raise error
 
@@ -242,7 +242,7 @@ def _damaged(directory: Path, error: Exception) -> CheckpointError:
     return CheckpointError(f"{directory} is damaged ({type(error).__name__}: {told}). Give an earlier checkpoint.")
 
 
-def _check_model(directory: Path, sizes: Mapping[str, TensorStorageMetadata], layouts: Mapping[str, Layout]) -> None:
+def _check_model(directory: Path, sizes: Mapping[str, TensorStorageMetadata], layouts: Mapping[str, ParamSpec]) -> None:
     saved = {name.removeprefix(_MODEL): tuple(kind.size) for name, kind in sizes.items() if name.startswith(_MODEL)}
     problems = [f"{name} is not in it" for name in layouts if name not in saved]
     problems += [f"{name} is not in this model" for name in saved if name not in layouts]
@@ -268,7 +268,7 @@ def _start(state: State, directory: str | os.PathLike[str], mesh: Mesh | None) -
         world = dist.group.WORLD
         assert world is not None
         group = _background_group(world)
-    return _saver.submit(_write, state, Path(directory), own_rank(mesh) == 0, group)
+    return _saver.submit(_write, state, Path(directory), global_rank_of(mesh) == 0, group)
 
 
 def _write(state: State, target: Path, first: bool, group: dist.ProcessGroup | None) -> None:
@@ -297,7 +297,7 @@ def _together(work: Callable[[], object], doing: str, group: dist.ProcessGroup |
     except Exception as raised:
         error = raised
     if group is not None:
-        raise_together(error, doing, group=group)
+        raise_on_all_ranks(error, doing, group=group)
     elif error is not None:
         raise error
 
@@ -308,7 +308,7 @@ def _read(state: State, directory: str | os.PathLike[str], mesh: Mesh | None, do
     try:
         load(state, storage_reader=reader, planner=RestoringPlanner(), no_dist=mesh is None)
     except CheckpointException as raised:
-        error = _own_error(raised, own_rank(mesh), doing)
+        error = _own_error(raised, global_rank_of(mesh), doing)
         raise error if isinstance(error, MorehError) else _damaged(Path(directory), error) from raised
 
 

@@ -17,7 +17,7 @@ from moreh.runtime.checkpoint.training_state import (
     save_state_async,
     state_to_save,
 )
-from moreh.runtime.engine.registry import worker_model_of
+from moreh.runtime.engine.registry import runner_of
 from moreh.runtime.launch.world import current_world
 
 # On a whole model in a world of several workers: where its state is to be read from once it is divided.
@@ -34,11 +34,11 @@ def save_training(
     Raises:
         OptionError: several workers have not divided the model yet, so that there is no training to save.
     """
-    worker_model = worker_model_of(model)
-    if worker_model is not None:
-        parallel = worker_model.model
+    model_runner = runner_of(model)
+    if model_runner is not None:
+        parallel = model_runner.model
         state = state_to_save(
-            parallel.layouts, parallel.local_tensors(), optimizers, parallel.shown, parallel.mesh, extra
+            parallel.layouts, parallel.local_tensors(), optimizers, parallel.user_params, parallel.mesh, extra
         )
         return save_state_async(state, directory, parallel.mesh)
     if current_world().size > 1:
@@ -60,11 +60,11 @@ def load_training(model: nn.Module, optimizers: Sequence[Optimizer], directory: 
     Raises:
         CheckpointError: there is no complete checkpoint, or it is of another model or optimizer.
     """
-    worker_model = worker_model_of(model)
-    if worker_model is not None:
-        parallel = worker_model.model
+    model_runner = runner_of(model)
+    if model_runner is not None:
+        parallel = model_runner.model
         return load_state(
-            directory, parallel.layouts, parallel.local_tensors(), optimizers, parallel.shown, parallel.mesh
+            directory, parallel.layouts, parallel.local_tensors(), optimizers, parallel.user_params, parallel.mesh
         )
     if current_world().size > 1:
         model.__dict__[PENDING] = (os.fspath(directory), tuple(optimizers))

@@ -10,26 +10,26 @@ from moreh.accelerator.flavors import Flavor
 from moreh.accelerator.job_status import PredictedUse
 from moreh.errors import PlanError
 from moreh.option import ParallelOptions, PlannerVariables
-from moreh.planner.cost.prediction import DeviceMemory, Prediction, predict, setting_of, setting_of_this_machine
-from moreh.planner.hardware.cluster import cluster_of_flavor
+from moreh.planner.cost.prediction import DeviceMemory, Prediction, make_environment, measured_environment, predict
+from moreh.planner.hardware.cluster import cluster_for_flavor
 from moreh.planner.hardware.efficiency import uncertainty
 from moreh.planner.plan.notation import plan_text
 from moreh.planner.plan.plan import Plan, Recomputation, Training
 from moreh.planner.report.report import gib, seconds_text
-from moreh.planner.search.candidates import Restrictions
-from moreh.planner.search.constraints import restrictions_of
+from moreh.planner.search.candidates import Constraints
+from moreh.planner.search.constraints import constraints_from_options
 from moreh.planner.search.search import SearchResult, search, search_on_most_devices
-from moreh.planner.software_profile import TRANSFORMERS, TRANSFORMERS_AUTOCAST, computing_in
-from moreh.runtime.tensor.partition import largest_tensor_size, sequence_parallel_problem
+from moreh.planner.software_profile import TRANSFORMERS, TRANSFORMERS_AUTOCAST, moreh_software
+from moreh.runtime.tensor.partition import max_tensor_parallel, sequence_parallel_refusal
 
 SELECTED_CONFIG = "advanced_parallelization_selected_config.dump"
 DETAILED_LOG = "autoconfig_log.dump"
 # Plans that the detailed log lists.
 DETAILED = 50
 # Tokens of a micro-batch that matrix products and kernels need to be worth their start.
-ENOUGH_TOKENS = 4096
+MIN_MICROBATCH_TOKENS = 4096
 # What a smaller micro-batch may cost: it needs less memory.
-HARDLY_SLOWER = 1.05
+MAX_SLOWDOWN = 1.05
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Selection:
 def select_plan(
     training: Training,
     flavor: Flavor,
-    restrictions: Restrictions,
+    restrictions: Constraints,
     options: ParallelOptions,
     variables: PlannerVariables,
     say: Callable[[str], None],
@@ -53,7 +53,9 @@ def select_plan(
     Raises:
         PlanError: no plan divides the batch under the restrictions.
     """
-    setting = setting_of(cluster_of_flavor(flavor), computing_in("half" if options.mixed_precision else "float32"))
+    setting = make_environment(
+        cluster_for_flavor(flavor), moreh_software("half" if options.mixed_precision else "float32")
+    )
     found, _, idle = search_on_most_devices(training, setting, restrictions, count=DETAILED, threads=variables.threads)
     if idle:
         say(f"Simulated: {idle}")
@@ -152,7 +154,7 @@ def select_local_plan(training: Training, options: ParallelOptions, *, bfloat16:
 
     Of those that fit in memory and are hardly slower than the fastest, the one that needs the least; where nothing fits, too.
     """
-    setting = setting_of_this_machine(1, TRANSFORMERS_AUTOCAST if bfloat16 else TRANSFORMERS)
+    setting = measured_environment(1, TRANSFORMERS_AUTOCAST if bfloat16 else TRANSFORMERS)
     layers = (len(training.architecture.layers),)
     rows = training.global_batch_size
     # Selective recomputation is none that a model of transformers has a switch for.
@@ -161,20 +163,20 @@ def select_local_plan(training: Training, options: ParallelOptions, *, bfloat16:
         Plan(layers, micro_batch_size=size, micro_batches=rows // size, recomputation=recomputation)
         for recomputation in choices[options.activation_recomputation]
         for size in range(1, rows + 1)
-        if rows % size == 0 and size * training.sequence_length >= min(ENOUGH_TOKENS, training.tokens)
+        if rows % size == 0 and size * training.sequence_length >= min(MIN_MICROBATCH_TOKENS, training.tokens)
     ]
     predictions = [predict(plan, training, setting) for plan in plans]
     fitting = [one for one in predictions if one.memory_bytes <= setting.cluster.device.memory_bytes]
     if not fitting:
         return min(predictions, key=lambda one: one.memory_bytes)
-    enough = HARDLY_SLOWER * min(one.step_time_s for one in fitting)
+    enough = MAX_SLOWDOWN * min(one.step_time_s for one in fitting)
     return min((one for one in fitting if one.step_time_s <= enough), key=lambda one: one.memory_bytes)
 
 
-def within_runtime(restrictions: Restrictions, model: nn.Module) -> Restrictions:
-    """Restrictions with those besides that the model puts on what workers can carry out."""
-    largest = largest_tensor_size(model)
-    possible = largest > 1 and sequence_parallel_problem(model, largest) is None
+def within_runtime_limits(restrictions: Constraints, model: nn.Module) -> Constraints:
+    """Constraints with those besides that the model puts on what workers can carry out."""
+    largest = max_tensor_parallel(model)
+    possible = largest > 1 and sequence_parallel_refusal(model, largest) is None
     return replace(restrictions, max_tensor=largest, sequence_parallel=None if possible else False)
 
 
@@ -194,8 +196,10 @@ def select_worker_plan(
     Raises:
         PlanError: no plan divides the model under the options, or none fits the memory of the machine.
     """
-    setting = setting_of_this_machine(workers, computing_in("half" if bfloat16 else "float32"))
-    restrictions = replace(within_runtime(restrictions_of(options, variables, workers), model), memory_fraction=1.0)
+    setting = measured_environment(workers, moreh_software("half" if bfloat16 else "float32"))
+    restrictions = replace(
+        within_runtime_limits(constraints_from_options(options, variables, workers), model), memory_fraction=1.0
+    )
     try:
         found = search(training, setting, restrictions, count=1)
     except PlanError:

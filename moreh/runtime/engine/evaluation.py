@@ -6,24 +6,24 @@ import torch
 import torch.distributed as dist
 
 from moreh.runtime.batch.loss_output import LossOutput
-from moreh.runtime.batch.model_inputs import ModelInputs, padded, require_same_on_all_ranks, rows_of
+from moreh.runtime.batch.model_inputs import ModelInputs, check_same_on_all_ranks, padded, slice_rows
 from moreh.runtime.launch.world import World
-from moreh.runtime.tensor.vocab_parallel import token_losses
+from moreh.runtime.tensor.vocab_parallel import vocab_parallel_cross_entropy
 
 
-def evaluate_whole(model: Any, inputs: ModelInputs, world: World) -> LossOutput:
+def evaluate_unsharded(model: Any, inputs: ModelInputs, world: World) -> LossOutput:
     """The mean loss of a batch without gradients; collective.
 
     Raises:
         WorkerError: the workers were given different batches.
     """
     device = next(model.parameters()).device
-    require_same_on_all_ranks(inputs, device)
+    check_same_on_all_ranks(inputs, device)
     rows = -(-inputs.rows // world.size)
-    own = rows_of(padded(inputs, rows * world.size, 1), world.rank * rows, (world.rank + 1) * rows, device)
+    own = slice_rows(padded(inputs, rows * world.size, 1), world.rank * rows, (world.rank + 1) * rows, device)
     with torch.no_grad():
         logits = model(**own.others, **own.tensors).logits
         assert own.labels is not None
-        total = token_losses(logits, own.labels, None, logits.shape[-1]).sum(dtype=torch.float64)
+        total = vocab_parallel_cross_entropy(logits, own.labels, None, logits.shape[-1]).sum(dtype=torch.float64)
     dist.all_reduce(total)
     return LossOutput(loss=(total / inputs.loss_divisor).to(torch.promote_types(logits.dtype, torch.float32)))

@@ -18,19 +18,19 @@ from moreh.errors import OptionError, PlanError
 from moreh.log import logger
 from moreh.models.describe.from_module import describe_module
 from moreh.option import ParallelOptions, PlannerVariables
-from moreh.patches.module_call import run_around_model_calls, run_instead_of_model_calls
+from moreh.patches.module_call import around_model_calls, instead_of_model_calls
 from moreh.planner.plan.plan import Training
 from moreh.planner.report.report import gib, seconds_text
-from moreh.planner.search.constraints import restrictions_of
+from moreh.planner.search.constraints import constraints_from_options
 from moreh.runtime.engine.choose_plan import predicted_use, select_local_plan, select_plan
-from moreh.runtime.engine.optimizer_patches import watch_optimizers
-from moreh.runtime.kernels.fused_adam import fuse_optimizer
+from moreh.runtime.engine.optimizer_patches import on_optimizer_created
+from moreh.runtime.kernels.fused_adam import use_fused_kernels
 from moreh.runtime.kernels.options import savings_of, savings_text
 from moreh.runtime.kernels.precision import autocast_if, choose_bfloat16, in_float32, inside_autocast
 from moreh.runtime.launch.world import current_world
 
 if TYPE_CHECKING:
-    from moreh.runtime.engine.single_worker import OneWorker
+    from moreh.runtime.engine.fast_path import FastPath
 
 # In a micro-batch of an evaluation before the first training batch.
 UNPLANNED_TOKENS = 1024
@@ -50,7 +50,7 @@ class _Runtime:
         self._low_precision: dict[torch.device, bool] = {}
         # The call that is going on.
         self._in_bfloat16 = False
-        self._one_worker: OneWorker | None = None
+        self._one_worker: FastPath | None = None
 
     @contextmanager
     def around_call(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
@@ -82,9 +82,9 @@ class _Runtime:
             return NotImplemented
         if self._one_worker is None:
             # transformers takes seconds to import: whoever calls a model with labels has most likely done so.
-            from moreh.runtime.engine.single_worker import OneWorker
+            from moreh.runtime.engine.fast_path import FastPath
 
-            self._one_worker = OneWorker(savings_of(self.options))
+            self._one_worker = FastPath(savings_of(self.options))
         return self._one_worker.call(model, args, kwargs, self._micro_batch_tokens.get(model, UNPLANNED_TOKENS))
 
     def _prepare(self, model: torch.nn.Module) -> None:
@@ -107,7 +107,7 @@ class _Runtime:
             return math.inf
         accelerator = self.job.accelerator
         try:
-            restrictions = restrictions_of(self.options, self.variables, accelerator.flavor.devices)
+            restrictions = constraints_from_options(self.options, self.variables, accelerator.flavor.devices)
             selection = select_plan(
                 training, accelerator.flavor, restrictions, self.options, self.variables, logger.info
             )
@@ -142,7 +142,7 @@ class _Runtime:
         return self._low_precision[device]
 
 
-def run_models_with(options: ParallelOptions, variables: PlannerVariables) -> None:
+def install_hook(options: ParallelOptions, variables: PlannerVariables) -> None:
     """Apply the options to every model from now on, and let this process use all devices of the accelerator.
 
     Raises:
@@ -153,15 +153,15 @@ def run_models_with(options: ParallelOptions, variables: PlannerVariables) -> No
     world = current_world()
     if world.size > 1:
         # torch.distributed and transformers take seconds to import, which one worker does not need yet.
-        from moreh.runtime.engine.multi_worker_hook import run_models_on_workers
+        from moreh.runtime.engine.multi_worker_hook import install_multi_worker_hook
 
-        run_models_on_workers(options, variables, job, world)
+        install_multi_worker_hook(options, variables, job, world)
         return
     if options.fused_optimizer:
-        watch_optimizers(fuse_optimizer)
+        on_optimizer_created(use_fused_kernels)
     runtime = _Runtime(options, variables, job)
-    run_around_model_calls(runtime.around_call, runtime.after_call)
-    run_instead_of_model_calls(runtime.instead_of_call)
+    around_model_calls(runtime.around_call, runtime.after_call)
+    instead_of_model_calls(runtime.instead_of_call)
 
 
 def _tokens_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int] | None:

@@ -13,36 +13,36 @@ from moreh.accelerator.job import LocalJob
 from moreh.accelerator.memory.out_of_memory import nothing_fits_error
 from moreh.errors import MorehError, OptionError
 from moreh.log import logger
-from moreh.models.compatibility import unknown_computation
+from moreh.models.compatibility import unsupported_reason
 from moreh.models.describe.from_module import describe_module, unwrapped
 from moreh.option import ParallelOptions, PlannerVariables
-from moreh.patches.module_call import run_instead_of_model_calls
+from moreh.patches.module_call import instead_of_model_calls
 from moreh.planner.plan.notation import plan_text
 from moreh.planner.plan.plan import Plan, Training
 from moreh.planner.report.report import gib, seconds_text
-from moreh.planner.search.constraints import restrictions_of
+from moreh.planner.search.constraints import constraints_from_options
 from moreh.runtime.batch.model_inputs import ModelInputs, read_inputs
 from moreh.runtime.engine.checkpoint_api import is_waiting_for_state, load_pending
-from moreh.runtime.engine.choose_plan import predicted_use, select_plan, select_worker_plan, within_runtime
-from moreh.runtime.engine.evaluation import evaluate_whole
-from moreh.runtime.engine.optimizer_patches import watch_optimizers
+from moreh.runtime.engine.choose_plan import predicted_use, select_plan, select_worker_plan, within_runtime_limits
+from moreh.runtime.engine.evaluation import evaluate_unsharded
+from moreh.runtime.engine.optimizer_patches import on_optimizer_created
 from moreh.runtime.engine.registry import (
-    call_divided,
-    divide,
-    is_part_of_divided,
-    prepare_for_division,
-    worker_model_of,
+    call_sharded,
+    install_sharding_support,
+    is_submodule_of_sharded,
+    runner_of,
+    shard_model,
 )
-from moreh.runtime.kernels.fused_adam import fuse_optimizer
+from moreh.runtime.kernels.fused_adam import use_fused_kernels
 from moreh.runtime.kernels.options import savings_of, savings_text
 from moreh.runtime.kernels.precision import autocast_if, choose_bfloat16, in_float32, inside_autocast
 from moreh.runtime.launch.world import World
-from moreh.runtime.sharding.local_weights import keep_weights_on_disk, wanted_dtypes
+from moreh.runtime.sharding.local_weights import patch_lazy_loading, target_dtypes
 
 Result = TypeVar("Result")
 
 
-class WorkerRuntime:
+class MultiWorkerHook:
     """The options that are in force in a world of several workers."""
 
     def __init__(self, options: ParallelOptions, variables: PlannerVariables, job: LocalJob, world: World) -> None:
@@ -58,13 +58,13 @@ class WorkerRuntime:
 
         Before its first training batch a model is whole on every worker; batches with labels are shared between them.
         """
-        if worker_model_of(module) is None and (is_part_of_divided(module) or not _is_language_model(module)):
+        if runner_of(module) is None and (is_submodule_of_sharded(module) or not _is_language_model(module)):
             self._say_left_whole(module)
             return NotImplemented
         parameter = next(module.parameters())
-        bfloat16 = not inside_autocast() and self._wanted_dtype(module) == torch.float32 and self._uses_bfloat16()
+        bfloat16 = not inside_autocast() and self._target_dtype(module) == torch.float32 and self._uses_bfloat16()
         with autocast_if(bfloat16, self._device.type):
-            if worker_model_of(module) is None:
+            if runner_of(module) is None:
                 inputs = read_inputs(unwrapped(module), args, kwargs)
                 training = torch.is_grad_enabled() and module.training and inputs.labels is not None
                 if not training and is_waiting_for_state(module):
@@ -73,20 +73,20 @@ class WorkerRuntime:
                         "divided over the workers; train first"
                     )
                 if not training and parameter.device == self._device:
-                    if inputs.labels is None or unknown_computation(module) is not None:
+                    if inputs.labels is None or unsupported_reason(module) is not None:
                         return NotImplemented
-                    return evaluate_whole(module, inputs, self.world)
+                    return evaluate_unsharded(module, inputs, self.world)
                 if inputs.labels is None:
                     raise OptionError(
                         "the model was called without labels before it was divided over the workers: call it with labels first"
                     )
                 self._divide(module, inputs, bfloat16=bfloat16)
-            outputs = call_divided(module, args, kwargs)
+            outputs = call_sharded(module, args, kwargs)
         return in_float32(outputs) if bfloat16 else outputs
 
     def _divide(self, module: nn.Module, inputs: ModelInputs, *, bfloat16: bool) -> None:
         plan = self._on_first_worker(lambda: self._plan(module, inputs, bfloat16=bfloat16))
-        divide(module, plan, savings_of(self.options))
+        shard_model(module, plan, savings_of(self.options))
         load_pending(module)
 
     def _plan(self, module: nn.Module, inputs: ModelInputs, *, bfloat16: bool) -> Plan:
@@ -99,9 +99,9 @@ class WorkerRuntime:
         training = Training(describe_module(module), inputs.rows, inputs.sequence_length)
         accelerator = self.job.accelerator
         flavor, workers = accelerator.flavor, self.world.size
-        restrictions = restrictions_of(self.options, self.variables, flavor.devices)
+        restrictions = constraints_from_options(self.options, self.variables, flavor.devices)
         if flavor.devices == workers:
-            restrictions = within_runtime(restrictions, module)
+            restrictions = within_runtime_limits(restrictions, module)
         selection = select_plan(training, flavor, restrictions, self.options, self.variables, logger.info)
         if selection.prediction is None:
             raise nothing_fits_error(selection.smallest_bytes, self.variables.memory_percent / 100, accelerator)
@@ -147,14 +147,14 @@ class WorkerRuntime:
             )
         return self._bfloat16
 
-    def _wanted_dtype(self, module: nn.Module) -> torch.dtype:
-        worker_model = worker_model_of(module)
-        if worker_model is not None:
-            return next(iter(worker_model.model.computing.values())).dtype
-        return next(iter(wanted_dtypes(module).values()))
+    def _target_dtype(self, module: nn.Module) -> torch.dtype:
+        model_runner = runner_of(module)
+        if model_runner is not None:
+            return next(iter(model_runner.model.compute_params.values())).dtype
+        return next(iter(target_dtypes(module).values()))
 
     def _say_left_whole(self, module: nn.Module) -> None:
-        if type(module) not in self._left_whole and not is_part_of_divided(module):
+        if type(module) not in self._left_whole and not is_submodule_of_sharded(module):
             self._left_whole.add(type(module))
             logger.info(
                 "%s is no causal language model of transformers: each worker computes it whole, on the same data.",
@@ -162,17 +162,19 @@ class WorkerRuntime:
             )
 
 
-def run_models_on_workers(options: ParallelOptions, variables: PlannerVariables, job: LocalJob, world: World) -> None:
+def install_multi_worker_hook(
+    options: ParallelOptions, variables: PlannerVariables, job: LocalJob, world: World
+) -> None:
     """Apply the options to every model from now on, in a world of several workers."""
     workers: list[Any] = [None] * world.size
     dist.all_gather_object(workers, (world.rank, socket.gethostname(), os.getpid()))
     job.worker_pids = tuple((rank, pid) for rank, host, pid in workers if host == socket.gethostname())
-    keep_weights_on_disk()
+    patch_lazy_loading()
     # Asked before what computes divided models, which chooses no precision.
-    run_instead_of_model_calls(WorkerRuntime(options, variables, job, world).call)
-    prepare_for_division()
+    instead_of_model_calls(MultiWorkerHook(options, variables, job, world).call)
+    install_sharding_support()
     if options.fused_optimizer:
-        watch_optimizers(fuse_optimizer)
+        on_optimizer_created(use_fused_kernels)
 
 
 def _is_language_model(module: nn.Module) -> bool:

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map_only
 from moreh.errors import OptionError
 from moreh.runtime.checkpoint.state_dict import ShardedStateDict
 
-_looking: list[Callable[[torch.optim.Optimizer], None]] = []
+_callbacks: list[Callable[[torch.optim.Optimizer], None]] = []
 _not_to_pickle: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 _optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 
@@ -30,21 +30,21 @@ class _Replaced(nn.Parameter):
         return function(*args, **kwargs)
 
 
-def watch_optimizers(look: Callable[[torch.optim.Optimizer], None]) -> None:
+def on_optimizer_created(look: Callable[[torch.optim.Optimizer], None]) -> None:
     """From now on know every optimizer that is made, and let `look` see it, which may raise for one that cannot work."""
-    _looking.append(look)
+    _callbacks.append(look)
     original: Any = torch.optim.Optimizer.__init__
 
     def initialize(self: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
         _optimizers.add(self)
-        for look in _looking:
+        for look in _callbacks:
             look(self)
 
     torch.optim.Optimizer.__init__ = initialize  # type: ignore[method-assign]
 
 
-def exchange_parameters(successors: dict[int, nn.Parameter], originals: list[nn.Parameter]) -> None:
+def replace_params(successors: dict[int, nn.Parameter], originals: list[nn.Parameter]) -> None:
     """Give optimizers, and lists that the script has made, the parameters that took the place of others.
 
     `successors` are found by the id of an original.
@@ -68,7 +68,7 @@ def exchange_parameters(successors: dict[int, nn.Parameter], originals: list[nn.
             original.__class__ = _Replaced
 
 
-def refuse_to_pickle_state(optimizer: torch.optim.Optimizer) -> None:
+def forbid_pickling_state(optimizer: torch.optim.Optimizer) -> None:
     """Each worker has the state of its own parts: written by torch.save, it would be taken for the whole."""
     if optimizer not in _not_to_pickle:
         _not_to_pickle.add(optimizer)
@@ -76,14 +76,14 @@ def refuse_to_pickle_state(optimizer: torch.optim.Optimizer) -> None:
         optimizer.register_state_dict_post_hook(lambda _, state: ShardedStateDict(state, rank))
 
 
-def look_at_optimizers() -> None:
+def revisit_optimizers() -> None:
     """Show the optimizers that there are to the function that looks at new ones."""
     for optimizer in _optimizers:
-        for look in _looking:
+        for look in _callbacks:
             look(optimizer)
 
 
-def replace_total_norm(norm_of: Callable[[list[torch.Tensor], float], torch.Tensor | None]) -> None:
+def patch_total_norm(norm_of: Callable[[list[torch.Tensor], float], torch.Tensor | None]) -> None:
     """Let `torch.nn.utils.clip_grad_norm_` and `get_total_norm` ask `norm_of` first; None where it does not know the tensors.
 
     Both look their helper up by its name when they are called, so scripts that have imported them already are served too.

@@ -11,18 +11,18 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 from torch.distributed.tensor import DTensor
 
-from moreh.models.parts import Decoder, take_apart
+from moreh.models.parts import ModelParts, split_into_parts
 from moreh.planner.plan.plan import Plan
 from moreh.runtime.kernels.recomputation import recompute_activations
 from moreh.runtime.pipeline.lean_stage import Pipeline
-from moreh.runtime.pipeline.stage import Finish, Stage, Wanted
-from moreh.runtime.sharding.dtensor_view import shown_parameter
-from moreh.runtime.sharding.local_weights import take_local_parts
+from moreh.runtime.pipeline.stage import LogitPositions, OutputFn, Stage
+from moreh.runtime.sharding.dtensor_view import user_param
+from moreh.runtime.sharding.local_weights import materialize_local_shards
 from moreh.runtime.sharding.mesh import Mesh, make_mesh, mesh_of_one
-from moreh.runtime.sharding.placement import parameter_layouts, stage_places
-from moreh.runtime.sharding.spec import Layout, tensor_shape
-from moreh.runtime.tensor.apply import TensorDivision, describe_division, install_tensor_parallel
-from moreh.runtime.tensor.collectives import sum_own_part
+from moreh.runtime.sharding.placement import parameter_specs, stage_placements
+from moreh.runtime.sharding.spec import ParamSpec, tensor_shape
+from moreh.runtime.tensor.apply import TensorPartition, describe_partition, install_tensor_parallel
+from moreh.runtime.tensor.collectives import reduce_scatter
 
 # A module's `_parameters` and a key of it.
 Slot = tuple[dict[str, nn.Parameter | None], str]
@@ -32,20 +32,20 @@ Slot = tuple[dict[str, nn.Parameter | None], str]
 class ParallelModel:
     """A divided model.
 
-    `computing` are the parameters of this rank that its stages compute with: plain tensors, or sharded by FSDP over the
-    data-parallel ranks. `shown` are those that the script and its optimizer see, in the coordinates of the whole tensors; where
+    `compute_params` are the parameters of this rank that its stages compute with: plain tensors, or sharded by FSDP over the
+    data-parallel ranks. `user_params` are those that the script and its optimizer see, in the coordinates of the whole tensors; where
     they are the same objects nothing is exchanged. `slots` are the places in modules of each. `pipelines` are made
     when they are needed, by their numbers of micro-batches.
     """
 
-    decoder: Decoder
+    decoder: ModelParts
     plan: Plan
     mesh: Mesh
-    layouts: dict[str, Layout]
+    layouts: dict[str, ParamSpec]
     partial_gradients: frozenset[str]
     stages: tuple[Stage, ...]
-    computing: dict[str, nn.Parameter]
-    shown: dict[str, nn.Parameter]
+    compute_params: dict[str, nn.Parameter]
+    user_params: dict[str, nn.Parameter]
     slots: dict[str, list[Slot]]
     pipelines: dict[int, Pipeline] = field(default_factory=dict)
 
@@ -60,7 +60,7 @@ class ParallelModel:
 
     def local_tensors(self) -> dict[str, torch.Tensor]:
         """This rank's part of each parameter that it holds, sharing memory with it."""
-        return {name: local_tensor(parameter).detach() for name, parameter in self.computing.items()}
+        return {name: local_tensor(parameter).detach() for name, parameter in self.compute_params.items()}
 
 
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
@@ -68,12 +68,12 @@ def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def divide_model(
+def build_sharded(
     root: nn.Module,
     plan: Plan,
     inputs: Callable[[int], dict[str, Any]],
-    finish: Finish,
-    wanted: Wanted,
+    finish: OutputFn,
+    wanted: LogitPositions,
 ) -> ParallelModel:
     """Divide a model over all workers; collective. Its parameters are replaced by this rank's parts.
 
@@ -81,21 +81,21 @@ def divide_model(
     data, on the meta device, so that names and counts remain those of the whole model.
     """
     mesh = make_mesh(plan.pipeline, plan.data, plan.tensor)
-    decoder = take_apart(root)
-    division = TensorDivision({}, frozenset())
+    decoder = split_into_parts(root)
+    division = TensorPartition({}, frozenset())
     if plan.tensor > 1:
-        division = describe_division(root, plan.tensor, sequence_parallel=plan.sequence_parallel)
-    layouts = parameter_layouts(decoder, plan, division.divisions)
+        division = describe_partition(root, plan.tensor, sequence_parallel=plan.sequence_parallel)
+    layouts = parameter_specs(decoder, plan, division.divisions)
     original = dict(root.named_parameters())
     slots = _slots(root, original)
     here = mesh.rank("pipeline")
-    parts = take_local_parts(root, layouts, mesh)
+    parts = materialize_local_shards(root, layouts, mesh)
     for name, parameter in original.items():
         _fill(slots[name], _without_data(parameter, layouts[name], layouts[name].shape))
     sharded = plan.sharding != "none" and plan.data > 1
     stages = tuple(
         Stage(decoder, place.first, place.last, inputs, finish, wanted)
-        for place in stage_places(plan)
+        for place in stage_placements(plan)
         if place.pipeline_rank == here
     )
     if plan.recomputation != "none":
@@ -109,48 +109,50 @@ def divide_model(
             _fill(slots[name], _without_data(original[name], layouts[name], part_shape))
         for stage in stages:
             _shard(stage, plan, mesh)
-    computing = {}
+    compute_params = {}
     for name in list(parts):
         part = parts.pop(name)  # let go one by one: a copy and its source exist for one parameter at a time
         if sharded:
-            computing[name] = _sharded_parameter(slots[name])
-            local_tensor(computing[name]).detach().copy_(part)
+            compute_params[name] = _sharded_parameter(slots[name])
+            local_tensor(compute_params[name]).detach().copy_(part)
         else:
-            computing[name] = nn.Parameter(part, requires_grad=original[name].requires_grad)
-        _fill(slots[name], computing[name])
-    shown = {name: shown_parameter(parameter, layouts[name], plan, mesh) for name, parameter in computing.items()}
-    model = ParallelModel(decoder, plan, mesh, layouts, division.partial_gradients, stages, computing, shown, slots)
-    show_parameters(model)
+            compute_params[name] = nn.Parameter(part, requires_grad=original[name].requires_grad)
+        _fill(slots[name], compute_params[name])
+    user_params = {name: user_param(parameter, layouts[name], plan, mesh) for name, parameter in compute_params.items()}
+    model = ParallelModel(
+        decoder, plan, mesh, layouts, division.partial_gradients, stages, compute_params, user_params, slots
+    )
+    install_user_params(model)
     return model
 
 
-def undivided_model(
+def build_unsharded(
     root: nn.Module,
     plan: Plan,
     inputs: Callable[[int], dict[str, Any]],
-    finish: Finish,
-    wanted: Wanted,
+    finish: OutputFn,
+    wanted: LogitPositions,
 ) -> ParallelModel:
-    """A model on one worker: what `divide_model` gives, but nothing of the model is replaced."""
-    decoder = take_apart(root)
+    """A model on one worker: what `build_sharded` gives, but nothing of the model is replaced."""
+    decoder = split_into_parts(root)
     parameters = dict(root.named_parameters())
     stage = Stage(decoder, 0, len(decoder.layers), inputs, finish, wanted)
     mesh = mesh_of_one(next(iter(parameters.values())).device)
-    layouts = parameter_layouts(decoder, plan, {})
+    layouts = parameter_specs(decoder, plan, {})
     return ParallelModel(decoder, plan, mesh, layouts, frozenset(), (stage,), parameters, parameters, {})
 
 
-def show_parameters(model: ParallelModel) -> None:
+def install_user_params(model: ParallelModel) -> None:
     """Put what the script sees into the modules."""
-    for name, parameter in model.shown.items():
-        if parameter is not model.computing[name]:
+    for name, parameter in model.user_params.items():
+        if parameter is not model.compute_params[name]:
             _fill(model.slots[name], parameter)
 
 
-def use_computing_parameters(model: ParallelModel) -> None:
+def install_compute_params(model: ParallelModel) -> None:
     """Put what the stages compute with into the modules."""
-    for name, parameter in model.computing.items():
-        if parameter is not model.shown[name]:
+    for name, parameter in model.compute_params.items():
+        if parameter is not model.user_params[name]:
             _fill(model.slots[name], parameter)
 
 
@@ -176,11 +178,11 @@ def _sharded_parameter(slots: list[Slot]) -> nn.Parameter:
     return next(parameter for parameter in found if parameter is not None and isinstance(parameter, DTensor))
 
 
-def _without_data(original: nn.Parameter, layout: Layout, shape: tuple[int, ...]) -> nn.Parameter:
+def _without_data(original: nn.Parameter, layout: ParamSpec, shape: tuple[int, ...]) -> nn.Parameter:
     return nn.Parameter(torch.empty(shape, dtype=layout.dtype, device="meta"), requires_grad=original.requires_grad)
 
 
-def _shapes_before_sharding(layouts: dict[str, Layout], here: int, mesh: Mesh) -> dict[str, tuple[int, ...]]:
+def _shapes_before_sharding(layouts: dict[str, ParamSpec], here: int, mesh: Mesh) -> dict[str, tuple[int, ...]]:
     """The shape that each parameter of this rank has after tensor parallelism has divided it."""
     return {
         name: tensor_shape(layout, mesh.rank("tensor"), mesh.size("tensor"))
@@ -224,4 +226,4 @@ class _ReduceScatter(ReduceScatter):
             raise RuntimeError(
                 f"FSDP asked for a reduce-scatter with {op}, async_op={async_op}; this one only sums, at once"
             )
-        sum_own_part(output_tensor, input_tensor, group)
+        reduce_scatter(output_tensor, input_tensor, group)

@@ -14,8 +14,8 @@ from torch.distributed.pipelining import (
 )
 
 from moreh.runtime.engine.parallel_model import ParallelModel
-from moreh.runtime.pipeline.lean_stage import LeanStage, Pipeline
-from moreh.runtime.sharding.placement import stage_places
+from moreh.runtime.pipeline.lean_stage import LeanPipelineStage, Pipeline
+from moreh.runtime.sharding.placement import stage_placements
 
 _SCHEDULES: dict[str, Any] = {
     "1f1b": Schedule1F1B,
@@ -25,7 +25,7 @@ _SCHEDULES: dict[str, Any] = {
 }
 
 
-def forward_and_backward(
+def run_forward_backward(
     model: ParallelModel, micro_batches: int, hidden_shape: tuple[int, int, int]
 ) -> list[torch.Tensor]:
     """Compute the gradients of the sum of all micro-batches' losses; they are left on the computing parameters.
@@ -34,12 +34,12 @@ def forward_and_backward(
     none on ranks without the last stage.
     """
     if model.plan.pipeline > 1:
-        return _through_pipeline(model, micro_batches, hidden_shape)
+        return _run_pipeline(model, micro_batches, hidden_shape)
     stage = model.stages[0]
     losses = []
     for number in range(micro_batches):
         if model.sharded:
-            _set_exchange(stage, model, is_last=number == micro_batches - 1)
+            _set_fsdp_sync(stage, model, is_last=number == micro_batches - 1)
         loss = stage(micro_batch=torch.tensor([number]))
         if number == micro_batches - 1:
             # Autocast would keep its copies of the weights to the end: without it the backward pass frees each after its use.
@@ -49,7 +49,7 @@ def forward_and_backward(
     return losses
 
 
-def _set_exchange(stage: Any, model: ParallelModel, *, is_last: bool) -> None:
+def _set_fsdp_sync(stage: Any, model: ParallelModel, *, is_last: bool) -> None:
     """What FSDP does after the backward pass of a micro-batch, by what the plan shards."""
     assert isinstance(stage, FSDPModule)
     stage.set_is_last_backward(is_last)
@@ -57,9 +57,7 @@ def _set_exchange(stage: Any, model: ParallelModel, *, is_last: bool) -> None:
     stage.set_requires_gradient_sync(is_last or model.plan.sharding != "optimizer")
 
 
-def _through_pipeline(
-    model: ParallelModel, micro_batches: int, hidden_shape: tuple[int, int, int]
-) -> list[torch.Tensor]:
+def _run_pipeline(model: ParallelModel, micro_batches: int, hidden_shape: tuple[int, int, int]) -> list[torch.Tensor]:
     if micro_batches not in model.pipelines:
         model.pipelines[micro_batches] = _make_pipeline(model, micro_batches, hidden_shape)
     pipeline = model.pipelines[micro_batches]
@@ -73,7 +71,7 @@ def _through_pipeline(
 
 def hidden_dtype(model: ParallelModel) -> torch.dtype:
     """The type of hidden states between stages: that of the weights, also under autocast."""
-    return next(iter(model.computing.values())).dtype
+    return next(iter(model.compute_params.values())).dtype
 
 
 def _make_pipeline(model: ParallelModel, micro_batches: int, hidden_shape: tuple[int, int, int]) -> Pipeline:
@@ -81,9 +79,9 @@ def _make_pipeline(model: ParallelModel, micro_batches: int, hidden_shape: tuple
     mesh, plan, dtype = model.mesh, model.plan, hidden_dtype(model)
     hidden = torch.empty(hidden_shape, dtype=dtype, device="meta", requires_grad=True)
     loss = torch.empty((), dtype=dtype, device="meta", requires_grad=True)
-    places = [place for place in stage_places(plan) if place.pipeline_rank == mesh.rank("pipeline")]
+    places = [place for place in stage_placements(plan) if place.pipeline_rank == mesh.rank("pipeline")]
     stages = [
-        LeanStage(
+        LeanPipelineStage(
             stage,
             place.number,
             len(plan.stage_layers),
@@ -105,7 +103,7 @@ def forward(
     model: ParallelModel, micro_batches: int, hidden_shape: Callable[[int], tuple[int, ...]], device: torch.device
 ) -> list[torch.Tensor]:
     """The outputs of the last stage for all micro-batches without gradients, none on ranks without the last stage."""
-    places = stage_places(model.plan)
+    places = stage_placements(model.plan)
     own = iter(model.stages)
     stages = {place.number: next(own) for place in places if place.pipeline_rank == model.mesh.rank("pipeline")}
     outputs: list[torch.Tensor] = []

@@ -13,22 +13,22 @@ from typing import Any
 
 import torch
 
-from moreh.models.provenance import is_of_transformers
+from moreh.models.provenance import is_stock_transformers
 from moreh.runtime.kernels.attention_blocks import (
-    Texts,
+    PackedSequences,
+    as_rows,
     blocks_of,
-    keys_in,
-    mask_of,
-    own_queries_in,
-    pairs_in,
-    places_of_keys,
-    places_of_queries,
-    queries_in,
-    rows_of,
+    causal_bias,
+    key_rows,
+    key_scatter_index,
+    num_scores,
+    own_query_rows,
+    query_gather_index,
+    query_rows,
 )
 
 # Tokens of a text from which on blocks have too many probabilities at a time.
-LONGEST_TEXT = 1024
+MAX_SEQUENCE_LENGTH = 1024
 # The most probabilities of a layer that are kept for the backward pass. More are computed again there: a seventh product.
 KEPT_BYTES = 2**23
 _STARTS, _STARTS_OF_KEYS = "cu_seq_lens_q", "cu_seq_lens_k"
@@ -37,15 +37,15 @@ _OTHER_ARGUMENTS = ("softcap", "position_bias", "cache", "s_aux")
 
 
 @contextmanager
-def attention_in_blocks() -> Iterator[None]:
+def use_block_attention() -> Iterator[None]:
     """Let the models of transformers that use torch's attention compute it in blocks where that is the same."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     original = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    if not is_of_transformers(original):
+    if not is_stock_transformers(original):
         yield
         return
-    ALL_ATTENTION_FUNCTIONS["sdpa"] = _attention_instead_of(original)
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = _block_attention_or(original)
     try:
         yield
     finally:
@@ -71,7 +71,7 @@ def causal_attention(
 
 
 @lru_cache(maxsize=2)
-def _attention_instead_of(original: Callable[..., Any]) -> Callable[..., Any]:
+def _block_attention_or(original: Callable[..., Any]) -> Callable[..., Any]:
     def attention(
         module: torch.nn.Module,
         query: torch.Tensor,
@@ -90,7 +90,7 @@ def _attention_instead_of(original: Callable[..., Any]) -> Callable[..., Any]:
         longest = max(kwargs.get("max_length_q", 0), kwargs.get("max_length_k", 0)) or query.shape[2]
         same = (
             causal
-            and longest <= LONGEST_TEXT
+            and longest <= MAX_SEQUENCE_LENGTH
             and dropout == 0.0
             and query.device.type == "cpu"
             and query.shape[2] == key.shape[2]
@@ -114,14 +114,16 @@ def _attention_instead_of(original: Callable[..., Any]) -> Callable[..., Any]:
                 **kwargs,
             )
         firsts = (0,) if starts is None else tuple(starts[:-1].tolist())
-        shared = _more_keys(starts, kwargs.get(_STARTS_OF_KEYS)) if starts is not None and len(firsts) > 1 else 0
+        shared = (
+            _shared_prefix_len(starts, kwargs.get(_STARTS_OF_KEYS)) if starts is not None and len(firsts) > 1 else 0
+        )
         scale = scaling if scaling is not None else float(query.shape[-1] ** -0.5)
         return causal_attention(query, key, value, scale, firsts, shared), None
 
     return attention
 
 
-def _more_keys(starts: torch.Tensor, starts_of_keys: torch.Tensor | None) -> int:
+def _shared_prefix_len(starts: torch.Tensor, starts_of_keys: torch.Tensor | None) -> int:
     """How many more keys than queries the texts after the first one have."""
     return 0 if starts_of_keys is None else int((starts_of_keys[2] - starts_of_keys[1]) - (starts[2] - starts[1]))
 
@@ -135,18 +137,18 @@ def _attend(
     size]` and their probabilities in one tensor, which is empty where they are to be computed again.
     """
     batch, heads, length, _ = query.shape
-    texts = Texts(length, tuple(starts), shared)
-    rows, lying = rows_of(query)
-    all_queries = rows.index_select(0, queries_in(texts, lying)).mul_(scale)
+    texts = PackedSequences(length, tuple(starts), shared)
+    rows, lying = as_rows(query)
+    all_queries = rows.index_select(0, query_rows(texts, lying)).mul_(scale)
     keys, values = _keys(key, texts), _keys(value, texts)
     folded, groups = batch * key.shape[1], heads // key.shape[1]
-    pairs = batch * heads * pairs_in(texts)
+    pairs = batch * heads * num_scores(texts)
     probabilities = query.new_empty(pairs if pairs * query.element_size() <= KEPT_BYTES else 0)
     output = query.new_empty(all_queries.shape[0], value.shape[-1])
     parts = _blocks(texts, folded, groups, probabilities, [all_queries, output], [keys, values])
     for part, [of_query, of_output], [of_key, of_value] in parts:
         torch.bmm(_probabilities(of_query, of_key, groups, part), of_value, out=of_output)
-    output = output.index_select(0, places_of_queries(texts, batch, heads)).view(batch, length, heads, -1)
+    output = output.index_select(0, query_gather_index(texts, batch, heads)).view(batch, length, heads, -1)
     return output, all_queries, probabilities
 
 
@@ -154,18 +156,18 @@ def _probabilities(queries: torch.Tensor, keys: torch.Tensor, groups: int, out: 
     """Those of blocks of one shape, given queries `[n, groups * queries, size]`, scaled, and keys `[n, keys, size]`."""
     scores = torch.bmm(queries, keys.transpose(1, 2))
     own = queries.shape[1] // groups
-    scores.view(-1, groups, own, scores.shape[2])[..., -own:].add_(mask_of(own, scores.dtype))
+    scores.view(-1, groups, own, scores.shape[2])[..., -own:].add_(causal_bias(own, scores.dtype))
     return torch.softmax(scores, -1, out=out)
 
 
-def _keys(key: torch.Tensor, texts: Texts) -> torch.Tensor:
+def _keys(key: torch.Tensor, texts: PackedSequences) -> torch.Tensor:
     """The keys or values of all blocks: `[keys, size]`."""
-    rows, heads = rows_of(key)
-    return rows.index_select(0, keys_in(texts, heads))
+    rows, heads = as_rows(key)
+    return rows.index_select(0, key_rows(texts, heads))
 
 
 def _blocks(
-    texts: Texts,
+    texts: PackedSequences,
     folded: int,
     groups: int,
     probabilities: torch.Tensor,
@@ -207,10 +209,10 @@ def _attend_backward(
         return None, None, None, None, None, None
     key, value, queries, probabilities = ctx.saved_tensors
     batch, length, heads, _size = gradient.shape
-    texts = Texts(length, tuple(ctx.starts), ctx.shared)
+    texts = PackedSequences(length, tuple(ctx.starts), ctx.shared)
     keys, values = _keys(key, texts), _keys(value, texts)
-    rows, lying = rows_of(gradient.transpose(1, 2))
-    arrived = own_queries_in(texts, lying).sums(rows)
+    rows, lying = as_rows(gradient.transpose(1, 2))
+    arrived = own_query_rows(texts, lying).sums(rows)
     of_queries, of_keys, of_values = torch.empty_like(queries), torch.empty_like(keys), torch.empty_like(values)
     folded, groups = batch * key.shape[1], heads // key.shape[1]
     parts = _blocks(
@@ -223,8 +225,8 @@ def _attend_backward(
         of_scores = torch._softmax_backward_data(of_part, part, -1, part.dtype)
         torch.bmm(of_scores, block_key, out=of_query)
         torch.bmm(of_scores.transpose(1, 2), block_query, out=of_key)
-    of_queries = of_queries.mul_(ctx.scale).index_select(0, places_of_queries(texts, batch, heads))
-    places = places_of_keys(texts, batch, key.shape[1])
+    of_queries = of_queries.mul_(ctx.scale).index_select(0, query_gather_index(texts, batch, heads))
+    places = key_scatter_index(texts, batch, key.shape[1])
     return (
         of_queries.view(batch, length, heads, -1).transpose(1, 2),
         places.sums(of_keys).view(batch, length, key.shape[1], -1).transpose(1, 2),

@@ -16,7 +16,7 @@ TEXT_MULTIPLE = 32
 
 
 @dataclass(frozen=True)
-class Texts:
+class PackedSequences:
     """A row of `length` tokens; `starts` are the first positions of the texts in it, 0 among them.
 
     All texts begin with the same `shared` tokens, which only the first one has here: the others see them there.
@@ -28,7 +28,7 @@ class Texts:
 
 
 @dataclass(frozen=True)
-class Heads:
+class HeadLayout:
     """How `[batch, heads, sequence, size]` lies in memory: the steps of its first three dimensions, in rows of `size`."""
 
     batch: int
@@ -52,7 +52,7 @@ class Blocks:
 
 
 @dataclass(frozen=True)
-class Bags:
+class SegmentSum:
     """Rows that are added up: those from each of `offsets` to the next, of which `rows` are the numbers."""
 
     rows: torch.Tensor
@@ -67,7 +67,7 @@ class Bags:
 
 # All layers of a micro-batch have the same.
 @lru_cache(maxsize=4)
-def blocks_of(texts: Texts) -> list[Blocks]:
+def blocks_of(texts: PackedSequences) -> list[Blocks]:
     """The blocks that the queries of each text are cut into, those of one shape together.
 
     Two texts of 160 and 40 tokens are blocks of 128 queries x 128 keys, of 32 x 160 and of 64 x 64. If they share the first 10,
@@ -91,73 +91,73 @@ def blocks_of(texts: Texts) -> list[Blocks]:
     return found
 
 
-def pairs_in(texts: Texts) -> int:
+def num_scores(texts: PackedSequences) -> int:
     """Queries times keys of all blocks."""
     return sum(blocks.queries.numel() * blocks.keys.shape[1] for blocks in blocks_of(texts))
 
 
 @lru_cache(maxsize=2 * BLOCK // TEXT_MULTIPLE)
-def mask_of(queries: int, dtype: torch.dtype) -> torch.Tensor:
+def causal_bias(queries: int, dtype: torch.dtype) -> torch.Tensor:
     """What is added to the scores of a block's queries and of as many last keys: -inf for keys behind the query."""
     return torch.full((queries, queries), float("-inf"), dtype=dtype).triu_(1)
 
 
-def rows_of(tensor: torch.Tensor) -> tuple[torch.Tensor, Heads]:
+def as_rows(tensor: torch.Tensor) -> tuple[torch.Tensor, HeadLayout]:
     """`[batch, heads, sequence, size]` as the rows `[n, size]` that it is in memory; a copy only where it is none."""
     batch, heads, length, size = tensor.shape
     if tensor.stride(3) != 1 or any(step % size for step in tensor.stride()[:3]):
         tensor = tensor.contiguous()
     of_batch, of_head, of_position = (step // size for step in tensor.stride()[:3])
     last = (batch - 1) * of_batch + (heads - 1) * of_head + (length - 1) * of_position
-    return tensor.as_strided((last + 1, size), (size, 1)), Heads(batch, heads, (of_batch, of_head, of_position))
+    return tensor.as_strided((last + 1, size), (size, 1)), HeadLayout(batch, heads, (of_batch, of_head, of_position))
 
 
 @lru_cache(maxsize=16)
-def queries_in(texts: Texts, heads: Heads) -> torch.Tensor:
+def query_rows(texts: PackedSequences, heads: HeadLayout) -> torch.Tensor:
     """The rows of the queries of all blocks, in the order `[blocks, batch, heads, queries]` for each shape of block."""
     return torch.cat([_numbers(blocks.queries, texts, heads) for blocks in blocks_of(texts)])
 
 
 @lru_cache(maxsize=16)
-def keys_in(texts: Texts, heads: Heads) -> torch.Tensor:
-    """As `queries_in`, of the keys."""
+def key_rows(texts: PackedSequences, heads: HeadLayout) -> torch.Tensor:
+    """As `query_rows`, of the keys."""
     return torch.cat([_numbers(blocks.keys, texts, heads) for blocks in blocks_of(texts)])
 
 
 @lru_cache(maxsize=16)
-def own_queries_in(texts: Texts, heads: Heads) -> Bags:
-    """As `queries_in`, with nothing for queries that the blocks are not for."""
+def own_query_rows(texts: PackedSequences, heads: HeadLayout) -> SegmentSum:
+    """As `query_rows`, with nothing for queries that the blocks are not for."""
     own = _for_all_heads([blocks.own for blocks in blocks_of(texts)], heads)
     counts = own.long()
-    return Bags(queries_in(texts, heads)[own], counts.cumsum(0) - counts)
+    return SegmentSum(query_rows(texts, heads)[own], counts.cumsum(0) - counts)
 
 
 @lru_cache(maxsize=16)
-def places_of_queries(texts: Texts, batch: int, heads: int) -> torch.Tensor:
+def query_gather_index(texts: PackedSequences, batch: int, heads: int) -> torch.Tensor:
     """Where among the blocks' queries those of `[batch, sequence, heads]` are."""
     target = _side_by_side(texts, batch, heads)
     own = _for_all_heads([blocks.own for blocks in blocks_of(texts)], target)
     places = torch.empty(batch * texts.length * heads, dtype=torch.long)
-    places[queries_in(texts, target)[own]] = own.nonzero().squeeze(1)
+    places[query_rows(texts, target)[own]] = own.nonzero().squeeze(1)
     return places
 
 
 @lru_cache(maxsize=16)
-def places_of_keys(texts: Texts, batch: int, heads: int) -> Bags:
+def key_scatter_index(texts: PackedSequences, batch: int, heads: int) -> SegmentSum:
     """Where among the blocks' keys those of `[batch, sequence, heads]` are, as often as they are seen."""
     target = _side_by_side(texts, batch, heads)
     seen = _for_all_heads([blocks.seen for blocks in blocks_of(texts)], target)
-    keys = keys_in(texts, target)[seen]
+    keys = key_rows(texts, target)[seen]
     counts = keys.bincount(minlength=batch * texts.length * heads)
-    return Bags(seen.nonzero().squeeze(1)[keys.argsort(stable=True)], counts.cumsum(0) - counts)
+    return SegmentSum(seen.nonzero().squeeze(1)[keys.argsort(stable=True)], counts.cumsum(0) - counts)
 
 
-def _side_by_side(texts: Texts, batch: int, heads: int) -> Heads:
+def _side_by_side(texts: PackedSequences, batch: int, heads: int) -> HeadLayout:
     """`[batch, sequence, heads, size]`, contiguous."""
-    return Heads(batch, heads, (texts.length * heads, 1, heads))
+    return HeadLayout(batch, heads, (texts.length * heads, 1, heads))
 
 
-def _numbers(positions: torch.Tensor, texts: Texts, heads: Heads) -> torch.Tensor:
+def _numbers(positions: torch.Tensor, texts: PackedSequences, heads: HeadLayout) -> torch.Tensor:
     """The rows of positions `[blocks, n]`: `[blocks * batch * heads * n]`."""
     of_batch, of_head, of_position = heads.steps
     each = torch.arange(heads.batch).unsqueeze(1) * of_batch + torch.arange(heads.heads) * of_head
@@ -165,6 +165,6 @@ def _numbers(positions: torch.Tensor, texts: Texts, heads: Heads) -> torch.Tenso
     return (each.unsqueeze(-1) + steps.unsqueeze(1).unsqueeze(1)).flatten()
 
 
-def _for_all_heads(of_positions: list[torch.Tensor], heads: Heads) -> torch.Tensor:
+def _for_all_heads(of_positions: list[torch.Tensor], heads: HeadLayout) -> torch.Tensor:
     """`[blocks, n]` each, repeated in the order of `_numbers`."""
     return torch.cat([one[:, None, None].expand(-1, heads.batch, heads.heads, -1).flatten() for one in of_positions])

@@ -8,7 +8,7 @@ from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 _FUSED = (torch.optim.Adam, torch.optim.AdamW)
 
 
-def fuse_optimizer(optimizer: torch.optim.Optimizer) -> None:
+def use_fused_kernels(optimizer: torch.optim.Optimizer) -> None:
     """Let an Adam or AdamW whose implementation the script leaves open use the fused one, in place."""
     if type(optimizer) not in _FUSED or not all(_is_open(group) for group in optimizer.param_groups):
         return

@@ -10,7 +10,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from moreh.models.provenance import is_of_transformers
+from moreh.models.provenance import is_stock_transformers
 from moreh.runtime.kernels.row_chunks import chunks
 
 # GELU's tanh approximation is x * sigmoid(x * (_LINEAR + _CUBIC * x**2)), since 1 + tanh(u) = 2 * sigmoid(2 * u).
@@ -42,9 +42,9 @@ def fused_activation(recomputed: bool = False) -> Iterator[None]:
             return without_keeping(module.down_proj, gate, up)
         return module.down_proj(swiglu(gate, up))
 
-    if is_of_transformers(original_gelu):
+    if is_stock_transformers(original_gelu):
         gelu.forward = _gelu_forward
-    if is_of_transformers(original_mlp):
+    if is_stock_transformers(original_mlp):
         mlp.forward = mlp_forward
     try:
         yield

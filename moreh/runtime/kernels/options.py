@@ -70,14 +70,14 @@ def faster_kernels(savings: Savings, recomputed: bool) -> Iterator[None]:
 
     `recomputed`: layers are computed again in the backward pass.
     """
-    from moreh.runtime.kernels.attention import attention_in_blocks
+    from moreh.runtime.kernels.attention import use_block_attention
     from moreh.runtime.kernels.gelu import fused_activation
     from moreh.runtime.kernels.rms_norm import fused_norm
     from moreh.runtime.kernels.rotary import fused_rotary
 
     with ExitStack() as stack:
         if savings.attention:
-            stack.enter_context(attention_in_blocks())
+            stack.enter_context(use_block_attention())
         if savings.activation:
             stack.enter_context(fused_activation(recomputed))
         if savings.norm:

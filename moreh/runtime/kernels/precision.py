@@ -11,9 +11,9 @@ import torch
 from moreh.log import logger
 
 # A smaller gain is lost again to the casts between the two types.
-LEAST_SPEEDUP = 1.2
+MIN_SPEEDUP = 1.2
 _MATRIX_SIZE = 512
-_TIMED_PRODUCTS = 5
+_TIMED_MATMULS = 5
 
 
 def choose_bfloat16(device: torch.device, *, asked: bool) -> bool:
@@ -21,7 +21,7 @@ def choose_bfloat16(device: torch.device, *, asked: bool) -> bool:
     if not asked or device.type == "meta":
         return False
     speedup = bfloat16_speedup(device)
-    faster = speedup >= LEAST_SPEEDUP
+    faster = speedup >= MIN_SPEEDUP
     logger.info(
         "mixed_precision : %s (bfloat16 matrix products are %.1f x as fast as float32 here)",
         "bfloat16" if faster else "off, float32",
@@ -65,14 +65,14 @@ def bfloat16_speedup(device: torch.device) -> float:
 
     Takes some hundredths of a second.
     """
-    return _product_seconds(torch.float32, device) / _product_seconds(torch.bfloat16, device)
+    return _matmul_seconds(torch.float32, device) / _matmul_seconds(torch.bfloat16, device)
 
 
-def _product_seconds(dtype: torch.dtype, device: torch.device) -> float:
+def _matmul_seconds(dtype: torch.dtype, device: torch.device) -> float:
     """Median time of the product of two square matrices, in seconds. The first one, which sets things up, is not timed."""
     left = torch.ones(_MATRIX_SIZE, _MATRIX_SIZE, dtype=dtype, device=device)
     seconds = []
-    for _ in range(_TIMED_PRODUCTS + 1):
+    for _ in range(_TIMED_MATMULS + 1):
         start = time.perf_counter()
         # Reading one element waits for the device.
         torch.mm(left, left)[0, 0].item()

@@ -8,7 +8,7 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 
 import moreh.runtime.kernels.attention  # noqa: F401  defines torch.ops.moreh.causal_attention
 from moreh.errors import OptionError
-from moreh.models.parts import Decoder
+from moreh.models.parts import ModelParts
 
 _aten = torch.ops.aten
 # What selective recomputation keeps: results of matrix products and of attention, which cost the most to compute again.
@@ -27,7 +27,7 @@ _KEPT = frozenset(
 )
 
 
-def recompute_activations(decoder: Decoder, kind: Literal["selective", "full"]) -> None:
+def recompute_activations(decoder: ModelParts, kind: Literal["selective", "full"]) -> None:
     """Let a model's layers recompute: "full" keeps a layer's input only, "selective" results of matrix products too.
 
     Raises:

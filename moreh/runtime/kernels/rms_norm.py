@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from moreh.models.provenance import is_of_transformers
+from moreh.models.provenance import is_stock_transformers
 from moreh.runtime.kernels.row_chunks import chunks, scratch
 
 
@@ -22,7 +22,7 @@ def fused_norm() -> Iterator[None]:
 
     norm: Any = LlamaRMSNorm
     original = norm.forward
-    if not is_of_transformers(original):
+    if not is_stock_transformers(original):
         yield
         return
 

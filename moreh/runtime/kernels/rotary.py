@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from moreh.models.provenance import is_of_transformers
+from moreh.models.provenance import is_stock_transformers
 
 
 @contextmanager
@@ -20,7 +20,7 @@ def fused_rotary() -> Iterator[None]:
 
     module: Any = modeling_llama
     original = module.apply_rotary_pos_emb
-    if not is_of_transformers(original):
+    if not is_stock_transformers(original):
         yield
         return
 

@@ -6,10 +6,10 @@ product, and keeps 0.6 MB with each of the last thousand.
 _FEW = 16
 
 
-def filled_size(size: int, multiple: int) -> int:
+def bucket_size(size: int, multiple: int) -> int:
     """The next multiple of `multiple`, and of twice as much where there are more than a few.
 
-    >>> filled_size(130, 64), filled_size(1025, 64)
+    >>> bucket_size(130, 64), bucket_size(1025, 64)
     (192, 1152)
     """
     step = multiple if size <= _FEW * multiple else 2 * multiple

@@ -6,7 +6,7 @@ import torch.distributed as dist
 from moreh.errors import WorkerError
 
 
-def raise_together(
+def raise_on_all_ranks(
     error: Exception | None, doing: str, device: torch.device | None = None, group: dist.ProcessGroup | None = None
 ) -> None:
     """Return if no rank of the group has an error, else raise on all of them; collective.

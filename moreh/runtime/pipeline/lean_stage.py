@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed.pipelining import PipelineStage
 
 
-class LeanStage(PipelineStage):
+class LeanPipelineStage(PipelineStage):
     """A stage whose buffers exist from the moment when something is received until it has been computed with.
 
     `hidden_shape`, `[rows, sequence, hidden]`, is that of the micro-batches of a step. It may change from step to step.
@@ -83,7 +83,7 @@ class Pipeline:
     """A schedule of torch, and this rank's stages that it runs."""
 
     schedule: Any
-    stages: list[LeanStage]
+    stages: list[LeanPipelineStage]
 
 
 def _let_go(received: tuple[Any, ...]) -> None:

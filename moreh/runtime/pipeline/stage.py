@@ -15,13 +15,13 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from moreh.models.parts import Decoder, Place
+from moreh.models.parts import ModelParts, ModuleSlot
 
 _WARNING = "warn_if_padding_and_no_attention_mask"
 # Given what the model returned for a micro-batch and the micro-batch's number, what the last stage returns.
-Finish = Callable[[Any, int], torch.Tensor]
+OutputFn = Callable[[Any, int], torch.Tensor]
 # Given the micro-batch's number, the positions in its flattened [batch * sequence] whose logits are wanted; None for all.
-Wanted = Callable[[int], torch.Tensor | None]
+LogitPositions = Callable[[int], torch.Tensor | None]
 
 
 class Stage(nn.Module):
@@ -34,15 +34,15 @@ class Stage(nn.Module):
 
     def __init__(
         self,
-        decoder: Decoder,
+        decoder: ModelParts,
         first: int,
         last: int,
         inputs: Callable[[int], dict[str, Any]],
-        finish: Finish,
-        wanted: Wanted,
+        finish: OutputFn,
+        wanted: LogitPositions,
     ) -> None:
         super().__init__()
-        places = decoder.layer_places
+        places = decoder.layer_slots
         self.is_first, self.is_last = first == 0, last == len(places)
         ends = [*(decoder.before if self.is_first else ()), *(decoder.after if self.is_last else ())]
         self.layers = nn.ModuleList(place.module for place in places[first:last])
@@ -50,30 +50,30 @@ class Stage(nn.Module):
         self._inputs, self._finish, self._wanted = inputs, finish, wanted
         # Not registered: the stage's parameters are those of its parts.
         self._hidden: dict[str, Any] = {"received": None, "sent": None, "started": False, "wanted": None}
-        self._outside = _Outside(decoder.causal, self._substitute(decoder, places, first, last))
+        self._outside = _ModelView(decoder.causal, self._substitute(decoder, places, first, last))
 
     def _substitute(
-        self, decoder: Decoder, places: tuple[Place, ...], first: int, last: int
-    ) -> list[tuple[Place, nn.Module]]:
+        self, decoder: ModelParts, places: tuple[ModuleSlot, ...], first: int, last: int
+    ) -> list[tuple[ModuleSlot, nn.Module]]:
         hidden = self._hidden
-        found: list[tuple[Place, nn.Module]] = []
+        found: list[tuple[ModuleSlot, nn.Module]] = []
         if not self.is_first:
-            found += [(place, _Before(place.module, hidden)) for place in decoder.before]
+            found += [(place, _EmbeddingStub(place.module, hidden)) for place in decoder.before]
         if not self.is_last:
-            found += [(place, _After(place.module, hidden)) for place in decoder.after]
-            found += [(place, _BareNorm(place.module)) for place in decoder.bare_norms]
+            found += [(place, _HeadStub(place.module, hidden)) for place in decoder.after]
+            found += [(place, _TupleTolerantNorm(place.module)) for place in decoder.parameterless_norms]
         else:
             head = decoder.causal.get_output_embeddings()
-            found += [(place, _OutputLayer(head, hidden)) for place in decoder.after if place.module is head]
-            found += [(place, _LastMlp(place, hidden)) for place in _mlp_places(places[-1].module)]
+            found += [(place, _HeadAtPositions(head, hidden)) for place in decoder.after if place.module is head]
+            found += [(place, _LastMlpAtPositions(place, hidden)) for place in _mlp_slots(places[-1].module)]
         for index, place in enumerate(places):
             if not first <= index < last:
-                found.append((place, _Handing(place.module)))
+                found.append((place, _PassThrough(place.module)))
             elif (index == first and not self.is_first) or (index == last - 1 and not self.is_last) or index == first:
                 found.append(
                     (
                         place,
-                        _End(
+                        _BoundaryLayer(
                             place.module,
                             hidden,
                             receives=index == first and not self.is_first,
@@ -118,11 +118,11 @@ class Stage(nn.Module):
 
 
 @dataclass(frozen=True)
-class _Outside:
+class _ModelView:
     """What a stage uses without having it as a submodule: the whole model, and what stands in for its other parts."""
 
     causal: Any
-    substitutes: list[tuple[Place, nn.Module]]
+    substitutes: list[tuple[ModuleSlot, nn.Module]]
 
 
 class _Substitute(nn.Module):
@@ -136,7 +136,7 @@ class _Substitute(nn.Module):
         return getattr(object.__getattribute__(self, "_original"), name)
 
 
-class _Before(_Substitute):
+class _EmbeddingStub(_Substitute):
     """An embedding, or another module before the layers, of which only the shape of the result matters here."""
 
     def __init__(self, original: nn.Module, hidden: dict[str, Any]) -> None:
@@ -158,7 +158,7 @@ class _Before(_Substitute):
         return received.new_zeros(()).expand(shape)
 
 
-class _After(_Substitute):
+class _HeadStub(_Substitute):
     """A module after the layers, of which only the shape of the result matters here: that of the whole sequences, of which
     this rank may have computed a part.
     """
@@ -176,7 +176,7 @@ class _After(_Substitute):
         return sent.new_zeros(()).expand(*self._hidden["tokens"], sent.shape[-1])
 
 
-class _BareNorm(_Substitute):
+class _TupleTolerantNorm(_Substitute):
     """A norm without parameters, which families such as nanochat use before the layers, too. What it would be given after them
     is a tuple of another stage's layer, or matters to nobody.
     """
@@ -185,7 +185,7 @@ class _BareNorm(_Substitute):
         return self._original(given) if isinstance(given, torch.Tensor) else given[0]
 
 
-class _OutputLayer(_Substitute):
+class _HeadAtPositions(_Substitute):
     """The output layer at the wanted positions only: in small models it is the largest matrix."""
 
     def __init__(self, original: nn.Module, hidden: dict[str, Any]) -> None:
@@ -199,13 +199,13 @@ class _OutputLayer(_Substitute):
         return self._original(given)
 
 
-class _LastMlp(_Substitute):
+class _LastMlpAtPositions(_Substitute):
     """The MLP of the last layer at the wanted positions only: what it gives for others reaches no output that is wanted.
 
     Not where the layer is recomputed, which happens when the substitutes are gone.
     """
 
-    def __init__(self, place: Place, hidden: dict[str, Any]) -> None:
+    def __init__(self, place: ModuleSlot, hidden: dict[str, Any]) -> None:
         super().__init__(place.module)
         object.__setattr__(self, "_layer", place.parent)
         object.__setattr__(self, "_hidden", hidden)
@@ -222,17 +222,17 @@ class _LastMlp(_Substitute):
         )
 
 
-def _mlp_places(layer: nn.Module) -> list[Place]:
+def _mlp_slots(layer: nn.Module) -> list[ModuleSlot]:
     """The MLP of a layer, if it treats each token by itself and the layer says whether it is recomputed."""
     mlp = layer._modules.get("mlp")
     if mlp is None or not isinstance(layer, GradientCheckpointingLayer):
         return []
     if any(re.search("expert|router", name) for name, _ in mlp.named_modules()):
         return []
-    return [Place(layer, "mlp", mlp)]
+    return [ModuleSlot(layer, "mlp", mlp)]
 
 
-class _Handing(_Substitute):
+class _PassThrough(_Substitute):
     """A layer of another stage. The tuple suits models that take the first of what a layer returns, and those that do not:
     no layer of this stage looks at it.
     """
@@ -241,7 +241,7 @@ class _Handing(_Substitute):
         return (given,)
 
 
-class _End(_Substitute):
+class _BoundaryLayer(_Substitute):
     """The first or the last layer of a stage.
 
     It surrounds the layer instead of hooking into it: recomputation repeats the layer with its hooks, when another

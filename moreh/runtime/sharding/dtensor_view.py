@@ -11,20 +11,20 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from moreh.planner.plan.plan import Plan
 from moreh.runtime.sharding.mesh import Mesh
-from moreh.runtime.sharding.spec import Layout
+from moreh.runtime.sharding.spec import ParamSpec
 
 
-def shown_parameter(parameter: nn.Parameter, layout: Layout, plan: Plan, mesh: Mesh) -> nn.Parameter:
+def user_param(parameter: nn.Parameter, layout: ParamSpec, plan: Plan, mesh: Mesh) -> nn.Parameter:
     """The parameter as the script sees it, sharing memory with the one that this rank computes with.
 
     Without tensor parallelism they are one object. A matrix that is divided in blocks appears with its columns regrouped.
     """
     if plan.tensor == 1:
         return parameter
-    return nn.Parameter(as_shown(parameter, layout, plan, mesh), requires_grad=parameter.requires_grad)
+    return nn.Parameter(as_user_tensor(parameter, layout, plan, mesh), requires_grad=parameter.requires_grad)
 
 
-def as_shown(tensor: torch.Tensor, layout: Layout, plan: Plan, mesh: Mesh) -> torch.Tensor:
+def as_user_tensor(tensor: torch.Tensor, layout: ParamSpec, plan: Plan, mesh: Mesh) -> torch.Tensor:
     """A parameter or its gradient, as computed with, as the script sees it; without a copy."""
     if plan.tensor == 1:
         return tensor

@@ -7,21 +7,21 @@ import torch
 import torch.distributed as dist
 
 from moreh.runtime.sharding.mesh import Mesh
-from moreh.runtime.sharding.shards import Piece, own_rank, pieces_of_all
-from moreh.runtime.sharding.spec import Layout
+from moreh.runtime.sharding.shards import LocalShard, all_shards, global_rank_of
+from moreh.runtime.sharding.spec import ParamSpec
 
 # Bytes of one message: what a rank needs besides the whole tensor and its own parts.
 _MESSAGE_BYTES = 1 << 24
 
 
-def gather_to_first(layout: Layout, local: torch.Tensor | None, mesh: Mesh | None) -> torch.Tensor | None:
+def gather_to_rank0(layout: ParamSpec, local: torch.Tensor | None, mesh: Mesh | None) -> torch.Tensor | None:
     """The whole tensor in the memory of rank 0's processor, None elsewhere; for all ranks to call.
 
     `local` is this rank's part, None where it holds nothing. Of equal pieces one is sent, that of the lowest rank.
     """
-    here = own_rank(mesh)
+    here = global_rank_of(mesh)
     whole = torch.empty(layout.shape, dtype=layout.dtype) if here == 0 else None
-    for piece in pieces_of_all(layout, mesh):
+    for piece in all_shards(layout, mesh):
         for message in _messages(piece, layout.dtype.itemsize):
             if whole is not None:
                 target = message.of_whole(whole)
@@ -37,13 +37,13 @@ def gather_to_first(layout: Layout, local: torch.Tensor | None, mesh: Mesh | Non
     return whole
 
 
-def whole_tensor(layout: Layout, local: torch.Tensor | None, mesh: Mesh | None) -> torch.Tensor:
+def whole_tensor(layout: ParamSpec, local: torch.Tensor | None, mesh: Mesh | None) -> torch.Tensor:
     """The whole tensor on every rank's device; collective. For small things: every rank needs memory for all of it."""
     device = torch.device("cpu") if mesh is None else mesh.device
     whole = torch.empty(layout.shape, dtype=layout.dtype, device=device)
-    for piece in pieces_of_all(layout, mesh):
+    for piece in all_shards(layout, mesh):
         target = piece.of_whole(whole)
-        if piece.rank == own_rank(mesh):
+        if piece.rank == global_rank_of(mesh):
             assert local is not None
             target.copy_(piece.of_local(local))
         if mesh is not None:
@@ -53,7 +53,7 @@ def whole_tensor(layout: Layout, local: torch.Tensor | None, mesh: Mesh | None) 
     return whole
 
 
-def _messages(piece: Piece, element_bytes: int) -> Iterator[Piece]:
+def _messages(piece: LocalShard, element_bytes: int) -> Iterator[LocalShard]:
     """A piece cut along its first dimension into messages of bounded size."""
     if not piece.box:
         yield piece

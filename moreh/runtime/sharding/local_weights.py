@@ -14,12 +14,12 @@ from torch import nn
 
 from moreh.errors import OptionError
 from moreh.runtime.sharding.mesh import Mesh
-from moreh.runtime.sharding.shards import holds, local_shape, own_pieces
-from moreh.runtime.sharding.spec import Layout
+from moreh.runtime.sharding.shards import is_owner, local_shape, local_shards
+from moreh.runtime.sharding.spec import ParamSpec
 
 # The attribute of a model that is still whole: the dtypes that its parameters are to have, by name. A parameter has the same
 # attribute, since names change when modules are wrapped (adapters) and parameters when they are replaced (resized embeddings).
-_WANTED = "_moreh_wanted"
+_TARGET_DTYPES = "_moreh_wanted"
 # Elements converted at once on the way to a GPU, where a copy with another dtype needs memory of its own.
 _ELEMENTS_AT_ONCE = 1 << 24
 
@@ -37,12 +37,12 @@ class _OnDisk:
         return self._slice[...]
 
 
-def keep_weights_on_disk() -> None:
+def patch_lazy_loading() -> None:
     """From now on `from_pretrained` leaves weights in their files, as described above; once in each of several workers.
 
     Renamed, tied, missing and merged weights are transformers' own matter as always. Files that cannot be mapped (.bin, gguf,
     quantised) are loaded as always too. A model so loaded ignores moves (`.cuda()`, `.to(device)`) and remembers casts
-    (`.half()`, `.to(dtype)`) until `take_local_parts`, also as a part of another module; its `config.dtype` is what was asked
+    (`.half()`, `.to(dtype)`) until `materialize_local_shards`, also as a part of another module; its `config.dtype` is what was asked
     for, its tensors what is stored.
 
     Raises (from `from_pretrained`):
@@ -54,7 +54,7 @@ def keep_weights_on_disk() -> None:
         return
     _replace_loading(PreTrainedModel)
     module_class: Any = nn.Module
-    module_class._apply = _remembering(module_class._apply)
+    module_class._apply = _recording_apply(module_class._apply)
 
 
 def _replace_loading(model_class: Any) -> None:
@@ -71,7 +71,7 @@ def _replace_loading(model_class: Any) -> None:
                 )
         loaded = original_from_pretrained(cls, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info
-        keep_whole(model, model.__dict__.get(_WANTED, {}))
+        mark_lazy(model, model.__dict__.get(_TARGET_DTYPES, {}))
         return loaded
 
     from_pretrained.keeps_on_disk = True  # type: ignore[attr-defined]
@@ -80,7 +80,7 @@ def _replace_loading(model_class: Any) -> None:
     def load(model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, *args: Any, **kwargs: Any) -> Any:
         mapped = state_dict is None and load_config.hf_quantizer is None and not load_config.disable_mmap
         # A model that is loaded already gets an adapter.
-        mapped = mapped and not stays_on_disk(model)
+        mapped = mapped and not is_lazy_model(model)
         if (
             not mapped
             or not checkpoint_files
@@ -90,7 +90,7 @@ def _replace_loading(model_class: Any) -> None:
         from safetensors import safe_open
 
         # The model is still on the meta device here, its parameters in the dtypes that they are to get.
-        model.__dict__[_WANTED] = _dtypes_after_loading(model, load_config.dtype_plan or {})
+        model.__dict__[_TARGET_DTYPES] = _dtypes_after_loading(model, load_config.dtype_plan or {})
         on_disk: dict[str, _OnDisk] = {}
         for name in checkpoint_files:
             file: Any = safe_open(name, framework="pt")
@@ -115,46 +115,49 @@ def _dtypes_after_loading(model: nn.Module, dtype_plan: Mapping[str, torch.dtype
     return wanted
 
 
-def _remembering(original: Callable[..., Any]) -> Callable[..., Any]:
+def _recording_apply(original: Callable[..., Any]) -> Callable[..., Any]:
     """`Module._apply`, through which modules are moved and cast: a whole model only remembers the dtypes."""
 
     @functools.wraps(original)
     def apply(self: nn.Module, function: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        if not stays_on_disk(self):
+        if not is_lazy_model(self):
             return original(self, function, recurse)
-        empty = {dtype: torch.empty(0, dtype=dtype) for dtype in wanted_dtypes(self).values()}
-        keep_whole(self, {name: function(empty[dtype]).dtype for name, dtype in wanted_dtypes(self).items()})
+        empty = {dtype: torch.empty(0, dtype=dtype) for dtype in target_dtypes(self).values()}
+        mark_lazy(self, {name: function(empty[dtype]).dtype for name, dtype in target_dtypes(self).items()})
         return self
 
     return apply
 
 
-def keep_whole(model: nn.Module, dtypes: Mapping[str, torch.dtype] | None = None) -> None:
+def mark_lazy(model: nn.Module, dtypes: Mapping[str, torch.dtype] | None = None) -> None:
     """Let a whole model stay where it is until its parts are taken; `dtypes` are those that its parameters are to have."""
     # Past Module.__setattr__ and out of the state dict.
-    model.__dict__[_WANTED] = dict(dtypes or {})
+    model.__dict__[_TARGET_DTYPES] = dict(dtypes or {})
     for name, parameter in model.named_parameters():
-        setattr(parameter, _WANTED, model.__dict__[_WANTED].get(name, parameter.dtype))
+        setattr(parameter, _TARGET_DTYPES, model.__dict__[_TARGET_DTYPES].get(name, parameter.dtype))
 
 
-def stays_on_disk(module: nn.Module) -> bool:
+def is_lazy_model(module: nn.Module) -> bool:
     """Whether a module is a whole model that has not been divided yet, so that moves and casts must leave it alone."""
-    return _WANTED in module.__dict__
+    return _TARGET_DTYPES in module.__dict__
 
 
-def wanted_dtypes(model: nn.Module) -> dict[str, torch.dtype]:
+def target_dtypes(model: nn.Module) -> dict[str, torch.dtype]:
     """The dtype that each parameter has once the model is divided, as the script asked for it; by the parameters' names."""
     remembered: dict[str, torch.dtype] = {}
     for prefix, module in model.named_modules():
-        for name, dtype in module.__dict__.get(_WANTED, {}).items():
+        for name, dtype in module.__dict__.get(_TARGET_DTYPES, {}).items():
             remembered.setdefault(f"{prefix}.{name}" if prefix else name, dtype)
     parameters = model.named_parameters()
-    return {name: getattr(one, _WANTED, remembered.get(name, one.dtype)) for name, one in parameters}
+    return {name: getattr(one, _TARGET_DTYPES, remembered.get(name, one.dtype)) for name, one in parameters}
 
 
 @torch.no_grad()
-def take_local_parts(
-    model: nn.Module, layouts: Mapping[str, Layout], mesh: Mesh | None, keep: Callable[[str], bool] = lambda name: True
+def materialize_local_shards(
+    model: nn.Module,
+    layouts: Mapping[str, ParamSpec],
+    mesh: Mesh | None,
+    keep: Callable[[str], bool] = lambda name: True,
 ) -> dict[str, torch.Tensor]:
     """This rank's parts of a whole model: new contiguous tensors on its device, in the dtypes of the layouts.
 
@@ -167,17 +170,17 @@ def take_local_parts(
     device = torch.device("cpu") if mesh is None else mesh.device
     parts: dict[str, torch.Tensor] = {}
     for name, layout in layouts.items():
-        if not holds(layout, mesh) or not keep(name):
+        if not is_owner(layout, mesh) or not keep(name):
             continue
         whole = model.get_parameter(name)
         if tuple(whole.shape) != layout.shape:
             raise ValueError(f"{name} has the shape {tuple(whole.shape)}, but its layout was made for {layout.shape}.")
         part = torch.empty(local_shape(layout, mesh), dtype=layout.dtype, device=device)
-        for piece in own_pieces(layout, mesh):
+        for piece in local_shards(layout, mesh):
             _copy(piece.of_local(part), piece.of_whole(whole))
         parts[name] = part
     for module in model.modules():
-        module.__dict__.pop(_WANTED, None)
+        module.__dict__.pop(_TARGET_DTYPES, None)
     return parts
 
 

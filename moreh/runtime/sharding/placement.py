@@ -4,14 +4,14 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from moreh.models.parts import Decoder
+from moreh.models.parts import ModelParts
 from moreh.planner.plan.plan import Plan
-from moreh.runtime.sharding.local_weights import wanted_dtypes
-from moreh.runtime.sharding.spec import Division, Layout
+from moreh.runtime.sharding.local_weights import target_dtypes
+from moreh.runtime.sharding.spec import ParamSpec, TPSplit
 
 
 @dataclass(frozen=True)
-class StagePlace:
+class StagePlacement:
     """A stage of the pipeline: its number, the rank that computes it, and its layers from `first` to before `last`."""
 
     number: int
@@ -20,27 +20,27 @@ class StagePlace:
     last: int
 
 
-def stage_places(plan: Plan) -> tuple[StagePlace, ...]:
+def stage_placements(plan: Plan) -> tuple[StagePlacement, ...]:
     """The stages in the order of the model. zbv folds them into a V; else they go round the ranks."""
     places, first = [], 0
     for number, layers in enumerate(plan.stage_layers):
         rank = number % plan.pipeline
         if plan.schedule == "zbv" and number >= plan.pipeline:
             rank = 2 * plan.pipeline - 1 - number
-        places.append(StagePlace(number, rank, first, first + layers))
+        places.append(StagePlacement(number, rank, first, first + layers))
         first += layers
     return tuple(places)
 
 
-def parameter_layouts(decoder: Decoder, plan: Plan, divisions: dict[str, Division]) -> dict[str, Layout]:
+def parameter_specs(decoder: ModelParts, plan: Plan, divisions: dict[str, TPSplit]) -> dict[str, ParamSpec]:
     """Where each parameter of a model is, by its name and in the order of `named_parameters`.
 
     `divisions` are those of tensor parallelism by name; FSDP divides what they leave along the first dimension.
     """
     holders = _holders(decoder, plan)
-    wanted = wanted_dtypes(decoder.root)
+    wanted = target_dtypes(decoder.root)
     return {
-        name: Layout(
+        name: ParamSpec(
             name=name,
             shape=tuple(parameter.shape),
             dtype=wanted.get(name, parameter.dtype),
@@ -52,7 +52,7 @@ def parameter_layouts(decoder: Decoder, plan: Plan, divisions: dict[str, Divisio
     }
 
 
-def _holders(decoder: Decoder, plan: Plan) -> dict[int, set[int]]:
+def _holders(decoder: ModelParts, plan: Plan) -> dict[int, set[int]]:
     """The pipeline ranks that use each parameter, by the parameter's id."""
     holders: dict[int, set[int]] = {}
 
@@ -60,12 +60,12 @@ def _holders(decoder: Decoder, plan: Plan) -> dict[int, set[int]]:
         for parameter in module.parameters():
             holders.setdefault(id(parameter), set()).add(rank)
 
-    places = stage_places(plan)
+    places = stage_placements(plan)
     for place in decoder.before:
         hold(place.module, places[0].pipeline_rank)
     for place in decoder.after:
         hold(place.module, places[-1].pipeline_rank)
-    layers = decoder.layer_places
+    layers = decoder.layer_slots
     for stage in places:
         for layer in layers[stage.first : stage.last]:
             hold(layer.module, stage.pipeline_rank)

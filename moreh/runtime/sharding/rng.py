@@ -9,7 +9,7 @@ from moreh.runtime.sharding.mesh import Mesh
 
 
 @contextmanager
-def computing_generator(mesh: Mesh) -> Iterator[None]:
+def rank_local_rng(mesh: Mesh) -> Iterator[None]:
     """Compute with a generator of this rank's own, seeded by the script's, which moves on by one draw on every rank.
 
     So workers stay in step however many numbers each of them draws for dropout, and a seed gives one run.

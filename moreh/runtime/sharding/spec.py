@@ -13,7 +13,7 @@ Box = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
-class Division:
+class TPSplit:
     """How tensor-parallel ranks divide a parameter along `dim`.
 
     `blocks` are the sizes of consecutive parts along it that are each divided by themselves, such as the query, key and value
@@ -25,7 +25,7 @@ class Division:
 
 
 @dataclass(frozen=True)
-class Layout:
+class ParamSpec:
     """Where a parameter is.
 
     `shape` is that of the whole tensor. `pipeline_ranks` hold it: one, or several where it is tied. Each of them divides it
@@ -37,14 +37,14 @@ class Layout:
     shape: tuple[int, ...]
     dtype: torch.dtype
     pipeline_ranks: tuple[int, ...]
-    division: Division | None = None
+    division: TPSplit | None = None
     data_dim: int | None = None
 
 
-def piece(length: int, ranks: int, rank: int) -> tuple[int, int]:
+def shard_range(length: int, ranks: int, rank: int) -> tuple[int, int]:
     """The range that a rank gets of `length` elements, as torch.chunk and DTensor divide: the last ones may get less.
 
-    >>> [piece(10, 4, rank) for rank in range(4)]
+    >>> [shard_range(10, 4, rank) for rank in range(4)]
     [(0, 3), (3, 6), (6, 9), (9, 10)]
     """
     size = -(-length // ranks)
@@ -52,16 +52,16 @@ def piece(length: int, ranks: int, rank: int) -> tuple[int, int]:
     return start, min(start + size, length)
 
 
-def tensor_shape(layout: Layout, tensor_rank: int, tensor_size: int) -> tuple[int, ...]:
+def tensor_shape(layout: ParamSpec, tensor_rank: int, tensor_size: int) -> tuple[int, ...]:
     """The shape of what a tensor-parallel rank holds of a parameter, all its data-parallel ranks together."""
     if layout.division is None:
         return layout.shape
-    ranges = (piece(block, tensor_size, tensor_rank) for block in layout.division.blocks)
+    ranges = (shard_range(block, tensor_size, tensor_rank) for block in layout.division.blocks)
     length = sum(stop - start for start, stop in ranges)
     return tuple(length if dim == layout.division.dim else size for dim, size in enumerate(layout.shape))
 
 
-def boxes(layout: Layout, tensor_rank: int, tensor_size: int, data_rank: int, data_size: int) -> list[Box]:
+def shard_boxes(layout: ParamSpec, tensor_rank: int, tensor_size: int, data_rank: int, data_size: int) -> list[Box]:
     """The parts of the whole tensor that a rank holds; concatenated along the division's dimension they are its local tensor.
 
     There is one box where a tensor is not divided in blocks. Empty ones are left out.
@@ -70,13 +70,13 @@ def boxes(layout: Layout, tensor_rank: int, tensor_size: int, data_rank: int, da
     if layout.division is not None:
         start, ranges_divided = 0, []
         for block in layout.division.blocks:
-            first, last = piece(block, tensor_size, tensor_rank)
+            first, last = shard_range(block, tensor_size, tensor_rank)
             ranges_divided.append((start + first, start + last))
             start += block
         ranges[layout.division.dim] = ranges_divided
     if layout.data_dim is not None:
         held = ranges[layout.data_dim]
-        first, last = piece(sum(stop - start for start, stop in held), data_size, data_rank)
+        first, last = shard_range(sum(stop - start for start, stop in held), data_size, data_rank)
         ranges[layout.data_dim] = _clip(held, first, last)
     divided_dim = 0 if layout.division is None else layout.division.dim
     single = {dim: ranges[dim][0] if ranges[dim] else (0, 0) for dim in ranges}

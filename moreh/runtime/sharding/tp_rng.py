@@ -9,7 +9,7 @@ draws the same numbers.
 import torch
 
 
-class OwnRandomNumbers:
+class TPRngState:
     """Switches the default generators between the shared state and one of this rank's own."""
 
     def __init__(self, rank: int) -> None:
@@ -17,20 +17,20 @@ class OwnRandomNumbers:
         self._heads: list[torch.Tensor] | None = None
         self._layer: list[torch.Tensor] | None = None
 
-    def begin_heads(self, active: bool) -> None:
+    def enter_attention(self, active: bool) -> None:
         """From the input of an attention on: its heads are this rank's own."""
         self._heads = self._switch() if active else None
 
-    def end_heads(self) -> None:
+    def exit_attention(self) -> None:
         """Before its results are summed."""
         _restore(self._heads)
         self._heads = None
 
-    def begin_layer(self, active: bool) -> None:
+    def enter_layer(self, active: bool) -> None:
         """From the input of a layer on that computes with this rank's part of the sequence."""
         self._layer = self._switch() if active else None
 
-    def end_layer(self) -> None:
+    def exit_layer(self) -> None:
         """Behind the layer."""
         _restore(self._layer)
         self._layer = None

@@ -17,27 +17,33 @@ from torch.nn import functional
 from moreh.errors import PlanError
 from moreh.models.dropout import has_dropout
 from moreh.models.lora import base_matrix, lora_pairs
-from moreh.runtime.sharding.tp_rng import OwnRandomNumbers
-from moreh.runtime.tensor.collectives import copy_to_ranks, gather_parts, own_part, part_of_sum, sum_of_ranks
+from moreh.runtime.sharding.tp_rng import TPRngState
+from moreh.runtime.tensor.collectives import (
+    copy_to_tp,
+    gather_from_sp,
+    reduce_from_tp,
+    reduce_scatter_to_sp,
+    scatter_to_sp,
+)
 from moreh.runtime.tensor.partition import (
     DivisibleDecoder,
-    TensorDivision,
-    describe_division,
+    TensorPartition,
+    describe_partition,
     find_decoder,
-    largest_tensor_size,
-    sequence_parallel_problem,
+    max_tensor_parallel,
+    sequence_parallel_refusal,
     tensor_parallel_problem,
 )
-from moreh.runtime.tensor.rules import HEAD_COUNTS, Region
-from moreh.runtime.tensor.vocab_parallel import look_up_tokens
+from moreh.runtime.tensor.rules import HEAD_COUNTS, TPBlock
+from moreh.runtime.tensor.vocab_parallel import vocab_parallel_embedding
 
 __all__ = [
-    "TensorDivision",
     "TensorParallelState",
-    "describe_division",
+    "TensorPartition",
+    "describe_partition",
     "install_tensor_parallel",
-    "largest_tensor_size",
-    "sequence_parallel_problem",
+    "max_tensor_parallel",
+    "sequence_parallel_refusal",
     "tensor_parallel_problem",
 ]
 
@@ -47,7 +53,7 @@ _SEQUENCE_DIM = 1
 class TensorParallelState:
     """What the hooks of a model share. `sequence_parallel` may be turned off for a call, such as one step of generation."""
 
-    def __init__(self, group: dist.ProcessGroup, *, sequence_parallel: bool, random: OwnRandomNumbers) -> None:
+    def __init__(self, group: dist.ProcessGroup, *, sequence_parallel: bool, random: TPRngState) -> None:
         self.group = group
         self.sequence_parallel = sequence_parallel
         self.random = random
@@ -56,17 +62,17 @@ class TensorParallelState:
 def install_tensor_parallel(
     model: nn.Module, group: dist.ProcessGroup, *, sequence_parallel: bool
 ) -> TensorParallelState:
-    """Let a model compute with the parts of its parameters that describe_division gives this rank.
+    """Let a model compute with the parts of its parameters that describe_partition gives this rank.
 
     Called once, after or before the parameters have been replaced by their parts; they are read at each call. With
     `sequence_parallel` the length of sequences must be divisible by the ranks. The logits are those of the rank's part of the
-    vocabulary (`vocabulary.token_losses`, `vocabulary.gather_logits`).
+    vocabulary (`vocabulary.vocab_parallel_cross_entropy`, `vocabulary.gather_logits`).
 
     Raises:
         PlanError: the family has no rules.
     """
     decoder = find_decoder(model)
-    random = OwnRandomNumbers(group.rank())
+    random = TPRngState(group.rank())
     state = TensorParallelState(group, sequence_parallel=sequence_parallel, random=random)
     _install_embedding(decoder, state)
     dropout = has_dropout(decoder.config, decoder.parts.layers)
@@ -86,13 +92,13 @@ def _install_embedding(decoder: DivisibleDecoder, state: TensorParallelState) ->
     vocabulary_size = decoder.embedding.num_embeddings
 
     def forward(self: nn.Embedding, input: torch.Tensor) -> torch.Tensor:
-        return look_up_tokens(self, input, state.group, vocabulary_size)
+        return vocab_parallel_embedding(self, input, state.group, vocabulary_size)
 
     decoder.embedding.forward = MethodType(forward, decoder.embedding)  # type: ignore[method-assign]
 
 
 def _install_region(
-    layer: nn.Module, region: Region, decoder: DivisibleDecoder, state: TensorParallelState, *, dropout: bool
+    layer: nn.Module, region: TPBlock, decoder: DivisibleDecoder, state: TensorParallelState, *, dropout: bool
 ) -> None:
     entry = layer.get_submodule(region.entry)
     # What is computed token by token may have its tokens in any order: parts of the first dimension need no transposition.
@@ -102,7 +108,7 @@ def _install_region(
         _divide_heads(entry, region, decoder, state)
         if dropout:
             entry.register_forward_pre_hook(_begin_heads(state))
-    for name in region.wide_norms:
+    for name in region.cross_head_norms:
         norm = layer.get_submodule(name)
         norm.forward = MethodType(_wide_norm_forward(state), norm)
     for name in region.columns:
@@ -116,7 +122,7 @@ def _install_region(
         matrix.forward = MethodType(_row_forward(state, dim, ends_heads=region.attention), matrix)
 
 
-def _divide_heads(attention: nn.Module, region: Region, decoder: DivisibleDecoder, state: TensorParallelState) -> None:
+def _divide_heads(attention: nn.Module, region: TPBlock, decoder: DivisibleDecoder, state: TensorParallelState) -> None:
     """Let an attention module count this rank's heads, and give it the arguments for them."""
     size, heads = state.group.size(), decoder.heads.query
     for name in (*HEAD_COUNTS, *region.head_attributes):
@@ -126,11 +132,11 @@ def _divide_heads(attention: nn.Module, region: Region, decoder: DivisibleDecode
     if region.local_settings:
         settings = {name: getattr(decoder.config, name) // size for name in region.local_settings}
         attention.config = _LocalConfig(decoder.config, settings)  # type: ignore[assignment]
-    if region.head_slices:
+    if region.per_head_args:
         first, last = state.group.rank() * heads // size, (state.group.rank() + 1) * heads // size
 
         def slice_arguments(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-            for name, of_heads in region.head_slices.items():
+            for name, of_heads in region.per_head_args.items():
                 if kwargs.get(name) is not None:
                     kwargs[name] = of_heads(kwargs[name], heads, first, last)
             return args, kwargs
@@ -168,7 +174,7 @@ def _on_hidden_states(change: Callable[[torch.Tensor], torch.Tensor]) -> _PreHoo
 
 def _enter(state: TensorParallelState, dim: int) -> _PreHook:
     def enter(hidden: torch.Tensor) -> torch.Tensor:
-        return gather_parts(hidden, dim, state.group) if state.sequence_parallel else copy_to_ranks(hidden, state.group)
+        return gather_from_sp(hidden, dim, state.group) if state.sequence_parallel else copy_to_tp(hidden, state.group)
 
     return _on_hidden_states(enter)
 
@@ -180,10 +186,12 @@ def _row_forward(
 
     def forward(self: Any, input: torch.Tensor) -> torch.Tensor:
         if ends_heads:
-            state.random.end_heads()
+            state.random.exit_attention()
         partial = functional.linear(input, self.weight) if isinstance(self, nn.Linear) else input @ self.weight
         output = (
-            part_of_sum(partial, dim, state.group) if state.sequence_parallel else sum_of_ranks(partial, state.group)
+            reduce_scatter_to_sp(partial, dim, state.group)
+            if state.sequence_parallel
+            else reduce_from_tp(partial, state.group)
         )
         # Under autocast the product is in low precision, and so is the result of the matrix that this stands for.
         return output if self.bias is None else output + self.bias.to(output.dtype)
@@ -198,7 +206,7 @@ def _wide_norm_forward(state: TensorParallelState) -> Callable[[Any, torch.Tenso
         hidden = hidden_states.to(torch.float32)
         own = hidden.pow(2).mean(-1, keepdim=True) / state.group.size()
         # Each rank uses the sum for its own features: the gradients of these uses are summed in turn.
-        variance = copy_to_ranks(sum_of_ranks(own, state.group), state.group)
+        variance = copy_to_tp(reduce_from_tp(own, state.group), state.group)
         return (self.weight * (hidden * torch.rsqrt(variance + self.variance_epsilon))).to(hidden_states.dtype)
 
     return forward
@@ -219,7 +227,7 @@ def _own_sequence(state: TensorParallelState) -> _PreHook:
             raise PlanError(
                 f"sequences of {length} tokens cannot be divided among {size} tensor-parallel ranks: pad them"
             )
-        return own_part(hidden, _SEQUENCE_DIM, state.group)
+        return scatter_to_sp(hidden, _SEQUENCE_DIM, state.group)
 
     return _on_hidden_states(split)
 
@@ -230,9 +238,9 @@ def _whole_sequence(state: TensorParallelState) -> Callable[[nn.Module, Any, Any
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
         hidden = output if isinstance(output, torch.Tensor) else output[0]
         if state.sequence_parallel:
-            hidden = gather_parts(hidden, _SEQUENCE_DIM, state.group)
+            hidden = gather_from_sp(hidden, _SEQUENCE_DIM, state.group)
         else:
-            hidden = copy_to_ranks(hidden, state.group)
+            hidden = copy_to_tp(hidden, state.group)
         return hidden if isinstance(output, torch.Tensor) else (hidden, *output[1:])
 
     return hook
@@ -240,20 +248,20 @@ def _whole_sequence(state: TensorParallelState) -> Callable[[nn.Module, Any, Any
 
 def _begin_layer(state: TensorParallelState) -> Callable[[nn.Module, Any], None]:
     def hook(module: nn.Module, args: Any) -> None:
-        state.random.begin_layer(module.training and state.sequence_parallel)
+        state.random.enter_layer(module.training and state.sequence_parallel)
 
     return hook
 
 
 def _end_layer(state: TensorParallelState) -> Callable[[nn.Module, Any, Any], None]:
     def hook(module: nn.Module, args: Any, output: Any) -> None:
-        state.random.end_layer()
+        state.random.exit_layer()
 
     return hook
 
 
 def _begin_heads(state: TensorParallelState) -> Callable[[nn.Module, Any], None]:
     def hook(module: nn.Module, args: Any) -> None:
-        state.random.begin_heads(module.training and not state.sequence_parallel)
+        state.random.enter_attention(module.training and not state.sequence_parallel)
 
     return hook

@@ -1,8 +1,8 @@
 """Collectives that autograd can go through: each one's backward pass is the collective that is its transpose.
 
 They come in pairs, as in Megatron-LM: where every rank computes with the same tensor, the gradients of its uses are partial and
-are summed (`copy_to_ranks`); where ranks hold partial results, those are summed and the gradient is everybody's
-(`sum_of_ranks`). The sequence-parallel pair (`gather_parts`, `part_of_sum`) does the same to parts along a dimension.
+are summed (`copy_to_tp`); where ranks hold partial results, those are summed and the gradient is everybody's
+(`reduce_from_tp`). The sequence-parallel pair (`gather_from_sp`, `reduce_scatter_to_sp`) does the same to parts along a dimension.
 
 Ranks must call them in the same order. All work on gloo and NCCL, on tensors of any memory layout.
 """
@@ -13,32 +13,32 @@ import torch
 import torch.distributed as dist
 
 
-def copy_to_ranks(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+def copy_to_tp(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """The tensor itself; its gradient is the sum over the ranks."""
-    return _CopyToRanks.apply(tensor, group)  # type: ignore[no-untyped-call]
+    return _CopyToTP.apply(tensor, group)  # type: ignore[no-untyped-call]
 
 
-def sum_of_ranks(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+def reduce_from_tp(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """The sum over the ranks; its gradient is that of the sum."""
-    return _SumOfRanks.apply(tensor, group)  # type: ignore[no-untyped-call]
+    return _ReduceFromTP.apply(tensor, group)  # type: ignore[no-untyped-call]
 
 
-def gather_parts(tensor: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Tensor:
+def gather_from_sp(tensor: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Tensor:
     """The parts of all ranks one behind the other along `dim`; the gradient is summed over the ranks, each gets its part's."""
-    return _GatherParts.apply(tensor, dim, group)  # type: ignore[no-untyped-call]
+    return _GatherFromSP.apply(tensor, dim, group)  # type: ignore[no-untyped-call]
 
 
-def part_of_sum(tensor: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Tensor:
+def reduce_scatter_to_sp(tensor: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Tensor:
     """This rank's part along `dim` of the sum over the ranks; the gradients of the parts are gathered."""
-    return _PartOfSum.apply(tensor, dim, group)  # type: ignore[no-untyped-call]
+    return _ReduceScatterToSP.apply(tensor, dim, group)  # type: ignore[no-untyped-call]
 
 
-def own_part(tensor: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Tensor:
+def scatter_to_sp(tensor: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Tensor:
     """This rank's part along `dim` of a tensor that all ranks hold; the gradients of the parts are gathered."""
-    return _OwnPart.apply(tensor, dim, group)  # type: ignore[no-untyped-call]
+    return _ScatterToSP.apply(tensor, dim, group)  # type: ignore[no-untyped-call]
 
 
-def sum_own_part(result: torch.Tensor, parts: torch.Tensor, group: dist.ProcessGroup) -> None:
+def reduce_scatter(result: torch.Tensor, parts: torch.Tensor, group: dist.ProcessGroup) -> None:
     """Sum over the ranks what each has for this one, into `result`; `parts` are contiguous, one for each rank in order.
 
     gloo's reduce-scatter is an all-reduce of all parts, which moves twice as much: on CPUs each rank is sent its parts to sum.
@@ -75,7 +75,7 @@ def _reduce_scatter(tensor: torch.Tensor, dim: int, group: dist.ProcessGroup) ->
     size, dim = group.size(), dim % tensor.dim()
     parts = tensor.unflatten(dim, (size, -1)).movedim(dim, 0).contiguous()
     result = parts.new_empty(parts.shape[1:])
-    sum_own_part(result, parts, group)
+    reduce_scatter(result, parts, group)
     return result
 
 
@@ -84,7 +84,7 @@ def _part(tensor: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Ten
     return tensor.chunk(group.size(), dim)[group.rank()].clone(memory_format=torch.contiguous_format)
 
 
-class _CopyToRanks(torch.autograd.Function):
+class _CopyToTP(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
         ctx.group = group
@@ -96,7 +96,7 @@ class _CopyToRanks(torch.autograd.Function):
         return _all_reduce(gradient, ctx.group), None
 
 
-class _SumOfRanks(torch.autograd.Function):
+class _ReduceFromTP(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
         # Not in place: selective recomputation keeps the product that is summed here and sums it again.
@@ -107,7 +107,7 @@ class _SumOfRanks(torch.autograd.Function):
         return gradient, None
 
 
-class _GatherParts(torch.autograd.Function):
+class _GatherFromSP(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Tensor:
         ctx.dim, ctx.group = dim, group
@@ -118,7 +118,7 @@ class _GatherParts(torch.autograd.Function):
         return _reduce_scatter(gradient, ctx.dim, ctx.group), None, None
 
 
-class _PartOfSum(torch.autograd.Function):
+class _ReduceScatterToSP(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Tensor:
         ctx.dim, ctx.group = dim, group
@@ -129,7 +129,7 @@ class _PartOfSum(torch.autograd.Function):
         return _all_gather(gradient, ctx.dim, ctx.group), None, None
 
 
-class _OwnPart(torch.autograd.Function):
+class _ScatterToSP(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Tensor:
         ctx.dim, ctx.group = dim, group

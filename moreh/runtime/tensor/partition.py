@@ -11,23 +11,23 @@ from moreh.errors import PlanError
 from moreh.models.describe.from_layer import is_matrix
 from moreh.models.describe.from_module import text_config
 from moreh.models.lora import base_matrix, lora_pairs
-from moreh.models.parts import Decoder, take_apart
-from moreh.runtime.sharding.spec import Division
-from moreh.runtime.tensor.rules import Heads, Region, layer_regions
+from moreh.models.parts import ModelParts, split_into_parts
+from moreh.runtime.sharding.spec import TPSplit
+from moreh.runtime.tensor.rules import Heads, TPBlock, tp_blocks
 
 # How messages about models that cannot be divided end.
 _REMEDY = "use tensor parallelism of size 1"
 
 
 @dataclass(frozen=True)
-class TensorDivision:
+class TensorPartition:
     """How tensor-parallel ranks divide the parameters of a model, by their names in `named_parameters()`.
 
     What is not in `divisions` is the same on every rank. Of `partial_gradients`, which are among those, each rank computes a
     part of the gradient only: the sum over the ranks is the whole.
     """
 
-    divisions: dict[str, Division]
+    divisions: dict[str, TPSplit]
     partial_gradients: frozenset[str]
 
 
@@ -38,16 +38,16 @@ class DivisibleDecoder:
     `last` is the last module that computes on the residual stream: the final norm, or the last layer where there is none.
     """
 
-    parts: Decoder
+    parts: ModelParts
     config: Any
     embedding: nn.Embedding
     head: nn.Linear
     last: nn.Module
-    regions: tuple[Region, ...]
+    regions: tuple[TPBlock, ...]
     heads: Heads
 
 
-def largest_tensor_size(model: nn.Module) -> int:
+def max_tensor_parallel(model: nn.Module) -> int:
     """The largest number of ranks that can divide a model; 1 where tensor parallelism cannot be used."""
     try:
         heads = find_decoder(model).heads
@@ -62,20 +62,20 @@ def tensor_parallel_problem(model: nn.Module, size: int) -> str | None:
     return _problem(model, size, sequence_parallel=False)
 
 
-def sequence_parallel_problem(model: nn.Module, size: int) -> str | None:
+def sequence_parallel_refusal(model: nn.Module, size: int) -> str | None:
     """Why `size` ranks cannot divide a model together with its sequences, as a sentence for the user; None if they can."""
     return _problem(model, size, sequence_parallel=True)
 
 
 def _problem(model: nn.Module, size: int, *, sequence_parallel: bool) -> str | None:
     try:
-        describe_division(model, size, sequence_parallel=sequence_parallel)
+        describe_partition(model, size, sequence_parallel=sequence_parallel)
     except PlanError as problem:
         return str(problem)
     return None
 
 
-def describe_division(model: nn.Module, size: int, *, sequence_parallel: bool) -> TensorDivision:
+def describe_partition(model: nn.Module, size: int, *, sequence_parallel: bool) -> TensorPartition:
     """How `size` ranks divide a model, from the names and shapes of its parameters: it may be on the meta device.
 
     Raises:
@@ -100,7 +100,7 @@ def describe_division(model: nn.Module, size: int, *, sequence_parallel: bool) -
                 f"use a divisor of {count}"
             )
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    divisions: dict[int, Division] = {}
+    divisions: dict[int, TPSplit] = {}
     partial: set[int] = set()
     for layer in decoder.parts.layers:
         known: set[int] = set()
@@ -123,49 +123,49 @@ def describe_division(model: nn.Module, size: int, *, sequence_parallel: bool) -
             if sequence_parallel:
                 partial.add(id(parameter))
     for module in (decoder.embedding, decoder.head):
-        divisions |= {id(parameter): Division(0, (parameter.shape[0],)) for parameter in module.parameters()}
+        divisions |= {id(parameter): TPSplit(0, (parameter.shape[0],)) for parameter in module.parameters()}
     for place in decoder.parts.after:
         # The output layer is divided, so that the gradients behind the last module are partial in any case.
         if sequence_parallel or place.module is not decoder.last:
             partial |= {id(parameter) for parameter in place.module.parameters()}
     partial -= set(divisions)
-    return TensorDivision(
+    return TensorPartition(
         {names[key]: division for key, division in divisions.items()}, frozenset(names[key] for key in partial)
     )
 
 
 def _divide_region(
-    layer: nn.Module, region: Region, heads: Heads, names: dict[int, str]
-) -> tuple[dict[int, Division], set[int], set[int]]:
+    layer: nn.Module, region: TPBlock, heads: Heads, names: dict[int, str]
+) -> tuple[dict[int, TPSplit], set[int], set[int]]:
     """By identity, the parameters of a region that are divided, those that all ranks use for their own heads, and those that
     are used behind the sum: the bias of the row-divided matrix, and its adapters' B.
     """
-    divisions: dict[int, Division] = {}
+    divisions: dict[int, TPSplit] = {}
     shared: set[int] = set()
     for name, blocks in region.columns.items():
         column = layer.get_submodule(name)
         matrix = base_matrix(column)
         dim = _output_dim(matrix)
-        division = Division(dim, blocks(heads, matrix.weight.shape[dim]))
+        division = TPSplit(dim, blocks(heads, matrix.weight.shape[dim]))
         divisions |= {id(matrix.weight): division}
         if matrix.bias is not None:
-            divisions |= {id(matrix.bias): Division(0, division.blocks)}
+            divisions |= {id(matrix.bias): TPSplit(0, division.blocks)}
         for down, up in lora_pairs(column):
             # Every rank computes all of A, but for its own outputs.
             shared.add(id(down.weight))
-            divisions[id(up.weight)] = Division(0, division.blocks)
+            divisions[id(up.weight)] = TPSplit(0, division.blocks)
     row = layer.get_submodule(region.row)
     matrix = base_matrix(row)
     dim = 1 - _output_dim(matrix)
-    division = Division(dim, region.row_blocks(heads, matrix.weight.shape[dim]))
+    division = TPSplit(dim, region.row_blocks(heads, matrix.weight.shape[dim]))
     divisions[id(matrix.weight)] = division
     summed = {id(matrix.bias)} if matrix.bias is not None else set()
     for down, up in lora_pairs(row):
-        divisions[id(down.weight)] = Division(1, division.blocks)
+        divisions[id(down.weight)] = TPSplit(1, division.blocks)
         summed.add(id(up.weight))
-    for name in region.wide_norms:
+    for name in region.cross_head_norms:
         weight = layer.get_parameter(f"{name}.weight")
-        divisions[id(weight)] = Division(0, (weight.shape[0],))
+        divisions[id(weight)] = TPSplit(0, (weight.shape[0],))
     for name, parameter in layer.get_submodule(region.entry).named_parameters():
         shape = tuple(parameter.shape)
         if id(parameter) in divisions or id(parameter) in shared | summed:
@@ -180,7 +180,7 @@ def _divide_region(
             and len(shape) == 2
             and shape in ((heads.query, heads.size), (heads.key_value, heads.size))
         ):
-            divisions[id(parameter)] = Division(0, shape[:1])
+            divisions[id(parameter)] = TPSplit(0, shape[:1])
         else:
             raise PlanError(
                 f"{names[id(parameter)]} {list(shape)} belongs to all attention heads or inner features together, of which a "
@@ -200,12 +200,12 @@ def find_decoder(model: nn.Module) -> DivisibleDecoder:
     Raises:
         PlanError: there are no rules for it.
     """
-    parts = take_apart(model)
+    parts = split_into_parts(model)
     name = type(parts.causal).__name__
     config = text_config(parts.causal)
     if config is not parts.causal.config:
         raise PlanError(f"{name} is more than a language model ({parts.causal.config.model_type!r}): {_REMEDY}")
-    regions = layer_regions(config)
+    regions = tp_blocks(config)
     if isinstance(regions, str):
         raise PlanError(f"{name}: {regions}; {_REMEDY}")
     for number, layer in enumerate(parts.layers):
@@ -227,7 +227,7 @@ def find_decoder(model: nn.Module) -> DivisibleDecoder:
     return DivisibleDecoder(parts, config, embedding, head, last, regions, _heads(config))
 
 
-def _matrices(regions: tuple[Region, ...]) -> Iterator[str]:
+def _matrices(regions: tuple[TPBlock, ...]) -> Iterator[str]:
     for region in regions:
         yield from region.columns
         yield region.row

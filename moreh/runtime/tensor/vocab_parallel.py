@@ -8,18 +8,18 @@ from torch import nn
 from torch.nn import functional
 
 from moreh.runtime.kernels.row_chunks import chunks
-from moreh.runtime.sharding.spec import piece
-from moreh.runtime.tensor.collectives import sum_of_ranks
+from moreh.runtime.sharding.spec import shard_range
+from moreh.runtime.tensor.collectives import reduce_from_tp
 
 IGNORED_LABEL = -100
 
 
-def token_losses(
+def vocab_parallel_cross_entropy(
     local_logits: torch.Tensor, labels: torch.Tensor, group: dist.ProcessGroup | None, vocabulary_size: int
 ) -> torch.Tensor:
     """The cross-entropy of each token, in float32 at least: [...].
 
-    `local_logits` [..., local vocabulary] are those of this rank's rows (`layout.piece`), all of them without a group. `labels`
+    `local_logits` [..., local vocabulary] are those of this rank's rows (`spec.shard_range`), all of them without a group. `labels`
     [...] are the tokens that belong to these logits; where they are -100 the loss is 0. Neither the probabilities nor a copy of
     the logits is kept for the backward pass.
     """
@@ -31,14 +31,14 @@ def gather_logits(local_logits: torch.Tensor, group: dist.ProcessGroup | None, v
     if group is None:
         return local_logits.detach()
     # Ranks hold equally many rows but the last ones: filled up, the rows of the vocabulary stand in front.
-    longest = piece(vocabulary_size, group.size(), 0)[1]
+    longest = shard_range(vocabulary_size, group.size(), 0)[1]
     filled = functional.pad(local_logits.detach(), (0, longest - local_logits.shape[-1])).contiguous()
     gathered = filled.new_empty(group.size() * filled.numel())
     dist.all_gather_single(gathered, filled.view(-1), group=group)
     return gathered.view(group.size(), *filled.shape).movedim(0, -2).flatten(-2)[..., :vocabulary_size]
 
 
-def look_up_tokens(
+def vocab_parallel_embedding(
     embedding: nn.Embedding, ids: torch.Tensor, group: dist.ProcessGroup, vocabulary_size: int
 ) -> torch.Tensor:
     """The embeddings [..., width] of tokens [...], of which this rank's `embedding` holds some rows.
@@ -46,11 +46,11 @@ def look_up_tokens(
     The class of the embedding computes what it finds, so that one which scales its rows still does. Its `padding_idx` is that
     of the whole vocabulary.
     """
-    start, stop = piece(vocabulary_size, group.size(), group.rank())
+    start, stop = shard_range(vocabulary_size, group.size(), group.rank())
     if start == stop:
         # Nothing to look up, but the gradient must pass here as on the other ranks.
         found = embedding.weight.new_zeros(*ids.shape, embedding.weight.shape[1]) + embedding.weight.sum()
-        return sum_of_ranks(found, group)
+        return reduce_from_tp(found, group)
     elsewhere = (ids < start) | (ids >= stop)
     padding = embedding.padding_idx
     try:
@@ -59,7 +59,7 @@ def look_up_tokens(
         found = type(embedding).forward(embedding, (ids - start).masked_fill(elsewhere, 0))
     finally:
         embedding.padding_idx = padding
-    return sum_of_ranks(found.masked_fill(elsewhere.unsqueeze(-1), 0), group)
+    return reduce_from_tp(found.masked_fill(elsewhere.unsqueeze(-1), 0), group)
 
 
 class _TokenLosses(torch.autograd.Function):
@@ -69,16 +69,18 @@ class _TokenLosses(torch.autograd.Function):
     def forward(
         ctx: Any, logits: torch.Tensor, labels: torch.Tensor, group: dist.ProcessGroup | None, vocabulary_size: int
     ) -> torch.Tensor:
-        start, stop = (0, vocabulary_size) if group is None else piece(vocabulary_size, group.size(), group.rank())
+        start, stop = (
+            (0, vocabulary_size) if group is None else shard_range(vocabulary_size, group.size(), group.rank())
+        )
         ignored = labels == IGNORED_LABEL
         here = (labels >= start) & (labels < stop)
         column = (labels - start).masked_fill(~here, 0)
-        parts = [_log_of_sum(_accurate(part)) for (part,) in chunks(logits)]
+        parts = [_logsumexp(_at_least_fp32(part)) for (part,) in chunks(logits)]
         total = own = torch.cat(parts).view(labels.shape)
         if start == stop:
             label_logits = torch.zeros_like(total)
         else:
-            label_logits = _accurate(logits.gather(-1, column.unsqueeze(-1)).squeeze(-1)).masked_fill(~here, 0)
+            label_logits = _at_least_fp32(logits.gather(-1, column.unsqueeze(-1)).squeeze(-1)).masked_fill(~here, 0)
         if group is not None:
             largest = total.clone()
             dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
@@ -99,7 +101,7 @@ class _TokenLosses(torch.autograd.Function):
         of_each = gradient if share is None else gradient * share.unsqueeze(-1)
         for parts in chunks(result, logits, column.unsqueeze(-1), of_each, at_label):
             of_part, part, part_column, part_of_each, part_at_label = parts
-            probabilities = torch.softmax(_accurate(part), -1).mul_(part_of_each)
+            probabilities = torch.softmax(_at_least_fp32(part), -1).mul_(part_of_each)
             if share is not None:
                 # Not a number where this rank has only tokens of -inf.
                 probabilities.masked_fill_(part_of_each == 0, 0)
@@ -109,7 +111,7 @@ class _TokenLosses(torch.autograd.Function):
         return result, None, None, None
 
 
-def _log_of_sum(logits: torch.Tensor) -> torch.Tensor:
+def _logsumexp(logits: torch.Tensor) -> torch.Tensor:
     """logsumexp over the last dimension: torch's softmax on processors takes half the time of its exponential function."""
     if logits.shape[-1] == 0:
         return logits.new_full(logits.shape[:-1], float("-inf"))
@@ -118,6 +120,6 @@ def _log_of_sum(logits: torch.Tensor) -> torch.Tensor:
     return (largest - among_all.log()).masked_fill(largest == float("-inf"), float("-inf"))
 
 
-def _accurate(tensor: torch.Tensor) -> torch.Tensor:
+def _at_least_fp32(tensor: torch.Tensor) -> torch.Tensor:
     """Sums over a vocabulary in bfloat16 would lose most of their digits."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()

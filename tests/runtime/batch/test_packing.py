@@ -12,7 +12,7 @@ from moreh.runtime.batch.micro_batches import useful_lengths
 from moreh.runtime.batch.model_inputs import read_inputs
 from moreh.runtime.kernels.options import Savings
 from moreh.runtime.sharding.mesh import mesh_of_one
-from tests.runtime.engine.test_single_worker import LENGTH, TOKENS, batch, differences, make
+from tests.runtime.engine.test_fast_path import LENGTH, TOKENS, batch, differences, make
 
 CPU = mesh_of_one(torch.device("cpu"))
 
@@ -20,13 +20,13 @@ CPU = mesh_of_one(torch.device("cpu"))
 def packed(model, parts=2, sequence_multiple=1):
     inputs = read_inputs(model, (), batch(model))
     lengths = useful_lengths(inputs)
-    return inputs, packing.packed_micro_batches(model, inputs, lengths, parts, 1, CPU, sequence_multiple)
+    return inputs, packing.pack_micro_batches(model, inputs, lengths, parts, 1, CPU, sequence_multiple)
 
 
-@pytest.mark.parametrize("family", sorted(packing.PACKED_FAMILIES))
+@pytest.mark.parametrize("family", sorted(packing.PACKABLE_FAMILIES))
 def test_families(family):
     model = make(family)
-    with mock.patch("moreh.runtime.engine.train_step.packed_micro_batches", wraps=packing.packed_micro_batches) as used:
+    with mock.patch("moreh.runtime.engine.model_runner.pack_micro_batches", wraps=packing.pack_micro_batches) as used:
         assert max(differences(model, batch(model))) < 1e-9
     assert used.called
 
@@ -43,7 +43,7 @@ def test_a_window_smaller_than_a_text(given):
     """A mask of whole texts would be taken as it is, and the window be forgotten."""
     model = make("mistral")
     model.config.sliding_window = 3
-    with mock.patch("moreh.runtime.batch.packing.takes_mask_of_pairs", return_value=True) if given else nullcontext():
+    with mock.patch("moreh.runtime.batch.packing.accepts_pairwise_mask", return_value=True) if given else nullcontext():
         found = differences(model, batch(model))
     assert min(found) > 1e-6 if given else max(found) < 1e-9
 
@@ -58,13 +58,13 @@ def one_text(*given):
                 "position_ids": torch.arange(one.sequence_length)[None] % LENGTH,
             },
         )
-        for one in packing.packed_micro_batches(*given)
+        for one in packing.pack_micro_batches(*given)
     ]
 
 
 def texts_begin_late(*given):
     late = []
-    for one in packing.packed_micro_batches(*given):
+    for one in packing.pack_micro_batches(*given):
         starts = one.others["cu_seq_lens_q"].clone()
         starts[1:-1] += 1
         late.append(replace(one, others={**one.others, "cu_seq_lens_q": starts}))
@@ -74,7 +74,7 @@ def texts_begin_late(*given):
 @pytest.mark.parametrize("broken", [one_text, texts_begin_late])
 def test_comparison_finds_texts_that_see_each_other(broken):
     model = make("llama")
-    with mock.patch("moreh.runtime.engine.train_step.packed_micro_batches", broken):
+    with mock.patch("moreh.runtime.engine.model_runner.pack_micro_batches", broken):
         assert min(differences(model, batch(model))) > 1e-6
 
 
@@ -98,10 +98,10 @@ def test_every_label_is_somewhere_once():
 
 def test_number_of_packed_rows():
     lengths = torch.tensor([30, 20, 10])
-    assert packing.parts_of(lengths, TOKENS, 1) == 2
-    assert packing.parts_of(lengths, TOKENS, 4) == 4
-    assert packing.parts_of(lengths, 1000, 1) == 1
-    assert packing.parts_of(lengths * 100, 10**6, 1) == 2
+    assert packing.num_packed_rows(lengths, TOKENS, 1) == 2
+    assert packing.num_packed_rows(lengths, TOKENS, 4) == 4
+    assert packing.num_packed_rows(lengths, 1000, 1) == 1
+    assert packing.num_packed_rows(lengths * 100, 10**6, 1) == 2
 
 
 @pytest.mark.parametrize(
@@ -124,8 +124,8 @@ def test_long_texts_and_rows_are_not_packed():
     assert packing.can_pack(model, inputs, torch.full((7,), 500), 1, CPU)
     assert not packing.can_pack(model, inputs, torch.full((8,), 500), 1, CPU)
     assert packing.can_pack(model, inputs, torch.full((8,), 500), 2, CPU)
-    assert packing.can_pack(model, inputs, torch.full((7,), packing.LONGEST_TEXT), 4, CPU)
-    assert not packing.can_pack(model, inputs, torch.full((7,), packing.LONGEST_TEXT + 1), 4, CPU)
+    assert packing.can_pack(model, inputs, torch.full((7,), packing.MAX_SEQUENCE_LENGTH), 4, CPU)
+    assert not packing.can_pack(model, inputs, torch.full((7,), packing.MAX_SEQUENCE_LENGTH + 1), 4, CPU)
 
 
 def test_left_padding_is_not_packed():

@@ -8,15 +8,15 @@ import torch
 from moreh.runtime.batch import packing, shared_prefix
 from moreh.runtime.batch.micro_batches import useful_lengths
 from moreh.runtime.batch.model_inputs import read_inputs
-from moreh.runtime.engine.single_worker import OneWorker
+from moreh.runtime.engine.fast_path import FastPath
 from moreh.runtime.kernels.options import Savings
 from moreh.runtime.sharding.mesh import mesh_of_one
 from tests.helpers.float64 import exact_float64
-from tests.runtime.engine.test_single_worker import LENGTH, ROWS, TOKENS, batch, differences, make
+from tests.runtime.engine.test_fast_path import LENGTH, ROWS, TOKENS, batch, differences, make
 
 CPU = mesh_of_one(torch.device("cpu"))
 PREFIX = 5
-WORKER_MODEL = "moreh.runtime.engine.train_step"
+MODEL_RUNNER = "moreh.runtime.engine.model_runner"
 
 
 def rows(model, prefix=PREFIX):
@@ -40,23 +40,23 @@ def shared(model, given):
 
 def packed(model, given, parts):
     inputs = read_inputs(model, (), given)
-    return packing.packed_micro_batches(model, inputs, useful_lengths(inputs), parts, 1, CPU, 1, PREFIX)
+    return packing.pack_micro_batches(model, inputs, useful_lengths(inputs), parts, 1, CPU, 1, PREFIX)
 
 
-@pytest.mark.parametrize("family", sorted(packing.PACKED_FAMILIES))
+@pytest.mark.parametrize("family", sorted(packing.PACKABLE_FAMILIES))
 def test_families(family):
     model = make(family)
-    with mock.patch(f"{WORKER_MODEL}.packed_micro_batches", wraps=packing.packed_micro_batches) as used:
+    with mock.patch(f"{MODEL_RUNNER}.pack_micro_batches", wraps=packing.pack_micro_batches) as used:
         assert max(differences(model, rows(model))) < 1e-9
     assert used.call_args.args[-1] == (PREFIX if takes_mask(model) else 0)
 
 
 def takes_mask(model):
-    return shared_prefix.takes_mask_of_pairs(model.config.get_text_config(), LENGTH)
+    return shared_prefix.accepts_pairwise_mask(model.config.get_text_config(), LENGTH)
 
 
 def test_most_families_share():
-    assert sum(takes_mask(make(family)) for family in packing.PACKED_FAMILIES) > 20
+    assert sum(takes_mask(make(family)) for family in packing.PACKABLE_FAMILIES) > 20
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -64,7 +64,7 @@ def test_most_families_share():
 def test_without_attention_in_blocks(family, tokens):
     """Then the mask says which tokens see each other."""
     model = make(family)
-    with mock.patch("tests.runtime.engine.test_single_worker.TOKENS", tokens):
+    with mock.patch("tests.runtime.engine.test_fast_path.TOKENS", tokens):
         assert max(differences(model, rows(model), Savings(attention=False))) < 1e-9
 
 
@@ -73,9 +73,9 @@ def test_evaluation():
     model = make("llama").eval()
     with (
         exact_float64(),
-        mock.patch(f"{WORKER_MODEL}.packed_micro_batches", wraps=packing.packed_micro_batches) as used,
+        mock.patch(f"{MODEL_RUNNER}.pack_micro_batches", wraps=packing.pack_micro_batches) as used,
     ):
-        seen = OneWorker(Savings()).call(model, (), rows(model), TOKENS).loss
+        seen = FastPath(Savings()).call(model, (), rows(model), TOKENS).loss
         assert seen.item() == pytest.approx(model(**rows(model)).loss.item(), rel=1e-9)
     assert used.call_args.args[-1] == PREFIX
 
@@ -84,9 +84,9 @@ def test_evaluation():
     ("name", "broken"),
     [
         # One token more than the rows have in common; the others' first keys forgotten; only in the mask of pairs forgotten.
-        (f"{WORKER_MODEL}.shared_prefix", lambda *given: PREFIX + 1),
-        ("moreh.runtime.kernels.attention._more_keys", lambda *given: 0),
-        ("moreh.runtime.batch.packing._with_mask_of_pairs", lambda one, shared: one),
+        (f"{MODEL_RUNNER}.shared_prefix", lambda *given: PREFIX + 1),
+        ("moreh.runtime.kernels.attention._shared_prefix_len", lambda *given: 0),
+        ("moreh.runtime.batch.packing._with_pairwise_mask", lambda one, shared: one),
     ],
 )
 def test_comparison_finds_another_prefix(name, broken):
@@ -130,10 +130,10 @@ def test_prefix_is_in_each_packed_row_once(parts):
 
 def test_tokens_of_a_packed_row():
     lengths = torch.tensor([30, 30, 30, 1])
-    assert packing.parts_of(lengths, 70, 1) == 2
-    assert packing.parts_of(lengths, 70, 1, shared=20) == 1
+    assert packing.num_packed_rows(lengths, 70, 1) == 2
+    assert packing.num_packed_rows(lengths, 70, 1, shared=20) == 1
     # Of one text each, however many tokens a micro-batch may have.
-    assert packing.parts_of(lengths, 20, 1, shared=25) == packing.parts_of(lengths, 20, 3, shared=25) == 3
+    assert packing.num_packed_rows(lengths, 20, 1, shared=25) == packing.num_packed_rows(lengths, 20, 3, shared=25) == 3
 
 
 def test_what_rows_have_in_common():
@@ -143,7 +143,7 @@ def test_what_rows_have_in_common():
     early = rows(model)
     # At the position before it.
     early["labels"][1, PREFIX] = 7
-    assert shared(model, early) == PREFIX - 1 == shared_prefix.FEWEST_SHARED
+    assert shared(model, early) == PREFIX - 1 == shared_prefix.MIN_SHARED_TOKENS
     early["labels"][1, PREFIX - 1] = 7
     assert shared(model, early) == 0
     alone = rows(model)

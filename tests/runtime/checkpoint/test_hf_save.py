@@ -13,9 +13,9 @@ from moreh.errors import OptionError, WorkerError
 from moreh.runtime.checkpoint.hf_save import save_pretrained
 from moreh.runtime.checkpoint.safetensors_writer import SafetensorsWriter, TensorKind
 from moreh.runtime.sharding.gather import whole_tensor
-from moreh.runtime.sharding.local_weights import take_local_parts
+from moreh.runtime.sharding.local_weights import materialize_local_shards
 from moreh.runtime.sharding.mesh import make_mesh
-from moreh.runtime.sharding.spec import Division, Layout
+from moreh.runtime.sharding.spec import ParamSpec, TPSplit
 from tests.helpers.workers import run_on_workers
 
 SIZES = {"vocab_size": 31, "bos_token_id": 0, "eos_token_id": 1}
@@ -54,7 +54,7 @@ def _build(family, **changes):
     return LlamaForCausalLM(LlamaConfig(**LLAMA | SIZES | changes))
 
 
-def layouts_of(model, pipeline, tensor, shards):
+def param_specs_of(model, pipeline, tensor, shards):
     """A layout of each kind: columns in blocks as GPT-2's, rows, vocabulary, everything over the layers' pipeline ranks."""
     layouts = {}
     for name, parameter in model.named_parameters():
@@ -66,7 +66,7 @@ def layouts_of(model, pipeline, tensor, shards):
             dim = 1
         else:
             dim = 0
-        division = None if tensor == 1 or "norm" in name else Division(dim, blocks or (shape[dim],))
+        division = None if tensor == 1 or "norm" in name else TPSplit(dim, blocks or (shape[dim],))
         if ".layers." in name or ".h." in name:
             ranks = (int(name.split(".")[2]) % pipeline,)
         else:
@@ -75,7 +75,7 @@ def layouts_of(model, pipeline, tensor, shards):
             ranks = tuple(
                 sorted({0} if first and not tied else {0, pipeline - 1} if tied else {pipeline - 1} if last else {0})
             )
-        layouts[name] = Layout(name, shape, parameter.dtype, ranks, division, 0 if shards else None)
+        layouts[name] = ParamSpec(name, shape, parameter.dtype, ranks, division, 0 if shards else None)
     return layouts
 
 
@@ -91,8 +91,8 @@ def save_divided(directory, family, changes, grid, settings, dtype=torch.float32
     pipeline, data, tensor, shards = grid
     mesh = make_mesh(pipeline, data, tensor)
     model = build(family, **changes).to(dtype)
-    layouts = layouts_of(model, pipeline, tensor, shards)
-    parts = take_local_parts(model, layouts, mesh)
+    layouts = param_specs_of(model, pipeline, tensor, shards)
+    parts = materialize_local_shards(model, layouts, mesh)
     empty_model(model, parts)
     save_pretrained(model, directory, layouts, parts, mesh, **settings)
     return sum(part.numel() for part in parts.values())
@@ -197,8 +197,8 @@ def test_a_failure_ends_all_ranks_and_leaves_nothing(tmp_path, exists):
 def save_with_a_wrong_part(directory):
     mesh = make_mesh(2, 1, 2)
     model = build("llama")
-    layouts = layouts_of(model, 2, 2, False)
-    parts = take_local_parts(model, layouts, mesh)
+    layouts = param_specs_of(model, 2, 2, False)
+    parts = materialize_local_shards(model, layouts, mesh)
     if dist.get_rank() == 3:
         parts["lm_head.weight"] = parts["lm_head.weight"][1:]
     try:
@@ -217,7 +217,7 @@ def save_from_wrong_boxes(directory):
     """Rank 1 takes its rows one too early: what it holds has the right size."""
     import moreh.runtime.sharding.shards as pieces
 
-    original, mesh = pieces.boxes, make_mesh(1, 1, 4)
+    original, mesh = pieces.shard_boxes, make_mesh(1, 1, 4)
 
     def shifted(*arguments):
         return [
@@ -226,11 +226,11 @@ def save_from_wrong_boxes(directory):
         ]
 
     model = build("llama")
-    layouts = layouts_of(model, 1, 4, False)
+    layouts = param_specs_of(model, 1, 4, False)
     if dist.get_rank() == 1:
-        pieces.boxes = shifted
-    parts = take_local_parts(model, layouts, mesh)
-    pieces.boxes = original
+        pieces.shard_boxes = shifted
+    parts = materialize_local_shards(model, layouts, mesh)
+    pieces.shard_boxes = original
     save_pretrained(model, directory, layouts, parts, mesh)
 
 
@@ -259,11 +259,11 @@ def test_what_a_divided_model_cannot_do_is_refused(tmp_path, setting, remedy):
 def gather_everything(grid):
     mesh = make_mesh(*grid[:3])
     model = build("gpt2")
-    layouts = layouts_of(model, grid[0], grid[2], grid[3])
-    parts = take_local_parts(model, layouts, mesh)
+    layouts = param_specs_of(model, grid[0], grid[2], grid[3])
+    parts = materialize_local_shards(model, layouts, mesh)
     for name, parameter in model.named_parameters():
         assert torch.equal(whole_tensor(layouts[name], parts.get(name), mesh), parameter)
-    scalar = Layout("scale", (), torch.float32, (grid[0] - 1,))
+    scalar = ParamSpec("scale", (), torch.float32, (grid[0] - 1,))
     local = torch.tensor(7.0) if mesh.rank("pipeline") == grid[0] - 1 else None
     return len(parts), whole_tensor(scalar, local, mesh).item()
 

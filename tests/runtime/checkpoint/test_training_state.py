@@ -22,10 +22,10 @@ from moreh.runtime.checkpoint.training_state import (
     save_state_async,
     state_to_save,
 )
-from moreh.runtime.sharding.local_weights import take_local_parts
+from moreh.runtime.sharding.local_weights import materialize_local_shards
 from moreh.runtime.sharding.mesh import make_mesh
 from tests.helpers.workers import run_on_workers
-from tests.runtime.checkpoint.test_hf_save import build, layouts_of
+from tests.runtime.checkpoint.test_hf_save import build, param_specs_of
 
 FAMILY = "gpt2"
 # The workers of each size in a grid: pipeline, data and tensor ranks, and whether data-parallel ranks shard.
@@ -62,10 +62,10 @@ def named_state(model, optimizer):
 def divided(model, optimizer, grid, distributed=False):
     """What a rank has of a training: layouts, parts, parameters, and an optimizer of them with its part of the state."""
     mesh = make_mesh(*grid[:3])
-    layouts = layouts_of(model, grid[0], grid[2], grid[3])
-    parts = take_local_parts(model, layouts, mesh)
+    layouts = param_specs_of(model, grid[0], grid[2], grid[3])
+    parts = materialize_local_shards(model, layouts, mesh)
 
-    def shown(name, local):
+    def user_params(name, local):
         if not distributed or layouts[name].data_dim is None:
             return local
         whole = model.get_parameter(name)
@@ -73,7 +73,7 @@ def divided(model, optimizer, grid, distributed=False):
             local, mesh.devices["data"], [Shard(0)], run_check=False, shape=whole.shape, stride=whole.stride()
         )
 
-    parameters = {name: nn.Parameter(shown(name, part)) for name, part in parts.items()}
+    parameters = {name: nn.Parameter(user_params(name, part)) for name, part in parts.items()}
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     groups = [
         group | {"params": [parameters[names[id(p)]] for p in group["params"] if names[id(p)] in parameters]}
@@ -89,7 +89,7 @@ def divided(model, optimizer, grid, distributed=False):
                 if value.dim():
                     whole.state = nn.Parameter(value)
                     like = dataclasses.replace(layout, dtype=value.dtype)
-                    cut[key] = shown(name, take_local_parts(whole, {"state": like}, mesh)["state"])
+                    cut[key] = user_params(name, materialize_local_shards(whole, {"state": like}, mesh)["state"])
                 else:
                     cut[key] = value.clone()
             new.state[parameters[name]] = cut

@@ -6,8 +6,8 @@ from torch.nn import functional
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from moreh.runtime.kernels import attention
-from moreh.runtime.kernels.attention import attention_in_blocks, causal_attention
-from moreh.runtime.kernels.attention_blocks import Bags
+from moreh.runtime.kernels.attention import causal_attention, use_block_attention
+from moreh.runtime.kernels.attention_blocks import SegmentSum
 
 CASES = [
     (2, 4, 2, 300, (0,)),
@@ -80,7 +80,7 @@ def test_comparison_finds_wrong_probabilities_in_the_backward_pass(monkeypatch):
     monkeypatch.setattr(attention, "KEPT_BYTES", 0)
     given = tensors(*CASES[0][:4])
     output, expected = causal_attention(*given, 0.3, (0,)), whole_attention(*given, 0.3, (0,))
-    monkeypatch.setattr(attention, "mask_of", lambda queries, dtype: torch.zeros(queries, queries, dtype=dtype))
+    monkeypatch.setattr(attention, "causal_bias", lambda queries, dtype: torch.zeros(queries, queries, dtype=dtype))
     seen, wanted = (torch.autograd.grad(one.square().sum(), given) for one in (output, expected))
     assert max(float((a - b).abs().max()) for a, b in zip(seen, wanted, strict=True)) > 1e-3
 
@@ -114,10 +114,10 @@ def test_comparison_finds_a_wrong_beginning():
 
 def test_comparison_finds_gradients_of_queries_of_other_blocks(monkeypatch):
     def all_queries(texts, heads):
-        rows = attention.queries_in(texts, heads)
-        return Bags(rows, torch.arange(len(rows)))
+        rows = attention.query_rows(texts, heads)
+        return SegmentSum(rows, torch.arange(len(rows)))
 
-    monkeypatch.setattr(attention, "own_queries_in", all_queries)
+    monkeypatch.setattr(attention, "own_query_rows", all_queries)
     assert worst(tensors(*CASES[2][:4]), 0.3, CASES[2][4]) > 1e-3
 
 
@@ -162,7 +162,7 @@ def call(**changes):
         ({"attention_mask": torch.ones(2, 1, 20, 20, dtype=torch.bool).tril()}, False),
         ({"cu_seq_lens_q": torch.tensor([0, 5, 20])}, True),
         ({"dropout": 0.5}, False),
-        ({"max_length_q": attention.LONGEST_TEXT + 1}, False),
+        ({"max_length_q": attention.MAX_SEQUENCE_LENGTH + 1}, False),
         ({"is_causal": False}, False),
         ({"position_bias": torch.zeros(2, 4, 20, 20, dtype=torch.float64)}, False),
     ],
@@ -172,7 +172,7 @@ def test_computed_in_blocks_only_where_it_is_the_same(monkeypatch, changes, in_b
     monkeypatch.setattr(attention, "causal_attention", lambda *given: seen.append(given) or causal_attention(*given))
     torch.manual_seed(1)
     expected = call(**changes)
-    with attention_in_blocks():
+    with use_block_attention():
         torch.manual_seed(1)
         torch.testing.assert_close(call(**changes), expected, rtol=1e-9, atol=1e-9)
     assert len(seen) == in_blocks

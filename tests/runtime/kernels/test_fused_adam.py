@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from moreh.runtime.kernels.fused_adam import fuse_optimizer
+from moreh.runtime.kernels.fused_adam import use_fused_kernels
 
 
 def trained(make, *, fuse):
@@ -13,7 +13,7 @@ def trained(make, *, fuse):
     model = torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.LayerNorm(5), torch.nn.Linear(5, 3)).double()
     optimizer = make(model.parameters())
     if fuse:
-        fuse_optimizer(optimizer)
+        use_fused_kernels(optimizer)
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.5, 4)
     for _ in range(4):
         optimizer.zero_grad()
@@ -56,6 +56,6 @@ def test_same_weights(make):
 def test_choices_of_the_script_hold(make):
     optimizer = make([torch.nn.Parameter(torch.ones(2))])
     before = copy.deepcopy(optimizer.defaults)
-    fuse_optimizer(optimizer)
+    use_fused_kernels(optimizer)
     assert optimizer.defaults == before
     assert not any(group.get("fused") for group in optimizer.param_groups)

@@ -35,7 +35,7 @@ def worst(given, angles):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 1e-5)])
 def test_same_as_transformers(dtype, tolerance):
-    """The two halves of the angles differ here, which those of Llama do not: a mistake between them would be seen."""
+    """The two split_gate_up of the angles differ here, which those of Llama do not: a mistake between them would be seen."""
     assert worst(*tensors(dtype)) < tolerance
 
 

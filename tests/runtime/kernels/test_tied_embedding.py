@@ -10,7 +10,7 @@ from moreh.runtime.kernels.options import Savings
 from moreh.runtime.kernels.tied_embedding import TiedEmbedding
 from tests.helpers.sharded_cases import FAMILY_SETTINGS
 from tests.helpers.tensor_cases import whole_model
-from tests.runtime.engine.test_single_worker import batch, differences, make
+from tests.runtime.engine.test_fast_path import batch, differences, make
 
 
 def tied(family="llama"):

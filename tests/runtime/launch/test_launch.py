@@ -22,7 +22,7 @@ SECONDS_TO_BE_GONE = 15
 # What the hook does to models takes most of a worker's time to start, and is not under test.
 WITHOUT_MODELS = """
 import torch, moreh.runtime.engine.hook
-moreh.runtime.engine.hook.run_models_with = lambda options, variables: None
+moreh.runtime.engine.hook.install_hook = lambda options, variables: None
 """
 START = """
 import os, signal, sys, time, torch

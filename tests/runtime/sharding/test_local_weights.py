@@ -13,12 +13,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, Pre
 
 from moreh.errors import OptionError, WorkerError
 from moreh.runtime.checkpoint.state_dict import ShardedStateDict, load_whole_state_dict, state_dict_of
-from moreh.runtime.sharding.local_weights import keep_weights_on_disk, stays_on_disk, take_local_parts, wanted_dtypes
+from moreh.runtime.sharding.local_weights import (
+    is_lazy_model,
+    materialize_local_shards,
+    patch_lazy_loading,
+    target_dtypes,
+)
 from moreh.runtime.sharding.mesh import make_mesh
-from moreh.runtime.sharding.spec import Layout, boxes
+from moreh.runtime.sharding.spec import ParamSpec, shard_boxes
 from tests.helpers.tensor_cases import local_part
 from tests.helpers.workers import run_on_workers
-from tests.runtime.checkpoint.test_hf_save import GRIDS, build, empty_model, layouts_of
+from tests.runtime.checkpoint.test_hf_save import GRIDS, build, empty_model, param_specs_of
 
 
 @contextlib.contextmanager
@@ -26,7 +31,7 @@ def weights_on_disk():
     """from_pretrained as in one of several workers."""
     load, load_files = vars(PreTrainedModel)["from_pretrained"], vars(PreTrainedModel)["_load_pretrained_model"]
     apply = nn.Module._apply
-    keep_weights_on_disk()
+    patch_lazy_loading()
     try:
         yield
     finally:
@@ -112,18 +117,18 @@ def take_and_compare(directory, model_class, settings, grid):
     expected = load(directory, model_class, settings)
     with weights_on_disk():
         model = load(directory, model_class, settings)
-        assert stays_on_disk(model)
+        assert is_lazy_model(model)
         stored = {parameter.dtype for parameter in model.parameters()}
-        dtypes = wanted_dtypes(model)
-        layouts = layouts_of(expected, grid[0], grid[2], grid[3])
+        dtypes = target_dtypes(model)
+        layouts = param_specs_of(expected, grid[0], grid[2], grid[3])
         assert dtypes == {name: layout.dtype for name, layout in layouts.items()}
-        parts = take_local_parts(model, layouts, mesh)
-        assert not stays_on_disk(model)
+        parts = materialize_local_shards(model, layouts, mesh)
+        assert not is_lazy_model(model)
     for name, parameter in expected.named_parameters():
         layout = layouts[name]
         assert (name in parts) == (mesh.rank("pipeline") in layout.pipeline_ranks)
         if name in parts:
-            held = boxes(layout, mesh.rank("tensor"), mesh.size("tensor"), mesh.rank("data"), mesh.size("data"))
+            held = shard_boxes(layout, mesh.rank("tensor"), mesh.size("tensor"), mesh.rank("data"), mesh.size("data"))
             cut = local_part(parameter.detach(), held, 0 if layout.division is None else layout.division.dim)
             assert parts[name].is_contiguous()
             assert parts[name].dtype == cut.dtype
@@ -160,9 +165,9 @@ def test_moves_are_ignored_and_casts_remembered(tmp_path, on_disk):
     ]
     for step, dtype in steps:
         assert step() is model
-        assert set(wanted_dtypes(model).values()) == {dtype}
+        assert set(target_dtypes(model).values()) == {dtype}
         assert {name: parameter.data_ptr() for name, parameter in model.named_parameters()} == before
-    take_local_parts(model, {}, None)
+    materialize_local_shards(model, {}, None)
     assert model.half().dtype == torch.float16
 
 
@@ -171,18 +176,18 @@ def test_a_model_inside_another_module_is_left_alone_too(tmp_path, on_disk):
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     before = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
     outer = nn.ModuleDict({"model": model, "head": nn.Linear(3, 4)})
-    assert set(wanted_dtypes(outer.cuda()).values()) == {torch.float32}
+    assert set(target_dtypes(outer.cuda()).values()) == {torch.float32}
     outer.to(torch.float16)
     assert outer["head"].weight.dtype == torch.float16
-    assert set(wanted_dtypes(outer).values()) == {torch.float16}
+    assert set(target_dtypes(outer).values()) == {torch.float16}
     assert {name: parameter.data_ptr() for name, parameter in model.named_parameters()} == before
     # Adapters give weights other names; resized embeddings are other parameters.
     attention = model.model.layers[0].self_attn
     attention.q_proj = nn.Sequential(attention.q_proj)
     model.resize_token_embeddings(40)
     assert model.lm_head.weight.dtype == torch.bfloat16
-    assert set(wanted_dtypes(outer).values()) == {torch.float16}
-    take_local_parts(outer, {}, None)
+    assert set(target_dtypes(outer).values()) == {torch.float16}
+    materialize_local_shards(outer, {}, None)
     assert {parameter.dtype for parameter in outer.double().parameters()} == {torch.float64}
 
 
@@ -199,8 +204,8 @@ def test_files_of_another_shape_than_the_layout_are_refused():
     with pytest.raises(
         ValueError, match=r"model.norm.weight has the shape \(16,\), but its layout was made for \(17,\)"
     ):
-        take_local_parts(
-            build("llama"), {"model.norm.weight": Layout("model.norm.weight", (17,), torch.float32, (0,))}, None
+        materialize_local_shards(
+            build("llama"), {"model.norm.weight": ParamSpec("model.norm.weight", (17,), torch.float32, (0,))}, None
         )
 
 
@@ -212,7 +217,7 @@ def grow_while_loading(directory):
         start = resident("RssAnon")
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).cuda()
     loaded = resident("RssAnon") - start
-    parts = take_local_parts(model, layouts_of(model, 1, 4, False), mesh)
+    parts = materialize_local_shards(model, param_specs_of(model, 1, 4, False), mesh)
     return loaded, resident("RssAnon") - start, sum(part.nbytes for part in parts.values())
 
 
@@ -231,13 +236,13 @@ def round_trip_of_state_dicts(grid):
     mesh = make_mesh(*grid[:3])
     model, other = build("gpt2"), build("gpt2")
     whole = {name: tensor * 3 for name, tensor in model.state_dict().items()}
-    layouts = layouts_of(model, grid[0], grid[2], grid[3])
-    parts = take_local_parts(model, layouts, mesh)
+    layouts = param_specs_of(model, grid[0], grid[2], grid[3])
+    parts = materialize_local_shards(model, layouts, mesh)
     empty_model(model, parts)
     result = load_whole_state_dict(model, whole, layouts, parts, mesh)
     assert result == ([], [])
     other.load_state_dict(whole)
-    for name, part in take_local_parts(other, layouts, mesh).items():
+    for name, part in materialize_local_shards(other, layouts, mesh).items():
         assert torch.equal(part, parts[name])
     own = state_dict_of(model, parts, rank=3)
     held = parts.keys() | ({"lm_head.weight"} if "transformer.wte.weight" in parts else set())
@@ -247,7 +252,7 @@ def round_trip_of_state_dicts(grid):
     for tensor in parts.values():
         tensor.zero_()
     assert load_whole_state_dict(model, kept, layouts, parts, mesh) == ([], [])
-    for name, part in take_local_parts(other, layouts, mesh).items():
+    for name, part in materialize_local_shards(other, layouts, mesh).items():
         assert torch.equal(part, parts[name])
     return len(own)
 
@@ -270,8 +275,8 @@ def test_a_part_is_not_written_as_if_it_were_the_whole(tmp_path):
 
 def test_a_state_dict_that_does_not_fit_changes_nothing():
     model = build("llama")
-    layouts = layouts_of(model, 1, 1, False)
-    parts = take_local_parts(model, layouts, None)
+    layouts = param_specs_of(model, 1, 1, False)
+    parts = materialize_local_shards(model, layouts, None)
     before = {name: part.clone() for name, part in parts.items()}
     state = {name: tensor + 1 for name, tensor in model.state_dict().items()}
     del state["model.norm.weight"]

@@ -10,13 +10,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from moreh.runtime.tensor import apply as tensor_parallel
 from moreh.runtime.tensor import collectives
 from moreh.runtime.tensor.apply import (
-    TensorDivision,
-    describe_division,
-    largest_tensor_size,
-    sequence_parallel_problem,
+    TensorPartition,
+    describe_partition,
+    max_tensor_parallel,
+    sequence_parallel_refusal,
     tensor_parallel_problem,
 )
-from moreh.runtime.tensor.rules import OWN_RULES, PLANNED_FAMILIES
+from moreh.runtime.tensor.rules import FAMILY_TP_BLOCKS, TP_PLAN_FAMILIES
 from tests.helpers.tensor_cases import compare, gathered_parts, tensor_group
 from tests.helpers.tiny_models import build, tiny_config_of
 from tests.helpers.workers import WorkerError, run_on_workers
@@ -66,7 +66,7 @@ def wrong(results):
     return {name: value for name, value in worst(results).items() if not value < TOLERANCE}
 
 
-@pytest.mark.parametrize("family", sorted(PLANNED_FAMILIES | set(OWN_RULES)))
+@pytest.mark.parametrize("family", sorted(TP_PLAN_FAMILIES | set(FAMILY_TP_BLOCKS)))
 def test_every_family_computes_what_one_process_does(family):
     for changes in CHANGES.get(family, [HEADS]):
         for results in run_on_workers(compare, [(family, changes, 2, False), (family, changes, 4, True)], size=4):
@@ -109,17 +109,17 @@ def test_the_comparison_finds_what_is_broken(breakage):
 
 
 def sum_with_bias(group, row, tensor):
-    return collectives.sum_of_ranks(torch.nn.functional.linear(tensor, row.weight, row.bias), group)
+    return collectives.reduce_from_tp(torch.nn.functional.linear(tensor, row.weight, row.bias), group)
 
 
 def compare_broken(breakage, sequence_parallel):
     """The comparison with something left out of tensor parallelism."""
     patches = {
         "no sum of gradients at a region's input": lambda: mock.patch.object(
-            collectives._CopyToRanks, "backward", staticmethod(lambda ctx, gradient: (gradient, None))
+            collectives._CopyToTP, "backward", staticmethod(lambda ctx, gradient: (gradient, None))
         ),
         "gradients of partial results summed": lambda: mock.patch.object(
-            collectives._SumOfRanks,
+            collectives._ReduceFromTP,
             "backward",
             staticmethod(lambda ctx, gradient: (collectives._all_reduce(gradient, tensor_group(2)), None)),
         ),
@@ -129,11 +129,11 @@ def compare_broken(breakage, sequence_parallel):
             lambda state, *args, **kwargs: functools.partial(sum_with_bias, state.group),
         ),
         "partial gradients not summed": lambda: mock.patch(
-            "tests.helpers.tensor_cases.describe_division",
-            lambda *args, **kwargs: TensorDivision(describe_division(*args, **kwargs).divisions, frozenset()),
+            "tests.helpers.tensor_cases.describe_partition",
+            lambda *args, **kwargs: TensorPartition(describe_partition(*args, **kwargs).divisions, frozenset()),
         ),
         "gradients of gathered sequences not summed": lambda: mock.patch.object(
-            collectives._GatherParts,
+            collectives._GatherFromSP,
             "backward",
             staticmethod(lambda ctx, gradient: (collectives._part(gradient, ctx.dim, ctx.group), None, None)),
         ),
@@ -166,14 +166,14 @@ def test_what_cannot_be_right_is_refused_with_the_reason(family):
     model = build(tiny_config_of(family, changes), device="meta")
     problem = tensor_parallel_problem(model, 2)
     assert reason in problem
-    assert problem == sequence_parallel_problem(model, 2)
-    assert largest_tensor_size(model) == 1
+    assert problem == sequence_parallel_refusal(model, 2)
+    assert max_tensor_parallel(model) == 1
 
 
 def test_layers_that_are_left_out_would_leave_sequences_whole():
     model = build(tiny_config_of("opt", {"layerdrop": 0.1}), device="meta")
     assert tensor_parallel_problem(model, 2) is None
-    assert "layerdrop is 0.1" in sequence_parallel_problem(model, 2)
+    assert "layerdrop is 0.1" in sequence_parallel_refusal(model, 2)
 
 
 def test_the_largest_size_divides_query_and_key_value_heads():
@@ -182,13 +182,13 @@ def test_the_largest_size_divides_query_and_key_value_heads():
         config = tiny_config_of(
             "llama", {"num_attention_heads": heads, "num_key_value_heads": key_value_heads, "head_dim": 8}
         )
-        sizes[heads, key_value_heads] = largest_tensor_size(build(config, device="meta"))
+        sizes[heads, key_value_heads] = max_tensor_parallel(build(config, device="meta"))
     assert sizes == {(12, 12): 12, (12, 4): 4, (12, 6): 6, (3, 3): 3, (8, 1): 1}
 
 
 def test_division_of_gpt2_from_a_model_without_weights():
     model = build(tiny_config_of("gpt2", {"num_hidden_layers": 1}), device="meta")
-    division = describe_division(model, 2, sequence_parallel=True)
+    division = describe_partition(model, 2, sequence_parallel=True)
     blocks = {name: (found.dim, found.blocks) for name, found in division.divisions.items()}
     assert blocks == {
         "transformer.wte.weight": (0, (97,)),
@@ -202,7 +202,7 @@ def test_division_of_gpt2_from_a_model_without_weights():
     layer = {f"transformer.h.0.{name}" for name in ("attn.c_proj.bias", "mlp.c_proj.bias")}
     norms = {f"transformer.{name}.{key}" for name in ("h.0.ln_1", "h.0.ln_2", "ln_f") for key in ("weight", "bias")}
     assert division.partial_gradients == layer | norms
-    assert describe_division(model, 2, sequence_parallel=False).partial_gradients == frozenset()
+    assert describe_partition(model, 2, sequence_parallel=False).partial_gradients == frozenset()
 
 
 def test_other_models_are_refused():

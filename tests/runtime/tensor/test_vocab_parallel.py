@@ -5,9 +5,9 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional
 
-from moreh.runtime.sharding.spec import piece
+from moreh.runtime.sharding.spec import shard_range
 from moreh.runtime.tensor import collectives
-from moreh.runtime.tensor.vocab_parallel import gather_logits, token_losses
+from moreh.runtime.tensor.vocab_parallel import gather_logits, vocab_parallel_cross_entropy
 from tests.helpers.workers import run_on_workers
 
 
@@ -25,12 +25,12 @@ def divided_losses(vocabulary, dtype):
     accurate = whole if dtype == torch.float64 else whole.float()
     expected = functional.cross_entropy(accurate.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
     (expected * weights.to(expected.dtype)).sum().backward()
-    start, stop = piece(vocabulary, group.size(), group.rank())
+    start, stop = shard_range(vocabulary, group.size(), group.rank())
     # Not contiguous, as logits that were scaled in place or sliced may be.
     local = logits.movedim(-1, 0)[start:stop].movedim(0, -1).requires_grad_()
-    losses = token_losses(local, labels, group, vocabulary)
+    losses = vocab_parallel_cross_entropy(local, labels, group, vocabulary)
     (losses * weights.to(losses.dtype)).sum().backward()
-    alone = token_losses(logits, labels, None, vocabulary)
+    alone = vocab_parallel_cross_entropy(logits, labels, None, vocabulary)
     return {
         "types": (losses.dtype, local.grad.dtype, expected.dtype),
         "losses": float((losses - expected).detach().abs().max()),
@@ -72,11 +72,18 @@ def transposes(dtype):
         whole, part = [3, 4, 5], [3, 4, 5]
         whole[dim] = size * part[dim]
         for name, function, given, returned, same_input, same_gradient in (
-            ("copy_to_ranks", lambda x: collectives.copy_to_ranks(x, group), part, part, True, False),
-            ("sum_of_ranks", lambda x: collectives.sum_of_ranks(x, group), part, part, False, True),
-            ("gather_parts", lambda x, dim=dim: collectives.gather_parts(x, dim, group), part, whole, False, False),
-            ("part_of_sum", lambda x, dim=dim: collectives.part_of_sum(x, dim, group), whole, part, False, False),
-            ("own_part", lambda x, dim=dim: collectives.own_part(x, dim, group), whole, part, True, False),
+            ("copy_to_tp", lambda x: collectives.copy_to_tp(x, group), part, part, True, False),
+            ("reduce_from_tp", lambda x: collectives.reduce_from_tp(x, group), part, part, False, True),
+            ("gather_from_sp", lambda x, dim=dim: collectives.gather_from_sp(x, dim, group), part, whole, False, False),
+            (
+                "reduce_scatter_to_sp",
+                lambda x, dim=dim: collectives.reduce_scatter_to_sp(x, dim, group),
+                whole,
+                part,
+                False,
+                False,
+            ),
+            ("scatter_to_sp", lambda x, dim=dim: collectives.scatter_to_sp(x, dim, group), whole, part, True, False),
         ):
             tensor = draw(given, shared if same_input else generator).requires_grad_()
             before = tensor.detach().clone()
@@ -112,4 +119,4 @@ def test_parts_lie_in_the_order_of_ranks():
 
 def gather_ranks(dim):
     part = torch.full((2, 2), float(dist.get_rank()))
-    return [collectives.gather_parts(part, dim, dist.group.WORLD).tolist()]
+    return [collectives.gather_from_sp(part, dim, dist.group.WORLD).tolist()]

@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from moreh.errors import OptionError
-from moreh.models.parts import take_apart
+from moreh.models.parts import split_into_parts
 from moreh.runtime.batch import micro_batches
-from moreh.runtime.batch.loss_output import LossFirst
+from moreh.runtime.batch.loss_output import LazyLogitsOutput
 from moreh.runtime.batch.model_inputs import read_inputs
-from moreh.runtime.engine.single_worker import OneWorker
+from moreh.runtime.engine.fast_path import FastPath
 from moreh.runtime.kernels.options import Savings
 from moreh.runtime.kernels.recomputation import recompute_activations
-from moreh.runtime.pipeline.stage import _LastMlp
+from moreh.runtime.pipeline.stage import _LastMlpAtPositions
 from moreh.runtime.sharding.mesh import mesh_of_one
 from tests.helpers import sharded_cases as cases
 from tests.helpers.float64 import exact_float64
@@ -56,8 +56,8 @@ def differences(model, given, savings=ALL, scale=0.5):
         (whole * scale).backward()
         expected = gradients(model)
         model.zero_grad()
-        outputs = OneWorker(savings).call(model, (), given, TOKENS)
-        assert isinstance(outputs, LossFirst)
+        outputs = FastPath(savings).call(model, (), given, TOKENS)
+        assert isinstance(outputs, LazyLogitsOutput)
         (outputs.loss * scale).backward()
     seen = gradients(model)
     model.zero_grad()
@@ -95,7 +95,7 @@ useful_lengths = micro_batches.useful_lengths
 )
 def test_comparison_finds_what_is_left_out(name, broken):
     model = make("llama")
-    with mock.patch(f"moreh.runtime.engine.train_step.{name}", broken):
+    with mock.patch(f"moreh.runtime.engine.model_runner.{name}", broken):
         assert min(differences(model, batch(model))) > 1e-6
 
 
@@ -106,21 +106,21 @@ def tokens_of_mlps(model, worker):
         layer.mlp.register_forward_pre_hook(lambda _, given: seen.append(given[0].shape[0] * given[0].shape[1]))
         for layer in model.get_decoder().layers
     ]
-    assert isinstance(worker.call(model, (), batch(model), ROWS * LENGTH), LossFirst)
+    assert isinstance(worker.call(model, (), batch(model), ROWS * LENGTH), LazyLogitsOutput)
     for hook in hooks:
         hook.remove()
     return seen
 
 
 def test_mlp_of_the_last_layer_at_label_positions_only():
-    model, worker = make("llama"), OneWorker(ALL)
+    model, worker = make("llama"), FastPath(ALL)
     *earlier, last = tokens_of_mlps(model, worker)
     labels = int((batch(model)["labels"][:, 1:] != -100).sum())
     assert labels <= last < labels + micro_batches.POSITIONS_MULTIPLE
     assert len(set(earlier)) == 1
     assert last < earlier[0]
     # What recomputation repeats is the layer as it is.
-    recompute_activations(take_apart(model), "full")
+    recompute_activations(split_into_parts(model), "full")
     model.train()
     assert len(set(tokens_of_mlps(model, worker))) == 1
     assert max(differences(model, batch(model))) < 1e-9
@@ -128,12 +128,12 @@ def test_mlp_of_the_last_layer_at_label_positions_only():
 
 def test_comparison_finds_a_wrong_position_in_the_last_mlp():
     model = make("llama")
-    computed = _LastMlp.forward
+    computed = _LastMlpAtPositions.forward
 
     def shifted(self, given):
         return computed(self, given).roll(1, 1)
 
-    with mock.patch.object(_LastMlp, "forward", shifted):
+    with mock.patch.object(_LastMlpAtPositions, "forward", shifted):
         assert min(differences(model, batch(model))) > 1e-6
 
 
@@ -173,8 +173,8 @@ def test_model_that_sees_the_future_is_not_shortened():
     """Bidirectional attention: what stands behind the labels counts."""
     model = make("gemma")
     model.config.use_bidirectional_attention = True
-    assert not micro_batches.sees_only_the_past(model)
-    assert micro_batches.sees_only_the_past(make("llama"))
+    assert not micro_batches.is_causal_model(model)
+    assert micro_batches.is_causal_model(make("llama"))
 
 
 def test_evaluation_and_later_outputs():
@@ -182,7 +182,7 @@ def test_evaluation_and_later_outputs():
     given = batch(model)
     with exact_float64(), torch.no_grad():
         whole = model(**given)
-        outputs = OneWorker(ALL).call(model, (), given, TOKENS)
+        outputs = FastPath(ALL).call(model, (), given, TOKENS)
         assert outputs.loss.item() == pytest.approx(whole.loss.item(), rel=1e-9)
         assert outputs[0] is outputs.loss is outputs["loss"]
         assert "logits" not in outputs.__dict__
@@ -197,7 +197,7 @@ def test_logits_of_a_training_batch():
     """They can be read until the weights change, and give no gradient."""
     model = make("llama")
     given = batch(model)
-    worker = OneWorker(ALL)
+    worker = FastPath(ALL)
     outputs = worker.call(model, (), given, TOKENS)
     assert outputs.logits.shape[:2] == (ROWS, LENGTH)
     with pytest.raises(OptionError, match="without labels for a loss of your own"):
@@ -216,19 +216,19 @@ def test_logits_of_a_training_batch():
 )
 def test_what_only_the_whole_pass_gives(asked):
     model = make("llama")
-    assert OneWorker(ALL).call(model, (), batch(model) | asked, TOKENS) is NotImplemented
+    assert FastPath(ALL).call(model, (), batch(model) | asked, TOKENS) is NotImplemented
 
 
 def test_gradient_hooks_see_whole_gradients():
     model = make("llama")
     model.lm_head.weight.register_hook(lambda gradient: gradient.clamp(-1e-3, 1e-3))
-    assert OneWorker(ALL).call(model, (), batch(model), TOKENS) is NotImplemented
+    assert FastPath(ALL).call(model, (), batch(model), TOKENS) is NotImplemented
 
 
 def test_models_that_change():
     """Frozen parameters, layers of another model in its place."""
     model = make("llama")
-    worker = OneWorker(ALL)
+    worker = FastPath(ALL)
     worker.call(model, (), batch(model), TOKENS).loss.backward()
     model.zero_grad()
     model.model.embed_tokens.weight.requires_grad_(False)
@@ -246,7 +246,7 @@ def test_models_that_change():
 
 def test_dropout_is_drawn_anew_in_each_call():
     model = whole_model("gpt2", {"resid_pdrop": 0.3})
-    worker = OneWorker(ALL)
+    worker = FastPath(ALL)
     torch.manual_seed(0)
     losses = [worker.call(model, (), batch(model), TOKENS).loss.item() for _ in range(2)]
     torch.manual_seed(0)

@@ -12,19 +12,19 @@ from transformers import PreTrainedModel
 from moreh.errors import OptionError, PlanError
 from moreh.log import logger
 from moreh.models.compatibility import (
-    adds_noise,
-    scales_losses,
-    unknown_computation,
-    unknown_part,
-    watches_calls,
-    watches_gradients,
+    has_call_hooks,
+    has_gradient_hooks,
+    unsupported_module,
+    unsupported_reason,
+    uses_fp16_loss_scaling,
+    uses_neftune,
 )
 from moreh.models.describe.from_module import unwrapped
-from moreh.models.parts import take_apart
+from moreh.models.parts import split_into_parts
 from moreh.planner.plan.plan import Plan
-from moreh.runtime.batch.loss_output import LossFirst
+from moreh.runtime.batch.loss_output import LazyLogitsOutput
 from moreh.runtime.batch.model_inputs import WHOLE_MODEL_OUTPUTS, read_inputs
-from moreh.runtime.engine.train_step import WorkerModel
+from moreh.runtime.engine.model_runner import ModelRunner
 from moreh.runtime.kernels.options import Savings
 
 # What only the whole forward pass can take.
@@ -35,12 +35,12 @@ _WHOLE_INPUTS = ("past_key_values", "logits_to_keep", "inputs_embeds")
 _KNOWN_MODELS = 4
 
 
-class OneWorker:
+class FastPath:
     """The last models that this process has computed in micro-batches, and those that it computes as they are."""
 
     def __init__(self, savings: Savings) -> None:
         self._savings = savings
-        self._known: dict[nn.Module, tuple[list[int], WorkerModel | None]] = {}
+        self._known: dict[nn.Module, tuple[list[int], ModelRunner | None]] = {}
 
     def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], tokens: int) -> Any:
         """What a call with labels gives; NotImplemented for one that the model's own forward pass is to compute.
@@ -49,18 +49,18 @@ class OneWorker:
         """
         if kwargs.get("labels") is None or not _asks_for_the_loss(kwargs):
             return NotImplemented
-        worker_model = self._worker_model(module)
-        if worker_model is None or _is_more_than_a_loss(module):
+        model_runner = self._runner_for(module)
+        if model_runner is None or _is_more_than_a_loss(module):
             return NotImplemented
         training = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in module.parameters())
         if torch.is_grad_enabled() and not training:
             return NotImplemented
         try:
-            inputs = read_inputs(worker_model.model.decoder.causal, args, kwargs)
+            inputs = read_inputs(model_runner.model.decoder.causal, args, kwargs)
         except OptionError:
             return NotImplemented
-        worker_model.tokens = tokens
-        loss = worker_model.loss(inputs)
+        model_runner.tokens = tokens
+        loss = model_runner.loss(inputs)
         versions = _versions(module, args, kwargs)
 
         def others() -> Any:
@@ -75,34 +75,34 @@ class OneWorker:
                 whole.logits = _NoGradient.apply(torch.zeros((), requires_grad=True), whole.logits)  # type: ignore[no-untyped-call]
             return whole
 
-        return LossFirst(loss=loss).compute_others_with(others)
+        return LazyLogitsOutput(loss=loss).with_lazy(others)
 
-    def _worker_model(self, module: nn.Module) -> WorkerModel | None:
+    def _runner_for(self, module: nn.Module) -> ModelRunner | None:
         """The model cut into its parts, again if its modules have changed; None if it is computed as it is."""
         parts = [id(part) for part in module.modules()] + [id(parameter) for parameter in module.parameters()]
         known = self._known.pop(module, None)
         if known is None or known[0] != parts:
-            known = parts, _cut_model(module, self._savings)
+            known = parts, _make_runner(module, self._savings)
         self._known[module] = known
         if len(self._known) > _KNOWN_MODELS:
             del self._known[next(iter(self._known))]
         return known[1]
 
 
-def _cut_model(module: nn.Module, savings: Savings) -> WorkerModel | None:
+def _make_runner(module: nn.Module, savings: Savings) -> ModelRunner | None:
     causal = unwrapped(module)
     if not isinstance(causal, PreTrainedModel) or causal.get_output_embeddings() is None:
         return None
-    problem = unknown_computation(module) or unknown_part(module)
+    problem = unsupported_reason(module) or unsupported_module(module)
     if problem is None:
         try:
-            layers = len(take_apart(module).layers)
+            layers = len(split_into_parts(module).layers)
         except PlanError as error:
             problem = str(error)
     if problem is not None:
         logger.info("Each batch of this model is computed in one piece: %s.", problem)
         return None
-    return WorkerModel(module, Plan((layers,)), savings)
+    return ModelRunner(module, Plan((layers,)), savings)
 
 
 def _asks_for_the_loss(kwargs: dict[str, Any]) -> bool:
@@ -118,15 +118,15 @@ def _is_more_than_a_loss(module: nn.Module) -> bool:
     What a script may change at any time: the rest is looked at once, when the model is cut.
     """
     if (
-        unknown_computation(module) is not None
-        or watches_calls(module)
-        or watches_gradients(module)
-        or adds_noise(module)
+        unsupported_reason(module) is not None
+        or has_call_hooks(module)
+        or has_gradient_hooks(module)
+        or uses_neftune(module)
     ):
         return True
     parameters = list(module.parameters())
     # torch.func.functional_call puts results of computations in their places.
-    return scales_losses(parameters[0].device) or not all(
+    return uses_fp16_loss_scaling(parameters[0].device) or not all(
         one.is_leaf and one.dtype != torch.float16 for one in parameters
     )
 

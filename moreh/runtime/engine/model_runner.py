@@ -12,64 +12,64 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from moreh.errors import OptionError
 from moreh.models.compatibility import (
-    scales_losses,
-    unknown_computation,
-    unknown_part,
-    watches_calls,
-    watches_gradients,
+    has_call_hooks,
+    has_gradient_hooks,
+    unsupported_module,
+    unsupported_reason,
+    uses_fp16_loss_scaling,
 )
 from moreh.models.describe.from_module import unwrapped
 from moreh.planner.plan.plan import Plan
-from moreh.runtime.batch.loss_output import LossOutput, loss_with_gradients
+from moreh.runtime.batch.loss_output import LossOutput, loss_with_computed_grads
 from moreh.runtime.batch.micro_batches import (
     all_lengths,
     equal_micro_batches,
+    is_causal_model,
     label_positions,
     micro_batches_by_length,
-    sees_only_the_past,
     useful_lengths,
 )
 from moreh.runtime.batch.model_inputs import (
     IGNORED,
     ONE_WORKER,
     ModelInputs,
+    check_same_on_all_ranks,
     padded,
     read_inputs,
-    require_same_on_all_ranks,
-    rows_of,
+    slice_rows,
 )
-from moreh.runtime.batch.packing import can_pack, packed_micro_batches, parts_of
+from moreh.runtime.batch.packing import can_pack, num_packed_rows, pack_micro_batches
 from moreh.runtime.batch.shared_prefix import shared_prefix
-from moreh.runtime.engine.gradients import loss_that_hands_over, take_gradients
+from moreh.runtime.engine.gradients import collect_grads, loss_with_deferred_grads
 from moreh.runtime.engine.parallel_model import (
     ParallelModel,
-    divide_model,
-    show_parameters,
-    undivided_model,
-    use_computing_parameters,
+    build_sharded,
+    build_unsharded,
+    install_compute_params,
+    install_user_params,
 )
-from moreh.runtime.engine.schedule import forward, forward_and_backward
+from moreh.runtime.engine.schedule import forward, run_forward_backward
 from moreh.runtime.kernels.allocator import after_training_step, before_training_step
 from moreh.runtime.kernels.options import Savings, faster_kernels
 from moreh.runtime.kernels.tied_embedding import TiedEmbedding
-from moreh.runtime.sharding.placement import stage_places
-from moreh.runtime.sharding.rng import computing_generator
-from moreh.runtime.tensor.vocab_parallel import gather_logits, token_losses
+from moreh.runtime.sharding.placement import stage_placements
+from moreh.runtime.sharding.rng import rank_local_rng
+from moreh.runtime.tensor.vocab_parallel import gather_logits, vocab_parallel_cross_entropy
 
 _KEEP = "logits_to_keep"
 
 
-class WorkerModel:
+class ModelRunner:
     """This worker's part in computing a divided model: the model, and the micro-batches of the call that is going on."""
 
     def __init__(self, root: nn.Module, plan: Plan, savings: Savings) -> None:
-        problem = unknown_computation(root)
+        problem = unsupported_reason(root)
         if problem is not None:
             raise OptionError(f"{problem}, which is not computed on several workers: {ONE_WORKER}")
-        if plan.devices > 1 and watches_gradients(root):
+        if plan.devices > 1 and has_gradient_hooks(root):
             raise OptionError(f"hooks on gradients would not see those of all workers: {ONE_WORKER}")
         # It may see more than one token, or more than one row.
-        self._has_unknown_part = unknown_part(root) is not None
+        self._has_unknown_part = unsupported_module(root) is not None
         causal: Any = unwrapped(root)
         self.plan = plan
         # Those of a micro-batch at most; None for as many as the plan's rows have.
@@ -78,8 +78,8 @@ class WorkerModel:
         self._vocabulary = causal.get_output_embeddings().weight.shape[0]
         self._savings = savings
         self._steps = 0
-        self._skip_padding = savings.padding and sees_only_the_past(causal)
-        make_model = undivided_model if plan.devices == 1 else divide_model
+        self._skip_padding = savings.padding and is_causal_model(causal)
+        make_model = build_unsharded if plan.devices == 1 else build_sharded
         self.model: ParallelModel = make_model(root, plan, self._inputs, self._finish, self._wanted)
         self._tied_embedding = TiedEmbedding(causal)
         head = causal.get_output_embeddings()
@@ -97,20 +97,20 @@ class WorkerModel:
             OptionError: the call asks for what a divided model cannot give.
             WorkerError: the workers were called with different batches.
         """
-        if watches_calls(self.model.decoder.root):
+        if has_call_hooks(self.model.decoder.root):
             raise OptionError(f"a forward hook on the whole model would see no worker's call of it: {ONE_WORKER}")
         as_tuple = kwargs.get("return_dict") is False
         inputs = read_inputs(self.model.decoder.causal, args, kwargs)
         if self.plan.devices > 1:
-            require_same_on_all_ranks(inputs, self.model.mesh.device)
+            check_same_on_all_ranks(inputs, self.model.mesh.device)
         if inputs.labels is None:
-            if torch.is_grad_enabled() and any(p.requires_grad for p in self.model.computing.values()):
+            if torch.is_grad_enabled() and any(p.requires_grad for p in self.model.compute_params.values()):
                 raise OptionError(
                     "the model was called with gradients but without labels: a model that is divided over workers computes its "
                     "gradients in the call, so pass labels; without them, call it under torch.no_grad()"
                 )
             return self._logits(inputs, as_tuple=as_tuple)
-        if torch.is_grad_enabled() and scales_losses(self.model.mesh.device):
+        if torch.is_grad_enabled() and uses_fp16_loss_scaling(self.model.mesh.device):
             raise OptionError(
                 "training in float16: gradients are computed in the call, before the script scales the loss, and most would "
                 f"vanish; use bfloat16, or {ONE_WORKER}"
@@ -136,11 +136,11 @@ class WorkerModel:
         if keeps_memory:
             before_training_step(self._steps)
         shape = self._cut(inputs, self.plan.micro_batches)
-        earlier = self._put_gradients_aside()
+        earlier = self._stash_grads()
         with self._computing(), self._own_draws():
-            losses = forward_and_backward(self.model, len(self._micro_batches), shape)
+            losses = run_forward_backward(self.model, len(self._micro_batches), shape)
             self._tied_embedding.add_rows()
-            gradients = take_gradients(self.model)
+            gradients = collect_grads(self.model)
         self._micro_batches = []
         for parameter, gradient in earlier:
             parameter.grad = gradient
@@ -149,8 +149,10 @@ class WorkerModel:
             after_training_step(self._steps)
         self._steps += 1
         if self.plan.devices == 1:
-            return loss_with_gradients(total, [(self.model.computing[name], one) for name, one in gradients.items()])
-        return loss_that_hands_over(total, self.model, gradients)
+            return loss_with_computed_grads(
+                total, [(self.model.compute_params[name], one) for name, one in gradients.items()]
+            )
+        return loss_with_deferred_grads(total, self.model, gradients)
 
     def _evaluate(self, inputs: ModelInputs) -> torch.Tensor:
         shape = self._cut(inputs, self._fewest_micro_batches(inputs.rows))
@@ -168,7 +170,7 @@ class WorkerModel:
             self.plan.sequence_parallel
         ):  # the output layer sees a part of the positions only: they are chosen afterwards
             whole = replace(whole, others={k: v for k, v in whole.others.items() if k != _KEEP})
-        self._micro_batches = [rows_of(whole, 0, whole.rows, mesh.device)]
+        self._micro_batches = [slice_rows(whole, 0, whole.rows, mesh.device)]
         shape = self._hidden_shape(whole.rows, whole.sequence_length)
         with self._computing(), self._draws_of_evaluation():
             outputs = forward(self.model, 1, lambda _: shape, mesh.device)
@@ -193,7 +195,7 @@ class WorkerModel:
             return gather_logits(outputs.logits, group, vocabulary) if group is not None else outputs.logits
         wanted = self._wanted(number)
         labels = batch.labels if wanted is None else batch.labels.flatten()[wanted].unsqueeze(0)
-        losses = token_losses(outputs.logits, labels, group, vocabulary)
+        losses = vocab_parallel_cross_entropy(outputs.logits, labels, group, vocabulary)
         return losses.sum() / batch.loss_divisor
 
     def _wanted(self, number: int) -> torch.Tensor | None:
@@ -215,9 +217,11 @@ class WorkerModel:
         if packing and self._savings.prefix:
             shared = shared_prefix(self.model.decoder.root, causal.config.get_text_config(), inputs, lengths)
         pipelined = self.plan.pipeline > 1
-        parts = self.plan.data * micro_batches if pipelined else parts_of(lengths, tokens, self.plan.data, shared)
+        parts = (
+            self.plan.data * micro_batches if pipelined else num_packed_rows(lengths, tokens, self.plan.data, shared)
+        )
         if packing and can_pack(causal, inputs, lengths, parts, self.model.mesh, shared):
-            self._micro_batches = packed_micro_batches(causal, inputs, lengths, parts, *place, shared)
+            self._micro_batches = pack_micro_batches(causal, inputs, lengths, parts, *place, shared)
         elif pipelined:
             self._micro_batches = equal_micro_batches(inputs, lengths, micro_batches, *place)
         else:
@@ -244,7 +248,7 @@ class WorkerModel:
             for loss in losses:
                 total += loss
         mesh.reduce(total)
-        dtype = torch.promote_types(next(iter(self.model.computing.values())).dtype, torch.float32)
+        dtype = torch.promote_types(next(iter(self.model.compute_params.values())).dtype, torch.float32)
         return total.to(dtype)
 
     def _from_last_stage(self, logits: torch.Tensor | None, shape: tuple[int, int]) -> torch.Tensor:
@@ -252,10 +256,10 @@ class WorkerModel:
             assert logits is not None
             return logits
         mesh = self.model.mesh
-        last = mesh.global_rank(stage_places(self.plan)[-1].pipeline_rank, mesh.rank("data"), mesh.rank("tensor"))
+        last = mesh.global_rank(stage_placements(self.plan)[-1].pipeline_rank, mesh.rank("data"), mesh.rank("tensor"))
         if logits is None:
             logits = torch.empty(
-                *shape, self._vocabulary, dtype=next(iter(self.model.computing.values())).dtype, device=mesh.device
+                *shape, self._vocabulary, dtype=next(iter(self.model.compute_params.values())).dtype, device=mesh.device
             )
         logits = logits.contiguous()
         dist.broadcast(logits, last, group=mesh.group("pipeline"))
@@ -263,16 +267,16 @@ class WorkerModel:
 
     def _own_draws(self) -> AbstractContextManager[None]:
         """Several workers draw for dropout from generators of their own, one from that of the script as without the hook."""
-        return computing_generator(self.model.mesh) if self.plan.devices > 1 else nullcontext()
+        return rank_local_rng(self.model.mesh) if self.plan.devices > 1 else nullcontext()
 
     def _draws_of_evaluation(self) -> AbstractContextManager[None]:
         """Dropout that a script has left on in an evaluation must not bring the workers' generators out of step."""
         return self._own_draws() if self.model.decoder.root.training else nullcontext()
 
-    def _put_gradients_aside(self) -> list[tuple[nn.Parameter, torch.Tensor | None]]:
+    def _stash_grads(self) -> list[tuple[nn.Parameter, torch.Tensor | None]]:
         """Gradients of earlier calls, which must not mix with those that this call computes."""
         earlier: list[tuple[nn.Parameter, torch.Tensor | None]] = []
-        for parameter in self.model.computing.values():
+        for parameter in self.model.compute_params.values():
             if parameter.grad is not None:
                 earlier.append((parameter, parameter.grad))
                 parameter.grad = None
@@ -280,7 +284,7 @@ class WorkerModel:
 
     @contextmanager
     def _computing(self) -> Iterator[None]:
-        use_computing_parameters(self.model)
+        install_compute_params(self.model)
         try:
             recomputed = any(getattr(layer, "gradient_checkpointing", False) for layer in self.model.decoder.layers)
             by_rows = self._savings.embedding and self.plan.devices == 1
@@ -292,7 +296,7 @@ class WorkerModel:
         finally:
             for module in self.model.sharded_modules():
                 module.reshard()
-            show_parameters(self.model)
+            install_user_params(self.model)
 
 
 def _kept_positions(inputs: ModelInputs) -> torch.Tensor:
