@@ -26,24 +26,13 @@ sys.path[:0] = [str(ROOT), str(SYSTEMS_DIRECTORY)]
 
 from workload import Workload, label_count, write_workload  # noqa: E402
 
+from moreh.options import OPTIMIZATIONS  # noqa: E402
+
 ENVIRONMENTS = ROOT / "build" / "systems"
 STEPS_NOT_COUNTED = 3
 HELD_OUT = 64
-# The line's, that an ablation switches off one by one.
-OPTIONS = [
-    "skip_padding",
-    "pack_rows",
-    "share_prefix",
-    "logits_at_labels",
-    "sparse_embedding",
-    "block_attention",
-    "fused_activation",
-    "fused_norm",
-    "fused_rotary",
-    "fused_optimizer",
-    "keep_freed_memory",
-    "mixed_precision",
-]
+# What an ablation switches off one by one.
+ABLATED = [*OPTIMIZATIONS, "mixed_precision"]
 
 
 @dataclass(frozen=True)
@@ -67,7 +56,7 @@ class System:
 SYSTEMS = {
     "loop": System("the loop, padded", ("loop.py",)),
     "line": System("the loop with the line", ("loop.py", "--line")),
-    **{f"no-{option}": System(f"... without {option}", ("loop.py", "--line", "--off", option)) for option in OPTIONS},
+    **{f"no-{option}": System(f"... without {option}", ("loop.py", "--line", "--off", option)) for option in ABLATED},
     "trainer": System("Trainer, defaults", ("trainer.py",)),
     "trainer-tuned": System("Trainer, bfloat16, fused", ("trainer.py", "--tuned"), tuned=True),
     "trainer-grouped": System("Trainer, bfloat16, fused, by length", ("trainer.py", "--tuned", "--group"), tuned=True),
@@ -86,10 +75,10 @@ SYSTEMS = {
     ),
     "torchtune-compiled": System("torchtune, compiled", ("torchtune_full.py", "--compile"), "torchtune", tuned=True),
 }
-LOOPS = ["loop", "line", *(f"no-{option}" for option in OPTIONS)]
+LOOPS = ["loop", "line", *(f"no-{option}" for option in ABLATED)]
 # The line again before every third of its options: all are compared with it, and the machine's speed drifts.
 ABLATION = [
-    name for place, option in enumerate(OPTIONS) for name in (["line"] if place % 3 == 0 else []) + [f"no-{option}"]
+    name for place, option in enumerate(ABLATED) for name in (["line"] if place % 3 == 0 else []) + [f"no-{option}"]
 ]
 # What is no part of the line comes from elsewhere.
 OTHERS = ["trainer", "trainer-tuned", "trainer-grouped", "trainer-compiled", "trainer-grouped-compiled", "trl"]

@@ -11,7 +11,7 @@ from moreh.cli.tables import Column, draw_table
 from moreh.errors import PlanError
 from moreh.models.architecture import Architecture
 from moreh.models.describe.from_source import describe, describe_config
-from moreh.option import ParallelOptions, planner_variables
+from moreh.options import planner_variables
 from moreh.planner.cost.prediction import make_environment
 from moreh.planner.hardware.cluster import cluster_for_flavor
 from moreh.planner.plan.plan import Training
@@ -89,7 +89,7 @@ def plan_request(config: Config) -> Request:
 
 
 def _restrictions(parallelization: ParallelizationSection, devices: int) -> Constraints:
-    return constraints_from_options(ParallelOptions(**parallelization.model_dump()), planner_variables(), devices)
+    return constraints_from_options(parallelization.options(), planner_variables(), devices)
 
 
 def _flavor(config: Config) -> Flavor:

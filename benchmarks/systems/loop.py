@@ -12,11 +12,16 @@ from workload import Record, held_out_loss, label_count, padded, read_workload
 parser = argparse.ArgumentParser()
 parser.add_argument("workload")
 parser.add_argument("--line", action="store_true")
-parser.add_argument("--off", action="append", default=[], help="an option of the line to switch off")
+parser.add_argument(
+    "--off", action="append", default=[], help="an optimization of the line to switch off, or mixed_precision"
+)
 arguments = parser.parse_args()
 
 if arguments.line:
-    torch.moreh.option.enable_advanced_parallelization(**dict.fromkeys(arguments.off, False))  # type: ignore[attr-defined]
+    disabled = [name for name in arguments.off if name != "mixed_precision"]
+    torch.moreh.option.enable_advanced_parallelization(  # type: ignore[attr-defined]
+        mixed_precision="mixed_precision" not in arguments.off, disable=disabled
+    )
 
 from transformers import AutoModelForCausalLM  # noqa: E402
 

@@ -8,23 +8,22 @@ import pytest
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaForCausalLM
+from transformers.activations import NewGELUActivation
 from transformers.loss import loss_utils
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama
 
 from moreh.models.compatibility import unsupported_reason
+from moreh.options import DEFAULT_OPTIONS
 from moreh.runtime.engine.fast_path import FastPath
 from moreh.runtime.kernels.attention import use_block_attention
-from moreh.runtime.kernels.gelu import fused_activation
-from moreh.runtime.kernels.options import Savings
-from moreh.runtime.kernels.rms_norm import fused_norm
-from moreh.runtime.kernels.rotary import fused_rotary
+from moreh.runtime.kernels.faster_kernels import FasterKernels
 from tests.helpers import sharded_cases as cases
 from tests.helpers.float64 import exact_float64
 from tests.helpers.tensor_cases import whole_model
 from tests.runtime.engine.test_fast_path import LENGTH, ROWS, TOKENS, batch, differences
 
-ALL = Savings()
+ALL = DEFAULT_OPTIONS
 
 
 def llama(**settings):
@@ -308,21 +307,16 @@ def own_sdpa(*args, **kwargs):
     raise AssertionError
 
 
-@pytest.mark.parametrize(
-    ("kernel", "owner", "name"),
-    [
-        (fused_norm, modeling_llama.LlamaRMSNorm, "forward"),
-        (fused_activation, modeling_llama.LlamaMLP, "forward"),
-        (fused_rotary, modeling_llama, "apply_rotary_pos_emb"),
-    ],
-)
-def test_functions_of_the_script_stay_in_their_places(kernel, owner, name):
-    with kernel():
-        assert getattr(owner, name) is not own_sdpa
-    with mock.patch.object(owner, name, own_sdpa):
-        with kernel():
-            assert getattr(owner, name) is own_sdpa
-        assert getattr(owner, name) is own_sdpa
+@pytest.mark.parametrize("module", [NewGELUActivation(), modeling_llama.LlamaRMSNorm(4)])
+def test_functions_of_the_script_stay_in_their_places(module):
+    with FasterKernels(module, ALL).bound():
+        assert "forward" in module.__dict__
+    early, late = FasterKernels(module, ALL), None
+    with mock.patch.object(type(module), "forward", own_sdpa):
+        late = FasterKernels(module, ALL)
+        for kernels in (early, late):
+            with kernels.bound():
+                assert "forward" not in module.__dict__
 
 
 def test_attention_of_the_script_stays_in_its_place():

@@ -1,16 +1,16 @@
 """The settings of a run: every key, its type, its default and what it allows. `config_file` reads them from YAML."""
 
-import difflib
+import dataclasses
 import string
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, create_model, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 from typing_extensions import Self
 
-from moreh.option import MAX_WORKERS
+from moreh import options
+from moreh.options import MAX_WORKERS, did_you_mean
 
 NonEmpty = Annotated[str, StringConstraints(min_length=1)]
 Positive = Annotated[int, Field(ge=1)]
@@ -22,11 +22,6 @@ class Section(BaseModel):
     """A part of the settings. Unknown keys are refused, and values are not converted from other types."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-
-def _did_you_mean(given: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(given, list(known), n=1)
-    return f"; did you mean {close[0]}?" if close else ""
 
 
 def _problem_of_key(key: str, message: str) -> PydanticCustomError:
@@ -46,33 +41,36 @@ class RunSection(Section):
     """Also write TensorBoard event files; needs the package `tensorboard`."""
 
 
-class ParallelizationSection(Section):
-    """The options of `torch.moreh.option.enable_advanced_parallelization`."""
+# What the hook's options allow, as types of pydantic.
+_OPTION_TYPES: dict[str, Any] = {
+    options.SWITCH: bool,
+    options.SWITCH_OR_AUTO: bool | Auto,
+    options.COUNT_OR_AUTO: Positive | Auto,
+    options.NAMES: list[Literal[tuple(options.OPTIMIZATIONS)]],  # type: ignore[misc]
+}
 
-    pipeline_parallel: bool = True
-    num_stages: Positive | Auto = "auto"
-    num_micro_batches: Positive | Auto = "auto"
-    activation_recomputation: bool | Auto = "auto"
-    distribute_parameter: bool | Auto = "auto"
-    mixed_precision: bool = True
-    skip_padding: bool = True
-    pack_rows: bool = True
-    share_prefix: bool = True
-    logits_at_labels: bool = True
-    sparse_embedding: bool = True
-    block_attention: bool = True
-    fused_activation: bool = True
-    fused_norm: bool = True
-    fused_rotary: bool = True
-    fused_optimizer: bool = True
-    keep_freed_memory: bool = True
+
+def _declared_option(option: dataclasses.Field[Any]) -> tuple[Any, Any]:
+    default = list(option.default) if isinstance(option.default, tuple) else option.default
+    return _OPTION_TYPES[option.metadata["allowed"]], Field(default, description=option.metadata["doc"])
+
+
+_DECLARED: dict[str, Any] = {
+    option.name: _declared_option(option) for option in dataclasses.fields(options.ParallelOptions)
+}
+_Options: Any = create_model("_Options", __base__=Section, **_DECLARED)
+
+
+class ParallelizationSection(_Options):  # type: ignore[misc]
+    """The options of `torch.moreh.option.enable_advanced_parallelization`, which are declared in moreh/options.py."""
+
+    def options(self) -> options.ParallelOptions:
+        """The options as the hook takes them."""
+        return options.parse_options(self.model_dump())
 
     @model_validator(mode="after")
-    def _stages_need_a_pipeline(self) -> Self:
-        if not self.pipeline_parallel and self.num_stages not in ("auto", 1):
-            raise ValueError(
-                f"num_stages is {self.num_stages}, pipeline_parallel false: stages need pipeline_parallel=True"
-            )
+    def _options_agree(self) -> Self:
+        self.options()  # its OptionError is a ValueError
         return self
 
 
@@ -130,13 +128,13 @@ class ModelSection(Section):
 
         model_type = str(architecture.get("model_type"))
         if model_type not in CONFIG_MAPPING:
-            meant = _did_you_mean(model_type, CONFIG_MAPPING.keys())
+            meant = did_you_mean(model_type, CONFIG_MAPPING.keys())
             raise _problem_of_key("model_type", f"{model_type!r} is not a type that transformers knows{meant}")
         known = set(CONFIG_MAPPING[model_type]().to_dict()) | set(CONFIG_MAPPING[model_type].attribute_map)
         unknown = [key for key in architecture if key not in known]
         if unknown:
             others = f" (nor {', '.join(unknown[1:])})" if len(unknown) > 1 else ""
-            meant = _did_you_mean(unknown[0], known)
+            meant = did_you_mean(unknown[0], known)
             raise _problem_of_key(unknown[0], f"model_type {model_type} has no such key{others}{meant}")
         return architecture
 

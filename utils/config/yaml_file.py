@@ -1,6 +1,5 @@
 """Reads the settings of a run from a YAML file and the command line; all problems are reported at once, with their lines."""
 
-import difflib
 import re
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from moreh.options import did_you_mean
 from utils.config.schema import Config
 from utils.errors import UserError
 
@@ -154,9 +154,7 @@ def _describe(same_place: list[ErrorDetails], location: tuple[str | int, ...]) -
     first = same_place[0]
     if first["type"] == "extra_forbidden":
         allowed = _keys_of(location[:-1])
-        close = difflib.get_close_matches(str(location[-1]), allowed, n=1)
-        meant = f"; did you mean {close[0]}?" if close else "."
-        return f"unknown key{meant} Allowed here: {', '.join(allowed)}"
+        return f"unknown key{did_you_mean(str(location[-1]), allowed) or '.'} Allowed here: {', '.join(allowed)}"
     if first["type"] == "missing":
         return "this key is missing"
     if first["type"] == "value_error":

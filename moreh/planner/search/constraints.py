@@ -1,6 +1,6 @@
 """What the hook's options leave to the search of a plan. It needs no torch, so that a plan can be shown in a second."""
 
-from moreh.option import ParallelOptions, PlannerVariables
+from moreh.options import ParallelOptions, PlannerVariables
 from moreh.planner.search.candidates import Constraints
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from moreh.accelerator.flavors import Flavor
 from moreh.accelerator.job_status import PredictedUse
 from moreh.errors import PlanError
-from moreh.option import ParallelOptions, PlannerVariables
+from moreh.options import ParallelOptions, PlannerVariables
 from moreh.planner.cost.prediction import DeviceMemory, Prediction, make_environment, measured_environment, predict
 from moreh.planner.hardware.cluster import cluster_for_flavor
 from moreh.planner.hardware.efficiency import uncertainty

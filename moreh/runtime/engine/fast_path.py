@@ -21,11 +21,11 @@ from moreh.models.compatibility import (
 )
 from moreh.models.describe.from_module import unwrapped
 from moreh.models.parts import split_into_parts
+from moreh.options import ParallelOptions
 from moreh.planner.plan.plan import Plan
 from moreh.runtime.batch.loss_output import LazyLogitsOutput
 from moreh.runtime.batch.model_inputs import WHOLE_MODEL_OUTPUTS, read_inputs
 from moreh.runtime.engine.model_runner import ModelRunner
-from moreh.runtime.kernels.options import Savings
 
 # What only the whole forward pass can take.
 _WHOLE_INPUTS = ("past_key_values", "logits_to_keep", "inputs_embeds")
@@ -38,8 +38,8 @@ _KNOWN_MODELS = 4
 class FastPath:
     """The last models that this process has computed in micro-batches, and those that it computes as they are."""
 
-    def __init__(self, savings: Savings) -> None:
-        self._savings = savings
+    def __init__(self, options: ParallelOptions) -> None:
+        self._options = options
         self._known: dict[nn.Module, tuple[list[int], ModelRunner | None]] = {}
 
     def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], tokens: int) -> Any:
@@ -82,14 +82,14 @@ class FastPath:
         parts = [id(part) for part in module.modules()] + [id(parameter) for parameter in module.parameters()]
         known = self._known.pop(module, None)
         if known is None or known[0] != parts:
-            known = parts, _make_runner(module, self._savings)
+            known = parts, _make_runner(module, self._options)
         self._known[module] = known
         if len(self._known) > _KNOWN_MODELS:
             del self._known[next(iter(self._known))]
         return known[1]
 
 
-def _make_runner(module: nn.Module, savings: Savings) -> ModelRunner | None:
+def _make_runner(module: nn.Module, options: ParallelOptions) -> ModelRunner | None:
     causal = unwrapped(module)
     if not isinstance(causal, PreTrainedModel) or causal.get_output_embeddings() is None:
         return None
@@ -102,7 +102,7 @@ def _make_runner(module: nn.Module, savings: Savings) -> ModelRunner | None:
     if problem is not None:
         logger.info("Each batch of this model is computed in one piece: %s.", problem)
         return None
-    return ModelRunner(module, Plan((layers,)), savings)
+    return ModelRunner(module, Plan((layers,)), options)
 
 
 def _asks_for_the_loss(kwargs: dict[str, Any]) -> bool:

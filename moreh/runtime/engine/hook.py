@@ -17,7 +17,7 @@ from moreh.accelerator.memory.out_of_memory import nothing_fits_error
 from moreh.errors import OptionError, PlanError
 from moreh.log import logger
 from moreh.models.describe.from_module import describe_module
-from moreh.option import ParallelOptions, PlannerVariables
+from moreh.options import ParallelOptions, PlannerVariables
 from moreh.patches.module_call import around_model_calls, instead_of_model_calls
 from moreh.planner.plan.plan import Training
 from moreh.planner.report.report import gib, seconds_text
@@ -25,7 +25,6 @@ from moreh.planner.search.constraints import constraints_from_options
 from moreh.runtime.engine.choose_plan import predicted_use, select_local_plan, select_plan
 from moreh.runtime.engine.optimizer_patches import on_optimizer_created
 from moreh.runtime.kernels.fused_adam import use_fused_kernels
-from moreh.runtime.kernels.options import savings_of, savings_text
 from moreh.runtime.kernels.precision import autocast_if, choose_bfloat16, in_float32, inside_autocast
 from moreh.runtime.launch.world import current_world
 
@@ -84,7 +83,7 @@ class _Runtime:
             # transformers takes seconds to import: whoever calls a model with labels has most likely done so.
             from moreh.runtime.engine.fast_path import FastPath
 
-            self._one_worker = FastPath(savings_of(self.options))
+            self._one_worker = FastPath(self.options)
         return self._one_worker.call(model, args, kwargs, self._micro_batch_tokens.get(model, UNPLANNED_TOKENS))
 
     def _prepare(self, model: torch.nn.Module) -> None:
@@ -133,7 +132,7 @@ class _Runtime:
             seconds_text(local.step_time_s),
             gib(local.memory_bytes),
         )
-        logger.info(savings_text(self.options))
+        logger.info(self.options.optimizations_text())
         return training.tokens
 
     def _uses_bfloat16(self, device: torch.device) -> bool:
@@ -157,7 +156,7 @@ def install_hook(options: ParallelOptions, variables: PlannerVariables) -> None:
 
         install_multi_worker_hook(options, variables, job, world)
         return
-    if options.fused_optimizer:
+    if options.uses("fused_optimizer"):
         on_optimizer_created(use_fused_kernels)
     runtime = _Runtime(options, variables, job)
     around_model_calls(runtime.around_call, runtime.after_call)

@@ -19,6 +19,7 @@ from moreh.models.compatibility import (
     uses_fp16_loss_scaling,
 )
 from moreh.models.describe.from_module import unwrapped
+from moreh.options import ParallelOptions
 from moreh.planner.plan.plan import Plan
 from moreh.runtime.batch.loss_output import LossOutput, loss_with_computed_grads
 from moreh.runtime.batch.micro_batches import (
@@ -50,7 +51,7 @@ from moreh.runtime.engine.parallel_model import (
 )
 from moreh.runtime.engine.schedule import forward, run_forward_backward
 from moreh.runtime.kernels.allocator import after_training_step, before_training_step
-from moreh.runtime.kernels.options import Savings, faster_kernels
+from moreh.runtime.kernels.faster_kernels import FasterKernels
 from moreh.runtime.kernels.tied_embedding import TiedEmbedding
 from moreh.runtime.sharding.placement import stage_placements
 from moreh.runtime.sharding.rng import rank_local_rng
@@ -62,7 +63,7 @@ _KEEP = "logits_to_keep"
 class ModelRunner:
     """This worker's part in computing a divided model: the model, and the micro-batches of the call that is going on."""
 
-    def __init__(self, root: nn.Module, plan: Plan, savings: Savings) -> None:
+    def __init__(self, root: nn.Module, plan: Plan, options: ParallelOptions) -> None:
         problem = unsupported_reason(root)
         if problem is not None:
             raise OptionError(f"{problem}, which is not computed on several workers: {ONE_WORKER}")
@@ -76,16 +77,19 @@ class ModelRunner:
         self.tokens: int | None = None
         self._micro_batches: list[ModelInputs] = []
         self._vocabulary = causal.get_output_embeddings().weight.shape[0]
-        self._savings = savings
+        self._options = options
         self._steps = 0
-        self._skip_padding = savings.padding and is_causal_model(causal)
+        self._skip_padding = options.uses("skip_padding") and is_causal_model(causal)
         make_model = build_unsharded if plan.devices == 1 else build_sharded
         self.model: ParallelModel = make_model(root, plan, self._inputs, self._finish, self._wanted)
+        self._kernels = FasterKernels(root, options)
         self._tied_embedding = TiedEmbedding(causal)
         head = causal.get_output_embeddings()
         # Inside of another module, as BERT's, it gets what that one makes of all positions.
         self._chooses_positions = any(place.module is head for place in self.model.decoder.after)
-        self._chooses_positions &= savings.logits and not self._has_unknown_part and not plan.sequence_parallel
+        self._chooses_positions &= (
+            options.uses("logits_at_labels") and not self._has_unknown_part and not plan.sequence_parallel
+        )
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the model returns for the whole batch, which every worker is called with; collective.
@@ -132,7 +136,7 @@ class ModelRunner:
 
     def _train(self, inputs: ModelInputs) -> torch.Tensor:
         mesh = self.model.mesh
-        keeps_memory = self._savings.memory and mesh.device.type == "cpu"
+        keeps_memory = self._options.uses("keep_freed_memory") and mesh.device.type == "cpu"
         if keeps_memory:
             before_training_step(self._steps)
         shape = self._cut(inputs, self.plan.micro_batches)
@@ -211,10 +215,10 @@ class ModelRunner:
         place = self.plan.data, self.model.mesh, self._sequence_multiple
         filled_up = inputs.sequence_length + -inputs.sequence_length % self._sequence_multiple
         tokens = self.tokens or self.plan.micro_batch_size * filled_up
-        packing = self._skip_padding and self._savings.packing and not self._has_unknown_part
+        packing = self._skip_padding and self._options.uses("pack_rows") and not self._has_unknown_part
         causal = self.model.decoder.causal
         shared = 0
-        if packing and self._savings.prefix:
+        if packing and self._options.uses("share_prefix"):
             shared = shared_prefix(self.model.decoder.root, causal.config.get_text_config(), inputs, lengths)
         pipelined = self.plan.pipeline > 1
         parts = (
@@ -286,12 +290,8 @@ class ModelRunner:
     def _computing(self) -> Iterator[None]:
         install_compute_params(self.model)
         try:
-            recomputed = any(getattr(layer, "gradient_checkpointing", False) for layer in self.model.decoder.layers)
-            by_rows = self._savings.embedding and self.plan.devices == 1
-            with (
-                faster_kernels(self._savings, recomputed),
-                self._tied_embedding.by_rows() if by_rows else nullcontext(),
-            ):
+            by_rows = self._options.uses("sparse_embedding") and self.plan.devices == 1
+            with self._kernels.bound(), self._tied_embedding.by_rows() if by_rows else nullcontext():
                 yield
         finally:
             for module in self.model.sharded_modules():

@@ -15,7 +15,7 @@ from moreh.errors import MorehError, OptionError
 from moreh.log import logger
 from moreh.models.compatibility import unsupported_reason
 from moreh.models.describe.from_module import describe_module, unwrapped
-from moreh.option import ParallelOptions, PlannerVariables
+from moreh.options import ParallelOptions, PlannerVariables
 from moreh.patches.module_call import instead_of_model_calls
 from moreh.planner.plan.notation import plan_text
 from moreh.planner.plan.plan import Plan, Training
@@ -34,7 +34,6 @@ from moreh.runtime.engine.registry import (
     shard_model,
 )
 from moreh.runtime.kernels.fused_adam import use_fused_kernels
-from moreh.runtime.kernels.options import savings_of, savings_text
 from moreh.runtime.kernels.precision import autocast_if, choose_bfloat16, in_float32, inside_autocast
 from moreh.runtime.launch.world import World
 from moreh.runtime.sharding.local_weights import patch_lazy_loading, target_dtypes
@@ -86,7 +85,7 @@ class MultiWorkerHook:
 
     def _divide(self, module: nn.Module, inputs: ModelInputs, *, bfloat16: bool) -> None:
         plan = self._on_first_worker(lambda: self._plan(module, inputs, bfloat16=bfloat16))
-        shard_model(module, plan, savings_of(self.options))
+        shard_model(module, plan, self.options)
         load_pending(module)
 
     def _plan(self, module: nn.Module, inputs: ModelInputs, *, bfloat16: bool) -> Plan:
@@ -108,7 +107,7 @@ class MultiWorkerHook:
         self.job.use_prediction(module, predicted_use(selection.prediction, flavor.devices))
         if selection.prediction.plan.devices == workers:
             logger.info("The %d workers are the accelerator's devices: they carry out this plan.", workers)
-            logger.info(savings_text(self.options))
+            logger.info(self.options.optimizations_text())
             return selection.prediction.plan
         local = select_worker_plan(module, training, self.options, self.variables, workers, bfloat16=bfloat16)
         logger.info(
@@ -119,7 +118,7 @@ class MultiWorkerHook:
             seconds_text(local.step_time_s),
             gib(local.memory_bytes),
         )
-        logger.info(savings_text(self.options))
+        logger.info(self.options.optimizations_text())
         return local.plan
 
     def _on_first_worker(self, decide: Callable[[], Result]) -> Result:
@@ -173,7 +172,7 @@ def install_multi_worker_hook(
     # Asked before what computes divided models, which chooses no precision.
     instead_of_model_calls(MultiWorkerHook(options, variables, job, world).call)
     install_sharding_support()
-    if options.fused_optimizer:
+    if options.uses("fused_optimizer"):
         on_optimizer_created(use_fused_kernels)
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from moreh.errors import OptionError
+from moreh.options import DEFAULT_OPTIONS, ParallelOptions
 from moreh.patches.module_call import instead_of_model_calls
 from moreh.planner.plan.plan import Plan
 from moreh.runtime.engine.gradients import global_grad_norm
@@ -20,7 +21,6 @@ from moreh.runtime.engine.optimizer_patches import (
     revisit_optimizers,
 )
 from moreh.runtime.engine.parallel_model import local_tensor
-from moreh.runtime.kernels.options import ALL_SAVINGS, Savings
 
 _KEY = "_moreh_worker_model"
 _PART = "_moreh_part_of_divided_model"
@@ -38,10 +38,10 @@ def install_sharding_support() -> None:
         instead_of_model_calls(call_sharded)
 
 
-def shard_model(root: nn.Module, plan: Plan, savings: Savings = ALL_SAVINGS) -> ModelRunner:
+def shard_model(root: nn.Module, plan: Plan, options: ParallelOptions = DEFAULT_OPTIONS) -> ModelRunner:
     """Divide a model over all workers as the plan says, and its optimizers with it; collective."""
     originals = dict(root.named_parameters())
-    model_runner = ModelRunner(root, plan, savings)
+    model_runner = ModelRunner(root, plan, options)
     now = dict(root.named_parameters())
     replace_params({id(p): now[name] for name, p in originals.items()}, list(originals.values()))
     revisit_optimizers()

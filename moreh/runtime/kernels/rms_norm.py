@@ -1,91 +1,78 @@
-"""The RMSNorm of Llama on a processor: fewer passes over its tensors, and its input is all that the backward pass keeps."""
+"""The RMSNorm of Llama on the CPU: few passes over its tensors, and one tensor saved for the backward pass.
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+Source: Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467.
+"""
+
 from typing import Any
 
 import torch
+from torch import nn
 from torch.autograd.function import once_differentiable
 
-from moreh.models.provenance import is_stock_transformers
 from moreh.runtime.kernels.row_chunks import chunks, scratch
 
 
-@contextmanager
-def fused_norm() -> Iterator[None]:
-    """Let transformers' LlamaRMSNorm, which is written out in operations that keep a copy each, compute in one on processors.
-
-    Source: Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467. Under autocast the result has the type that the linear
-    layers behind it would each convert it to.
-    """
+def replaced_class() -> type[nn.Module]:
+    """The class of transformers whose instances `fused_forward` can compute."""
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-    norm: Any = LlamaRMSNorm
-    original = norm.forward
-    if not is_stock_transformers(original):
-        yield
-        return
-
-    def forward(module: Any, hidden_states: torch.Tensor) -> torch.Tensor:
-        if hidden_states.device.type != "cpu":
-            output: torch.Tensor = original(module, hidden_states)
-            return output
-        dtype = torch.promote_types(module.weight.dtype, hidden_states.dtype)
-        if torch.is_autocast_enabled("cpu"):
-            dtype = torch.get_autocast_dtype("cpu")
-        return rms_norm(hidden_states, module.weight, module.variance_epsilon, dtype)
-
-    norm.forward = forward
-    try:
-        yield
-    finally:
-        norm.forward = original
+    norm: type[nn.Module] = LlamaRMSNorm
+    return norm
 
 
-def rms_norm(given: torch.Tensor, weight: torch.Tensor, epsilon: float, dtype: torch.dtype) -> torch.Tensor:
-    """weight * given / sqrt(mean(given^2) + epsilon) over the last dimension, `[..., size]` of type `dtype`.
+def fused_forward(module: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+    """The norm of `hidden_states` `[..., size]`; under autocast in autocast's dtype, to which linear layers would convert it."""
+    if hidden_states.device.type != "cpu":
+        output: torch.Tensor = type(module).forward(module, hidden_states)
+        return output
+    dtype = torch.promote_types(module.weight.dtype, hidden_states.dtype)
+    if torch.is_autocast_enabled("cpu"):
+        dtype = torch.get_autocast_dtype("cpu")
+    return rms_norm(hidden_states, module.weight, module.variance_epsilon, dtype)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float, dtype: torch.dtype) -> torch.Tensor:
+    """weight * x / sqrt(mean(x^2) + epsilon) over the last dimension, `[..., size]` of type `dtype`.
 
     Computed in float32 at least. `weight` is `[size]`.
     """
-    output: torch.Tensor = _RmsNorm.apply(given, weight, epsilon, dtype)  # type: ignore[no-untyped-call]
+    output: torch.Tensor = _RmsNorm.apply(x, weight, epsilon, dtype)  # type: ignore[no-untyped-call]
     return output
 
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, given: torch.Tensor, weight: torch.Tensor, epsilon: float, dtype: torch.dtype
-    ) -> torch.Tensor:
-        wide = given.to(torch.promote_types(given.dtype, torch.float32))
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float, dtype: torch.dtype) -> torch.Tensor:
+        x_fp32 = x.to(torch.promote_types(x.dtype, torch.float32))
         scale = (
-            torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(given.shape[-1]).add_(epsilon).rsqrt_()
+            torch.linalg.vector_norm(x_fp32, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
         )
-        output = torch.empty_like(given, dtype=dtype, memory_format=torch.contiguous_format)
-        for part, part_scale, into in chunks(wide, scale, output):
-            into.copy_(torch.mul(part, part_scale, out=scratch(0, part.shape, part.dtype)).mul_(weight))
+        output = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+        for chunk, scale_chunk, out in chunks(x_fp32, scale, output):
+            out.copy_(torch.mul(chunk, scale_chunk, out=scratch(0, chunk.shape, chunk.dtype)).mul_(weight))
         # The linear layers that read it keep the output anyway. A weight of almost zero leaves too little in it.
         ctx.output_is_kept = bool(weight.abs().min() > torch.finfo(dtype).tiny ** 0.5)
-        ctx.save_for_backward(output if ctx.output_is_kept else given, weight, scale)
+        ctx.save_for_backward(output if ctx.output_is_kept else x, weight, scale)
         return output
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
         kept, weight, scale = ctx.saved_tensors
-        wide_weight = weight.to(scale.dtype)
-        inverse_weight = wide_weight.reciprocal()
+        weight_fp32 = weight.to(scale.dtype)
+        inverse_weight = weight_fp32.reciprocal()
         # autograd converts them to the types of the inputs
-        of_given = torch.empty_like(kept, dtype=scale.dtype, memory_format=torch.contiguous_format)
-        of_weight = torch.zeros_like(wide_weight)
-        for part, part_scale, arrived, into in chunks(kept, scale, gradient, of_given):
+        grad_x = torch.empty_like(kept, dtype=scale.dtype, memory_format=torch.contiguous_format)
+        grad_weight = torch.zeros_like(weight_fp32)
+        for chunk, scale_chunk, grad_output_chunk, grad_x_chunk in chunks(kept, scale, grad_output, grad_x):
             # d(x * scale) = scale * (dx - normed * mean(normed * dx))
             normed = (
-                scratch(0, part.shape, scale.dtype)
-                .copy_(part)
-                .mul_(inverse_weight if ctx.output_is_kept else part_scale)
+                scratch(0, chunk.shape, scale.dtype)
+                .copy_(chunk)
+                .mul_(inverse_weight if ctx.output_is_kept else scale_chunk)
             )
-            product = torch.mul(into.copy_(arrived), normed, out=scratch(1, part.shape, scale.dtype))
-            of_weight += product.sum(0)
-            mean = product.mul_(wide_weight).mean(-1, keepdim=True)
-            into.mul_(wide_weight).addcmul_(normed, mean, value=-1).mul_(part_scale)
-        return of_given, of_weight, None, None
+            product = torch.mul(grad_x_chunk.copy_(grad_output_chunk), normed, out=scratch(1, chunk.shape, scale.dtype))
+            grad_weight += product.sum(0)
+            mean = product.mul_(weight_fp32).mean(-1, keepdim=True)
+            grad_x_chunk.mul_(weight_fp32).addcmul_(normed, mean, value=-1).mul_(scale_chunk)
+        return grad_x, grad_weight, None, None

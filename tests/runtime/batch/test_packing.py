@@ -7,10 +7,10 @@ from unittest import mock
 import pytest
 import torch
 
+from moreh.options import ParallelOptions
 from moreh.runtime.batch import packing
 from moreh.runtime.batch.micro_batches import useful_lengths
 from moreh.runtime.batch.model_inputs import read_inputs
-from moreh.runtime.kernels.options import Savings
 from moreh.runtime.sharding.mesh import mesh_of_one
 from tests.runtime.engine.test_fast_path import LENGTH, TOKENS, batch, differences, make
 
@@ -35,7 +35,7 @@ def test_families(family):
 def test_without_attention_in_blocks(family):
     """Then transformers' mask tells the texts apart."""
     model = make(family)
-    assert max(differences(model, batch(model), Savings(attention=False))) < 1e-9
+    assert max(differences(model, batch(model), ParallelOptions(disable=("block_attention",)))) < 1e-9
 
 
 @pytest.mark.parametrize("given", [True, False])

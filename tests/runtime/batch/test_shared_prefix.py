@@ -5,11 +5,11 @@ from unittest import mock
 import pytest
 import torch
 
+from moreh.options import DEFAULT_OPTIONS, ParallelOptions
 from moreh.runtime.batch import packing, shared_prefix
 from moreh.runtime.batch.micro_batches import useful_lengths
 from moreh.runtime.batch.model_inputs import read_inputs
 from moreh.runtime.engine.fast_path import FastPath
-from moreh.runtime.kernels.options import Savings
 from moreh.runtime.sharding.mesh import mesh_of_one
 from tests.helpers.float64 import exact_float64
 from tests.runtime.engine.test_fast_path import LENGTH, ROWS, TOKENS, batch, differences, make
@@ -65,7 +65,7 @@ def test_without_attention_in_blocks(family, tokens):
     """Then the mask says which tokens see each other."""
     model = make(family)
     with mock.patch("tests.runtime.engine.test_fast_path.TOKENS", tokens):
-        assert max(differences(model, rows(model), Savings(attention=False))) < 1e-9
+        assert max(differences(model, rows(model), ParallelOptions(disable=("block_attention",)))) < 1e-9
 
 
 @torch.no_grad()
@@ -75,7 +75,7 @@ def test_evaluation():
         exact_float64(),
         mock.patch(f"{MODEL_RUNNER}.pack_micro_batches", wraps=packing.pack_micro_batches) as used,
     ):
-        seen = FastPath(Savings()).call(model, (), rows(model), TOKENS).loss
+        seen = FastPath(DEFAULT_OPTIONS).call(model, (), rows(model), TOKENS).loss
         assert seen.item() == pytest.approx(model(**rows(model)).loss.item(), rel=1e-9)
     assert used.call_args.args[-1] == PREFIX
 
@@ -91,9 +91,9 @@ def test_evaluation():
 )
 def test_comparison_finds_another_prefix(name, broken):
     model = make("llama")
-    savings = Savings(attention="mask" not in name)
+    options = ParallelOptions(disable=("block_attention",) if "mask" in name else ())
     with mock.patch(name, broken):
-        assert min(differences(model, rows(model), savings)) > 1e-6
+        assert min(differences(model, rows(model), options)) > 1e-6
 
 
 def test_long_prefixes_are_packed():

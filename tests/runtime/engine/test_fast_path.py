@@ -8,11 +8,11 @@ import torch
 
 from moreh.errors import OptionError
 from moreh.models.parts import split_into_parts
+from moreh.options import DEFAULT_OPTIONS, ParallelOptions
 from moreh.runtime.batch import micro_batches
 from moreh.runtime.batch.loss_output import LazyLogitsOutput
 from moreh.runtime.batch.model_inputs import read_inputs
 from moreh.runtime.engine.fast_path import FastPath
-from moreh.runtime.kernels.options import Savings
 from moreh.runtime.kernels.recomputation import recompute_activations
 from moreh.runtime.pipeline.stage import _LastMlpAtPositions
 from moreh.runtime.sharding.mesh import mesh_of_one
@@ -21,13 +21,18 @@ from tests.helpers.float64 import exact_float64
 from tests.helpers.tensor_cases import whole_model
 from tests.runtime.engine.test_family_plans import FAMILIES, NOT_TENSOR_PARALLEL
 
-ALL = Savings()
+ALL = DEFAULT_OPTIONS
 VARIANTS = [
     ALL,
-    Savings(padding=False),
-    Savings(logits=False),
-    Savings(padding=False, logits=False),
-    Savings(norm=False, rotary=False),
+    ParallelOptions(disable=("skip_padding",)),
+    ParallelOptions(disable=("logits_at_labels",)),
+    ParallelOptions(
+        disable=(
+            "skip_padding",
+            "logits_at_labels",
+        )
+    ),
+    ParallelOptions(disable=("fused_norm",)),
 ]
 ROWS, LENGTH = 7, 12
 # Of a micro-batch.
@@ -49,14 +54,14 @@ def gradients(model):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def differences(model, given, savings=ALL, scale=0.5):
+def differences(model, given, options=ALL, scale=0.5):
     """Of the loss and of the gradients, between a whole forward pass and what the hook computes."""
     with exact_float64():
         whole = model(**given).loss
         (whole * scale).backward()
         expected = gradients(model)
         model.zero_grad()
-        outputs = FastPath(savings).call(model, (), given, TOKENS)
+        outputs = FastPath(options).call(model, (), given, TOKENS)
         assert isinstance(outputs, LazyLogitsOutput)
         (outputs.loss * scale).backward()
     seen = gradients(model)
@@ -77,10 +82,10 @@ def test_families(family):
     assert max(differences(model, batch(model))) < 1e-9
 
 
-@pytest.mark.parametrize("savings", VARIANTS)
-def test_savings_one_by_one(savings):
+@pytest.mark.parametrize("options", VARIANTS)
+def test_options_one_by_one(options):
     model = make("gpt2")
-    assert max(differences(model, batch(model), savings)) < 1e-9
+    assert max(differences(model, batch(model), options)) < 1e-9
 
 
 useful_lengths = micro_batches.useful_lengths

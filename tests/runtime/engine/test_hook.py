@@ -106,8 +106,7 @@ def test_documented_log_lines(run_python, tmp_path):
         r"train: true",
         r"Simulated: on xLarge\.512GB \(8 x MI250 GCD\) the plan '.+' is predicted to take .+",
         r"This machine: 1 worker, micro-batches of at most [\d,]+ tokens, recomputation : none; predicted are .+",
-        r"Computed : padding skipped : on, rows packed : on, common prefix once : on, logits at labels only : on, "
-        r"tied embeddings by rows : on, attention in blocks : on, .+ : on",
+        r"Optimizations : all",
     ]
     assert len(said) == len(patterns)  # once for each model, and one of the two was trained under the hook
     matches = [re.fullmatch(pattern, line) for pattern, line in zip(patterns, said, strict=True)]
@@ -145,6 +144,15 @@ print(model(torch.zeros(1, 4, dtype=torch.long).cuda()).logits.dtype)
         ({"activation_recomputation": "full"}, "activation_recomputation='full': allowed is True, False or \"auto\""),
         ({"distribute_parameter": 1}, "distribute_parameter=1: allowed is"),
         ({"pipeline_parallel": False, "num_stages": 4}, "stages need pipeline_parallel=True"),
+        ({"pack_rows": False}, r'unknown option pack_rows=False\. .* give disable=\("pack_rows",\)'),
+        (
+            {"disable": "pack_rows"},
+            r"disable='pack_rows': allowed is a list of optimizations, such as \('skip_padding',\)",
+        ),
+        (
+            {"disable": ["pack_row"]},
+            r"there is no optimization 'pack_row'; did you mean pack_rows\? The optimizations are: ",
+        ),
     ],
 )
 def test_options_are_checked(options, message):

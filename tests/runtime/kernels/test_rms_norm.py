@@ -6,9 +6,12 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from moreh.options import DEFAULT_OPTIONS
 from moreh.runtime.kernels import rms_norm as normalization
 from moreh.runtime.kernels import row_chunks as chunks
-from moreh.runtime.kernels.rms_norm import fused_norm, rms_norm
+from moreh.runtime.kernels.faster_kernels import FasterKernels
+from moreh.runtime.kernels.rms_norm import rms_norm
+from tests.helpers import compare
 from tests.helpers.float64 import exact_float64
 
 SIZE = 24
@@ -29,13 +32,18 @@ def results(module, given):
     return output, *torch.autograd.grad(output, (given, module.weight), arriving)
 
 
+def fused(module):
+    """Within it the module computes with our kernel."""
+    return FasterKernels(module, DEFAULT_OPTIONS).bound()
+
+
 def worst(module, given):
     """The largest difference between transformers' and ours."""
     with exact_float64():
         expected = results(module, given)
-        with fused_norm():
+        with fused(module):
             seen = results(module, given)
-    return max(float((a - b).detach().abs().max()) for a, b in zip(seen, expected, strict=True))
+    return compare.worst(compare.max_difference(a, b) for a, b in zip(seen, expected, strict=True))
 
 
 # 7 rows in chunks of 1, of 3, and together.
@@ -61,7 +69,7 @@ def test_types_under_autocast():
     """The residual stream stays in float32, what linear layers read is in bfloat16 at once."""
     module, given = norm(torch.float32), torch.randn(2, 7, SIZE).requires_grad_()
     exact = results(module, given)
-    with torch.autocast("cpu", torch.bfloat16), fused_norm():
+    with torch.autocast("cpu", torch.bfloat16), fused(module):
         seen = results(module, given)
     assert [tensor.dtype for tensor in seen] == [torch.bfloat16, torch.float32, torch.float32]
     for a, b in zip(seen, exact, strict=True):
@@ -88,7 +96,7 @@ def kept_beside_linear_layer(module):
         kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    with fused_norm(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with fused(module), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         linear(module(given * 1))
     return sum(tensor.numel() for tensor in kept.values())
 
@@ -110,8 +118,27 @@ def test_weight_of_zero():
     assert worst(module, torch.randn(1, 7, SIZE, dtype=torch.float64).requires_grad_()) < 1e-12
 
 
-def test_transformers_own_is_back_afterwards():
+def test_only_the_model_that_computes_has_the_kernel():
+    module, other = norm(), norm()
     original = LlamaRMSNorm.forward
-    with fused_norm():
-        assert LlamaRMSNorm.forward is not original
-    assert LlamaRMSNorm.forward is original
+    with fused(module):
+        assert "forward" in module.__dict__
+        assert "forward" not in other.__dict__
+        assert LlamaRMSNorm.forward is original
+    assert "forward" not in module.__dict__
+
+
+def test_forward_of_the_script_stays():
+    module, doubled = norm(), []
+    kernels = FasterKernels(module, DEFAULT_OPTIONS)
+    module.forward = doubled.append
+    with kernels.bound():
+        assert module.forward == doubled.append
+    assert module.forward == doubled.append
+
+
+def test_kernel_is_unbound_after_an_error():
+    module = norm()
+    with pytest.raises(KeyboardInterrupt), fused(module):
+        raise KeyboardInterrupt
+    assert "forward" not in module.__dict__

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from moreh.runtime.kernels.options import Savings
+from moreh.options import DEFAULT_OPTIONS, ParallelOptions
 from moreh.runtime.kernels.tied_embedding import TiedEmbedding
 from tests.helpers.sharded_cases import FAMILY_SETTINGS
 from tests.helpers.tensor_cases import whole_model
@@ -19,10 +19,10 @@ def tied(family="llama"):
     return model
 
 
-def used(model, savings=None):
+def used(model, options=None):
     """Whether gradients came by rows; they are compared as well."""
     with mock.patch.object(TiedEmbedding, "_look_up", autospec=True, side_effect=TiedEmbedding._look_up) as looked_up:
-        assert max(differences(model, batch(model), savings or Savings())) < 1e-9
+        assert max(differences(model, batch(model), options or DEFAULT_OPTIONS)) < 1e-9
     assert "forward" not in model.get_input_embeddings().__dict__
     return looked_up.called
 
@@ -91,7 +91,7 @@ def test_what_is_left_to_torch(change):
 
 
 def test_switched_off():
-    assert not used(tied(), Savings(embedding=False))
+    assert not used(tied(), ParallelOptions(disable=("sparse_embedding",)))
 
 
 def test_a_batch_without_labels_has_zeros():

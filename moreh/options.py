@@ -1,0 +1,166 @@
+"""The options of the hook and the planner's environment variables: each declared once, with what it allows and what it does.
+
+Nothing here imports torch, so a settings file that is wrong is refused before torch is loaded.
+"""
+
+import difflib
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from moreh.errors import OptionError
+
+Auto = Literal["auto"]
+# Workers of one machine. Each is a process that imports torch.
+MAX_WORKERS = 256
+_VARIABLE_PREFIX = "MOREH_ADVANCED_PARALLELIZATION_"
+
+# What an option allows, as errors word it.
+SWITCH = "True or False"
+SWITCH_OR_AUTO = 'True, False or "auto"'
+COUNT_OR_AUTO = 'a whole number from 1, or "auto"'
+NAMES = "a list of optimizations"
+
+OPTIMIZATIONS: Mapping[str, str] = {
+    "skip_padding": "Tokens after a sequence's last label are dropped: in a causal model they cannot affect the loss.",
+    "pack_rows": "Sequences are packed into rows of equal length instead of being padded to the longest one (CPU).",
+    "share_prefix": "Tokens that every sequence of a batch begins with are computed once per packed row (CPU).",
+    "logits_at_labels": "The output layer and the last layer's MLP are computed only at positions with labels.",
+    "sparse_embedding": "With tied embeddings on one worker, the input embedding's gradient is scatter-added into the output "
+    "layer's instead of materializing a second dense [vocabulary, hidden] gradient.",
+    "block_attention": "Causal attention is computed as batched matmuls over blocks of queries (CPU).",
+    "fused_activation": "GPT-2's tanh-GELU is one operation with one rounding instead of eight.",
+    "fused_norm": "Llama's RMSNorm is one operation that saves only its input (CPU).",
+    "fused_optimizer": "Adam and AdamW use torch's fused kernels where the script has chosen no implementation.",
+    "keep_freed_memory": "glibc keeps the memory that a step frees for the next step (CPU).",
+}
+"""The optimizations by name. Each computes the same losses and gradients, to rounding; `disable` switches them off."""
+
+
+def _option(default: Any, allowed: str, doc: str) -> Any:
+    return field(default=default, metadata={"allowed": allowed, "doc": doc})
+
+
+@dataclass(frozen=True)
+class ParallelOptions:
+    """The options of `enable_advanced_parallelization`; each field's metadata says what it allows and what it does."""
+
+    pipeline_parallel: bool = _option(True, SWITCH, "Whether a model's layers may be split into pipeline stages.")
+    num_stages: int | Auto = _option("auto", COUNT_OR_AUTO, "The number of pipeline stages.")
+    num_micro_batches: int | Auto = _option("auto", COUNT_OR_AUTO, "The number of micro-batches a batch is cut into.")
+    activation_recomputation: bool | Auto = _option(
+        "auto",
+        SWITCH_OR_AUTO,
+        'Recompute activations in the backward pass instead of keeping them. With "auto" the planner decides, for the '
+        "accelerator and for this machine.",
+    )
+    distribute_parameter: bool | Auto = _option(
+        "auto", SWITCH_OR_AUTO, "Shard parameters, gradients and optimizer state over data-parallel ranks."
+    )
+    mixed_precision: bool = _option(
+        True, SWITCH, "Compute in bfloat16 with float32 weights, where bfloat16 matmuls are measured to be faster."
+    )
+    disable: tuple[str, ...] = _option(
+        (), NAMES, f"Optimizations to switch off, for debugging: any of {', '.join(OPTIMIZATIONS)}."
+    )
+
+    def uses(self, optimization: str) -> bool:
+        """Whether an optimization is on."""
+        assert optimization in OPTIMIZATIONS, optimization
+        return optimization not in self.disable
+
+    def optimizations_text(self) -> str:
+        """The log line about the optimizations."""
+        return f"Optimizations : all but {', '.join(self.disable)}" if self.disable else "Optimizations : all"
+
+
+DEFAULT_OPTIONS = ParallelOptions()
+
+
+@dataclass(frozen=True)
+class PlannerVariables:
+    """The planner's environment variables, checked."""
+
+    detailed_log: int
+    """Where the best candidates are listed: 0 nowhere, 1 on the console, 2 in the file autoconfig_log.dump."""
+    memory_percent: int
+    """How much of a device's memory a plan may use, in percent."""
+    threads: int
+    """The most threads that compute costs of candidates at the same time."""
+
+
+def parse_options(given: Mapping[str, Any]) -> ParallelOptions:
+    """The options of a call, checked.
+
+    Raises:
+        OptionError: an option does not exist, its value is not allowed, or two options contradict each other.
+    """
+    known = {option.name: option for option in fields(ParallelOptions)}
+    for name, value in given.items():
+        if name not in known:
+            raise OptionError(
+                f"unknown option {name}={value!r}{did_you_mean(name, known) or '.'} The options are: {', '.join(known)}"
+                + (f'. To switch an optimization off, give disable=("{name}",)' if name in OPTIMIZATIONS else "")
+            )
+    values = {name: _checked(name, value, known[name].metadata["allowed"]) for name, value in given.items()}
+    options = ParallelOptions(**values)
+    if not options.pipeline_parallel and options.num_stages not in ("auto", 1):
+        raise OptionError(
+            f"num_stages={options.num_stages!r} with pipeline_parallel=False: stages need pipeline_parallel=True"
+        )
+    return options
+
+
+def _checked(name: str, value: Any, allowed: str) -> Any:
+    if allowed == NAMES:
+        return _checked_names(name, value)
+    auto = isinstance(value, str) and value == "auto"
+    if allowed == COUNT_OR_AUTO:
+        valid = auto or (isinstance(value, int) and not isinstance(value, bool) and value >= 1)
+    else:
+        valid = isinstance(value, bool) or (allowed == SWITCH_OR_AUTO and auto)
+    if not valid:
+        raise OptionError(f"{name}={value!r}: allowed is {allowed}")
+    return value
+
+
+def _checked_names(name: str, value: Any) -> tuple[str, ...]:
+    """The optimizations of a list, in the order of their declaration, so that equal sets are equal options."""
+    if not isinstance(value, list | tuple | set | frozenset):
+        raise OptionError(f"{name}={value!r}: allowed is {NAMES}, such as ({next(iter(OPTIMIZATIONS))!r},)")
+    for item in value:
+        if item not in OPTIMIZATIONS:
+            raise OptionError(
+                f"{name}={value!r}: there is no optimization {item!r}{did_you_mean(str(item), OPTIMIZATIONS) or '.'} "
+                f"The optimizations are: {', '.join(OPTIMIZATIONS)}"
+            )
+    return tuple(optimization for optimization in OPTIMIZATIONS if optimization in value)
+
+
+def did_you_mean(given: str, known: Iterable[str]) -> str:
+    """The known name that an unknown one is close to, as the end of a sentence; empty if there is none."""
+    close = difflib.get_close_matches(given, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def planner_variables() -> PlannerVariables:
+    """The planner's settings from the environment.
+
+    Raises:
+        OptionError: one of them is no number, or out of range.
+    """
+    return PlannerVariables(
+        detailed_log=_number_in_environment("DETAILED_LOG", default=0, minimum=0, maximum=2),
+        memory_percent=_number_in_environment("MEMORY_USAGE_CORRECTION_RATIO", default=80, minimum=1, maximum=100),
+        threads=_number_in_environment("MAX_PARALLEL_COMPILE_THREADS", default=16, minimum=1, maximum=1024),
+    )
+
+
+def _number_in_environment(name: str, *, default: int, minimum: int, maximum: int) -> int:
+    text = os.environ.get(_VARIABLE_PREFIX + name, str(default)).strip()
+    if not (text.isascii() and text.isdecimal() and minimum <= int(text) <= maximum):
+        raise OptionError(
+            f"{_VARIABLE_PREFIX}{name}={text!r}: allowed is a whole number from {minimum} to {maximum}; {default} if unset"
+        )
+    return int(text)
