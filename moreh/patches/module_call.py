@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from moreh.patches.registry import Patch
+
 # Given the model and what it is called with, a context that is entered before its forward pass and left after it, however
 # it ends.
 MakeContext = Callable[[torch.nn.Module, tuple[Any, ...], dict[str, Any]], AbstractContextManager[Any]]
@@ -19,6 +21,14 @@ AfterCall = Callable[[torch.nn.Module, Any], Any]
 
 # Given the same, what the call returns in place of the module's own forward pass; NotImplemented to let that happen.
 InsteadOfCall = Callable[[torch.nn.Module, tuple[Any, ...], dict[str, Any]], Any]
+
+MODULE_CALL = Patch(
+    target="torch.nn.Module._call_impl",
+    why="Plans and computes the outermost call of a model, whatever its class and whenever it was made.",
+    no_public_way="Hooks are seen by TorchScript, pickled and copied with the model, cannot replace a call's result without "
+    "computing it, and none is told when Ctrl-C ends a forward pass.",
+    tested=("torch 2.13",),
+)
 
 _instead: list[InsteadOfCall] = []
 _around: list[tuple[MakeContext, AfterCall]] = []
@@ -39,10 +49,11 @@ def instead_of_model_calls(function: InsteadOfCall) -> None:
 
 def _patch_module_call() -> None:
     """Only the first call does it."""
-    if _around or _instead:
-        return
-    original: Any = torch.nn.Module._call_impl
+    if not MODULE_CALL.is_active:
+        MODULE_CALL.install(_make_call)
 
+
+def _make_call(original: Any) -> Any:
     def call(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         # A compiler traces what a model computes, not what is done around it. In the backward pass recomputation calls
         # parts of a model by themselves.
@@ -64,7 +75,7 @@ def _patch_module_call() -> None:
             _inside.model_call = False
         return outputs
 
-    torch.nn.Module._call_impl = call  # type: ignore[method-assign]
+    return call
 
 
 def _ask_instead(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
