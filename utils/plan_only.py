@@ -6,8 +6,6 @@ from typing import Any
 
 from moreh.accelerator.flavors import Flavor, find_flavor
 from moreh.accelerator.registry import read_registry
-from moreh.cli.plan_options import DEFAULT_COUNT
-from moreh.cli.tables import Column, draw_table
 from moreh.errors import PlanError
 from moreh.models.architecture import Architecture
 from moreh.models.describe.from_source import describe, describe_config
@@ -15,12 +13,16 @@ from moreh.options import planner_variables
 from moreh.planner.cost.prediction import make_environment
 from moreh.planner.hardware.cluster import cluster_for_flavor
 from moreh.planner.plan.plan import Training
-from moreh.planner.report.report import PLAN_HEADERS, Request, gib, header_rows, plan_rows
+from moreh.planner.report.plan_rows import DEFAULT_COUNT
+from moreh.planner.report.printing import print_plans
 from moreh.planner.search.candidates import Constraints
 from moreh.planner.search.constraints import constraints_from_options
+from moreh.planner.search.request import Request
 from moreh.planner.search.search import search_on_most_devices
 from moreh.planner.search.suggestions import smallest_sufficient
 from moreh.planner.software_profile import moreh_software
+from moreh.planner.units import gib
+from moreh.tables import terminal_width
 from utils.config.schema import Config, ModelSection, ParallelizationSection, TokenizerSection
 from utils.errors import UserError
 
@@ -55,16 +57,10 @@ def print_plan(config: Config) -> None:
     found, _, idle = search_on_most_devices(request.training, request.setting, request.restrictions, DEFAULT_COUNT)
     if not found.best:
         raise UserError(_nothing_fits(request, found.smallest_bytes))
-    rows = header_rows(request, found)
-    if idle:
-        rows.append(("Idle", idle))
+    notes = []
     if config.accelerator.advanced_parallelization is None:
-        rows.append(("Not used", "accelerator.advanced_parallelization is null, so a training computes on one device"))
-    for name, text in rows:
-        print(f"{name:14}{text}")
-    texts = (PLAN_HEADERS[1], PLAN_HEADERS[-1])
-    columns = [Column(header, 4, "left" if header in texts else "right") for header in PLAN_HEADERS]
-    print(draw_table(columns, plan_rows(request, found)))
+        notes.append(("Not used", "accelerator.advanced_parallelization is null, so a training computes on one device"))
+    print_plans(request, found, terminal_width(), idle, notes)
 
 
 def plan_request(config: Config) -> Request:

@@ -1,4 +1,4 @@
-"""Why a plan is not the best one: where the seconds go in both, and what does not fit."""
+"""Why a plan is not the best one: where the seconds of a step go in both plans, and what does not fit in memory."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -6,95 +6,83 @@ from dataclasses import asdict
 from moreh.planner.cost.prediction import DeviceMemory, Prediction
 from moreh.planner.plan.notation import plan_pieces, torch_refusal
 from moreh.planner.plan.plan import Plan
-from moreh.planner.report.report import Json, Request, gib, percent_text, prediction_json, seconds_text
+from moreh.planner.report.json_output import Json, prediction_json
+from moreh.planner.report.step_parts import STEP_PARTS
 from moreh.planner.search.candidates import MAX_CHUNKS
+from moreh.planner.search.request import Request
 from moreh.planner.search.search import EQUAL
+from moreh.planner.units import gib, percent_text, seconds_text
+from moreh.tables import Column, Table
 
-# The parts of a step in words, each with the pieces of a plan's text that it depends on most.
-PARTS = {
-    "computation_s": ("computation", ("mb", "tp", "cp", "pp", "layers")),
-    "recomputation_s": ("recomputation", ("recompute",)),
-    "tensor_exchange_s": ("tensor-parallel communication", ("tp", "sp", "recompute")),
-    "data_exchange_s": ("sharding communication", ("shard", "dp", "cp", "mb")),
-    "bubble_s": ("pipeline bubble", ("pp", "schedule", "mb", "layers")),
-    "gradients_s": ("gradient reduction", ("shard", "dp", "cp")),
-    "optimizer_s": ("optimizer", ("shard", "tp", "cp", "pp")),
+# What the pieces that a plan's notation leaves out stand for.
+DEFAULT_PIECES = {
+    "cp": "cp1",
+    "schedule": "1f1b",
+    "recompute": "recompute:none",
+    "shard": "shard:none",
+    "sp": "no sp",
+    "layers": "even layers",
 }
-# Pieces that a plan's text leaves out at their defaults.
-DEFAULT_PIECES = {"cp": "cp1", "schedule": "1f1b", "recompute": "recompute:none", "shard": "shard:none", "sp": "no sp"}
-# Differences below this share of the best plan's step are not worth a sentence, nor are more of them than this.
-NOTABLE, MAX_DIFFERENCES = 0.01, 3
+# A part of the step gets a sentence if it differs by more than this share of the best plan's step.
+NOTABLE = 0.01
+# The parts that get a sentence, the largest differences first.
+MAX_DIFFERENCES = 3
 
 
-def explanation_rows(predictions: Sequence[Prediction]) -> list[tuple[str, ...]]:
-    """The parts of a step and the memory of the fullest device, with a column for each plan."""
+def explanation_table_forms(asked: Prediction, best: Prediction | None) -> list[Table]:
+    """Seconds of the step's parts and memory of the fullest device, with a column for each plan."""
+    headers = ["This plan"] if best is None else ["This plan", "Best plan"]
+    predictions = [asked] if best is None else [asked, best]
+    columns = (Column("", 4, wraps=True), *(Column(header, 4, "right") for header in headers))
+    full = Table(columns, tuple(_explanation_rows(predictions)))
+    return [full, full.tightened().wrapped(2)]
+
+
+def _explanation_rows(predictions: Sequence[Prediction]) -> list[tuple[str, ...]]:
     fullest = [_fullest(prediction)[1] for prediction in predictions]
     step_s = max(prediction.step_time_s for prediction in predictions)
     rows = [
-        (name, *(seconds_text(getattr(prediction.parts, part), step_s) for prediction in predictions))
-        for part, (name, _) in PARTS.items()
+        (part.name, *(seconds_text(getattr(prediction.parts, field), step_s) for prediction in predictions))
+        for field, part in STEP_PARTS.items()
     ]
     rows.append(("step time", *(seconds_text(prediction.step_time_s, step_s) for prediction in predictions)))
     rows.append(("tokens/s", *(f"{prediction.tokens_per_second:,.0f}" for prediction in predictions)))
     rows.append(("MFU", *(percent_text(prediction.mfu) for prediction in predictions)))
     for kind in DeviceMemory.__dataclass_fields__:
-        rows.append((f"memory: {kind}", *(gib(getattr(rank, kind)) for rank in fullest)))
-    return [*rows, ("memory: all", *(gib(rank.total) for rank in fullest))]
+        rows.append((f"memory: {kind}", *(gib(getattr(device, kind)) for device in fullest)))
+    return [*rows, ("memory: all", *(gib(device.total) for device in fullest))]
 
 
 def explanation_sentences(request: Request, asked: Prediction, best: Prediction | None) -> list[str]:
-    """Why a plan is not the best one: what does not fit, and where the seconds go."""
+    """Why a plan is not the best one: what does not fit, where the seconds go, and why the search passed it over."""
     fits = asked.memory_bytes <= request.limit_bytes
     sentences = [] if fits else [_missing_memory(request, asked)]
     if best is None:
         sentences.append(
-            "It fits, but no plan that the search may choose does." if fits else "No other plan fits either."
+            "This plan fits, but none that the search may choose does." if fits else "No other plan fits either."
         )
     elif asked.plan == best.plan:
         return ["This is the best plan of the search.", f"Its largest overhead: {asked.parts.limit}."]
     else:
-        sentences += _slower(asked, best)
+        sentences += _time_differences(asked, best)
     refusal = torch_refusal(asked.plan)
     if refusal:
-        sentences.append(f"Torch's schedule does not run it, the figures say what it would take: {refusal}.")
-    reasons = _contradictions(asked.plan, request)
-    if not reasons and not refusal and fits and best is not None and _faster(asked, best):
+        sentences.append(f"PyTorch cannot run its pipeline schedule: {refusal}. The figures assume that it could.")
+    reasons = _reasons_to_pass_over(asked.plan, request)
+    if not reasons and not refusal and fits and best is not None and _is_faster(asked, best):
         reasons = ["its stages have other numbers of layers"]
     if reasons:
         sentences.append(f"The search did not consider it: {', and '.join(reasons)}.")
     return sentences
 
 
-def _faster(asked: Prediction, best: Prediction) -> bool:
-    return asked.step_time_s < best.step_time_s * (1 - EQUAL)
-
-
-def _slower(asked: Prediction, best: Prediction) -> list[str]:
-    """How much longer a step takes than with the best plan, and where."""
-    more, step_s = asked.step_time_s - best.step_time_s, asked.step_time_s
-    if abs(more) <= EQUAL * step_s:
-        return [f"A step takes {seconds_text(step_s)}, as long as with the best plan: either will do."]
-    share = f"{abs(more) / best.step_time_s:.1%}"
-    sentences = [f"A step takes {seconds_text(step_s)}, {_more(more, step_s)} ({share}) than with the best plan."]
-    gaps = part_differences(asked, best)
-    notable = [part for part in gaps if abs(gaps[part]) > NOTABLE * best.step_time_s]
-    for part in sorted(notable, key=lambda part: -abs(gaps[part]))[:MAX_DIFFERENCES]:
-        name = PARTS[part][0].capitalize()
-        sentences.append(f"{name} takes {_more(gaps[part], step_s)}{_instead(asked.plan, best.plan, part)}.")
-    return sentences
-
-
-def _more(seconds: float, step_s: float) -> str:
-    return f"{seconds_text(abs(seconds), step_s)} {'more' if seconds > 0 else 'less'}"
-
-
 def part_differences(asked: Prediction, best: Prediction) -> dict[str, float]:
-    """Seconds that each part takes more in the first plan than in the second."""
-    return {part: getattr(asked.parts, part) - getattr(best.parts, part) for part in PARTS}
+    """The seconds that each part of a step takes longer in the first plan than in the second, by field."""
+    return {field: getattr(asked.parts, field) - getattr(best.parts, field) for field in STEP_PARTS}
 
 
 def explanation_json(request: Request, asked: Prediction, best: Prediction | None) -> Json:
-    """The explanation with both plans."""
+    """The explanation, with both plans."""
     return {
         "asked": prediction_json(request, asked),
         "best": None if best is None else prediction_json(request, best),
@@ -104,7 +92,46 @@ def explanation_json(request: Request, asked: Prediction, best: Prediction | Non
     }
 
 
+def _is_faster(asked: Prediction, best: Prediction) -> bool:
+    return asked.step_time_s < best.step_time_s * (1 - EQUAL)
+
+
+def _time_differences(asked: Prediction, best: Prediction) -> list[str]:
+    """How much longer a step takes than with the best plan, and which parts of it do."""
+    difference_s, step_s = asked.step_time_s - best.step_time_s, asked.step_time_s
+    if abs(difference_s) <= EQUAL * step_s:
+        return [f"A step takes {seconds_text(step_s)}, as long as with the best plan: either will do."]
+    share = f"{abs(difference_s) / best.step_time_s:.1%}"
+    sentences = [
+        f"A step takes {seconds_text(step_s)}, {_more_or_less(difference_s, step_s)} ({share}) than with the best plan."
+    ]
+    differences = part_differences(asked, best)
+    notable = [field for field in differences if abs(differences[field]) > NOTABLE * best.step_time_s]
+    for field in sorted(notable, key=lambda field: -abs(differences[field]))[:MAX_DIFFERENCES]:
+        name = STEP_PARTS[field].name.capitalize()
+        cause = _cause(asked.plan, best.plan, field)
+        sentences.append(f"{name} takes {_more_or_less(differences[field], step_s)}{cause}.")
+    return sentences
+
+
+def _more_or_less(seconds: float, step_s: float) -> str:
+    return f"{seconds_text(abs(seconds), step_s)} {'more' if seconds > 0 else 'less'}"
+
+
+def _cause(asked: Plan, best: Plan, field: str) -> str:
+    """The pieces of both plans that a part of the step depends on and in which they differ; empty where they do not."""
+    asked_pieces, best_pieces = plan_pieces(asked), plan_pieces(best)
+    names = [name for name in STEP_PARTS[field].pieces if asked_pieces[name] != best_pieces[name]]
+    if not names:
+        return ""
+    asked_text, best_text = (
+        " ".join(pieces[name] or DEFAULT_PIECES[name] for name in names) for pieces in (asked_pieces, best_pieces)
+    )
+    return f", with {asked_text} instead of {best_text}"
+
+
 def _fullest(prediction: Prediction) -> tuple[int, DeviceMemory]:
+    """The pipeline rank that needs the most memory, and what it needs."""
     return max(enumerate(prediction.memory), key=lambda entry: entry[1].total)
 
 
@@ -113,40 +140,38 @@ def _missing_memory(request: Request, asked: Prediction) -> str:
     kinds = sorted(asdict(needed).items(), key=lambda entry: -entry[1])[:2]
     largest = " and ".join(f"{gib(amount)} of {kind}" for kind, amount in kinds)
     missing = gib(needed.total - request.limit_bytes)
-    beginning = f"{gib(needed.total)} on each device, {missing} more than plans may use, mostly for {largest}"
+    amounts = f"{gib(needed.total)} on each device, {missing} more than plans may use, mostly for {largest}"
     if len(asked.memory) == 1:
-        return f"It does not fit: it needs {beginning}."
-    full = sum(entry.total > request.limit_bytes for entry in asked.memory)
+        return f"It does not fit: it needs {amounts}."
+    full = sum(device.total > request.limit_bytes for device in asked.memory)
     count = f"{full} of {len(asked.memory)} pipeline ranks need{'s' if full == 1 else ''} too much"
-    return f"It does not fit: pipeline rank {rank} needs {beginning}; {count}."
+    return f"It does not fit: pipeline rank {rank} needs {amounts}; {count}."
 
 
-def _instead(asked: Plan, best: Plan, part: str) -> str:
-    """The settings behind a difference, of one plan and of the other."""
-    mine, other = plan_pieces(asked), plan_pieces(best)
-    names = [name for name in PARTS[part][1] if mine[name] != other[name]]
-    if not names:
-        return ""
-    here, there = (
-        " ".join(pieces[n] or DEFAULT_PIECES.get(n, "even layers") for n in names) for pieces in (mine, other)
-    )
-    return f", with {here} instead of {there}"
-
-
-def _contradictions(plan: Plan, request: Request) -> list[str]:
-    """Why a plan is not among the candidates."""
-    given = request.restrictions
+def _reasons_to_pass_over(plan: Plan, request: Request) -> list[str]:
+    """Why a plan is not among the candidates, in terms of moreh-plan's options."""
+    constraints = request.restrictions
+    recompute, sharding = f"recompute:{plan.recomputation}", f"shard:{plan.sharding}"
     reasons = {
-        f"cp{plan.context} is above the largest context size, {given.max_context}": plan.context > given.max_context,
-        f"tp{plan.tensor} is above the largest tensor size, {given.max_tensor}": given.max_tensor is not None
-        and plan.tensor > given.max_tensor,
-        f"the number of stages is to be {given.pipeline}": given.pipeline not in (None, plan.pipeline),
-        f"the number of micro-batches is to be {given.micro_batches}": given.micro_batches
-        not in (None, plan.micro_batches),
-        "recomputation is decided otherwise": given.recompute not in (None, plan.recomputation != "none"),
-        "sharding of parameters is decided otherwise": given.shard_parameters
-        not in (None, plan.sharding == "parameters"),
-        f"{plan.schedule} is not among the schedules": plan.schedule not in given.schedules,
-        f"more than {MAX_CHUNKS} chunks on a rank": plan.chunks > MAX_CHUNKS,
+        f"cp{plan.context} is above --max-context {constraints.max_context}": plan.context > constraints.max_context,
+        f"tp{plan.tensor} is above --max-tensor {constraints.max_tensor}": constraints.max_tensor is not None
+        and plan.tensor > constraints.max_tensor,
+        f"pp{plan.pipeline} contradicts --stages {constraints.pipeline}": constraints.pipeline
+        not in (None, plan.pipeline),
+        f"its {plan.micro_batches} micro-batches contradict --micro-batches {constraints.micro_batches}": (
+            constraints.micro_batches not in (None, plan.micro_batches)
+        ),
+        f"{recompute} contradicts --recompute {_yes_no(constraints.recompute)}": constraints.recompute
+        not in (None, plan.recomputation != "none"),
+        f"{sharding} contradicts --shard-parameters {_yes_no(constraints.shard_parameters)}": (
+            constraints.shard_parameters not in (None, plan.sharding == "parameters")
+        ),
+        f"{plan.schedule} is not among the --schedules": plan.schedule not in constraints.schedules,
+        f"it has {plan.chunks} chunks on each rank, and the search tries at most {MAX_CHUNKS}": plan.chunks
+        > MAX_CHUNKS,
     }
     return [reason for reason, applies in reasons.items() if applies]
+
+
+def _yes_no(choice: bool | None) -> str:
+    return "yes" if choice else "no"

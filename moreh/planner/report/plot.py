@@ -1,4 +1,4 @@
-"""The picture of a plan: what every rank of the pipeline does in a step, and what its memory is used for."""
+"""The picture of a plan: what every pipeline rank does in a step, and what its memory is used for."""
 
 import os
 from pathlib import Path
@@ -11,20 +11,29 @@ from moreh.planner.cost.pipeline_time import Timeline, simulate
 from moreh.planner.cost.prediction import DeviceMemory, Prediction
 from moreh.planner.plan.notation import plan_text
 from moreh.planner.plan.schedules import KINDS, SPLIT_BACKWARD
-from moreh.planner.report.report import GIB, Request, seconds_text
+from moreh.planner.search.request import Request
+from moreh.planner.units import GIB, seconds_text
 
 SUFFIXES = (".png", ".svg", ".pdf")
-# Forward, backward, backward for inputs, backward for weights; and what follows the last micro-batch.
+# By the kind of an operation: indices into moreh.planner.plan.schedules.KINDS.
 KIND_NAMES = ("forward", "backward", "backward: inputs", "backward: weights")
-KIND_COLOURS = ("#4477aa", "#ee8866", "#ee8866", "#eecc66")
-FINISH_COLOUR = "#999999"
-MEMORY_COLOURS = ("#4477aa", "#66ccee", "#228833", "#ee8866", "#eecc66", "#aa3377", "#bbbbbb")
-# Operations of a rank that can be told apart, and the share of the picture's width that a digit takes.
-READABLE, DIGIT = 80, 0.0065
+KIND_COLORS = ("#4477aa", "#ee8866", "#ee8866", "#eecc66")
+# What follows the last micro-batch: gradient reduction and the optimizer.
+TAIL_COLOR = "#999999"
+# By the field of DeviceMemory.
+MEMORY_COLORS = ("#4477aa", "#66ccee", "#228833", "#ee8866", "#eecc66", "#aa3377", "#bbbbbb")
+# The most operations of a rank that can be told apart.
+MAX_READABLE_OPERATIONS = 80
+# The share of the picture's width that a digit takes.
+DIGIT_WIDTH = 0.0065
 
 
 def check_plot_path(path: Path) -> None:
-    """Raise PlanError where no picture can be written to a path, before anything is computed for it."""
+    """Check that a picture can be written to a path, before anything is computed for it.
+
+    Raises:
+        PlanError: the directory does not exist, the path is a directory, or it may not be written.
+    """
     directory = path.parent
     if not directory.is_dir():
         problem = f"there is no directory {directory}"
@@ -38,7 +47,9 @@ def check_plot_path(path: Path) -> None:
 
 
 def draw_plan(prediction: Prediction, request: Request, path: Path) -> None:
-    """Draw the timeline of the plan's pipeline above the memory of its ranks, into a file with one of SUFFIXES.
+    """Draw the timeline of the plan's pipeline and, below it, the memory of its ranks.
+
+    The suffix of the file, one of SUFFIXES, chooses the format.
 
     Raises:
         PlanError: matplotlib is not installed, or the file cannot be written.
@@ -83,7 +94,7 @@ def _draw_timeline(figure: Any, prediction: Prediction) -> None:
             prediction.step_time_s - timeline.makespan_s,
             left=timeline.makespan_s,
             height=0.8,
-            color=FINISH_COLOUR,
+            color=TAIL_COLOR,
         )
         panel.set_xlim(start, end)
         panel.set_xlabel("seconds")
@@ -99,19 +110,23 @@ def _draw_timeline(figure: Any, prediction: Prediction) -> None:
     _legend(
         panels[-1],
         [*(KIND_NAMES[kind] for kind in kinds), "gradients and optimizer"],
-        [*(KIND_COLOURS[kind] for kind in kinds), FINISH_COLOUR],
+        [*(KIND_COLORS[kind] for kind in kinds), TAIL_COLOR],
     )
 
 
 def _windows(timeline: Timeline, ranks: int, step_s: float) -> list[tuple[float, float]]:
-    """The whole step, or its beginning and its end where it has too many operations to tell them apart."""
+    """The parts of a step to draw, each from a start to an end in seconds.
+
+    These are the whole step, or its beginning and its end if it has too many operations to tell them apart.
+    """
     operations = len(timeline.kind) // ranks
-    if operations <= READABLE:
+    if operations <= MAX_READABLE_OPERATIONS:
         return [(0.0, step_s)]
-    # The last rank has to start in the first window and the first one to work alone in the last, whatever their number.
+    # However many ranks there are, the last one has to start in the first window, and the first one to work alone in
+    # the last.
     first = timeline.rank == 0
     backward = timeline.start_s[first & (timeline.kind != 0)].min()
-    width = max(1.3 * backward, READABLE / 2 / operations * timeline.makespan_s)
+    width = max(1.3 * backward, MAX_READABLE_OPERATIONS / 2 / operations * timeline.makespan_s)
     return [(0.0, step_s)] if 2 * width >= step_s else [(0.0, width), (step_s - width, step_s)]
 
 
@@ -120,23 +135,26 @@ def _draw_window(panel: Any, timeline: Timeline, ranks: int, start: float, end: 
     seen = (timeline.end_s > start) & (timeline.start_s < end)
     for kind in range(len(KINDS)):
         for rank in range(ranks):
-            here = seen & (timeline.kind == kind) & (timeline.rank == rank)
-            spans = list(zip(timeline.start_s[here], (timeline.end_s - timeline.start_s)[here], strict=True))
-            panel.broken_barh(spans, (rank - 0.4, 0.8), facecolor=KIND_COLOURS[kind], edgecolor="white", linewidth=0.2)
-    for place in np.flatnonzero(seen & (timeline.start_s >= start) & (timeline.end_s <= end)):
-        number = str(timeline.micro_batch[place])
-        if timeline.end_s[place] - timeline.start_s[place] > DIGIT * panels * len(number) * (end - start):
-            middle = (timeline.start_s[place] + timeline.end_s[place]) / 2
-            panel.text(middle, timeline.rank[place], number, ha="center", va="center", fontsize=6)
+            operations = seen & (timeline.kind == kind) & (timeline.rank == rank)
+            spans = list(
+                zip(timeline.start_s[operations], (timeline.end_s - timeline.start_s)[operations], strict=True)
+            )
+            panel.broken_barh(spans, (rank - 0.4, 0.8), facecolor=KIND_COLORS[kind], edgecolor="white", linewidth=0.2)
+    for operation in np.flatnonzero(seen & (timeline.start_s >= start) & (timeline.end_s <= end)):
+        label = str(timeline.micro_batch[operation])
+        operation_start_s, operation_end_s = timeline.start_s[operation], timeline.end_s[operation]
+        if operation_end_s - operation_start_s > DIGIT_WIDTH * panels * len(label) * (end - start):
+            middle = (operation_start_s + operation_end_s) / 2
+            panel.text(middle, timeline.rank[operation], label, ha="center", va="center", fontsize=6)
 
 
 def _draw_memory(axes: Any, prediction: Prediction, request: Request) -> None:
     ranks = np.arange(prediction.plan.pipeline)
     bottom = np.zeros(len(ranks))
     kinds = list(DeviceMemory.__dataclass_fields__)
-    for kind, colour in zip(kinds, MEMORY_COLOURS, strict=True):
+    for kind, color in zip(kinds, MEMORY_COLORS, strict=True):
         height = np.array([getattr(rank, kind) / GIB for rank in prediction.memory])
-        axes.bar(ranks, height, 0.7, bottom=bottom, color=colour)
+        axes.bar(ranks, height, 0.7, bottom=bottom, color=color)
         bottom += height
     device, limit = request.device.memory_bytes / GIB, request.limit_bytes / GIB
     axes.axhline(device, color="black", linewidth=1.2)
@@ -149,11 +167,11 @@ def _draw_memory(axes: Any, prediction: Prediction, request: Request) -> None:
     axes.set_xticks(ranks)
     axes.set_xlabel("pipeline rank")
     axes.set_ylabel("memory per device (GiB)")
-    _legend(axes, kinds[::-1], list(MEMORY_COLOURS)[::-1])
+    _legend(axes, kinds[::-1], list(MEMORY_COLORS)[::-1])
 
 
-def _legend(axes: Any, names: list[str], colours: list[str]) -> None:
+def _legend(axes: Any, names: list[str], colors: list[str]) -> None:
     from matplotlib.patches import Patch
 
-    handles = [Patch(color=colour, label=name) for name, colour in zip(names, colours, strict=True)]
+    handles = [Patch(color=color, label=name) for name, color in zip(names, colors, strict=True)]
     axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8, frameon=False)

@@ -10,9 +10,10 @@ from moreh.planner.cost.memory import memory
 from moreh.planner.cost.prediction import Environment, make_environment
 from moreh.planner.hardware.cluster import cluster_for_devices, cluster_for_flavor
 from moreh.planner.hardware.measured_device import NAME as THIS_MACHINE
-from moreh.planner.report.report import Json, Request, constraints_text, gib
 from moreh.planner.search.candidates import candidate_tables
+from moreh.planner.search.request import Request, constraints_text
 from moreh.planner.search.search import SearchResult, search_on_most_devices
+from moreh.planner.units import gib
 
 # Where no list of accelerators says what is larger.
 TIMES_DEVICES = (2, 4, 8, 16, 32, 64)
@@ -44,11 +45,6 @@ def search_plans(request: Request, count: int) -> SearchOutcome:
     idle = idle.removesuffix(" as asked")
     freed = _freed(request, all_devices=True)
     return replace(found, idle=f"{idle}; there are plans on all devices {freed}" if freed else idle)
-
-
-def search_outcome_json(found: SearchOutcome, message: str | None) -> Json:
-    """The devices in use, and what there is to say about idle ones and about plans that do not fit."""
-    return {"devices_in_use": found.setting.cluster.devices, "idle": found.idle or None, "message": message}
 
 
 def _freed(request: Request, all_devices: bool) -> str:

@@ -15,11 +15,11 @@ from moreh.planner.hardware.cluster import cluster_for_flavor
 from moreh.planner.hardware.efficiency import uncertainty
 from moreh.planner.plan.notation import plan_text
 from moreh.planner.plan.plan import Plan, Recomputation, Training
-from moreh.planner.report.report import gib, seconds_text
 from moreh.planner.search.candidates import Constraints
 from moreh.planner.search.constraints import constraints_from_options
 from moreh.planner.search.search import SearchResult, search, search_on_most_devices
 from moreh.planner.software_profile import TRANSFORMERS, TRANSFORMERS_AUTOCAST, moreh_software
+from moreh.planner.units import gib, seconds_text
 from moreh.runtime.tensor.partition import max_tensor_parallel, sequence_parallel_refusal
 
 SELECTED_CONFIG = "advanced_parallelization_selected_config.dump"

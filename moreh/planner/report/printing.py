@@ -1,0 +1,41 @@
+"""Printing of plans, for moreh-plan and for --plan-only of the training scripts.
+
+`width` is the width of the output in characters; None stands for any.
+"""
+
+from collections.abc import Iterable
+
+from moreh.planner.report.plan_rows import header_pairs, plan_table_forms
+from moreh.planner.search.request import Request
+from moreh.planner.search.search import SearchResult
+from moreh.tables import draw_widest, wrap_line
+
+NAME_WIDTH = 14
+
+
+def print_pairs(pairs: Iterable[tuple[str, str]], width: int | None) -> None:
+    """Print a word and a text in each line; the rest of a long text stands below its beginning."""
+    for name, text in pairs:
+        print(wrap_line(f"{name:{NAME_WIDTH}}{text}", width, indent=NAME_WIDTH))
+
+
+def print_sentences(sentences: Iterable[str], width: int | None) -> None:
+    """Print each sentence on a line of its own, or on more if it is long."""
+    for sentence in sentences:
+        print(wrap_line(sentence, width))
+
+
+def print_plans(
+    request: Request,
+    result: SearchResult,
+    width: int | None,
+    idle: str = "",
+    notes: Iterable[tuple[str, str]] = (),
+) -> None:
+    """Print what was planned and the table of the best plans.
+
+    `idle` says why some devices have nothing to do; empty where all have something to do. `notes` are more pairs of a
+    word and a text.
+    """
+    print_pairs([*header_pairs(request, result, idle), *notes], width)
+    print(draw_widest(plan_table_forms(request, result), width))

@@ -1,0 +1,33 @@
+"""The parts of a step in words."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class StepPart:
+    """How one part of a step's time is called, and what in a plan it depends on."""
+
+    name: str
+    short: str
+    """The name in a narrow table."""
+    pieces: tuple[str, ...]
+    """The pieces of a plan's notation that the part depends on most."""
+
+
+# By the field of StepBreakdown.
+STEP_PARTS = {
+    "computation_s": StepPart("computation", "compute", ("mb", "tp", "cp", "pp", "layers")),
+    "recomputation_s": StepPart("recomputation", "recompute", ("recompute",)),
+    "tensor_exchange_s": StepPart("tensor-parallel communication", "tensor", ("tp", "sp", "recompute")),
+    "data_exchange_s": StepPart("sharding communication", "sharding", ("shard", "dp", "cp", "mb")),
+    "bubble_s": StepPart("pipeline bubble", "bubble", ("pp", "schedule", "mb", "layers")),
+    "gradients_s": StepPart("gradient reduction", "gradients", ("shard", "dp", "cp")),
+    "optimizer_s": StepPart("optimizer", "optimizer", ("shard", "tp", "cp", "pp")),
+}
+_SHORT_NAMES = {part.name: part.short for part in STEP_PARTS.values()}
+
+
+def short_overhead(text: str) -> str:
+    """The text of a step's largest overhead, such as "pipeline bubble 12%", for a narrow table: "bubble 12%"."""
+    name, _, share = text.rpartition(" ")
+    return f"{_SHORT_NAMES[name]} {share}" if name in _SHORT_NAMES else text.partition(" ")[0]
