@@ -1,1 +1,1 @@
-"""The command-line tools. They read and write the registry's files and never import torch, so they answer at once."""
+"""The command-line tools: moreh-smi, moreh-switch-model, moreh-plan. They answer at once: none imports torch."""

@@ -8,8 +8,7 @@ from contextlib import suppress
 from moreh.accelerator.devices import all_devices, find_device
 from moreh.accelerator.flavors import Flavor, find_flavor
 from moreh.accelerator.registry import read_registry
-from moreh.cli.plan_options import DEFAULT_COUNT, PRECISIONS, YES_NO_AUTO, parse_options
-from moreh.cli.tables import Column, draw_table
+from moreh.cli.plan_options import PRECISIONS, YES_NO_AUTO, parse_options
 from moreh.cli.terminal import run_tool
 from moreh.errors import PlanError
 from moreh.models.describe.from_source import describe
@@ -18,31 +17,21 @@ from moreh.planner.hardware.cluster import cluster_for_devices, cluster_for_flav
 from moreh.planner.hardware.measured_device import NAME as THIS_MACHINE
 from moreh.planner.plan.notation import parse_plan, plan_text
 from moreh.planner.plan.plan import Plan, Training
-from moreh.planner.report.explanation import explanation_json, explanation_rows, explanation_sentences
-from moreh.planner.report.flavor_comparison import (
-    compare_flavors,
-    flavor_headers,
-    flavor_rows,
-    flavors_json,
-    no_flavor_text,
-    recommendation,
-)
+from moreh.planner.report.explanation import explanation_json, explanation_sentences, explanation_table_forms
+from moreh.planner.report.flavor_comparison import compare_flavors
+from moreh.planner.report.flavor_report import flavor_table_forms, flavors_json, no_flavor_text, recommendation
+from moreh.planner.report.json_output import Json, request_json, search_json, search_outcome_json
+from moreh.planner.report.plan_rows import DEFAULT_COUNT, header_pairs
 from moreh.planner.report.plot import check_plot_path, draw_plan
-from moreh.planner.report.report import (
-    PLAN_HEADERS,
-    Json,
-    Request,
-    header_rows,
-    plan_rows,
-    request_json,
-    search_json,
-)
+from moreh.planner.report.printing import print_pairs, print_plans, print_sentences
 from moreh.planner.search.candidates import Constraints
-from moreh.planner.search.suggestions import SearchOutcome, nothing_fits_text, search_outcome_json, search_plans
+from moreh.planner.search.request import Request
+from moreh.planner.search.suggestions import SearchOutcome, nothing_fits_text, search_plans
 from moreh.planner.software_profile import TRANSFORMERS, TRANSFORMERS_AUTOCAST, moreh_software
+from moreh.tables import draw_widest, terminal_width
 
-# What is computed in without advanced parallelization, by a model of transformers on this machine.
-LOCAL_IMPLEMENTATIONS = {"bfloat16": TRANSFORMERS_AUTOCAST, "float32": TRANSFORMERS}
+# The software of this machine's workers: transformers' models without advanced parallelization, by precision.
+LOCAL_SOFTWARE = {"bfloat16": TRANSFORMERS_AUTOCAST, "float32": TRANSFORMERS}
 
 
 def main() -> int:
@@ -55,22 +44,23 @@ def _plan(arguments: list[str]) -> int:
     if options.plot is not None:
         check_plot_path(options.plot)
     request = _request(options)
-    longest = request.training.architecture.max_positions
-    if longest is not None and options.sequence_length > longest:
+    max_positions = request.training.architecture.max_positions
+    if max_positions is not None and options.sequence_length > max_positions:
         print(
-            f"warning: {request.training.architecture.name} has {longest} positions: sequences of {options.sequence_length} "
-            "tokens are longer than what it was made for",
+            f"warning: {request.training.architecture.name} has {max_positions} positions: sequences of "
+            f"{options.sequence_length} tokens are longer than what it was made for",
             file=sys.stderr,
         )
+    width = None if options.wide else terminal_width()
     if options.flavors:
-        return _compare(options, request)
+        return _compare(options, request, width)
     if options.explain is not None:
-        return _explain(options, request)
-    return _search(options, request)
+        return _explain(options, request, width)
+    return _search(options, request, width)
 
 
 def _flavor(options: argparse.Namespace) -> Flavor | None:
-    """The accelerator of the list: the one that was named, the current one, or none where devices were named."""
+    """The accelerator that was named, else the current one; None where devices were named."""
     if options.device is not None:
         return None
     if options.accelerator is not None:
@@ -81,11 +71,14 @@ def _flavor(options: argparse.Namespace) -> Flavor | None:
 
 def _request(options: argparse.Namespace) -> Request:
     flavor = _flavor(options)
-    setting = _setting(options, flavor)
+    setting = _environment(options, flavor)
     if options.precision == "float8" and setting.cluster.device.float8_flops_per_second is None:
-        able = ", ".join(device.name for device in all_devices().values() if device.float8_flops_per_second is not None)
+        names = ", ".join(
+            device.name for device in all_devices().values() if device.float8_flops_per_second is not None
+        )
         raise PlanError(
-            f"{setting.cluster.device.name} does not compute in float8: choose bfloat16, or with --device one of {able}"
+            f"{setting.cluster.device.name} does not compute in float8: "
+            f"choose bfloat16, or with --device one of {names}"
         )
     return Request(
         training=Training(describe(options.model), options.batch_size, options.sequence_length),
@@ -105,104 +98,81 @@ def _request(options: argparse.Namespace) -> Request:
     )
 
 
-def _setting(options: argparse.Namespace, flavor: Flavor | None) -> Environment:
-    implementation = moreh_software(PRECISIONS[options.precision])
+def _environment(options: argparse.Namespace, flavor: Flavor | None) -> Environment:
+    software = moreh_software(PRECISIONS[options.precision])
     if flavor is not None:
-        return make_environment(cluster_for_flavor(flavor), implementation)
+        return make_environment(cluster_for_flavor(flavor), software)
     if options.device.strip().lower() == THIS_MACHINE:
-        return measured_environment(options.devices, LOCAL_IMPLEMENTATIONS.get(options.precision, implementation))
-    return make_environment(cluster_for_devices(find_device(options.device), options.devices), implementation)
+        return measured_environment(options.devices, LOCAL_SOFTWARE.get(options.precision, software))
+    return make_environment(cluster_for_devices(find_device(options.device), options.devices), software)
 
 
-def _search(options: argparse.Namespace, request: Request) -> int:
-    found = search_plans(request, options.count or DEFAULT_COUNT)
-    best = found.result.best
-    message = None if best else nothing_fits_text(request, found)
+def _search(options: argparse.Namespace, request: Request, width: int | None) -> int:
+    outcome = search_plans(request, options.count or DEFAULT_COUNT)
+    best = outcome.result.best
+    message = None if best else nothing_fits_text(request, outcome)
     if options.json:
         plot = str(options.plot) if best and options.plot else None
-        content = {**request_json(request), **search_json(request, found.result), **search_outcome_json(found, message)}
-        _print_json({**content, "plot": plot})
+        plans = {**search_json(request, outcome.result), **search_outcome_json(outcome, message)}
+        _print_json({**request_json(request), **plans, "plot": plot})
     elif best:
-        _print_pairs(_header(request, found))
-        print(_table(PLAN_HEADERS, plan_rows(request, found.result), left=(PLAN_HEADERS[1], PLAN_HEADERS[-1])))
+        print_plans(request, outcome.result, width, outcome.idle)
     if message:
         raise PlanError(message)
-    _draw(options, request, best[0], "plan 1")
+    _draw(options, request, best[0], "plan 1", width)
     return 0
 
 
-def _explain(options: argparse.Namespace, request: Request) -> int:
-    found = search_plans(request, count=1)
-    plan, setting = _given_plan(options.explain, request, found)
+def _explain(options: argparse.Namespace, request: Request, width: int | None) -> int:
+    outcome = search_plans(request, count=1)
+    plan, setting = _plan_to_explain(options.explain, request, outcome)
     asked = predict(plan, request.training, setting)
-    best = found.result.best[0] if found.result.best else None
-    message = None if best else nothing_fits_text(request, found)
+    best = outcome.result.best[0] if outcome.result.best else None
+    message = None if best else nothing_fits_text(request, outcome)
     if options.json:
-        content = {
-            **request_json(request),
-            **explanation_json(request, asked, best),
-            **search_outcome_json(found, message),
-        }
-        _print_json({**content, "plot": str(options.plot) if options.plot else None})
+        explanation = {**explanation_json(request, asked, best), **search_outcome_json(outcome, message)}
+        _print_json({**request_json(request), **explanation, "plot": str(options.plot) if options.plot else None})
     else:
-        _print_pairs([*_header(request, found), ("This plan", plan_text(plan))])
-        if best is not None:
-            _print_pairs([("Best plan", plan_text(best.plan))])
-        headers = ("", "This plan", "Best plan")[: 2 if best is None else 3]
-        print(_table(headers, explanation_rows([asked] if best is None else [asked, best]), left=("",)))
-        print("\n".join(explanation_sentences(request, asked, best)))
-    _draw(options, request, asked, "this plan")
+        plans = [("This plan", plan_text(plan))] + ([] if best is None else [("Best plan", plan_text(best.plan))])
+        print_pairs([*header_pairs(request, outcome.result, outcome.idle), *plans], width)
+        print(draw_widest(explanation_table_forms(asked, best), width))
+        print_sentences(explanation_sentences(request, asked, best), width)
+    _draw(options, request, asked, "this plan", width)
     if message:
         raise PlanError(message)
     return 0
 
 
-def _given_plan(text: str, request: Request, found: SearchOutcome) -> tuple[Plan, Environment]:
-    """The plan of a text, for all devices or for those that the search uses, and the setting with these."""
-    if found.idle:
-        with suppress(PlanError):  # what is wrong with it on the devices in use is said below
+def _plan_to_explain(text: str, request: Request, outcome: SearchOutcome) -> tuple[Plan, Environment]:
+    """The plan of --explain on all devices or, if it is for fewer, on those that the search uses; and where it runs."""
+    if outcome.idle:
+        with suppress(PlanError):  # if it is not for the devices in use either, the error below says so
             return parse_plan(text, request.training, request.setting.cluster.devices), request.setting
-    return parse_plan(text, request.training, found.setting.cluster.devices), found.setting
+    return parse_plan(text, request.training, outcome.setting.cluster.devices), outcome.setting
 
 
-def _compare(options: argparse.Namespace, request: Request) -> int:
+def _compare(options: argparse.Namespace, request: Request, width: int | None) -> int:
     rows = compare_flavors(request)
     tokens, price = options.dataset_tokens, options.price_per_device_hour
     if options.json:
         _print_json({**request_json(request), **flavors_json(request, rows, tokens, price)})
     else:
-        _print_pairs([pair for pair in header_rows(request) if pair[0] != "Accelerator"])
-        cells = flavor_rows(request, rows, tokens, price)
-        print(_table(flavor_headers(tokens, price), cells, left=("Accelerator", "Fits", "Best plan")))
+        print_pairs([pair for pair in header_pairs(request) if pair[0] != "Accelerator"], width)
+        print(draw_widest(flavor_table_forms(request, rows, tokens, price), width))
     if not any(row.best for row in rows):
         raise PlanError(no_flavor_text(request, rows))
     if not options.json:
-        print("\n".join(recommendation(rows, tokens, price)))
+        print_sentences(recommendation(rows, tokens, price), width)
     return 0
 
 
-def _draw(options: argparse.Namespace, request: Request, prediction: Prediction, name: str) -> None:
-    """Draw the picture that was asked for, after everything else was printed."""
+def _draw(options: argparse.Namespace, request: Request, prediction: Prediction, name: str, width: int | None) -> None:
+    """Draw the picture that was asked for. This comes last: everything else is printed, even if drawing fails."""
     if options.plot is None:
         return
     draw_plan(prediction, request, options.plot)
     if not options.json:
-        print(f"The picture of {name} is in {options.plot}")
-
-
-def _header(request: Request, found: SearchOutcome) -> list[tuple[str, str]]:
-    rows = header_rows(request, found.result)
-    return [*rows[:-1], ("Idle", found.idle.replace(" stay idle", "", 1)), rows[-1]] if found.idle else rows
-
-
-def _table(headers: tuple[str, ...], rows: list[tuple[str, ...]], left: tuple[str, ...]) -> str:
-    """A table in which numbers stand on the right and the columns named by `left` on the left."""
-    return draw_table([Column(header, 4, "left" if header in left else "right") for header in headers], rows)
-
-
-def _print_pairs(pairs: list[tuple[str, str]]) -> None:
-    for name, text in pairs:
-        print(f"{name:14}{text}")
+        print_sentences([f"The picture of {name} is in {options.plot}"], width)
 
 
 def _print_json(content: Json) -> None:

@@ -2,52 +2,75 @@
 
 import argparse
 import math
-import textwrap
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from itertools import groupby
 from pathlib import Path
 
 from moreh.accelerator.devices import all_devices
+from moreh.cli.terminal import help_formatter
 from moreh.planner.hardware.measured_device import NAME as THIS_MACHINE
 from moreh.planner.plan.notation import LEGEND
 from moreh.planner.plan.plan import SCHEDULES
+from moreh.planner.report.plan_rows import DEFAULT_COUNT
 from moreh.planner.report.plot import SUFFIXES
+from moreh.tables import terminal_width, wrap_line
 
-# Larger than anything that is trained; a typing error must not keep the search busy for minutes.
+# Larger than anything that is trained, so that a typing error does not keep the search busy for minutes.
 MAX_ROWS, MAX_TOKENS, MAX_DEVICES, MAX_PLANS = 1_000_000, 100_000_000, 100_000, 1_000
-DEFAULT_COUNT = 10
 YES_NO_AUTO = {"yes": True, "no": False, "auto": None}
+# The name of each precision in SoftwareProfile.
 PRECISIONS = {"bfloat16": "half", "float32": "float32", "float8": "float8"}
+DESCRIPTION = (
+    "Find the fastest ways to train a model on an accelerator, and predict how long a step takes and how much memory "
+    "it needs. Neither the weights nor the accelerator itself are needed."
+)
 EXAMPLES = """\
 Examples:
-  moreh-plan configs/models/llama3_8b.json --batch-size 64 --sequence-length 4096 --flavors
-  moreh-plan configs/models/llama3_70b.json --accelerator 8xLarge.4096GB --batch-size 512 \\
-      --sequence-length 1024 --explain 'tp1 pp8 dp8 mb1x64 recompute:full shard:parameters'
+  The ten fastest plans for a model on an accelerator:
+    moreh-plan configs/models/llama3_70b.json --accelerator 8xLarge.4096GB \\
+        --batch-size 512 --sequence-length 1024
+  Why another plan is not among them:
+    moreh-plan configs/models/llama3_70b.json --accelerator 8xLarge.4096GB \\
+        --batch-size 512 --sequence-length 1024 \\
+        --explain 'tp1 pp8 dp8 mb1x64 recompute:full shard:parameters'
+  Which accelerator to take for a billion tokens:
+    moreh-plan configs/models/llama3_8b.json --flavors --dataset-tokens 1e9 \\
+        --batch-size 64 --sequence-length 4096
+  On devices that no accelerator has:
+    moreh-plan configs/models/llama3_8b.json --device 'H100 80GB' --devices 8 \\
+        --batch-size 64 --sequence-length 4096
 """
-EXIT_CODES = "Exit codes: 0 done, 1 refused or nothing fits (the message says why), 2 wrong usage."
+EXIT_CODES = """\
+Exit codes:
+  0  The plans were printed.
+  1  The request was refused, or no plan fits; the error says why.
+  2  The command line is wrong.
+"""
 
 
-def _whole(most: int) -> Callable[[str], int]:
-    """The type of an option: a whole number from 1 to `most`."""
+def _whole(maximum: int) -> Callable[[str], int]:
+    """The type of an option: a whole number from 1 to `maximum`."""
 
     def parse(text: str) -> int:
-        if not text.isdecimal() or len(text) > 12 or not 1 <= int(text) <= most:
-            raise argparse.ArgumentTypeError(f"{text}: give a whole number from 1 to {most:,}")
+        if not text.isdecimal() or len(text) > 12 or not 1 <= int(text) <= maximum:
+            raise argparse.ArgumentTypeError(f"{text}: give a whole number from 1 to {maximum:,}")
         return int(text)
 
     return parse
 
 
-def _amount(most: float) -> Callable[[str], float]:
-    """The type of an option: a number above 0, at most `most`."""
+def _amount(maximum: float) -> Callable[[str], float]:
+    """The type of an option: a number above 0, at most `maximum`."""
 
     def parse(text: str) -> float:
         try:
-            number = float(text)
+            amount = float(text)
         except ValueError:
-            number = math.nan
-        if not 0 < number <= most:
-            raise argparse.ArgumentTypeError(f"{text}: give a number above 0, at most {most:g}")
-        return number
+            amount = math.nan
+        if not 0 < amount <= maximum:
+            raise argparse.ArgumentTypeError(f"{text}: give a number above 0, at most {maximum:g}")
+        return amount
 
     return parse
 
@@ -62,72 +85,27 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     """The options of a command line; leaves with exit code 2 where they are wrong."""
     parser = argparse.ArgumentParser(
         prog="moreh-plan",
-        usage="moreh-plan MODEL --batch-size B --sequence-length S [options]; moreh-plan -h lists them",
-        description="Find the fastest ways to train a model on an accelerator and predict what they take.",
+        usage="moreh-plan MODEL --batch-size B --sequence-length S [options]; see --help",
+        description=wrap_line(DESCRIPTION, terminal_width()),
         epilog=_epilog(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("model", metavar="MODEL", help="a config.json, a directory with one, or the name of a model")
-    parser.add_argument(
-        "--batch-size", type=_whole(MAX_ROWS), required=True, metavar="B", help="rows of a training step"
+        formatter_class=help_formatter(),
     )
     parser.add_argument(
-        "--sequence-length", type=_whole(MAX_TOKENS), required=True, metavar="S", help="tokens of a row"
+        "model", metavar="MODEL", help="The model: a config.json, a directory that has one, or a name on the hub."
     )
-    where = parser.add_argument_group("where (otherwise the current accelerator)")
-    where.add_argument(
-        "--accelerator", metavar="MODEL", help="an accelerator, by its name or number in moreh-switch-model"
+    parser.add_argument(
+        "--batch-size",
+        type=_whole(MAX_ROWS),
+        required=True,
+        metavar="B",
+        help="Sequences in a training step, over all devices.",
     )
-    where.add_argument("--device", metavar="NAME", help="a kind of device, one of those below")
-    where.add_argument(
-        "--devices", type=_whole(MAX_DEVICES), metavar="N", help="how many of them (of this machine: worker processes)"
+    parser.add_argument(
+        "--sequence-length", type=_whole(MAX_TOKENS), required=True, metavar="S", help="Tokens in a sequence."
     )
-    what = parser.add_argument_group("what is decided already (otherwise it is searched)")
-    what.add_argument("--stages", type=_whole(MAX_DEVICES), metavar="N", help="devices in a pipeline")
-    what.add_argument("--micro-batches", type=_whole(MAX_ROWS), metavar="N", help="micro-batches of a step")
-    for name, meaning in (("--recompute", "recompute activations"), ("--shard-parameters", "shard parameters")):
-        what.add_argument(name, choices=YES_NO_AUTO, default="auto", help=f"{meaning}: yes, no or auto (default)")
-    what.add_argument("--max-tensor", type=_whole(MAX_DEVICES), metavar="N", help="the most tensor-parallel ranks")
-    what.add_argument(
-        "--schedules",
-        nargs="+",
-        choices=SCHEDULES,
-        default=SCHEDULES,
-        metavar="NAME",
-        help=f"only these pipeline schedules: {', '.join(SCHEDULES)}",
-    )
-    what.add_argument(
-        "--max-context",
-        type=_whole(MAX_DEVICES),
-        default=1,
-        metavar="N",
-        help="the most context-parallel ranks (default 1: the local runtime has no context parallelism)",
-    )
-    what.add_argument(
-        "--memory-percent", type=_amount(100), default=80.0, metavar="P", help="of a device for plans (default 80)"
-    )
-    what.add_argument(
-        "--precision", choices=PRECISIONS, default="bfloat16", help="of the arithmetic (default bfloat16)"
-    )
-    show = parser.add_argument_group("what is shown")
-    kind = show.add_mutually_exclusive_group()
-    kind.add_argument(
-        "--count", type=_whole(MAX_PLANS), metavar="N", help=f"so many of the best plans (default {DEFAULT_COUNT})"
-    )
-    kind.add_argument(
-        "--explain", metavar="PLAN", help="a plan such as 'tp4 pp8 dp2 mb1x64': why it is not the best one"
-    )
-    kind.add_argument("--flavors", action="store_true", help="compare all accelerators of moreh-switch-model")
-    show.add_argument(
-        "--dataset-tokens", type=_amount(1e18), metavar="N", help="with --flavors: hours for so many tokens"
-    )
-    show.add_argument(
-        "--price-per-device-hour", type=_amount(1e9), metavar="X", help="with --dataset-tokens: cost, in your unit"
-    )
-    show.add_argument(
-        "--plot", type=_picture, metavar="FILE", help="draw the pipeline's timeline and the memory (.png, .svg, .pdf)"
-    )
-    show.add_argument("--json", action="store_true", help="print JSON")
+    _add_place(parser.add_argument_group("where to train (default: the current accelerator)"))
+    _add_constraints(parser.add_argument_group("what the plans must be like (default: all possibilities are searched)"))
+    _add_output(parser.add_argument_group("what to print (default: the best plans)"))
     options = parser.parse_args(arguments)
     needs = {
         "--device and --devices are given together": (options.device is None) == (options.devices is None),
@@ -144,8 +122,126 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     return options
 
 
+def _add_place(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--accelerator", metavar="MODEL", help="An accelerator, by its name or number in moreh-switch-model."
+    )
+    group.add_argument(
+        "--device", metavar="NAME", help="A kind of device instead of an accelerator: one of those listed below."
+    )
+    group.add_argument(
+        "--devices",
+        type=_whole(MAX_DEVICES),
+        metavar="N",
+        help="The number of these devices (with --device 'this machine': of worker processes).",
+    )
+
+
+def _add_constraints(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--stages", type=_whole(MAX_DEVICES), metavar="N", help="Use exactly N pipeline ranks.")
+    group.add_argument(
+        "--micro-batches", type=_whole(MAX_ROWS), metavar="N", help="Cut each step into exactly N micro-batches."
+    )
+    group.add_argument(
+        "--recompute",
+        choices=YES_NO_AUTO,
+        default="auto",
+        help="Whether activations are recomputed in the backward pass: yes, no, or auto (the default) for both.",
+    )
+    group.add_argument(
+        "--shard-parameters",
+        choices=YES_NO_AUTO,
+        default="auto",
+        help="Whether data-parallel ranks shard the parameters: yes, no, or auto (the default) for both.",
+    )
+    group.add_argument(
+        "--max-tensor", type=_whole(MAX_DEVICES), metavar="N", help="Use at most N tensor-parallel ranks."
+    )
+    group.add_argument(
+        "--schedules",
+        nargs="+",
+        choices=SCHEDULES,
+        default=SCHEDULES,
+        metavar="NAME",
+        help=f"Use only these pipeline schedules, of {', '.join(SCHEDULES)}.",
+    )
+    group.add_argument(
+        "--max-context",
+        type=_whole(MAX_DEVICES),
+        default=1,
+        metavar="N",
+        help="Use at most N context-parallel ranks (default 1: the local runtime has no context parallelism).",
+    )
+    group.add_argument(
+        "--memory-percent",
+        type=_amount(100),
+        default=80.0,
+        metavar="P",
+        help="Let plans use P percent of each device's memory (default 80).",
+    )
+    group.add_argument(
+        "--precision", choices=PRECISIONS, default="bfloat16", help="Compute in this precision (default bfloat16)."
+    )
+
+
+def _add_output(group: argparse._ArgumentGroup) -> None:
+    kind = group.add_mutually_exclusive_group()
+    kind.add_argument(
+        "--count", type=_whole(MAX_PLANS), metavar="N", help=f"Print the N best plans (default {DEFAULT_COUNT})."
+    )
+    kind.add_argument(
+        "--explain",
+        metavar="PLAN",
+        help="Compare a plan such as 'tp4 pp8 dp2 mb1x64' with the best one, and say why it is slower or does not fit.",
+    )
+    kind.add_argument(
+        "--flavors", action="store_true", help="Compare the best plans of all accelerators of moreh-switch-model."
+    )
+    group.add_argument(
+        "--dataset-tokens",
+        type=_amount(1e18),
+        metavar="N",
+        help="With --flavors, add the hours and device-hours of a training on N tokens.",
+    )
+    group.add_argument(
+        "--price-per-device-hour",
+        type=_amount(1e9),
+        metavar="X",
+        help="With --dataset-tokens, add the cost, in the unit that X is in.",
+    )
+    group.add_argument(
+        "--plot",
+        type=_picture,
+        metavar="FILE",
+        help="Draw the pipeline's timeline and the memory of its ranks into a .png, .svg or .pdf file.",
+    )
+    group.add_argument(
+        "--wide",
+        action="store_true",
+        help="Print all columns and leave lines unbroken; without it, the output fits the terminal (COLUMNS, "
+        "else 100 columns in a file or pipe).",
+    )
+    group.add_argument("--json", action="store_true", help="Print JSON instead, with everything that is predicted.")
+
+
 def _epilog() -> str:
+    """What --help says after the options, in lines that fit the terminal."""
+    width = terminal_width()
     # A name is not to be broken at its space.
     names = ", ".join([*all_devices(), THIS_MACHINE]).replace(" ", "_").replace(",_", ", ")
-    devices = textwrap.fill(f"Devices: {names}", width=100, subsequent_indent="  ").replace("_", " ")
-    return "\n".join([LEGEND, devices, "", EXAMPLES, EXIT_CODES])
+    devices = wrap_line(f"  {names}", width, indent=2).replace("_", " ")
+    notation = "\n".join(wrap_line(line, width, _text_column(line)) for line in _paragraphs(LEGEND))
+    return "\n".join([notation, "", "Devices:", devices, "", EXAMPLES, EXIT_CODES])
+
+
+def _paragraphs(text: str) -> Iterator[str]:
+    """The lines of a text; those that do not begin with a blank are joined to paragraphs."""
+    for is_indented, group in groupby(text.splitlines(), lambda line: line.startswith(" ")):
+        lines = list(group)
+        yield from lines if is_indented else [" ".join(lines)]
+
+
+def _text_column(line: str) -> int:
+    """The column at which the description begins in a line such as "  sp    sequence parallelism"; else 0."""
+    match = re.match(r"  \S.*?\s{2,}", line)
+    return 0 if match is None else match.end()

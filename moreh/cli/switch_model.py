@@ -6,7 +6,22 @@ import sys
 
 from moreh.accelerator.flavors import all_flavors, find_flavor
 from moreh.accelerator.registry import read_registry, switch_model
-from moreh.cli.terminal import QuestionAborted, ask, print_models, run_tool, selection_question
+from moreh.cli.terminal import QuestionAborted, ask, help_formatter, print_models, run_tool, selection_question
+from moreh.tables import terminal_width, wrap_line
+
+DESCRIPTION = (
+    "Show the model of the current MoAI Accelerator, which is the number of its devices, and switch to another one."
+)
+EPILOG = """\
+Examples:
+  moreh-switch-model                   list the models and ask for one
+  moreh-switch-model 8xLarge.4096GB    switch without a question
+
+Exit codes:
+  0  Done.
+  1  Refused; the error says why.
+  2  The command line is wrong.
+"""
 
 
 def main() -> int:
@@ -58,13 +73,19 @@ def _confirm(model: str) -> None:
 def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="moreh-switch-model",
-        description="Show the model of the current MoAI Accelerator and switch it. Without an argument it asks.",
-        epilog="Exit codes: 0 done, 1 refused (the message says why), 2 wrong usage.",
+        description=wrap_line(DESCRIPTION, terminal_width()),
+        epilog=EPILOG,
+        formatter_class=help_formatter(),
     )
     parser.add_argument(
-        "selection", nargs="?", help="the new model, by its number in the list or its name; nothing is asked"
+        "selection",
+        nargs="?",
+        metavar="MODEL",
+        help="The new model, by its name or its number in the list. Without it, the tool asks.",
     )
-    parser.add_argument("--json", action="store_true", help="print JSON: the models, or the result of the switch")
+    parser.add_argument(
+        "--json", action="store_true", help="Print JSON: the models or, with MODEL, the result of the switch."
+    )
     return parser.parse_args(arguments)
 
 

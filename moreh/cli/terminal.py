@@ -1,13 +1,16 @@
-"""What the tools share: asking a question, the numbered list of models, and ending with one line on an error."""
+"""What the command-line tools share: help texts, questions, the numbered list of models, and one line for an error."""
 
+import argparse
 import io
 import sys
 from collections.abc import Callable
+from functools import partial
 
 from moreh.accelerator.flavors import all_flavors
 from moreh.errors import MorehError
+from moreh.tables import terminal_width
 
-# 2 is what argparse ends with when the command line itself is wrong.
+# argparse ends with 2 when the command line itself is wrong.
 EXIT_REFUSED = 1
 
 
@@ -35,8 +38,13 @@ def run_tool(main: Callable[[list[str]], int]) -> int:
         return EXIT_REFUSED
 
 
+def help_formatter() -> Callable[..., argparse.HelpFormatter]:
+    """The formatter of --help: as wide as the terminal; it leaves the lines of description and epilog as they are."""
+    return partial(argparse.RawDescriptionHelpFormatter, max_help_position=26, width=terminal_width())
+
+
 def ask(question: str, answer: Callable[[str], str | None]) -> str | None:
-    """Ask until `answer` returns a text, saying what is wrong with each unusable one; None when the user enters q or Q.
+    """Ask until `answer` returns a text, and print why each unusable one is refused; None when the user enters q or Q.
 
     Raises:
         QuestionAborted: standard input ended.
