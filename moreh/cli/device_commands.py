@@ -10,9 +10,9 @@ from moreh.accelerator.registry import (
     remove_accelerator,
     select_accelerator,
 )
-from moreh.cli.tables import Column, draw_table
 from moreh.cli.terminal import ask, print_models, selection_question
 from moreh.errors import AcceleratorError
+from moreh.tables import Column, draw_table
 
 
 def list_devices(*, as_json: bool) -> None:
@@ -42,19 +42,19 @@ def add_device(model: str, *, ask_for_it: bool) -> str | None:
 
 def remove_device(device: str, *, ask_for_it: bool) -> str | None:
     """Remove an accelerator; returns what was done, or None if the user left the question."""
-    chosen = _ask_for_device("Device to remove") if ask_for_it else _index(device)
-    if chosen is None:
+    index = _ask_for_device("Device to remove") if ask_for_it else _index(device)
+    if index is None:
         return None
-    removed = remove_accelerator(chosen)
+    removed = remove_accelerator(index)
     return f"Accelerator {removed.index} ({removed.model}) was removed."
 
 
 def switch_device(device: str, *, ask_for_it: bool) -> str | None:
     """Make an accelerator the current one; returns what was done, or None if the user left the question."""
-    chosen = _ask_for_device("Device to switch to") if ask_for_it else _index(device)
-    if chosen is None:
+    index = _ask_for_device("Device to switch to") if ask_for_it else _index(device)
+    if index is None:
         return None
-    selected = select_accelerator(chosen)
+    selected = select_accelerator(index)
     return f"Accelerator {selected.index} ({selected.model}) is the current one now."
 
 
@@ -75,8 +75,8 @@ def _draw_list(registry: Registry) -> str:
 def _ask_for_device(question: str) -> int | None:
     registry = read_registry()
     print(_draw_list(registry))
-    known = ", ".join(str(a.index) for a in registry.accelerators)
-    answer = ask(f"{question} ({known}, q, Q): ", lambda entered: str(registry.accelerator(_index(entered)).index))
+    indices = ", ".join(str(a.index) for a in registry.accelerators)
+    answer = ask(f"{question} ({indices}, q, Q): ", lambda entered: str(registry.accelerator(_index(entered)).index))
     return None if answer is None else int(answer)
 
 

@@ -11,14 +11,29 @@ import psutil
 from moreh.accelerator.registry import Job, ensure_registry, read_registry
 from moreh.cli.device_commands import add_device, list_devices, remove_device, switch_device
 from moreh.cli.smi_report import AcceleratorReport, as_json, collect_reports, draw_reports
-from moreh.cli.terminal import run_tool
+from moreh.cli.terminal import help_formatter, run_tool
 from moreh.errors import AcceleratorError
 from moreh.version import __version__
 
+# How long a job may take to end once it was asked to.
 SECONDS_UNTIL_KILL = 10.0
 MAX_SECONDS_BETWEEN = 86_400.0
-# Value of a device option that was given without its argument: the tool asks for it.
+# The value of a device option that was given without its argument: the tool asks for it.
 ASK = ""
+EXAMPLES = """\
+Examples:
+  moreh-smi                        what runs, and how much memory it uses
+  moreh-smi -p -l 2                every physical device, again every 2 seconds
+  moreh-smi device --add 10        add an accelerator of model number 10
+  moreh-smi --version --json       what a report of a bug needs
+
+"""
+EXIT_CODES = """\
+Exit codes:
+  0  Done.
+  1  Refused; the error says why.
+  2  The command line is wrong.
+"""
 
 
 def main() -> int:
@@ -30,8 +45,13 @@ def _smi(arguments: list[str]) -> int:
     options = _parse(arguments)
     if options.command == "device":
         _change_devices(options)
+    elif options.version and options.json:
+        # Only here: what the module imports would make every other call slower.
+        from moreh.cli.environment_report import environment_report
+
+        print(json.dumps(environment_report(), indent=1))
     elif options.version:
-        _answer(options, "version", f"moreh-smi {__version__}")
+        print(f"moreh-smi {__version__}")
     elif options.server_version:
         _answer(options, "server_version", f"no server: moreh {__version__} runs its accelerators on this machine")
     elif options.token:
@@ -50,7 +70,7 @@ def _answer(options: argparse.Namespace, name: str, text: str) -> None:
 
 
 def _show(options: argparse.Namespace) -> None:
-    """Print the state once, or again and again with -l."""
+    """Print the accelerators once, or again and again with -l."""
     while True:
         reports = _reports(options.idx)
         if options.json:
@@ -73,16 +93,16 @@ def _reports(index: int | None) -> list[AcceleratorReport]:
 
 def _change_devices(options: argparse.Namespace) -> None:
     if options.add is not None:
-        said = add_device(options.add, ask_for_it=options.add == ASK)
+        done = add_device(options.add, ask_for_it=options.add == ASK)
     elif options.rm is not None:
-        said = remove_device(options.rm, ask_for_it=options.rm == ASK)
+        done = remove_device(options.rm, ask_for_it=options.rm == ASK)
     elif options.switch is not None:
-        said = switch_device(options.switch, ask_for_it=options.switch == ASK)
+        done = switch_device(options.switch, ask_for_it=options.switch == ASK)
     else:
-        said = ""
-    if said is not None:  # else the user left the question
-        if said and not options.json:
-            print(said)
+        done = ""
+    if done is not None:  # else the user left the question
+        if done and not options.json:
+            print(done)
         list_devices(as_json=options.json)
 
 
@@ -112,7 +132,7 @@ def _end_job(index: int | None) -> str:
 
 
 def _ends_within(seconds: float, job: Job) -> bool:
-    """Wait for a job's process to end. One that its parent has not collected yet, a zombie, has ended."""
+    """Wait for a job's process to end. A zombie, which its parent has not waited for yet, has ended."""
     deadline = time.monotonic() + seconds
     while job.is_running():
         if time.monotonic() > deadline:
@@ -135,28 +155,55 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="moreh-smi",
         description="Show the MoAI Accelerators of this environment and the jobs that run on them.",
-        epilog="Exit codes: 0 done, 1 refused (the message says why), 2 wrong usage.",
+        epilog=EXAMPLES + EXIT_CODES,
+        formatter_class=help_formatter(),
     )
-    parser.add_argument("-i", "--idx", type=int, metavar="N", help="only the accelerator with this index")
-    parser.add_argument("-p", "--physical", action="store_true", help="details per physical device")
-    parser.add_argument("-t", "--token", action="store_true", help="show the token of the accelerator")
-    parser.add_argument("-r", "--reset", action="store_true", help="end the job that runs on the accelerator")
-    parser.add_argument("-l", "--loop", type=_seconds, metavar="SECONDS", help="show again every SECONDS")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("-s", "--server-version", action="store_true", help="show the version of the server")
-    parser.add_argument("-v", "--version", action="store_true", help="show the version of this tool")
+    parser.add_argument("-i", "--idx", type=int, metavar="N", help="Use only the accelerator with index N.")
+    parser.add_argument("-p", "--physical", action="store_true", help="Show the physical devices and the workers, too.")
+    parser.add_argument(
+        "-t", "--token", action="store_true", help="Print the token of the current accelerator, or of the one with -i."
+    )
+    parser.add_argument(
+        "-r", "--reset", action="store_true", help="End the job on the current accelerator, or on the one with -i."
+    )
+    parser.add_argument("-l", "--loop", type=_seconds, metavar="SECONDS", help="Show everything again every SECONDS.")
+    parser.add_argument("--json", action="store_true", help="Print JSON instead of tables and sentences.")
+    parser.add_argument(
+        "-s",
+        "--server-version",
+        action="store_true",
+        help="Print the version of the server; moreh has none and says so.",
+    )
+    parser.add_argument(
+        "-v",
+        "--version",
+        action="store_true",
+        help="Print the version; with --json, also those of Python and torch, the machine, the environment variables "
+        "and the patches of libraries.",
+    )
     commands = parser.add_subparsers(dest="command", metavar="device")
     device = commands.add_parser(
         "device",
-        help="list, add, remove or switch accelerators (moreh-smi device -h)",
-        description="List, add, remove or switch accelerators. An argument that is left out is asked for.",
+        help="List, add, remove or switch accelerators (see moreh-smi device --help).",
+        description="List, add, remove or switch accelerators. If the argument is left out, the tool asks for it.",
+        formatter_class=help_formatter(),
     )
     action = device.add_mutually_exclusive_group(required=True)
-    action.add_argument("--list", action="store_true", help="list the accelerators")
-    action.add_argument("--add", nargs="?", const=ASK, metavar="MODEL", help="add one of this model (name or number)")
-    action.add_argument("--rm", nargs="?", const=ASK, metavar="DEVICE", help="remove the one with this index")
-    action.add_argument("--switch", nargs="?", const=ASK, metavar="DEVICE", help="make this index the current one")
-    device.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print the new list as JSON")
+    action.add_argument("--list", action="store_true", help="List the accelerators; * marks the current one.")
+    action.add_argument(
+        "--add",
+        nargs="?",
+        const=ASK,
+        metavar="MODEL",
+        help="Add an accelerator of this model, by its name or its number in moreh-switch-model.",
+    )
+    action.add_argument("--rm", nargs="?", const=ASK, metavar="DEVICE", help="Remove the accelerator with this index.")
+    action.add_argument(
+        "--switch", nargs="?", const=ASK, metavar="DEVICE", help="Make the accelerator with this index the current one."
+    )
+    device.add_argument(
+        "--json", action="store_true", default=argparse.SUPPRESS, help="Print the resulting list as JSON."
+    )
     options = parser.parse_args(arguments)
     actions = {
         "device": options.command == "device",

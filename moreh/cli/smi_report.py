@@ -1,4 +1,4 @@
-"""What moreh-smi shows of each accelerator: gathered once, then drawn as tables or given as JSON."""
+"""What moreh-smi shows of each accelerator: collected once, then drawn as tables or given as JSON."""
 
 import shutil
 from collections.abc import Sequence
@@ -8,18 +8,18 @@ from typing import Any
 
 from moreh.accelerator.job_status import JobStatus, measured_worker_bytes, read_status, utilization_percent
 from moreh.accelerator.registry import Accelerator, Job, Registry
-from moreh.cli.tables import Column, draw_table
+from moreh.tables import Column, draw_table, terminal_width, wrap_line
 from moreh.version import __version__
 
 NAME = "MoAI Accelerator"
 SIMULATED_NOTE = (
-    "Memory usage and utilization are simulated: the job computes on this machine's processor.\n"
+    "Memory usage and utilization are simulated: the job computes on this machine's CPU. "
     "Memory is what its tensors would take on the device; utilization is the share of the cores that it uses."
 )
 PREDICTED_NOTE = (
-    "Memory usage and utilization are simulated: the job computes on this machine's processor.\n"
-    "Memory is what the plan '{plan}' is predicted to use; utilization is the share of the cores that the job uses, times\n"
-    "the predicted share of a step in which a device computes."
+    "Memory usage and utilization are simulated: the job computes on this machine's CPU. "
+    "Memory is what the plan '{plan}' is predicted to use; utilization is the share of the cores that the job uses, "
+    "times the predicted share of a step in which a device computes."
 )
 DEVICE_COLUMNS = (
     Column("Device", 6),
@@ -51,20 +51,23 @@ WORKER_COLUMNS = (
     Column("PID", 7, "right"),
     Column("Measured Memory", 15),
 )
-WORKERS_NOTE = (
-    "Measured memory is what a worker's process holds in this machine's memory, programs and libraries included."
-)
+WORKERS_NOTE = "Measured memory is what a worker's process holds in this machine's memory, code and libraries included."
+# The width of a process's command where standard output is no terminal, less what the rest of the table takes.
+PIPE_WIDTH, REST_OF_TABLE, MIN_COMMAND_WIDTH = 200, 70, 27
 
 
 @dataclass(frozen=True)
 class AcceleratorReport:
-    """One accelerator with its running job, as far as there is one and it has reported yet."""
+    """One accelerator with its running job."""
 
     accelerator: Accelerator
     is_current: bool
     job: Job | None
+    """None where nothing runs."""
     status: JobStatus | None
+    """The job's last report; None before its first one."""
     utilization_percent: int | None
+    """0 to 100; None where it is not known."""
 
     @property
     def memory_mib(self) -> int | None:
@@ -74,14 +77,16 @@ class AcceleratorReport:
 
 @dataclass(frozen=True)
 class PhysicalDevice:
-    """One device of an accelerator; memory in MiB. None where nothing runs on it or nothing is known."""
+    """One device of an accelerator."""
 
     index: int
     node: int
     name: str
     memory_used_mib: int | None
+    """None where nothing runs on the device."""
     memory_total_mib: int
     utilization_percent: int | None
+    """0 to 100; None where nothing runs on the device or it is not known."""
 
 
 def collect_reports(registry: Registry) -> list[AcceleratorReport]:
@@ -96,7 +101,8 @@ def collect_reports(registry: Registry) -> list[AcceleratorReport]:
 
 
 def draw_reports(reports: Sequence[AcceleratorReport], *, physical: bool) -> str:
-    """The documented tables: accelerators, physical devices where asked for, and the processes that run."""
+    """The platform's tables: accelerators, physical devices if asked for, and running processes; below them, notes."""
+    width = terminal_width()
     parts = [
         datetime.now().strftime("%H:%M:%S %B %d, %Y"),
         draw_table(
@@ -112,18 +118,18 @@ def draw_reports(reports: Sequence[AcceleratorReport], *, physical: bool) -> str
     running = [report for report in reports if report.job is not None]
     workers = [row for report in running for row in _worker_rows(report)] if physical else []
     if workers:
-        parts += ["", "Workers:", draw_table(WORKER_COLUMNS, workers), WORKERS_NOTE]
+        parts += ["", "Workers:", draw_table(WORKER_COLUMNS, workers), wrap_line(WORKERS_NOTE, width)]
     if running:
         parts += ["", "Processes:", draw_table(PROCESS_COLUMNS, [_process_row(report) for report in running])]
     simulated = [report.status for report in reports if report.status is not None and report.status.simulated]
     notes = [PREDICTED_NOTE.format(plan=s.predicted.plan) if s.predicted else SIMULATED_NOTE for s in simulated]
     for note in dict.fromkeys(notes):
-        parts += ["", note]
+        parts += ["", wrap_line(note, width)]
     return "\n".join(parts)
 
 
 def as_json(reports: Sequence[AcceleratorReport], *, physical: bool) -> dict[str, Any]:
-    """The same for machines. What is not known is null; memory is in MiB and, by kind, in bytes."""
+    """The reports for machines. What is not known is null; memory is in MiB and, by kind, in bytes."""
     rows = []
     for report in reports:
         flavor = report.accelerator.flavor
@@ -185,7 +191,7 @@ def _worker_rows(report: AcceleratorReport) -> list[tuple[str, ...]]:
 
 
 def _physical_devices(report: AcceleratorReport) -> list[PhysicalDevice]:
-    """The physical devices of an accelerator. A job that was not planned lives on the first one; the others are idle."""
+    """The physical devices of an accelerator. A job without a plan runs on the first one; the others are idle."""
     predicted = None if report.status is None else report.status.predicted
     flavor = report.accelerator.flavor
     devices_per_node = -(-flavor.devices // flavor.nodes)
@@ -223,10 +229,9 @@ def _physical_row(report: AcceleratorReport, device: PhysicalDevice) -> tuple[st
 
 
 def _in_one_line(command: str) -> str:
-    """A command line as a table can show it: unprintable characters replaced, shortened to what the terminal has left."""
+    """A command line for a table: unprintable characters replaced, shortened to what the terminal has left."""
     printable = "".join(character if character.isprintable() else "?" for character in command)
-    rest_of_table = 70
-    width = max(shutil.get_terminal_size((200, 24)).columns - rest_of_table, 27)
+    width = max(shutil.get_terminal_size((PIPE_WIDTH, 24)).columns - REST_OF_TABLE, MIN_COMMAND_WIDTH)
     return printable if len(printable) <= width else printable[: width - 3] + "..."
 
 
