@@ -10,7 +10,7 @@ import pytest
 from moreh.accelerator.registry import read_registry, start_job, switch_model
 from moreh.errors import PlanError
 from tests.conftest import ROOT
-from tests.helpers.plan_tool import LLAMA, runner
+from tests.helpers.plan_tool import LLAMA, runner, table_rows
 from utils.config.yaml_file import load_config
 from utils.data.dataset import prepare_data
 from utils.errors import UserError
@@ -20,9 +20,15 @@ from utils.training.model import load_model
 LLAMA_70B = str(ROOT / "configs" / "llama3_70b.yaml")
 
 
+@pytest.fixture(autouse=True)
+def hundred_columns(monkeypatch):
+    """The width of the output, whatever terminal the tests run in."""
+    monkeypatch.setenv("COLUMNS", "100")
+
+
 def plans(text):
-    """The plans of a printed table, without the seconds that their search took."""
-    return re.findall(r"^\|  +\d+  \|  .*", text, re.M)
+    """The rows of the printed table of plans."""
+    return table_rows(text)[1:]
 
 
 # Linux counts a process's most memory from before it began its program, when it was a copy of the tests' process; what it
@@ -73,9 +79,11 @@ def test_large_model_is_planned_without_torch(run_to_the_end, state_directory, s
     assert read_registry().accelerator(0).model == "xLarge.512GB"
 
 
-def test_plans_are_those_of_moreh_plan(monkeypatch, capsys, state_directory):
+def test_plans_are_those_of_moreh_plan_and_fit_the_terminal(monkeypatch, capsys, state_directory):
     print_plan(load_config(LLAMA_70B, []))
-    said = plans(capsys.readouterr().out)
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 100
+    said = plans(out)
     code, expected, _ = runner(monkeypatch, capsys)(*LLAMA)
     assert code == 0
     assert said == plans(expected)
@@ -113,8 +121,8 @@ def test_options_of_the_hook_restrict_the_plans(state_directory, tiny_config, ca
         print_plan(load_config(str(tiny_config), [f"accelerator.advanced_parallelization={options}"]))
         return capsys.readouterr().out
 
-    assert all(" pp1 " in row for row in plans(planned("{pipeline_parallel: false}")))
-    assert all("recompute:" in row for row in plans(planned("{activation_recomputation: true}")))
+    assert all(" pp1 " in row[1] for row in plans(planned("{pipeline_parallel: false}")))
+    assert all("recompute:" in row[1] for row in plans(planned("{activation_recomputation: true}")))
     assert re.search(r"^Step +8 x 48 tokens, float32$", planned("{mixed_precision: false}"), re.M)
     one_device = "Not used      accelerator.advanced_parallelization is null, so a training computes on one device"
     assert one_device in planned("null")

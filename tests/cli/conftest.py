@@ -1,0 +1,31 @@
+"""What the tests of the command-line tools share."""
+
+import json
+
+import pytest
+
+from tests.helpers.plan_tool import runner, write_model
+
+
+@pytest.fixture
+def model(tmp_path):
+    """The path of a small model's configuration."""
+    return write_model(tmp_path)
+
+
+@pytest.fixture
+def plan(state_directory, monkeypatch, capsys):
+    """Run moreh-plan; returns exit code, standard output and standard error."""
+    return runner(monkeypatch, capsys)
+
+
+@pytest.fixture
+def plan_json(plan):
+    """Run moreh-plan with --json; returns the content of a run that succeeds."""
+
+    def run_tool(*arguments):
+        code, out, err = plan(*arguments, "--json")
+        assert (code, err) == (0, "")
+        return json.loads(out)
+
+    return run_tool
