@@ -78,7 +78,7 @@ def plan_of(content):
     return Plan(**{**content["plan"], "stage_layers": tuple(content["plan"]["stage_layers"])})
 
 
-def search_result(model, flavor, restrictions=None, count=10):
+def search_result(model, flavor, count=10):
     """What the search finds for a model's STEP on an accelerator."""
     training = Training(describe(model), 48, 128)
-    return search(training, make_environment(cluster_for_flavor(find_flavor(flavor))), restrictions, count)
+    return search(training, make_environment(cluster_for_flavor(find_flavor(flavor))), count=count)
