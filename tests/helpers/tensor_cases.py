@@ -6,11 +6,12 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional
 
-from moreh.models.families.config_defaults import DROPOUT_KEYS
+from moreh.models.families.hf_config import DROPOUT_KEYS
 from moreh.runtime.sharding.mesh import make_mesh
 from moreh.runtime.sharding.spec import ParamSpec, shard_boxes
-from moreh.runtime.tensor.apply import describe_partition, install_tensor_parallel
+from moreh.runtime.tensor.apply import install_tensor_parallel
 from moreh.runtime.tensor.collectives import gather_from_sp
+from moreh.runtime.tensor.partition import describe_partition
 from moreh.runtime.tensor.vocab_parallel import gather_logits, vocab_parallel_cross_entropy
 from tests.helpers.float64 import exact_float64
 from tests.helpers.tiny_models import build, tiny_config_of
@@ -44,7 +45,7 @@ def shard_model(model, division, group):
     """Replace each parameter by the part of this rank; tied ones stay one object."""
     parts = {}
     for name, parameter in model.named_parameters():
-        layout = ParamSpec(name, tuple(parameter.shape), parameter.dtype, (0,), division.divisions.get(name))
+        layout = ParamSpec(name, tuple(parameter.shape), parameter.dtype, (0,), division.splits.get(name))
         dim = layout.division.dim if layout.division else 0
         part = local_part(parameter.detach(), shard_boxes(layout, group.rank(), group.size(), 0, 1), dim)
         parts[id(parameter)] = torch.nn.Parameter(part, requires_grad=parameter.requires_grad)
@@ -95,7 +96,7 @@ def gradient_differences(local, division, whole, group):
             dist.all_reduce(gradient, group=group)
         reference = expected[name]
         if reference is not None:
-            layout = ParamSpec(name, tuple(reference.shape), reference.dtype, (0,), division.divisions.get(name))
+            layout = ParamSpec(name, tuple(reference.shape), reference.dtype, (0,), division.splits.get(name))
             # Keys' biases have no gradient but rounding: softmax does not see them.
             scale = reference.abs().max().clamp(min=1e-6)
             reference = local_part(

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from moreh.models.families.config_defaults import ALIASES, RENAMED
+from moreh.models.families import FAMILIES
 
 # Odd sizes: no two of hidden, inner, heads and vocabulary are easily taken for each other.
 TINY = {
@@ -27,10 +27,12 @@ def name_case(case):
 
 
 def names_of_keys(family):
-    """What the classes of transformers call the keys of the table."""
-    return {key: alias for alias, key in ALIASES.get(family, {}).items() if alias != "n_embed"} | RENAMED.get(
-        family, {}
-    )
+    """What transformers calls keys of a family's record: {key: name}, None for a key that it does not have."""
+    keys = FAMILIES[family].config_keys if family in FAMILIES else None
+    if keys is None:
+        return {}
+    # The class has the published second names of GPT-2 and GPT-J, but not that of Bloom and Falcon.
+    return {key: alias for alias, key in keys.aliases.items() if alias != "n_embed"} | dict(keys.renamed)
 
 
 def tiny_config_of(family, changes):
