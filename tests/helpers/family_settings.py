@@ -21,7 +21,8 @@ class FamilyCases:
     training: Changes = field(default_factory=dict)
     """What a tiny model needs to be trained with two tensor-parallel ranks, and packed."""
     tensor_parallel: tuple[Changes, ...] = (HEADS,)
-    """What is compared with two and with four tensor-parallel ranks: one for each way in which the family computes."""
+    """What is compared with two and with four tensor-parallel ranks, one for each way in which the family computes;
+    none where tensor parallelism is refused."""
     architecture: tuple[Changes, ...] = ()
     """What the architecture from the configuration is compared with; none where transformers builds the model."""
 
@@ -98,7 +99,7 @@ FAMILY_CASES = {
             {"n_inner": None, "tie_word_embeddings": False, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
         ),
     ),
-    "gpt_bigcode": FamilyCases(),
+    "gpt_bigcode": FamilyCases(tensor_parallel=()),
     "gpt_neo": FamilyCases(
         training={"attention_types": [[["global", "local"], 1], [["global"], 1]], "window_size": 6},
         tensor_parallel=({"attention_types": [[["global", "local"], 1]], "num_hidden_layers": 2},),
@@ -164,6 +165,7 @@ FAMILY_CASES = {
     ),
     "mixtral": FamilyCases(
         training={"num_key_value_heads": 2, "num_local_experts": 4, "experts_implementation": "eager"},
+        tensor_parallel=(),
         architecture=(
             {"num_key_value_heads": 2},
             {"num_key_value_heads": 4, "num_local_experts": 5, "num_experts_per_tok": 3, "sliding_window": 16},
@@ -237,4 +239,5 @@ FAMILY_CASES = {
     "vaultgemma": FamilyCases(),
 }
 
+# By family, what a tiny model needs to be trained.
 FAMILY_SETTINGS: dict[str, Changes] = {name: cases.training for name, cases in FAMILY_CASES.items()}

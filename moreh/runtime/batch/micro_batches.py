@@ -64,6 +64,7 @@ def is_causal_model(causal: Any) -> bool:
     if any(kind.get("rope_type") in _ANGLES_BY_LENGTH for kind in kinds):
         return False
     said = [module.is_causal for module in causal.modules() if hasattr(module, "is_causal")]
+    # The code of these families was read for their architecture: where it says nothing, it is causal.
     return all(said) if said else config.model_type in planned_families()
 
 
