@@ -19,11 +19,11 @@ from moreh.runtime.batch import packing
 from moreh.runtime.tensor.partition import max_tensor_parallel, tensor_parallel_refusal
 from tests.helpers.compare import worst
 from tests.helpers.family_settings import HEADS
+from tests.helpers.fast_path_cases import batch, differences
 from tests.helpers.made_up_family import MADE_UP, MODEL_TYPE, add_to_transformers, compare_registered, registered
 from tests.helpers.tensor_cases import whole_model
 from tests.helpers.tiny_models import build, described_counts, module_counts, same, tiny_config_of
 from tests.helpers.workers import run_on_workers
-from tests.runtime.engine.test_fast_path import batch, differences
 
 TOLERANCE = 1e-9
 CHANGES = {"num_key_value_heads": 2, "attention_bias": True}
