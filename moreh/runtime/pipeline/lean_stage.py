@@ -34,8 +34,7 @@ from moreh import trace
 class LeanPipelineStage(PipelineStage):
     """A stage whose receive buffers exist from the posting of a receive until the computation with what was received.
 
-    Each transfer is marked by a span of no length with its bytes. The schedule runs the transfers later, several at
-    once.
+    A span without length marks each transfer that is posted, with its bytes. The schedule runs it later, with others.
     """
 
     hidden_shape: tuple[int, int, int]
@@ -61,21 +60,21 @@ class LeanPipelineStage(PipelineStage):
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
         """The receives of a micro-batch's hidden states."""
         self._allocate_buffers(self.args_recv_info[fwd_chunk_id])
-        return _marked("recv_hidden_states", super().get_fwd_recv_ops(fwd_chunk_id))
+        return _marked("post_recv_hidden_states", super().get_fwd_recv_ops(fwd_chunk_id))
 
     def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
         """The sends of a micro-batch's hidden states."""
-        return _marked("send_hidden_states", super().get_fwd_send_ops(fwd_chunk_id))
+        return _marked("post_send_hidden_states", super().get_fwd_send_ops(fwd_chunk_id))
 
     def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
         """The receives of the gradients of a micro-batch's hidden states."""
         if self.has_backward:
             self._allocate_buffers(self.grad_recv_info[bwd_chunk_id])
-        return _marked("recv_gradients", super().get_bwd_recv_ops(bwd_chunk_id))
+        return _marked("post_recv_gradients", super().get_bwd_recv_ops(bwd_chunk_id))
 
     def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
         """The sends of the gradients of a micro-batch's hidden states."""
-        return _marked("send_gradients", super().get_bwd_send_ops(bwd_chunk_id))
+        return _marked("post_send_gradients", super().get_bwd_send_ops(bwd_chunk_id))
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         """Compute a micro-batch. From then on autograd has what it needs of the hidden states."""

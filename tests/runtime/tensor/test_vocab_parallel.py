@@ -1,4 +1,4 @@
-"""Losses of a split vocabulary, and the collectives that autograd goes through."""
+"""Losses and logits of a split vocabulary are those of the whole one."""
 
 from unittest import mock
 
@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch.nn import functional
 
 from moreh.runtime.sharding.spec import shard_range
-from moreh.runtime.tensor import collectives, vocab_parallel
+from moreh.runtime.tensor import vocab_parallel
 from moreh.runtime.tensor.vocab_parallel import gather_logits, vocab_parallel_cross_entropy
 from tests.helpers.compare import max_difference, worst
 from tests.helpers.workers import run_on_workers
@@ -77,74 +77,3 @@ def split_losses_with_nan(name):
 def test_comparison_finds_a_nan_on_one_rank(name, affected):
     (results,) = run_on_workers(split_losses_with_nan, [(name,)], size=4)
     assert worst(result[affected] for result in results) == float("inf")
-
-
-def transposes(dtype):
-    """For each collective f with backward g: the sums over ranks of f(x) * y and of x * g(y), equal for a transpose."""
-    group = dist.group.WORLD
-    size = group.size()
-    generator = torch.Generator().manual_seed(group.rank())
-    shared = torch.Generator().manual_seed(99)
-
-    def draw(shape, source):
-        # Transposed: not contiguous in memory.
-        return torch.randint(-4, 5, shape[::-1], generator=source).to(dtype).movedim((0, 1, 2), (2, 1, 0))
-
-    result = {}
-    for dim in (0, 1):
-        whole, part = [3, 4, 5], [3, 4, 5]
-        whole[dim] = size * part[dim]
-        for name, function, input_shape, output_shape, same_input, same_gradient in (
-            ("copy_to_tp", lambda x: collectives.copy_to_tp(x, group), part, part, True, False),
-            ("reduce_from_tp", lambda x: collectives.reduce_from_tp(x, group), part, part, False, True),
-            ("gather_from_sp", lambda x, dim=dim: collectives.gather_from_sp(x, dim, group), part, whole, False, False),
-            (
-                "reduce_scatter_to_sp",
-                lambda x, dim=dim: collectives.reduce_scatter_to_sp(x, dim, group),
-                whole,
-                part,
-                False,
-                False,
-            ),
-            ("scatter_to_sp", lambda x, dim=dim: collectives.scatter_to_sp(x, dim, group), whole, part, True, False),
-        ):
-            x = draw(input_shape, shared if same_input else generator).requires_grad_()
-            before = x.detach().clone()
-            output = function(x)
-            grad_output = draw(output_shape, shared if same_gradient else generator)
-            saved = grad_output.clone()
-            output.backward(grad_output)
-            products = torch.stack([(output.detach() * grad_output).double().sum(), (before * x.grad).double().sum()])
-            # What all ranks hold together counts once.
-            products[0] /= size if same_gradient else 1
-            products[1] /= size if same_input else 1
-            dist.all_reduce(products)
-            unchanged = torch.equal(x.detach(), before) and torch.equal(grad_output, saved)
-            result[name, dim] = (
-                *products.tolist(),
-                unchanged,
-                list(output.shape) == output_shape,
-                output.dtype == dtype,
-            )
-    return result
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_backward_pass_of_a_collective_is_its_transpose(dtype):
-    for result in run_on_workers(transposes, [(dtype,)], size=4)[0]:
-        for forward, backward, *conditions in result.values():
-            # Small whole numbers: exact in every type.
-            assert forward == backward != 0
-            assert all(conditions)
-
-
-def test_parts_are_gathered_in_the_order_of_ranks():
-    assert run_on_workers(gather_ranks, [(0,), (1,)], size=2) == [
-        [[[[0, 0], [0, 0], [1, 1], [1, 1]]] * 1] * 2,
-        [[[[0, 0, 1, 1], [0, 0, 1, 1]]] * 1] * 2,
-    ]
-
-
-def gather_ranks(dim):
-    part = torch.full((2, 2), float(dist.get_rank()))
-    return [collectives.gather_from_sp(part, dim, dist.group.WORLD).tolist()]
