@@ -77,7 +77,7 @@ def unsupported_module(root: nn.Module) -> str | None:
     module = first_custom_module(unwrapped(root))
     if module is None:
         return None
-    return f"it contains {type(module).__module__}.{type(module).__qualname__}, which is none of transformers"
+    return f"it contains {type(module).__module__}.{type(module).__qualname__}, which is not part of transformers"
 
 
 def has_call_hooks(root: nn.Module) -> bool:

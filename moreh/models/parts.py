@@ -55,14 +55,14 @@ def split_into_parts(root: nn.Module) -> ModelParts:
     """The parts of a model.
 
     Raises:
-        PlanError: it is no causal language model of transformers.
+        PlanError: the model is not a causal language model of transformers.
     """
     from transformers import PreTrainedModel
 
     causal = unwrapped(root)
     if not isinstance(causal, PreTrainedModel) or causal.get_output_embeddings() is None:
         raise PlanError(
-            f"{type(causal).__name__} is no causal language model of transformers: "
+            f"{type(causal).__name__} is not a causal language model of transformers: "
             "give one of transformers.AutoModelForCausalLM, or run on 1 worker"
         )
     layers = layer_list(causal)

@@ -74,7 +74,7 @@ class TPBlock:
     per_head_args: Mapping[str, SliceHeads] = field(default_factory=dict)
     """Keyword arguments of the attention module that have a part for each head, with how to slice them."""
     head_groups: int = 1
-    """In how many groups the heads are that are each split over the ranks: a group's heads must divide."""
+    """The number of groups of heads that are each split over the ranks: the ranks must divide a group's heads."""
     cross_head_norms: tuple[str, ...] = ()
     """RMS norms over the features of all heads together, of which each rank has a part only."""
 

@@ -17,9 +17,9 @@ def tp_blocks(config: Any) -> tuple[TPBlock, ...] | str:
     """The blocks of each layer of a model with this configuration of transformers, or a sentence why there are none."""
     name = str(config.model_type)
     if getattr(config, "slow_but_exact", False) and getattr(config, "pretraining_tp", 1) > 1:
-        # Bloom splits its own matrices then.
+        # A setting of Bloom.
         tp = config.pretraining_tp
-        return f"slow_but_exact with pretraining_tp={tp} takes its matrices apart itself: set it to False"
+        return f"slow_but_exact with pretraining_tp={tp} splits the matrices of the model itself: set slow_but_exact to False"
     family = FAMILIES.get(name)
     if family is None or family.tensor_parallel is None:
         known = ", ".join(tensor_parallel_families())

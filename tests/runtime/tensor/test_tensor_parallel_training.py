@@ -282,7 +282,7 @@ def test_lora_adapters_are_split_like_their_matrices():
 
 @pytest.mark.parametrize(
     ("settings", "reason"),
-    [({"use_dora": True}, "none of plain LoRA"), ({"target_modules": ["embed_tokens"]}, "no plain torch.nn.Embedding")],
+    [({"use_dora": True}, "are not plain LoRA"), ({"target_modules": ["embed_tokens"]}, "no plain torch.nn.Embedding")],
 )
 def test_dora_and_adapters_of_the_embedding_are_refused(settings, reason):
     peft = pytest.importorskip("peft")
