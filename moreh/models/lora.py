@@ -27,7 +27,7 @@ def lora_pairs(module: nn.Module) -> list[tuple[nn.Linear, nn.Linear]]:
     has_others = any(id(parameter) not in known for parameter in module.parameters())
     if not pairs or has_others or getattr(module, "lora_variant", None):
         raise PlanError(
-            f"the adapters of a {type(module).__name__} are not plain LoRA, the only kind that tensor parallelism splits: "
-            "use tensor parallelism of size 1"
+            f"the adapters of a {type(module).__name__} are not plain LoRA, the only kind that tensor parallelism "
+            "splits: use tensor parallelism of size 1"
         )
     return pairs

@@ -19,7 +19,7 @@ def tp_blocks(config: Any) -> tuple[TPBlock, ...] | str:
     if getattr(config, "slow_but_exact", False) and getattr(config, "pretraining_tp", 1) > 1:
         # A setting of Bloom.
         tp = config.pretraining_tp
-        return f"slow_but_exact with pretraining_tp={tp} splits the matrices of the model itself: set slow_but_exact to False"
+        return f"slow_but_exact with pretraining_tp={tp} splits matrices in the model's own code: set it to False"
     family = FAMILIES.get(name)
     if family is None or family.tensor_parallel is None:
         known = ", ".join(tensor_parallel_families())
