@@ -134,6 +134,12 @@ def read_metrics():
 
 
 @pytest.fixture
+def few_label_positions(monkeypatch):
+    """Only label positions reach the output layer, in short rows too: their number is rounded up to a multiple of 4."""
+    monkeypatch.setattr("moreh.runtime.batch.micro_batches.POSITIONS_MULTIPLE", 4)
+
+
+@pytest.fixture
 def make_gpt2():
     """Build a tiny GPT-2 with random weights."""
 

@@ -1,7 +1,7 @@
-"""What a decoder-only language model consists of, as far as planning needs it: matrix products, attention, tables.
+"""What a decoder-only language model consists of, as far as planning needs it: matmuls, attention, embedding tables.
 
-Counts are exact: `Architecture.parameters` is what `sum(p.numel() for p in model.parameters())` gives for the model of
-transformers (tests/models/test_architecture.py). Elements are numbers in a tensor; nothing here has a unit of bytes.
+Counts are exact: `Architecture.parameters` is `sum(p.numel() for p in model.parameters())` of the model in transformers
+(tests/models/test_architecture.py). All counts are elements or tensors; nothing here has a unit of bytes.
 """
 
 from collections import Counter
@@ -9,27 +9,32 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-# How tensor parallelism divides a matrix: by its outputs (column), by its inputs (row), or not at all.
+# How tensor parallelism splits a matrix: by its outputs (column), by its inputs (row), or not at all.
 Split = Literal["column", "row", "none"]
 
 
 @dataclass(frozen=True)
 class Linear:
-    """A matrix product `[tokens, inputs] -> [tokens, outputs]`, with a bias or without.
-
-    `copies` matrices of this shape exist and each token passes through `active` of them: experts of a mixture. All copies
-    are one tensor where `stacked`. A frozen one has no gradient and no optimizer state (PEFT).
-    """
+    """A matmul `[tokens, inputs] -> [tokens, outputs]` with the weights of a layer."""
 
     name: str
+    """The name of the module in its layer, such as "self_attn.q_proj"."""
     inputs: int
+    """Input features."""
     outputs: int
+    """Output features."""
     split: Split
+    """How tensor parallelism splits the weights."""
     bias: bool = False
+    """Whether there is a bias, trained or frozen like the weights."""
     copies: int = 1
+    """How many matrices of this shape the layer has: the experts of a mixture."""
     active: int = 1
+    """How many of the copies a token passes through."""
     frozen: bool = False
+    """Whether the weights are not trained (PEFT): they have no gradient and no optimizer state."""
     stacked: bool = False
+    """Whether all copies are one tensor, [copies, ...]."""
 
     @property
     def parameters(self) -> int:
@@ -38,7 +43,7 @@ class Linear:
 
     @property
     def sharded_parameters(self) -> int:
-        """The parameters that tensor parallelism divides: a row-split matrix keeps its bias whole."""
+        """The parameters that tensor parallelism splits; each rank has all of a row-split matrix's bias."""
         if self.split == "none":
             return 0
         return self.copies * (
@@ -53,21 +58,26 @@ class Linear:
 
 @dataclass(frozen=True)
 class DecoderLayer:
-    """One block: attention with `heads` query heads and `kv_heads` key-value heads, and a feed-forward network.
-
-    `window` is the number of positions that sliding-window attention sees, None for all. `other_parameters` are those in
-    no matrix (norms), in `other_tensors` tensors, of which the `frozen_other` ones have no gradient.
-    """
+    """One layer: attention and a feed-forward network."""
 
     heads: int
+    """Query heads."""
     kv_heads: int
+    """Key-value heads."""
     head_dim: int
+    """Elements of a query or key head."""
     linears: tuple[Linear, ...]
+    """The matrices, in the order of the modules."""
     other_parameters: int
+    """Parameters outside the matrices: norms."""
     other_tensors: int
+    """The tensors that `other_parameters` are in."""
     window: int | None = None
+    """The positions that sliding-window attention sees; None for all."""
     frozen_other_parameters: int = 0
+    """Those of `other_parameters` that are not trained."""
     frozen_other_tensors: int = 0
+    """Those of `other_tensors` that are not trained."""
 
     @property
     def parameters(self) -> int:
@@ -82,12 +92,12 @@ class DecoderLayer:
 
     @property
     def sharded_parameters(self) -> int:
-        """Parameters that tensor parallelism divides among its ranks; the rest are on each of them."""
+        """Parameters that tensor parallelism splits over its ranks; the others are on each of them."""
         return sum(linear.sharded_parameters for linear in self.linears)
 
     @property
     def trainable_sharded_parameters(self) -> int:
-        """Parameters that tensor parallelism divides and that have a gradient."""
+        """Parameters that tensor parallelism splits and that have a gradient."""
         return sum(linear.sharded_parameters for linear in self.linears if not linear.frozen)
 
     @property
@@ -99,38 +109,54 @@ class DecoderLayer:
 
 @dataclass(frozen=True)
 class Architecture:
-    """A decoder-only model: a token embedding, `layers`, a final norm and an output layer over the vocabulary.
-
-    `family` is the model type of transformers. `table_parameters` are embeddings besides the tokens' (learned positions)
-    and whatever stands before the first layer; `final_parameters` stand after the last one, without the output layer.
-    The output layer is the token embedding itself where `tied`. What is frozen has no gradient: `embedding_frozen` says it of
-    the token embedding (and so of a tied output layer), `head_frozen` of the output layer's own tensors. `gated`
-    feed-forward networks multiply two products.
-    """
+    """A decoder-only model: a token embedding, layers, a final norm and an output layer over the vocabulary."""
 
     name: str
+    """What the user calls the model, for reports."""
     family: str
+    """The model type of transformers, such as "llama"."""
     hidden: int
+    """Elements of a hidden state."""
     vocabulary: int
+    """Rows of the token embedding and of the output layer."""
     layers: tuple[DecoderLayer, ...]
+    """The layers, from the first to the last; equal ones may be one object."""
     tied: bool
+    """Whether the token embedding is the weight of the output layer too."""
     gated: bool
+    """Whether feed-forward networks multiply two projections, one of them activated."""
     norm: Literal["rms", "layer"]
+    """The kind of norm."""
     rotary: bool
+    """Whether positions are rotary embeddings."""
     dropout: bool
+    """Whether anything is dropped in training."""
     table_parameters: int = 0
+    """Parameters before the first layer besides the token embedding: learned positions, a norm."""
     table_tensors: int = 0
+    """The tensors that `table_parameters` are in."""
     final_parameters: int = 0
+    """Parameters after the last layer without the output layer: the final norm."""
     final_tensors: int = 0
+    """The tensors that `final_parameters` are in."""
     head_bias: bool = False
+    """Whether the output layer has a bias."""
     embedding_dim: int = 0
+    """Elements of a row of the token embedding where they are not `hidden`; 0 where they are."""
     embedding_frozen: bool = False
+    """Whether the token embedding, and so a tied output layer's weight, is not trained."""
     head_frozen: bool = False
+    """Whether the output layer's own tensors are not trained: its bias where tied, else its weight too."""
     frozen_table_parameters: int = 0
+    """Those of `table_parameters` that are not trained."""
     frozen_table_tensors: int = 0
+    """Those of `table_tensors` that are not trained."""
     frozen_final_parameters: int = 0
+    """Those of `final_parameters` that are not trained."""
     frozen_final_tensors: int = 0
+    """Those of `final_tensors` that are not trained."""
     max_positions: int | None = None
+    """The longest sequence that the model is made for, in tokens; None where no length is given."""
 
     @property
     def embedding_parameters(self) -> int:
@@ -139,7 +165,7 @@ class Architecture:
 
     @property
     def head_parameters(self) -> int:
-        """The output layer as the last stage of a pipeline holds it: its own, or the tied embedding's copy."""
+        """The output layer as the last pipeline stage has it: with a copy of the embedding where it is tied."""
         return self.embedding_parameters + (self.vocabulary if self.head_bias else 0)
 
     @property
@@ -171,8 +197,8 @@ class Architecture:
         return outside + sum(layer.trainable_tensors for layer in self.layers)
 
     def layer_kinds(self) -> Iterator[tuple[DecoderLayer, int]]:
-        """The different layers, each with how many there are of it, in the order in which they first occur."""
-        # Most layers are the same object: comparing all of them with each other would take longer than a search.
+        """The distinct layers with the number of each, in the order in which they first occur."""
+        # Most layers are one object: comparing all of them field by field would take longer than a search of plans.
         objects = {id(layer): layer for layer in self.layers}
         repeats = Counter(map(id, self.layers))
         counts: dict[DecoderLayer, int] = {}

@@ -1,7 +1,7 @@
-"""Whether the runtime knows what a model computes: its layers, and the mean loss over label tokens.
+"""Whether the runtime knows all that a model computes: its layers, and the mean loss over label tokens.
 
-What it does not know it leaves to the model's own forward pass, or refuses where a model is divided over workers: cut into
-parts, such a model would train on something else without any error.
+Computed part by part, a model that computes more would train on something else without any error. On one worker such a
+model runs its own forward pass; on several workers it is refused.
 """
 
 import ast
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moreh.models.describe.from_module import unwrapped, wrappers
+from moreh.models.introspection import unwrapped, wrappers
 from moreh.models.provenance import (
     LIBRARIES,
     first_custom_module,
@@ -24,8 +24,8 @@ from moreh.models.provenance import (
     is_stock_transformers,
 )
 
-# What a forward pass of transformers may make a loss of: the mean over label tokens, and the loss of a router, which is
-# computed only where `output_router_logits` asks for it.
+# What a forward pass of transformers may assign to `loss`, as source code: the mean over label tokens, and the loss
+# of a router, which is computed only where `output_router_logits` asks for it.
 _KNOWN_LOSSES = re.compile(
     r"None|self\.loss_function\((logits=)?(lm_)?logits, (labels=)?labels, .*"
     r"|self\.\w*aux_loss_coef \* aux_loss\.to\(loss\.device\)"
@@ -33,23 +33,23 @@ _KNOWN_LOSSES = re.compile(
 
 
 def unsupported_reason(root: Any) -> str | None:
-    """What a model computes besides, which would be lost if its parts were computed one by one; None if nothing."""
+    """What a model computes that its parts one by one would not, as a clause for messages; None if nothing."""
     from transformers.loss.loss_utils import ForCausalLMLoss
 
     causal: Any = unwrapped(root)
     name = type(causal).__name__
     if (adapters := _unsupported_adapters(root)) is not None:
         return f"{name} has {adapters}"
-    # torch.compile puts a forward pass of its own there.
+    # The wrapper of torch.compile has a `forward` of its own: nothing that a script has replaced.
     outer = [module for module in (*wrappers(root), causal) if "_orig_mod" not in module._modules]
     replaced = next(
         (module for module in outer if "forward" in module.__dict__ and not is_accelerate_bf16_forward(module)), None
     )
     if replaced is not None:
         return f"the forward pass of this {type(replaced).__name__} has been replaced"
-    of_script = next((module for module in outer if not type(module).__module__.startswith(LIBRARIES)), None)
-    if of_script is not None and of_script is not causal:
-        return f"{name} is inside of {type(of_script).__name__}, which may compute more than the model"
+    custom = next((module for module in outer if not type(module).__module__.startswith(LIBRARIES)), None)
+    if custom is not None and custom is not causal:
+        return f"{name} is inside of {type(custom).__name__}, which may compute more than the model"
     forward = type(causal).forward
     if not forward.__module__.startswith("transformers.models.") or not is_stock_transformers(forward):
         return (
@@ -67,44 +67,44 @@ def unsupported_reason(root: Any) -> str | None:
         return f"the output layer of {name} is no single matrix"
     if getattr(config, "output_router_logits", False):
         return f"{name} adds a loss of its router (output_router_logits=True)"
-    if causal.loss_function is not ForCausalLMLoss or not _takes_the_mean_over_labels(forward):
+    if causal.loss_function is not ForCausalLMLoss or not _has_mean_loss(forward):
         return f"{name} has a loss of its own"
     return None
 
 
 def unsupported_module(root: nn.Module) -> str | None:
-    """A module of the script's own, which may compute something else from a part of a batch; None if there is none."""
+    """A module of the script's own, which may depend on how a batch is split, as a clause for messages."""
     module = first_custom_module(unwrapped(root))
     if module is None:
         return None
-    return f"it contains {type(module).__module__}.{type(module).__qualname__}, which is none of transformers"
+    return f"it contains {type(module).__module__}.{type(module).__qualname__}, which is not part of transformers"
 
 
 def has_call_hooks(root: nn.Module) -> bool:
-    """Whether somebody wants to see, or to change, whole calls of a model."""
+    """Whether a hook sees, or changes, whole calls of a model."""
     return any(module._forward_hooks or module._forward_pre_hooks for module in (*wrappers(root), unwrapped(root)))
 
 
 def has_gradient_hooks(root: nn.Module) -> bool:
-    """Whether somebody wants to see, or to change, the gradients of whole batches on their way."""
+    """Whether a hook sees, or changes, the gradients of whole batches during the backward pass."""
     if any(module._backward_hooks or module._backward_pre_hooks for module in root.modules()):
         return True
     return any(parameter._backward_hooks or parameter._post_accumulate_grad_hooks for parameter in root.parameters())
 
 
 def uses_neftune(root: nn.Module) -> bool:
-    """Whether embeddings get noise that depends on the length of a padded row: NEFTune, https://arxiv.org/abs/2310.05914."""
+    """Whether embeddings get noise scaled by the padded length of a batch: NEFTune, https://arxiv.org/abs/2310.05914."""
     causal: Any = unwrapped(root)
     return getattr(causal.get_input_embeddings(), "neftune_noise_alpha", None) is not None
 
 
 def uses_fp16_loss_scaling(device: torch.device) -> bool:
-    """Whether the script computes in float16, whose gradients vanish unless they are computed from a loss that is scaled."""
+    """Whether autocast computes in float16: gradients are then those of a scaled loss, for others would underflow."""
     return torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) == torch.float16
 
 
 def _unsupported_adapters(root: Any) -> str | None:
-    """Adapters of PEFT that do more than the modules that they put into a model."""
+    """Adapters of PEFT that do more than the modules that they add to a model, None if there are none."""
     for wrapper in wrappers(root):
         configs = getattr(wrapper, "peft_config", {}).values()
         if any(config.is_prompt_learning for config in configs):
@@ -118,15 +118,15 @@ def _unsupported_adapters(root: Any) -> str | None:
 
 
 @lru_cache(maxsize=64)
-def _takes_the_mean_over_labels(forward: Callable[..., Any]) -> bool:
-    """Whether all that a forward pass assigns to `loss` is known, by its source."""
+def _has_mean_loss(forward: Callable[..., Any]) -> bool:
+    """Whether a forward pass, by its source, assigns to `loss` the mean over label tokens and nothing unknown."""
     try:
         source = inspect.getsource(inspect.unwrap(forward))
     except OSError:
         return False
-    found = []
+    values = []
     for node in ast.walk(ast.parse(textwrap.dedent(source))):
         targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
         if any(isinstance(target, ast.Name) and target.id == "loss" for target in targets):
-            found.append(ast.unparse(node.value))  # type: ignore[attr-defined]
-    return any("loss_function" in one for one in found) and all(_KNOWN_LOSSES.fullmatch(one) for one in found)
+            values.append(ast.unparse(node.value))  # type: ignore[attr-defined]
+    return any("loss_function" in value for value in values) and all(_KNOWN_LOSSES.fullmatch(v) for v in values)

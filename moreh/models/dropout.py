@@ -4,13 +4,13 @@ from typing import Any
 
 from torch import nn
 
-from moreh.models.families.config_defaults import DROPOUT_KEYS
+from moreh.models.families.hf_config import DROPOUT_KEYS
 
 
-def has_dropout(config: Any, modules: nn.Module) -> bool:
-    """Whether a model of transformers with this configuration, or a module of these, has a rate of dropout that is not 0."""
-    settings = [config, getattr(config, "attn_config", None)]
-    rates = [getattr(one, key, None) for one in settings for key in DROPOUT_KEYS]
-    return any(rates) or any(
-        module.p for module in modules.modules() if isinstance(module, nn.modules.dropout._DropoutNd)
-    )
+def has_dropout(config: Any, module: nn.Module) -> bool:
+    """Whether a configuration of transformers, or a Dropout inside of `module`, has a probability other than 0."""
+    # MPT keeps that of its attention in a configuration of its own.
+    configs = [config, getattr(config, "attn_config", None)]
+    if any(getattr(part, key, None) for part in configs for key in DROPOUT_KEYS):
+        return True
+    return any(part.p for part in module.modules() if isinstance(part, nn.modules.dropout._DropoutNd))

@@ -1,4 +1,9 @@
-"""The parts of a decoder of transformers, whatever its family calls them: before the layers, the layers, after them."""
+"""The parts of a causal language model of transformers, whatever its family calls them: before, in and after the
+layers.
+
+The runtime computes a model by these parts: a pipeline stage has some layers, the first one what is before them, the
+last one what is after them.
+"""
 
 import re
 from collections.abc import Iterator
@@ -8,37 +13,41 @@ from typing import Any
 from torch import nn
 
 from moreh.errors import PlanError
-from moreh.models.describe.from_module import POST_LAYER_NAMES, PRE_LAYER_NAMES, layer_list, unwrapped
+from moreh.models.introspection import is_before_layers, layer_list, unwrapped
 
 
 @dataclass(frozen=True)
 class ModuleSlot:
-    """A module and where it hangs: `parent._modules[key] is module`."""
+    """A module and where it hangs, so that another one can be put there: `parent._modules[key] is module`."""
 
     parent: nn.Module
+    """The module that has it as a child."""
     key: str
+    """Its name in the parent."""
     module: nn.Module
+    """The module itself, also while another one is in its slot."""
 
 
 @dataclass(frozen=True)
 class ModelParts:
-    """A causal language model taken apart.
-
-    `root` is what the script calls, with adapters or not; `causal` the model of transformers inside it. `before` and `after`
-    are the modules with parameters of their own (or with adapters) that are used before the layers and after them, among the
-    latter the output layer. `parameterless_norms` have none and are used after the layers, and perhaps before them, too.
-    """
+    """A causal language model, split into its parts."""
 
     root: nn.Module
+    """What the script calls: the model, or the wrapper of PEFT around it."""
     causal: Any
+    """The model of transformers inside: a PreTrainedModel with an output layer."""
     layers: nn.ModuleList
-    before: tuple[ModuleSlot, ...]
-    after: tuple[ModuleSlot, ...]
+    """The decoder layers, from the first to the last."""
+    pre_layers: tuple[ModuleSlot, ...]
+    """The modules with parameters (or adapters) that are used before the layers, such as embeddings."""
+    post_layers: tuple[ModuleSlot, ...]
+    """The modules with parameters (or adapters) that are used after the layers: the output layer, a final norm."""
     parameterless_norms: tuple[ModuleSlot, ...]
+    """Norms outside the layers without parameters; they are used after the layers and perhaps before them too."""
 
     @property
     def layer_slots(self) -> tuple[ModuleSlot, ...]:
-        """The places of the layers, from the first to the last."""
+        """The slots of the layers, from the first to the last."""
         return tuple(ModuleSlot(self.layers, key, layer) for key, layer in self.layers.named_children())
 
 
@@ -46,41 +55,41 @@ def split_into_parts(root: nn.Module) -> ModelParts:
     """The parts of a model.
 
     Raises:
-        PlanError: it is no causal language model of transformers.
+        PlanError: the model is not a causal language model of transformers.
     """
     from transformers import PreTrainedModel
 
     causal = unwrapped(root)
     if not isinstance(causal, PreTrainedModel) or causal.get_output_embeddings() is None:
         raise PlanError(
-            f"{type(causal).__name__} is no causal language model of transformers: "
+            f"{type(causal).__name__} is not a causal language model of transformers: "
             "give one of transformers.AutoModelForCausalLM, or run on 1 worker"
         )
     layers = layer_list(causal)
     head = causal.get_output_embeddings()
-    before, after, parameterless_norms, layers_seen = [], [], [], False
-    for name, place in _outside(causal, layers):
-        if place is None:
+    pre_layers, post_layers, parameterless_norms, layers_seen = [], [], [], False
+    for name, slot in _slots_outside(causal, layers):
+        if slot is None:
             layers_seen = True
-        elif next(place.module.parameters(), None) is None:
+        elif next(slot.module.parameters(), None) is None:
             if re.search("norm", name):
-                parameterless_norms.append(place)
-        elif place.module is head or (re.search(POST_LAYER_NAMES, name) and not re.search(PRE_LAYER_NAMES, name)):
-            after.append(place)
-        elif re.search(PRE_LAYER_NAMES, name) or not layers_seen:
-            before.append(place)
+                parameterless_norms.append(slot)
+        elif slot.module is not head and is_before_layers(name, layers_seen=layers_seen):
+            pre_layers.append(slot)
         else:
-            after.append(place)
-    return ModelParts(root, causal, layers, tuple(before), tuple(after), tuple(parameterless_norms))
+            post_layers.append(slot)
+    return ModelParts(root, causal, layers, tuple(pre_layers), tuple(post_layers), tuple(parameterless_norms))
 
 
-def _outside(module: nn.Module, layers: nn.ModuleList, prefix: str = "") -> Iterator[tuple[str, ModuleSlot | None]]:
-    """The outermost modules in their order; None where the layers stand."""
+def _slots_outside(
+    module: nn.Module, layers: nn.ModuleList, prefix: str = ""
+) -> Iterator[tuple[str, ModuleSlot | None]]:
+    """The outermost modules outside the layers with their names, in their order; None where the layers are."""
     for key, child in module.named_children():
         name = f"{prefix}{key}"
         if child is layers:
             yield name, None
         elif any(part is layers for part in child.modules()):
-            yield from _outside(child, layers, f"{name}.")
+            yield from _slots_outside(child, layers, f"{name}.")
         else:
             yield name, ModuleSlot(module, key, child)

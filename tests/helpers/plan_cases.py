@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from moreh.accelerator.devices import find_device
-from moreh.models.families.builders import architecture_from_config
+from moreh.models.describe.from_config import architecture_from_config
 from moreh.planner.cost.prediction import make_environment
 from moreh.planner.hardware.cluster import cluster_for_devices
 from moreh.planner.plan.notation import parse_plan

@@ -15,6 +15,7 @@ from moreh.runtime.engine.registry import install_sharding_support, shard_model
 from moreh.runtime.pipeline import lean_stage as pipeline_stage
 from moreh.runtime.pipeline.lean_stage import LeanPipelineStage
 from moreh.runtime.sharding.gather import whole_tensor
+from tests.helpers.family_settings import FAMILY_SETTINGS
 from tests.helpers.float64 import exact_float64
 from tests.helpers.plan_training import new_model
 from tests.helpers.tensor_cases import whole_model
@@ -63,30 +64,6 @@ def train(model, optimizer_of=None, clip=None, steps=3, accumulation=2, make_bat
         scheduler.step()
         model.zero_grad(set_to_none=True)
     return seen
-
-
-# What a tiny model of a family needs besides the sizes that all have.
-FAMILY_SETTINGS = {
-    "codegen": {"num_attention_heads": 8, "rotary_dim": 4},
-    "cwm": {"num_key_value_heads": 2, "head_dim": 12},
-    "exaone4": {"num_key_value_heads": 2},
-    "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2},
-    "gemma": {"num_key_value_heads": 2, "head_dim": 12},
-    "gpt_neo": {"attention_types": [[["global", "local"], 1], [["global"], 1]], "window_size": 6},
-    "gptj": {"rotary_dim": 8},
-    "helium": {"num_key_value_heads": 2, "head_dim": 12},
-    "hunyuan_v1_dense": {"num_key_value_heads": 2, "head_dim": 12},
-    "iquestcoder": {"num_key_value_heads": 2},
-    "ministral": {"num_key_value_heads": 2, "head_dim": 12},
-    "ministral3": {"num_key_value_heads": 2, "head_dim": 12},
-    "mistral": {"num_key_value_heads": 2, "sliding_window": 6},
-    "mixtral": {"num_key_value_heads": 2, "num_local_experts": 4, "experts_implementation": "eager"},
-    "nemotron": {"num_key_value_heads": 2},
-    "qwen2": {"num_key_value_heads": 2},
-    "qwen3": {"num_key_value_heads": 2, "head_dim": 16},
-    "seed_oss": {"num_key_value_heads": 2, "head_dim": 12},
-    "stablelm": {"num_key_value_heads": 2, "rope_parameters": {"partial_rotary_factor": 0.5, "rope_theta": 1e4}},
-}
 
 
 def compare(family, plan, change=None, **loop):
@@ -419,7 +396,7 @@ def received_at_once(family, plan, lets_go):
     model = new_model(family)
     shard_model(model, plan)
     received, most, lengths = [], 0, set()
-    make_room, let_go = LeanPipelineStage._make_room, pipeline_stage._let_go
+    make_room, let_go = LeanPipelineStage._allocate_buffers, pipeline_stage._free_buffers
 
     def counted(stage, infos):
         nonlocal most
@@ -428,8 +405,8 @@ def received_at_once(family, plan, lets_go):
         lengths.update(info.buffer.shape[1] for info in infos)
         most = max(most, sum(one() is not None for one in received))
 
-    keep = mock.patch.object(pipeline_stage, "_let_go", let_go if lets_go else lambda infos: None)
-    with mock.patch.object(LeanPipelineStage, "_make_room", counted), keep:
+    keep = mock.patch.object(pipeline_stage, "_free_buffers", let_go if lets_go else lambda infos: None)
+    with mock.patch.object(LeanPipelineStage, "_allocate_buffers", counted), keep:
         for length in (LENGTH, LENGTH - 4):
             ids = torch.arange(ROWS * length).view(ROWS, length) % model.config.vocab_size
             # Nothing is packed where padding is in front.

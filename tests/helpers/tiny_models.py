@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from moreh.models.families.config_defaults import ALIASES, RENAMED
+from moreh.models.families import FAMILIES
 
 # Odd sizes: no two of hidden, inner, heads and vocabulary are easily taken for each other.
 TINY = {
@@ -23,14 +23,17 @@ TINY = {
 
 
 def name_case(case):
+    """The id of a test case: the changes of a configuration as KEY=VALUE."""
     return case if isinstance(case, str) else ",".join(f"{key}={value}" for key, value in case.items()) or "plain"
 
 
 def names_of_keys(family):
-    """What the classes of transformers call the keys of the table."""
-    return {key: alias for alias, key in ALIASES.get(family, {}).items() if alias != "n_embed"} | RENAMED.get(
-        family, {}
-    )
+    """What transformers calls keys of a family's record, {key: name}; None for a key that the family does not have."""
+    keys = FAMILIES[family].config_keys if family in FAMILIES else None
+    if keys is None:
+        return {}
+    # transformers knows n_embed of published files, but its classes do not have it as a field.
+    return {key: alias for alias, key in keys.aliases.items() if alias != "n_embed"} | dict(keys.renamed)
 
 
 def tiny_config_of(family, changes):
@@ -43,6 +46,7 @@ def tiny_config_of(family, changes):
 
 
 def build(config, device="cpu"):
+    """The model that transformers builds of a configuration, always with the same random weights."""
     settings = {key: value for key, value in config.items() if key != "model_type"}
     torch.manual_seed(0)
     with torch.device(device):
@@ -50,6 +54,7 @@ def build(config, device="cpu"):
 
 
 def module_counts(module):
+    """Parameters, trainable ones, and the tensors that those are in, as the module has them."""
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
     return (
         sum(parameter.numel() for parameter in module.parameters()),
@@ -59,13 +64,15 @@ def module_counts(module):
 
 
 def described_counts(architecture):
+    """The same, as an architecture says it."""
     return architecture.parameters, architecture.trainable_parameters, architecture.trainable_tensors
 
 
-def layer_list(model):
+def first_module_list(model):
+    """The layers of a tiny model, found in another way than the code under test finds them."""
     return next(part for part in model.modules() if isinstance(part, nn.ModuleList))
 
 
 def same(first, second):
-    """The same architecture under another name."""
+    """Whether two architectures differ in their names at most."""
     return dataclasses.replace(first, name="") == dataclasses.replace(second, name="")

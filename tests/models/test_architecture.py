@@ -1,19 +1,20 @@
-"""Architectures from configurations count what the models of transformers have: known families, files, defaults."""
+"""Architectures from configurations count what the models of transformers have: families, files, defaults."""
 
 import dataclasses
 import json
 
 import pytest
 
+from moreh.models.describe.from_config import architecture_from_config
 from moreh.models.describe.from_module import describe_module
 from moreh.models.describe.from_source import describe
-from moreh.models.families.builders import FAMILIES, architecture_from_config
-from moreh.models.families.config_defaults import DEFAULTS
+from moreh.models.families import FAMILIES, planned_families
 from tests.conftest import ROOT
+from tests.helpers.family_settings import FAMILY_CASES
 from tests.helpers.tiny_models import (
     build,
     described_counts,
-    layer_list,
+    first_module_list,
     module_counts,
     name_case,
     names_of_keys,
@@ -23,57 +24,7 @@ from tests.helpers.tiny_models import (
 
 MODELS = ROOT / "configs" / "models"
 
-CASES = [
-    ("gpt2", {}),
-    ("gpt2", {"n_inner": None, "tie_word_embeddings": False, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}),
-    ("gptj", {"rotary_dim": 4}),
-    ("gptj", {"rotary_dim": 4, "tie_word_embeddings": True, "n_inner": None, "attn_pdrop": 0.1}),
-    ("gpt_neox", {}),
-    (
-        "gpt_neox",
-        {"attention_bias": False, "use_parallel_residual": False, "tie_word_embeddings": True, "hidden_dropout": 0.1},
-    ),
-    ("opt", {}),
-    ("opt", {"word_embed_proj_dim": 32, "do_layer_norm_before": False, "tie_word_embeddings": False}),
-    ("opt", {"enable_bias": False, "layer_norm_elementwise_affine": False, "dropout": 0.0}),
-    ("opt", {"_remove_final_layer_norm": True, "word_embed_proj_dim": 32}),
-    ("bloom", {}),
-    ("bloom", {"tie_word_embeddings": False}),
-    ("falcon", {}),
-    ("falcon", {"multi_query": False, "bias": True, "parallel_attn": False}),
-    ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "tie_word_embeddings": False}),
-    (
-        "falcon",
-        {"new_decoder_architecture": True, "num_ln_in_parallel_attn": 1, "alibi": True, "ffn_hidden_size": None},
-    ),
-    ("llama", {}),
-    ("llama", {"num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
-    ("llama", {"head_dim": 20, "num_key_value_heads": 1, "attention_dropout": 0.1}),
-    ("mistral", {"num_key_value_heads": 2}),
-    ("mistral", {"num_key_value_heads": 4, "sliding_window": None, "head_dim": 8, "tie_word_embeddings": True}),
-    ("mixtral", {"num_key_value_heads": 2}),
-    ("mixtral", {"num_key_value_heads": 4, "num_local_experts": 5, "num_experts_per_tok": 3, "sliding_window": 16}),
-    ("qwen2", {"num_key_value_heads": 4}),
-    (
-        "qwen2",
-        {"num_key_value_heads": 2, "use_sliding_window": True, "max_window_layers": 1, "tie_word_embeddings": True},
-    ),
-    ("qwen3", {"num_key_value_heads": 2}),
-    ("qwen3", {"num_key_value_heads": 4, "head_dim": 8, "attention_bias": True, "tie_word_embeddings": True}),
-    ("gemma", {"num_key_value_heads": 1, "head_dim": 16}),
-    ("gemma", {"num_key_value_heads": 4, "attention_bias": True, "tie_word_embeddings": False}),
-    ("gemma2", {"num_key_value_heads": 2, "head_dim": 8}),
-    (
-        "gemma2",
-        {"num_key_value_heads": 4, "sliding_window": 8, "layer_types": ["full_attention"] * 2 + ["sliding_attention"]},
-    ),
-    ("phi", {}),
-    ("phi", {"num_key_value_heads": 2, "qk_layernorm": True, "tie_word_embeddings": True}),
-    ("phi3", {}),
-    ("phi3", {"num_key_value_heads": 2, "sliding_window": 8, "resid_pdrop": 0.1}),
-    ("starcoder2", {"num_key_value_heads": 2}),
-    ("starcoder2", {"num_key_value_heads": 4, "use_bias": False, "tie_word_embeddings": False}),
-]
+CASES = [(family, changes) for family in planned_families() for changes in FAMILY_CASES[family].architecture]
 # What `sum(p.numel() for p in model.parameters())` gives for these models of transformers, as a fixed number each.
 KNOWN_COUNTS = {
     "gpt2": 124_439_808,
@@ -94,12 +45,12 @@ KNOWN_COUNTS = {
 
 
 @pytest.mark.parametrize(("family", "changes"), CASES, ids=name_case)
-def test_family_counts_its_module(family, changes):
+def test_architecture_of_a_family_counts_its_module(family, changes):
     config = tiny_config_of(family, changes)
     model = build(config)
     architecture = architecture_from_config(config, "tiny")
     assert described_counts(architecture) == module_counts(model)
-    layers = layer_list(model)
+    layers = first_module_list(model)
     assert [layer.parameters for layer in architecture.layers] == [module_counts(layer)[0] for layer in layers]
     assert [layer.trainable_tensors for layer in architecture.layers] == [module_counts(layer)[2] for layer in layers]
     # The module says the same of itself, matrix by matrix, and so does its complete configuration.
@@ -107,11 +58,7 @@ def test_family_counts_its_module(family, changes):
     assert same(architecture_from_config(model.config.to_dict(), "tiny"), architecture)
 
 
-def test_cases_cover_every_family():
-    assert {family for family, _ in CASES} == set(FAMILIES) == set(DEFAULTS)
-
-
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", planned_families())
 def test_defaults_are_those_of_transformers(family):
     model = build({"model_type": family}, "meta")
     architecture = architecture_from_config({"model_type": family}, "default")
@@ -119,11 +66,12 @@ def test_defaults_are_those_of_transformers(family):
     assert same(describe_module(model), architecture)
     names = names_of_keys(family)
     fields = {field.name: field.default for field in dataclasses.fields(type(model.config))}
-    assert {key: fields.get(names.get(key, key)) for key in DEFAULTS[family]} == dict(DEFAULTS[family])
+    defaults = FAMILIES[family].config_keys.defaults
+    assert {key: fields.get(names.get(key, key)) for key in defaults} == dict(defaults)
 
 
 @pytest.mark.parametrize("name", KNOWN_COUNTS)
-def test_model_files(name):
+def test_model_files_count_what_transformers_builds(name):
     path = MODELS / f"{name}.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     architecture = describe(path)
@@ -138,7 +86,7 @@ def test_every_model_file_is_tested():
     assert {path.stem for path in MODELS.glob("*.json")} == set(KNOWN_COUNTS)
 
 
-def test_fields_of_known_models():
+def test_known_models_have_the_published_shapes():
     llama, mixtral, gpt = (
         describe(MODELS / f"{name}.json") for name in ("llama3_70b", "mixtral_8x7b", "cerebras_gpt_13b")
     )
@@ -166,7 +114,7 @@ def test_fields_of_known_models():
     assert [(layer.window, count) for layer, count in kinds] == [(4096, 13), (None, 13)]
 
 
-def test_published_names_of_keys():
+def test_published_files_may_use_other_names_of_keys():
     """Files of Bloom say n_embed and num_attention_heads, those of GPT-2 may say hidden_size."""
     bloom = {"model_type": "bloom", "n_embed": 96, "hidden_size": 48, "num_attention_heads": 6, "num_hidden_layers": 3}
     gpt2 = {"model_type": "gpt2", "hidden_size": 96, "num_attention_heads": 6, "num_hidden_layers": 3}
@@ -178,7 +126,7 @@ def test_published_names_of_keys():
     assert architecture_from_config(ignored, "") == architecture_from_config({"model_type": "gpt2"}, "")
 
 
-def test_known_families_need_no_torch(run_python):
+def test_describing_a_planned_family_needs_no_torch(run_python):
     source = """
 import sys
 import moreh.models.describe.from_source

@@ -6,14 +6,22 @@ import json
 import pytest
 
 from moreh.errors import PlanError
+from moreh.models.describe.from_config import architecture_from_config
 from moreh.models.describe.from_source import describe, describe_config
-from moreh.models.families.builders import FAMILIES, architecture_from_config
+from moreh.models.families import planned_families
 from tests.conftest import ROOT
-from tests.helpers.tiny_models import build, described_counts, layer_list, module_counts, name_case, tiny_config_of
+from tests.helpers.tiny_models import (
+    build,
+    described_counts,
+    first_module_list,
+    module_counts,
+    name_case,
+    tiny_config_of,
+)
 
 MODELS = ROOT / "configs" / "models"
 
-# Families that moreh.models.families.builders does not know; transformers builds them.
+# Families without an architecture in the registry: transformers builds them.
 OTHER_CASES = [
     ("olmo", {"num_key_value_heads": 2}),
     ("stablelm", {"num_key_value_heads": 2, "use_qkv_bias": True}),
@@ -25,8 +33,8 @@ OTHER_CASES = [
 
 
 @pytest.mark.parametrize(("family", "changes"), OTHER_CASES, ids=name_case)
-def test_other_families_through_transformers(family, changes, tmp_path):
-    assert family not in FAMILIES
+def test_other_families_are_built_by_transformers(family, changes, tmp_path):
+    assert family not in planned_families()
     config = tiny_config_of(family, changes)
     model = build(config)
     path = tmp_path / f"tiny_{family}.json"
@@ -35,7 +43,7 @@ def test_other_families_through_transformers(family, changes, tmp_path):
     assert architecture.name == f"tiny_{family}"
     assert described_counts(architecture) == module_counts(model)
     assert [layer.parameters for layer in architecture.layers] == [
-        module_counts(layer)[0] for layer in layer_list(model)
+        module_counts(layer)[0] for layer in first_module_list(model)
     ]
     splits = [linear.split for linear in architecture.layers[0].linears]
     assert splits.count("column") >= 2
@@ -50,7 +58,7 @@ def test_other_families_through_transformers(family, changes, tmp_path):
         )
 
 
-def test_describe_paths_and_names(tmp_path):
+def test_files_directories_and_names_are_sources(tmp_path):
     content = (MODELS / "gpt2.json").read_text(encoding="utf-8")
     directory = tmp_path / "my-model"
     directory.mkdir()
@@ -118,14 +126,14 @@ BAD_CONFIGS = [
 
 
 @pytest.mark.parametrize(("config", "message"), BAD_CONFIGS)
-def test_bad_configurations(config, message):
+def test_configurations_that_cannot_be_meant_are_refused(config, message):
     with pytest.raises(PlanError, match=message) as error:
         describe_config(config, "given")
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 500
 
 
-def test_unknown_family_without_transformers():
+def test_other_families_are_not_planned_without_transformers():
     with pytest.raises(PlanError, match="model_type is 'olmo': give one of bloom, falcon, "):
         architecture_from_config({"model_type": "olmo"}, "given")
 
@@ -141,7 +149,7 @@ BAD_FILES = [
 
 
 @pytest.mark.parametrize(("content", "message"), BAD_FILES, ids=lambda value: str(value)[:12])
-def test_bad_files(content, message, tmp_path):
+def test_files_that_are_no_json_object_are_refused(content, message, tmp_path):
     path = tmp_path / "model.json"
     path.write_bytes(content)
     with pytest.raises(PlanError, match=message) as error:
@@ -149,7 +157,7 @@ def test_bad_files(content, message, tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_missing_files(tmp_path):
+def test_missing_files_are_named(tmp_path):
     for source in (tmp_path / "none.json", str(tmp_path / "none.json"), tmp_path, tmp_path / "none"):
         with pytest.raises(PlanError, match=r"there is no such file: give a model's config\.json"):
             describe(source)
@@ -171,7 +179,7 @@ def test_messages_name_the_path_that_was_given(tmp_path):
 
 
 @pytest.mark.parametrize("source", ["", "  ", "a b", "a\nb", "a\nb.json", "a/b/c", "/nowhere/gpt2"])
-def test_names_that_cannot_be_any_are_refused_at_once(source, monkeypatch):
+def test_names_that_the_hub_does_not_allow_are_not_looked_for(source, monkeypatch):
     monkeypatch.setattr(
         "moreh.models.describe.from_source._hub_config", lambda name: pytest.fail(f"{name} was looked for")
     )
@@ -180,7 +188,7 @@ def test_names_that_cannot_be_any_are_refused_at_once(source, monkeypatch):
     assert str(error.value).startswith((f"{source}: ", f"{source!r}: "))
 
 
-def test_a_name_that_is_here_as_a_file(monkeypatch):
+def test_file_of_this_repository_is_suggested_for_its_name(monkeypatch):
     monkeypatch.chdir(ROOT)
     for name in ("gpt2", "openai-community/gpt2"):
         with pytest.raises(

@@ -1,4 +1,4 @@
-"""Built models describe themselves exactly: adapters, frozen parts, experts, wrappers, and the bytes of a training step."""
+"""Architectures of built models are exact: adapters, frozen parts, experts, wrappers, bytes of a training step."""
 
 import dataclasses
 
@@ -9,9 +9,16 @@ from transformers import AutoConfig, GPT2Model
 from transformers.pytorch_utils import Conv1D
 
 from moreh.errors import PlanError
+from moreh.models.describe.from_config import architecture_from_config
 from moreh.models.describe.from_module import describe_module
-from moreh.models.families.builders import architecture_from_config
-from tests.helpers.tiny_models import build, described_counts, layer_list, module_counts, name_case, tiny_config_of
+from tests.helpers.tiny_models import (
+    build,
+    described_counts,
+    first_module_list,
+    module_counts,
+    name_case,
+    tiny_config_of,
+)
 
 
 class Lora(nn.Module):
@@ -58,7 +65,7 @@ def freeze_head(model):
 
 
 def freeze_layers(model):
-    for layer in layer_list(model)[:2]:
+    for layer in first_module_list(model)[:2]:
         layer.requires_grad_(False)
 
 
@@ -104,14 +111,14 @@ FREEZERS = [
     ],
     ids=name_case,
 )
-def test_frozen_parameters(family, changes, freeze):
+def test_frozen_parameters_are_counted_as_frozen(family, changes, freeze):
     config = tiny_config_of(family, changes)
     model = build(config, "meta")
     freeze(model)
     architecture = describe_module(model)
     assert described_counts(architecture) == module_counts(model)
     assert architecture.parameters == architecture_from_config(config, "").parameters
-    for layer, part in zip(architecture.layers, layer_list(model), strict=True):
+    for layer, part in zip(architecture.layers, first_module_list(model), strict=True):
         assert (layer.parameters, layer.trainable_parameters, layer.trainable_tensors) == module_counts(part)
 
 
@@ -125,7 +132,7 @@ def test_frozen_parameters(family, changes, freeze):
         ("phi", ("dense",)),
     ],
 )
-def test_lora(family, adapted, wrap):
+def test_lora_adapters_are_matrices_that_are_not_split(family, adapted, wrap):
     config = tiny_config_of(family, {})
     plain = architecture_from_config(config, "")
     model = wrap(add_lora(build(config), *adapted))
@@ -142,10 +149,10 @@ def test_lora(family, adapted, wrap):
     assert (layer.heads, layer.kv_heads, layer.head_dim) == (4, 4, 12)
 
 
-def test_adapter_as_bare_parameters():
+def test_adapters_may_be_bare_parameters():
     config = tiny_config_of("llama", {})
     model = build(config)
-    for layer in layer_list(model):
+    for layer in first_module_list(model):
         layer.self_attn.lora_A = nn.Parameter(torch.zeros(3, 48))
         layer.self_attn.lora_B = nn.Parameter(torch.zeros(48, 3))
     architecture = describe_module(model)
@@ -156,10 +163,10 @@ def test_adapter_as_bare_parameters():
     ]
 
 
-def test_experts_that_are_modules():
-    """Experts in a list of modules, and more of them than layers."""
+def test_experts_may_be_modules_of_a_list():
+    """There are more of them than layers."""
     model = build(tiny_config_of("mixtral", {"num_key_value_heads": 2, "num_local_experts": 5}))
-    for layer in layer_list(model):
+    for layer in first_module_list(model):
         layer.mlp.experts = nn.ModuleList(
             nn.ModuleDict({"up_proj": nn.Linear(48, 80), "down_proj": nn.Linear(80, 48)}) for _ in range(5)
         )
@@ -172,7 +179,7 @@ def test_experts_that_are_modules():
     ]
 
 
-def test_wrappers_of_torch():
+def test_wrappers_of_torch_are_looked_through():
     model = build(tiny_config_of("llama", {}))
     plain = describe_module(model)
 
@@ -203,8 +210,8 @@ TRAINED = [
 
 
 @pytest.mark.parametrize(("family", "changes", "prepare"), TRAINED)
-def test_bytes_of_training(family, changes, prepare):
-    """Parameters, gradients and AdamW's state take 4 B each a parameter, two of the last, and 4 B a tensor for its step."""
+def test_bytes_of_a_training_step_follow_from_the_architecture(family, changes, prepare):
+    """4 bytes a parameter for weights and gradients each, 8 for AdamW's moments, and 4 a tensor for its step."""
     model = build(tiny_config_of(family, changes)).float()
     if prepare is not None:
         prepare(model)
@@ -222,10 +229,10 @@ def test_bytes_of_training(family, changes, prepare):
     assert sum(value.nbytes for value in state) == expected
 
 
-def test_modules_that_are_no_decoders():
+def test_modules_that_are_no_decoders_are_refused():
     config = AutoConfig.for_model("gpt2", n_layer=1, n_embd=32, n_head=2, vocab_size=64)
     shared = build(tiny_config_of("llama", {}))
-    layers = layer_list(shared)
+    layers = first_module_list(shared)
     layers[1].mlp = layers[0].mlp
     resized = build(tiny_config_of("llama", {}))
     resized.lm_head = nn.Linear(48, 11, bias=False)

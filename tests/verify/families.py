@@ -5,7 +5,7 @@ python -m tests.verify.families [FAMILY ...]
 
 import sys
 
-from moreh.runtime.tensor.rules import FAMILY_TP_BLOCKS, TP_PLAN_FAMILIES
+from moreh.models.families import tensor_parallel_families
 from tests.helpers import sharded_cases as cases
 from tests.helpers.workers import WorkerError, run_on_workers
 from tests.runtime.engine.test_family_plans import NOT_TENSOR_PARALLEL, PLANS
@@ -16,7 +16,7 @@ TOLERANCE = 1e-9
 def main(families):
     """Print the greatest difference of each family and plan; the exit code is 1 if any is too large."""
     failed = 0
-    for family in families or sorted(TP_PLAN_FAMILIES | set(FAMILY_TP_BLOCKS)) + list(NOT_TENSOR_PARALLEL):
+    for family in families or [*tensor_parallel_families(), *NOT_TENSOR_PARALLEL]:
         for name, plan in PLANS.items():
             if family in NOT_TENSOR_PARALLEL and plan.get("tensor", 1) > 1:
                 continue

@@ -1,4 +1,4 @@
-"""What one layer of a built model consists of: its matrices, how tensor parallelism splits them, and its attention."""
+"""One layer of a built model: its matrices, how tensor parallelism splits them, and its attention."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -8,39 +8,31 @@ from typing import Any
 from torch import nn
 
 from moreh.models.architecture import DecoderLayer, Linear, Split
+from moreh.models.families import FAMILIES
+from moreh.models.families.tp_blocks import TPBlock
+from moreh.models.introspection import is_matrix
 
-# For modules that the tensor-parallel plan of the configuration leaves out, and families without a plan.
-_COLUMN_NAMES = (
-    "q_proj",
-    "k_proj",
-    "v_proj",
-    "gate_proj",
-    "up_proj",
-    "gate_up_proj",
-    "c_fc",
-    "fc1",
-    "fc_in",
-    "dense_h_to_4h",
-)
-_ROW_NAMES = ("o_proj", "out_proj", "dense", "c_proj", "down_proj", "fc2", "fc_out", "dense_4h_to_h")
-# Queries, keys and values in one matrix.
-_FUSED_NAMES = ("query_key_value", "qkv_proj", "c_attn", "Wqkv")
+# The index of an expert in the name of a module.
 _EXPERT = re.compile(r"\bexperts\.\d+\.")
 # What adapters call the matrix that they wrap: PEFT makes "q_proj" into "q_proj.base_layer".
-_WRAPPED = re.compile(r"\.(base_layer|base|linear)$")
+_WRAPPED_SUFFIX = re.compile(r"\.(base_layer|base|linear)$")
 
 
 @dataclass
 class ParameterCount:
-    """Parameters that are in no matrix, and those of them without a gradient."""
+    """A sum over parameter tensors."""
 
     parameters: int = 0
+    """Elements of all tensors."""
     tensors: int = 0
+    """The number of tensors."""
     frozen_parameters: int = 0
+    """Elements of those without a gradient."""
     frozen_tensors: int = 0
+    """The number of those without a gradient."""
 
     def add(self, parameter: nn.Parameter) -> None:
-        """Count one more tensor."""
+        """Count a tensor."""
         self.parameters += parameter.numel()
         self.tensors += 1
         if not parameter.requires_grad:
@@ -48,25 +40,20 @@ class ParameterCount:
             self.frozen_tensors += 1
 
 
-def is_matrix(part: nn.Module) -> bool:
-    """Whether a module is a product with one weight: torch's Linear, or the Conv1D of GPT-2, whose weight is transposed."""
-    return isinstance(part, nn.Linear) or type(part).__name__ == "Conv1D"
-
-
 def describe_layer(layer: nn.Module, config: Any) -> DecoderLayer:
-    """The layer with its attention as in `config`, a configuration of transformers; the window is left to the caller."""
+    """The layer, with attention as in `config` of transformers. The caller fills in its window."""
     experts = _expert_counts(config)
     linears: list[Linear] = []
     others = ParameterCount()
-    # The biases that were counted with their matrix.
-    counted: set[int] = set()
+    # The biases that are counted with their matrix, by id.
+    counted_biases: set[int] = set()
 
     def add(name: str, shape: tuple[int, int], weight: nn.Parameter, bias: nn.Parameter | None, **copies: Any) -> None:
-        # A bias that is trained without its matrix (or the other way round) is no part of it.
+        # A bias that is trained while the weight is frozen, or frozen while it is trained, is counted by itself.
         with_bias = bias is not None and bias.requires_grad == weight.requires_grad
         if bias is not None and with_bias:
-            counted.add(id(bias))
-        name = _WRAPPED.sub("", name)
+            counted_biases.add(id(bias))
+        name = _WRAPPED_SUFFIX.sub("", name)
         linears.append(Linear(name, *shape, "none", with_bias, frozen=not weight.requires_grad, **copies))
 
     for module_name, part in layer.named_modules():
@@ -79,14 +66,14 @@ def describe_layer(layer: nn.Module, config: Any) -> DecoderLayer:
             elif experts and parameter.dim() == 3 and parameter.shape[0] == experts[0]:
                 shape = _expert_shape(name, parameter, int(config.hidden_size))
                 add(name, shape, parameter, own.get(f"{key}_bias"), copies=experts[0], active=experts[1], stacked=True)
-            elif id(parameter) in counted:
+            elif id(parameter) in counted_biases:
                 continue
             elif parameter.dim() == 2 and not isinstance(part, nn.Embedding) and not key.endswith("_bias"):
                 # A router, or an adapter that is a bare parameter: [outputs, inputs].
                 add(name.removesuffix(".weight"), (parameter.shape[1], parameter.shape[0]), parameter, None)
             else:
                 others.add(parameter)
-    linears = _with_splits(_merged_experts(linears, experts), _split_rules(config))
+    linears = _with_splits(_merge_experts(linears, experts), _declared_splits(config))
     heads, head_dim = int(config.num_attention_heads), _head_dim(config)
     return DecoderLayer(
         heads=heads,
@@ -101,14 +88,14 @@ def describe_layer(layer: nn.Module, config: Any) -> DecoderLayer:
 
 
 def _expert_shape(name: str, weight: nn.Parameter, hidden: int) -> tuple[int, int]:
-    """Inputs and outputs of experts in one tensor, `[experts, outputs, inputs]` or, in some families, transposed."""
+    """Inputs and outputs of experts in one tensor, [experts, outputs, inputs] or, in some families, transposed."""
     first, second = weight.shape[1:]
     transposed = (second == hidden != first) if "down" in name else (first == hidden != second)
     return (first, second) if transposed else (second, first)
 
 
-def _merged_experts(linears: Iterable[Linear], experts: tuple[int, int] | None) -> list[Linear]:
-    """Experts that are modules of their own ("experts.0.up_proj", "experts.1.up_proj", ...) as copies of one matrix."""
+def _merge_experts(linears: Iterable[Linear], experts: tuple[int, int] | None) -> list[Linear]:
+    """Merge experts that are modules ("experts.0.up_proj", "experts.1.up_proj", ...) into copies of one matrix."""
     merged: dict[Linear, int] = {}
     for linear in linears:
         general = replace(linear, name=_EXPERT.sub("experts.*.", linear.name))
@@ -127,48 +114,84 @@ def _expert_counts(config: Any) -> tuple[int, int] | None:
         ("num_local_experts", "num_experts", "n_routed_experts"),
         ("num_experts_per_tok", "moe_topk", "moe_k"),
     ):
-        given = [value for key in keys if isinstance(value := getattr(config, key, None), int)]
-        counts.append(given[0] if given else 1)
+        values = [value for key in keys if isinstance(value := getattr(config, key, None), int)]
+        counts.append(values[0] if values else 1)
     return (counts[0], counts[1]) if counts[0] > 1 else None
 
 
-def _split_rules(config: Any) -> Mapping[str, Split]:
-    """How tensor parallelism splits the matrices, by their names in a layer, from the plan of the configuration."""
-    rules: dict[str, Split] = {}
+def _declared_splits(config: Any) -> Mapping[str, Split]:
+    """How tensor parallelism splits matrices, by their names in a layer: from the family's record, or from
+    transformers.
+
+    Matrices of modules that neither speaks of are left out.
+    """
+    family = FAMILIES.get(config.model_type)
+    if family is not None and isinstance(family.tensor_parallel, tuple):
+        splits: dict[str, Split] = {}
+        for block in family.tensor_parallel:
+            splits |= {**dict.fromkeys(block.columns, "column"), block.row: "row"}
+        return splits
+    splits = {}
     for pattern, style in (getattr(config, "base_model_tp_plan", None) or {}).items():
         name = pattern.partition(".*.")[2]
         # "colwise_gather_output" and "packed_colwise" split the outputs too.
-        rules[name] = "column" if "colwise" in style else "row" if "rowwise" in style else "none"
-    return rules
+        splits[name] = "column" if "colwise" in style else "row" if "rowwise" in style else "none"
+    return splits
 
 
-def _with_splits(linears: list[Linear], rules: Mapping[str, Split]) -> list[Linear]:
-    """The matrices, split by the rules, or by their names where no rule is about their module.
+def _with_splits(linears: list[Linear], declared: Mapping[str, Split]) -> list[Linear]:
+    """The matrices with their splits: the declared ones, or by name in modules that no declaration speaks of.
 
-    By their names only where a module has both sides: what a column-split matrix divides, a row-split one puts together.
+    Only where a module has both kinds: what a column-split matrix splits, a row-split one sums.
     """
-    covered = {name.rpartition(".")[0] for name in rules}
-    by_name = {
-        linear.name: _split_by_name(linear.name) for linear in linears if linear.name.rpartition(".")[0] not in covered
-    }
-    sides: dict[str, set[Split]] = {}
-    for name, split in by_name.items():
-        sides.setdefault(name.rpartition(".")[0], set()).add(split)
+    covered = {_module_of(name) for name in declared}
+    columns, rows = _names_by_split()
+    by_name: dict[str, Split] = {}
+    kinds: dict[str, set[Split]] = {}
+    for linear in linears:
+        module, _, last = linear.name.rpartition(".")
+        if module not in covered:
+            by_name[linear.name] = "column" if last in columns else "row" if last in rows else "none"
+            kinds.setdefault(module, set()).add(by_name[linear.name])
     result: list[Linear] = []
     for linear in linears:
-        split = rules.get(linear.name, "none")
-        if linear.name in by_name and {"column", "row"} <= sides[linear.name.rpartition(".")[0]]:
+        split = declared.get(linear.name, "none")
+        if linear.name in by_name and {"column", "row"} <= kinds[_module_of(linear.name)]:
             split = by_name[linear.name]
         if linear.stacked and split != "none":
-            # The rule is about the sides of the tensor, which some families store transposed.
+            # The declaration is about the sides of the tensor, which some families store transposed.
             split = "row" if "down" in linear.name else "column"
         result.append(replace(linear, split=split))
     return result
 
 
-def _split_by_name(name: str) -> Split:
-    last = name.rpartition(".")[2]
-    return "column" if last in (*_COLUMN_NAMES, *_FUSED_NAMES) else "row" if last in _ROW_NAMES else "none"
+def _names_by_split() -> tuple[set[str], set[str]]:
+    """The last parts of the names of matrices that any family declares as column-split, and as row-split."""
+    blocks = _declared_blocks()
+    columns = {_last(name) for block in blocks for name in block.columns}
+    return columns, {_last(block.row) for block in blocks}
+
+
+def _names_of_fused_qkv() -> set[str]:
+    """The last parts of the names of matrices that any family declares to have queries, keys and values together."""
+    return {_last(*block.columns) for block in _declared_blocks() if block.is_attention and len(block.columns) == 1}
+
+
+def _declared_blocks() -> list[TPBlock]:
+    return [
+        block
+        for family in FAMILIES.values()
+        if isinstance(family.tensor_parallel, tuple)
+        for block in family.tensor_parallel
+    ]
+
+
+def _module_of(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def _head_dim(config: Any) -> int:
@@ -180,11 +203,12 @@ def _head_dim(config: Any) -> int:
 
 
 def _kv_heads(linears: Iterable[Linear], heads: int, head_dim: int, config: Any) -> int:
-    """The key-value heads that the widths of the matrices show, else those of the configuration."""
+    """The key-value heads that the outputs of the matrices show, else those of the configuration."""
+    fused = _names_of_fused_qkv()
     for linear in linears:
-        last = linear.name.rpartition(".")[2]
+        last = _last(linear.name)
         if last == "k_proj":
             return max(1, linear.outputs // head_dim)
-        if last in _FUSED_NAMES:
+        if last in fused:
             return max(1, (linear.outputs // head_dim - heads) // 2)
     return int(getattr(config, "num_key_value_heads", None) or heads)

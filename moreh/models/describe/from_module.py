@@ -1,6 +1,5 @@
-"""The architecture of a model that is already built: of any family, on any device, with adapters or frozen parameters."""
+"""The architecture of a built model: of any family, on any device, with adapters or frozen parameters."""
 
-import re
 from dataclasses import replace
 from typing import Any
 
@@ -8,27 +7,28 @@ from torch import nn
 
 from moreh.errors import PlanError
 from moreh.models.architecture import Architecture
-from moreh.models.describe.from_layer import ParameterCount, describe_layer, is_matrix
-from moreh.models.families.config_defaults import DROPOUT_KEYS
-
-# Modules are registered in any order: OPT's final norm stands before its layers.
-PRE_LAYER_NAMES = re.compile("embed|wpe|project_in|prompt")
-POST_LAYER_NAMES = re.compile("norm|ln_f|final|project_out")
+from moreh.models.describe.from_layer import ParameterCount, describe_layer
+from moreh.models.families.hf_config import DROPOUT_KEYS
+from moreh.models.introspection import is_before_layers, layer_list, text_config, unwrapped
 
 
 def describe_module(module: nn.Module) -> Architecture:
     """The architecture of a decoder with an output layer over its vocabulary, exact to the parameter.
 
-    `module` is a model of transformers, or one of the same make, real or on the meta device. Adapters (LoRA) are matrices of
-    their own that tensor parallelism does not split; parameters with `requires_grad=False` are frozen. Raises PlanError for
-    what is no such decoder: encoder-decoders, encoders, models without attention or with layers of several classes.
+    `module` is a model of transformers, or one that is made like these, real or on the meta device. Adapters (LoRA) are
+    matrices of their own that tensor parallelism does not split; parameters with `requires_grad=False` are frozen.
+
+    Raises:
+        PlanError: it is no such decoder: an encoder with or without a decoder, a model without attention or with layers
+            of several classes.
     """
     model = unwrapped(module)
     config = text_config(model)
     layers = layer_list(model)
     embedding, head = _vocabulary_weights(model)
     tied = head is embedding
-    table, final, head_bias = _outside(module, layers, embedding, head, model.get_output_embeddings())  # type: ignore[operator]
+    head_module: Any = model.get_output_embeddings()  # type: ignore[operator]
+    table, final, head_bias = _count_outside(module, layers, embedding, head, head_module)
     described = [describe_layer(layer, config) for layer in layers]
     windows = _windows(config, len(described))
     hidden = int(config.hidden_size)
@@ -62,75 +62,11 @@ def describe_module(module: nn.Module) -> Architecture:
     return architecture
 
 
-def unwrapped(module: nn.Module) -> nn.Module:
-    """The model inside PEFT's, DistributedDataParallel's or torch.compile's wrapper, or inside a module of the same make."""
-    while (inner := _inside(module)) is not None:
-        module = inner
-    return module
-
-
-def wrappers(module: nn.Module) -> list[nn.Module]:
-    """The wrappers around a model, the outermost first."""
-    found = []
-    while (inner := _inside(module)) is not None:
-        found.append(module)
-        module = inner
-    return found
-
-
-def _inside(module: nn.Module) -> nn.Module | None:
-    if hasattr(module, "get_base_model"):
-        return module.get_base_model()  # type: ignore[operator]
-    inner = getattr(module, "_orig_mod", None)
-    if inner is None and not hasattr(module, "config"):
-        inner = getattr(module, "module", None)
-    return inner if isinstance(inner, nn.Module) else None
-
-
-def text_config(model: nn.Module) -> Any:
-    """The configuration of the language model. Raises PlanError where there is none or it is no decoder's."""
-    name = type(model).__name__
-    config: Any = getattr(model, "config", None)
-    if config is None or not hasattr(config, "model_type"):
-        raise PlanError(f"{name} has no configuration of transformers (module.config): give a model of transformers")
-    if getattr(config, "is_encoder_decoder", False):
-        raise PlanError(f"{name} has an encoder and a decoder: give a decoder-only language model")
-    if getattr(config, "is_decoder", None) is False and hasattr(config, "type_vocab_size"):
-        raise PlanError(f"{name} is an encoder: give a decoder-only language model")
-    if hasattr(config, "get_text_config"):
-        config = config.get_text_config(decoder=True)
-    for key in ("hidden_size", "num_attention_heads"):
-        value = getattr(config, key, None)
-        if not isinstance(value, int) or value < 1:
-            raise PlanError(
-                f"{name}: {key} of its configuration is {value!r}: give a decoder that has one number for all layers"
-            )
-    return config
-
-
-def layer_list(model: nn.Module) -> nn.ModuleList:
-    """The decoder's layers: the longest list of modules of one class that is not inside such a list.
-
-    Experts of a mixture can be more than layers, but are inside them. Raises PlanError where there is no such list.
-    """
-    found: dict[str, nn.ModuleList] = {}
-    for name, part in model.named_modules():
-        if any(name.startswith(f"{outer}.") for outer in found) or not isinstance(part, nn.ModuleList):
-            continue
-        if len({type(layer) for layer in part}) == 1 and any(is_matrix(inner) for inner in part[0].modules()):
-            found[name] = part
-    if not found:
-        raise PlanError(
-            f"{type(model).__name__} has no list of layers (torch.nn.ModuleList) that are of one class and have matrices: "
-            "give a decoder-only language model that has"
-        )
-    return max(found.values(), key=lambda layers: (len(layers), sum(p.numel() for p in layers.parameters())))
-
-
 def _vocabulary_weights(model: nn.Module) -> tuple[nn.Parameter, nn.Parameter]:
-    """The weights of the token embedding and of the output layer, `[vocabulary, width]` each; one object where tied.
+    """The weights of the token embedding and of the output layer, [vocabulary, embedding_dim]; one object where tied.
 
-    Raises PlanError where one is missing or they are not of one shape.
+    Raises:
+        PlanError: one is missing, or they are not of one shape.
     """
     name = type(model).__name__
     try:
@@ -150,15 +86,18 @@ def _vocabulary_weights(model: nn.Module) -> tuple[nn.Parameter, nn.Parameter]:
 
 
 def _main_weight(part: nn.Module | None) -> nn.Parameter | None:
-    """The weight of an embedding or an output layer, inside an adapter's wrapper too: the largest, a trained one first."""
+    """The weight of an embedding or output layer, adapted or not: the largest, of equal ones a trained one."""
     weights = [] if part is None else [parameter for parameter in part.parameters() if parameter.dim() == 2]
     return max(weights, key=lambda weight: (weight.numel(), weight.requires_grad), default=None)
 
 
-def _outside(
+def _count_outside(
     module: nn.Module, layers: nn.ModuleList, embedding: nn.Parameter, head: nn.Parameter, head_module: nn.Module
 ) -> tuple[ParameterCount, ParameterCount, bool]:
-    """What stands before the layers besides the token embedding, what stands after them, and whether the head has a bias."""
+    """Count what is before the layers besides the token embedding and what is after them besides the output layer.
+
+    The last result says whether the output layer has a bias.
+    """
     inside = {id(parameter) for parameter in layers.parameters()}
     known = inside | {id(embedding), id(head)}
     biases = {id(parameter) for parameter in head_module.parameters() if parameter.dim() == 1}
@@ -168,10 +107,10 @@ def _outside(
         layers_seen |= id(parameter) in inside
         if id(parameter) in known:
             continue
-        # A bias that is trained without its weight cannot go with it.
+        # A bias that is trained while the weight is frozen, or frozen while it is trained, is counted by itself.
         if id(parameter) in biases and parameter.requires_grad == head.requires_grad and not head_bias:
             head_bias = True
-        elif PRE_LAYER_NAMES.search(name) or (not layers_seen and not POST_LAYER_NAMES.search(name)):
+        elif is_before_layers(name, layers_seen=layers_seen):
             table.add(parameter)
         else:
             final.add(parameter)
@@ -179,22 +118,27 @@ def _outside(
 
 
 def _windows(config: Any, layers: int) -> list[int | None]:
-    """The attention window of each layer."""
+    """The attention window of each layer in positions, None for all."""
     window = getattr(config, "sliding_window", None)
     types = getattr(config, "layer_types", None)
     if types is None:
         return [window] * layers
-    return [window if kind == "sliding_attention" else None for kind in types[:layers]]
+    return [window if layer_type == "sliding_attention" else None for layer_type in types[:layers]]
 
 
 def _check_counts(architecture: Architecture, module: nn.Module) -> None:
-    """Raises PlanError where the description does not count what the module has: parameters shared by layers, packed ones."""
+    """Check that the architecture counts every parameter of the module.
+
+    Raises:
+        PlanError: it does not: layers share parameters, or pack them (quantization).
+    """
     parameters = list(module.parameters())
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
     counted = (architecture.parameters, architecture.trainable_parameters, architecture.trainable_tensors)
     actual = (sum(p.numel() for p in parameters), sum(p.numel() for p in trainable), len(trainable))
     if counted != actual:
         raise PlanError(
-            f"{architecture.name} has {actual[0]} parameters ({actual[1]} trainable ones in {actual[2]} tensors), but what was "
-            f"recognized in it has {counted[0]} ({counted[1]} in {counted[2]}): give a model whose layers share or pack none"
+            f"{architecture.name} has {actual[0]} parameters ({actual[1]} trainable ones in {actual[2]} tensors), but "
+            f"what was recognized in it has {counted[0]} ({counted[1]} in {counted[2]}): give a model whose layers "
+            "share or pack none"
         )

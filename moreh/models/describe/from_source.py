@@ -1,7 +1,7 @@
 """The architecture of a model from what a user gives: a configuration file, a directory with one, or a model's name.
 
-Families that moreh.models.families.builders knows are described in milliseconds, without torch. Any other one is built by
-transformers without memory for its weights (on PyTorch's meta device), which takes seconds.
+Families of the registry with an architecture (moreh/models/families) are described in milliseconds, without torch.
+transformers builds a model of any other family on the meta device, without memory for its weights, which takes seconds.
 """
 
 import json
@@ -15,21 +15,25 @@ from typing import Any
 
 from moreh.errors import PlanError
 from moreh.models.architecture import Architecture
-from moreh.models.families.builders import FAMILIES, architecture_from_config, model_type
+from moreh.models.describe.from_config import architecture_from_config, model_type
+from moreh.models.families import planned_families
 
-# What the hub takes for a name; anything else is not looked for.
+# The names that the Hugging Face hub allows. Anything else is refused before the hub is asked.
 _NAME = re.compile(r"\w[\w.-]{0,95}(/\w[\w.-]{0,95})?", re.ASCII)
-# Where a name without a model may have a configuration, and what keeps transformers from asking the hub.
+# Where this repository has configurations of well-known models: messages suggest one of the same name.
 _CONFIGURATIONS = Path("configs/models")
+# The environment variables that keep transformers from asking the hub.
 _OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 
 
 def describe(source: str | Path) -> Architecture:
     """The architecture of the model that `source` names.
 
-    `source` is a JSON file like a Hugging Face config.json, a directory that contains config.json, or the name of a model,
-    whose configuration transformers takes from its cache or the hub. Raises PlanError where there is none, where it cannot
-    be read, and where it is not that of a decoder-only language model.
+    `source` is a JSON file like a Hugging Face config.json, a directory that contains config.json, or the name of a
+    model, whose configuration transformers takes from its cache or the hub.
+
+    Raises:
+        PlanError: there is no configuration, it cannot be read, or it is not that of a decoder-only language model.
     """
     shown = _shown(source)
     if not str(source).strip():
@@ -45,28 +49,31 @@ def describe(source: str | Path) -> Architecture:
         return _describe_file(path, path.resolve().parent.name if path.name == "config.json" else path.stem)
     if not _NAME.fullmatch(source):
         raise PlanError(
-            f"{shown}: there is no such file or directory, and it is no name of a model, such as gpt2 or Qwen/Qwen2.5-7B: "
-            f"give {_known_file(path.name) or 'the path of a config.json'}, or check the name"
+            f"{shown}: there is no such file or directory, and it is no name of a model, such as gpt2 or "
+            f"Qwen/Qwen2.5-7B: give {_known_file(path.name) or 'the path of a config.json'}, or check the name"
         )
     return describe_config(_hub_config(source), source)
 
 
 def _describe_file(path: Path, name: str) -> Architecture:
-    """The architecture in a file, which the messages name by its path, with a name of its own."""
+    """The architecture in a file under the name `name`; messages name the path."""
     return replace(describe_config(_read_json(path), _shown(path)), name=name)
 
 
 def describe_config(config: Mapping[str, Any], name: str) -> Architecture:
     """The architecture of the model with a configuration (the content of a config.json); `name` is for messages.
 
-    Raises PlanError where the configuration is not that of a decoder-only language model.
+    Raises:
+        PlanError: the configuration is not that of a decoder-only language model.
     """
     family = model_type(config, name)
     if config.get("is_encoder_decoder"):
         raise PlanError(
             f"{name}: is_encoder_decoder is {config['is_encoder_decoder']!r}: give a decoder-only language model"
         )
-    return architecture_from_config(config, name) if family in FAMILIES else _describe_built(config, name)
+    if family in planned_families():
+        return architecture_from_config(config, name)
+    return _describe_built(config, name)
 
 
 def _read_json(path: Path) -> Mapping[str, Any]:
@@ -91,12 +98,12 @@ def _read_json(path: Path) -> Mapping[str, Any]:
 
 
 def _hub_config(name: str) -> Mapping[str, Any]:
-    """The configuration of a model by its name."""
+    """The configuration of a model from the cache of transformers or the hub."""
     from transformers import AutoConfig
 
     try:
         with _quiet_transformers():
-            # Without the last word, transformers asks at the terminal about running a model's own code.
+            # With trust_remote_code unset, transformers asks at the terminal about running a model's own code.
             return AutoConfig.from_pretrained(name, trust_remote_code=False).to_dict()
     except (OSError, ValueError, KeyError, TypeError) as error:
         offline = next((key for key in _OFFLINE if os.environ.get(key, "").upper() in ("1", "ON", "YES", "TRUE")), None)
@@ -109,16 +116,16 @@ def _hub_config(name: str) -> Mapping[str, Any]:
 
 
 def _known_file(name: str) -> Path | None:
-    """The configuration of this name that is here, if there is one."""
+    """The file of this repository with the configuration of a model, None if there is none."""
     path = _CONFIGURATIONS / f"{name}.json"
     try:
         return path if path.is_file() else None
-    except (OSError, ValueError):  # it is no name of a file
+    except (OSError, ValueError):  # the name is no name of a file
         return None
 
 
 def _describe_built(config: Mapping[str, Any], name: str) -> Architecture:
-    """The architecture of a model of any other family that transformers knows."""
+    """The architecture of a model of any other family, which transformers builds on the meta device."""
     import torch
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 
@@ -143,7 +150,7 @@ def _describe_built(config: Mapping[str, Any], name: str) -> Architecture:
             model = AutoModelForCausalLM.from_config(built_config)
     except _Unsuitable as error:
         raise PlanError(f"{name}: a model of model_type {family!r} {error}") from None
-    # What transformers raises for a configuration depends on the family.
+    # transformers raises errors of many types, family by family.
     except Exception as error:
         raise PlanError(
             f"{name}: transformers builds no causal language model of model_type {family!r} from it "
@@ -156,12 +163,12 @@ def _describe_built(config: Mapping[str, Any], name: str) -> Architecture:
 
 
 class _Unsuitable(Exception):
-    """A model of this family cannot be planned, whatever its configuration says."""
+    """The family cannot be planned, whatever the configuration says; the message ends a sentence about it."""
 
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Without what transformers logs: its advice is for people who run the model."""
+    """Silence transformers' logging: its advice is for people who run the model."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()
@@ -173,7 +180,7 @@ def _quiet_transformers() -> Iterator[None]:
 
 
 def _shown(source: str | Path) -> str:
-    """A path or a name for a message: as it was given, or quoted where it is no word of one line."""
+    """A path or a name for a message: as the user wrote it, or quoted where it does not print on one line."""
     text = str(source)
     shown = text if text.strip() and text.isprintable() else repr(text)
     return shown if len(shown) <= 200 else f"{shown[:197]}..."

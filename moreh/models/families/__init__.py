@@ -1,1 +1,30 @@
-"""families."""
+"""What is known of the families of transformers, in one registry; each fact elsewhere is a view of it.
+
+- `registry.py`: all families, and what to do to add one.
+- `family.py`: the record of a family, field by field.
+- `tp_blocks.py`: how tensor-parallel ranks split a layer, in terms that a record can use.
+- `hf_config.py`, `layers.py`: how a record reads a config.json and makes an architecture of it.
+- Every other file is a family, named like its model type.
+
+Nothing here imports torch or transformers: moreh-plan answers without them. `python -m moreh.models.families` prints
+the families as a Markdown table.
+"""
+
+from moreh.models.families.family import FROM_TRANSFORMERS, Family
+from moreh.models.families.registry import (
+    FAMILIES,
+    packable_families,
+    planned_families,
+    register,
+    tensor_parallel_families,
+)
+
+__all__ = [
+    "FAMILIES",
+    "FROM_TRANSFORMERS",
+    "Family",
+    "packable_families",
+    "planned_families",
+    "register",
+    "tensor_parallel_families",
+]

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from moreh.models.families import packable_families
 from moreh.runtime.batch.model_inputs import IGNORED, ModelInputs
 from moreh.runtime.batch.shared_prefix import accepts_pairwise_mask
 from moreh.runtime.kernels.attention import MAX_SEQUENCE_LENGTH
@@ -23,44 +24,6 @@ MAX_ROW_LENGTH = 4096
 _MASK = "attention_mask"
 _IDS = "input_ids"
 _ATTENTIONS = ("sdpa", "eager")
-# Families whose attention transformers restricts to one text by the positions; each is compared with rows by themselves in
-# tests/runtime/batch/test_packing.py.
-PACKABLE_FAMILIES = frozenset(
-    {
-        "apertus",
-        "arcee",
-        "cohere",
-        "cohere2",
-        "ernie4_5",
-        "gemma2",
-        "gemma3_text",
-        "glm",
-        "glm4",
-        "gpt2",
-        "gpt_bigcode",
-        "gpt_neox",
-        "gptj",
-        "granite",
-        "hyperclovax",
-        "internlm3",
-        "jais2",
-        "llama",
-        "mistral",
-        "mixtral",
-        "nanochat",
-        "olmo",
-        "olmo2",
-        "olmo3",
-        "persimmon",
-        "phi",
-        "phi3",
-        "qwen2",
-        "qwen3",
-        "smollm3",
-        "starcoder2",
-        "vaultgemma",
-    }
-)
 
 
 def can_pack(causal: Any, inputs: ModelInputs, lengths: torch.Tensor, parts: int, mesh: Mesh, shared: int = 0) -> bool:
@@ -74,7 +37,9 @@ def can_pack(causal: Any, inputs: ModelInputs, lengths: torch.Tensor, parts: int
     longest, tokens = int(lengths.max()), int(_lengths_after_prefix(lengths, shared).sum()) + shared * parts
     if mesh.device.type != "cpu" or longest > MAX_SEQUENCE_LENGTH or tokens > (MAX_ROW_LENGTH - longest) * parts:
         return False
-    if causal.config.get_text_config().model_type not in PACKABLE_FAMILIES or not set(inputs.tensors) <= {_IDS, _MASK}:
+    if causal.config.get_text_config().model_type not in packable_families():
+        return False
+    if not set(inputs.tensors) <= {_IDS, _MASK}:
         return False
     # Those that a script has registered may make no mask.
     if causal.config._attn_implementation not in _ATTENTIONS:

@@ -19,7 +19,7 @@ from moreh.models.compatibility import (
     uses_fp16_loss_scaling,
     uses_neftune,
 )
-from moreh.models.describe.from_module import unwrapped
+from moreh.models.introspection import unwrapped
 from moreh.models.parts import split_into_parts
 from moreh.options import ParallelOptions
 from moreh.planner.plan.plan import Plan

@@ -18,7 +18,7 @@ from moreh.models.compatibility import (
     unsupported_reason,
     uses_fp16_loss_scaling,
 )
-from moreh.models.describe.from_module import unwrapped
+from moreh.models.introspection import unwrapped
 from moreh.options import ParallelOptions
 from moreh.planner.plan.plan import Plan
 from moreh.runtime.batch.loss_output import LossOutput, loss_with_computed_grads
@@ -86,7 +86,7 @@ class ModelRunner:
         self._tied_embedding = TiedEmbedding(causal)
         head = causal.get_output_embeddings()
         # Inside of another module, as BERT's, it gets what that one makes of all positions.
-        self._chooses_positions = any(place.module is head for place in self.model.decoder.after)
+        self._chooses_positions = any(place.module is head for place in self.model.decoder.post_layers)
         self._chooses_positions &= (
             options.uses("logits_at_labels") and not self._has_unknown_part and not plan.sequence_parallel
         )

@@ -14,7 +14,8 @@ from moreh.accelerator.memory.out_of_memory import nothing_fits_error
 from moreh.errors import MorehError, OptionError
 from moreh.log import logger
 from moreh.models.compatibility import unsupported_reason
-from moreh.models.describe.from_module import describe_module, unwrapped
+from moreh.models.describe.from_module import describe_module
+from moreh.models.introspection import unwrapped
 from moreh.options import ParallelOptions, PlannerVariables
 from moreh.patches.module_call import instead_of_model_calls
 from moreh.planner.plan.notation import plan_text

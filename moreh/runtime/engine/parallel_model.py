@@ -21,8 +21,9 @@ from moreh.runtime.sharding.local_weights import materialize_local_shards
 from moreh.runtime.sharding.mesh import Mesh, make_mesh, mesh_of_one
 from moreh.runtime.sharding.placement import parameter_specs, stage_placements
 from moreh.runtime.sharding.spec import ParamSpec, tensor_shape
-from moreh.runtime.tensor.apply import TensorPartition, describe_partition, install_tensor_parallel
+from moreh.runtime.tensor.apply import install_tensor_parallel
 from moreh.runtime.tensor.collectives import reduce_scatter
+from moreh.runtime.tensor.partition import TensorPartition, describe_partition
 
 # A module's `_parameters` and a key of it.
 Slot = tuple[dict[str, nn.Parameter | None], str]
@@ -85,7 +86,7 @@ def build_sharded(
     division = TensorPartition({}, frozenset())
     if plan.tensor > 1:
         division = describe_partition(root, plan.tensor, sequence_parallel=plan.sequence_parallel)
-    layouts = parameter_specs(decoder, plan, division.divisions)
+    layouts = parameter_specs(decoder, plan, division.splits)
     original = dict(root.named_parameters())
     slots = _slots(root, original)
     here = mesh.rank("pipeline")

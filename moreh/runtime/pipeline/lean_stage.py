@@ -1,8 +1,22 @@
-"""A stage of torch's pipelines that has room for the micro-batches that are on their way, and not for all of them.
+"""torch's PipelineStage with receive buffers only for the micro-batches in flight.
 
-torch gives each micro-batch of a stage buffers of its own for what it receives, hidden states and their gradients, and keeps
-them, and the gradients sent on beside them, from step to step and for each shape of batch. With many micro-batches that is more
-than their activations: 128 of 512 x 8,192 in float32 are 2 GiB, three times for each chunk of the model on a rank.
+torch allocates buffers for what each micro-batch of a stage receives, hidden states and their gradients, and keeps
+them from step to step and for each shape of batch, with the gradients that were sent beside them. With many
+micro-batches that is more than their activations: 128 of 512 x 8,192 in float32 are 2 GiB, three times for each chunk
+of the model on a rank.
+
+Privates of `torch.distributed.pipelining.PipelineStage` that this relies on, there being no public way to own the
+buffers:
+
+| private | what for |
+|---|---|
+| `_setup_forward_recv_info`, `_setup_backward_recv_info` | overridden: the only places that allocate the buffers |
+| `args_recv_info`, `grad_recv_info` | by micro-batch, tuples of `_RecvInfo` for hidden states and for gradients |
+| `_RecvInfo.buffer`, `.tensor_meta.dtype`, `.is_root_arg` | the buffer, its type, whether it is an input of the
+script |
+| `_runtime_validate` | turned off: it compares shapes with those of the first step |
+
+`get_*_ops`, `forward_one_chunk` and `backward_one_chunk` are public and called by the schedules.
 """
 
 from collections.abc import Iterator
@@ -14,78 +28,101 @@ import torch
 import torch.distributed as dist
 from torch.distributed.pipelining import PipelineStage
 
+from moreh import trace
+
 
 class LeanPipelineStage(PipelineStage):
-    """A stage whose buffers exist from the moment when something is received until it has been computed with.
+    """A stage whose receive buffers exist from the posting of a receive until the computation with what was received.
 
-    `hidden_shape`, `[rows, sequence, hidden]`, is that of the micro-batches of a step. It may change from step to step.
+    A span without length marks each transfer that is posted, with its bytes. The schedule runs it later, with others.
     """
 
     hidden_shape: tuple[int, int, int]
+    """[batch, sequence, hidden] of the hidden states of this step's micro-batches; may change from step to step."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # With TORCH_DISTRIBUTED_DEBUG=DETAIL torch compares shapes with those of the first step.
+        # torch turns it on with TORCH_DISTRIBUTED_DEBUG=DETAIL.
         self._runtime_validate = False
 
     def _setup_forward_recv_info(self, num_microbatches: int, has_backward: bool) -> None:
-        with self._without_room():
+        with self._buffers_on_meta():
             super()._setup_forward_recv_info(num_microbatches, has_backward)
-        for received in self.args_recv_info.values():
-            _let_go(received)
+        for infos in self.args_recv_info.values():
+            _free_buffers(infos)
 
     def _setup_backward_recv_info(self, num_microbatches: int) -> None:
-        with self._without_room():
+        with self._buffers_on_meta():
             super()._setup_backward_recv_info(num_microbatches)
-        for received in self.grad_recv_info.values():
-            _let_go(received)
+        for infos in self.grad_recv_info.values():
+            _free_buffers(infos)
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
-        """What receives a micro-batch's hidden states."""
-        self._make_room(self.args_recv_info[fwd_chunk_id])
-        return super().get_fwd_recv_ops(fwd_chunk_id)
+        """The receives of a micro-batch's hidden states."""
+        self._allocate_buffers(self.args_recv_info[fwd_chunk_id])
+        return _marked("post_recv_hidden_states", super().get_fwd_recv_ops(fwd_chunk_id))
+
+    def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        """The sends of a micro-batch's hidden states."""
+        return _marked("post_send_hidden_states", super().get_fwd_send_ops(fwd_chunk_id))
 
     def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
-        """What receives their gradients."""
+        """The receives of the gradients of a micro-batch's hidden states."""
         if self.has_backward:
-            self._make_room(self.grad_recv_info[bwd_chunk_id])
-        return super().get_bwd_recv_ops(bwd_chunk_id)
+            self._allocate_buffers(self.grad_recv_info[bwd_chunk_id])
+        return _marked("post_recv_gradients", super().get_bwd_recv_ops(bwd_chunk_id))
+
+    def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        """The sends of the gradients of a micro-batch's hidden states."""
+        return _marked("post_send_gradients", super().get_bwd_send_ops(bwd_chunk_id))
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
-        """Compute a micro-batch; autograd has from now on what it needs."""
+        """Compute a micro-batch. From then on autograd has what it needs of the hidden states."""
         output = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
-        _let_go(self.args_recv_info[fwd_chunk_id])
+        _free_buffers(self.args_recv_info[fwd_chunk_id])
         return output
 
     def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
-        """Compute a micro-batch's gradients."""
-        super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
+        """Compute a micro-batch's gradients; with a zero-bubble schedule, at first only those of the hidden states."""
+        with trace.span("stage_backward"):
+            super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
         if self.has_backward:
-            _let_go(self.grad_recv_info[bwd_chunk_id])
+            _free_buffers(self.grad_recv_info[bwd_chunk_id])
 
     @contextmanager
-    def _without_room(self) -> Iterator[None]:
-        """Buffers that are made meanwhile take no memory."""
+    def _buffers_on_meta(self) -> Iterator[None]:
+        """Let torch allocate its buffers without memory."""
         device, self.device = self.device, torch.device("meta")
         try:
             yield
         finally:
             self.device = device
 
-    def _make_room(self, received: tuple[Any, ...]) -> None:
-        for info in received:
+    def _allocate_buffers(self, infos: tuple[Any, ...]) -> None:
+        """Allocate the buffers of one micro-batch, `infos` being its _RecvInfo."""
+        for info in infos:
             if not info.is_root_arg:
                 info.buffer = torch.empty(self.hidden_shape, dtype=info.tensor_meta.dtype, device=self.device)
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """A schedule of torch, and this rank's stages that it runs."""
+    """What runs the micro-batches of a step on this rank."""
 
     schedule: Any
+    """A schedule of torch.distributed.pipelining for a number of micro-batches."""
     stages: list[LeanPipelineStage]
+    """This rank's stages."""
 
 
-def _let_go(received: tuple[Any, ...]) -> None:
-    for info in received:
+def _free_buffers(infos: tuple[Any, ...]) -> None:
+    for info in infos:
         info.buffer = None
+
+
+def _marked(name: str, ops: list[dist.P2POp]) -> list[dist.P2POp]:
+    """The transfers, marked in the trace; none without transfers."""
+    if ops:
+        with trace.span(name, bytes=sum(op.tensor.nbytes for op in ops)):
+            pass
+    return ops

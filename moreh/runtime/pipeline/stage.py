@@ -1,11 +1,12 @@
-"""A stage of a pipeline: some layers of a model, computed by the model's own forward pass.
+"""A pipeline stage: some layers of a model, computed by the model's own forward pass.
 
-The model's code runs unchanged, so that masks, positions and rotary angles are its own. While a stage computes, modules
-of other stages are replaced by substitutes that compute nothing: embeddings give zeros, layers hand on what they get. The first
-layer of the stage takes the hidden states that were received, and what its last layer returns is kept to be sent on.
+The model's code runs unchanged, so masks, positions and rotary angles are its own. While a stage computes, stubs
+(stubs.py) are in the slots of other stages' modules: embeddings return zeros, layers pass on their input. The first
+layer of the stage takes the hidden states that were received, and what its last layer returns is sent on.
+
+A model on one worker is one stage.
 """
 
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,250 +14,148 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
+from moreh import trace
 from moreh.models.parts import ModelParts, ModuleSlot
+from moreh.runtime.pipeline.stubs import (
+    BoundaryLayer,
+    EmbeddingStub,
+    HeadAtPositions,
+    HeadStub,
+    LastMlpAtPositions,
+    PassThrough,
+    StageState,
+    Stub,
+    TupleTolerantNorm,
+    mlp_slots,
+)
 
-_WARNING = "warn_if_padding_and_no_attention_mask"
-# Given what the model returned for a micro-batch and the micro-batch's number, what the last stage returns.
+# A method of transformers' models that warns of padding without an attention mask.
+_PADDING_WARNING = "warn_if_padding_and_no_attention_mask"
+# What the last stage returns, from the model's outputs for a micro-batch and the micro-batch's index.
 OutputFn = Callable[[Any, int], torch.Tensor]
-# Given the micro-batch's number, the positions in its flattened [batch * sequence] whose logits are wanted; None for all.
+# From a micro-batch's index, the positions in its flattened [batch * sequence] whose logits are needed; None for all.
 LogitPositions = Callable[[int], torch.Tensor | None]
 
 
 class Stage(nn.Module):
-    """The layers `first` to `last` (not included) of a model, with what is before or after them where it is at an end.
+    """The layers `first` to `last - 1` of a model, and what is before or after the layers where it is at an end.
 
-    Its parameters are those of the modules it computes. `inputs(micro_batch)` gives what the model is called with,
-    the token ids among it; every stage needs the masks. A stage that is not the last returns hidden states
-    `[batch, sequence, hidden]`. Where `wanted(micro_batch)` gives positions, logits are `[1, positions, vocabulary]`.
+    Its parameters are those of the modules that it computes.
     """
 
     def __init__(
         self,
-        decoder: ModelParts,
+        parts: ModelParts,
         first: int,
         last: int,
         inputs: Callable[[int], dict[str, Any]],
-        finish: OutputFn,
-        wanted: LogitPositions,
+        output_fn: OutputFn,
+        logit_positions: LogitPositions,
     ) -> None:
-        super().__init__()
-        places = decoder.layer_slots
-        self.is_first, self.is_last = first == 0, last == len(places)
-        ends = [*(decoder.before if self.is_first else ()), *(decoder.after if self.is_last else ())]
-        self.layers = nn.ModuleList(place.module for place in places[first:last])
-        self.ends = nn.ModuleList(place.module for place in ends)
-        self._inputs, self._finish, self._wanted = inputs, finish, wanted
-        # Not registered: the stage's parameters are those of its parts.
-        self._hidden: dict[str, Any] = {"received": None, "sent": None, "started": False, "wanted": None}
-        self._outside = _ModelView(decoder.causal, self._substitute(decoder, places, first, last))
+        """Make a stage.
 
-    def _substitute(
-        self, decoder: ModelParts, places: tuple[ModuleSlot, ...], first: int, last: int
-    ) -> list[tuple[ModuleSlot, nn.Module]]:
-        hidden = self._hidden
-        found: list[tuple[ModuleSlot, nn.Module]] = []
+        Args:
+            parts: The model.
+            first: Index of the stage's first layer.
+            last: Index after the stage's last layer.
+            inputs: From a micro-batch's index, the arguments of the model, token ids among them. Every stage needs them
+                for masks and positions.
+            output_fn: Makes what the last stage returns of the model's outputs.
+            logit_positions: The positions whose logits are needed: the model's logits are then [1, positions,
+            vocabulary].
+        """
+        super().__init__()
+        slots = parts.layer_slots
+        self.is_first, self.is_last = first == 0, last == len(slots)
+        ends = [*(parts.pre_layers if self.is_first else ()), *(parts.post_layers if self.is_last else ())]
+        self.layers = nn.ModuleList(slot.module for slot in slots[first:last])
+        self.ends = nn.ModuleList(slot.module for slot in ends)
+        self._inputs, self._output_fn, self._logit_positions = inputs, output_fn, logit_positions
+        self._state = StageState()
+        self._model = _Model(parts.causal, self._make_stubs(parts, slots, first, last))
+
+    def _make_stubs(
+        self, parts: ModelParts, slots: tuple[ModuleSlot, ...], first: int, last: int
+    ) -> list[tuple[ModuleSlot, Stub]]:
+        """The stubs of this stage, each with the slot that it is put into."""
+        state = self._state
+        stubs: list[tuple[ModuleSlot, Stub]] = []
         if not self.is_first:
-            found += [(place, _EmbeddingStub(place.module, hidden)) for place in decoder.before]
+            stubs += [(slot, EmbeddingStub(slot.module, state)) for slot in parts.pre_layers]
         if not self.is_last:
-            found += [(place, _HeadStub(place.module, hidden)) for place in decoder.after]
-            found += [(place, _TupleTolerantNorm(place.module)) for place in decoder.parameterless_norms]
+            stubs += [(slot, HeadStub(slot.module, state)) for slot in parts.post_layers]
+            stubs += [(slot, TupleTolerantNorm(slot.module, state)) for slot in parts.parameterless_norms]
         else:
-            head = decoder.causal.get_output_embeddings()
-            found += [(place, _HeadAtPositions(head, hidden)) for place in decoder.after if place.module is head]
-            found += [(place, _LastMlpAtPositions(place, hidden)) for place in _mlp_slots(places[-1].module)]
-        for index, place in enumerate(places):
+            head = parts.causal.get_output_embeddings()
+            stubs += [(slot, HeadAtPositions(head, state)) for slot in parts.post_layers if slot.module is head]
+            stubs += [(slot, LastMlpAtPositions(slot, state)) for slot in mlp_slots(slots[-1].module)]
+        for index, slot in enumerate(slots):
+            receives = index == first and not self.is_first
+            sends = index == last - 1 and not self.is_last
             if not first <= index < last:
-                found.append((place, _PassThrough(place.module)))
-            elif (index == first and not self.is_first) or (index == last - 1 and not self.is_last) or index == first:
-                found.append(
-                    (
-                        place,
-                        _BoundaryLayer(
-                            place.module,
-                            hidden,
-                            receives=index == first and not self.is_first,
-                            sends=index == last - 1 and not self.is_last,
-                        ),
-                    )
-                )
-        return found
+                stubs.append((slot, PassThrough(slot.module, state)))
+            elif index == first or sends:
+                stubs.append((slot, BoundaryLayer(slot.module, state, receives=receives, sends=sends)))
+        return stubs
 
     def forward(self, received: torch.Tensor | None = None, *, micro_batch: torch.Tensor) -> torch.Tensor:
-        """Compute a micro-batch: hidden states to send on, or what the last stage's `finish` makes of the model's outputs.
+        """Compute a micro-batch.
 
-        `micro_batch` is a number in a tensor `[1]`, since schedules of torch cut tensors into micro-batches.
+        Args:
+            received: Hidden states from the previous stage, [batch, sequence, hidden]; None on the first stage.
+            micro_batch: The micro-batch's index in a tensor [1], because torch's schedules cut tensors into
+            micro-batches.
+
+        Returns:
+            Hidden states for the next stage, [batch, sequence, hidden]; on the last stage what `output_fn` returns.
         """
-        number = int(micro_batch)
-        inputs = self._inputs(number)
-        tokens = inputs["input_ids"] if "input_ids" in inputs else inputs["inputs_embeds"]
-        wanted = self._wanted(number) if self.is_last else None
-        self._hidden.update(received=received, sent=None, started=False, tokens=tokens.shape[:2], wanted=wanted)
-        with self._in_place():
-            # On other stages the output layer would compute on what is not there; its model ends before it.
-            model = self._outside.causal if self.is_last else self._outside.causal.base_model
-            outputs = model(**inputs)
-        sent = self._hidden["sent"]
-        self._hidden.update(received=None, sent=None)
-        return self._finish(outputs, number) if self.is_last else sent
+        with trace.span("stage_forward"):
+            index = int(micro_batch)
+            inputs = self._inputs(index)
+            tokens = inputs["input_ids"] if "input_ids" in inputs else inputs["inputs_embeds"]
+            state = self._state
+            state.received, state.sent, state.layers_started = received, None, False
+            state.batch_shape = tuple(tokens.shape[:2])
+            state.logit_positions = self._logit_positions(index) if self.is_last else None
+            with self._stubs_in_slots():
+                # Other stages have no hidden states for the output layer, which is outside of the base model.
+                model = self._model.causal if self.is_last else self._model.causal.base_model
+                outputs = model(**inputs)
+            sent = state.sent
+            # Nothing of the micro-batch outlives its use.
+            state.received = state.sent = None
+            if self.is_last:
+                return self._output_fn(outputs, index)
+            assert sent is not None
+            return sent
 
     @contextmanager
-    def _in_place(self) -> Iterator[None]:
-        """The substitutes in the places of what other stages compute."""
-        base = self._outside.causal.base_model
-        # Masks of what no loss depends on are left out on purpose.
-        base.__dict__[_WARNING] = lambda *given, **named: None
+    def _stubs_in_slots(self) -> Iterator[None]:
+        """Put the stubs into the model for the time of a forward pass.
+
+        The swap is in `_modules`, where `nn.Module` looks submodules up, and for each forward pass anew. The stages
+        of a rank share one model, each with stubs of its own. And between forward passes the model is whole: a script
+        that reads its parameters, saves it or evaluates it sees nothing of the stages.
+        """
+        base_model = self._model.causal.base_model
+        # The runtime leaves out masks that hide only positions that no loss depends on: no reason for a warning.
+        base_model.__dict__[_PADDING_WARNING] = lambda *args, **kwargs: None
         try:
-            for place, substitute in self._outside.substitutes:
-                place.parent._modules[place.key] = substitute
+            for slot, stub in self._model.stubs:
+                slot.parent._modules[slot.key] = stub
             yield
         finally:
-            del base.__dict__[_WARNING]
-            for place, _ in self._outside.substitutes:
-                place.parent._modules[place.key] = place.module
+            del base_model.__dict__[_PADDING_WARNING]
+            for slot, _ in self._model.stubs:
+                slot.parent._modules[slot.key] = slot.module
 
 
 @dataclass(frozen=True)
-class _ModelView:
-    """What a stage uses without having it as a submodule: the whole model, and what stands in for its other parts."""
+class _Model:
+    """The whole model and the stubs, in an object that is no module: none of them is a submodule of the stage."""
 
     causal: Any
-    substitutes: list[tuple[ModuleSlot, nn.Module]]
-
-
-class _Substitute(nn.Module):
-    """Stands in a module's place and shows its attributes, which the model's code may read."""
-
-    def __init__(self, original: nn.Module) -> None:
-        super().__init__()
-        object.__setattr__(self, "_original", original)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(object.__getattribute__(self, "_original"), name)
-
-
-class _EmbeddingStub(_Substitute):
-    """An embedding, or another module before the layers, of which only the shape of the result matters here."""
-
-    def __init__(self, original: nn.Module, hidden: dict[str, Any]) -> None:
-        super().__init__(original)
-        object.__setattr__(self, "_hidden", hidden)
-
-    def forward(self, given: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if self._hidden["started"]:
-            raise RuntimeError(
-                f"{type(self._original).__name__} is used after layers: its model cannot be cut into stages"
-            )
-        received = self._hidden["received"]
-        width = getattr(self._original, "embedding_dim", getattr(self._original, "out_features", None))
-        shape = (
-            (*given.shape, width)
-            if isinstance(self._original, nn.Embedding)
-            else (*given.shape[:-1], width or given.shape[-1])
-        )
-        return received.new_zeros(()).expand(shape)
-
-
-class _HeadStub(_Substitute):
-    """A module after the layers, of which only the shape of the result matters here: that of the whole sequences, of which
-    this rank may have computed a part.
-    """
-
-    def __init__(self, original: nn.Module, hidden: dict[str, Any]) -> None:
-        super().__init__(original)
-        object.__setattr__(self, "_hidden", hidden)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        sent = self._hidden["sent"]
-        if sent is None:
-            raise RuntimeError(
-                f"{type(self._original).__name__} is used before layers: its model cannot be cut into stages"
-            )
-        return sent.new_zeros(()).expand(*self._hidden["tokens"], sent.shape[-1])
-
-
-class _TupleTolerantNorm(_Substitute):
-    """A norm without parameters, which families such as nanochat use before the layers, too. What it would be given after them
-    is a tuple of another stage's layer, or matters to nobody.
-    """
-
-    def forward(self, given: Any) -> Any:
-        return self._original(given) if isinstance(given, torch.Tensor) else given[0]
-
-
-class _HeadAtPositions(_Substitute):
-    """The output layer at the wanted positions only: in small models it is the largest matrix."""
-
-    def __init__(self, original: nn.Module, hidden: dict[str, Any]) -> None:
-        super().__init__(original)
-        object.__setattr__(self, "_hidden", hidden)
-
-    def forward(self, given: torch.Tensor) -> Any:
-        wanted = self._hidden["wanted"]
-        if wanted is not None:
-            given = given.flatten(0, 1).index_select(0, wanted).unsqueeze(0)
-        return self._original(given)
-
-
-class _LastMlpAtPositions(_Substitute):
-    """The MLP of the last layer at the wanted positions only: what it gives for others reaches no output that is wanted.
-
-    Not where the layer is recomputed, which happens when the substitutes are gone.
-    """
-
-    def __init__(self, place: ModuleSlot, hidden: dict[str, Any]) -> None:
-        super().__init__(place.module)
-        object.__setattr__(self, "_layer", place.parent)
-        object.__setattr__(self, "_hidden", hidden)
-
-    def forward(self, given: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        wanted = self._hidden["wanted"]
-        if wanted is None or self._layer.gradient_checkpointing or args or kwargs:
-            return self._original(given, *args, **kwargs)
-        found = self._original(given.flatten(0, 1).index_select(0, wanted).unsqueeze(0)).squeeze(0)
-        return (
-            found.new_zeros(given.shape[0] * given.shape[1], found.shape[-1])
-            .index_copy(0, wanted, found)
-            .view(given.shape)
-        )
-
-
-def _mlp_slots(layer: nn.Module) -> list[ModuleSlot]:
-    """The MLP of a layer, if it treats each token by itself and the layer says whether it is recomputed."""
-    mlp = layer._modules.get("mlp")
-    if mlp is None or not isinstance(layer, GradientCheckpointingLayer):
-        return []
-    if any(re.search("expert|router", name) for name, _ in mlp.named_modules()):
-        return []
-    return [ModuleSlot(layer, "mlp", mlp)]
-
-
-class _PassThrough(_Substitute):
-    """A layer of another stage. The tuple suits models that take the first of what a layer returns, and those that do not:
-    no layer of this stage looks at it.
-    """
-
-    def forward(self, given: Any, *args: Any, **kwargs: Any) -> Any:
-        return (given,)
-
-
-class _BoundaryLayer(_Substitute):
-    """The first or the last layer of a stage.
-
-    It surrounds the layer instead of hooking into it: recomputation repeats the layer with its hooks, when another
-    micro-batch may have been received.
-    """
-
-    def __init__(self, original: nn.Module, hidden: dict[str, Any], *, receives: bool, sends: bool) -> None:
-        super().__init__(original)
-        object.__setattr__(self, "_hidden", hidden)
-        object.__setattr__(self, "_receives", receives)
-        object.__setattr__(self, "_sends", sends)
-
-    def forward(self, given: Any, *args: Any, **kwargs: Any) -> Any:
-        self._hidden["started"] = True
-        outputs = self._original(self._hidden["received"] if self._receives else given, *args, **kwargs)
-        if self._sends:
-            self._hidden["sent"] = outputs[0] if isinstance(outputs, tuple) else outputs
-        return outputs
+    """The causal language model of transformers."""
+    stubs: list[tuple[ModuleSlot, Stub]]
+    """The stubs with their slots."""

@@ -61,9 +61,9 @@ def _holders(decoder: ModelParts, plan: Plan) -> dict[int, set[int]]:
             holders.setdefault(id(parameter), set()).add(rank)
 
     places = stage_placements(plan)
-    for place in decoder.before:
+    for place in decoder.pre_layers:
         hold(place.module, places[0].pipeline_rank)
-    for place in decoder.after:
+    for place in decoder.post_layers:
         hold(place.module, places[-1].pipeline_rank)
     layers = decoder.layer_slots
     for stage in places:

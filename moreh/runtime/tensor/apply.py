@@ -1,8 +1,9 @@
-"""A model of transformers made to compute with its rank's part of each matrix: hooks and head counts, no code of its own.
+"""Lets a model of transformers compute with its rank's part of each matrix, through hooks and head counts.
 
-The forward code of transformers runs unchanged. At the entry of a region every rank gets the whole hidden states, behind its
-last matrix the partial results are summed. With sequence parallelism, between the regions each rank has its part of the
-sequence [batch, sequence / ranks, hidden] from before the first layer until behind the final norm.
+The forward code of transformers runs unchanged. At the entry of a block every rank gets the whole hidden states
+[batch, sequence, hidden]; after the block's last matrix the partial results are summed. With sequence parallelism,
+each rank has its part of the sequence between blocks, [batch, sequence / ranks, hidden], from before the first layer
+until after the final norm.
 """
 
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from torch.nn import functional
 
 from moreh.errors import PlanError
 from moreh.models.dropout import has_dropout
+from moreh.models.families.tp_blocks import TPBlock
 from moreh.models.lora import base_matrix, lora_pairs
 from moreh.runtime.sharding.tp_rng import TPRngState
 from moreh.runtime.tensor.collectives import (
@@ -25,38 +27,27 @@ from moreh.runtime.tensor.collectives import (
     reduce_scatter_to_sp,
     scatter_to_sp,
 )
-from moreh.runtime.tensor.partition import (
-    DivisibleDecoder,
-    TensorPartition,
-    describe_partition,
-    find_decoder,
-    max_tensor_parallel,
-    sequence_parallel_refusal,
-    tensor_parallel_problem,
-)
-from moreh.runtime.tensor.rules import HEAD_COUNTS, TPBlock
+from moreh.runtime.tensor.partition import SplittableDecoder, splittable_decoder
 from moreh.runtime.tensor.vocab_parallel import vocab_parallel_embedding
 
-__all__ = [
-    "TensorParallelState",
-    "TensorPartition",
-    "describe_partition",
-    "install_tensor_parallel",
-    "max_tensor_parallel",
-    "sequence_parallel_refusal",
-    "tensor_parallel_problem",
-]
-
+# Attributes of attention modules that count heads, over all families.
+HEAD_COUNT_ATTRIBUTES = ("num_heads", "num_attention_heads", "n_heads", "num_key_value_heads", "num_kv_heads")
 _SEQUENCE_DIM = 1
+
+# A forward pre-hook with keyword arguments: (module, args, kwargs) -> (args, kwargs).
+_PreHook = Callable[[nn.Module, Any, dict[str, Any]], tuple[Any, dict[str, Any]]]
 
 
 class TensorParallelState:
-    """What the hooks of a model share. `sequence_parallel` may be turned off for a call, such as one step of generation."""
+    """What the hooks of a model share."""
 
-    def __init__(self, group: dist.ProcessGroup, *, sequence_parallel: bool, random: TPRngState) -> None:
+    def __init__(self, group: dist.ProcessGroup, *, sequence_parallel: bool, rng: TPRngState) -> None:
         self.group = group
+        """The tensor-parallel ranks."""
         self.sequence_parallel = sequence_parallel
-        self.random = random
+        """Whether ranks split sequences between blocks. May be turned off for a call, such as a step of generation."""
+        self.rng = rng
+        """The random numbers of this rank for its own heads and its part of the sequence."""
 
 
 def install_tensor_parallel(
@@ -64,31 +55,30 @@ def install_tensor_parallel(
 ) -> TensorParallelState:
     """Let a model compute with the parts of its parameters that describe_partition gives this rank.
 
-    Called once, after or before the parameters have been replaced by their parts; they are read at each call. With
-    `sequence_parallel` the length of sequences must be divisible by the ranks. The logits are those of the rank's part of the
-    vocabulary (`vocabulary.vocab_parallel_cross_entropy`, `vocabulary.gather_logits`).
+    Called once, before or after the parameters are replaced by their parts: each forward pass reads them anew. Logits
+    are then those of the rank's part of the vocabulary, see vocab_parallel.py. With `sequence_parallel` the ranks
+    must divide the length of sequences.
 
     Raises:
-        PlanError: the family has no rules.
+        PlanError: the model's family has no tensor-parallel blocks.
     """
-    decoder = find_decoder(model)
-    random = TPRngState(group.rank())
-    state = TensorParallelState(group, sequence_parallel=sequence_parallel, random=random)
+    decoder = splittable_decoder(model)
+    state = TensorParallelState(group, sequence_parallel=sequence_parallel, rng=TPRngState(group.rank()))
     _install_embedding(decoder, state)
     dropout = has_dropout(decoder.config, decoder.parts.layers)
     for layer in decoder.parts.layers:
-        for region in decoder.regions:
-            _install_region(layer, region, decoder, state, dropout=dropout)
-    decoder.parts.layers[0].register_forward_pre_hook(_own_sequence(state), with_kwargs=True, prepend=True)
+        for block in decoder.blocks:
+            _install_block(layer, block, decoder, state, dropout=dropout)
+    decoder.parts.layers[0].register_forward_pre_hook(_split_sequence(state), with_kwargs=True, prepend=True)
     if dropout:
         for layer in decoder.parts.layers:
-            layer.register_forward_pre_hook(_begin_layer(state))
-            layer.register_forward_hook(_end_layer(state))
-    decoder.last.register_forward_hook(_whole_sequence(state))
+            layer.register_forward_pre_hook(_enter_layer(state))
+            layer.register_forward_hook(_exit_layer(state))
+    decoder.last.register_forward_hook(_gather_sequence(state))
     return state
 
 
-def _install_embedding(decoder: DivisibleDecoder, state: TensorParallelState) -> None:
+def _install_embedding(decoder: SplittableDecoder, state: TensorParallelState) -> None:
     vocabulary_size = decoder.embedding.num_embeddings
 
     def forward(self: nn.Embedding, input: torch.Tensor) -> torch.Tensor:
@@ -97,171 +87,174 @@ def _install_embedding(decoder: DivisibleDecoder, state: TensorParallelState) ->
     decoder.embedding.forward = MethodType(forward, decoder.embedding)  # type: ignore[method-assign]
 
 
-def _install_region(
-    layer: nn.Module, region: TPBlock, decoder: DivisibleDecoder, state: TensorParallelState, *, dropout: bool
+def _install_block(
+    layer: nn.Module, block: TPBlock, decoder: SplittableDecoder, state: TensorParallelState, *, dropout: bool
 ) -> None:
-    entry = layer.get_submodule(region.entry)
-    # What is computed token by token may have its tokens in any order: parts of the first dimension need no transposition.
-    dim = _SEQUENCE_DIM if region.attention else 0
-    entry.register_forward_pre_hook(_enter(state, dim), with_kwargs=True)
-    if region.attention:
-        _divide_heads(entry, region, decoder, state)
+    entry = layer.get_submodule(block.entry)
+    # A feed-forward network computes token by token, so its tokens may be in any order: it gathers and scatters along
+    # the first dimension, which needs no transposition.
+    dim = _SEQUENCE_DIM if block.is_attention else 0
+    entry.register_forward_pre_hook(_enter_block(state, dim), with_kwargs=True)
+    if block.is_attention:
+        _split_heads(entry, block, decoder, state)
         if dropout:
-            entry.register_forward_pre_hook(_begin_heads(state))
-    for name in region.cross_head_norms:
+            entry.register_forward_pre_hook(_enter_attention(state))
+    for name in block.cross_head_norms:
         norm = layer.get_submodule(name)
-        norm.forward = MethodType(_wide_norm_forward(state), norm)
-    for name in region.columns:
+        norm.forward = MethodType(_cross_head_norm_forward(state), norm)
+    for name in block.columns:
         matrix = base_matrix(layer.get_submodule(name))
         if not isinstance(matrix, nn.Linear):
-            # The Conv1D of GPT-2 counts its outputs.
-            matrix.register_forward_pre_hook(_count_outputs)
-    row = layer.get_submodule(region.row)
-    # Adapters around the matrix are divided as it is: A's results are summed, B computes with the sum.
-    for matrix in (base_matrix(row), *(down for down, _ in lora_pairs(row))):
-        matrix.forward = MethodType(_row_forward(state, dim, ends_heads=region.attention), matrix)
+            matrix.register_forward_pre_hook(_count_conv1d_outputs)
+    row = layer.get_submodule(block.row)
+    # The adapters of a row-split matrix are split like it: the results of A are summed, B computes with the sum.
+    for matrix in (base_matrix(row), *(lora_a for lora_a, _ in lora_pairs(row))):
+        matrix.forward = MethodType(_row_forward(state, dim, ends_attention=block.is_attention), matrix)
 
 
-def _divide_heads(attention: nn.Module, region: TPBlock, decoder: DivisibleDecoder, state: TensorParallelState) -> None:
-    """Let an attention module count this rank's heads, and give it the arguments for them."""
-    size, heads = state.group.size(), decoder.heads.query
-    for name in (*HEAD_COUNTS, *region.head_attributes):
+def _split_heads(attention: nn.Module, block: TPBlock, decoder: SplittableDecoder, state: TensorParallelState) -> None:
+    """Let an attention module count this rank's heads, and give it the arguments of these."""
+    size, rank, heads = state.group.size(), state.group.rank(), decoder.shape.heads
+    for name in (*HEAD_COUNT_ATTRIBUTES, *block.head_attributes):
         count = getattr(attention, name, None)
         if isinstance(count, int):
             setattr(attention, name, count // size)
-    if region.local_settings:
-        settings = {name: getattr(decoder.config, name) // size for name in region.local_settings}
-        attention.config = _LocalConfig(decoder.config, settings)  # type: ignore[assignment]
-    if region.per_head_args:
-        first, last = state.group.rank() * heads // size, (state.group.rank() + 1) * heads // size
+    if block.head_config_keys:
+        counts = {name: getattr(decoder.config, name) // size for name in block.head_config_keys}
+        attention.config = _LocalConfig(decoder.config, counts)  # type: ignore[assignment]
+    if block.per_head_args:
+        first, last = rank * heads // size, (rank + 1) * heads // size
 
         def slice_arguments(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-            for name, of_heads in region.per_head_args.items():
+            for name, slice_heads in block.per_head_args.items():
                 if kwargs.get(name) is not None:
-                    kwargs[name] = of_heads(kwargs[name], heads, first, last)
+                    kwargs[name] = slice_heads(kwargs[name], heads, first, last)
             return args, kwargs
 
         attention.register_forward_pre_hook(slice_arguments, with_kwargs=True)
 
 
 class _LocalConfig:
-    """A configuration of which an attention module sees some settings as they are on its rank."""
+    """A model's configuration with some values as they are on this rank."""
 
-    def __init__(self, config: Any, settings: dict[str, Any]) -> None:
-        self.__dict__.update(settings)
-        self._whole = config
+    def __init__(self, config: Any, values: dict[str, Any]) -> None:
+        self.__dict__.update(values)
+        self._config = config
 
     def __getattr__(self, name: str) -> Any:
-        # Copying asks before there is a __dict__.
-        if name == "_whole":
+        # copy.deepcopy asks for attributes before there is a `_config`.
+        if name == "_config":
             raise AttributeError(name)
-        return getattr(self._whole, name)
+        return getattr(self._config, name)
 
 
-_PreHook = Callable[[nn.Module, Any, dict[str, Any]], tuple[Any, dict[str, Any]]]
-
-
-def _on_hidden_states(change: Callable[[torch.Tensor], torch.Tensor]) -> _PreHook:
-    """A hook that changes the hidden states that a module is called with."""
+def _on_hidden_states(function: Callable[[torch.Tensor], torch.Tensor]) -> _PreHook:
+    """A hook that applies a function to the hidden states that a module is called with."""
 
     def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         if args:
-            return (change(args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
+            return (function(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": function(kwargs["hidden_states"])}
 
     return hook
 
 
-def _enter(state: TensorParallelState, dim: int) -> _PreHook:
-    def enter(hidden: torch.Tensor) -> torch.Tensor:
-        return gather_from_sp(hidden, dim, state.group) if state.sequence_parallel else copy_to_tp(hidden, state.group)
+def _enter_block(state: TensorParallelState, dim: int) -> _PreHook:
+    def enter(hidden_states: torch.Tensor) -> torch.Tensor:
+        if state.sequence_parallel:
+            return gather_from_sp(hidden_states, dim, state.group)
+        return copy_to_tp(hidden_states, state.group)
 
     return _on_hidden_states(enter)
 
 
 def _row_forward(
-    state: TensorParallelState, dim: int, *, ends_heads: bool
+    state: TensorParallelState, dim: int, *, ends_attention: bool
 ) -> Callable[[Any, torch.Tensor], torch.Tensor]:
-    """The product with this rank's inputs, summed over the ranks; the bias is added once, to the sum."""
+    """The matmul with this rank's inputs, summed over the ranks; the bias is added once, to the sum."""
 
     def forward(self: Any, input: torch.Tensor) -> torch.Tensor:
-        if ends_heads:
-            state.random.exit_attention()
+        if ends_attention:
+            state.rng.exit_attention()
         partial = functional.linear(input, self.weight) if isinstance(self, nn.Linear) else input @ self.weight
-        output = (
-            reduce_scatter_to_sp(partial, dim, state.group)
-            if state.sequence_parallel
-            else reduce_from_tp(partial, state.group)
-        )
-        # Under autocast the product is in low precision, and so is the result of the matrix that this stands for.
-        return output if self.bias is None else output + self.bias.to(output.dtype)
+        if state.sequence_parallel:
+            out = reduce_scatter_to_sp(partial, dim, state.group)
+        else:
+            out = reduce_from_tp(partial, state.group)
+        # Under autocast the matmul is in bfloat16, and so is the result of the module that this replaces.
+        return out if self.bias is None else out + self.bias.to(out.dtype)
 
     return forward
 
 
-def _wide_norm_forward(state: TensorParallelState) -> Callable[[Any, torch.Tensor], torch.Tensor]:
-    """An RMS norm over the features of all ranks, in float32 as in transformers, of which each rank has a part."""
+def _cross_head_norm_forward(state: TensorParallelState) -> Callable[[Any, torch.Tensor], torch.Tensor]:
+    """Llama's RMSNorm over the features of all ranks, in float32 as in transformers, of which each rank has a part."""
 
     def forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
-        hidden = hidden_states.to(torch.float32)
-        own = hidden.pow(2).mean(-1, keepdim=True) / state.group.size()
-        # Each rank uses the sum for its own features: the gradients of these uses are summed in turn.
-        variance = copy_to_tp(reduce_from_tp(own, state.group), state.group)
-        return (self.weight * (hidden * torch.rsqrt(variance + self.variance_epsilon))).to(hidden_states.dtype)
+        x_fp32 = hidden_states.to(torch.float32)
+        local_variance = x_fp32.pow(2).mean(-1, keepdim=True) / state.group.size()
+        # Each rank normalizes its own features with the sum: the gradients of these uses are summed in turn.
+        variance = copy_to_tp(reduce_from_tp(local_variance, state.group), state.group)
+        return (self.weight * (x_fp32 * torch.rsqrt(variance + self.variance_epsilon))).to(hidden_states.dtype)
 
     return forward
 
 
-def _count_outputs(module: Any, args: Any) -> None:
+def _count_conv1d_outputs(module: Any, args: Any) -> None:
+    """GPT-2's Conv1D takes the number of its outputs from an attribute."""
     module.nf = module.weight.shape[1]
 
 
-def _own_sequence(state: TensorParallelState) -> _PreHook:
-    """Before the first layer: everything that transformers makes for whole sequences is made."""
+def _split_sequence(state: TensorParallelState) -> _PreHook:
+    """Before the first layer: what transformers computes for whole sequences, such as masks, is computed already."""
 
-    def split(hidden: torch.Tensor) -> torch.Tensor:
+    def split(hidden_states: torch.Tensor) -> torch.Tensor:
         if not state.sequence_parallel:
-            return hidden
-        length, size = hidden.shape[_SEQUENCE_DIM], state.group.size()
+            return hidden_states
+        length, size = hidden_states.shape[_SEQUENCE_DIM], state.group.size()
         if length % size:
             raise PlanError(
                 f"sequences of {length} tokens cannot be divided among {size} tensor-parallel ranks: pad them"
             )
-        return scatter_to_sp(hidden, _SEQUENCE_DIM, state.group)
+        return scatter_to_sp(hidden_states, _SEQUENCE_DIM, state.group)
 
     return _on_hidden_states(split)
 
 
-def _whole_sequence(state: TensorParallelState) -> Callable[[nn.Module, Any, Any], Any]:
-    """Behind the final norm: what follows is the divided output layer, whose gradients are partial."""
+def _gather_sequence(state: TensorParallelState) -> Callable[[nn.Module, Any, Any], Any]:
+    """After the final norm: the output layer, which is split by its outputs, needs whole hidden states."""
 
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
-        hidden = output if isinstance(output, torch.Tensor) else output[0]
+        hidden_states = output if isinstance(output, torch.Tensor) else output[0]
         if state.sequence_parallel:
-            hidden = gather_from_sp(hidden, _SEQUENCE_DIM, state.group)
+            hidden_states = gather_from_sp(hidden_states, _SEQUENCE_DIM, state.group)
         else:
-            hidden = copy_to_tp(hidden, state.group)
-        return hidden if isinstance(output, torch.Tensor) else (hidden, *output[1:])
+            hidden_states = copy_to_tp(hidden_states, state.group)
+        return hidden_states if isinstance(output, torch.Tensor) else (hidden_states, *output[1:])
 
     return hook
 
 
-def _begin_layer(state: TensorParallelState) -> Callable[[nn.Module, Any], None]:
+# Dropout draws from this rank's own random numbers where the rank has activations of its own: heads without sequence
+# parallelism, a part of the sequence with it. What all ranks compute alike they drop alike.
+
+
+def _enter_layer(state: TensorParallelState) -> Callable[[nn.Module, Any], None]:
     def hook(module: nn.Module, args: Any) -> None:
-        state.random.enter_layer(module.training and state.sequence_parallel)
+        state.rng.enter_layer(module.training and state.sequence_parallel)
 
     return hook
 
 
-def _end_layer(state: TensorParallelState) -> Callable[[nn.Module, Any, Any], None]:
+def _exit_layer(state: TensorParallelState) -> Callable[[nn.Module, Any, Any], None]:
     def hook(module: nn.Module, args: Any, output: Any) -> None:
-        state.random.exit_layer()
+        state.rng.exit_layer()
 
     return hook
 
 
-def _begin_heads(state: TensorParallelState) -> Callable[[nn.Module, Any], None]:
+def _enter_attention(state: TensorParallelState) -> Callable[[nn.Module, Any], None]:
     def hook(module: nn.Module, args: Any) -> None:
-        state.random.enter_attention(module.training and not state.sequence_parallel)
+        state.rng.enter_attention(module.training and not state.sequence_parallel)
 
     return hook

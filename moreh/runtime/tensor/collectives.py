@@ -1,10 +1,19 @@
-"""Collectives that autograd can go through: each one's backward pass is the collective that is its transpose.
+"""Collectives that autograd can go through, with Megatron-LM's names: the backward pass of each is its transpose.
 
-They come in pairs, as in Megatron-LM: where every rank computes with the same tensor, the gradients of its uses are partial and
-are summed (`copy_to_tp`); where ranks hold partial results, those are summed and the gradient is everybody's
-(`reduce_from_tp`). The sequence-parallel pair (`gather_from_sp`, `reduce_scatter_to_sp`) does the same to parts along a dimension.
+| function | forward | backward | where |
+|---|---|---|---|
+| `copy_to_tp` | identity | all-reduce | before column-split matrices |
+| `reduce_from_tp` | all-reduce | identity | after a row-split matrix |
+| `gather_from_sp` | all-gather | reduce-scatter | before column-split matrices, with sequence parallelism |
+| `reduce_scatter_to_sp` | reduce-scatter | all-gather | after a row-split matrix, with sequence parallelism |
+| `scatter_to_sp` | split | all-gather | before the first layer, with sequence parallelism |
 
-Ranks must call them in the same order. All work on gloo and NCCL, on tensors of any memory layout.
+The first two are those of tensor parallelism, https://arxiv.org/abs/1909.08053: ranks that compute with the same
+tensor have partial gradients of it. The others do the same to parts of a sequence, https://arxiv.org/abs/2205.05198.
+
+Ranks must call them in the same order. All of them work on gloo and NCCL, with tensors of any memory layout. Each is a
+span of moreh/trace.py with the bytes of this rank's whole tensor: the input of an all-reduce and a reduce-scatter, the
+output of an all-gather.
 """
 
 from typing import Any
@@ -12,129 +21,135 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-
-def copy_to_tp(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """The tensor itself; its gradient is the sum over the ranks."""
-    return _CopyToTP.apply(tensor, group)  # type: ignore[no-untyped-call]
+from moreh import trace
 
 
-def reduce_from_tp(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """The sum over the ranks; its gradient is that of the sum."""
-    return _ReduceFromTP.apply(tensor, group)  # type: ignore[no-untyped-call]
+def copy_to_tp(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """Forward: `x`, which is the same on all ranks. Backward: the sum of the gradients over the ranks."""
+    return _CopyToTP.apply(x, group)  # type: ignore[no-untyped-call]
 
 
-def gather_from_sp(tensor: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Tensor:
-    """The parts of all ranks one behind the other along `dim`; the gradient is summed over the ranks, each gets its part's."""
-    return _GatherFromSP.apply(tensor, dim, group)  # type: ignore[no-untyped-call]
+def reduce_from_tp(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """Forward: the sum over the ranks. Backward: the gradient, which is the same on all ranks."""
+    return _ReduceFromTP.apply(x, group)  # type: ignore[no-untyped-call]
 
 
-def reduce_scatter_to_sp(tensor: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Tensor:
-    """This rank's part along `dim` of the sum over the ranks; the gradients of the parts are gathered."""
-    return _ReduceScatterToSP.apply(tensor, dim, group)  # type: ignore[no-untyped-call]
+def gather_from_sp(x: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Tensor:
+    """Forward: the parts of all ranks concatenated along `dim`. Backward: this rank's part of the summed gradients."""
+    return _GatherFromSP.apply(x, dim, group)  # type: ignore[no-untyped-call]
 
 
-def scatter_to_sp(tensor: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Tensor:
-    """This rank's part along `dim` of a tensor that all ranks hold; the gradients of the parts are gathered."""
-    return _ScatterToSP.apply(tensor, dim, group)  # type: ignore[no-untyped-call]
+def reduce_scatter_to_sp(x: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Tensor:
+    """Forward: this rank's part along `dim` of the sum over the ranks. Backward: the gradients of all parts."""
+    return _ReduceScatterToSP.apply(x, dim, group)  # type: ignore[no-untyped-call]
 
 
-def reduce_scatter(result: torch.Tensor, parts: torch.Tensor, group: dist.ProcessGroup) -> None:
-    """Sum over the ranks what each has for this one, into `result`; `parts` are contiguous, one for each rank in order.
+def scatter_to_sp(x: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Tensor:
+    """Forward: this rank's part along `dim` of `x`, the same on all ranks. Backward: the gradients of all parts."""
+    return _ScatterToSP.apply(x, dim, group)  # type: ignore[no-untyped-call]
 
-    gloo's reduce-scatter is an all-reduce of all parts, which moves twice as much: on CPUs each rank is sent its parts to sum.
+
+def reduce_scatter(out: torch.Tensor, parts: torch.Tensor, group: dist.ProcessGroup) -> None:
+    """Write to `out` the sum over the ranks of their `parts` for this rank, without autograd.
+
+    `parts` has the shape of `out` for each rank, in order and contiguous. gloo's reduce-scatter is an all-reduce of all
+    parts, which moves twice as much: on CPUs an all-to-all sends each rank its parts, and the rank sums them.
     """
-    if parts.device.type != "cpu":
-        dist.reduce_scatter_single(result, parts.view(-1, *result.shape[1:]), group=group)
-        return
-    received = torch.empty_like(parts)
-    dist.all_to_all_single(received, parts, group=group)
-    torch.sum(received.view(group.size(), *result.shape), 0, out=result)
+    with trace.span("reduce_scatter", bytes=parts.nbytes):
+        if parts.device.type != "cpu":
+            dist.reduce_scatter_single(out, parts.view(-1, *out.shape[1:]), group=group)
+            return
+        received = torch.empty_like(parts)
+        dist.all_to_all_single(received, parts, group=group)
+        torch.sum(received.view(group.size(), *out.shape), 0, out=out)
 
 
-def _all_reduce(tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+def _all_reduce(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """The sum over the ranks as a new tensor."""
-    result = tensor.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(result, group=group)
-    return result
+    out = x.clone(memory_format=torch.contiguous_format)
+    with trace.span("all_reduce", bytes=out.nbytes):
+        dist.all_reduce(out, group=group)
+    return out
 
 
-def _all_gather(tensor: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Tensor:
-    """The parts of all ranks, one behind the other along `dim`: [..., n, ...] -> [..., ranks * n, ...]."""
-    size, dim = group.size(), dim % tensor.dim()
-    gathered = tensor.new_empty(size * tensor.shape[0], *tensor.shape[1:])
-    dist.all_gather_single(gathered, tensor.contiguous(), group=group)
+def _all_gather(x: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Tensor:
+    """The parts of all ranks concatenated along `dim`: [..., n, ...] -> [..., world_size * n, ...]."""
+    size, dim = group.size(), dim % x.dim()
+    gathered = x.new_empty(size * x.shape[0], *x.shape[1:])
+    with trace.span("all_gather", bytes=gathered.nbytes):
+        dist.all_gather_single(gathered, x.contiguous(), group=group)
     if dim == 0:
         return gathered
-    # [ranks * batch, n, hidden] -> [ranks, batch, n, hidden] -> [batch, ranks, n, hidden] -> [batch, ranks * n, hidden]
-    # Parts of one token would be left a view, which GPT-2's matrices do not take.
-    return gathered.unflatten(0, (size, tensor.shape[0])).movedim(0, dim).flatten(dim, dim + 1).contiguous()
+    # [world_size * batch, n, hidden] -> [world_size, batch, n, hidden] -> [batch, world_size, n, hidden]
+    # -> [batch, world_size * n, hidden]. With n = 1 flatten returns a view, which GPT-2's Conv1D does not take.
+    return gathered.unflatten(0, (size, x.shape[0])).movedim(0, dim).flatten(dim, dim + 1).contiguous()
 
 
-def _reduce_scatter(tensor: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Tensor:
-    """This rank's part of the sum over the ranks: [..., ranks * n, ...] -> [..., n, ...]."""
-    size, dim = group.size(), dim % tensor.dim()
-    parts = tensor.unflatten(dim, (size, -1)).movedim(dim, 0).contiguous()
-    result = parts.new_empty(parts.shape[1:])
-    reduce_scatter(result, parts, group)
-    return result
+def _reduce_scatter(x: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Tensor:
+    """This rank's part along `dim` of the sum over the ranks: [..., world_size * n, ...] -> [..., n, ...]."""
+    size, dim = group.size(), dim % x.dim()
+    parts = x.unflatten(dim, (size, -1)).movedim(dim, 0).contiguous()
+    out = parts.new_empty(parts.shape[1:])
+    reduce_scatter(out, parts, group)
+    return out
 
 
-def _part(tensor: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Tensor:
-    """A copy of this rank's part of a tensor: a view would keep the whole one in memory."""
-    return tensor.chunk(group.size(), dim)[group.rank()].clone(memory_format=torch.contiguous_format)
+def _local_part(x: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Tensor:
+    """A copy of this rank's part of a tensor: a view would keep the whole tensor in memory."""
+    return x.chunk(group.size(), dim)[group.rank()].clone(memory_format=torch.contiguous_format)
 
 
 class _CopyToTP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
         ctx.group = group
-        return tensor.view_as(tensor)
+        return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        # Not in place: autograd may have handed the same gradient to another user of the tensor.
-        return _all_reduce(gradient, ctx.group), None
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor, None]:
+        # Not in place: autograd may have given the same tensor to another user of `x`.
+        return _all_reduce(grad_output, ctx.group), None
 
 
 class _ReduceFromTP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-        # Not in place: selective recomputation keeps the product that is summed here and sums it again.
-        return _all_reduce(tensor, group)
+    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        # Not in place: selective recomputation saves the matmul's result `x` and sums it again.
+        return _all_reduce(x, group)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return gradient, None
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grad_output, None
 
 
 class _GatherFromSP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Tensor:
         ctx.dim, ctx.group = dim, group
-        return _all_gather(tensor, dim, group)
+        return _all_gather(x, dim, group)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return _reduce_scatter(gradient, ctx.dim, ctx.group), None, None
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return _reduce_scatter(grad_output, ctx.dim, ctx.group), None, None
 
 
 class _ReduceScatterToSP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Tensor:
         ctx.dim, ctx.group = dim, group
-        return _reduce_scatter(tensor, dim, group)
+        return _reduce_scatter(x, dim, group)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return _all_gather(gradient, ctx.dim, ctx.group), None, None
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return _all_gather(grad_output, ctx.dim, ctx.group), None, None
 
 
 class _ScatterToSP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Tensor:
         ctx.dim, ctx.group = dim, group
-        return _part(tensor, dim, group)
+        return _local_part(x, dim, group)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return _all_gather(gradient, ctx.dim, ctx.group), None, None
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return _all_gather(grad_output, ctx.dim, ctx.group), None, None

@@ -1,4 +1,7 @@
-"""Which parameters of a decoder tensor-parallel ranks divide, and which models they cannot."""
+"""Which parameters of a decoder tensor-parallel ranks split, and which models they cannot split.
+
+Names and shapes are enough, so that a model on the meta device will do: the planner asks before there are weights.
+"""
 
 import re
 from collections.abc import Iterator
@@ -8,210 +11,239 @@ from typing import Any
 from torch import nn
 
 from moreh.errors import PlanError
-from moreh.models.describe.from_layer import is_matrix
-from moreh.models.describe.from_module import text_config
+from moreh.models.families.tp_blocks import AttentionShape, TPBlock
+from moreh.models.introspection import is_matrix, text_config
 from moreh.models.lora import base_matrix, lora_pairs
 from moreh.models.parts import ModelParts, split_into_parts
 from moreh.runtime.sharding.spec import TPSplit
-from moreh.runtime.tensor.rules import Heads, TPBlock, tp_blocks
+from moreh.runtime.tensor.blocks import attention_shape, tp_blocks
 
-# How messages about models that cannot be divided end.
+# How messages about models that cannot be split end.
 _REMEDY = "use tensor parallelism of size 1"
 
 
 @dataclass(frozen=True)
 class TensorPartition:
-    """How tensor-parallel ranks divide the parameters of a model, by their names in `named_parameters()`.
+    """How tensor-parallel ranks split the parameters of a model, by their names in `named_parameters()`."""
 
-    What is not in `divisions` is the same on every rank. Of `partial_gradients`, which are among those, each rank computes a
-    part of the gradient only: the sum over the ranks is the whole.
-    """
-
-    divisions: dict[str, TPSplit]
+    splits: dict[str, TPSplit]
+    """The parameters that are split, and how. All others are the same on every rank."""
     partial_gradients: frozenset[str]
+    """The unsplit parameters of whose gradients each rank computes a part: they are summed over the ranks."""
 
 
 @dataclass(frozen=True)
-class DivisibleDecoder:
-    """A decoder that there are rules for, its parameters whole or already divided.
-
-    `last` is the last module that computes on the residual stream: the final norm, or the last layer where there is none.
-    """
+class SplittableDecoder:
+    """A decoder whose family has tensor-parallel blocks, its parameters whole or already split."""
 
     parts: ModelParts
+    """The model, split into what is before, in and after its layers."""
     config: Any
+    """The configuration of transformers."""
     embedding: nn.Embedding
+    """The token embedding."""
     head: nn.Linear
+    """The output layer."""
     last: nn.Module
-    regions: tuple[TPBlock, ...]
-    heads: Heads
+    """The last module that computes on the residual stream: the final norm, or the last layer where there is none."""
+    blocks: tuple[TPBlock, ...]
+    """The blocks of each layer."""
+    shape: AttentionShape
+    """The heads of each layer."""
+
+
+@dataclass(frozen=True)
+class _BlockPartition:
+    """The parameters of a block in a layer, by id."""
+
+    splits: dict[int, TPSplit]
+    """Those that are split."""
+    shared: set[int]
+    """Those that each rank uses for its own heads or features, so that its gradient is partial."""
+    summed: set[int]
+    """Those that are used after the sum over the ranks: the bias of the row-split matrix, B of its adapters."""
 
 
 def max_tensor_parallel(model: nn.Module) -> int:
-    """The largest number of ranks that can divide a model; 1 where tensor parallelism cannot be used."""
+    """The largest number of ranks that can split a model; 1 where tensor parallelism cannot be used."""
     try:
-        heads = find_decoder(model).heads
+        shape = splittable_decoder(model).shape
     except PlanError:
         return 1
-    sizes = [size for size in range(heads.key_value, 1, -1) if heads.key_value % size == heads.query % size == 0]
-    return next((size for size in sizes if tensor_parallel_problem(model, size) is None), 1)
+    sizes = [size for size in range(shape.kv_heads, 1, -1) if shape.kv_heads % size == shape.heads % size == 0]
+    return next((size for size in sizes if tensor_parallel_refusal(model, size) is None), 1)
 
 
-def tensor_parallel_problem(model: nn.Module, size: int) -> str | None:
-    """Why `size` ranks cannot divide a model, as a sentence for the user; None if they can."""
-    return _problem(model, size, sequence_parallel=False)
+def tensor_parallel_refusal(model: nn.Module, size: int) -> str | None:
+    """Why `size` ranks cannot split a model, as a sentence for the user; None if they can."""
+    return _refusal(model, size, sequence_parallel=False)
 
 
 def sequence_parallel_refusal(model: nn.Module, size: int) -> str | None:
-    """Why `size` ranks cannot divide a model together with its sequences, as a sentence for the user; None if they can."""
-    return _problem(model, size, sequence_parallel=True)
+    """Why `size` ranks cannot split a model and its sequences, as a sentence for the user; None if they can."""
+    return _refusal(model, size, sequence_parallel=True)
 
 
-def _problem(model: nn.Module, size: int, *, sequence_parallel: bool) -> str | None:
+def _refusal(model: nn.Module, size: int, *, sequence_parallel: bool) -> str | None:
     try:
         describe_partition(model, size, sequence_parallel=sequence_parallel)
-    except PlanError as problem:
-        return str(problem)
+    except PlanError as error:
+        return str(error)
     return None
 
 
 def describe_partition(model: nn.Module, size: int, *, sequence_parallel: bool) -> TensorPartition:
-    """How `size` ranks divide a model, from the names and shapes of its parameters: it may be on the meta device.
+    """How `size` ranks split a model.
 
     Raises:
-        PlanError: they cannot, for the reason that the functions above give.
+        PlanError: they cannot; the message gives the reason.
     """
-    decoder = find_decoder(model)
-    layerdrop = getattr(decoder.config, "layerdrop", 0.0)
-    if sequence_parallel and layerdrop:
-        # The first layer divides the sequences.
-        raise PlanError(
-            f"layerdrop is {layerdrop}, which leaves layers out: use no sequence parallelism, or set it to 0"
-        )
-    heads = decoder.heads
-    groups = max(region.head_groups for region in decoder.regions)
-    divisible = {"attention heads": heads.query, "key-value heads": heads.key_value}
-    if groups > 1:
-        divisible = {f"attention heads in each of its {groups} groups": heads.query // groups}
-    for what, count in divisible.items():
-        if size < 1 or count % size:
-            raise PlanError(
-                f"{type(decoder.parts.causal).__name__} has {count} {what}, which {size} tensor-parallel ranks cannot divide: "
-                f"use a divisor of {count}"
-            )
+    decoder = splittable_decoder(model)
+    _check_sizes(decoder, size, sequence_parallel=sequence_parallel)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    divisions: dict[int, TPSplit] = {}
+    splits: dict[int, TPSplit] = {}
     partial: set[int] = set()
     for layer in decoder.parts.layers:
-        known: set[int] = set()
-        for region in decoder.regions:
-            divided, shared, summed = _divide_region(layer, region, heads, names)
-            divisions |= divided
-            partial |= shared
-            known |= set(divided) | shared | summed
-        others = [
-            parameter
-            for parameter in layer.parameters()
-            if id(parameter) not in divisions and id(parameter) not in partial
-        ]
-        for parameter in others:
-            if parameter.dim() > 1 and id(parameter) not in known:
-                name = names[id(parameter)]
+        summed: set[int] = set()
+        for block in decoder.blocks:
+            partition = _split_block(layer, block, decoder.shape, names)
+            splits |= partition.splits
+            partial |= partition.shared
+            summed |= partition.summed
+        for parameter in layer.parameters():
+            if id(parameter) in splits or id(parameter) in partial:
+                continue
+            if parameter.dim() > 1 and id(parameter) not in summed:
                 raise PlanError(
-                    f"{name} is a matrix that the tensor-parallel rules of its family do not know: {_REMEDY}"
+                    f"{names[id(parameter)]} is a matrix that the tensor-parallel rules of its family do not know: "
+                    f"{_REMEDY}"
                 )
             if sequence_parallel:
+                # Each rank uses it for its own part of the sequence.
                 partial.add(id(parameter))
     for module in (decoder.embedding, decoder.head):
-        divisions |= {id(parameter): TPSplit(0, (parameter.shape[0],)) for parameter in module.parameters()}
-    for place in decoder.parts.after:
-        # The output layer is divided, so that the gradients behind the last module are partial in any case.
-        if sequence_parallel or place.module is not decoder.last:
-            partial |= {id(parameter) for parameter in place.module.parameters()}
-    partial -= set(divisions)
+        splits |= {id(parameter): TPSplit(0, (parameter.shape[0],)) for parameter in module.parameters()}
+    for slot in decoder.parts.post_layers:
+        # What is used after the last module feeds the split output layer: its gradient is partial in either mode.
+        if sequence_parallel or slot.module is not decoder.last:
+            partial |= {id(parameter) for parameter in slot.module.parameters()}
+    partial -= set(splits)
     return TensorPartition(
-        {names[key]: division for key, division in divisions.items()}, frozenset(names[key] for key in partial)
+        {names[key]: split for key, split in splits.items()}, frozenset(names[key] for key in partial)
     )
 
 
-def _divide_region(
-    layer: nn.Module, region: TPBlock, heads: Heads, names: dict[int, str]
-) -> tuple[dict[int, TPSplit], set[int], set[int]]:
-    """By identity, the parameters of a region that are divided, those that all ranks use for their own heads, and those that
-    are used behind the sum: the bias of the row-divided matrix, and its adapters' B.
+def _check_sizes(decoder: SplittableDecoder, size: int, *, sequence_parallel: bool) -> None:
+    """Check that `size` ranks can split the heads, and the sequences.
+
+    Raises:
+        PlanError: they cannot.
     """
-    divisions: dict[int, TPSplit] = {}
+    layerdrop = getattr(decoder.config, "layerdrop", 0.0)
+    if sequence_parallel and layerdrop:
+        # The first layer splits the sequences: left out, it would leave them whole.
+        raise PlanError(
+            f"layerdrop is {layerdrop}, which leaves layers out: use no sequence parallelism, or set it to 0"
+        )
+    groups = max(block.head_groups for block in decoder.blocks)
+    counts = {"attention heads": decoder.shape.heads, "key-value heads": decoder.shape.kv_heads}
+    if groups > 1:
+        counts = {f"attention heads in each of its {groups} groups": decoder.shape.heads // groups}
+    for what, count in counts.items():
+        if size < 1 or count % size:
+            raise PlanError(
+                f"{type(decoder.parts.causal).__name__} has {count} {what}, which {size} tensor-parallel ranks cannot "
+                f"divide: use a divisor of {count}"
+            )
+
+
+def _split_block(layer: nn.Module, block: TPBlock, shape: AttentionShape, names: dict[int, str]) -> _BlockPartition:
+    """How the parameters of a block are split.
+
+    Raises:
+        PlanError: a parameter belongs to all heads or features together.
+    """
+    splits: dict[int, TPSplit] = {}
     shared: set[int] = set()
-    for name, blocks in region.columns.items():
+    for name, chunks in block.columns.items():
         column = layer.get_submodule(name)
         matrix = base_matrix(column)
         dim = _output_dim(matrix)
-        division = TPSplit(dim, blocks(heads, matrix.weight.shape[dim]))
-        divisions |= {id(matrix.weight): division}
+        split = TPSplit(dim, chunks(shape, matrix.weight.shape[dim]))
+        splits[id(matrix.weight)] = split
         if matrix.bias is not None:
-            divisions |= {id(matrix.bias): TPSplit(0, division.blocks)}
-        for down, up in lora_pairs(column):
-            # Every rank computes all of A, but for its own outputs.
-            shared.add(id(down.weight))
-            divisions[id(up.weight)] = TPSplit(0, division.blocks)
-    row = layer.get_submodule(region.row)
+            splits[id(matrix.bias)] = TPSplit(0, split.blocks)
+        for lora_a, lora_b in lora_pairs(column):
+            # Every rank computes with all of A, but for its own outputs.
+            shared.add(id(lora_a.weight))
+            splits[id(lora_b.weight)] = TPSplit(0, split.blocks)
+    row = layer.get_submodule(block.row)
     matrix = base_matrix(row)
     dim = 1 - _output_dim(matrix)
-    division = TPSplit(dim, region.row_blocks(heads, matrix.weight.shape[dim]))
-    divisions[id(matrix.weight)] = division
+    split = TPSplit(dim, block.row_chunks(shape, matrix.weight.shape[dim]))
+    splits[id(matrix.weight)] = split
     summed = {id(matrix.bias)} if matrix.bias is not None else set()
-    for down, up in lora_pairs(row):
-        divisions[id(down.weight)] = TPSplit(1, division.blocks)
-        summed.add(id(up.weight))
-    for name in region.cross_head_norms:
+    for lora_a, lora_b in lora_pairs(row):
+        splits[id(lora_a.weight)] = TPSplit(1, split.blocks)
+        summed.add(id(lora_b.weight))
+    for name in block.cross_head_norms:
         weight = layer.get_parameter(f"{name}.weight")
-        divisions[id(weight)] = TPSplit(0, (weight.shape[0],))
-    for name, parameter in layer.get_submodule(region.entry).named_parameters():
-        shape = tuple(parameter.shape)
-        if id(parameter) in divisions or id(parameter) in shared | summed:
+        splits[id(weight)] = TPSplit(0, (weight.shape[0],))
+    for name, parameter in layer.get_submodule(block.entry).named_parameters():
+        if id(parameter) in splits or id(parameter) in shared | summed:
             continue
-        # A norm for each head in a list would be used for other heads than its own.
-        listed = any(part.isdigit() for part in name.split("."))
-        if not listed and ((region.attention and shape == (heads.size,)) or shape in ((), (1,))):
+        if _is_for_each_head(name, parameter, block, shape):
             shared.add(id(parameter))
-        elif (
-            not listed
-            and region.attention
-            and len(shape) == 2
-            and shape in ((heads.query, heads.size), (heads.key_value, heads.size))
-        ):
-            divisions[id(parameter)] = TPSplit(0, shape[:1])
+        elif _is_by_head(name, parameter, block, shape):
+            splits[id(parameter)] = TPSplit(0, (parameter.shape[0],))
         else:
             raise PlanError(
-                f"{names[id(parameter)]} {list(shape)} belongs to all attention heads or inner features together, of which a "
-                f"tensor-parallel rank has only a part: {_REMEDY}"
+                f"{names[id(parameter)]} {list(parameter.shape)} belongs to all attention heads or inner features "
+                f"together, of which a tensor-parallel rank has only a part: {_REMEDY}"
             )
-    return divisions, shared, summed
+    return _BlockPartition(splits, shared, summed)
+
+
+def _is_for_each_head(name: str, parameter: nn.Parameter, block: TPBlock, shape: AttentionShape) -> bool:
+    """Whether every head uses all of a parameter, such as a norm [head_dim] or a scalar."""
+    is_of_head = block.is_attention and tuple(parameter.shape) == (shape.head_dim,)
+    return not _is_listed(name) and (is_of_head or tuple(parameter.shape) in ((), (1,)))
+
+
+def _is_by_head(name: str, parameter: nn.Parameter, block: TPBlock, shape: AttentionShape) -> bool:
+    """Whether a parameter is a row for each head: [heads, head_dim] or [kv_heads, head_dim]."""
+    by_head = ((shape.heads, shape.head_dim), (shape.kv_heads, shape.head_dim))
+    return not _is_listed(name) and block.is_attention and tuple(parameter.shape) in by_head
+
+
+def _is_listed(name: str) -> bool:
+    """Whether a parameter is in a list of modules, such as one norm a head: a rank would use those of other heads."""
+    return any(part.isdigit() for part in name.split("."))
 
 
 def _output_dim(matrix: nn.Module) -> int:
-    """Where the outputs are in a weight: torch's Linear is [outputs, inputs], the Conv1D of GPT-2 transposed."""
+    """The dimension of a weight with the outputs: 0 in torch's Linear, [outputs, inputs]; 1 in the Conv1D of GPT-2."""
     return 0 if isinstance(matrix, nn.Linear) else 1
 
 
-def find_decoder(model: nn.Module) -> DivisibleDecoder:
-    """The parts of a decoder.
+def splittable_decoder(model: nn.Module) -> SplittableDecoder:
+    """The decoder of a model, with the blocks of its layers.
 
     Raises:
-        PlanError: there are no rules for it.
+        PlanError: its family has no blocks, or its modules are not those that the blocks speak of.
     """
     parts = split_into_parts(model)
     name = type(parts.causal).__name__
     config = text_config(parts.causal)
     if config is not parts.causal.config:
         raise PlanError(f"{name} is more than a language model ({parts.causal.config.model_type!r}): {_REMEDY}")
-    regions = tp_blocks(config)
-    if isinstance(regions, str):
-        raise PlanError(f"{name}: {regions}; {_REMEDY}")
-    for number, layer in enumerate(parts.layers):
-        unknown = [matrix for matrix in _matrices(regions) if not _is_matrix_of(layer, matrix)]
-        if unknown:
-            raise PlanError(f"{name}: layer {number} has no matrix {unknown[0]!r}: {_REMEDY}")
+    blocks = tp_blocks(config)
+    if isinstance(blocks, str):
+        raise PlanError(f"{name}: {blocks}; {_REMEDY}")
+    for index, layer in enumerate(parts.layers):
+        missing = [matrix for matrix in _matrix_names(blocks) if not _has_matrix(layer, matrix)]
+        if missing:
+            raise PlanError(f"{name}: layer {index} has no matrix {missing[0]!r}: {_REMEDY}")
     embedding, head = parts.causal.get_input_embeddings(), parts.causal.get_output_embeddings()
     if not isinstance(embedding, nn.Embedding) or not isinstance(head, nn.Linear) or embedding.max_norm is not None:
         raise PlanError(f"{name} has no plain torch.nn.Embedding and torch.nn.Linear for its vocabulary: {_REMEDY}")
@@ -220,30 +252,21 @@ def find_decoder(model: nn.Module) -> DivisibleDecoder:
         raise PlanError(
             f"{name}: its token embedding and its output layer have {sizes} rows: give them the same number"
         )
-    norms = [place.module for place in parts.after if re.search("norm|ln_f", place.key)]
+    norms = [slot.module for slot in parts.post_layers if re.search("norm|ln_f", slot.key)]
     if len(norms) > 1:
-        raise PlanError(f"{name} has {len(norms)} norms behind its layers: {_REMEDY}")
+        raise PlanError(f"{name} has {len(norms)} norms after its layers: {_REMEDY}")
     last = norms[0] if norms else parts.layers[-1]
-    return DivisibleDecoder(parts, config, embedding, head, last, regions, _heads(config))
+    return SplittableDecoder(parts, config, embedding, head, last, blocks, attention_shape(config))
 
 
-def _matrices(regions: tuple[TPBlock, ...]) -> Iterator[str]:
-    for region in regions:
-        yield from region.columns
-        yield region.row
+def _matrix_names(blocks: tuple[TPBlock, ...]) -> Iterator[str]:
+    for block in blocks:
+        yield from block.columns
+        yield block.row
 
 
-def _is_matrix_of(layer: nn.Module, name: str) -> bool:
+def _has_matrix(layer: nn.Module, name: str) -> bool:
     try:
         return is_matrix(base_matrix(layer.get_submodule(name)))
     except AttributeError:
         return False
-
-
-def _heads(config: Any) -> Heads:
-    query = int(config.num_attention_heads)
-    key_value = getattr(config, "num_key_value_heads", None) or getattr(config, "num_kv_heads", None) or query
-    if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
-        # The older ones of Falcon have one, whatever the configuration says.
-        key_value = 1
-    return Heads(query, int(key_value), int(getattr(config, "head_dim", None) or config.hidden_size // query))

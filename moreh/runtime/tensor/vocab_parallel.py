@@ -1,4 +1,4 @@
-"""The embedding, the output layer and the loss where each tensor-parallel rank holds some rows of the vocabulary."""
+"""The token embedding, the logits and the loss where each tensor-parallel rank has some rows of the vocabulary."""
 
 from typing import Any
 
@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional
 
+from moreh import trace
 from moreh.runtime.kernels.row_chunks import chunks
 from moreh.runtime.sharding.spec import shard_range
 from moreh.runtime.tensor.collectives import reduce_from_tp
@@ -17,53 +18,59 @@ IGNORED_LABEL = -100
 def vocab_parallel_cross_entropy(
     local_logits: torch.Tensor, labels: torch.Tensor, group: dist.ProcessGroup | None, vocabulary_size: int
 ) -> torch.Tensor:
-    """The cross-entropy of each token, in float32 at least: [...].
+    """The cross-entropy of each token in float32, or in float64 for float64 logits: [...].
 
-    `local_logits` [..., local vocabulary] are those of this rank's rows (`spec.shard_range`), all of them without a group. `labels`
-    [...] are the tokens that belong to these logits; where they are -100 the loss is 0. Neither the probabilities nor a copy of
-    the logits is kept for the backward pass.
+    Neither the probabilities nor a copy of the logits is saved for the backward pass.
+
+    Args:
+        local_logits: The logits of this rank's rows (`spec.shard_range`), of all rows without a group:
+            [..., local_vocabulary].
+        labels: The tokens to predict, [...]. Where they are -100 the loss is 0.
+        group: The tensor-parallel ranks; None where this rank has the whole vocabulary.
+        vocabulary_size: Rows of the whole vocabulary.
     """
-    return _TokenLosses.apply(local_logits, labels, group, vocabulary_size)  # type: ignore[no-untyped-call]
+    return _VocabParallelCrossEntropy.apply(local_logits, labels, group, vocabulary_size)  # type: ignore[no-untyped-call]
 
 
 def gather_logits(local_logits: torch.Tensor, group: dist.ProcessGroup | None, vocabulary_size: int) -> torch.Tensor:
-    """The logits of the whole vocabulary, [..., vocabulary], on every rank; without a gradient."""
+    """The logits of the whole vocabulary on every rank, without a gradient: [..., vocabulary]."""
     if group is None:
         return local_logits.detach()
-    # Ranks hold equally many rows but the last ones: filled up, the rows of the vocabulary stand in front.
+    # Only the last ranks have fewer rows: after the padding of all to one length, the padding is at the end.
     longest = shard_range(vocabulary_size, group.size(), 0)[1]
-    filled = functional.pad(local_logits.detach(), (0, longest - local_logits.shape[-1])).contiguous()
-    gathered = filled.new_empty(group.size() * filled.numel())
-    dist.all_gather_single(gathered, filled.view(-1), group=group)
-    return gathered.view(group.size(), *filled.shape).movedim(0, -2).flatten(-2)[..., :vocabulary_size]
+    padded = functional.pad(local_logits.detach(), (0, longest - local_logits.shape[-1])).contiguous()
+    gathered = padded.new_empty(group.size() * padded.numel())
+    with trace.span("all_gather", bytes=gathered.nbytes):
+        dist.all_gather_single(gathered, padded.view(-1), group=group)
+    return gathered.view(group.size(), *padded.shape).movedim(0, -2).flatten(-2)[..., :vocabulary_size]
 
 
 def vocab_parallel_embedding(
     embedding: nn.Embedding, ids: torch.Tensor, group: dist.ProcessGroup, vocabulary_size: int
 ) -> torch.Tensor:
-    """The embeddings [..., width] of tokens [...], of which this rank's `embedding` holds some rows.
+    """The embeddings of tokens `ids` [...], of which this rank's `embedding` has some rows: [..., embedding_dim].
 
-    The class of the embedding computes what it finds, so that one which scales its rows still does. Its `padding_idx` is that
-    of the whole vocabulary.
+    The forward of the embedding's class does the lookup, so that one that scales its rows still does. Its
+    `padding_idx` is a row of the whole vocabulary.
     """
     start, stop = shard_range(vocabulary_size, group.size(), group.rank())
     if start == stop:
-        # Nothing to look up, but the gradient must pass here as on the other ranks.
-        found = embedding.weight.new_zeros(*ids.shape, embedding.weight.shape[1]) + embedding.weight.sum()
-        return reduce_from_tp(found, group)
+        # This rank has no rows, but the gradient must pass here as on the other ranks.
+        zeros = embedding.weight.new_zeros(*ids.shape, embedding.weight.shape[1]) + embedding.weight.sum()
+        return reduce_from_tp(zeros, group)
     elsewhere = (ids < start) | (ids >= stop)
     padding = embedding.padding_idx
     try:
-        # The row of padding gets no gradient.
+        # torch gives the row of padding no gradient.
         embedding.padding_idx = padding - start if padding is not None and start <= padding < stop else None
-        found = type(embedding).forward(embedding, (ids - start).masked_fill(elsewhere, 0))
+        embeddings = type(embedding).forward(embedding, (ids - start).masked_fill(elsewhere, 0))
     finally:
         embedding.padding_idx = padding
-    return reduce_from_tp(found.masked_fill(elsewhere.unsqueeze(-1), 0), group)
+    return reduce_from_tp(embeddings.masked_fill(elsewhere.unsqueeze(-1), 0), group)
 
 
-class _TokenLosses(torch.autograd.Function):
-    """loss = log(sum of exp(logits)) - logit of the label; its gradient is the probabilities, less 1 at the label."""
+class _VocabParallelCrossEntropy(torch.autograd.Function):
+    """loss = logsumexp(logits) - logit of the label; its gradient is softmax(logits), less 1 at the label."""
 
     @staticmethod
     def forward(
@@ -73,53 +80,61 @@ class _TokenLosses(torch.autograd.Function):
             (0, vocabulary_size) if group is None else shard_range(vocabulary_size, group.size(), group.rank())
         )
         ignored = labels == IGNORED_LABEL
-        here = (labels >= start) & (labels < stop)
-        column = (labels - start).masked_fill(~here, 0)
-        parts = [_logsumexp(_at_least_fp32(part)) for (part,) in chunks(logits)]
-        total = own = torch.cat(parts).view(labels.shape)
+        is_local = (labels >= start) & (labels < stop)
+        local_labels = (labels - start).masked_fill(~is_local, 0)
+        local_logsumexp = torch.cat([_logsumexp(_at_least_fp32(chunk)) for (chunk,) in chunks(logits)])
+        local_logsumexp = local_logsumexp.view(labels.shape)
         if start == stop:
-            label_logits = torch.zeros_like(total)
+            label_logits = torch.zeros_like(local_logsumexp)
         else:
-            label_logits = _at_least_fp32(logits.gather(-1, column.unsqueeze(-1)).squeeze(-1)).masked_fill(~here, 0)
+            label_logits = logits.gather(-1, local_labels.unsqueeze(-1)).squeeze(-1)
+            label_logits = _at_least_fp32(label_logits).masked_fill(~is_local, 0)
+        logsumexp, local_share = local_logsumexp, None
         if group is not None:
-            largest = total.clone()
-            dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
-            sums = torch.stack([torch.exp(total - largest), label_logits])
-            dist.all_reduce(sums, group=group)
-            total, label_logits = largest + sums[0].log(), sums[1]
-        # Of the probabilities, those of this rank's tokens together.
-        share = torch.exp(own - total) if group is not None else None
-        ctx.save_for_backward(logits, share, column, here, ignored)
-        return (total - label_logits).masked_fill(ignored, 0)
+            largest = local_logsumexp.clone()
+            with trace.span("all_reduce", bytes=largest.nbytes):
+                dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+            sums = torch.stack([torch.exp(local_logsumexp - largest), label_logits])
+            with trace.span("all_reduce", bytes=sums.nbytes):
+                dist.all_reduce(sums, group=group)
+            logsumexp, label_logits = largest + sums[0].log(), sums[1]
+            # The probability of this rank's rows together.
+            local_share = torch.exp(local_logsumexp - logsumexp)
+        ctx.save_for_backward(logits, local_share, local_labels, is_local, ignored)
+        return (logsumexp - label_logits).masked_fill(ignored, 0)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        logits, share, column, here, ignored = ctx.saved_tensors
-        gradient = gradient.masked_fill(ignored, 0).unsqueeze(-1)
-        at_label = -gradient.masked_fill(~here.unsqueeze(-1), 0)
-        result = torch.empty_like(logits, memory_format=torch.contiguous_format)
-        of_each = gradient if share is None else gradient * share.unsqueeze(-1)
-        for parts in chunks(result, logits, column.unsqueeze(-1), of_each, at_label):
-            of_part, part, part_column, part_of_each, part_at_label = parts
-            probabilities = torch.softmax(_at_least_fp32(part), -1).mul_(part_of_each)
-            if share is not None:
-                # Not a number where this rank has only tokens of -inf.
-                probabilities.masked_fill_(part_of_each == 0, 0)
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        logits, local_share, local_labels, is_local, ignored = ctx.saved_tensors
+        grad_output = grad_output.masked_fill(ignored, 0).unsqueeze(-1)
+        grad_at_label = -grad_output.masked_fill(~is_local.unsqueeze(-1), 0)
+        grad_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
+        scale = grad_output if local_share is None else grad_output * local_share.unsqueeze(-1)
+        for grad_chunk, chunk, chunk_labels, chunk_scale, chunk_at_label in chunks(
+            grad_logits, logits, local_labels.unsqueeze(-1), scale, grad_at_label
+        ):
+            grad = torch.softmax(_at_least_fp32(chunk), -1).mul_(chunk_scale)
+            if local_share is not None:
+                # softmax is NaN where all logits of this rank are -inf; its share is 0 there.
+                grad.masked_fill_(chunk_scale == 0, 0)
             if logits.shape[-1] > 0:
-                probabilities.scatter_add_(-1, part_column, part_at_label)
-            of_part.copy_(probabilities)
-        return result, None, None, None
+                grad.scatter_add_(-1, chunk_labels, chunk_at_label)
+            grad_chunk.copy_(grad)
+        return grad_logits, None, None, None
 
 
 def _logsumexp(logits: torch.Tensor) -> torch.Tensor:
-    """logsumexp over the last dimension: torch's softmax on processors takes half the time of its exponential function."""
+    """logsumexp over the last dimension, by the probability of the largest logit: log p = logit - logsumexp.
+
+    On CPUs torch's softmax takes half the time of its exp.
+    """
     if logits.shape[-1] == 0:
         return logits.new_full(logits.shape[:-1], float("-inf"))
     largest = logits.amax(-1)
-    among_all = torch.softmax(logits, -1).amax(-1)
-    return (largest - among_all.log()).masked_fill(largest == float("-inf"), float("-inf"))
+    probability = torch.softmax(logits, -1).amax(-1)
+    return (largest - probability.log()).masked_fill(largest == float("-inf"), float("-inf"))
 
 
 def _at_least_fp32(tensor: torch.Tensor) -> torch.Tensor:
-    """Sums over a vocabulary in bfloat16 would lose most of their digits."""
+    """In float32, or float64 as it is: sums over a vocabulary in bfloat16 would lose most of their digits."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()

@@ -7,6 +7,7 @@ from unittest import mock
 import pytest
 import torch
 
+from moreh.models.families import packable_families
 from moreh.options import ParallelOptions
 from moreh.runtime.batch import packing
 from moreh.runtime.batch.micro_batches import useful_lengths
@@ -23,7 +24,7 @@ def packed(model, parts=2, sequence_multiple=1):
     return inputs, packing.pack_micro_batches(model, inputs, lengths, parts, 1, CPU, sequence_multiple)
 
 
-@pytest.mark.parametrize("family", sorted(packing.PACKABLE_FAMILIES))
+@pytest.mark.parametrize("family", packable_families())
 def test_families(family):
     model = make(family)
     with mock.patch("moreh.runtime.engine.model_runner.pack_micro_batches", wraps=packing.pack_micro_batches) as used:

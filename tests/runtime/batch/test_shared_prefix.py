@@ -5,6 +5,7 @@ from unittest import mock
 import pytest
 import torch
 
+from moreh.models.families import packable_families
 from moreh.options import DEFAULT_OPTIONS, ParallelOptions
 from moreh.runtime.batch import packing, shared_prefix
 from moreh.runtime.batch.micro_batches import useful_lengths
@@ -43,7 +44,7 @@ def packed(model, given, parts):
     return packing.pack_micro_batches(model, inputs, useful_lengths(inputs), parts, 1, CPU, 1, PREFIX)
 
 
-@pytest.mark.parametrize("family", sorted(packing.PACKABLE_FAMILIES))
+@pytest.mark.parametrize("family", packable_families())
 def test_families(family):
     model = make(family)
     with mock.patch(f"{MODEL_RUNNER}.pack_micro_batches", wraps=packing.pack_micro_batches) as used:
@@ -56,7 +57,7 @@ def takes_mask(model):
 
 
 def test_most_families_share():
-    assert sum(takes_mask(make(family)) for family in packing.PACKABLE_FAMILIES) > 20
+    assert sum(takes_mask(make(family)) for family in packable_families()) > 20
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

@@ -14,7 +14,7 @@ from moreh.runtime.batch.loss_output import LazyLogitsOutput
 from moreh.runtime.batch.model_inputs import read_inputs
 from moreh.runtime.engine.fast_path import FastPath
 from moreh.runtime.kernels.recomputation import recompute_activations
-from moreh.runtime.pipeline.stage import _LastMlpAtPositions
+from moreh.runtime.pipeline.stubs import LastMlpAtPositions
 from moreh.runtime.sharding.mesh import mesh_of_one
 from tests.helpers import sharded_cases as cases
 from tests.helpers.float64 import exact_float64
@@ -133,12 +133,12 @@ def test_mlp_of_the_last_layer_at_label_positions_only():
 
 def test_comparison_finds_a_wrong_position_in_the_last_mlp():
     model = make("llama")
-    computed = _LastMlpAtPositions.forward
+    computed = LastMlpAtPositions.forward
 
     def shifted(self, given):
         return computed(self, given).roll(1, 1)
 
-    with mock.patch.object(_LastMlpAtPositions, "forward", shifted):
+    with mock.patch.object(LastMlpAtPositions, "forward", shifted):
         assert min(differences(model, batch(model))) > 1e-6
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from moreh.options import DEFAULT_OPTIONS, ParallelOptions
 from moreh.runtime.kernels.tied_embedding import TiedEmbedding
-from tests.helpers.sharded_cases import FAMILY_SETTINGS
+from tests.helpers.family_settings import FAMILY_SETTINGS
 from tests.helpers.tensor_cases import whole_model
 from tests.runtime.engine.test_fast_path import batch, differences, make
 

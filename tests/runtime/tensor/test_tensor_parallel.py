@@ -1,4 +1,4 @@
-"""Models divided among tensor-parallel ranks compute what one process does: losses, logits and gradients of every family."""
+"""Models split over tensor-parallel ranks compute what one process does: loss, logits and gradients of every family."""
 
 import functools
 from unittest import mock
@@ -7,90 +7,79 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from moreh.models.families import tensor_parallel_families
 from moreh.runtime.tensor import apply as tensor_parallel
 from moreh.runtime.tensor import collectives
-from moreh.runtime.tensor.apply import (
+from moreh.runtime.tensor.partition import (
     TensorPartition,
     describe_partition,
     max_tensor_parallel,
     sequence_parallel_refusal,
-    tensor_parallel_problem,
+    tensor_parallel_refusal,
 )
-from moreh.runtime.tensor.rules import FAMILY_TP_BLOCKS, TP_PLAN_FAMILIES
-from tests.helpers.tensor_cases import compare, gathered_parts, tensor_group
+from moreh.runtime.tensor.vocab_parallel import gather_logits
+from tests.helpers import tensor_cases
+from tests.helpers.compare import worst
+from tests.helpers.family_settings import FAMILY_CASES, HEADS
+from tests.helpers.tensor_cases import (
+    compare_with_one_process,
+    gathered_parts,
+    mean_loss,
+    tensor_group,
+    tensor_parallel_copy,
+)
 from tests.helpers.tiny_models import build, tiny_config_of
 from tests.helpers.workers import WorkerError, run_on_workers
 
 # Float64 leaves 1e-14; a sum left out, or taken twice, is off by 1e-3 and more.
 TOLERANCE = 1e-10
 
-HEADS = {"num_key_value_heads": 4, "num_hidden_layers": 2}
-OLD_FALCON = {"multi_query": False, "bias": True}
-CHANGES = {
-    "codegen": [{"num_attention_heads": 16, "hidden_size": 96, "rotary_dim": 4}],
-    "cohere": [HEADS, HEADS | {"use_qk_norm": True}],
-    "falcon": [
-        {"new_decoder_architecture": True, "num_kv_heads": 4},
-        OLD_FALCON | {"alibi": True, "parallel_attn": False},
-        OLD_FALCON | {"alibi": True, "attn_implementation": "eager"},
-    ],
-    "gemma2": [HEADS | {"query_pre_attn_scalar": 12}],
-    "gpt2": [{}, {"attn_implementation": "eager", "tie_word_embeddings": False}],
-    "gpt_neo": [{"attention_types": [[["global", "local"], 1]], "num_hidden_layers": 2}],
-    "gptj": [{"rotary_dim": 8}],
-    "helium": [HEADS | {"head_dim": 12}],
-    "hunyuan_v1_dense": [HEADS | {"head_dim": 12}],
-    "llama": [HEADS, HEADS | {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}],
-    "ministral": [HEADS | {"head_dim": 12}],
-    "olmo": [HEADS | {"clip_qkv": 0.3}],
-    "opt": [{"word_embed_proj_dim": 32}, {"do_layer_norm_before": False}],
-    "phi": [HEADS | {"qk_layernorm": True}],
-    "qwen3": [HEADS | {"head_dim": 16}],
-    "stablelm": [HEADS | {"partial_rotary_factor": 0.5}],
-}
-
 
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_parts_are_gathered_into_a_contiguous_tensor(tokens):
-    """GPT-2's matrices take no other."""
-    (found,) = run_on_workers(gathered_parts, [(tokens,)])
-    assert found == [(True, [0.0] * tokens + [1.0] * tokens)] * 2
+    """GPT-2's Conv1D takes no other."""
+    (results,) = run_on_workers(gathered_parts, [(tokens,)])
+    assert results == [(True, [0.0] * tokens + [1.0] * tokens)] * 2
 
 
-def worst(results):
+def worst_of_ranks(results):
     """The largest of all ranks' differences, by what was compared."""
-    return {name: max(result[name] for result in results) for name in results[0]}
+    assert all(result.keys() == results[0].keys() for result in results)
+    return {name: worst(result[name] for result in results) for name in results[0]}
 
 
 def wrong(results):
-    return {name: value for name, value in worst(results).items() if not value < TOLERANCE}
+    """What differs by more than rounding."""
+    return {name: value for name, value in worst_of_ranks(results).items() if not value < TOLERANCE}
 
 
-@pytest.mark.parametrize("family", sorted(TP_PLAN_FAMILIES | set(FAMILY_TP_BLOCKS)))
+@pytest.mark.parametrize("family", tensor_parallel_families())
 def test_every_family_computes_what_one_process_does(family):
-    for changes in CHANGES.get(family, [HEADS]):
-        for results in run_on_workers(compare, [(family, changes, 2, False), (family, changes, 4, True)], size=4):
+    for changes in FAMILY_CASES[family].tensor_parallel:
+        cases = [(family, changes, 2, False), (family, changes, 4, True)]
+        for results in run_on_workers(compare_with_one_process, cases, size=4):
             assert len(results[0]) > 10
             assert wrong(results) == {}
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_sizes_modes_and_vocabularies_that_do_not_divide_evenly(family):
+def test_sizes_modes_and_vocabularies_that_ranks_do_not_divide_are_right(family):
     # Nine rows on four ranks are 3, 3, 3 and none.
     changes = HEADS | {"vocab_size": 9}
     cases = [(family, changes, size, sequence) for size in (2, 4) for sequence in (False, True)]
     cases += [(family, HEADS, 2, True), (family, HEADS, 4, False)]
-    for results in run_on_workers(compare, cases, size=4):
+    for results in run_on_workers(compare_with_one_process, cases, size=4):
         assert wrong(results) == {}
 
 
-def test_uneven_inner_features_and_a_padding_token_without_gradient():
+def test_uneven_inner_features_and_a_padding_token_without_gradient_are_right():
     changes = HEADS | {"intermediate_size": 5, "pad_token_id": 93, "tie_word_embeddings": True}
-    for results in run_on_workers(compare, [("llama", changes, 4, False), ("llama", changes, 4, True)], size=4):
+    cases = [("llama", changes, 4, False), ("llama", changes, 4, True)]
+    for results in run_on_workers(compare_with_one_process, cases, size=4):
         assert wrong(results) == {}
 
 
-# What is broken, the mode that it is broken in, and what differs then.
+# What is broken, whether with sequence parallelism, and what differs then. Each NaN is one element on the last rank.
 BREAKAGES = {
     "no sum of gradients at a region's input": (False, "model.layers.0.input_layernorm.weight"),
     "gradients of partial results summed": (False, "model.layers.0.self_attn.q_proj.weight"),
@@ -98,14 +87,36 @@ BREAKAGES = {
     "partial gradients not summed": (True, "model.layers.1.input_layernorm.weight"),
     "gradients of gathered sequences not summed": (True, "model.layers.0.input_layernorm.weight"),
     "losses over the rank's own vocabulary": (False, "loss"),
+    "NaN in the loss": (False, "loss"),
+    "NaN in the logits": (False, "logits"),
+    "NaN in a gradient": (True, "lm_head.weight"),
 }
 
 
 @pytest.mark.parametrize("breakage", BREAKAGES)
-def test_the_comparison_finds_what_is_broken(breakage):
+def test_comparison_finds_what_is_broken(breakage):
     sequence_parallel, affected = BREAKAGES[breakage]
     (results,) = run_on_workers(compare_broken, [(breakage, sequence_parallel)], size=4)
-    assert worst(results)[affected] > 1e-3
+    assert worst_of_ranks(results)[affected] > 1e-3
+    assert affected in wrong(results)
+
+
+def poison(tensor, group):
+    """The tensor with a NaN in one element on the group's last rank."""
+    if group.rank() == group.size() - 1:
+        tensor = tensor.clone()
+        tensor.view(-1)[-1] = float("nan")
+    return tensor
+
+
+def poison_gradient(model, group, sequence_parallel):
+    local, partition, state = tensor_parallel_copy(model, group, sequence_parallel)
+
+    def hook(parameter):
+        parameter.grad = poison(parameter.grad, group)
+
+    local.lm_head.weight.register_post_accumulate_grad_hook(hook)
+    return local, partition, state
 
 
 def sum_with_bias(group, row, tensor):
@@ -116,12 +127,12 @@ def compare_broken(breakage, sequence_parallel):
     """The comparison with something left out of tensor parallelism."""
     patches = {
         "no sum of gradients at a region's input": lambda: mock.patch.object(
-            collectives._CopyToTP, "backward", staticmethod(lambda ctx, gradient: (gradient, None))
+            collectives._CopyToTP, "backward", staticmethod(lambda ctx, grad_output: (grad_output, None))
         ),
         "gradients of partial results summed": lambda: mock.patch.object(
             collectives._ReduceFromTP,
             "backward",
-            staticmethod(lambda ctx, gradient: (collectives._all_reduce(gradient, tensor_group(2)), None)),
+            staticmethod(lambda ctx, grad_output: (collectives._all_reduce(grad_output, tensor_group(2)), None)),
         ),
         "bias added on every rank": lambda: mock.patch.object(
             tensor_parallel,
@@ -130,19 +141,26 @@ def compare_broken(breakage, sequence_parallel):
         ),
         "partial gradients not summed": lambda: mock.patch(
             "tests.helpers.tensor_cases.describe_partition",
-            lambda *args, **kwargs: TensorPartition(describe_partition(*args, **kwargs).divisions, frozenset()),
+            lambda *args, **kwargs: TensorPartition(describe_partition(*args, **kwargs).splits, frozenset()),
         ),
         "gradients of gathered sequences not summed": lambda: mock.patch.object(
             collectives._GatherFromSP,
             "backward",
-            staticmethod(lambda ctx, gradient: (collectives._part(gradient, ctx.dim, ctx.group), None, None)),
+            staticmethod(lambda ctx, grad: (collectives._local_part(grad, ctx.dim, ctx.group), None, None)),
         ),
         "losses over the rank's own vocabulary": lambda: mock.patch(
             "moreh.runtime.tensor.vocab_parallel.dist.all_reduce"
         ),
+        "NaN in the loss": lambda: mock.patch.object(
+            tensor_cases, "mean_loss", lambda *args: poison(mean_loss(*args), args[2]) if args[2:] else mean_loss(*args)
+        ),
+        "NaN in the logits": lambda: mock.patch.object(
+            tensor_cases, "gather_logits", lambda *args: poison(gather_logits(*args), args[1])
+        ),
+        "NaN in a gradient": lambda: mock.patch.object(tensor_cases, "tensor_parallel_copy", poison_gradient),
     }
     with patches[breakage]():
-        return compare("llama", HEADS | {"attention_bias": True}, 2, sequence_parallel)
+        return compare_with_one_process("llama", HEADS | {"attention_bias": True}, 2, sequence_parallel)
 
 
 REFUSED = {
@@ -164,19 +182,20 @@ REFUSED = {
 def test_what_cannot_be_right_is_refused_with_the_reason(family):
     changes, reason = REFUSED[family]
     model = build(tiny_config_of(family, changes), device="meta")
-    problem = tensor_parallel_problem(model, 2)
-    assert reason in problem
-    assert problem == sequence_parallel_refusal(model, 2)
+    refusal = tensor_parallel_refusal(model, 2)
+    assert reason in refusal
+    assert refusal == sequence_parallel_refusal(model, 2)
     assert max_tensor_parallel(model) == 1
 
 
-def test_layers_that_are_left_out_would_leave_sequences_whole():
+def test_layerdrop_is_refused_with_sequence_parallelism_only():
+    """The layer that splits the sequences might be left out."""
     model = build(tiny_config_of("opt", {"layerdrop": 0.1}), device="meta")
-    assert tensor_parallel_problem(model, 2) is None
+    assert tensor_parallel_refusal(model, 2) is None
     assert "layerdrop is 0.1" in sequence_parallel_refusal(model, 2)
 
 
-def test_the_largest_size_divides_query_and_key_value_heads():
+def test_largest_size_divides_query_and_key_value_heads():
     sizes = {}
     for heads, key_value_heads in ((12, 12), (12, 4), (12, 6), (3, 3), (8, 1)):
         config = tiny_config_of(
@@ -186,11 +205,10 @@ def test_the_largest_size_divides_query_and_key_value_heads():
     assert sizes == {(12, 12): 12, (12, 4): 4, (12, 6): 6, (3, 3): 3, (8, 1): 1}
 
 
-def test_division_of_gpt2_from_a_model_without_weights():
+def test_partition_of_gpt2_is_known_without_weights():
     model = build(tiny_config_of("gpt2", {"num_hidden_layers": 1}), device="meta")
-    division = describe_partition(model, 2, sequence_parallel=True)
-    blocks = {name: (found.dim, found.blocks) for name, found in division.divisions.items()}
-    assert blocks == {
+    partition = describe_partition(model, 2, sequence_parallel=True)
+    assert {name: (split.dim, split.blocks) for name, split in partition.splits.items()} == {
         "transformer.wte.weight": (0, (97,)),
         "transformer.h.0.attn.c_attn.weight": (1, (48, 48, 48)),
         "transformer.h.0.attn.c_attn.bias": (0, (48, 48, 48)),
@@ -201,14 +219,14 @@ def test_division_of_gpt2_from_a_model_without_weights():
     }
     layer = {f"transformer.h.0.{name}" for name in ("attn.c_proj.bias", "mlp.c_proj.bias")}
     norms = {f"transformer.{name}.{key}" for name in ("h.0.ln_1", "h.0.ln_2", "ln_f") for key in ("weight", "bias")}
-    assert division.partial_gradients == layer | norms
+    assert partition.partial_gradients == layer | norms
     assert describe_partition(model, 2, sequence_parallel=False).partial_gradients == frozenset()
 
 
-def test_other_models_are_refused():
+def test_encoders_are_refused():
     with torch.device("meta"):
         encoder = AutoModelForCausalLM.from_config(AutoConfig.for_model("bert", hidden_size=32, num_attention_heads=2))
-    assert "encoder" in tensor_parallel_problem(encoder, 2)
+    assert "encoder" in tensor_parallel_refusal(encoder, 2)
 
 
 def test_a_failing_rank_is_named_with_its_traceback():

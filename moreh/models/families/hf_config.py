@@ -1,0 +1,195 @@
+"""A model's config.json, read with the knowledge of its family: other names of keys, defaults, and refusals by name.
+
+Needs neither torch nor transformers, whose import takes seconds: moreh-plan answers without them.
+"""
+
+import reprlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from moreh.errors import PlanError
+
+Default = int | float | bool | None
+
+# Far more than any model has. A typing error must not fill the memory with layers.
+_MAX_LAYERS = 10_000
+_MAX_SIZE = 2**40
+
+# The keys that are probabilities of dropout, over all families.
+DROPOUT_KEYS = (
+    "resid_pdrop",
+    "embd_pdrop",
+    "attn_pdrop",
+    "attention_dropout",
+    "hidden_dropout",
+    "dropout",
+    "residual_dropout",
+    "embedding_dropout",
+)
+
+
+@dataclass(frozen=True)
+class ConfigKeys:
+    """The keys of a family's config.json that planning needs.
+
+    tests/models/test_architecture.py compares all of it with the family's configuration class in transformers.
+    """
+
+    defaults: Mapping[str, Default]
+    """By key, what transformers fills in where a file leaves the key out; None where the value follows from others.
+
+    A family without "head_dim" or "num_key_value_heads" here ignores such a key in its files, as transformers does.
+    """
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    """Second names of keys, {alias: key}. Where a file has both names, the alias counts."""
+    renamed: Mapping[str, str | None] = field(default_factory=dict)
+    """The only names of keys in files of this family, {key: name}; None where it has no such key and ignores it."""
+
+    def read(self, config: Mapping[str, Any], name: str) -> "HFConfig":
+        """The values of `config`, the content of a config.json, with defaults for what is missing; `name` is for
+        errors.
+
+        No value is checked yet: the methods of HFConfig do that when they are asked for it.
+        """
+        file_keys = {key: renamed for key, renamed in self.renamed.items() if renamed is not None}
+        ignored = self.renamed.keys() - file_keys.keys()
+        values = {
+            key: default if key in ignored else config.get(file_keys.get(key, key), default)
+            for key, default in self.defaults.items()
+        }
+        for alias, key in self.aliases.items():
+            # Files of Bloom that say hidden_size leave n_embed at null.
+            if alias in config and (config[alias] is not None or key not in config):
+                values[key] = config[alias]
+                file_keys[key] = alias
+        nullable = frozenset(key for key, default in self.defaults.items() if default is None)
+        return HFConfig(name, config["model_type"], values, file_keys, nullable)
+
+
+@dataclass(frozen=True)
+class HFConfig:
+    """The configuration of a model of a known family. Reading a value that cannot be meant raises a PlanError."""
+
+    name: str
+    """What the user calls the configuration, such as a path: errors begin with it."""
+    family: str
+    """The model type of transformers."""
+    values: Mapping[str, Any]
+    """By key of the family's ConfigKeys, the value of the file or the default."""
+    file_keys: Mapping[str, str]
+    """What the file calls those keys that it names otherwise."""
+    nullable: frozenset[str]
+    """The keys whose default is None: null in a file means the same."""
+
+    def refuse(self, key: str, allowed: str) -> PlanError:
+        """The error for the value of `key`: what it is and what is allowed instead."""
+        shown = reprlib.repr(self.values[key])
+        return PlanError(f"{self.name}: {self.file_keys.get(key, key)} is {shown}: give {allowed}")
+
+    def size(self, key: str, maximum: int = _MAX_SIZE) -> int:
+        """A whole number from 1 to `maximum`.
+
+        Raises:
+            PlanError: the value is anything else.
+        """
+        value = self.values[key]
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= maximum:
+            limit = f" and at most {maximum}" if isinstance(value, int) else ""
+            raise self.refuse(key, f"a whole number of at least 1{limit}")
+        return value
+
+    def optional_size(self, key: str) -> int | None:
+        """Like `size`, but None where the family has no such key or lets it be null."""
+        may_be_null = key in ("sliding_window", "num_key_value_heads") or key in self.nullable or key not in self.values
+        return None if self.values.get(key) is None and may_be_null else self.size(key)
+
+    def flag(self, key: str) -> bool:
+        """True or false; null counts as false.
+
+        Raises:
+            PlanError: the value is anything else.
+        """
+        value = self.values[key]
+        if value is not None and not isinstance(value, bool):
+            raise self.refuse(key, "true or false")
+        return bool(value)
+
+    @property
+    def has_dropout(self) -> bool:
+        """Whether any probability of dropout is above 0.
+
+        Raises:
+            PlanError: one of them is no probability.
+        """
+        has_dropout = False
+        for key in DROPOUT_KEYS:
+            value = self.values.get(key, 0.0)
+            if isinstance(value, bool) or not isinstance(value, int | float | None) or not 0 <= (value or 0) <= 1:
+                raise self.refuse(key, "a probability from 0 to 1")
+            has_dropout |= bool(value)
+        return has_dropout
+
+    @property
+    def hidden(self) -> int:
+        """Elements of a hidden state."""
+        return self.size("hidden_size")
+
+    @property
+    def heads(self) -> int:
+        """Query heads."""
+        return self.size("num_attention_heads")
+
+    @property
+    def kv_heads(self) -> int:
+        """Key-value heads: as many as query heads where the file gives none.
+
+        Raises:
+            PlanError: they do not divide the query heads.
+        """
+        kv_heads = self.optional_size("num_key_value_heads") or self.heads
+        if self.heads % kv_heads:
+            raise self.refuse("num_key_value_heads", f"a divisor of the {self.heads} attention heads")
+        return kv_heads
+
+    @property
+    def even_head_dim(self) -> int:
+        """The hidden size divided by the query heads.
+
+        Raises:
+            PlanError: the heads do not divide it.
+        """
+        if self.hidden % self.heads:
+            raise self.refuse(
+                "num_attention_heads", f"a divisor of the width, {self.hidden}, or give head_dim, if the family has it"
+            )
+        return self.hidden // self.heads
+
+    @property
+    def head_dim(self) -> int:
+        """Elements of a head: head_dim where the file gives it, else `even_head_dim`."""
+        return self.optional_size("head_dim") or self.even_head_dim
+
+    @property
+    def inner(self) -> int:
+        """Inner elements of the feed-forward network: four times the hidden size where the file gives none."""
+        return self.optional_size("intermediate_size") or 4 * self.hidden
+
+    @property
+    def layers(self) -> int:
+        """The number of layers."""
+        return self.size("num_hidden_layers", _MAX_LAYERS)
+
+    def windows(self, sliding: tuple[bool, ...]) -> list[int | None]:
+        """The attention window of each layer in positions, None for all positions.
+
+        `sliding` says which layers have a window, unless the file says it with "layer_types".
+        """
+        window = self.optional_size("sliding_window")
+        types = self.values.get("layer_types")
+        if types is not None:
+            is_list = isinstance(types, list) and all(isinstance(layer_type, str) for layer_type in types)
+            if not is_list or len(types) != self.layers:
+                raise self.refuse("layer_types", f"a list of {self.layers} names, one a layer")
+            sliding = tuple(layer_type == "sliding_attention" for layer_type in types)
+        return [window if slides else None for slides in sliding]

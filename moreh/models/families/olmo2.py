@@ -1,0 +1,18 @@
+"""OLMo 2: Llama with one RMSNorm over the queries of all heads and one over the keys."""
+
+from moreh.models.families.family import Family
+from moreh.models.families.tp_blocks import GATED_MLP, attention_block
+
+FAMILY = Family(
+    "olmo2",
+    tensor_parallel=(
+        attention_block(
+            "self_attn",
+            "q_proj k_proj v_proj",
+            "o_proj",
+            cross_head_norms=("self_attn.q_norm", "self_attn.k_norm"),
+        ),
+        GATED_MLP,
+    ),
+    packable=True,
+)

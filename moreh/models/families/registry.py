@@ -1,0 +1,123 @@
+"""The registry of families: everything that is known of a family of transformers beyond what transformers says itself.
+
+A decoder whose family is not here trains too, under pipelines and sharding; it is not tensor parallel or packed, and
+transformers builds it where a plan is made for its configuration.
+
+To add a family, add a line to `_BUILT_IN`. If it splits its layers in a way of its own, or is to be planned without
+transformers, give it a file next to this one, named like its model type, with the record `FAMILY`. Then add it to
+tests/helpers/family_settings.py: tests compare each fact with the model's own forward pass on one process.
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from moreh.models.families import (
+    bloom,
+    codegen,
+    falcon,
+    gemma,
+    gemma2,
+    gpt2,
+    gpt_neo,
+    gpt_neox,
+    gptj,
+    llama,
+    mistral,
+    mixtral,
+    mpt,
+    olmo2,
+    opt,
+    persimmon,
+    phi,
+    phi3,
+    qwen2,
+    qwen3,
+    starcoder2,
+)
+from moreh.models.families.family import FROM_TRANSFORMERS, Family
+from moreh.models.families.tp_blocks import FUSED_GATED_MLP, GATED_MLP, SEPARATE_QKV
+
+_BUILT_IN = (
+    Family("apertus", FROM_TRANSFORMERS, packable=True),
+    Family("arcee", FROM_TRANSFORMERS, packable=True),
+    bloom.FAMILY,
+    codegen.FAMILY,
+    Family("cohere", FROM_TRANSFORMERS, packable=True),
+    Family("cohere2", FROM_TRANSFORMERS, packable=True),
+    Family("cwm", FROM_TRANSFORMERS),
+    Family("ernie4_5", FROM_TRANSFORMERS, packable=True),
+    Family("exaone4", FROM_TRANSFORMERS),
+    falcon.FAMILY,
+    gemma.FAMILY,
+    gemma2.FAMILY,
+    Family("gemma3_text", FROM_TRANSFORMERS, packable=True),
+    # The plans of transformers for these two gather what they have split.
+    Family("glm", (SEPARATE_QKV, FUSED_GATED_MLP), packable=True),
+    Family("glm4", (SEPARATE_QKV, FUSED_GATED_MLP), packable=True),
+    gpt2.FAMILY,
+    Family("gpt_bigcode", packable=True),
+    gpt_neo.FAMILY,
+    gpt_neox.FAMILY,
+    gptj.FAMILY,
+    Family("granite", FROM_TRANSFORMERS, packable=True),
+    Family("helium", FROM_TRANSFORMERS),
+    Family("hunyuan_v1_dense", (SEPARATE_QKV, GATED_MLP)),
+    Family("hyperclovax", FROM_TRANSFORMERS, packable=True),
+    Family("internlm3", FROM_TRANSFORMERS, packable=True),
+    Family("iquestcoder", FROM_TRANSFORMERS),
+    Family("jais2", FROM_TRANSFORMERS, packable=True),
+    llama.FAMILY,
+    Family("ministral", FROM_TRANSFORMERS),
+    Family("ministral3", FROM_TRANSFORMERS),
+    mistral.FAMILY,
+    mixtral.FAMILY,
+    mpt.FAMILY,
+    Family("nanochat", FROM_TRANSFORMERS, packable=True),
+    Family("nemotron", FROM_TRANSFORMERS),
+    Family("olmo", FROM_TRANSFORMERS, packable=True),
+    olmo2.FAMILY,
+    Family("olmo3", olmo2.FAMILY.tensor_parallel, packable=True),
+    opt.FAMILY,
+    persimmon.FAMILY,
+    phi.FAMILY,
+    phi3.FAMILY,
+    qwen2.FAMILY,
+    qwen3.FAMILY,
+    Family("seed_oss", FROM_TRANSFORMERS),
+    Family("smollm3", FROM_TRANSFORMERS, packable=True),
+    Family("stablelm", (SEPARATE_QKV, GATED_MLP)),
+    starcoder2.FAMILY,
+    Family("vaultgemma", FROM_TRANSFORMERS, packable=True),
+)
+
+_families: dict[str, Family] = {family.model_type: family for family in _BUILT_IN}
+# By model type. `register` adds to it.
+FAMILIES: Mapping[str, Family] = MappingProxyType(_families)
+
+
+def register(family: Family) -> None:
+    """Add a family of your own, such as one of a fork of transformers, before its first model is trained or planned.
+
+    Raises:
+        ValueError: the registry has another record of this model type.
+    """
+    if _families.setdefault(family.model_type, family) != family:
+        raise ValueError(
+            f"the registry has a family {family.model_type!r} already: give the new one a model_type of its own, or "
+            "change the record in moreh/models/families"
+        )
+
+
+def tensor_parallel_families() -> list[str]:
+    """The model types that tensor parallelism knows, sorted."""
+    return sorted(name for name, family in FAMILIES.items() if family.tensor_parallel is not None)
+
+
+def packable_families() -> list[str]:
+    """The model types of which several sequences may share a row, sorted."""
+    return sorted(name for name, family in FAMILIES.items() if family.packable)
+
+
+def planned_families() -> list[str]:
+    """The model types whose architecture follows from their configuration without transformers, sorted."""
+    return sorted(name for name, family in FAMILIES.items() if family.architecture is not None)

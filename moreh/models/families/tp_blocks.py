@@ -1,0 +1,108 @@
+"""How tensor-parallel ranks split a decoder layer, in terms that a family can declare.
+
+A layer consists of blocks, its attention and its feed-forward network. In each, matrices are split by their outputs
+(columns), then one is split by its inputs (rows), and the partial results of that one are summed over the ranks: the
+scheme of Megatron-LM, https://arxiv.org/abs/1909.08053. Within an attention, ranks have whole heads.
+
+Nothing here needs torch: the planner reads the registry of families without it.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """The attention heads of a layer, those of all ranks together."""
+
+    heads: int
+    """Query heads."""
+    kv_heads: int
+    """Key-value heads."""
+    head_dim: int
+    """Elements of a head."""
+
+
+# From the attention's shape and the length of a matrix's split side: the lengths of the consecutive chunks of that
+# side which are each split over the ranks by themselves. Rank r has the r-th part of every chunk.
+ChunkSizes = Callable[[AttentionShape, int], tuple[int, ...]]
+# An argument of an attention module sliced for this rank: (argument, all heads, first head, last head + 1) -> slice.
+SliceHeads = Callable[["torch.Tensor", int, int, int], "torch.Tensor"]
+
+
+def split_none(shape: AttentionShape, length: int) -> tuple[int, ...]:
+    """One chunk: the side has one part only, such as queries."""
+    return (length,)
+
+
+def split_gate_up(shape: AttentionShape, length: int) -> tuple[int, ...]:
+    """Gate and up projection in one matrix."""
+    return (length // 2,) * 2
+
+
+def split_qkv(shape: AttentionShape, length: int) -> tuple[int, ...]:
+    """Queries, keys and values in one matrix, one after the other, with as many key-value heads as query heads."""
+    return (length // 3,) * 3
+
+
+@dataclass(frozen=True)
+class TPBlock:
+    """The attention or the feed-forward network of a layer, as tensor-parallel ranks compute it together.
+
+    Names of modules are relative to the layer.
+    """
+
+    entry: str
+    """The module whose input every rank needs whole: hidden states [batch, sequence, hidden]."""
+    columns: Mapping[str, ChunkSizes]
+    """The matrices that are split by their outputs, by name, with the chunks of their outputs."""
+    row: str
+    """The matrix that is split by its inputs; its partial results are summed over the ranks."""
+    row_chunks: ChunkSizes = split_none
+    """The chunks of the inputs of `row`."""
+    is_attention: bool = False
+    """Whether this is an attention: ranks have whole heads, and its module counts only its rank's heads."""
+    head_attributes: tuple[str, ...] = ()
+    """Attributes of the attention module that shrink with its heads, besides those that count heads in every family
+    (`HEAD_COUNT_ATTRIBUTES` in moreh/runtime/tensor/apply.py)."""
+    head_config_keys: tuple[str, ...] = ()
+    """Keys of the model's configuration that count heads and that the attention reads in each forward pass."""
+    per_head_args: Mapping[str, SliceHeads] = field(default_factory=dict)
+    """Keyword arguments of the attention module that have a part for each head, with how to slice them."""
+    head_groups: int = 1
+    """The number of groups of heads that are each split over the ranks: the ranks must divide a group's heads."""
+    cross_head_norms: tuple[str, ...] = ()
+    """RMS norms over the features of all heads together, of which each rank has a part only."""
+
+
+def attention_block(module: str, columns: str, row: str, chunks: ChunkSizes = split_none, **options: Any) -> TPBlock:
+    """An attention in `module`; `columns` (separated by spaces) and `row` are names within it.
+
+    `options` are further fields of TPBlock.
+    """
+    return TPBlock(
+        entry=module,
+        columns={f"{module}.{name}": chunks for name in columns.split()},
+        row=f"{module}.{row}",
+        is_attention=True,
+        **options,
+    )
+
+
+def mlp_block(module: str, columns: str, row: str, chunks: ChunkSizes = split_none) -> TPBlock:
+    """A feed-forward network in `module`; `columns` (separated by spaces) and `row` are names within it."""
+    return TPBlock(
+        entry=module, columns={f"{module}.{name}": chunks for name in columns.split()}, row=f"{module}.{row}"
+    )
+
+
+# What several families have in common.
+SEPARATE_QKV = attention_block("self_attn", "q_proj k_proj v_proj", "o_proj")
+GATED_MLP = mlp_block("mlp", "gate_proj up_proj", "down_proj")
+FUSED_GATED_MLP = mlp_block("mlp", "gate_up_proj", "down_proj", split_gate_up)
+NEOX_MLP = mlp_block("mlp", "dense_h_to_4h", "dense_4h_to_h")
+GPTJ_MLP = mlp_block("mlp", "fc_in", "fc_out")

@@ -1,0 +1,102 @@
+"""Looks into built models of transformers: what wrappers contain, where the layers are, what is around them."""
+
+import re
+from typing import Any
+
+from torch import nn
+
+from moreh.errors import PlanError
+
+# Names of what is used before the layers and after them. The order in which a model registers its modules does not
+# tell: OPT's final norm stands before its layers.
+_PRE_LAYER_NAMES = re.compile("embed|wpe|project_in|prompt")
+_POST_LAYER_NAMES = re.compile("norm|ln_f|final|project_out")
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The model inside the wrappers of PEFT, DistributedDataParallel, torch.compile, or others that work like these."""
+    while (inner := _inside(module)) is not None:
+        module = inner
+    return module
+
+
+def wrappers(module: nn.Module) -> list[nn.Module]:
+    """The wrappers around a model, the outermost first."""
+    outer = []
+    while (inner := _inside(module)) is not None:
+        outer.append(module)
+        module = inner
+    return outer
+
+
+def _inside(module: nn.Module) -> nn.Module | None:
+    """What a module wraps, None if it wraps nothing."""
+    if hasattr(module, "get_base_model"):
+        return module.get_base_model()  # type: ignore[operator]
+    inner = getattr(module, "_orig_mod", None)
+    if inner is None and not hasattr(module, "config"):
+        inner = getattr(module, "module", None)
+    return inner if isinstance(inner, nn.Module) else None
+
+
+def text_config(model: nn.Module) -> Any:
+    """The configuration of the language model, which is a part of the model's where it sees images too.
+
+    Raises:
+        PlanError: there is none, or it is not that of a decoder.
+    """
+    name = type(model).__name__
+    config: Any = getattr(model, "config", None)
+    if config is None or not hasattr(config, "model_type"):
+        raise PlanError(f"{name} has no configuration of transformers (module.config): give a model of transformers")
+    if getattr(config, "is_encoder_decoder", False):
+        raise PlanError(f"{name} has an encoder and a decoder: give a decoder-only language model")
+    if getattr(config, "is_decoder", None) is False and hasattr(config, "type_vocab_size"):
+        raise PlanError(f"{name} is an encoder: give a decoder-only language model")
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config(decoder=True)
+    for key in ("hidden_size", "num_attention_heads"):
+        value = getattr(config, key, None)
+        if not isinstance(value, int) or value < 1:
+            raise PlanError(
+                f"{name}: {key} of its configuration is {value!r}: give a decoder that has one number for all layers"
+            )
+    return config
+
+
+def layer_list(model: nn.Module) -> nn.ModuleList:
+    """The decoder's layers: the longest list of modules of one class that is not inside such a list.
+
+    A mixture can have more experts than the model has layers, but they are inside of layers.
+
+    Raises:
+        PlanError: there is no such list.
+    """
+    lists: dict[str, nn.ModuleList] = {}
+    for name, part in model.named_modules():
+        if any(name.startswith(f"{outer}.") for outer in lists) or not isinstance(part, nn.ModuleList):
+            continue
+        if len({type(layer) for layer in part}) == 1 and any(is_matrix(inner) for inner in part[0].modules()):
+            lists[name] = part
+    if not lists:
+        raise PlanError(
+            f"{type(model).__name__} has no list of layers (torch.nn.ModuleList) that are of one class and have "
+            "matrices: give a decoder-only language model that has"
+        )
+    return max(lists.values(), key=lambda layers: (len(layers), sum(p.numel() for p in layers.parameters())))
+
+
+def is_matrix(module: nn.Module) -> bool:
+    """Whether a module is a matmul with one weight: torch's Linear, or GPT-2's Conv1D, whose weight is transposed."""
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def is_before_layers(name: str, *, layers_seen: bool) -> bool:
+    """Whether a module or parameter outside the layers is used before them, rather than after them.
+
+    Its `name` tells, else the order in which the model registers its modules: `layers_seen` says whether the layers
+    came earlier.
+    """
+    if _PRE_LAYER_NAMES.search(name):
+        return True
+    return not layers_seen and not _POST_LAYER_NAMES.search(name)
