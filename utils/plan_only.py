@@ -21,7 +21,8 @@ from moreh.planner.search.constraints import constraints_from_options
 from moreh.planner.search.search import search_on_most_devices
 from moreh.planner.search.suggestions import smallest_sufficient
 from moreh.planner.software_profile import moreh_software
-from utils.config.schema import Config, ModelSection, ParallelizationSection, TokenizerSection
+from utils.config.hook_section import ParallelizationSection
+from utils.config.schema import Config, ModelSection, TokenizerSection
 from utils.errors import UserError
 
 ARCHITECTURES = Path(__file__).parent.parent / "configs" / "models"
