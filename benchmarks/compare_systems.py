@@ -240,6 +240,7 @@ def llama(directory: Path) -> Workload:
 def _from_config(directory: Path, path: str, overrides: list[str], name: str, steps: int) -> Workload:
     import torch
 
+    import train_gpt
     from utils.config.yaml_file import load_config
     from utils.data.batches import ShuffledBatches
     from utils.data.dataset import prepare_data
@@ -248,7 +249,7 @@ def _from_config(directory: Path, path: str, overrides: list[str], name: str, st
     os.chdir(ROOT)
     config = load_config(path, overrides)
     torch.manual_seed(config.train.seed)
-    data = prepare_data(config, lambda line: None)
+    data = prepare_data(config, train_gpt.make_pair, train_gpt.make_example, lambda line: None)
     load_model(config, data.tokenizer).save_pretrained(directory / "model")
     order = [
         row for batch in ShuffledBatches(len(data.train), config.train.batch_size, config.train.seed) for row in batch
