@@ -34,7 +34,7 @@ class Record:
             raise UserError(f"{self.location}: field {field!r} is {shown}, not a text")
         if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
             raise UserError(
-                f"{self.location}: field {field!r} contains half of a surrogate pair, which is no character"
+                f"{self.location}: field {field!r} has half of a surrogate pair, which is no character"
             )
         return value
 
