@@ -194,8 +194,8 @@ def matmul_flops_per_s() -> float:
 def model_flops(workload: Workload) -> float:
     """The FLOP of training on the workload's rows, without padding and with the output layer only at labels.
 
-    Each weight takes 6 FLOP a token (Kaplan et al. 2020, https://arxiv.org/abs/2001.08361). The two matmuls of attention
-    take 6 FLOP for each channel and pair of tokens, of which a causal model computes half.
+    Each weight takes 6 FLOP a token (Kaplan et al. 2020, https://arxiv.org/abs/2001.08361). Each of attention's two
+    matmuls takes 6 for each channel and pair of tokens; a causal model computes half of the pairs.
     """
     from transformers import AutoModelForCausalLM
 

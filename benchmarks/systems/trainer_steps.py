@@ -1,4 +1,4 @@
-"""What transformers' Trainer and TRL's, which derives from it, have in common: settings, and the record of their steps."""
+"""What transformers' Trainer and TRL's, which derives from it, share: settings and the record of their steps."""
 
 import time
 from typing import Any
