@@ -33,9 +33,7 @@ class Record:
             shown = "empty" if value is None else repr(value)[:40]
             raise UserError(f"{self.location}: field {field!r} is {shown}, not a text")
         if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
-            raise UserError(
-                f"{self.location}: field {field!r} has half of a surrogate pair, which is no character"
-            )
+            raise UserError(f"{self.location}: field {field!r} has half of a surrogate pair, which is no character")
         return value
 
     def fill(self, template: str, *, prompt: str) -> str:
