@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from compare_systems import SYSTEMS, WARM_UP_STEPS, gpt, run_system
+from compare_systems import SYSTEMS, WARM_UP_STEPS, run_system
+from make_workloads import gpt
 
 # isort: split
 from workload import Workload, write_workload

@@ -113,11 +113,11 @@ def tiny_config(tmp_path, tiny_rows):
 def train(tiny_config, tmp_path):
     """Run train_gpt.py in this process with the tiny settings and some overrides; returns the run's directory."""
     import train_gpt
-    from utils.cli import train
+    from utils.cli import run_main
     from utils.config.yaml_file import load_config
 
     def train_tiny(*overrides):
-        train(train_gpt.main, load_config(str(tiny_config), list(overrides)))
+        run_main(train_gpt.main, load_config(str(tiny_config), list(overrides)))
         return tmp_path / "runs" / "tiny"
 
     return train_tiny

@@ -45,12 +45,12 @@ def run_script(main: Main, *, default_config: str, description: str | None) -> i
 
             print_plan(config)
         else:
-            train(main, config)
+            run_main(main, config)
 
     return exit_code_of(program, debug=arguments.debug)
 
 
-def train(main: Main, config: Config) -> None:
+def run_main(main: Main, config: Config) -> None:
     """Call the main function of a training script, with the accelerator of the settings and the log of the run."""
     if "torch" not in sys.modules:
         _import_libraries()

@@ -91,7 +91,7 @@ def plan_request(config: Config) -> Request:
 
 
 def _constraints(parallelization: ParallelizationSection, devices: int) -> Constraints:
-    return constraints_from_options(parallelization.options(), planner_variables(), devices)
+    return constraints_from_options(parallelization.parallel_options(), planner_variables(), devices)
 
 
 def _flavor(config: Config) -> Flavor:

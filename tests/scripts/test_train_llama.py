@@ -13,7 +13,7 @@ import train_gpt
 import train_llama3_70b
 from tests.conftest import ROOT
 from utils.accelerator import WORKERS_VARIABLE
-from utils.cli import train
+from utils.cli import run_main
 from utils.config.schema import DataSection
 from utils.config.yaml_file import load_config
 from utils.data.records import Record
@@ -61,7 +61,7 @@ def test_settings_of_a_model_that_was_not_fetched_are_refused(tmp_path, monkeypa
 
 
 def test_llama_learns_to_summarize(tiny_config, tmp_path, read_metrics, capsys):
-    train(train_llama3_70b.main, load_config(str(tiny_config), [*SETTINGS, "train.steps=12", "train.lr=1e-2"]))
+    run_main(train_llama3_70b.main, load_config(str(tiny_config), [*SETTINGS, "train.steps=12", "train.lr=1e-2"]))
     directory = tmp_path / "runs" / "tiny"
     saved = json.loads((directory / "model" / "config.json").read_text(encoding="utf-8"))
     assert saved["architectures"] == ["LlamaForCausalLM"]
@@ -89,7 +89,7 @@ def test_process_that_starts_workers_writes_nothing(script, tiny_config, tmp_pat
     before = sorted(tmp_path.rglob("*"))
     settings = ["accelerator={workers: 3, advanced_parallelization: {}}", "run.tensorboard=true"]
     with pytest.raises(SystemExit):
-        train(script.main, load_config(str(tiny_config), settings))
+        run_main(script.main, load_config(str(tiny_config), settings))
     assert workers == ["3"]
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -100,7 +100,7 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel
 import train_llama3_70b
-from utils.cli import train
+from utils.cli import run_main
 from utils.config.yaml_file import load_config
 rank, directory = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=2)
@@ -113,7 +113,7 @@ def collective_save(model, to):  # as the runtime does it
         save(model, to)
     dist.barrier()
 PreTrainedModel.save_pretrained = collective_save
-train(train_llama3_70b.main, load_config(sys.argv[3], sys.argv[4:]))
+run_main(train_llama3_70b.main, load_config(sys.argv[3], sys.argv[4:]))
 dist.destroy_process_group()
 """
 

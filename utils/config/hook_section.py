@@ -31,11 +31,11 @@ _Options: Any = create_model("_Options", __base__=Section, **_FIELDS)
 class ParallelizationSection(_Options):  # type: ignore[misc]
     """The options of `torch.moreh.option.enable_advanced_parallelization`; null trains as if it were not called."""
 
-    def options(self) -> options.ParallelOptions:
+    def parallel_options(self) -> options.ParallelOptions:
         """The options as the hook takes them."""
         return options.parse_options(self.model_dump())
 
     @model_validator(mode="after")
     def _options_agree(self) -> Self:
-        self.options()  # its OptionError is a ValueError
+        self.parallel_options()  # its OptionError is a ValueError
         return self
