@@ -1,22 +1,25 @@
-# make train   set everything up and train the default model (configs/gpt.yaml)
-# make test    set everything up and run the tests
-# make check   formatting, lint and types
-# make verify-plans  train with every plan of the planner on eight processes and compare each with a single one: an hour
+# make train            set everything up and train the default model (configs/gpt.yaml): minutes
+# make test             set everything up and run the tests: ten minutes
+# make check            formatting, lint, types and the direction of imports
+# make install          only set up: .venv with the packages of requirements.txt and the package moreh
+# make smollm2          set everything up and fetch the pretrained model of configs/llama_smollm2.yaml
+# make verify-plans     train with each plan of the planner on eight processes, and compare it with one process: an hour
+#                       (SAMPLE=40: so many plans of each model)
 # make verify-families  the same for all families of models, with plans of each kind on four processes
-# make bench   compare with other systems, each in an environment of its own, and write the tables of benchmarks/data: hours
-# make smollm2 set everything up and fetch the pretrained model of configs/llama_smollm2.yaml
-# make install only set up: .venv with the packages of requirements.txt and the package moreh
+# make docs-check       run the commands of the documentation that take long
+# make bench            compare with other systems, each in an environment of its own, and write benchmarks/data: hours
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+SAMPLE ?=
 
-# How long a thread of a matrix product spins before it sleeps. The default suits a machine of one's own; where another
-# process wants a core too, a step takes up to ten times as long with it, and twice as long with this. Benchmarks have the
-# default, which is some percent faster on a quiet machine.
-train test verify-plans verify-families: export GOMP_SPINCOUNT ?= 1000
+# OpenMP threads spin for a while before they sleep. With the default, a step takes up to ten times as long when another
+# process wants a core; with 1000 iterations, twice as long. Benchmarks keep the default, which is a few percent faster on
+# a machine of one's own.
+train test verify-plans verify-families docs-check: export GOMP_SPINCOUNT ?= 1000
 
-.PHONY: bench verify-families train test check verify-plans smollm2 install clean
+.PHONY: train test check install smollm2 verify-plans verify-families docs-check bench clean
 
 train: install
 	$(BIN)/python train_gpt.py --config configs/gpt.yaml
@@ -28,12 +31,16 @@ check: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 verify-plans: $(VENV)/installed-dev
-	$(BIN)/python -m tests.verify.plans
+	$(BIN)/python -m tests.verify.plans $(if $(SAMPLE),--sample $(SAMPLE))
 
 verify-families: $(VENV)/installed-dev
 	$(BIN)/python -m tests.verify.families
+
+docs-check: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -m slow tests/docs
 
 SYSTEMS := trl litgpt torchtune
 
@@ -57,7 +64,7 @@ models/smollm2-135m/config.json: | $(VENV)/installed
 
 install: $(VENV)/installed
 
-# These files tell make that the packages are there, so that a second call installs nothing.
+# These files record that the packages are installed, so that a second call installs nothing.
 $(VENV)/installed: requirements.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.txt

@@ -1,4 +1,4 @@
-"""Ask a fine-tuned checkpoint: the prompt from the command line, a file, or standard input; the answer is streamed.
+"""Ask a fine-tuned checkpoint: the answer is streamed.
 
 python generate.py runs/gpt/model 'def add(a, b): ...'
 python generate.py runs/gpt/model --file prompt.txt --temperature 0.8 --top-p 0.95
@@ -22,34 +22,34 @@ from utils.errors import UserError
 from utils.training.model import load_pretrained
 
 DEFAULT_NEW_TOKENS = 128
-EXIT_BROKEN_PIPE = 141
+EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
 
 
 def answer(arguments: argparse.Namespace) -> None:
-    """Generate and print as the arguments say.
+    """Generate a continuation of the prompt, and print it while it is generated.
 
     Raises:
         UserError: the checkpoint or the prompt cannot be used.
     """
     prompt = _read_prompt(arguments)
-    # First, since it says more about a directory that holds no model.
+    # The model comes before the tokenizer because its error says more about a directory that holds neither.
     model = load_pretrained(arguments.checkpoint, "the checkpoint")
     tokenizer = load_tokenizer(arguments.checkpoint)
     (prompt_ids,) = encode_prompts([prompt], tokenizer)
-    new_tokens = _new_tokens(model, len(prompt_ids), arguments.max_new_tokens)
+    max_new_tokens = _max_new_tokens(model, len(prompt_ids), arguments.max_new_tokens)
     torch.manual_seed(arguments.seed or 0)
     sampling = (
         {"do_sample": True, "temperature": arguments.temperature, "top_p": arguments.top_p, "top_k": arguments.top_k}
         if arguments.temperature > 0
         else {"do_sample": False}
     )
-    # A real GPU if there is one. Asking needs no simulated accelerator, which a training job may be using.
+    # A real GPU if there is one. The simulated accelerator is not needed, and a training job may be using it.
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     input_ids = torch.tensor([prompt_ids], device=device)
     model.to(device).eval().generate(
         input_ids,
         attention_mask=torch.ones_like(input_ids),
-        max_new_tokens=new_tokens,
+        max_new_tokens=max_new_tokens,
         repetition_penalty=arguments.repetition_penalty,
         pad_token_id=tokenizer.pad_token_id,
         streamer=TextStreamer(tokenizer, skip_prompt=not arguments.echo, skip_special_tokens=True),
@@ -57,12 +57,12 @@ def answer(arguments: argparse.Namespace) -> None:
     )
 
 
-def answer_while_read(arguments: argparse.Namespace) -> None:
-    """As `answer`, but end without a word once whoever reads the output has ended, as `| head` does."""
+def answer_to_pipe(arguments: argparse.Namespace) -> None:
+    """As `answer`, but exit in silence once the reader of the output has closed the pipe, as `| head` does."""
     try:
         answer(arguments)
     except BrokenPipeError:
-        # Python would say so when it flushes the rest.
+        # Otherwise Python would report the error again when it flushes the rest of the output.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_BROKEN_PIPE)
 
@@ -71,7 +71,7 @@ def _read_prompt(arguments: argparse.Namespace) -> str:
     if arguments.prompt is not None and arguments.file is not None:
         raise UserError("give the prompt on the command line or in --file, not both")
     if arguments.prompt is not None:
-        # A shell makes it hard to type a line break.
+        # A line break is hard to type in a shell.
         return arguments.prompt.replace("\\n", "\n")
     if arguments.file is None:
         if sys.stdin is None:
@@ -85,28 +85,28 @@ def _read_prompt(arguments: argparse.Namespace) -> str:
         raise UserError(f"--file: {arguments.file} cannot be read: {error}") from error
 
 
-def _new_tokens(model: Any, prompt_length: int, wanted: int | None) -> int:
-    """How many tokens to generate: as many as are wanted, by default 128 or what the model's positions leave."""
-    positions = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
-    if prompt_length + (wanted or 1) > positions:
+def _max_new_tokens(model: Any, prompt_length: int, requested: int | None) -> int:
+    """The number of tokens to generate: as requested, by default 128 or what the model's positions leave."""
+    max_positions = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+    if prompt_length + (requested or 1) > max_positions:
         raise UserError(
-            f"the prompt has {prompt_length} tokens and {wanted or 1} more are asked for, but the model has only {positions} "
-            "positions: shorten the prompt or lower --max-new-tokens"
+            f"the prompt has {prompt_length} tokens and {requested or 1} more are asked for, but the model has only "
+            f"{max_positions} positions: shorten the prompt or lower --max-new-tokens"
         )
-    return wanted or min(DEFAULT_NEW_TOKENS, positions - prompt_length)
+    return requested or min(DEFAULT_NEW_TOKENS, max_positions - prompt_length)
 
 
 def _temperature(text: str) -> float:
     return 0.0 if text in {"0", "0.0"} else _number(text, 1e-3, 100)
 
 
-def _number(text: str, low: float, high: float) -> float:
+def _number(text: str, minimum: float, maximum: float) -> float:
     try:
         number = float(text)
     except ValueError:
         number = math.nan
-    if not low <= number <= high:
-        raise argparse.ArgumentTypeError(f"{text}: allowed is a number from {low:g} to {high:g}")
+    if not minimum <= number <= maximum:
+        raise argparse.ArgumentTypeError(f"{text}: allowed is a number from {minimum:g} to {maximum:g}")
     return number
 
 
@@ -116,7 +116,7 @@ def _seed(text: str) -> int:
     return int(text)
 
 
-def _parse() -> argparse.Namespace:
+def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Ask a fine-tuned checkpoint; the answer is streamed.")
     parser.add_argument("checkpoint", help="directory of a saved model, or a name on the hub")
     parser.add_argument(
@@ -133,7 +133,7 @@ def _parse() -> argparse.Namespace:
         "--temperature",
         type=_temperature,
         default=0.0,
-        help="0 takes the most likely token; from 0.001 tokens are drawn (default: %(default)s)",
+        help="0 takes the most likely token; from 0.001 tokens are sampled (default: %(default)s)",
     )
     parser.add_argument("--top-p", type=lambda text: _number(text, 0, 1), default=1.0, help="default: %(default)s")
     parser.add_argument("--top-k", type=int, default=0, help="0: no limit (default: %(default)s)")
@@ -143,7 +143,7 @@ def _parse() -> argparse.Namespace:
         default=1.0,
         help="default: %(default)s",
     )
-    parser.add_argument("--seed", type=_seed, help="of the drawing (default: 0)")
+    parser.add_argument("--seed", type=_seed, help="seed of the sampling (default: 0)")
     parser.add_argument("--echo", action="store_true", help="print the prompt too")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     arguments = parser.parse_args()
@@ -158,5 +158,5 @@ if __name__ == "__main__":
     logging.set_verbosity_error()
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    given = _parse()
-    sys.exit(exit_code_of(lambda: answer_while_read(given), debug=given.debug))
+    options = _parse_arguments()
+    sys.exit(exit_code_of(lambda: answer_to_pipe(options), debug=options.debug))

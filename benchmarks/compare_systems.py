@@ -1,10 +1,14 @@
-"""This project beside what else could be installed: the same rows, model, batches and steps, each system in turns.
+"""Compare this project with other systems on the same rows, model, batches and steps.
 
 python benchmarks/compare_systems.py WORKLOAD... [--rounds 2] [--ablation] [--systems loop line ...]
 
-WORKLOAD is gpt (the default GPT on padded docstring pairs), smollm2 (SmolLM2-135M-Instruct on body -> summary pairs; `make
-smollm2` first) or llama (a matrix-dominated Llama on rows without padding). Each run is a process of its own; figures are
-medians over the rounds, of all steps but the first ones.
+The workloads are
+
+- gpt: the default GPT on padded docstring pairs
+- smollm2: SmolLM2-135M-Instruct on text -> summary pairs (`make smollm2` first)
+- llama: a Llama dominated by matmuls, on rows without padding
+
+The systems take turns, each run in a process of its own. Figures are medians over the rounds, without the first steps.
 """
 
 import argparse
@@ -24,32 +28,34 @@ ROOT = Path(__file__).parent.parent
 SYSTEMS_DIRECTORY = Path(__file__).parent / "systems"
 sys.path[:0] = [str(ROOT), str(SYSTEMS_DIRECTORY)]
 
-from workload import Workload, label_count, write_workload  # noqa: E402
+from make_workloads import WORKLOADS  # noqa: E402
+from workload import Workload, count_labels, write_workload  # noqa: E402
 
 from moreh.options import OPTIMIZATIONS  # noqa: E402
 
 ENVIRONMENTS = ROOT / "build" / "systems"
-STEPS_NOT_COUNTED = 3
-HELD_OUT = 64
-# What an ablation switches off one by one.
+# Steps at the beginning of a run that do not count.
+WARM_UP_STEPS = 3
+# What an ablation switches off, one at a time.
 ABLATED = [*OPTIMIZATIONS, "mixed_precision"]
 
 
 @dataclass(frozen=True)
 class System:
-    """What is compared: a script of `systems/` with its arguments, in this environment or in one of `make bench`.
-
-    `tuned`: with settings that one must know to make it fast.
-    """
+    """A system that is compared."""
 
     name: str
+    """Its name in the tables."""
     command: tuple[str, ...]
+    """A script of `systems/` with its arguments."""
     environment: str | None = None
+    """The environment of `make bench` that it runs in; None: this one."""
     tuned: bool = False
+    """Whether it has settings that one must know to make it fast."""
 
     @property
     def python(self) -> str:
-        """The interpreter that runs it."""
+        """The interpreter of its environment."""
         return sys.executable if self.environment is None else str(ENVIRONMENTS / self.environment / "bin" / "python")
 
 
@@ -76,11 +82,10 @@ SYSTEMS = {
     "torchtune-compiled": System("torchtune, compiled", ("torchtune_full.py", "--compile"), "torchtune", tuned=True),
 }
 LOOPS = ["loop", "line", *(f"no-{option}" for option in ABLATED)]
-# The line again before every third of its options: all are compared with it, and the machine's speed drifts.
+# The line runs again before every third option, because all are compared with it and the machine's speed drifts.
 ABLATION = [
-    name for place, option in enumerate(ABLATED) for name in (["line"] if place % 3 == 0 else []) + [f"no-{option}"]
+    name for index, option in enumerate(ABLATED) for name in (["line"] if index % 3 == 0 else []) + [f"no-{option}"]
 ]
-# What is no part of the line comes from elsewhere.
 OTHERS = ["trainer", "trainer-tuned", "trainer-grouped", "trainer-compiled", "trainer-grouped-compiled", "trl"]
 LLAMA_ONLY = ["litgpt", "litgpt-tuned", "torchtune", "torchtune-bfloat16", "torchtune-compiled"]
 
@@ -90,76 +95,91 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workloads", nargs="+", choices=WORKLOADS)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--steps", type=int, help="instead of the workload's own number")
-    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, help="instead of all that know the model")
+    parser.add_argument("--steps", type=int, help="default: the workload's own number")
+    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, help="default: all that know the model")
     parser.add_argument(
-        "--ablation", action="store_true", help="the line with each of its options off, instead of systems"
+        "--ablation", action="store_true", help="compare the line with itself, one option switched off at a time"
     )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         for name in options.workloads:
-            work = WORKLOADS[name](Path(directory) / name)
+            workload = WORKLOADS[name](Path(directory) / name)
             if options.steps is not None:
-                work = replace(work, steps=options.steps)
-            write_workload(work)
-            systems = [*OTHERS, *(LLAMA_ONLY if name != "gpt" else [])]
-            names = options.systems or (ABLATION if options.ablation else ["loop", "line", *systems])
-            compare(work, names, options.rounds)
+                workload = replace(workload, steps=options.steps)
+            write_workload(workload)
+            others = [*OTHERS, *(LLAMA_ONLY if name != "gpt" else [])]
+            names = options.systems or (ABLATION if options.ablation else ["loop", "line", *others])
+            compare(workload, names, options.rounds)
 
 
-def compare(work: Workload, names: list[str], rounds: int) -> None:
-    """Run the systems in turns and print a table, with the first one as 1. One that is named twice runs twice in a round."""
+def compare(workload: Workload, names: list[str], rounds: int) -> None:
+    """Run the systems in turns and print a table of speeds relative to the first one.
+
+    A system that is named twice runs twice in a round.
+    """
     records: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
-    products = []
-    for number in range(rounds):
-        # Every second round backwards, so that none always runs after the same one.
-        for name in names if number % 2 == 0 else reversed(names):
-            print(f"{work.name}, round {number + 1} of {rounds}: {SYSTEMS[name].name}", file=sys.stderr, flush=True)
-            products.append(matrix_rate())
-            records[name].append(run(SYSTEMS[name], work))
-    of_rate = statistics.median(products) * sum(label_count([row]) for row in work.rows) / model_flops(work)
-    print(f"\n{work.name}: {work.steps} steps of {work.batch_size} rows, {rounds} rounds in turns; ", end="")
-    print(f"{statistics.median(products) / 1e9:.0f} GFLOP/s in large products of bfloat16")
+    matmul_rates = []
+    for index in range(rounds):
+        # Every second round is in reverse order, so that no system always runs after the same one.
+        for name in names if index % 2 == 0 else reversed(names):
+            print(f"{workload.name}, round {index + 1} of {rounds}: {SYSTEMS[name].name}", file=sys.stderr, flush=True)
+            matmul_rates.append(matmul_flops_per_s())
+            records[name].append(run_system(SYSTEMS[name], workload))
+    matmul_rate = statistics.median(matmul_rates)
+    # Label tokens per second if the model's matmuls ran at the rate of large ones.
+    attainable = matmul_rate * count_labels(workload.rows) / model_flops(workload)
     print(
-        "| system | label tokens/s | x | of that rate | peak memory, GiB | first step, s | last losses | held-out loss |"
+        f"\n{workload.name}: {workload.steps} steps of {workload.batch_size} rows, {rounds} rounds in turns; ", end=""
     )
+    print(f"{matmul_rate / 1e9:.0f} GFLOP/s in large bfloat16 matmuls")
+    columns = (
+        "label tokens/s",
+        "x",
+        "of that rate",
+        "peak memory, GiB",
+        "first step, s",
+        "last losses",
+        "held-out loss",
+    )
+    print(f"| system | {' | '.join(columns)} |")
     print("|---|---|---|---|---|---|---|---|")
-    rates = {name: statistics.median(label_tokens_per_s(one) for one in found) for name, found in records.items()}
-    first = rates[names[0]]
-    for name, found in records.items():
+    rates = {name: statistics.median(map(label_tokens_per_s, runs)) for name, runs in records.items()}
+    first_rate = rates[names[0]]
+    for name, runs in records.items():
         rate = rates[name]
         print(
-            f"| {SYSTEMS[name].name} | {rate:,.{0 if rate >= 100 else 1}f} | {rate / first:.2f} | {rate / of_rate:.0%} | "
-            f"{statistics.median(r['peak_bytes'] for r in found) / 2**30:.2f} | "
-            f"{statistics.median(r['first_step_s'] for r in found):.1f} | "
-            f"{statistics.mean(found[0]['losses'][-5:]):.4f} | {found[0]['held_out_loss']:.4f} |",
+            f"| {SYSTEMS[name].name} | {rate:,.{0 if rate >= 100 else 1}f} | {rate / first_rate:.2f} | "
+            f"{rate / attainable:.0%} | "
+            f"{statistics.median(record['peak_bytes'] for record in runs) / 2**30:.2f} | "
+            f"{statistics.median(record['first_step_s'] for record in runs):.1f} | "
+            f"{statistics.mean(runs[0]['losses'][-5:]):.4f} | {runs[0]['held_out_loss']:.4f} |",
             flush=True,
         )
-    print(f"\n{beside_the_fastest(rates)}", flush=True)
+    print(f"\n{compared_with_the_fastest(rates)}", flush=True)
 
 
-def beside_the_fastest(rates: dict[str, float]) -> str:
-    """How the line compares with the fastest other systems, given the label tokens per second of each; empty without others."""
-    said = []
+def compared_with_the_fastest(rates: dict[str, float]) -> str:
+    """How the line compares with the fastest other systems, by their label tokens per second; empty without others."""
+    comparisons = []
     for tuned in (False, True):
         others = {name: rate for name, rate in rates.items() if name not in LOOPS and SYSTEMS[name].tuned == tuned}
         if "line" in rates and others:
             fastest = max(others, key=others.__getitem__)
             kind = "tuned" if tuned else "default"
-            said.append(
+            comparisons.append(
                 f"{rates['line'] / others[fastest]:.2f} x the fastest with {kind} settings ({SYSTEMS[fastest].name})"
             )
-    return f"The loop with the line: {', '.join(said)}." if said else ""
+    return f"The loop with the line: {', '.join(comparisons)}." if comparisons else ""
 
 
 def label_tokens_per_s(record: dict[str, Any]) -> float:
-    """Over all steps but the first ones."""
-    counted, seconds = record["label_tokens"][STEPS_NOT_COUNTED:], record["seconds"][STEPS_NOT_COUNTED:]
-    return float(sum(counted) / sum(seconds))
+    """The speed of a run, without its first steps."""
+    label_tokens, seconds = record["label_tokens"][WARM_UP_STEPS:], record["seconds"][WARM_UP_STEPS:]
+    return float(sum(label_tokens) / sum(seconds))
 
 
-def matrix_rate() -> float:
-    """FLOP/s of a large product of bfloat16 matrices, the median of a few."""
+def matmul_flops_per_s() -> float:
+    """FLOP/s of a large bfloat16 matmul, the median of a few."""
     import torch
 
     left, right = torch.randn(2, 2048, 2048).bfloat16()
@@ -171,107 +191,35 @@ def matrix_rate() -> float:
     return float(2 * 2048**3 / statistics.median(seconds))
 
 
-def model_flops(work: Workload) -> float:
-    """FLOP that training on the workload's rows takes, without padding and with the output layer only at labels.
+def model_flops(workload: Workload) -> float:
+    """The FLOP of training on the workload's rows, without padding and with the output layer only at labels.
 
-    6 for each weight and token (Kaplan et al. 2020, https://arxiv.org/abs/2001.08361), and for attention's two products 6 for
-    each channel and pair of tokens, of which a causal model has half.
+    Each weight takes 6 FLOP a token (Kaplan et al. 2020, https://arxiv.org/abs/2001.08361). Each of attention's two
+    matmuls takes 6 for each channel and pair of tokens; a causal model computes half of the pairs.
     """
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(work.model)
-    inside = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and re.search(r"\.\d+\.", name))
-    output = model.get_output_embeddings().weight.numel()
-    width = model.config.num_attention_heads * getattr(model.config, "head_dim", 0) or model.config.hidden_size
-    lengths = [len(ids) for ids, _ in work.rows]
-    attention = 6 * model.config.num_hidden_layers * width * sum(length**2 for length in lengths)
-    labels = sum(label_count([row]) for row in work.rows)
-    return float(6 * inside * sum(lengths) + 6 * output * labels + attention)
+    model = AutoModelForCausalLM.from_pretrained(workload.model)
+    in_layers = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and re.search(r"\.\d+\.", name))
+    output_layer = model.get_output_embeddings().weight.numel()
+    channels = model.config.num_attention_heads * getattr(model.config, "head_dim", 0) or model.config.hidden_size
+    seq_lens = [len(ids) for ids, _ in workload.rows]
+    attention = 6 * model.config.num_hidden_layers * channels * sum(length**2 for length in seq_lens)
+    return float(6 * in_layers * sum(seq_lens) + 6 * output_layer * count_labels(workload.rows) + attention)
 
 
-def run(system: System, work: Workload) -> dict[str, Any]:
-    """One run of a system; what it has recorded."""
-    record = work.directory / "record.json"
+def run_system(system: System, workload: Workload) -> dict[str, Any]:
+    """Run a system on a workload; returns its `workload.Record` as a dictionary."""
+    path = workload.directory / "record.json"
     script, *arguments = system.command
-    command = [system.python, str(SYSTEMS_DIRECTORY / script), str(work.directory), *arguments]
-    environment = {**os.environ, "BENCHMARK_STARTED": str(time.time()), "BENCHMARK_RECORD": str(record)}
+    command = [system.python, str(SYSTEMS_DIRECTORY / script), str(workload.directory), *arguments]
+    environment = {**os.environ, "BENCHMARK_STARTED": str(time.time()), "BENCHMARK_RECORD": str(path)}
     finished = subprocess.run(command, env=environment, capture_output=True, text=True)
     if finished.returncode != 0:
         sys.exit(f"{system.name}:\n{finished.stdout[-2000:]}\n{finished.stderr[-4000:]}")
-    found: dict[str, Any] = json.loads(record.read_text())
-    return found
+    record: dict[str, Any] = json.loads(path.read_text())
+    return record
 
-
-def gpt(directory: Path) -> Workload:
-    """The default GPT and its data, as configs/gpt.yaml says."""
-    work = _from_config(directory, "configs/gpt.yaml", [], "default GPT, docstring pairs", steps=40)
-    # There is no warm-up here: with the whole rate of the configuration curves part at the first rounding.
-    return replace(work, lr=work.lr / 4)
-
-
-def smollm2(directory: Path) -> Workload:
-    """SmolLM2-135M-Instruct and its data, as configs/llama_smollm2.yaml says."""
-    return _from_config(directory, "configs/llama_smollm2.yaml", [], "SmolLM2-135M, summaries", steps=8)
-
-
-def llama(directory: Path) -> Workload:
-    """A Llama of hidden size 1,024 with 8 layers, on rows of 512 random tokens: no padding, every token a label."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=1024,
-        intermediate_size=2816,
-        num_hidden_layers=8,
-        num_attention_heads=16,
-        num_key_value_heads=8,
-        vocab_size=8192,
-        max_position_embeddings=512,
-    )
-    LlamaForCausalLM(config).save_pretrained(directory / "model")
-    steps, batch_size, length = 8, 4, 512
-    rows = [(row, 0) for row in torch.randint(0, 8192, (steps * batch_size + 4, length)).tolist()]
-    return Workload(
-        directory, "Llama 1,024 x 8, no padding", batch_size, length, steps, 1e-4, 0.1, 0, rows[:-4], rows[-4:]
-    )
-
-
-def _from_config(directory: Path, path: str, overrides: list[str], name: str, steps: int) -> Workload:
-    import torch
-
-    from utils.config.yaml_file import load_config
-    from utils.data.batches import ShuffledBatches
-    from utils.data.dataset import prepare_data
-    from utils.training.model import load_model
-
-    os.chdir(ROOT)
-    config = load_config(path, overrides)
-    torch.manual_seed(config.train.seed)
-    data = prepare_data(config, lambda line: None)
-    load_model(config, data.tokenizer).save_pretrained(directory / "model")
-    order = [
-        row for batch in ShuffledBatches(len(data.train), config.train.batch_size, config.train.seed) for row in batch
-    ][: steps * config.train.batch_size]
-    rows, held_out = (
-        [(part[i]["input_ids"], part[i]["prompt_length"]) for i in numbers]
-        for part, numbers in ((data.train, order), (data.evaluation, range(min(HELD_OUT, len(data.evaluation)))))
-    )
-    return Workload(
-        directory,
-        name,
-        config.train.batch_size,
-        config.data.max_length,
-        steps,
-        config.train.lr,
-        config.train.weight_decay,
-        data.tokenizer.pad_token_id,
-        rows,
-        held_out,
-    )
-
-
-WORKLOADS = {"gpt": gpt, "smollm2": smollm2, "llama": llama}
 
 if __name__ == "__main__":
     main()

@@ -1,4 +1,4 @@
-"""Draw the tables of compare_systems.py: label tokens per second and peak memory of each system, a row for each workload.
+"""Draw the tables of compare_systems.py: label tokens per second and peak memory of each system and workload.
 
 python benchmarks/draw_systems.py benchmarks/data/systems.md benchmarks/data/systems.png
 """
@@ -17,15 +17,18 @@ LINE = "the loop with the line"
 
 @dataclass(frozen=True)
 class Row:
-    """A system of a table: label tokens per second, peak memory in GiB."""
+    """A row of a table."""
 
     system: str
+    """The name of the system."""
     tokens_per_s: float
+    """Label tokens per second."""
     memory_gib: float
+    """Peak memory in GiB."""
 
 
 def read_tables(text: str) -> dict[str, list[Row]]:
-    """The tables that compare_systems.py has printed, by workload."""
+    """The tables that compare_systems.py has printed, by the name of the workload."""
     tables: dict[str, list[Row]] = {}
     title = ""
     for line in text.splitlines():
@@ -38,23 +41,23 @@ def read_tables(text: str) -> dict[str, list[Row]]:
 
 
 def draw(tables: dict[str, list[Row]], path: Path) -> None:
-    """Write the picture."""
+    """Write the picture: a row of two bar charts for each workload."""
     heights = [len(rows) for rows in tables.values()]
-    figure, places = pyplot.subplots(
+    figure, all_axes = pyplot.subplots(
         len(tables), 2, figsize=(11, 0.32 * sum(heights) + 1.2 * len(tables)), height_ratios=heights, squeeze=False
     )
-    for (title, rows), (speed, memory) in zip(tables.items(), places, strict=True):
+    for (title, rows), (speed, memory) in zip(tables.items(), all_axes, strict=True):
         rows = sorted(rows, key=lambda row: row.tokens_per_s)
         names = [row.system for row in rows]
         colors = ["tab:orange" if row.system == LINE else "tab:blue" for row in rows]
-        for place, values, label, form in (
+        for axes, values, label, number_format in (
             (speed, [row.tokens_per_s for row in rows], "label tokens/s", "{:,.0f}"),
             (memory, [row.memory_gib for row in rows], "peak memory, GiB", "{:.2f}"),
         ):
-            place.bar_label(place.barh(names, values, color=colors), fmt=form, padding=3)
-            place.set_xlim(0, 1.15 * max(values))
-            place.set_title(f"{title}: {label}", fontsize="medium")
-            place.spines[["top", "right"]].set_visible(False)
+            axes.bar_label(axes.barh(names, values, color=colors), fmt=number_format, padding=3)
+            axes.set_xlim(0, 1.15 * max(values))
+            axes.set_title(f"{title}: {label}", fontsize="medium")
+            axes.spines[["top", "right"]].set_visible(False)
         memory.set_yticklabels([])
     figure.tight_layout()
     figure.savefig(path, dpi=110)
@@ -63,10 +66,10 @@ def draw(tables: dict[str, list[Row]], path: Path) -> None:
 def main() -> None:
     """Draw the tables of a file."""
     if len(sys.argv) != 3:
-        sys.exit(f"given are {len(sys.argv) - 1} arguments; usage:\n{__doc__}")
+        sys.exit(f"two arguments are needed, {len(sys.argv) - 1} given; usage:\n{__doc__}")
     tables = read_tables(Path(sys.argv[1]).read_text())
     if not tables:
-        sys.exit(f"{sys.argv[1]}: no table of compare_systems.py is in it")
+        sys.exit(f"{sys.argv[1]}: there is no table of compare_systems.py in it")
     draw(tables, Path(sys.argv[2]))
 
 

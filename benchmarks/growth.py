@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from compare_systems import STEPS_NOT_COUNTED, SYSTEMS, gpt, run
+from compare_systems import SYSTEMS, WARM_UP_STEPS, run_system
+from make_workloads import gpt
 
 # isort: split
 from workload import Workload, write_workload
@@ -52,8 +53,8 @@ def main() -> None:
         works = {case: workload(whole, Path(directory) / str(number), case) for number, case in enumerate(different)}
         for _ in range(rounds):
             for case, work in works.items():
-                found = run(SYSTEMS["line"], work)
-                steps[case] += list(zip(found["label_tokens"], found["seconds"], strict=True))[STEPS_NOT_COUNTED:]
+                found = run_system(SYSTEMS["line"], work)
+                steps[case] += list(zip(found["label_tokens"], found["seconds"], strict=True))[WARM_UP_STEPS:]
         parameters = {case: parameters_of(work) for case, work in works.items()}
     print(
         "| changed | rows | longest row | layers | hidden size | parameters | label tokens a step | ms a step | µs a token |"

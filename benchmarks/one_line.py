@@ -1,9 +1,10 @@
-"""What the one line gives on one machine: the same script, data and seed, without the line, with it, and on two workers.
+"""Measure what the one line gives on one machine: the same training without it, with it, and on two workers.
 
 python benchmarks/one_line.py [--rounds 3] [--steps 60]
 
-The default GPT is trained in processes of their own that take turns. Speeds are medians over all steps but the first ones of
-all rounds; memory is the most that a process had (its resident set, shared libraries included): two workers have it each.
+The default GPT is trained in turns, each time in a process of its own. Speeds are medians over the steps of all rounds,
+without the first steps. Memory is the peak resident set of a process, shared libraries included; with two workers, each
+of them has that much.
 """
 
 import argparse
@@ -13,12 +14,14 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 ROOT = Path(__file__).parent.parent
-STEPS_NOT_COUNTED = 10
+# Steps at the beginning of a run that do not count.
+WARM_UP_STEPS = 10
 VARIANTS = {
     "without the line": ["accelerator.advanced_parallelization=null"],
     "with it, float32": ["accelerator.advanced_parallelization.mixed_precision=false"],
@@ -29,12 +32,14 @@ VARIANTS = {
 
 @dataclass(frozen=True)
 class Run:
-    """One run: seconds of each step but the first, the tokens of them that are no padding, losses, and the peak in bytes."""
+    """The figures of one run."""
 
     real_tokens_per_s: list[float]
+    """Of each step after the first ones; padding does not count."""
     losses: list[float]
+    """Of each step."""
     peak_bytes: int
-    seconds: float
+    """The peak resident set of the process."""
 
 
 def main() -> None:
@@ -46,27 +51,33 @@ def main() -> None:
     options = parser.parse_args()
     runs: dict[str, list[Run]] = {name: [] for name in VARIANTS}
     with tempfile.TemporaryDirectory() as directory:
-        for number in range(options.rounds):
-            for place, (name, overrides) in enumerate(VARIANTS.items()):
-                runs[name].append(
-                    train(Path(directory) / f"run{number}-{place}", [*overrides, *options.overrides], options.steps)
-                )
-    first = runs["without the line"]
-    speed = {name: statistics.median(s for run in of for s in run.real_tokens_per_s) for name, of in runs.items()}
+        for index in range(options.rounds):
+            for variant, (name, overrides) in enumerate(VARIANTS.items()):
+                run_directory = Path(directory) / f"run{index}-{variant}"
+                runs[name].append(train(run_directory, [*overrides, *options.overrides], options.steps))
+    baseline = runs["without the line"]
+    baseline_speed, baseline_peak = median_speed(baseline), statistics.median(run.peak_bytes for run in baseline)
     print(f"{options.rounds} rounds of {options.steps} steps in turns")
     print("| variant | real tokens/s | x | peak memory of a process, GiB | x | largest difference of a loss |")
     print("|---|---|---|---|---|---|")
-    for name, of in runs.items():
-        peak, peak_first = (statistics.median(run.peak_bytes for run in these) for these in (of, first))
-        apart = max(abs(a / b - 1) for a, b in zip(of[0].losses, first[0].losses, strict=True))
+    for name, runs_of_variant in runs.items():
+        speed = median_speed(runs_of_variant)
+        peak = statistics.median(run.peak_bytes for run in runs_of_variant)
+        # numpy's max, unlike Python's, is NaN if one of the differences is.
+        difference = np.max(np.abs(np.divide(runs_of_variant[0].losses, baseline[0].losses) - 1))
         print(
-            f"| {name} | {speed[name]:,.0f} | {speed[name] / speed['without the line']:.2f} | {peak / 2**30:.2f} | "
-            f"{peak / peak_first:.2f} | {apart:.1e} |"
+            f"| {name} | {speed:,.0f} | {speed / baseline_speed:.2f} | {peak / 2**30:.2f} | "
+            f"{peak / baseline_peak:.2f} | {difference:.1e} |"
         )
 
 
+def median_speed(runs: list[Run]) -> float:
+    """Real tokens per second, the median over the steps of all runs."""
+    return statistics.median(speed for run in runs for speed in run.real_tokens_per_s)
+
+
 def train(directory: Path, overrides: list[str], steps: int) -> Run:
-    """Train as a user does, in a process of its own."""
+    """Run train_gpt.py as a user does, in a process of its own."""
     command = [
         sys.executable,
         "train_gpt.py",
@@ -78,7 +89,6 @@ def train(directory: Path, overrides: list[str], steps: int) -> Run:
         f"log.eval_every_steps={steps}",
         "log.sample_tokens=0",
     ]
-    start = time.perf_counter()
     with (directory.parent / f"{directory.name}.log").open("w") as log:
         process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
         _, status, usage = os.wait4(process.pid, 0)
@@ -86,10 +96,9 @@ def train(directory: Path, overrides: list[str], steps: int) -> Run:
         sys.exit((directory.parent / f"{directory.name}.log").read_text())
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()][1:]
     return Run(
-        [line["real_tokens_per_s"] for line in lines[STEPS_NOT_COUNTED:]],
-        [line["loss"] for line in lines],
-        usage.ru_maxrss * 1024,
-        time.perf_counter() - start,
+        real_tokens_per_s=[line["real_tokens_per_s"] for line in lines[WARM_UP_STEPS:]],
+        losses=[line["loss"] for line in lines],
+        peak_bytes=usage.ru_maxrss * 1024,
     )
 
 

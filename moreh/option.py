@@ -7,7 +7,7 @@ from dataclasses import fields
 from typing import Any
 
 from moreh.errors import OptionError
-from moreh.options import MAX_WORKERS, ParallelOptions, parse_options, planner_variables
+from moreh.options import MAX_WORKERS, ParallelOptions, is_switched_off, parse_options, planner_variables
 
 # This file is read while torch is imported, which comes before most of what changes the directory.
 try:
@@ -25,6 +25,8 @@ def enable_advanced_parallelization(**options: Any) -> None:
     and this process waits for them and ends as they did: nothing after this line runs in it. A process that was started as
     a worker, by this function or by torchrun, joins the others here.
 
+    With MOREH_ENABLE_ADVANCED_PARALLELIZATION=0 in the environment it does nothing, for a comparison without it.
+
     The plan is made for the accelerator. The options, all by keyword, restrict it:
 
     {options}
@@ -36,6 +38,8 @@ def enable_advanced_parallelization(**options: Any) -> None:
     """
     global _enabled
     asked = parse_options(options)
+    if is_switched_off():
+        return
     variables = planner_variables()
     workers = _workers_to_start()
     if _enabled == asked:

@@ -15,6 +15,7 @@ Auto = Literal["auto"]
 # Workers of one machine. Each is a process that imports torch.
 MAX_WORKERS = 256
 _VARIABLE_PREFIX = "MOREH_ADVANCED_PARALLELIZATION_"
+ENABLE_VARIABLE = "MOREH_ENABLE_ADVANCED_PARALLELIZATION"
 
 # What an option allows, as errors word it.
 SWITCH = "True or False"
@@ -142,6 +143,11 @@ def did_you_mean(given: str, known: Iterable[str]) -> str:
     """The known name that an unknown one is close to, as the end of a sentence; empty if there is none."""
     close = difflib.get_close_matches(given, list(known), n=1)
     return f"; did you mean {close[0]}?" if close else ""
+
+
+def is_switched_off() -> bool:
+    """Whether MOREH_ENABLE_ADVANCED_PARALLELIZATION=0 runs a script as if it did not call the hook."""
+    return os.environ.get(ENABLE_VARIABLE, "").strip() == "0"
 
 
 def planner_variables() -> PlannerVariables:

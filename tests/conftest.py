@@ -1,4 +1,4 @@
-"""What the tests share: a registry of their own, tiny models and data, and running a script as a user does."""
+"""Fixtures that all tests share: a registry of their own, tiny models and data, and scripts run as a user runs them."""
 
 import json
 import os
@@ -8,22 +8,21 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-# Before torch is imported anywhere: no test touches the user's own accelerators or asks a hub.
+# Set before torch is imported anywhere, so that no test uses the user's own accelerators or asks a hub.
 os.environ["MOREH_STATE_DIR"] = tempfile.mkdtemp(prefix="moreh-test-state-")
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Threads that sleep instead of spinning: many of the tests' processes run beside another one.
+# Threads sleep early instead of spinning, since most of the tests' processes share the cores with others.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-# A shell's background jobs ignore Ctrl-C, and so would everything that the tests start.
+# A shell's background jobs ignore Ctrl-C, and so would all processes that the tests start.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path.insert(0, str(ROOT))
 
-# Settings of a run that takes about a second. The hook is off: once called, it holds for the whole test process.
+# Settings of a run that takes about a second. The hook is off: once called, it is on for the whole test process.
 TINY_CONFIG = """
 run: {{name: tiny, directory: {directory}, cache_directory: {directory}/cache}}
 accelerator: {{advanced_parallelization: null}}
@@ -39,7 +38,7 @@ log: {{every_steps: 2, sample_tokens: 4}}
 
 @pytest.fixture(scope="session")
 def measured_profiles():
-    """The cached profile of this machine: measured once for all tests, since it takes seconds."""
+    """The files of this machine's measured profile: measured once for all tests, since that takes seconds."""
     from moreh.planner.hardware.measured_device import local_profile
 
     local_profile()
@@ -55,7 +54,7 @@ def state_directory(tmp_path, monkeypatch):
 
 @pytest.fixture
 def environment(state_directory, measured_profiles):
-    """The environment of a process that a user starts in a shell of their own, with an empty registry."""
+    """The environment variables of a user's own shell, with an empty registry."""
     state_directory.mkdir(exist_ok=True)
     for profile in measured_profiles:
         shutil.copy(profile, state_directory)
@@ -64,7 +63,7 @@ def environment(state_directory, measured_profiles):
 
 @pytest.fixture
 def run(environment, tmp_path):
-    """Run a command to its end; returns the finished process with its output as text."""
+    """Run a command to its end; returns the completed process with its output as text."""
 
     def run_command(*command, input=None, cwd=ROOT, **variables):
         return subprocess.run(
@@ -114,10 +113,11 @@ def tiny_config(tmp_path, tiny_rows):
 def train(tiny_config, tmp_path):
     """Run train_gpt.py in this process with the tiny settings and some overrides; returns the run's directory."""
     import train_gpt
+    from utils.cli import run_main
     from utils.config.yaml_file import load_config
 
     def train_tiny(*overrides):
-        train_gpt.main(load_config(str(tiny_config), list(overrides)))
+        run_main(train_gpt.main, load_config(str(tiny_config), list(overrides)))
         return tmp_path / "runs" / "tiny"
 
     return train_tiny
@@ -153,15 +153,5 @@ def make_gpt2():
         model = GPT2LMHeadModel(GPT2Config(**settings | changes))
         model.loss_type = "ForCausalLM"
         return model
-
-    return make
-
-
-@pytest.fixture
-def fake_tokenizer():
-    """Just the ids that masks look at."""
-
-    def make(pad, eos=None, bos=None, side="right"):
-        return SimpleNamespace(pad_token_id=pad, eos_token_id=eos, bos_token_id=bos, padding_side=side)
 
     return make

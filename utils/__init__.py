@@ -1,1 +1,1 @@
-"""What the training scripts share and a reader of their loops need not see. Not installed: it belongs to the checkout."""
+"""What the training scripts share and the reader of a loop need not see. Not installed: it belongs to the checkout."""

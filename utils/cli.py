@@ -1,4 +1,4 @@
-"""What surrounds a script: its command line, and one line instead of a traceback when the user has to act."""
+"""The command line of a training script, and the end of a script that its user has to correct: lines, no traceback."""
 
 import argparse
 import gc
@@ -6,49 +6,74 @@ import sys
 from collections.abc import Callable
 
 from moreh.errors import MorehError
+from utils.accelerator import accelerator_of
 from utils.config.schema import Config
 from utils.config.yaml_file import load_config
 from utils.errors import Stopped, UserError
-from utils.plan_only import print_plan
+from utils.logging.run_log import RunLog
 
-PLAN_ONLY = "--plan-only"
 EXIT_USER_ERROR = 2
-EXIT_INTERRUPTED = 130
-EXIT_TERMINATED = 143
+EXIT_INTERRUPTED = 130  # 128 + SIGINT
+EXIT_TERMINATED = 143  # 128 + SIGTERM
+
+# The main function of a training script.
+Main = Callable[[Config, RunLog], None]
 
 
-def plan_only_fast_path(default_config: str) -> None:
-    """To be called before torch and transformers are imported: if the command line has --plan-only, print the plan and exit.
+def run_script(main: Main, *, default_config: str, description: str | None) -> int:
+    """Read the command line and its settings, and train with `main` or print the plan; returns the exit code.
 
-    With it a script answers in a second; `run_script` would do the same after the imports. Without it garbage collection is
-    put off until `run_script`: it would look through all that is imported again and again, a quarter of the time.
+    A script imports torch in its `main`, so --help, --plan-only and an error in the settings answer in a second.
     """
-    if PLAN_ONLY in sys.argv:
-        sys.exit(run_script(print_plan, description="Plan a training.", default_config=default_config))
-    gc.disable()
-
-
-def run_script(train: Callable[[Config], None], description: str, default_config: str) -> int:
-    """Read the settings that the command line names and call `train` with them; returns the exit code."""
-    # What has been imported stays.
-    gc.freeze()
-    gc.enable()
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--config", default=default_config, metavar="FILE", help="settings, by default %(default)s")
-    parser.add_argument(PLAN_ONLY, action="store_true", help="print how the accelerator would run it, and end")
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default=default_config, metavar="FILE", help="settings (default: %(default)s)")
+    parser.add_argument("--plan-only", action="store_true", help="print how the accelerator would run it, and exit")
     parser.add_argument(
-        "--resume", metavar="CHECKPOINT", help="go on from a checkpoint: auto, or its directory or its run's"
+        "--resume",
+        metavar="CHECKPOINT",
+        help="resume a checkpoint: auto (the run's last one, if any), or the directory of a run or of a checkpoint",
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_argument("overrides", nargs="*", metavar="SECTION.KEY=VALUE", help="settings that replace the file's")
     arguments = parser.parse_intermixed_args()
     overrides = arguments.overrides + ([f"checkpoint.resume={arguments.resume}"] if arguments.resume else [])
-    program = print_plan if arguments.plan_only else train
-    return exit_code_of(lambda: program(load_config(arguments.config, overrides)), debug=arguments.debug)
+
+    def program() -> None:
+        config = load_config(arguments.config, overrides)
+        if arguments.plan_only:
+            from utils.plan_only import print_plan
+
+            print_plan(config)
+        else:
+            run_main(main, config)
+
+    return exit_code_of(program, debug=arguments.debug)
+
+
+def run_main(main: Main, config: Config) -> None:
+    """Call the main function of a training script, with the accelerator of the settings and the log of the run."""
+    if "torch" not in sys.modules:
+        _import_libraries()
+    with RunLog(config) as log, accelerator_of(config.accelerator):
+        main(config, log)
+
+
+def _import_libraries() -> None:
+    """Import what `main` is about to import, without garbage collection.
+
+    All that is imported stays, and the collector would search it again and again: a quarter of the time.
+    """
+    gc.disable()
+    import utils.data.dataset
+    import utils.training.checkpoint
+    import utils.training.model  # noqa: F401
+
+    gc.freeze()
+    gc.enable()
 
 
 def exit_code_of(program: Callable[[], None], *, debug: bool) -> int:
-    """Run a program; a user's mistake becomes a line for each problem on standard error and exit code 2."""
+    """Run a program; an error that its user has to correct becomes lines on standard error and exit code 2."""
     try:
         program()
     except (UserError, MorehError) as error:

@@ -1,15 +1,18 @@
-"""The one kind of error that a user's input can cause, shown without a traceback."""
+"""Errors that a user's input causes. They are shown as lines, without a traceback."""
 
 from collections.abc import Sequence
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of a library says, as far as it fits in a line."""
+    """The first line of a library's error, or its class name where it has no message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 class UserError(Exception):
-    """Something the user gave cannot be used. Each problem is one line: the place, what was given, what is allowed."""
+    """A setting, a file or an argument cannot be used.
+
+    Each problem is one line: where it is, what was given, what is allowed.
+    """
 
     def __init__(self, problems: str | Sequence[str]) -> None:
         self.problems = [problems] if isinstance(problems, str) else list(problems)
@@ -17,4 +20,4 @@ class UserError(Exception):
 
 
 class Stopped(Exception):
-    """The run was asked to end, and has saved what it takes to go on."""
+    """The run was asked to stop, and has saved a checkpoint from which it can be resumed."""

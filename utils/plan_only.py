@@ -1,4 +1,4 @@
-"""What --plan-only prints: how the accelerator would run a training. It imports no torch and touches no accelerator."""
+"""Prints how the accelerator would run a training, for --plan-only. It imports no torch and uses no accelerator."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -23,12 +23,13 @@ from moreh.planner.search.suggestions import smallest_sufficient
 from moreh.planner.software_profile import moreh_software
 from moreh.planner.units import gib
 from moreh.tables import terminal_width
-from utils.config.schema import Config, ModelSection, ParallelizationSection, TokenizerSection
+from utils.config.hook_section import ParallelizationSection
+from utils.config.schema import Config, ModelSection, TokenizerSection
 from utils.errors import UserError
 
 ARCHITECTURES = Path(__file__).parent.parent / "configs" / "models"
-# Models of the hub whose architecture is there, so that planning for them needs no network.
-ARCHITECTURE_OF = {
+# Models of the hub whose architecture is in that directory, so that planning for them needs no network.
+ARCHITECTURE_FILES = {
     "cerebras/Cerebras-GPT-13B": "cerebras_gpt_13b",
     "openai-community/gpt2": "gpt2",
     "openai-community/gpt2-medium": "gpt2_medium",
@@ -51,41 +52,42 @@ def print_plan(config: Config) -> None:
 
     Raises:
         UserError: the model has too few positions or an unknown vocabulary, or no plan fits.
-        PlanError: the model cannot be described, or no plan divides the batch under the options.
+        PlanError: the model cannot be described, or no plan can divide the batch under the options.
     """
     request = plan_request(config)
-    found, _, idle = search_on_most_devices(request.training, request.setting, request.restrictions, DEFAULT_COUNT)
-    if not found.best:
-        raise UserError(_nothing_fits(request, found.smallest_bytes))
+    outcome, _, idle = search_on_most_devices(request.training, request.setting, request.restrictions, DEFAULT_COUNT)
+    if not outcome.best:
+        raise UserError(_no_plan_text(request, outcome.smallest_bytes))
     notes = []
     if config.accelerator.advanced_parallelization is None:
         notes.append(("Not used", "accelerator.advanced_parallelization is null, so a training computes on one device"))
-    print_plans(request, found, terminal_width(), idle, notes)
+    print_plans(request, outcome, terminal_width(), idle, notes)
 
 
 def plan_request(config: Config) -> Request:
-    """What is to be planned for a training: the same that the hook plans at its first batch."""
+    """What to plan for a training: the same that the hook plans at the first batch."""
     architecture = _architecture(config.model, config.tokenizer)
-    positions, length = architecture.max_positions, config.data.max_length
-    if positions is not None and positions < length:
+    max_positions, max_length = architecture.max_positions, config.data.max_length
+    if max_positions is not None and max_positions < max_length:
         raise UserError(
-            f"data.max_length is {length}, but the model has {positions} positions: make it {positions} at most"
+            f"data.max_length is {max_length}, but the model has {max_positions} positions: "
+            f"give at most {max_positions}"
         )
     parallelization = config.accelerator.advanced_parallelization or ParallelizationSection()
     flavor = _flavor(config)
     return Request(
-        training=Training(architecture, config.train.batch_size, length),
+        training=Training(architecture, config.train.batch_size, max_length),
         setting=make_environment(
             cluster_for_flavor(flavor), moreh_software("half" if parallelization.mixed_precision else "float32")
         ),
-        restrictions=_restrictions(parallelization, flavor.devices),
+        restrictions=_constraints(parallelization, flavor.devices),
         flavor=flavor,
         precision="bfloat16" if parallelization.mixed_precision else "float32",
     )
 
 
-def _restrictions(parallelization: ParallelizationSection, devices: int) -> Constraints:
-    return constraints_from_options(parallelization.options(), planner_variables(), devices)
+def _constraints(parallelization: ParallelizationSection, devices: int) -> Constraints:
+    return constraints_from_options(parallelization.parallel_options(), planner_variables(), devices)
 
 
 def _flavor(config: Config) -> Flavor:
@@ -96,14 +98,14 @@ def _flavor(config: Config) -> Flavor:
 
 
 def _architecture(model: ModelSection, tokenizer: TokenizerSection) -> Architecture:
-    """The architecture of a model: from its settings, from a directory, or by its name on the hub."""
+    """The architecture of a model: from the settings, from a directory, or by its name on the hub."""
     if model.architecture is not None:
         return _new_architecture(model.architecture, tokenizer)
     assert model.pretrained is not None
     name = model.pretrained
     try:
-        if name in ARCHITECTURE_OF and not Path(name).is_dir():
-            return replace(describe(ARCHITECTURES / f"{ARCHITECTURE_OF[name]}.json"), name=name)
+        if name in ARCHITECTURE_FILES and not Path(name).is_dir():
+            return replace(describe(ARCHITECTURES / f"{ARCHITECTURE_FILES[name]}.json"), name=name)
         return describe(name)
     except PlanError as error:
         raise UserError(f"model.pretrained: {error}") from None
@@ -112,22 +114,24 @@ def _architecture(model: ModelSection, tokenizer: TokenizerSection) -> Architect
 def _new_architecture(architecture: dict[str, Any], tokenizer: TokenizerSection) -> Architecture:
     if "vocab_size" not in architecture and tokenizer.pretrained is not None:
         raise UserError(
-            f"model.architecture: the vocabulary is that of the tokenizer {tokenizer.pretrained!r}, which is not loaded for a "
-            "plan: give model.architecture.vocab_size its number of entries, on the command line if you like"
+            f"model.architecture: the vocabulary is that of the tokenizer {tokenizer.pretrained!r}, which a plan does "
+            "not load: give model.architecture.vocab_size its number of entries, in the file or on the command line"
         )
     described = describe_config({"vocab_size": tokenizer.vocabulary_size, **architecture}, "model.architecture")
     return replace(described, name=f"a new {architecture['model_type']}")
 
 
-def _nothing_fits(request: Request, smallest_bytes: float) -> str:
+def _no_plan_text(request: Request, smallest_bytes: float) -> str:
+    """The error where no plan fits: what the smallest plan needs, and what would help."""
     larger = smallest_sufficient(request)
     remedies = (
         [f"give accelerator.model={larger.flavor.name}"] if larger is not None and larger.flavor is not None else []
     )
-    free = _restrictions(ParallelizationSection(), request.setting.cluster.devices)
-    remedies += ["fewer options in accelerator.advanced_parallelization"] if request.restrictions != free else []
+    unconstrained = _constraints(ParallelizationSection(), request.setting.cluster.devices)
+    if request.restrictions != unconstrained:
+        remedies.append("fewer options in accelerator.advanced_parallelization")
     remedies.append("a smaller train.batch_size or data.max_length")
     return (
-        f"no plan fits {request.accelerator}: the smallest needs {gib(smallest_bytes)} on its fullest device, and plans may "
-        f"use {gib(request.limit_bytes)} of each: {', or '.join(remedies)}"
+        f"no plan fits {request.accelerator}: the smallest needs {gib(smallest_bytes)} on its fullest device, "
+        f"and plans may use {gib(request.limit_bytes)} of each: {', or '.join(remedies)}"
     )

@@ -1,6 +1,8 @@
-"""LitGPT's full fine-tuning (litgpt/finetune/full.py, `fit`): its defaults, or with `--tuned` bfloat16 and the fused AdamW.
+"""LitGPT's full fine-tuning (litgpt/finetune/full.py, `fit`): its defaults, or with `--tuned` bfloat16 and fused AdamW.
 
-python litgpt_full.py WORKLOAD [--tuned]     in an environment with litgpt and requests; Llama models only
+python litgpt_full.py WORKLOAD [--tuned]
+
+Needs an environment with litgpt and requests. Llama models only.
 """
 
 import argparse
@@ -16,18 +18,18 @@ from litgpt.model import GPT
 from litgpt.scripts.convert_hf_checkpoint import copy_weights_hf_llama
 from litgpt.utils import chunked_cross_entropy
 from safetensors.torch import load_file
-from workload import Record, held_out_loss, label_count, make_labels, read_workload
+from workload import Record, count_labels, held_out_loss, make_labels, read_workload
 
 parser = argparse.ArgumentParser()
 parser.add_argument("workload")
 parser.add_argument("--tuned", action="store_true")
 arguments = parser.parse_args()
 
-work = read_workload(arguments.workload)
-hf = json.loads((Path(work.model) / "config.json").read_text())
+workload = read_workload(arguments.workload)
+hf = json.loads((Path(workload.model) / "config.json").read_text())
 config = Config(
     name="workload",
-    block_size=work.max_length,
+    block_size=workload.max_length,
     vocab_size=hf["vocab_size"],
     padded_vocab_size=hf["vocab_size"],
     n_layer=hf["num_hidden_layers"],
@@ -43,7 +45,7 @@ config = Config(
     norm_eps=hf["rms_norm_eps"],
     rope_base=int(hf["rope_parameters"]["rope_theta"]),
 )
-weights = load_file(Path(work.model) / "model.safetensors")
+weights = load_file(Path(workload.model) / "model.safetensors")
 weights.setdefault("lm_head.weight", weights["model.embed_tokens.weight"])
 state: dict[str, torch.Tensor] = {}
 copy_weights_hf_llama(config, {}, state, weights, dtype=torch.float32)
@@ -53,17 +55,19 @@ model.load_state_dict(state)
 del weights, state
 model = fabric.setup(model)
 optimizer = fabric.setup_optimizers(
-    torch.optim.AdamW(model.parameters(), lr=work.lr, weight_decay=work.weight_decay, fused=arguments.tuned or None)
+    torch.optim.AdamW(
+        model.parameters(), lr=workload.lr, weight_decay=workload.weight_decay, fused=arguments.tuned or None
+    )
 )
-collate = get_sft_collate_fn(work.max_length, work.pad_id)
+collate = get_sft_collate_fn(workload.max_length, workload.pad_id)
 record = Record([], [], [])
-for rows in work.batches():
+for rows in workload.batches():
     start = time.perf_counter()
     counts = {"raw": 0, "raw_plus_prompt_template": 0}
     batch = collate(
         [
-            {"input_ids": torch.tensor(r[0]), "labels": torch.tensor(make_labels(r)), "token_counts": counts}
-            for r in rows
+            {"input_ids": torch.tensor(row[0]), "labels": torch.tensor(make_labels(row)), "token_counts": counts}
+            for row in rows
         ]
     )
     logits = model(batch["input_ids"])
@@ -72,12 +76,12 @@ for rows in work.batches():
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
-    record.log_step(loss.item(), time.perf_counter() - start, label_count(rows))
+    record.log_step(loss.item(), time.perf_counter() - start, count_labels(rows))
 record.write()
 
 
 class WithLoss(torch.nn.Module):
-    """The model as those of transformers are called."""
+    """The model, to be called like those of transformers."""
 
     def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> argparse.Namespace:
         """The mean loss over the labels."""
@@ -85,5 +89,5 @@ class WithLoss(torch.nn.Module):
 
 
 model.eval()
-record.held_out_loss = held_out_loss(WithLoss(), work)
+record.held_out_loss = held_out_loss(WithLoss(), workload)
 record.write()

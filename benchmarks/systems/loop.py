@@ -1,4 +1,4 @@
-"""The tutorial's loop: rows padded to the limit, AdamW, nothing else; with `--line` the one line in front of it.
+"""The tutorial's loop: rows padded to the longest allowed, AdamW, nothing else; with `--line` the one line before it.
 
 python loop.py WORKLOAD [--line] [--off OPTION]
 """
@@ -7,7 +7,7 @@ import argparse
 import time
 
 import torch
-from workload import Record, held_out_loss, label_count, padded, read_workload
+from workload import Record, count_labels, held_out_loss, pad_rows, read_workload
 
 parser = argparse.ArgumentParser()
 parser.add_argument("workload")
@@ -25,20 +25,20 @@ if arguments.line:
 
 from transformers import AutoModelForCausalLM  # noqa: E402
 
-work = read_workload(arguments.workload)
-model = AutoModelForCausalLM.from_pretrained(work.model, dtype=torch.float32)
+workload = read_workload(arguments.workload)
+model = AutoModelForCausalLM.from_pretrained(workload.model, dtype=torch.float32)
 model.train()
-optim = torch.optim.AdamW(model.parameters(), lr=work.lr, weight_decay=work.weight_decay)
+optim = torch.optim.AdamW(model.parameters(), lr=workload.lr, weight_decay=workload.weight_decay)
 record = Record([], [], [])
-for rows in work.batches():
+for rows in workload.batches():
     start = time.perf_counter()
-    batch = padded(rows, work.max_length, work.pad_id)
+    batch = pad_rows(rows, workload.max_length, workload.pad_id)
     loss = model(**batch, use_cache=False).loss
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optim.step()
     model.zero_grad(set_to_none=True)
-    record.log_step(loss.item(), time.perf_counter() - start, label_count(rows))
+    record.log_step(loss.item(), time.perf_counter() - start, count_labels(rows))
 record.write()
-record.held_out_loss = held_out_loss(model, work)
+record.held_out_loss = held_out_loss(model, workload)
 record.write()

@@ -1,4 +1,4 @@
-"""What a Trainer of transformers and one that is made of it are given alike, and a clock that notes their steps."""
+"""What transformers' Trainer and TRL's, which derives from it, share: settings and the record of their steps."""
 
 import time
 from typing import Any
@@ -10,8 +10,8 @@ from workload import IGNORED, Record, Workload
 TUNED: dict[str, Any] = {"bf16": True, "optim": "adamw_torch_fused"}
 
 
-class _Clock(TrainerCallback):
-    """Notes a step when it has ended."""
+class _StepRecorder(TrainerCallback):
+    """Records each step when it has ended."""
 
     def __init__(self, record: Record) -> None:
         self.record = record
@@ -26,12 +26,12 @@ class _Clock(TrainerCallback):
         self.start = now
 
 
-def settings_of(work: Workload) -> dict[str, Any]:
-    """The workload's settings, and nothing saved or reported on the way."""
+def common_settings(workload: Workload) -> dict[str, Any]:
+    """The settings of the workload; nothing is saved or reported during the training."""
     return {
-        "learning_rate": work.lr,
+        "learning_rate": workload.lr,
         "lr_scheduler_type": "constant",
-        "weight_decay": work.weight_decay,
+        "weight_decay": workload.weight_decay,
         "max_grad_norm": 1.0,
         "save_strategy": "no",
         "report_to": [],
@@ -42,15 +42,15 @@ def settings_of(work: Workload) -> dict[str, Any]:
 
 
 def record_steps(trainer: Any, record: Record) -> None:
-    """Let a Trainer note the loss of each step, which its logs have rounded, the label tokens and the time."""
-    clock = _Clock(record)
-    computed = trainer.compute_loss
+    """Let a Trainer record time, label tokens and loss of each step. Its own logs round the loss."""
+    recorder = _StepRecorder(record)
+    original = trainer.compute_loss
 
     def compute_loss(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        clock.label_tokens = int((inputs["labels"][:, 1:] != IGNORED).sum())
-        loss = computed(model, inputs, *args, **kwargs)
-        clock.loss = loss.detach()
+        recorder.label_tokens = int((inputs["labels"][:, 1:] != IGNORED).sum())
+        loss = original(model, inputs, *args, **kwargs)
+        recorder.loss = loss.detach()
         return loss
 
     trainer.compute_loss = compute_loss
-    trainer.add_callback(clock)
+    trainer.add_callback(recorder)

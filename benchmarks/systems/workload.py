@@ -1,8 +1,10 @@
-"""A workload as every system of the comparison gets it, and what each leaves behind. Needs torch and the standard library only.
+"""The workload that each system of the comparison gets, and the record that it writes.
 
-directory/workload.json   sizes and steps
-directory/rows.pt         the rows of all steps in their order, then those that are held out
-directory/model/          the model to start from, as transformers saves it
+Needs nothing but torch, since it is imported in the environments of all systems. A workload is a directory:
+
+workload.json   sizes, steps and settings
+rows.pt         the rows of all steps in their order, and those that are held out
+model/          the model to start from, as transformers saves it
 """
 
 import json
@@ -13,80 +15,99 @@ from pathlib import Path
 
 import torch
 
+# The label of a token that is not learned.
 IGNORED = -100
+# Token ids, and the length of the prompt, which has no labels.
+Row = tuple[list[int], int]
 
 
 @dataclass(frozen=True)
 class Workload:
-    """`rows` and `held_out` have ids and the length of the prompt, which has no loss; batches are rows in their order."""
+    """What a system is to train."""
 
     directory: Path
+    """Where the workload is."""
     name: str
+    """Its name in the tables."""
     batch_size: int
+    """Rows of a step."""
     max_length: int
+    """Tokens of the longest row that is allowed; the plain loop pads to it."""
     steps: int
+    """Optimizer steps."""
     lr: float
+    """The learning rate, which is constant."""
     weight_decay: float
+    """AdamW's weight decay."""
     pad_id: int
-    rows: list[tuple[list[int], int]]
-    held_out: list[tuple[list[int], int]]
+    """The id of the pad token."""
+    rows: list[Row]
+    """The rows of all steps, in their order."""
+    held_out: list[Row]
+    """The rows of the evaluation after the last step."""
 
     @property
     def model(self) -> str:
         """The directory of the model to start from."""
         return str(self.directory / "model")
 
-    def batches(self) -> list[list[tuple[list[int], int]]]:
+    def batches(self) -> list[list[Row]]:
         """The rows of each step."""
         return [self.rows[i * self.batch_size : (i + 1) * self.batch_size] for i in range(self.steps)]
 
 
 def read_workload(directory: str) -> Workload:
-    """The workload in a directory."""
+    """Read a workload from its directory."""
     path = Path(directory)
     rows = torch.load(path / "rows.pt")
     return Workload(directory=path, **json.loads((path / "workload.json").read_text()), **rows)
 
 
 def write_workload(workload: Workload) -> None:
-    """The opposite; the model is saved by whoever makes it."""
-    fields = {k: v for k, v in vars(workload).items() if k not in ("directory", "rows", "held_out")}
+    """Write a workload to its directory, without the model, which is already there."""
+    fields = {key: value for key, value in vars(workload).items() if key not in ("directory", "rows", "held_out")}
     workload.directory.mkdir(parents=True, exist_ok=True)
     (workload.directory / "workload.json").write_text(json.dumps(fields))
     torch.save({"rows": workload.rows, "held_out": workload.held_out}, workload.directory / "rows.pt")
 
 
-def make_labels(row: tuple[list[int], int]) -> list[int]:
-    """The labels of a row: its ids behind the prompt."""
-    ids, prompt = row
-    return [IGNORED] * prompt + ids[prompt:]
+def make_labels(row: Row) -> list[int]:
+    """The labels of a row: the ids after the prompt."""
+    ids, prompt_length = row
+    return [IGNORED] * prompt_length + ids[prompt_length:]
 
 
-def padded(rows: list[tuple[list[int], int]], length: int, pad_id: int) -> dict[str, torch.Tensor]:
-    """Ids, mask and labels `[rows, length]` int64, padded on the right."""
-    ids = torch.full((len(rows), length), pad_id)
-    mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED)
-    for number, row in enumerate(rows):
-        size = len(row[0])
-        ids[number, :size] = torch.tensor(row[0])
-        mask[number, :size] = 1
-        labels[number, :size] = torch.tensor(make_labels(row))
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+def pad_rows(rows: list[Row], length: int, pad_id: int) -> dict[str, torch.Tensor]:
+    """Ids, attention mask and labels, `[batch, length]` int64, padded on the right."""
+    input_ids = torch.full((len(rows), length), pad_id)
+    attention_mask, labels = torch.zeros_like(input_ids), torch.full_like(input_ids, IGNORED)
+    for index, row in enumerate(rows):
+        seq_len = len(row[0])
+        input_ids[index, :seq_len] = torch.tensor(row[0])
+        attention_mask[index, :seq_len] = 1
+        labels[index, :seq_len] = torch.tensor(make_labels(row))
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 
 @dataclass
 class Record:
-    """What a run leaves behind. `first_step_s` is from the start of the command to the end of the first step."""
+    """The figures of a run."""
 
     losses: list[float]
+    """The loss of each step."""
     seconds: list[float]
+    """The time of each step."""
     label_tokens: list[int]
+    """The label tokens of each step."""
     first_step_s: float = 0.0
+    """Seconds from the start of the command to the end of the first step."""
     peak_bytes: int = 0
+    """The peak resident set of the process."""
     held_out_loss: float = float("nan")
+    """The loss on the held-out rows after the last step."""
 
     def log_step(self, loss: float, seconds: float, label_tokens: int) -> None:
-        """Note a step."""
+        """Add a step."""
         if not self.seconds:
             self.first_step_s = time.time() - float(os.environ["BENCHMARK_STARTED"])
         self.losses.append(loss)
@@ -94,26 +115,26 @@ class Record:
         self.label_tokens.append(label_tokens)
 
     def write(self) -> None:
-        """Write it where the comparison looks for it, with the peak of this process's memory so far."""
+        """Write the record where the comparison looks for it, with the peak memory of this process so far."""
         status = Path("/proc/self/status").read_text()
         self.peak_bytes = int(next(line for line in status.splitlines() if line.startswith("VmHWM:")).split()[1]) * 1024
         Path(os.environ["BENCHMARK_RECORD"]).write_text(json.dumps(asdict(self)))
 
 
-def label_count(rows: list[tuple[list[int], int]]) -> int:
-    """Tokens that a loss is computed for: the first token of a row is predicted by nothing."""
-    return sum(len(ids) - max(prompt, 1) for ids, prompt in rows)
+def count_labels(rows: list[Row]) -> int:
+    """The number of tokens that a loss is computed for: nothing predicts the first token of a row."""
+    return sum(len(ids) - max(prompt_length, 1) for ids, prompt_length in rows)
 
 
 @torch.no_grad()
 def held_out_loss(model: torch.nn.Module, workload: Workload) -> float:
-    """The mean loss over the label tokens that are held out, of a model that is called as transformers' are."""
+    """The mean loss over all held-out label tokens, of a model that is called like those of transformers."""
     model.eval()
-    total, tokens = 0.0, 0
+    loss_sum, label_tokens = 0.0, 0
     for row in workload.held_out:
-        count = label_count([row])
+        count = count_labels([row])
         if count:
-            batch = padded([row], len(row[0]), workload.pad_id)
-            total += float(model(input_ids=batch["input_ids"], labels=batch["labels"]).loss) * count
-            tokens += count
-    return total / tokens
+            batch = pad_rows([row], len(row[0]), workload.pad_id)
+            loss_sum += float(model(input_ids=batch["input_ids"], labels=batch["labels"]).loss) * count
+            label_tokens += count
+    return loss_sum / label_tokens

@@ -1,4 +1,4 @@
-"""Whatever a user gets wrong gives one clear line with its place, and exit code 2, and no traceback."""
+"""Each mistake of a user gives one clear line that says where it is, exit code 2 and no traceback."""
 
 import json
 import re
@@ -21,7 +21,7 @@ def script(tiny_config, monkeypatch, capsys):
 
     def run(*arguments, config=tiny_config):
         monkeypatch.setattr(sys, "argv", ["train_gpt.py", "--config", str(config), *arguments])
-        code = run_script(train_gpt.main, description="", default_config="")
+        code = run_script(train_gpt.main, default_config="", description=None)
         return code, capsys.readouterr().err.splitlines()
 
     return run
@@ -34,7 +34,7 @@ def changed(config, old, new):
     config.write_text(text.replace(old, new), encoding="utf-8")
 
 
-# What is replaced in the settings file, by what, and the line that the user reads (the file's name stands for its path).
+# What is replaced in the settings file, what replaces it, and the line that the user reads (the file's name for its path).
 BAD_SETTINGS = {
     "unknown key": ("lr: 1.0e-3", "lrr: 1.0e-3", "tiny.yaml:9: train.lrr: unknown key; did you mean lr? Allowed here: steps,"),
     "unknown section": ("log: {", "logs: {", "tiny.yaml:10: logs: unknown key; did you mean log? Allowed here: run,"),
@@ -47,7 +47,7 @@ BAD_SETTINGS = {
     "infinite": ("lr: 1.0e-3", "lr: .inf", "train.lr: inf is not allowed: input should be a finite number"),
     "not a choice": ("max_length: 48", "max_length: 48, too_long: cut", "data.too_long: 'cut' is not allowed: input should be 'truncate' or"),
     "steps and epochs": ("steps: 4", "steps: 4, epochs: 1", "tiny.yaml:9: train: give exactly one of steps and epochs"),
-    "warm-up too long": ("steps: 4", "steps: 4, warmup_steps: 5", "train: warmup_steps is 5 but there are only 4 steps"),
+    "warm-up too long": ("steps: 4", "steps: 4, warmup_steps: 5", "train: warmup_steps is 5, but there are only 4 steps"),
     "name with a slash": ("name: tiny", "name: a/b", "tiny.yaml:2: run.name: 'a/b' is not allowed: "),
     "unknown model type": ("gpt2,", "gpt7,", "model.architecture.model_type: 'gpt7' is not a type that transformers knows; did you mean"),
     "unknown model key": ("n_layer", "n_layers", "tiny.yaml:5: model.architecture.n_layers: model_type gpt2 has no such key; did you mean n_layer?"),
@@ -77,7 +77,7 @@ BAD_SETTINGS = {
 
 
 @pytest.mark.parametrize("case", BAD_SETTINGS)
-def test_bad_settings(script, tiny_config, case):
+def test_wrong_settings_file_gives_one_line(script, tiny_config, case):
     old, new, expected = BAD_SETTINGS[case]
     if case == "no such model":
         text = tiny_config.read_text(encoding="utf-8")
@@ -106,23 +106,23 @@ BAD_DATA = {
     "empty file": ("d.jsonl", "", "{}: has no rows"),
     "only a header": ("d.csv", "prompt,response\n", "{}: has no rows"),
     "empty CSV": ("d.csv", "", "{}: has no rows"),
-    "column too many": ("d.csv", "prompt,response\np,r\np,r,s\n", "{}:3: 3 columns where the header has 2"),
+    "column too many": ("d.csv", "prompt,response\np,r\np,r,s\n", "{}:3: 3 columns, but the header has 2"),
     "column twice": ("d.csv", "prompt,prompt\np,r\n", "{}:1: a column's name is given twice: prompt, prompt"),
-    "half a surrogate pair": ("d.jsonl", GOOD_ROW + '{"prompt": "\\ud83d", "response": "r"}\n', "{}:2: field 'prompt' holds half of"),
+    "half a surrogate pair": ("d.jsonl", GOOD_ROW + '{"prompt": "\\ud83d", "response": "r"}\n', "{}:2: field 'prompt' has half of"),
     "open quote": ("d.csv", 'prompt,response\np,"r\n', "{}:2: not valid CSV: unexpected end of data"),
     "JSON object": ("d.json", "{}", "{}: expected a list of objects, found dict"),
     "broken JSON": ("d.json", '[{"prompt": "p"\n', "{}:2: not valid JSON: "),
     "not Parquet": ("d.parquet", "PAR1 no", "{}: not a valid Parquet file: "),
     "not UTF-8": ("d.jsonl", GOOD_ROW.encode() + b"\xff\n", "{}: not UTF-8 text: byte "),
-    "unknown ending": ("d.txt", "text", "{}: unknown ending '.txt': give a file that ends in .jsonl, .json, .csv, .parquet"),
+    "unknown extension": ("d.txt", "text", "{}: unknown extension '.txt': give a file that ends in .jsonl, .json, .csv, .parquet"),
     "field of the template": ("d.jsonl", GOOD_ROW, "{}:1: no field 'input': the fields are 'prompt', 'response'"),
     "no row is left": ("d.jsonl", "".join(json.dumps({"prompt": str(i), "response": "".join(chr(33 + (i + j * j) % 90) for j in range(400))}) + "\n" for i in range(20)),
-                       "no rows are left for train: of 12 pairs 12 have more than data.max_length=48 tokens and 0 no label"),
+                       "no rows are left for train: of 12 pairs, 12 have more than data.max_length=48 tokens and 0 no label"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", BAD_DATA)
-def test_bad_data(script, tmp_path, case):
+def test_wrong_data_file_gives_one_line(script, tmp_path, case):
     name, content, expected = BAD_DATA[case]
     path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -142,8 +142,8 @@ def test_all_problems_come_at_once(script, tiny_config):
     changed(tiny_config, "max_length: 48", "max_length: 1")
     code, lines = script("run.name=", "log.every_steps=0")
     assert code == 2
-    found = [line.removeprefix("error: ").split(": ")[1] for line in lines]
-    assert sorted(found) == ["data.max_length", "log.every_steps", "run.name", "train.lrr"]
+    keys = [line.removeprefix("error: ").split(": ")[1] for line in lines]
+    assert sorted(keys) == ["data.max_length", "log.every_steps", "run.name", "train.lrr"]
     assert sum(line.startswith("error: command line: ") for line in lines) == 2
 
 
@@ -159,7 +159,7 @@ def test_all_problems_come_at_once(script, tiny_config):
         ("train.lr=[1", "command line: train.lr: '[1' is not a valid YAML value"),
     ],
 )
-def test_bad_overrides(script, override, message):
+def test_wrong_override_gives_one_line(script, override, message):
     code, lines = script(override)
     assert code == 2
     assert len(lines) == 1
@@ -169,7 +169,7 @@ def test_bad_overrides(script, override, message):
 @pytest.mark.parametrize(
     ("name", "content"), [("none.yaml", None), ("list.yaml", "- a"), ("empty.yaml", ""), ("bytes.yaml", b"\xff")]
 )
-def test_files_that_are_no_settings(script, tmp_path, name, content):
+def test_file_that_is_no_settings_file_is_named(script, tmp_path, name, content):
     path = tmp_path / name
     if content is not None:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -179,7 +179,7 @@ def test_files_that_are_no_settings(script, tmp_path, name, content):
     assert lines[0].startswith(f"error: {path}")
 
 
-def test_directory_that_cannot_be_made(script, tmp_path):
+def test_directory_that_cannot_be_made_is_named(script, tmp_path):
     (tmp_path / "file").write_text("", encoding="utf-8")
     code, lines = script(f"run.directory={tmp_path / 'file'}")
     assert code == 2
@@ -187,7 +187,7 @@ def test_directory_that_cannot_be_made(script, tmp_path):
     assert "run.directory: " in lines[0]
 
 
-def test_settings_on_both_sides_of_an_option(script):
+def test_overrides_may_stand_on_both_sides_of_an_option(script):
     _, lines = script("train.x=1", "--resume", "auto", "train.y=1")
     assert [line.split(": unknown")[0] for line in lines] == [
         "error: command line: train.x",
@@ -196,30 +196,30 @@ def test_settings_on_both_sides_of_an_option(script):
 
 
 @pytest.mark.parametrize(
-    ("setting", "told"),
+    ("setting", "message"),
     [
         (
             "accelerator.workers=257",
             "accelerator.workers: 257 is not allowed: input should be less than or equal to 256",
         ),
-        ("data.split=test", "data: split is 'test' but there is no hub"),
+        ("data.split=test", "data: split is 'test', but there is no hub"),
         ("train.lr=" + "[" * 3000, "train.lr: "),
     ],
     ids=["workers", "split", "brackets"],
 )
-def test_more_settings(script, setting, told):
+def test_wrong_value_on_the_command_line_gives_one_line(script, setting, message):
     code, lines = script(setting)
     assert code == 2
     assert len(lines) == 1
-    assert told in lines[0]
+    assert message in lines[0]
 
 
-def test_traceback_is_behind_a_flag(script):
+def test_traceback_is_shown_with_debug(script):
     with pytest.raises(UserError, match="unknown key"):
         script("--debug", "train.x=1")
 
 
-def test_whole_program_ends_with_two(run, tiny_config):
+def test_script_ends_with_exit_code_2(run, tiny_config):
     finished = run(sys.executable, "train_gpt.py", "--config", tiny_config, "train.stepz=3")
     assert finished.returncode == 2
     assert finished.stderr == (
@@ -239,5 +239,5 @@ def test_settings_survive_being_saved(tmp_path, tiny_config):
 
 
 @pytest.mark.parametrize("name", ["gpt", "gpt_13b"])
-def test_settings_that_come_with_the_project_are_good(name):
+def test_settings_of_the_project_can_be_loaded(name):
     assert load_config(str(ROOT / "configs" / f"{name}.yaml"), []).run.name == name

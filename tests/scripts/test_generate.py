@@ -34,7 +34,7 @@ def checkpoint(tmp_path_factory):
     return directory
 
 
-def test_prompt_from_everywhere(run, checkpoint, tmp_path):
+def test_prompt_comes_from_command_line_file_or_standard_input(run, checkpoint, tmp_path):
     (tmp_path / "prompt.txt").write_text("one two", encoding="utf-8")
     answers = [
         run(sys.executable, "generate.py", checkpoint, "one two").stdout,
@@ -56,12 +56,12 @@ def test_answer_is_streamed(environment, checkpoint):
     process = subprocess.Popen(
         [sys.executable, "generate.py", str(checkpoint), "one two", "--echo"], env=environment, stdout=subprocess.PIPE
     )
-    pieces = []
-    while piece := process.stdout.read1(65536):
-        pieces.append(piece)
+    chunks = []
+    while chunk := process.stdout.read1(65536):
+        chunks.append(chunk)
     assert process.wait() == 0
-    assert b"".join(pieces) == b"one two three four\n"
-    assert len(pieces) > 1
+    assert b"".join(chunks) == b"one two three four\n"
+    assert len(chunks) > 1
 
 
 @pytest.mark.parametrize(
@@ -91,10 +91,10 @@ def test_mistakes_give_one_line(run, checkpoint, arguments, message):
     assert "Traceback" not in finished.stderr
 
 
-def test_run_instead_of_its_model(run, checkpoint, tmp_path):
+def test_directory_of_a_run_suggests_its_model(run, checkpoint, tmp_path):
     shutil.copytree(checkpoint, tmp_path / "run" / "model")
-    told = run(sys.executable, "generate.py", tmp_path / "run", "x").stderr
-    assert told.endswith(f"which has no config.json; did you mean {tmp_path / 'run' / 'model'}?\n")
+    errors = run(sys.executable, "generate.py", tmp_path / "run", "x").stderr
+    assert errors.endswith(f"which has no config.json; did you mean {tmp_path / 'run' / 'model'}?\n")
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_weights_of_another_model_are_refused(run, checkpoint, tmp_path, key, va
     assert lacking in finished.stderr
 
 
-def test_reader_that_has_ended(environment, checkpoint):
+def test_closed_pipes_end_in_silence_or_one_line(environment, checkpoint):
     command = f"{sys.executable} generate.py {checkpoint} 'one two' --echo | true"
     assert subprocess.run(["sh", "-c", command], env=environment, capture_output=True, text=True).stderr == ""
     closed = subprocess.run(
@@ -125,7 +125,7 @@ def test_reader_that_has_ended(environment, checkpoint):
     assert closed.stderr.startswith(b"error: standard input is closed")
 
 
-def test_asking_does_not_need_the_accelerator(run, checkpoint, environment, tmp_path):
+def test_generation_needs_no_accelerator_that_a_job_uses(run, checkpoint, environment, tmp_path):
     script = tmp_path / "busy.py"
     script.write_text(
         "import torch, time\ntorch.zeros(1).cuda()\nprint('ready', flush=True)\ntime.sleep(60)", encoding="utf-8"

@@ -11,10 +11,10 @@ from moreh.accelerator.registry import read_registry, start_job, switch_model
 from moreh.errors import PlanError
 from tests.conftest import ROOT
 from tests.helpers.plan_tool import LLAMA, runner, table_rows
+from tests.helpers.tiny_runs import prepare
 from utils.config.yaml_file import load_config
-from utils.data.dataset import prepare_data
 from utils.errors import UserError
-from utils.plan_only import ARCHITECTURE_OF, ARCHITECTURES, plan_request, print_plan
+from utils.plan_only import ARCHITECTURE_FILES, ARCHITECTURES, plan_request, print_plan
 from utils.training.model import load_model
 
 LLAMA_70B = str(ROOT / "configs" / "llama3_70b.yaml")
@@ -31,8 +31,8 @@ def plans(text):
     return table_rows(text)[1:]
 
 
-# Linux counts a process's most memory from before it began its program, when it was a copy of the tests' process; what it
-# says of the program itself is in /proc.
+# Runs a script and prints its peak memory. ru_maxrss includes the time before the program began, when the process was a
+# copy of the tests' process; VmHWM of /proc does not.
 MEASURE = """
 import pathlib, resource, runpy, sys
 sys.argv = sys.argv[1:]
@@ -42,14 +42,14 @@ try:
 finally:
     status = pathlib.Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []
-    highest = [line.split()[1] for line in lines if line.startswith("VmHWM")]
-    print("most kB:", *(highest or [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss]), file=sys.stderr)
+    peak = [line.split()[1] for line in lines if line.startswith("VmHWM")]
+    print("peak kB:", *(peak or [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss]), file=sys.stderr)
 """
 
 
 @pytest.fixture
-def run_to_the_end(run, tmp_path):
-    """Run a script in an empty directory; returns exit code, output, imported modules and most memory in bytes."""
+def run_and_measure(run, tmp_path):
+    """Run a script in an empty directory; returns exit code, output, imported modules and peak memory in bytes."""
 
     def measure(*command):
         directory = tmp_path / "here"
@@ -58,36 +58,55 @@ def run_to_the_end(run, tmp_path):
         assert list(directory.iterdir()) == []
         lines = finished.stderr.splitlines()
         imported = {line.rpartition("|")[2].strip() for line in lines if line.startswith("import time:")}
-        return finished.returncode, finished.stdout, imported, 1024 * int(lines[-1].removeprefix("most kB:"))
+        return finished.returncode, finished.stdout, imported, 1024 * int(lines[-1].removeprefix("peak kB:"))
 
     return measure
 
 
 @pytest.mark.parametrize("script", ["train_llama3_70b.py", "train_gpt.py"])
-def test_large_model_is_planned_without_torch(run_to_the_end, state_directory, script):
+def test_large_model_is_planned_without_torch(run_and_measure, state_directory, script):
     profiles = {path.name for path in state_directory.glob("*")}
-    code, said, imported, most_bytes = run_to_the_end(str(ROOT / script), "--config", LLAMA_70B, "--plan-only")
+    code, output, imported, peak_bytes = run_and_measure(str(ROOT / script), "--config", LLAMA_70B, "--plan-only")
     assert code == 0
-    assert re.search(r"^Model +meta-llama/Meta-Llama-3-70B, 70,553,706,496 parameters$", said, re.M)
-    assert re.search(r"^Accelerator +8xLarge\.4096GB \(64 x MI250 GCD\) on 8 nodes$", said, re.M)
-    assert re.search(r"^Step +512 x 1,024 tokens, bfloat16$", said, re.M)
-    assert len(plans(said)) == 10
+    assert re.search(r"^Model +meta-llama/Meta-Llama-3-70B, 70,553,706,496 parameters$", output, re.M)
+    assert re.search(r"^Accelerator +8xLarge\.4096GB \(64 x MI250 GCD\) on 8 nodes$", output, re.M)
+    assert re.search(r"^Step +512 x 1,024 tokens, bfloat16$", output, re.M)
+    assert len(plans(output)) == 10
     assert "numpy" in imported
     assert imported.isdisjoint({"torch", "transformers", "datasets", "tokenizers"})
-    assert most_bytes < 0.5 * 2**30
+    assert peak_bytes < 0.5 * 2**30
     assert {path.name for path in state_directory.glob("*")} - profiles <= {"registry.lock"}
     assert read_registry().accelerator(0).model == "xLarge.512GB"
 
 
+def test_new_model_is_planned_without_torch(run_and_measure):
+    """Its keys are checked against the sources of transformers, which are not imported."""
+    settings = ["--config", str(ROOT / "configs" / "gpt.yaml"), "--plan-only"]
+    code, output, imported, _ = run_and_measure(str(ROOT / "train_gpt.py"), *settings)
+    assert code == 0
+    assert re.search(r"^Model +a new gpt2, 5,918,720 parameters$", output, re.M)
+    assert imported.isdisjoint({"torch", "transformers", "datasets", "tokenizers"})
+
+
+@pytest.mark.parametrize("arguments", [["train.x=1"], ["--help"]])
+def test_wrong_setting_and_help_are_answered_without_torch(run_and_measure, arguments):
+    code, _, imported, _ = run_and_measure(
+        str(ROOT / "train_gpt.py"), "--config", str(ROOT / "configs" / "gpt.yaml"), *arguments
+    )
+    assert code == (0 if arguments == ["--help"] else 2)
+    assert "pydantic" in imported
+    assert imported.isdisjoint({"torch", "transformers", "datasets", "tokenizers"})
+
+
 def test_plans_are_those_of_moreh_plan_and_fit_the_terminal(monkeypatch, capsys, state_directory):
     print_plan(load_config(LLAMA_70B, []))
-    out = capsys.readouterr().out
-    assert max(map(len, out.splitlines())) <= 100
-    said = plans(out)
-    code, expected, _ = runner(monkeypatch, capsys)(*LLAMA)
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 100
+    actual = plans(printed)
+    code, output, _ = runner(monkeypatch, capsys)(*LLAMA)
     assert code == 0
-    assert said == plans(expected)
-    assert len(said) == 10
+    assert actual == plans(output)
+    assert len(actual) == 10
 
 
 def test_current_accelerator_is_planned_for_although_it_is_in_use(state_directory, tiny_config, capsys):
@@ -105,7 +124,7 @@ def test_new_model_is_described_as_it_will_be_made(state_directory, tiny_config,
     config = load_config(str(tiny_config), ["tokenizer.vocabulary_size=310"])
     print_plan(config)
     parameters = re.search(r"^Model +a new gpt2, ([\d,]+) parameters$", capsys.readouterr().out, re.M)[1]
-    model = load_model(config, prepare_data(config, lambda _: None).tokenizer)
+    model = load_model(config, prepare(config).tokenizer)
     assert int(parameters.replace(",", "")) == model.num_parameters()
 
 
@@ -170,4 +189,4 @@ def test_accelerator_that_is_too_small_names_one_that_is_not(state_directory, ca
 
 
 def test_every_architecture_of_the_project_has_a_name_on_the_hub():
-    assert sorted(ARCHITECTURE_OF.values()) == sorted(path.stem for path in ARCHITECTURES.glob("*.json"))
+    assert sorted(ARCHITECTURE_FILES.values()) == sorted(path.stem for path in ARCHITECTURES.glob("*.json"))

@@ -1,11 +1,10 @@
-"""train_llama3_70b.py: a sibling of train_gpt.py, which test_train_gpt.py tests in depth; and what both do with workers."""
+"""train_llama3_70b.py, whose loop is that of train_gpt.py; and what both scripts do with workers."""
 
-import difflib
 import json
 import os
 import re
 import sys
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -13,10 +12,13 @@ import torch
 import train_gpt
 import train_llama3_70b
 from tests.conftest import ROOT
+from utils.accelerator import WORKERS_VARIABLE
+from utils.cli import run_main
+from utils.config.schema import DataSection
 from utils.config.yaml_file import load_config
+from utils.data.records import Record
 from utils.errors import UserError
 from utils.plan_only import plan_request
-from utils.training.workers import WORKERS_VARIABLE, prepare_accelerator, rank
 
 SCRIPTS = (train_gpt, train_llama3_70b)
 LLAMA = (
@@ -27,24 +29,28 @@ LLAMA = (
 SETTINGS = (f"model={{architecture: {LLAMA}}}", 'data.template="Summarize the following:\\n{prompt}\\nSummary:\\n"')
 
 
-def test_scripts_differ_in_their_tasks_only():
-    texts = [Path(script.__file__).read_text(encoding="utf-8").splitlines() for script in SCRIPTS]
-    changes = [line for line in difflib.unified_diff(*texts, n=0) if line[0] in "+-" and line[:3] not in ("+++", "---")]
-    assert 0 < len(changes) < 40
-    assert max(map(len, texts)) <= 250
+def test_task_is_to_write_a_summary_of_a_text():
+    record = Record("here", {"article": "Long text.", "highlights": "Short."})
+    fields = {"prompt_field": "article", "response_field": "highlights", "template": "Summarize:\n{prompt}\nSummary:\n"}
+    data = DataSection(hub="some/data", **fields)
+    assert train_llama3_70b.make_pair(record, data) == ("Summarize:\nLong text.\nSummary:\n", "Short.")
+    assert train_llama3_70b.make_example([5, 6], [7], 0, "response") == ([5, 6, 7, 0], [-100, -100, 7, 0])
+    assert train_llama3_70b.make_example([5, 6], [7], 0, "all") == ([5, 6, 7, 0], [5, 6, 7, 0])
+    sample = train_llama3_70b.show_sample("Summary:\n", " Brief. ", "Short.\n")
+    assert sample == "Summary:\nBrief.\nSummary in the data:\nShort."
 
 
 @pytest.mark.parametrize("name", ["llama3_70b", "llama_small"])
-def test_settings_that_come_with_the_project_can_be_planned(name, state_directory):
+def test_settings_of_the_project_can_be_planned(name, state_directory):
     config = load_config(str(ROOT / "configs" / f"{name}.yaml"), ["accelerator.model=8xLarge.4096GB"])
     assert config.run.name == name
-    said = re.search(r"([\d.]+) million parameters", (ROOT / "configs" / f"{name}.yaml").read_text(encoding="utf-8"))
-    if said is not None:
+    comment = re.search(r"([\d.]+) million parameters", (ROOT / "configs" / f"{name}.yaml").read_text(encoding="utf-8"))
+    if comment is not None:
         parameters = plan_request(config).training.architecture.parameters
-        assert float(said[1]) == pytest.approx(parameters / 1e6, abs=0.05)
+        assert float(comment[1]) == pytest.approx(parameters / 1e6, abs=0.05)
 
 
-def test_settings_of_a_model_that_was_not_fetched_say_so(tmp_path, monkeypatch):
+def test_settings_of_a_model_that_was_not_fetched_are_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
         UserError, match=r"llama_smollm2\.yaml:\d+: model\.pretrained: there is no directory \./models/smollm2"
@@ -55,7 +61,7 @@ def test_settings_of_a_model_that_was_not_fetched_say_so(tmp_path, monkeypatch):
 
 
 def test_llama_learns_to_summarize(tiny_config, tmp_path, read_metrics, capsys):
-    train_llama3_70b.main(load_config(str(tiny_config), [*SETTINGS, "train.steps=12", "train.lr=1e-2"]))
+    run_main(train_llama3_70b.main, load_config(str(tiny_config), [*SETTINGS, "train.steps=12", "train.lr=1e-2"]))
     directory = tmp_path / "runs" / "tiny"
     saved = json.loads((directory / "model" / "config.json").read_text(encoding="utf-8"))
     assert saved["architectures"] == ["LlamaForCausalLM"]
@@ -63,22 +69,16 @@ def test_llama_learns_to_summarize(tiny_config, tmp_path, read_metrics, capsys):
     assert saved["rope_parameters"]["rope_theta"] == 500000.0
     lines = read_metrics(directory)
     assert lines[-1]["eval_loss"] < 0.8 * lines[0]["eval_loss"]
-    said = capsys.readouterr().out
-    assert re.search(r"^\[Step 12/12\] \| Loss: \d+\.\d+ \| Duration: \d+\.\d\d sec \| Throughput: ", said, re.M)
+    output = capsys.readouterr().out
+    assert re.search(r"^\[Step 12/12\] \| Loss: \d+\.\d+ \| Duration: \d+\.\d\d sec \| Throughput: ", output, re.M)
     sample = r"^Sample:\nSummarize the following:\ndef add_\d+\(x\):\n\nSummary:\n.*?Summary in the data:\nreturn x"
-    assert len(re.findall(sample, said, re.M | re.S)) == 2
-
-
-@pytest.fixture
-def no_workers_variable(monkeypatch):
-    """The variable is not set, and what a test makes of it is undone."""
-    monkeypatch.setenv(WORKERS_VARIABLE, "")
-    monkeypatch.delenv(WORKERS_VARIABLE)
+    assert len(re.findall(sample, output, re.M | re.S)) == 2
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_process_that_starts_workers_leaves_nothing(script, tiny_config, tmp_path, monkeypatch, no_workers_variable):
+def test_process_that_starts_workers_writes_nothing(script, tiny_config, tmp_path, monkeypatch):
     """The hook never returns in it."""
+    monkeypatch.delenv(WORKERS_VARIABLE, raising=False)
     workers = []
 
     def hook(**options):
@@ -89,33 +89,9 @@ def test_process_that_starts_workers_leaves_nothing(script, tiny_config, tmp_pat
     before = sorted(tmp_path.rglob("*"))
     settings = ["accelerator={workers: 3, advanced_parallelization: {}}", "run.tensorboard=true"]
     with pytest.raises(SystemExit):
-        script.main(load_config(str(tiny_config), settings))
+        run_main(script.main, load_config(str(tiny_config), settings))
     assert workers == ["3"]
     assert sorted(tmp_path.rglob("*")) == before
-
-
-def test_workers_of_the_environment_go_before_those_of_the_settings(tiny_config, monkeypatch, no_workers_variable):
-    monkeypatch.setenv(WORKERS_VARIABLE, "5")
-    prepare_accelerator(load_config(str(tiny_config), ["accelerator={workers: 3}"]).accelerator)
-    assert os.environ[WORKERS_VARIABLE] == "5"
-    monkeypatch.delenv(WORKERS_VARIABLE)
-    prepare_accelerator(load_config(str(tiny_config), ["accelerator={workers: null}"]).accelerator)
-    assert WORKERS_VARIABLE not in os.environ
-
-
-def test_workers_need_the_hook(tiny_config):
-    for workers in (0, '"2"', 1.5):
-        with pytest.raises(UserError, match=r"accelerator\.workers: .* is not allowed"):
-            load_config(str(tiny_config), [f"accelerator.workers={workers}"])
-    with pytest.raises(
-        UserError, match=r"accelerator: workers is 2 but advanced_parallelization is null, .*: leave workers out"
-    ):
-        load_config(str(tiny_config), ["accelerator.workers=2"])
-    assert load_config(str(tiny_config), ["accelerator.workers=1"]).accelerator.workers == 1
-
-
-def test_process_alone_is_the_first_one():
-    assert rank() == 0
 
 
 RANKS = """
@@ -124,6 +100,7 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel
 import train_llama3_70b
+from utils.cli import run_main
 from utils.config.yaml_file import load_config
 rank, directory = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=2)
@@ -136,15 +113,13 @@ def collective_save(model, to):  # as the runtime does it
         save(model, to)
     dist.barrier()
 PreTrainedModel.save_pretrained = collective_save
-train_llama3_70b.main(load_config(sys.argv[3], sys.argv[4:]))
+run_main(train_llama3_70b.main, load_config(sys.argv[3], sys.argv[4:]))
 dist.destroy_process_group()
 """
 
 
 def test_of_two_ranks_one_writes_and_both_compute_the_same(run_python, tiny_config, tmp_path, read_metrics):
-    from concurrent.futures import ThreadPoolExecutor
-
-    # The two compute alone, so the simulated accelerator, which is for one process at a time, is another one for each.
+    # Each rank computes alone. A simulated accelerator is for one process at a time, so each has one of its own.
     def start(rank):
         state = str(tmp_path / f"state-{rank}")
         settings = (*SETTINGS, "run.tensorboard=true", "log.eval_every_steps=2")
@@ -172,8 +147,8 @@ def test_of_two_ranks_one_writes_and_both_compute_the_same(run_python, tiny_conf
     assert len(list((runs / "cache").glob("data-*"))) == 1
 
 
-def test_hook_and_plan_of_the_llama_script(run, tiny_config, tmp_path):
-    """As a user runs it: the lines of the hook, said before the log was open, are in its file too."""
+def test_lines_of_the_hook_are_in_the_log_file(run, tiny_config, tmp_path):
+    """As a user runs it: the lines of the hook, which come before train.log exists, are written there as well."""
     settings = (*SETTINGS, "accelerator.advanced_parallelization={}", "accelerator.workers=1")
     finished = run(sys.executable, "train_llama3_70b.py", "--config", tiny_config, *settings)
     assert finished.returncode == 0, finished.stderr

@@ -1,29 +1,32 @@
-"""Pairs of a docstring's text and its first line: which docstrings give one, and that no two of them share text."""
+"""Pairs of a docstring's text and its first line: which docstrings give one, and that no two pairs share text."""
 
 import re
 from collections import Counter
 
 import pytest
 
+from tests.helpers.tiny_runs import prepare, texts_of
 from utils.config.schema import DataSection
 from utils.config.yaml_file import load_config
-from utils.data.data_sources import read_pairs
-from utils.data.dataset import prepare_data
 from utils.data.summary_pairs import PASSAGE_WORDS, read_summary_pairs
 from utils.errors import UserError
 
 TEMPLATE = "Summarize the following:\n{prompt}\nSummary:\n"
-GIVE = ["apples", "bread", "cheese", "dates", "eggs", "figs", "grapes", "honey", "ice", "jam"]
+THINGS = ["apples", "bread", "cheese", "dates", "eggs", "figs", "grapes", "honey", "ice", "jam"]
 
 
 def body(word):
-    """A text of one sentence in which every word has the given one in it."""
-    return "It is about " + ", ".join(f"{word}{item}" for item in GIVE) + f" and not about {word}nothing at all."
+    """A sentence whose words all contain one word, so that it shares no passage with the body of another word."""
+    return "It is about " + ", ".join(f"{word}{item}" for item in THINGS) + f" and not about {word}nothing at all."
+
+
+def texts_of_records(records):
+    return [(record.fields["prompt"], record.fields["response"]) for record in records]
 
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
-    """Write the sources of a package that cannot be imported; returns a function that gives its pairs."""
+    """Write the sources of a package that cannot be imported; returns its pairs."""
     directory = tmp_path / "some_package"
     (directory / "tests").mkdir(parents=True)
     monkeypatch.syspath_prepend(tmp_path)
@@ -32,7 +35,7 @@ def package(tmp_path, monkeypatch):
         functions = "".join(f"def f{number}():\n    r'''{text}'''\n\n" for number, text in enumerate(docstrings))
         (directory / "__init__.py").write_text(f"{functions}\nraise SystemExit('imported')\n", encoding="utf-8")
         (directory / "tests" / "test_it.py").write_text(tests, encoding="utf-8")
-        return [(row["prompt"], row["response"]) for _, row in read_summary_pairs(["some_package"])]
+        return texts_of_records(read_summary_pairs(["some_package"]))
 
     return write
 
@@ -51,14 +54,14 @@ def test_modules_classes_and_functions_give_pairs(tmp_path, monkeypatch):
     (package / "__init__.py").write_text(source, encoding="utf-8")
     (package / "broken.py").write_text("def f(:", encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
-    rows = list(read_summary_pairs(["some_package"]))
-    assert [(row["prompt"], row["response"]) for _, row in rows] == [
+    records = list(read_summary_pairs(["some_package"]))
+    assert texts_of_records(records) == [
         (body("m"), "What the module is."),
         (body("c") + "\n    Indented.", "What the class is."),
         (body("f"), "Say hello to all."),
         (body("i"), "Inside of another one."),
     ]
-    assert [place.rpartition(":")[2] for place, _ in rows] == ["1", "6", "14", "19"]
+    assert [record.location.rpartition(":")[2] for record in records] == ["1", "6", "14", "19"]
 
 
 NO_PAIR = {
@@ -73,7 +76,7 @@ NO_PAIR = {
 
 
 @pytest.mark.parametrize("case", NO_PAIR)
-def test_docstrings_that_give_no_pair(package, case):
+def test_docstring_gives_no_pair_when_it_has(package, case):
     good = f"What is good is kept.\n\n{body('good')}"
     assert package(NO_PAIR[case], good) == [(body("good"), "What is good is kept.")]
 
@@ -102,7 +105,7 @@ def test_tests_are_left_out(package):
     assert package(f"Say hello to all.\n\n{body('a')}", tests=tests) == [(body("a"), "Say hello to all.")]
 
 
-def test_packages_without_pairs(package):
+def test_packages_without_pairs_are_refused(package):
     with pytest.raises(
         UserError, match=r"data\.summaries: no docstring with a summary line .* some_package: give other"
     ):
@@ -112,21 +115,24 @@ def test_packages_without_pairs(package):
 
 
 def test_standard_library_gives_a_thousand_pairs_that_share_nothing():
-    pairs = [row for _, row in read_summary_pairs(["stdlib"])]
+    pairs = texts_of_records(read_summary_pairs(["stdlib"]))
     assert len(pairs) > 1000
-    count = Counter()
-    for row in pairs:
-        texts = [re.findall(r"[^\W\d_]+", row[name].lower()) for name in ("prompt", "response")]
-        count.update({tuple(w[i : i + PASSAGE_WORDS]) for w in texts for i in range(len(w) - PASSAGE_WORDS + 1)})
-    assert len(count) > 10_000
-    assert max(count.values()) == 1
-    assert max(Counter(row["response"].lower() for row in pairs).values()) == 1
+    passages = Counter()
+    for texts in pairs:
+        word_lists = [re.findall(r"[^\W\d_]+", text.lower()) for text in texts]
+        passages.update(
+            {tuple(w[i : i + PASSAGE_WORDS]) for w in word_lists for i in range(len(w) - PASSAGE_WORDS + 1)}
+        )
+    assert len(passages) > 10_000
+    assert max(passages.values()) == 1
+    assert max(Counter(summary.lower() for _, summary in pairs).values()) == 1
 
 
 def test_template_stands_around_the_text(package):
     package(f"Say hello to all.\n\n{body('a')}")
-    (pair,) = read_pairs(DataSection(summaries=["some_package"], template=TEMPLATE))
-    assert (pair.prompt, pair.response) == (f"Summarize the following:\n{body('a')}\nSummary:\n", "Say hello to all.")
+    assert texts_of(DataSection(summaries=["some_package"], template=TEMPLATE)) == [
+        (f"Summarize the following:\n{body('a')}\nSummary:\n", "Say hello to all.")
+    ]
 
 
 def test_cache_follows_the_sources(package, tiny_config):
@@ -137,5 +143,5 @@ def test_cache_follows_the_sources(package, tiny_config):
     rows = []
     for count in (4, 5):
         package(*(f"This is about {word}.\n\n{body(word)}" for word in words[:count]))
-        rows.append(len(prepare_data(config, lambda _: None).train))
+        rows.append(len(prepare(config).train))
     assert rows == [2, 3]

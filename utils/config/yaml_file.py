@@ -1,4 +1,7 @@
-"""Reads the settings of a run from a YAML file and the command line; all problems are reported at once, with their lines."""
+"""Reads the settings of a run from a YAML file and the command line.
+
+All errors are reported at once, each with its file and line.
+"""
 
 import re
 from pathlib import Path
@@ -12,24 +15,26 @@ from moreh.options import did_you_mean
 from utils.config.schema import Config
 from utils.errors import UserError
 
-# The place of each key: ("train", "lr") -> "configs/gpt.yaml:12" or "command line".
-Places = dict[tuple[str | int, ...], str]
+# Where a key is nested: ("train", "lr") is train.lr, ("data", "files", 0) the first of data.files.
+KeyPath = tuple[str | int, ...]
+# Where each key was written: ("train", "lr") -> "configs/gpt.yaml:12" or "command line".
+Locations = dict[KeyPath, str]
 
 
 def load_config(path: str, overrides: list[str]) -> Config:
-    """The checked settings of the file, changed by overrides such as `train.lr=1e-4`.
+    """The validated settings of a file, changed by overrides such as `train.lr=1e-4`.
 
     Raises:
         UserError: with one line for each problem.
     """
-    content, places = _read_yaml(path)
-    problems = [problem for text in overrides if (problem := _apply_override(content, places, text)) is not None]
+    content, locations = _read_yaml(path)
+    problems = [problem for text in overrides if (problem := _apply_override(content, locations, text)) is not None]
     if problems:
         raise UserError(problems)
     try:
         return Config.model_validate(content)
     except ValidationError as error:
-        raise UserError(_describe_all(error.errors(), places, path)) from None
+        raise UserError(_describe_all(error.errors(), locations, path)) from None
 
 
 def save_config(config: Config, path: Path) -> None:
@@ -38,11 +43,11 @@ def save_config(config: Config, path: Path) -> None:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-4 is a number, as in YAML 1.2 (PyYAML follows 1.1, where it is a text)."""
+    """Loads 1e-4 as a number, as YAML 1.2 does. PyYAML follows YAML 1.1, where it is text."""
 
 
 class _Dumper(yaml.SafeDumper):
-    """Puts quotes around texts that this loader would read as numbers."""
+    """Quotes text that `_Loader` would read as a number."""
 
 
 for _class in (_Loader, _Dumper):
@@ -53,7 +58,12 @@ for _class in (_Loader, _Dumper):
     )
 
 
-def _read_yaml(path: str) -> tuple[dict[str, Any], Places]:
+def _read_yaml(path: str) -> tuple[dict[str, Any], Locations]:
+    """The content of a file, and the line of each key.
+
+    Raises:
+        UserError: the file cannot be read, is not YAML, has no sections, or has a key twice.
+    """
     try:
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -63,8 +73,8 @@ def _read_yaml(path: str) -> tuple[dict[str, Any], Places]:
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
-        places: Places = {}
-        problems = [] if node is None else _record_places(node, (), path, places)
+        locations: Locations = {}
+        problems = [] if node is None else _record_locations(node, (), path, locations)
         content = None if node is None or problems else loader.construct_document(node)
     except yaml.MarkedYAMLError as error:
         line = "" if error.problem_mark is None else f":{error.problem_mark.line + 1}"
@@ -77,11 +87,11 @@ def _read_yaml(path: str) -> tuple[dict[str, Any], Places]:
         raise UserError(problems)
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected sections such as 'train:' with keys, found {_shown(content)}")
-    return content, places
+    return content, locations
 
 
-def _record_places(node: yaml.Node, key: tuple[str | int, ...], path: str, places: Places) -> list[str]:
-    """Note the line of every key below `node`; returns a problem for each key that is written twice."""
+def _record_locations(node: yaml.Node, parent: KeyPath, path: str, locations: Locations) -> list[str]:
+    """Record the line of each key below `node`; returns a problem for each key that is written twice or is no word."""
     problems = []
     if isinstance(node, yaml.MappingNode):
         seen: dict[str, int] = {}
@@ -90,23 +100,23 @@ def _record_places(node: yaml.Node, key: tuple[str | int, ...], path: str, place
                 problems.append(f"{path}:{key_node.start_mark.line + 1}: a key must be a word, not a list or a mapping")
                 continue
             name, line = key_node.value, key_node.start_mark.line + 1
+            key_path = (*parent, name)
             if name in seen:
-                dotted = ".".join(map(str, (*key, name)))
+                dotted = ".".join(map(str, key_path))
                 problems.append(f"{path}:{line}: {dotted}: this key is already given in line {seen[name]}")
             seen[name] = line
-            below = (*key, name)
-            places[below] = f"{path}:{line}"
-            problems += _record_places(value_node, below, path, places)
+            locations[key_path] = f"{path}:{line}"
+            problems += _record_locations(value_node, key_path, path, locations)
     elif isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
-            element = (*key, index)
-            places[element] = f"{path}:{item.start_mark.line + 1}"
-            problems += _record_places(item, element, path, places)
+            item_path = (*parent, index)
+            locations[item_path] = f"{path}:{item.start_mark.line + 1}"
+            problems += _record_locations(item, item_path, path, locations)
     return problems
 
 
-def _apply_override(content: dict[str, Any], places: Places, text: str) -> str | None:
-    """Set one `section.key=value` in `content`; returns the problem if it cannot be done."""
+def _apply_override(content: dict[str, Any], locations: Locations, text: str) -> str | None:
+    """Set one `section.key=value` in `content`; returns the problem if that is not possible."""
     dotted, equals, value_text = text.partition("=")
     keys = dotted.split(".")
     if not equals or not all(keys):
@@ -123,63 +133,65 @@ def _apply_override(content: dict[str, Any], places: Places, text: str) -> str |
         if not isinstance(section, dict):
             return f"command line: {dotted}: {'.'.join(keys[:depth])} is {_shown(section)}, not a section with keys"
     section[keys[-1]] = value
-    for place in [known for known in places if known[: len(keys)] == tuple(keys)]:
-        del places[place]  # what stood below the key in the file is replaced as a whole
-    places[tuple(keys)] = "command line"
+    # The value replaces all that the file has below the key.
+    for replaced in [key_path for key_path in locations if key_path[: len(keys)] == tuple(keys)]:
+        del locations[replaced]
+    locations[tuple(keys)] = "command line"
     return None
 
 
-def _describe_all(errors: list[ErrorDetails], places: Places, path: str) -> list[str]:
-    """One line for each problem: place, key, what was given and what is allowed."""
-    by_location: dict[tuple[str | int, ...], list[ErrorDetails]] = {}
+def _describe_all(errors: list[ErrorDetails], locations: Locations, path: str) -> list[str]:
+    """One line for each wrong key: where it is written, its name, its value and what is allowed."""
+    errors_of: dict[KeyPath, list[ErrorDetails]] = {}
     for details in errors:
         *sections, last = details["loc"] or ("",)
-        location = tuple(part for part in sections if not _is_union_branch(part))
+        key_path = tuple(part for part in sections if not _is_union_branch(part))
         if last != "" and (details["type"] == "extra_forbidden" or not _is_union_branch(last)):
-            location = (*location, last)
-        if details["type"] == "problem_of_key":
-            location = (*location, details["ctx"]["key"])
-        by_location.setdefault(location, []).append(details)
+            key_path = (*key_path, last)
+        if details["type"] == "key_error":
+            key_path = (*key_path, details["ctx"]["key"])
+        errors_of.setdefault(key_path, []).append(details)
     problems = []
-    for location, same_place in by_location.items():
-        place = next((places[location[:n]] for n in range(len(location), 0, -1) if location[:n] in places), path)
-        dotted = ".".join(map(str, location))
-        problems.append(f"{place}: {dotted}: " if dotted else f"{place}: ")
-        problems[-1] += _describe(same_place, location)
+    for key_path, errors_of_key in errors_of.items():
+        # A key that is missing has no line: then the section's is given.
+        known = next((key_path[:n] for n in range(len(key_path), 0, -1) if key_path[:n] in locations), None)
+        prefix = [path if known is None else locations[known], ".".join(map(str, key_path))]
+        problems.append(": ".join([*filter(None, prefix), _describe(errors_of_key, key_path)]))
     return problems
 
 
-def _describe(same_place: list[ErrorDetails], location: tuple[str | int, ...]) -> str:
-    """What is wrong with one key. Several errors are the branches of a union, none of which fits."""
-    first = same_place[0]
+def _describe(errors: list[ErrorDetails], key_path: KeyPath) -> str:
+    """What is wrong with one key. A key with a union type has an error for each branch of the union."""
+    first = errors[0]
     if first["type"] == "extra_forbidden":
-        allowed = _keys_of(location[:-1])
-        return f"unknown key{did_you_mean(str(location[-1]), allowed) or '.'} Allowed here: {', '.join(allowed)}"
+        allowed = _keys_of(key_path[:-1])
+        return f"unknown key{did_you_mean(str(key_path[-1]), allowed) or '.'} Allowed here: {', '.join(allowed)}"
     if first["type"] == "missing":
         return "this key is missing"
     if first["type"] == "value_error":
         return str(first["ctx"]["error"])
-    if first["type"] == "problem_of_key":
+    if first["type"] == "key_error":
         return first["msg"]
-    messages = [details["msg"][0].lower() + details["msg"][1:] for details in same_place]
+    messages = [details["msg"][0].lower() + details["msg"][1:] for details in errors]
     return f"{_shown(first['input'])} is not allowed: {', or '.join(messages)}"
 
 
 def _is_union_branch(part: str | int) -> bool:
-    """pydantic names the branch of a union, such as `constrained-int` or `literal['auto']`, as if it were a key."""
+    """Whether a part of pydantic's location is no key but a branch of a union: `constrained-int`, `literal['auto']`."""
     return isinstance(part, str) and (part in {"constrained-int", "int", "bool"} or "[" in part)
 
 
-def _keys_of(location: tuple[str | int, ...]) -> list[str]:
-    """The keys that the section at this location allows."""
+def _keys_of(key_path: KeyPath) -> list[str]:
+    """The keys that a section allows."""
     section: type[BaseModel] = Config
-    for part in location:
-        annotation: Any = section.model_fields[str(part)].annotation
+    for key in key_path:
+        annotation: Any = section.model_fields[str(key)].annotation
         branches = [annotation, *getattr(annotation, "__args__", ())]
-        section = next(b for b in branches if isinstance(b, type) and issubclass(b, BaseModel))
+        section = next(branch for branch in branches if isinstance(branch, type) and issubclass(branch, BaseModel))
     return list(section.model_fields)
 
 
 def _shown(value: Any) -> str:
+    """A value as an error shows it, shortened where it is long."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

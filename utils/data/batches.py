@@ -1,91 +1,103 @@
-"""Batches of padded rows, and how many of them make an optimizer step."""
+"""Padded batches of rows, and how many of them make an optimizer step."""
 
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-import datasets
 import torch
 from torch.utils.data import DataLoader, Sampler
 
 from utils.config.schema import Config
-from utils.data.masks import IGNORED, mask_prompts
+from utils.data.dataset import RunData
+from utils.data.labels import IGNORED
 from utils.errors import UserError
 
-# input_ids and attention_mask [batch, sequence] int64, prompt_lengths [batch] int64, places: the rows in the source.
+# input_ids, attention_mask and labels: [batch, sequence] int64. locations: where each row was read.
 Batch = dict[str, Any]
 
 
 class ShuffledBatches(Sampler[list[int]]):
-    """The rows of each batch, shuffled anew for each epoch in an order that only the seed and the epoch decide.
+    """The rows of each batch, in an order that only the seed and the epoch decide.
 
-    So a training that is resumed goes on with the batch after its last one.
+    So a resumed training continues with the batch after its last one.
     """
 
-    def __init__(self, rows: int, batch_size: int, seed: int) -> None:
-        self._rows, self._batch_size, self._seed = rows, batch_size, seed
+    def __init__(self, num_rows: int, batch_size: int, seed: int) -> None:
+        self._num_rows, self._batch_size, self._seed = num_rows, batch_size, seed
         self._epoch = self._first_batch = 0
 
     def start_at(self, batch: int) -> None:
-        """Let the next pass begin with this batch, counted from the beginning of the training."""
+        """Begin the next pass with this batch, counted from the beginning of the training."""
         self._epoch, self._first_batch = divmod(batch, len(self))
 
     def __len__(self) -> int:
-        return self._rows // self._batch_size
+        return self._num_rows // self._batch_size
 
     def __iter__(self) -> Iterator[list[int]]:
         generator = torch.Generator().manual_seed(self._seed)
         for _ in range(self._epoch + 1):
-            order = torch.randperm(self._rows, generator=generator).tolist()
+            order = torch.randperm(self._num_rows, generator=generator).tolist()
         first, self._first_batch = self._first_batch, 0
         self._epoch += 1
         for batch in range(first, len(self)):
             yield order[batch * self._batch_size : (batch + 1) * self._batch_size]
 
 
-def training_loader(rows: datasets.Dataset, tokenizer: Any, config: Config) -> DataLoader[Batch]:
-    """Shuffled batches of `train.batch_size` rows; what is left over at the end of an epoch is not used in it.
+def training_loader(data: RunData, config: Config) -> DataLoader[Batch]:
+    """Shuffled batches of `train.batch_size` training rows; those left over at the end of an epoch are not used in it.
 
     Raises:
         UserError: there are fewer rows than one batch takes.
     """
-    if len(rows) < config.train.batch_size:
-        raise UserError(f"train.batch_size: a batch takes {config.train.batch_size} rows, but there are {len(rows)}")
+    num_rows, batch_size = len(data.train), config.train.batch_size
+    if num_rows < batch_size:
+        raise UserError(f"train.batch_size: a batch takes {batch_size} rows, but there are {num_rows}")
     return DataLoader(
-        rows,
-        batch_sampler=ShuffledBatches(len(rows), config.train.batch_size, config.train.seed),
-        collate_fn=partial(collate_padded, tokenizer=tokenizer, length=config.data.max_length),
+        data.train,
+        batch_sampler=ShuffledBatches(num_rows, batch_size, config.train.seed),
         num_workers=config.train.loader_workers,
-        generator=torch.Generator(),  # every pass over a loader draws a number, which must not come from the script's
-        pin_memory=True,
+        **_loader_options(data, config),
     )
 
 
-def evaluation_loader(rows: datasets.Dataset, tokenizer: Any, config: Config) -> DataLoader[Batch]:
-    """All held-out rows in their order."""
-    return DataLoader(
-        rows,
-        batch_size=config.log.eval_batch_size or config.train.batch_size,
-        collate_fn=partial(collate_padded, tokenizer=tokenizer, length=config.data.max_length),
-        # Every pass over a loader draws a number, which must not come from the generator that training draws from.
-        generator=torch.Generator(),
-        pin_memory=True,
-    )
+def evaluation_loader(data: RunData, config: Config) -> DataLoader[Batch]:
+    """Batches of all held-out rows in their order."""
+    batch_size = config.log.eval_batch_size or config.train.batch_size
+    return DataLoader(data.evaluation, batch_size=batch_size, **_loader_options(data, config))
 
 
-def collate_padded(rows: list[dict[str, Any]], tokenizer: Any, length: int) -> Batch:
-    """A batch of rows, each padded to `length` on the right: positions then count from the first token of the text."""
-    input_ids = torch.full((len(rows), length), tokenizer.pad_token_id)
+def _loader_options(data: RunData, config: Config) -> dict[str, Any]:
+    return {
+        "collate_fn": partial(collate_padded, pad_id=data.tokenizer.pad_token_id, max_length=config.data.max_length),
+        # Each pass over a loader draws a number; it must not come from the generator that the training draws from.
+        "generator": torch.Generator(),
+        "pin_memory": True,
+    }
+
+
+def collate_padded(rows: list[dict[str, Any]], pad_id: int, max_length: int) -> Batch:
+    """A batch of rows, each padded to `max_length` on the right, so that positions count from the first token.
+
+    With pad token P, and -100 for what is not learned:
+
+        input_ids       a b P c P P P    attention_mask  1 1 1 1 0 0 0    labels  -100 b P c -100 -100 -100
+
+    Masks come from the lengths of the rows. The ids could not tell padding from a pad token in the text; where the pad
+    token also ends the text, the model would not learn to stop.
+    """
+    input_ids = torch.full((len(rows), max_length), pad_id)
     attention_mask = torch.zeros_like(input_ids)
-    for padded, mask, row in zip(input_ids, attention_mask, rows, strict=True):
-        text = torch.tensor(row["input_ids"])
-        padded[: len(text)] = text
-        mask[: len(text)] = 1
+    labels = torch.full_like(input_ids, IGNORED)
+    for index, row in enumerate(rows):
+        length = len(row["input_ids"])
+        input_ids[index, :length] = torch.tensor(row["input_ids"])
+        attention_mask[index, :length] = 1
+        labels[index, :length] = torch.tensor(row["labels"])
     return {
         "input_ids": input_ids,
         "attention_mask": attention_mask,
-        "prompt_lengths": torch.tensor([row["prompt_length"] for row in rows]),
-        "places": [row["place"] for row in rows],
+        "labels": labels,
+        "locations": [row["location"] for row in rows],
     }
 
 
@@ -105,32 +117,26 @@ def total_steps(loader: DataLoader[Batch], config: Config) -> int:
             f"{config.train.gradient_accumulation} batches of one step (train.gradient_accumulation)"
         )
     if config.train.warmup_steps > steps:
-        raise UserError(f"train.warmup_steps is {config.train.warmup_steps} but train.epochs makes only {steps} steps")
+        raise UserError(f"train.warmup_steps is {config.train.warmup_steps}, but train.epochs makes only {steps} steps")
     return steps
 
 
-def iter_steps(loader: DataLoader[Batch], batches_per_step: int, steps: int, done: int = 0) -> Iterator[list[Batch]]:
-    """For each step after the first `done` the batches whose gradients it sums, going through the data as often as it takes."""
+def iter_steps(
+    loader: DataLoader[Batch], batches_per_step: int, steps: int, start_step: int = 0
+) -> Iterator[tuple[int, list[Batch]]]:
+    """The number of each step after `start_step`, from 1, and the batches whose gradients it sums.
+
+    The loader is gone through as often as it takes.
+    """
     assert isinstance(loader.batch_sampler, ShuffledBatches)
-    loader.batch_sampler.start_at(done * batches_per_step)
+    loader.batch_sampler.start_at(start_step * batches_per_step)
     batches = iter(loader)
-    for _ in range(done, steps):
-        step: list[Batch] = []
-        while len(step) < batches_per_step:
+    for step in range(start_step + 1, steps + 1):
+        batches_of_step: list[Batch] = []
+        while len(batches_of_step) < batches_per_step:
             batch = next(batches, None)
             if batch is None:
                 batches = iter(loader)
             else:
-                step.append(batch)
-        yield step
-
-
-def make_labels(batch: Batch, loss_on: str) -> torch.Tensor:
-    """The labels `[batch, sequence]` of a batch: its ids, without padding and, for `response`, without the prompts.
-
-    They come from the rows' true lengths, which `mask_pads` can only tell from ids.
-    """
-    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED)
-    if loss_on == "response":
-        labels = mask_prompts(labels, batch["attention_mask"], batch["prompt_lengths"])
-    return labels
+                batches_of_step.append(batch)
+        yield step, batches_of_step

@@ -1,4 +1,4 @@
-"""Directories of the cache: each made once, by one process, and complete or not there at all."""
+"""Directories of the cache: each is made once, by one process, and is complete or absent."""
 
 import shutil
 import tempfile
@@ -10,27 +10,28 @@ from filelock import FileLock, Timeout
 from utils.errors import UserError
 
 
-def make_once(directory: Path, write: Callable[[Path], None], say: Callable[[str], None]) -> None:
-    """Make a directory with `write`, which gets an empty one to fill, unless it is there already.
+def make_once(directory: Path, write: Callable[[Path], None], info: Callable[[str], None]) -> None:
+    """Make a directory with `write`, which fills an empty one, unless it exists.
 
-    Of several processes that want the same one, such as the workers of a run, the first makes it and the others wait.
+    Of several processes that want the same directory, such as the workers of a run, the first one makes it and the
+    others wait; `info` gets a line about the waiting.
 
     Raises:
-        UserError: the directory above it cannot be used.
+        UserError: the parent directory cannot be used.
     """
     if directory.exists():
         return
-    # The system takes the lock back from a process that ends, however it ends.
+    # The operating system releases the lock of a process that ends, however it ends.
     lock = FileLock(directory.with_name(f".{directory.name}.lock"))
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            say(f"Another process is making {directory}: waiting for it.")
+            info(f"Another process is making {directory}: waiting for it.")
             lock.acquire()
     except OSError as error:
-        raise _unusable(directory.parent, error) from error
+        raise _cache_error(directory.parent, error) from error
     try:
         if not directory.exists():
             write_atomically(directory, write)
@@ -39,22 +40,22 @@ def make_once(directory: Path, write: Callable[[Path], None], say: Callable[[str
 
 
 def write_atomically(directory: Path, write: Callable[[Path], None]) -> None:
-    """Make a directory complete or not at all, also when two runs make it at once."""
+    """Make a directory that is complete or absent, even if two runs make it at the same time."""
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=directory.name + ".", dir=directory.parent))
         temporary.chmod(0o755)  # a cache may be shared
     except OSError as error:
-        raise _unusable(directory.parent, error) from error
+        raise _cache_error(directory.parent, error) from error
     try:
         write(temporary)
         temporary.rename(directory)
     except OSError:
-        if not directory.exists():  # else another run was faster, with the same content
+        if not directory.exists():  # otherwise another run was faster, with the same content
             raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _unusable(cache: Path, error: OSError) -> UserError:
+def _cache_error(cache: Path, error: OSError) -> UserError:
     return UserError(f"run.cache_directory: {cache} cannot be used: {error.strerror}")

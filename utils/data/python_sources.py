@@ -1,4 +1,4 @@
-"""Python sources of installed packages, found and parsed without importing them."""
+"""Finds and parses the Python sources of installed packages, without importing them."""
 
 import ast
 import importlib.util
@@ -9,11 +9,20 @@ from pathlib import Path
 from utils.errors import UserError
 
 STANDARD_LIBRARY = "stdlib"
-_LEFT_OUT = {"test", "tests", "testing", "idle_test", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
+_EXCLUDED_DIRECTORIES = {
+    "test",
+    "tests",
+    "testing",
+    "idle_test",
+    "lib2to3",
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
+}
 
 
 def source_files(packages: list[str], key: str) -> list[Path]:
-    """The Python files of some packages, tests left out; `key` is the setting that names them.
+    """The Python files of some packages without their tests; `key` is the setting that names the packages.
 
     Raises:
         UserError: a package is not installed.
@@ -21,7 +30,11 @@ def source_files(packages: list[str], key: str) -> list[Path]:
     files = []
     for package in packages:
         directory = _source_directory(package, key)
-        files += [p for p in sorted(directory.rglob("*.py")) if _LEFT_OUT.isdisjoint(p.relative_to(directory).parts)]
+        files += [
+            path
+            for path in sorted(directory.rglob("*.py"))
+            if _EXCLUDED_DIRECTORIES.isdisjoint(path.relative_to(directory).parts)
+        ]
     return files
 
 
@@ -41,11 +54,11 @@ def _source_directory(package: str, key: str) -> Path:
 
 
 def parse_source(path: Path) -> tuple[str, ast.Module] | None:
-    """The text of a file and its syntax tree; None where it cannot be read or is no Python."""
+    """The text and the syntax tree of a file; None where it cannot be read or is not Python."""
     try:
         source = path.read_text(encoding="utf-8")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of invalid escapes in other people's sources
+            warnings.simplefilter("ignore")  # invalid escape sequences in other people's sources
             return source, ast.parse(source)
     except (SyntaxError, ValueError, OSError):
         return None

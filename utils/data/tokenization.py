@@ -1,6 +1,6 @@
-"""Token ids of the pairs: a tokenizer trained on them or a given one, and the border between prompt and response."""
+"""Token ids of the pairs, with a tokenizer that is trained on them or a given one."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,19 +9,29 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from utils.config.schema import DataSection
-from utils.data.data_sources import Pair
+from utils.data.labels import IGNORED
+from utils.data.records import Pair
 
 END_OF_TEXT = "<|endoftext|>"
-_PAIRS_AT_ONCE = 512
+_PAIRS_PER_CALL = 512
+
+# A training script's function: token ids and labels of a row, from the ids of prompt and response, the id of the
+# end-of-text token and `data.loss_on`.
+MakeExample = Callable[[list[int], list[int], int, str], tuple[list[int], list[int]]]
 
 
 @dataclass(frozen=True)
 class Row:
-    """A tokenized pair: ids of prompt, response and end of text; the first `prompt_length` of them are the prompt's."""
+    """A tokenized pair."""
 
-    place: str
+    location: str
+    """Where its record was read."""
     input_ids: list[int]
+    """Token ids of prompt, response and end of text."""
+    labels: list[int]
+    """A label for each token: its id, or -100 where none is learned."""
     prompt_length: int
+    """The number of tokens of the prompt, with which a sample begins."""
 
 
 @dataclass(frozen=True)
@@ -29,9 +39,13 @@ class RowCounts:
     """What became of the pairs."""
 
     kept: int = 0
+    """Rows to train on or to evaluate."""
     truncated: int = 0
+    """How many of them lost their end."""
     dropped_too_long: int = 0
+    """Pairs dropped for their length."""
     dropped_without_label: int = 0
+    """Pairs dropped because all their labels were cut off: they would count as a loss of 0."""
 
     def __str__(self) -> str:
         return (
@@ -57,67 +71,68 @@ def train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> PreTrainedTok
     )
 
 
-def encode_pairs(pairs: list[Pair], tokenizer: Any, data: DataSection) -> tuple[list[Row], RowCounts]:
-    """Tokenize pairs and cut or drop the long ones; pairs that are left without a label are dropped.
+def encode_pairs(
+    pairs: list[Pair], tokenizer: Any, data: DataSection, make_example: MakeExample
+) -> tuple[list[Row], RowCounts]:
+    """Tokenize pairs, and truncate or drop the long ones; pairs that are left without a label are dropped.
 
-    Prompt and response are tokenized apart, so no token spans their border and generation, which sees the prompt alone,
-    sees the same ids. In a response the end-of-text token's name is text like any other.
+    Prompt and response are tokenized separately. So no token spans their border, and generation, which sees the prompt
+    alone, sees the same ids.
     """
     rows = []
     truncated = too_long = without_label = 0
-    starts = range(0, len(pairs), _PAIRS_AT_ONCE)
-    for start in tqdm(starts, desc="tokenizing", unit_scale=_PAIRS_AT_ONCE, unit=" pairs", disable=None):
-        some = pairs[start : start + _PAIRS_AT_ONCE]
-        prompts = encode_prompts([pair.prompt for pair in some], tokenizer)
-        responses = _encode_continuations([pair.response for pair in some], tokenizer)
-        for pair, prompt, response in zip(some, prompts, responses, strict=True):
-            whole = [*prompt, *response, tokenizer.eos_token_id]
-            if len(whole) > data.max_length and data.too_long == "drop":
+    chunks = range(0, len(pairs), _PAIRS_PER_CALL)
+    for start in tqdm(chunks, desc="tokenizing", unit_scale=_PAIRS_PER_CALL, unit=" pairs", disable=None):
+        chunk = pairs[start : start + _PAIRS_PER_CALL]
+        prompts = encode_prompts([pair.prompt for pair in chunk], tokenizer)
+        responses = _encode_responses([pair.response for pair in chunk], tokenizer)
+        for pair, prompt, response in zip(chunk, prompts, responses, strict=True):
+            input_ids, labels = make_example(prompt, response, tokenizer.eos_token_id, data.loss_on)
+            is_too_long = len(input_ids) > data.max_length
+            if is_too_long and data.too_long == "drop":
                 too_long += 1
                 continue
-            ids = whole[: data.max_length]
-            first_label = max(len(prompt) if data.loss_on == "response" else 0, 1)
-            if first_label >= len(ids):
+            input_ids, labels = input_ids[: data.max_length], labels[: data.max_length]
+            if all(label == IGNORED for label in labels[1:]):  # nothing predicts the first token
                 without_label += 1
                 continue
-            truncated += len(ids) < len(whole)
-            rows.append(Row(pair.place, ids, len(prompt)))
+            truncated += is_too_long
+            rows.append(Row(pair.location, input_ids, labels, len(prompt)))
     return rows, RowCounts(len(rows), truncated, too_long, without_label)
 
 
-def _encode_continuations(texts: list[str], tokenizer: Any) -> list[list[int]]:
-    """Ids of texts that go on where another one ended.
+def _encode_responses(texts: list[str], tokenizer: Any) -> list[list[int]]:
+    """Token ids of texts that continue another text. The name of a special token in them is text like any other.
 
-    Some tokenizers, such as Llama 2's, put a space before whatever they are given. They are given one more character, with
-    which a text does not merge, and its ids are taken off again.
+    Some tokenizers, such as Llama 2's, put a space before each text. With them a text is encoded after a character that
+    it does not merge with, and the ids of that character are removed.
     """
 
-    def encode(some: list[str]) -> list[list[int]]:
-        ids: list[list[int]] = tokenizer(some, add_special_tokens=False, split_special_tokens=True, verbose=False)[
-            "input_ids"
-        ]
+    def encode(batch: list[str]) -> list[list[int]]:
+        encoded = tokenizer(batch, add_special_tokens=False, split_special_tokens=True, verbose=False)
+        ids: list[list[int]] = encoded["input_ids"]
         return ids
 
-    plain = encode(texts)
+    ids_of_texts = encode(texts)
     if all(encode([first])[0] + encode(["a"])[0] == encode([first + "a"])[0] for first in ("\n", "~")):
-        return plain
-    for before in ("\t", "\n", "~"):
-        (ids_before,) = encode([before])
-        for index, both in enumerate(encode([before + text for text in texts])):
-            if both[: len(ids_before)] == ids_before:
-                plain[index] = both[len(ids_before) :]
-    return plain
+        return ids_of_texts
+    for separator in ("\t", "\n", "~"):
+        (separator_ids,) = encode([separator])
+        for index, ids in enumerate(encode([separator + text for text in texts])):
+            if ids[: len(separator_ids)] == separator_ids:
+                ids_of_texts[index] = ids[len(separator_ids) :]
+    return ids_of_texts
 
 
 def encode_prompts(prompts: list[str], tokenizer: Any) -> list[list[int]]:
-    """Ids of prompts as the model expects a text to begin; an end-of-text token that a tokenizer adds is taken off.
+    """Token ids of prompts, with what the model expects before a text; an end-of-text token after them is removed.
 
-    An empty prompt is the token that begins a text, so that the first token of the response has something before it.
+    An empty prompt becomes the token that begins a text, so that the first token of the response has a predecessor.
     """
     encoded = tokenizer(prompts, verbose=False)["input_ids"]
-    ends = [
+    has_end = [
         bool(ids) and ids[-1] == tokenizer.eos_token_id and not prompt.endswith(tokenizer.eos_token)
         for ids, prompt in zip(encoded, prompts, strict=True)
     ]
     begin = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    return [(ids[:-1] if end else ids) or [begin] for ids, end in zip(encoded, ends, strict=True)]
+    return [(ids[:-1] if end else ids) or [begin] for ids, end in zip(encoded, has_end, strict=True)]

@@ -1,1 +1,1 @@
-"""logging."""
+"""What a run reports: lines on the console and in train.log, metrics.jsonl, TensorBoard, the loss curves."""

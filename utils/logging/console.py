@@ -1,4 +1,4 @@
-"""The lines of a run, its own and those of moreh: on the console at once, and in a file as soon as there is one."""
+"""The log lines of a run, its own and those of moreh: on the console at once, and in train.log as soon as it exists."""
 
 import contextlib
 import logging
@@ -14,14 +14,14 @@ from moreh.log import logger as moreh_logger
 train_logger = logging.getLogger("train")
 
 
-class KeptLines(logging.handlers.MemoryHandler):
-    """Keeps the lines until there is a file for them."""
+class LogFileHandler(logging.handlers.MemoryHandler):
+    """Keeps log lines in memory until the file of the run exists, and writes them there from then on."""
 
     def __init__(self) -> None:
         super().__init__(capacity=sys.maxsize, flushLevel=logging.CRITICAL + 1, flushOnClose=False)
 
-    def write_to(self, path: Path) -> None:
-        """Write what was kept, and all that follows, to this file.
+    def open(self, path: Path) -> None:
+        """Write the lines that were kept, and all that follow, to this file.
 
         Raises:
             OSError: it cannot be made.
@@ -29,7 +29,7 @@ class KeptLines(logging.handlers.MemoryHandler):
         file = logging.FileHandler(path, encoding="utf-8", errors="replace")
         file.setFormatter(_FileFormatter())
         self.setTarget(file)
-        self.flushLevel = logging.NOTSET  # what was kept goes out with the next line
+        self.flushLevel = logging.NOTSET  # the next line is written with those that were kept
 
     def end(self) -> None:
         """Take no more lines, and close the file."""
@@ -41,15 +41,9 @@ class KeptLines(logging.handlers.MemoryHandler):
         self.close()
 
 
-def keep_lines() -> KeptLines:
-    """Show all lines on the console from now on, and keep them for the file of the run.
-
-    If that is done already, by a script that has started the accelerator before its log was open, nothing changes.
-    """
-    kept = next((handler for handler in train_logger.handlers if isinstance(handler, KeptLines)), None)
-    if kept is not None:
-        return kept
-    kept = KeptLines()
+def set_up_loggers() -> LogFileHandler:
+    """Show the lines of the run and of moreh on the console from now on; returns the handler of their file."""
+    log_file = LogFileHandler()
     train_logger.setLevel(logging.INFO)
     train_logger.propagate = False
     set_up_logger()
@@ -58,16 +52,16 @@ def keep_lines() -> KeptLines:
         console.setFormatter(formatter)
         logger.handlers.clear()
         logger.addHandler(console)
-        logger.addHandler(kept)
-    return kept
+        logger.addHandler(log_file)
+    return log_file
 
 
 class _ConsoleHandler(logging.Handler):
-    """Writes lines to standard output; where a progress bar is on the screen, above it."""
+    """Writes lines to standard output, above a progress bar that is on the screen."""
 
     def emit(self, record: logging.LogRecord) -> None:
         text = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in self.format(record))
-        # A reader that is gone is no reason to end the training: train.log goes on.
+        # A closed pipe, as after `| head`, does not end the training: train.log goes on.
         with contextlib.suppress(BrokenPipeError, AttributeError):
             encoding = sys.stdout.encoding
             tqdm.write(text.encode(encoding, "replace").decode(encoding), file=sys.stdout)
@@ -75,7 +69,7 @@ class _ConsoleHandler(logging.Handler):
 
 
 class _FileFormatter(logging.Formatter):
-    """Lines with the time, and moreh's with their level, as on the console."""
+    """Formats lines with their time, and those of moreh with their level, as on the console."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(message)s")

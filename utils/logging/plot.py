@@ -1,14 +1,14 @@
-"""The picture of the loss curves."""
+"""Draws the loss curves of a run."""
 
 import json
 from pathlib import Path
 
 
 def draw_losses(metrics: Path, picture: Path) -> Path:
-    """Draw training and held-out loss over the steps of a metrics.jsonl file into a PNG; returns its path."""
+    """Draw the training and held-out losses of a metrics.jsonl file over the steps, as a PNG; returns its path."""
     import matplotlib
 
-    matplotlib.use("Agg")  # no screen
+    matplotlib.use("Agg")  # needs no screen
     from matplotlib import pyplot
 
     lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]

@@ -1,4 +1,4 @@
-"""What a run leaves behind while it goes on: the console and train.log, metrics.jsonl, TensorBoard, the loss curves."""
+"""The files that a run writes: train.log, metrics.jsonl, config.yaml, TensorBoard events, loss.png."""
 
 import importlib.util
 import json
@@ -9,8 +9,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-import datasets
-import transformers
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 from typing_extensions import Self
@@ -18,8 +16,8 @@ from typing_extensions import Self
 from utils.config.schema import Config
 from utils.config.yaml_file import save_config
 from utils.errors import UserError
-from utils.logging.console import keep_lines, train_logger
-from utils.training.workers import rank
+from utils.logging.console import set_up_loggers, train_logger
+from utils.workers import rank
 
 METRIC_KEYS = (
     "step",
@@ -37,34 +35,58 @@ METRIC_KEYS = (
 class RunLog:
     """The files of one run in its directory `<run.directory>/<run.name>/`; an earlier run of that name is kept as `.1`.
 
-    Nothing is written before `begin`, so a start that fails leaves an earlier run where it is, unless it fails at the first
-    batch, as for want of a plan (`--plan-only` tells before). Of several workers only the first one writes: in the others
-    `is_writer` is false, and all methods do nothing.
+    Nothing is written before `start`, so a start that fails leaves an earlier run alone. (One that fails at the first
+    batch, for example because no plan fits, does not; `--plan-only` tells before.) With several workers only rank 0
+    writes: on the other ranks all methods do nothing.
     """
 
     def __init__(self, config: Config) -> None:
         self.directory = Path(config.run.directory) / config.run.name
-        self.is_writer = rank() == 0
+        """The directory of the run."""
         self._config = config
         self._metrics: TextIO | None = None
         self._bar: tqdm[Any] | None = None
         self._tensorboard: Any = None
-        self._lines = keep_lines()
+        self._log_file = set_up_loggers()
         self._lock = FileLock(self.directory.with_name(f".{config.run.name}.lock"), timeout=0)
-        if not sys.stderr.isatty():  # their bars do not look by themselves
-            datasets.disable_progress_bars()
-            transformers.utils.logging.disable_progress_bar()
+        if not sys.stderr.isatty():
+            _disable_progress_bars()
         if config.run.tensorboard:
             _require_tensorboard()
 
-    def begin(self) -> None:
-        """Make the directory of the run and write there from now on; to be called when everything is ready to train.
+    @property
+    def is_writer(self) -> bool:
+        """Whether this process is the one that writes the files of the run."""
+        return rank() == 0
+
+    def start(self) -> None:
+        """Make the directory of the run and write there from now on; to be called when all is ready to train.
 
         Raises:
             UserError: it cannot be made, or another run of the same name is writing it.
         """
         if self.is_writer:
             self._open(lambda: _make_directory(self.directory))
+
+    def resume(self, step: int) -> None:
+        """Continue the files of the run after a step, or start them if there are none.
+
+        Raises:
+            UserError: as `start`, or metrics.jsonl is damaged.
+        """
+        if not self.is_writer or not self.directory.exists():
+            self.start()
+            return
+        # The steps after the checkpoint are repeated.
+        metrics = self.directory / "metrics.jsonl"
+        lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True) if metrics.exists() else []
+        try:
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(
+                f"{metrics} has a line that no step has written: delete the file, or choose another run.name"
+            ) from None
+        self._open(lambda: metrics.write_text("".join(kept), encoding="utf-8"))
 
     def _open(self, prepare: Callable[[], object]) -> None:
         try:
@@ -73,7 +95,7 @@ class RunLog:
             prepare()
             save_config(self._config, self.directory / "config.yaml")
             self._metrics = (self.directory / "metrics.jsonl").open("a", encoding="utf-8")
-            self._lines.write_to(self.directory / "train.log")
+            self._log_file.open(self.directory / "train.log")
         except Timeout:
             raise UserError(f"run.name: another run is writing {self.directory}: choose another run.name") from None
         except OSError as error:
@@ -82,26 +104,6 @@ class RunLog:
             from torch.utils.tensorboard import SummaryWriter
 
             self._tensorboard = SummaryWriter(str(self.directory / "tensorboard"))
-
-    def resume(self, done: int) -> None:
-        """Write on in the directory of the run after so many steps, or make one if there is none.
-
-        Raises:
-            UserError: as `begin`.
-        """
-        if not self.is_writer or not self.directory.exists():
-            self.begin()
-            return
-        # What came after the checkpoint is done again.
-        metrics = self.directory / "metrics.jsonl"
-        lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True) if metrics.exists() else []
-        try:
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= done]
-        except (ValueError, KeyError, TypeError):
-            raise UserError(
-                f"{metrics} has a line that no step has written: delete it, or give the run another name"
-            ) from None
-        self._open(lambda: metrics.write_text("".join(kept), encoding="utf-8"))
 
     def __enter__(self) -> Self:
         return self
@@ -113,16 +115,18 @@ class RunLog:
             self._bar.close()
         if error is not None:
             text = f"the run ended with {kind.__name__ if kind else 'an error'}"
-            self._lines.handle(logging.LogRecord("train", logging.ERROR, "", 0, text, (), (kind, error, trace)))  # type: ignore[arg-type]
-        self._lines.end()
+            self._log_file.handle(
+                logging.LogRecord("train", logging.ERROR, "", 0, text, (), (type(error), error, trace))
+            )
+        self._log_file.end()
         if self._metrics is not None:
             self._metrics.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
         self._lock.release()
 
-    def say(self, text: str) -> None:
-        """A line, or several, on the console and in train.log."""
+    def info(self, text: str) -> None:
+        """Write a line, or several, to the console and train.log."""
         if self.is_writer:
             train_logger.info(text)
 
@@ -132,12 +136,12 @@ class RunLog:
             self._bar = tqdm(total=total_steps, desc="training", unit=" steps", disable=None)
 
     def log_step(self, metrics: dict[str, float]) -> None:
-        """Write the figures of a step, any of `METRIC_KEYS`, and move the progress bar."""
+        """Write the metrics of a step, some of `METRIC_KEYS`, and move the progress bar."""
         unknown = metrics.keys() - set(METRIC_KEYS)
         assert not unknown, unknown
         if not self.is_writer:
             return
-        assert self._metrics is not None, "begin() comes first"
+        assert self._metrics is not None, "start() comes first"
         print(json.dumps(metrics, allow_nan=False), file=self._metrics, flush=True)
         if self._tensorboard is not None:
             for key in metrics.keys() - {"step"}:
@@ -145,25 +149,39 @@ class RunLog:
         if self._bar is not None:
             self._bar.update(int(metrics["step"]) - self._bar.n)
             if self._bar.n == self._bar.total:
-                self._bar.close()  # else the lines that follow would be written above it
+                self._bar.close()  # otherwise the lines that follow would be written above it
                 self._bar = None
 
-    def draw_losses(self) -> Path:
-        """Draw loss.png from metrics.jsonl; returns its path."""
+    def finish(self, first_eval_loss: float, last_eval_loss: float) -> None:
+        """Report the held-out loss before and after the training, draw the loss curves, and name the results."""
+        if not self.is_writer:
+            return
         from utils.logging.plot import draw_losses
 
-        picture = self.directory / "loss.png"
-        return draw_losses(self.directory / "metrics.jsonl", picture) if self.is_writer else picture
+        decrease = 1 - last_eval_loss / first_eval_loss
+        self.info(f"Held-out loss: {first_eval_loss:.4f} before, {last_eval_loss:.4f} after ({decrease:.1%} less)")
+        picture = draw_losses(self.directory / "metrics.jsonl", self.directory / "loss.png")
+        self.info(f"Loss curves: {picture}")
+        self.info(f"Model: {self.directory / 'model'}")
 
 
 def _make_directory(directory: Path) -> None:
-    """An empty directory; one that is there already moves to the first free of `<name>.1`, `<name>.2`, ..."""
+    """Make an empty directory; an existing one is renamed to the first free name of `<name>.1`, `<name>.2`, ..."""
     if directory.exists():
         number = 1
-        while (kept := directory.with_name(f"{directory.name}.{number}")).exists():
+        while (older := directory.with_name(f"{directory.name}.{number}")).exists():
             number += 1
-        directory.rename(kept)
+        directory.rename(older)
     directory.mkdir()
+
+
+def _disable_progress_bars() -> None:
+    """Those of libraries, which write to files as well as to terminals."""
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
 
 
 def _require_tensorboard() -> None:

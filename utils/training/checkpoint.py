@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written beside the training, complete or absent, the last ones kept, and resumed from."""
+"""Checkpoints of a run: written while the training goes on, complete or absent, the last ones kept; and resuming."""
 
 import random
 import re
@@ -16,78 +16,93 @@ import torch
 from moreh.runtime.engine.checkpoint_api import load_training, save_training
 from utils.config.schema import Config
 from utils.errors import Stopped, UserError
-from utils.training.workers import any_worker, rank
+from utils.logging.run_log import RunLog
+from utils.training.evaluation import Evaluation
+from utils.workers import any_rank, rank
 
-# Directories of checkpoints inside of that of the run.
+# Names of checkpoints: step-<steps that are done>.
 _NAME = re.compile(r"step-(\d+)")
 
 
 class Checkpoints:
-    """The checkpoints in `<directory of the run>/checkpoints/`, named by the number of steps that are done.
-
-    `to_resume` is the one that the settings say to go on from, or None.
+    """The checkpoints of a run, in `<directory of the run>/checkpoints/`.
 
     Raises:
-        UserError: there is none where the settings say.
+        UserError: there is no checkpoint where the settings say.
     """
 
-    def __init__(self, config: Config, run_directory: Path) -> None:
-        self.directory = run_directory / "checkpoints"
-        self.to_resume = checkpoint_to_resume(config.checkpoint.resume, run_directory)
-        self._keep = config.checkpoint.keep_last
+    def __init__(self, config: Config, log: RunLog, evaluation: Evaluation) -> None:
+        self._directory = log.directory / "checkpoints"
+        self._to_resume = checkpoint_to_resume(config.checkpoint.resume, log.directory)
         self._every = config.checkpoint.every_steps
+        self._keep_last = config.checkpoint.keep_last
+        self._log, self._evaluation = log, evaluation
         self._saving: Future[None] | None = None
         self._stop = threading.Event()
-        # Only the main thread may; elsewhere no signals arrive.
+        # Only the main thread may set a signal handler.
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._ask_to_stop)
 
-    def _ask_to_stop(self, number: int, frame: FrameType | None) -> None:
+    def _ask_to_stop(self, signal_number: int, frame: FrameType | None) -> None:
         self._stop.set()
 
-    def resume(self, model: Any, optimizer: Any, scheduler: Any, steps: int) -> tuple[int, float]:
-        """Read the checkpoint to resume, on any number of workers; the steps that are done, and the first held-out loss.
+    def start_or_resume(self, model: Any, optimizer: Any, scheduler: Any, total_steps: int) -> int:
+        """Evaluate the model and start the run, or read the checkpoint to resume; returns the number of steps done.
+
+        The checkpoint may be from another number of workers.
 
         Raises:
             CheckpointError: it is of another model or optimizer.
-            UserError: all `steps` of the run are done.
+            UserError: all steps of the run are done.
         """
-        assert self.to_resume is not None
-        extra = load_training(model, [optimizer], self.to_resume)
+        step = 0
+        if self._to_resume is None:
+            self._log.start()
+            self._log.log_step({"step": 0, "eval_loss": self._evaluation(0)})
+        else:
+            step = self._load(self._to_resume, model, optimizer, scheduler, total_steps)
+            self._log.resume(step)
+            self._log.info(f"[Step {step}/{total_steps}] | Resumed from {self._to_resume}")
+        self._log.show_progress(total_steps)
+        return step
+
+    def _load(self, checkpoint: Path, model: Any, optimizer: Any, scheduler: Any, total_steps: int) -> int:
+        extra = load_training(model, [optimizer], checkpoint)
         scheduler.load_state_dict(extra["scheduler"])
         restore_random_states(extra["random"])
-        if extra["step"] >= steps:
+        if extra["step"] >= total_steps:
             raise UserError(
-                f"--resume: {self.to_resume} has done {extra['step']} steps, and the run has {steps}: "
+                f"--resume: {checkpoint} has done {extra['step']} steps, and the run has {total_steps}: "
                 "give a larger train.steps, or an earlier checkpoint"
             )
-        return int(extra["step"]), float(extra["first_eval_loss"])
+        self._evaluation.first_loss = float(extra["first_eval_loss"])
+        return int(extra["step"])
 
-    def maybe_save(self, step: int, model: Any, optimizer: Any, scheduler: Any, first_eval_loss: float) -> None:
-        """Begin to write the state after a step if the settings want it; the training goes on meanwhile.
+    def maybe_save(self, step: int, model: Any, optimizer: Any, scheduler: Any) -> None:
+        """Start to write the state after a step if the settings want it; the training goes on meanwhile.
 
         Raises:
-            Stopped: SIGTERM has come to any worker, and the state is on the disk.
+            Stopped: SIGTERM has come to any worker, and the state is saved.
         """
-        stop = any_worker(self._stop.is_set())
+        stop = any_rank(self._stop.is_set())
         if not stop and (self._every is None or step % self._every):
             return
-        self.wait()
-        path = self.directory / f"step-{step}"
+        self.flush()
+        path = self._directory / f"step-{step}"
         extra = {
             "step": step,
             "scheduler": scheduler.state_dict(),
-            "first_eval_loss": first_eval_loss,
+            "first_eval_loss": self._evaluation.first_loss,
             "random": random_states(),
         }
-        self.directory.mkdir(parents=True, exist_ok=True)
+        self._directory.mkdir(parents=True, exist_ok=True)
         self._saving = save_training(model, [optimizer], path, extra)
         if stop:
-            self.wait()
+            self.flush()
             raise Stopped(f"stopped by SIGTERM after step {step}: {path} is saved; --resume auto goes on from it")
 
-    def wait(self) -> None:
-        """Wait until what was begun is on the disk; checkpoints that are too many by then are removed.
+    def flush(self) -> None:
+        """Wait until the checkpoint that is being written is complete, and remove those that are too many then.
 
         Raises:
             OSError: it could not be written.
@@ -97,54 +112,56 @@ class Checkpoints:
         saving, self._saving = self._saving, None
         saving.result()
         if rank() == 0:
-            for old in checkpoints_of(self.directory)[: -self._keep]:
-                shutil.rmtree(old, ignore_errors=True)
+            for older in checkpoints_in(self._directory)[: -self._keep_last]:
+                shutil.rmtree(older, ignore_errors=True)
 
 
 def random_states() -> dict[str, Any]:
-    """The states of the generators that a script draws from, the same on all workers."""
-    _, keys, position, has_gauss, gauss = np.random.get_state()
+    """The states of the random generators that a script draws from, which are the same on all workers."""
+    _, keys, position, has_gauss, cached_gaussian = np.random.get_state()
+    numpy_state = (torch.from_numpy(np.asarray(keys, dtype=np.int64)), int(position), int(has_gauss))
     return {
         "torch": torch.get_rng_state(),
         "python": random.getstate(),
-        "numpy": (torch.from_numpy(np.asarray(keys, dtype=np.int64)), int(position), int(has_gauss), float(gauss)),
+        "numpy": (*numpy_state, float(cached_gaussian)),
     }
 
 
 def restore_random_states(states: dict[str, Any]) -> None:
-    """Go on drawing where `random_states` was asked."""
+    """Set the random generators to what `random_states` returned."""
     torch.set_rng_state(states["torch"])
     version, keys, gauss = states["python"]
     random.setstate((version, tuple(keys), gauss))
-    keys, position, has_gauss, cached = states["numpy"]
-    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    keys, position, has_gauss, cached_gaussian = states["numpy"]
+    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), position, has_gauss, cached_gaussian))
 
 
-def checkpoints_of(directory: Path) -> list[Path]:
+def checkpoints_in(directory: Path) -> list[Path]:
     """The complete checkpoints in a directory, the earliest first."""
     if not directory.is_dir():
         return []
-    found = [(int(match[1]), path) for path in directory.iterdir() if (match := _NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found)]
+    by_step = [(int(match[1]), path) for path in directory.iterdir() if (match := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(by_step)]
 
 
-def checkpoint_to_resume(asked: str | None, run_directory: Path) -> Path | None:
-    """What `--resume` means: nothing, "auto" (the last checkpoint of the run, if there is one), or a directory.
+def checkpoint_to_resume(resume: str | None, run_directory: Path) -> Path | None:
+    """The checkpoint that `--resume` means: none, "auto" (the last one of the run, if any), or a directory.
 
     Raises:
         UserError: there is no such checkpoint.
     """
-    if asked is None:
+    if resume is None:
         return None
-    if asked == "auto":
-        found = checkpoints_of(run_directory / "checkpoints")
-        return found[-1] if found else None
-    given = Path(asked)
-    found = checkpoints_of(given / "checkpoints") or checkpoints_of(given)
-    if found:
-        return found[-1]
-    if _NAME.fullmatch(given.name) and given.is_dir():
-        return given
+    if resume == "auto":
+        checkpoints = checkpoints_in(run_directory / "checkpoints")
+        return checkpoints[-1] if checkpoints else None
+    directory = Path(resume)
+    checkpoints = checkpoints_in(directory / "checkpoints") or checkpoints_in(directory)
+    if checkpoints:
+        return checkpoints[-1]
+    if _NAME.fullmatch(directory.name) and directory.is_dir():
+        return directory
     raise UserError(
-        f"--resume {asked}: there is no checkpoint; give auto, the directory of a run, or one of its checkpoints/step-<number>"
+        f"--resume {resume}: there is no checkpoint; give auto, the directory of a run, or one of its "
+        "checkpoints/step-<number>"
     )

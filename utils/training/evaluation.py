@@ -1,49 +1,105 @@
 """The loss on held-out rows, and a sample of what the model writes."""
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from utils.data.batches import Batch, make_labels
-from utils.data.masks import count_labels
+from utils.config.schema import Config
+from utils.data.batches import Batch, evaluation_loader
+from utils.data.dataset import RunData
+from utils.data.labels import count_labels
+from utils.errors import UserError
+from utils.logging.run_log import RunLog
 
 # A little below 1, where a small model still varies but seldom strays.
 SAMPLE_TEMPERATURE = 0.6
 SAMPLE_TOP_P = 0.9
 
+# A training script's function: how the log shows the prompt, what the model wrote, and the response in the data.
+ShowSample = Callable[[str, str, str], str]
 
-def evaluate(model: Any, batches: Iterable[Batch], loss_on: str) -> float:
-    """The mean loss over all label tokens of the batches, which does not depend on how the rows are batched."""
+
+class Evaluation:
+    """Evaluates the model of a run on its held-out rows, and logs the loss and a sample."""
+
+    def __init__(
+        self, model: Any, data: RunData, config: Config, show_sample: ShowSample, log: RunLog, total_steps: int
+    ) -> None:
+        self.first_loss = math.nan
+        """The held-out loss before the first step of the run; a resumed run takes it from the checkpoint."""
+        self.last_loss = math.nan
+        """The held-out loss of the last evaluation."""
+        self._model, self._data, self._config = model, data, config
+        self._show_sample, self._log, self._total_steps = show_sample, log, total_steps
+        self._loader = evaluation_loader(data, config)
+
+    def is_due(self, step: int) -> bool:
+        """Whether the settings want an evaluation after a step; after the last one there always is one."""
+        every = self._config.log.eval_every_steps
+        return step == self._total_steps or (every is not None and step % every == 0)
+
+    def __call__(self, step: int) -> float:
+        """Evaluate after a step; returns the loss.
+
+        Raises:
+            UserError: the loss is not finite.
+        """
+        loss = evaluate(self._model, self._loader)
+        self._log.info(f"[Step {step}/{self._total_steps}] | Held-out loss: {loss:.4f}")
+        if not math.isfinite(loss):
+            raise UserError(
+                f"step {step}: the held-out loss is {loss}, so the model is not saved; try a smaller train.lr"
+            )
+        if self._config.log.sample_tokens > 0:
+            self._log.info(f"Sample:\n{self._sample()}")
+        if math.isnan(self.first_loss):
+            self.first_loss = loss
+        self.last_loss = loss
+        return loss
+
+    def _sample(self) -> str:
+        tokenizer, row = self._data.tokenizer, self._data.evaluation[0]
+        prompt_ids = row["input_ids"][: row["prompt_length"]]
+        response_ids = row["input_ids"][row["prompt_length"] :]
+        return self._show_sample(
+            tokenizer.decode(prompt_ids),
+            generate_sample(self._model, prompt_ids, tokenizer, self._config.log.sample_tokens),
+            tokenizer.decode(response_ids, skip_special_tokens=True),
+        )
+
+
+def evaluate(model: Any, batches: Iterable[Batch]) -> float:
+    """The mean loss over all label tokens of the batches, however the rows are batched."""
     loss_sum, label_tokens = 0.0, 0
     with _evaluating(model):
         for batch in batches:
-            labels = make_labels(batch, loss_on)
             outputs = model(
                 batch["input_ids"].cuda(),
                 attention_mask=batch["attention_mask"].cuda(),
-                labels=labels.cuda(),
+                labels=batch["labels"].cuda(),
                 use_cache=False,
             )
-            count = count_labels(labels)
-            loss_sum += outputs.loss.item() * count
-            label_tokens += count
+            batch_label_tokens = count_labels(batch["labels"])
+            loss_sum += outputs.loss.item() * batch_label_tokens
+            label_tokens += batch_label_tokens
     return loss_sum / label_tokens
 
 
 def generate_sample(model: Any, prompt_ids: list[int], tokenizer: Any, max_new_tokens: int) -> str:
-    """A continuation of a prompt, until the end of text, `max_new_tokens` or the model's last position.
+    """A continuation of a prompt, up to the end of text, `max_new_tokens` or the model's last position.
 
-    Equal weights give the same one each time.
+    The same weights give the same continuation each time.
     """
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if positions is not None:
-        max_new_tokens = min(max_new_tokens, positions - len(prompt_ids))
+    max_positions = getattr(model.config, "max_position_embeddings", None)
+    if max_positions is not None:
+        max_new_tokens = min(max_new_tokens, max_positions - len(prompt_ids))
     if max_new_tokens < 1:
         return ""
     input_ids = torch.tensor([prompt_ids])
-    # The random numbers of training go on afterwards as if nothing had been drawn.
+    # The training draws the same random numbers afterwards as if nothing had been drawn here.
     with _evaluating(model), torch.random.fork_rng():
         torch.manual_seed(0)
         generated = model.generate(
@@ -60,7 +116,7 @@ def generate_sample(model: Any, prompt_ids: list[int], tokenizer: Any, max_new_t
 
 @contextmanager
 def _evaluating(model: Any) -> Iterator[None]:
-    """No gradients and no dropout; afterwards the model trains again if it did before."""
+    """No gradients and no dropout while the context is open; then training mode again if the model was in it."""
     was_training = model.training
     model.eval()
     try:

@@ -1,4 +1,7 @@
-"""The learning rate over the run."""
+"""The learning rate over the run.
+
+The schedules of transformers begin a warm-up at 0, so their first step learns nothing; this one begins above 0.
+"""
 
 import math
 
@@ -7,11 +10,11 @@ import torch
 from utils.config.schema import TrainSection
 
 
-def learning_rate_factor(step: int, total_steps: int, train: TrainSection) -> float:
-    """What `train.lr` is multiplied with in a step, counted from 1.
+def lr_factor(step: int, total_steps: int, train: TrainSection) -> float:
+    """The learning rate of a step, counted from 1, as a fraction of `train.lr`.
 
-    The warm-up rises in equal parts and begins above 0, so that the first step already learns: with 4 warm-up steps the
-    factors are 1/4, 2/4, 3/4, 1. After it the factor falls to `min_lr_ratio` in the last step.
+    The warm-up rises in equal parts: with 4 warm-up steps the factors are 1/4, 2/4, 3/4, 1. After it the factor falls
+    to `min_lr_ratio` in the last step.
     """
     if step < train.warmup_steps:
         return step / train.warmup_steps
@@ -26,8 +29,6 @@ def learning_rate_factor(step: int, total_steps: int, train: TrainSection) -> fl
 def make_scheduler(
     optimizer: torch.optim.Optimizer, total_steps: int, train: TrainSection
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """A scheduler for one `step()` after each optimizer step."""
-    # LambdaLR counts the steps that were taken, so during step 1 it is at 0.
-    return torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda taken: learning_rate_factor(taken + 1, total_steps, train)
-    )
+    """A scheduler whose `step()` is called after each step of the optimizer."""
+    # LambdaLR counts the steps that were taken, so it is at 0 in step 1.
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda taken: lr_factor(taken + 1, total_steps, train))

@@ -10,7 +10,7 @@ from utils.errors import UserError, first_line
 
 
 def load_model(config: Config, tokenizer: Any) -> Any:
-    """A causal language model for the tokenizer, in float32, on the processor.
+    """A causal language model for the tokenizer, in float32, on the CPU.
 
     Raises:
         UserError: it cannot be loaded, or its vocabulary or positions are too few for the data.
@@ -18,7 +18,7 @@ def load_model(config: Config, tokenizer: Any) -> Any:
     if config.model.pretrained is not None:
         model = load_pretrained(config.model.pretrained, "model.pretrained", dtype="float32")
         _check_fits(model.config, "model.pretrained", tokenizer, config.data.max_length)
-        return _with_loss(model)
+        return _with_loss_type(model)
     assert config.model.architecture is not None
     architecture = {
         "vocab_size": len(tokenizer),
@@ -30,65 +30,67 @@ def load_model(config: Config, tokenizer: Any) -> Any:
     try:
         model_config = AutoConfig.for_model(**architecture)
         _check_fits(model_config, "model.architecture", tokenizer, config.data.max_length)
-        return _with_loss(AutoModelForCausalLM.from_config(model_config))
+        return _with_loss_type(AutoModelForCausalLM.from_config(model_config))
     except UserError:
         raise
-    except Exception as error:  # transformers checks values in many ways, or not at all until torch does
+    except Exception as error:  # transformers checks some values in many ways, and leaves others to torch
         raise UserError(f"model.architecture: {type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
 
 
-def load_pretrained(name: str, called: str, dtype: str = "auto") -> Any:
-    """A causal language model of a directory or of the hub; `called` is how a message names it.
+def load_pretrained(name: str, label: str, dtype: str = "auto") -> Any:
+    """A causal language model of a directory or of the hub; `label` is what an error calls it.
 
     Raises:
-        UserError: it cannot be loaded, or not whole: transformers would draw at random what is missing.
+        UserError: it cannot be loaded, or only in part: transformers would draw missing weights at random.
     """
-    if (hint := _no_model_in(name)) is not None:
-        raise UserError(f"{called}: {hint}")
+    if (reason := _reason_for_no_model(name)) is not None:
+        raise UserError(f"{label}: {reason}")
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
         )
-    except Exception as error:  # the libraries raise many kinds for files that are missing or broken
-        raise UserError(f"{called}: {name!r} cannot be loaded: {first_line(error)}") from error
+    except Exception as error:  # transformers raises many types for files that are missing or broken
+        raise UserError(f"{label}: {name!r} cannot be loaded: {first_line(error)}") from error
     model, report = loaded
-    lacking = [f"{key} is not in its files" for key in sorted(report["missing_keys"])]
-    lacking += [
-        f"{key} is {list(saved)} in its files, {list(wanted)} by its configuration"
-        for key, saved, wanted in sorted(report["mismatched_keys"])
+    problems = [f"{key} is not in its files" for key in sorted(report["missing_keys"])]
+    problems += [
+        f"{key} is {list(saved)} in its files, but {list(expected)} by its configuration"
+        for key, saved, expected in sorted(report["mismatched_keys"])
     ]
-    if lacking:
-        more = f" and {len(lacking) - 3} more" if len(lacking) > 3 else ""
+    if problems:
+        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
         raise UserError(
-            f"{called}: {name!r} cannot be loaded: its config.json is of another model than its weights: "
-            f"{'; '.join(lacking[:3])}{more}"
+            f"{label}: {name!r} cannot be loaded, because its config.json is of another model than its weights: "
+            f"{'; '.join(problems[:3])}{more}"
         )
     return model
 
 
-def _no_model_in(name: str) -> str | None:
-    """What is wrong with a name that can only be a directory; the hub's errors would be about names of repositories."""
+def _reason_for_no_model(name: str) -> str | None:
+    """Why a name that can only be a directory holds no model; the hub's errors would be about repository names."""
     path = Path(name)
     if path.is_dir() and not (path / "config.json").is_file():
-        inside = next((f"; did you mean {one}?" for one in (path / "model",) if (one / "config.json").is_file()), "")
-        return f"there is no model in {name}, which has no config.json{inside}"
+        below = path / "model"  # in the directory of a run
+        suggestion = f"; did you mean {below}?" if (below / "config.json").is_file() else ""
+        return f"there is no model in {name}, which has no config.json{suggestion}"
     if not path.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         return f"there is no directory {name}: give one that holds a saved model, such as runs/gpt/model"
     return None
 
 
-def _with_loss(model: Any) -> Any:
-    """Say which loss the model uses where its class name does not tell transformers, which would warn and use this one."""
+def _with_loss_type(model: Any) -> Any:
+    """Name the loss of a model whose class name does not tell transformers: it would warn, and use this one."""
     if model.loss_type is None:
         model.loss_type = "ForCausalLM"
     return model
 
 
 def _check_fits(model_config: Any, key: str, tokenizer: Any, max_length: int) -> None:
-    positions = getattr(model_config, "max_position_embeddings", None)
-    if positions is not None and positions < max_length:
-        raise UserError(f"{key}: the model has {positions} positions, fewer than data.max_length={max_length}")
+    max_positions = getattr(model_config, "max_position_embeddings", None)
+    if max_positions is not None and max_positions < max_length:
+        raise UserError(f"{key}: the model has {max_positions} positions, fewer than data.max_length={max_length}")
     if model_config.vocab_size < len(tokenizer):
         raise UserError(
-            f"{key}: the model's vocabulary has {model_config.vocab_size} entries, fewer than the tokenizer's {len(tokenizer)}"
+            f"{key}: the model's vocabulary has {model_config.vocab_size} entries, fewer than the tokenizer's "
+            f"{len(tokenizer)}"
         )

@@ -1,0 +1,66 @@
+"""The scripts of examples/ run as they stand: without network, each in seconds."""
+
+import re
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.conftest import ROOT
+
+
+@pytest.fixture
+def run_example(run, tmp_path):
+    """Run an example of a copy of the checkout, so that what it writes is not left in this one."""
+    for name in ("examples", "configs", "utils"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "train_llama3_70b.py", tmp_path)
+
+    def run_copy(*command):
+        finished = run(*command, cwd=tmp_path)
+        assert finished.returncode == 0, finished.stderr
+        return finished.stdout
+
+    return run_copy
+
+
+def losses_of(output):
+    return [float(loss) for loss in re.findall(r"\| Loss: (\S+)$", output, re.M)]
+
+
+def test_tutorial_loop_learns_and_saves_a_model_that_loads(run_example, tmp_path):
+    output = run_example("python", "examples/tutorial_loop.py")
+    losses = losses_of(output)
+    assert len(losses) == 20
+    assert losses[-1] < 0.8 * losses[0]
+    assert "[info] Configuration for parallelism is selected." in output
+    # The same script continues with what it has saved.
+    continued = losses_of(run_example("python", "examples/tutorial_loop.py", "runs/tutorial"))
+    assert continued[0] == pytest.approx(losses[-1], rel=0.1)
+
+
+def test_tutorial_loop_has_the_same_losses_on_four_workers(run_example):
+    four = run_example("sh", "examples/four_workers.sh")
+    assert re.search(r"4 workers carry out the plan '.+'", four)
+    one = run_example("python", "examples/tutorial_loop.py")
+    assert losses_of(four) == pytest.approx(losses_of(one), rel=1e-2)  # one of them may compute in bfloat16
+
+
+def test_lora_trains_and_saves_the_adapters_only(run_example, tmp_path):
+    losses = losses_of(run_example("python", "examples/lora.py"))
+    assert losses[-1] < losses[0]
+    adapters = load_file(tmp_path / "runs" / "lora" / "adapter_model.safetensors")
+    assert len(adapters) == 2 * 2 * 2  # A and B of two projections in two layers
+    assert all("lora_" in name for name in adapters)
+    trained = [weight for name, weight in adapters.items() if "lora_B" in name]
+    assert all(torch.isfinite(weight).all() and weight.any() for weight in trained)  # B begins at 0
+
+
+def test_plans_are_printed_for_two_accelerators(run_example):
+    output = run_example("sh", "examples/plan_only.sh")
+    assert re.findall(r"^Accelerator +(\S+) \((\d+) x", output, re.M) == [
+        ("8xLarge.4096GB", "64"),
+        ("12xLarge.6144GB", "96"),
+    ]
+    assert re.findall(r"^Step +(\d+) x 1,024 tokens", output, re.M) == ["512", "768"]

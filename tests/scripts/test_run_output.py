@@ -1,0 +1,131 @@
+"""What a run writes, and where: console and terminal, directories of runs, TensorBoard; and how it ends early."""
+
+import fcntl
+import os
+import pty
+import re
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+
+import pytest
+from filelock import FileLock
+
+from tests.conftest import ROOT
+from utils.errors import UserError
+
+
+def test_output_to_a_file_is_plain_lines(run, tiny_config, tmp_path):
+    """No progress bar, no carriage return, each figure on a line of its own; the hook is on, as by default."""
+    finished = run(
+        sys.executable,
+        "train_gpt.py",
+        "--config",
+        tiny_config,
+        "accelerator.advanced_parallelization={}",
+        "log.every_steps=1",
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert "\r" not in finished.stdout + finished.stderr
+    step_line = r"^\[Step \d/4\] \| Loss: [^|]* \| Duration: [^|]* sec \| Throughput: [^|]* tokens/sec$"
+    assert len(re.findall(step_line, finished.stdout, re.M)) == 4
+    assert "[info] MoAI Accelerator is ready to use." in finished.stdout
+    assert (
+        len(
+            re.findall(
+                r"^\[info\] num_stages : \d+, num_micro_batches : \d+, batch_per_device : ", finished.stdout, re.M
+            )
+        )
+        == 1
+    )
+    assert re.search(
+        r"This machine: 1 worker, micro-batches of at most \d+ tokens, recomputation : none", finished.stdout
+    )
+    assert finished.stderr == ""
+    log = (tmp_path / "runs" / "tiny" / "train.log").read_text(encoding="utf-8")
+    assert " [info] MoAI Accelerator is ready to use.\n" in log
+
+
+def test_progress_bar_is_shown_on_a_terminal(environment, tiny_config):
+    leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    process = subprocess.Popen(
+        [sys.executable, "train_gpt.py", "--config", str(tiny_config), "log.every_steps=1"],
+        env=environment, stdout=follower, stderr=follower, stdin=follower,
+    )  # fmt: skip
+    os.close(follower)
+    text = b""
+    try:
+        while chunk := os.read(leader, 65536):
+            text += chunk
+    except OSError:  # the terminal's other end is closed
+        pass
+    assert process.wait() == 0
+    assert b"training: " in text
+    assert b"\r[Step 1/4] | Loss: " in text or b"\n[Step 1/4] | Loss: " in text
+
+
+def test_tensorboard_files_are_written_if_wanted(train):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(train("run.tensorboard=true") / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4]
+    assert [event.step for event in events.Scalars("eval_loss")] == [0, 4]
+
+
+def test_earlier_run_of_the_same_name_is_kept(train):
+    directory = train("train.steps=1")
+    first = (directory / "metrics.jsonl").read_text(encoding="utf-8")
+    train("train.steps=1")
+    assert (directory.with_name("tiny.1") / "metrics.jsonl").read_text(encoding="utf-8") == first
+
+
+def test_failed_start_leaves_an_earlier_run_alone(train, read_metrics):
+    directory = train("train.steps=1")
+    with pytest.raises(UserError):
+        train("data.response_field=nope")
+    assert len(read_metrics(directory)) == 2
+    assert not directory.with_name("tiny.1").exists()
+
+
+def test_second_run_of_a_name_that_is_being_written_is_refused(train, tmp_path):
+    (tmp_path / "runs").mkdir()
+    with FileLock(tmp_path / "runs" / ".tiny.lock"), pytest.raises(UserError, match="another run is writing"):
+        train()
+    train()
+
+
+def test_closed_pipe_does_not_end_the_training(environment, tiny_config, tmp_path):
+    command = f"{sys.executable} train_gpt.py --config {tiny_config} | head -1"
+    subprocess.run(command, shell=True, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
+    assert (tmp_path / "runs" / "tiny" / "model" / "model.safetensors").exists()
+
+
+def test_interrupt_ends_the_run_at_any_time(environment, tiny_config, tmp_path):
+    """Ctrl-C mostly arrives in a backward pass, where Python's exceptions have nowhere to go."""
+    command = [sys.executable, "train_gpt.py", "--config", str(tiny_config), "train.steps=100000", "log.every_steps=1"]
+    for delay in (0.0, 0.013, 0.029):
+        process = subprocess.Popen(
+            command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        assert any(line.startswith("[Step 5/") for line in process.stdout)
+        time.sleep(delay)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 130
+        assert errors == "interrupted\n"
+    assert "the run ended with KeyboardInterrupt" in (tmp_path / "runs" / "tiny" / "train.log").read_text(
+        encoding="utf-8"
+    )
+
+
+def test_accelerator_model_of_the_settings_is_switched_to(run, tiny_config):
+    finished = run(
+        sys.executable, "train_gpt.py", "--config", tiny_config, "accelerator.model=4xLarge.2048GB", "train.steps=1"
+    )
+    assert "4xLarge.2048GB (32 x MI250 GCD, 2096640 MiB)" in finished.stdout
+    assert "4xLarge.2048GB  *" in run("moreh-switch-model", input="q\n").stdout

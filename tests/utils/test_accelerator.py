@@ -1,0 +1,67 @@
+"""What the accelerator's settings do before the line: the variables that it reads, and the rank of this process."""
+
+import os
+
+import pytest
+import torch
+
+from moreh.options import ENABLE_VARIABLE
+from utils.accelerator import WORKERS_VARIABLE, accelerator_of
+from utils.config.yaml_file import load_config
+from utils.errors import UserError
+from utils.workers import any_rank, rank
+
+
+@pytest.fixture
+def variables(monkeypatch, tiny_config):
+    """Read what the line would find in the environment under some settings."""
+    for name in (WORKERS_VARIABLE, ENABLE_VARIABLE):
+        monkeypatch.delenv(name, raising=False)
+
+    def read(settings):
+        with accelerator_of(load_config(str(tiny_config), [f"accelerator={settings}"]).accelerator):
+            return os.environ.get(WORKERS_VARIABLE), os.environ.get(ENABLE_VARIABLE)
+
+    return read
+
+
+def test_settings_decide_the_number_of_workers(variables):
+    assert variables("{workers: 3}") == ("3", None)
+    assert variables("{workers: null}") == (None, None)
+
+
+def test_workers_of_the_environment_go_before_those_of_the_settings(variables, monkeypatch):
+    monkeypatch.setenv(WORKERS_VARIABLE, "5")
+    assert variables("{workers: 3}") == ("5", None)
+    assert os.environ[WORKERS_VARIABLE] == "5"
+
+
+def test_null_switches_the_line_off_and_only_for_this_run(variables):
+    assert variables("{advanced_parallelization: null}") == (None, "0")
+    assert {WORKERS_VARIABLE, ENABLE_VARIABLE}.isdisjoint(os.environ)
+    assert variables("{}") == (None, None)
+
+
+def test_line_that_is_switched_off_checks_its_options_and_does_nothing(monkeypatch):
+    monkeypatch.setenv(ENABLE_VARIABLE, "0")
+    monkeypatch.setattr("moreh.option._workers_to_start", None)  # would fail if it were called
+    torch.moreh.option.enable_advanced_parallelization(num_stages=2)
+    with pytest.raises(ValueError, match="num_stages=0"):
+        torch.moreh.option.enable_advanced_parallelization(num_stages=0)
+
+
+def test_workers_need_the_line(tiny_config):
+    for workers in (0, '"2"', 1.5):
+        with pytest.raises(UserError, match=r"accelerator\.workers: .* is not allowed"):
+            load_config(str(tiny_config), [f"accelerator.workers={workers}"])
+    with pytest.raises(
+        UserError, match=r"accelerator: workers is 2, but advanced_parallelization is null, .*: leave workers out"
+    ):
+        load_config(str(tiny_config), ["accelerator.workers=2"])
+    assert load_config(str(tiny_config), ["accelerator.workers=1"]).accelerator.workers == 1
+
+
+def test_process_alone_is_rank_0():
+    assert rank() == 0
+    assert any_rank(True)
+    assert not any_rank(False)

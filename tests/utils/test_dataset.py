@@ -1,0 +1,157 @@
+"""The tokenized data of a run and its cache: what is prepared once, what makes it anew, and who has seen which rows."""
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+import train_gpt
+from tests.helpers.tiny_runs import prepare
+from utils.config.yaml_file import load_config
+from utils.data.batches import training_loader
+from utils.data.cache import make_once, write_atomically
+from utils.data.dataset import prepare_data
+from utils.data.tokenization import train_tokenizer
+from utils.errors import UserError
+
+
+def cache_line(config, prepare=prepare):
+    """The line of the log that names the directory of the cache."""
+    lines = []
+    prepare(config, lines.append)
+    return next(line for line in lines if line.startswith("Tokenized data: "))
+
+
+def test_data_is_tokenized_once(tiny_config, monkeypatch):
+    config = load_config(str(tiny_config), [])
+    lines = []
+    first = prepare(config, lines.append)
+    assert any("Reading and tokenizing" in line for line in lines)
+    monkeypatch.setattr("utils.data.dataset.read_pairs", None)  # would fail if it were called
+    again = prepare(config, lines.append)
+    assert first.train.to_list() == again.train.to_list()
+    assert first.evaluation.to_list() == again.evaluation.to_list()
+    assert first.train_counts == again.train_counts
+    held_out = {row["location"] for row in first.evaluation}
+    assert len(held_out) == 8
+    assert held_out.isdisjoint(row["location"] for row in first.train)
+
+
+def test_cache_follows_the_settings_and_the_files(tiny_config):
+    changes = ("data.max_length=40", "data.loss_on=all", "train.seed=1", "tokenizer.vocabulary_size=310")
+    lines = {cache_line(load_config(str(tiny_config), overrides)) for overrides in [[], *([c] for c in changes)]}
+    assert len(lines) == 5
+    config = load_config(str(tiny_config), [])
+    with Path(config.data.files[0]).open("a", encoding="utf-8") as file:
+        file.write('{"prompt": "one", "response": "more"}\n')
+    assert len(prepare(config).train) == 33
+    assert cache_line(config) not in lines
+
+
+def test_cache_follows_the_functions_of_the_script(tiny_config):
+    def make_pair(record, data):
+        return record.text("prompt").upper(), record.text("response")
+
+    def make_example(prompt, response, end_of_text, loss_on):
+        return [*prompt, *response, end_of_text], [*prompt, *response, -100]
+
+    config = load_config(str(tiny_config), [])
+    ours = (train_gpt.make_pair, train_gpt.make_example)
+    tasks = [ours, (make_pair, train_gpt.make_example), (train_gpt.make_pair, make_example)]
+    lines = {cache_line(config, lambda config, info, task=task: prepare_data(config, *task, info)) for task in tasks}
+    assert len(lines) == 3
+
+
+def test_cache_follows_the_files_of_a_tokenizer(tiny_config, tmp_path):
+    train_tokenizer(["abc"] * 5, 300).save_pretrained(tmp_path / "tokenizer")
+    config = load_config(str(tiny_config), [f"tokenizer.pretrained={tmp_path / 'tokenizer'}"])
+    lines = set()
+    for content in ("", "b"):
+        (tmp_path / "tokenizer" / "merges.txt").write_text(content, encoding="utf-8")
+        lines.add(cache_line(config))
+    assert len(lines) == 2
+
+
+def test_seed_decides_split_and_order(tiny_config):
+    def rows(seed):
+        config = load_config(str(tiny_config), [f"train.seed={seed}"])
+        data = prepare(config)
+        loader = training_loader(data, config)
+        return data.evaluation["location"][:], [batch["locations"] for batch in loader]
+
+    assert rows(1) == rows(1)
+    assert sorted(rows(1)[0]) != sorted(rows(2)[0])
+    assert rows(1)[1] != rows(2)[1]
+
+
+def test_tokenizer_has_not_seen_the_held_out_rows(tiny_config, monkeypatch):
+    seen = []
+
+    def spy(texts, size):
+        seen.extend(texts)
+        return train_tokenizer(seen, size)
+
+    monkeypatch.setattr("utils.data.dataset.train_tokenizer", spy)
+    data = prepare(load_config(str(tiny_config), []))
+    assert len(seen) == len(data.train) == 32
+    assert not any(data.tokenizer.decode(row["input_ids"][:-1]) in seen for row in data.evaluation)
+
+
+def test_cache_is_complete_or_absent(tmp_path):
+    def write_half(directory):
+        (directory / "part").write_text("x")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(tmp_path / "cache" / "data", write_half)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_two_runs_that_make_the_cache_at_once_leave_one(tmp_path):
+    def write_slowly(directory):
+        (directory / "content").write_text("first", encoding="utf-8")
+        write_atomically(tmp_path / "data", lambda other: (other / "content").write_text("second", encoding="utf-8"))
+
+    write_atomically(tmp_path / "data", write_slowly)
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+    assert (tmp_path / "data" / "content").read_text(encoding="utf-8") == "second"
+
+
+def test_of_several_processes_one_makes_the_cache_and_the_others_wait(tmp_path):
+    """A lock of a file excludes threads as it does processes."""
+    made, lines = [], []
+    all_are_there = threading.Barrier(4)
+
+    def write(directory):
+        time.sleep(0.2)
+        made.append(directory)
+        (directory / "content").write_text("whole", encoding="utf-8")
+
+    def make():
+        all_are_there.wait()
+        make_once(tmp_path / "data", write, lines.append)
+        assert (tmp_path / "data" / "content").read_text(encoding="utf-8") == "whole"
+
+    with ThreadPoolExecutor() as pool:
+        for future in [pool.submit(make) for _ in range(4)]:
+            future.result()
+    assert len(made) == 1
+    assert lines == [f"Another process is making {tmp_path / 'data'}: waiting for it."] * 3
+
+
+def test_lock_of_a_failed_attempt_is_free(tmp_path):
+    def fail(directory):
+        raise UserError("no")
+
+    for _ in range(2):
+        with pytest.raises(UserError, match="no"):
+            make_once(tmp_path / "data", fail, lambda _: None)
+    assert not (tmp_path / "data").exists()
+
+
+def test_cache_directory_that_cannot_be_used_is_named(tmp_path):
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    with pytest.raises(UserError, match=r"run\.cache_directory: .*file cannot be used: "):
+        make_once(tmp_path / "file" / "data", lambda _: None, lambda _: None)

@@ -1,0 +1,132 @@
+"""Writes docs/configuration.md from the declarations: every section and key with its type, default and meaning.
+
+A test compares the page with `settings_markdown()`; `python -m utils.config > docs/configuration.md` renews it.
+"""
+
+import json
+import re
+import textwrap
+from typing import Any
+
+from moreh.options import OPTIMIZATIONS
+from utils.config.schema import Config
+
+_WIDTH = 120
+_INTRODUCTION = """\
+# Configuration
+
+A training script reads its settings from a YAML file, `--config FILE`.
+Any setting can be replaced on the command line, as `section.key=value`:
+
+```bash
+python train_gpt.py --config configs/gpt.yaml --plan-only train.batch_size=32 accelerator.model=Large.256GB
+```
+
+The shortest file names a run, a model, data and how long to train:
+
+```yaml
+run: {name: mine}
+model: {architecture: {model_type: gpt2, n_layer: 2, n_embd: 64, n_head: 2}}
+data: {docstrings: [stdlib]}
+train: {steps: 100}
+```
+
+An unknown key or a value that is not allowed is an error that names the file and the line.
+All errors of a file are reported at once.
+The settings of a run, defaults included, are in its directory as `config.yaml`.
+
+This page is written by `python -m utils.config` from the declarations in `utils/config/schema.py` and
+`moreh/options.py`.
+"""
+
+
+def settings_markdown() -> str:
+    """The page docs/configuration.md."""
+    schema = Config.model_json_schema()
+    parts = [_INTRODUCTION]
+    for name, reference in schema["properties"].items():
+        parts += _section(name, _resolved(reference, schema), schema)
+    return "\n".join(parts)
+
+
+def _section(path: str, section: dict[str, Any], schema: dict[str, Any]) -> list[str]:
+    """A heading, a line for the section, an item for each key, and the sections below."""
+    parts = [f"## `{path}`\n\n{section['description']}\n"]
+    items, below = [], []
+    for key, field in section["properties"].items():
+        nested = next((_resolved(branch, schema) for branch in field.get("anyOf", []) if "$ref" in branch), None)
+        if nested is not None:
+            below += _section(f"{path}.{key}", nested, schema)
+        default = "required" if key in section.get("required", []) else f"default {_default_text(field, nested)}"
+        items.append(_item(f"{path}.{key}", f"{_type_text(field)}; {default}.", field["description"]))
+        if key == "disable":
+            below += [_optimizations()]
+    return [*parts, "\n".join(items) + "\n", *below]
+
+
+def _item(name: str, first_sentence: str, description: str) -> str:
+    lines = [f"- **`{name}`**: {first_sentence}"]
+    for sentence in re.split(r"(?<=\.) (?=[A-Z`])", description):
+        lines += textwrap.wrap(sentence, _WIDTH - 2, break_long_words=False, break_on_hyphens=False)
+    return "\n  ".join(lines)
+
+
+def _optimizations() -> str:
+    return "What `disable` can name:\n\n" + "\n".join(_optimization(*item) for item in OPTIMIZATIONS.items()) + "\n"
+
+
+def _optimization(name: str, description: str) -> str:
+    first, *others = re.split(r"(?<=\.) (?=[A-Z`])", description)
+    lines = textwrap.wrap(f"- `{name}`: {first}", _WIDTH, break_on_hyphens=False)
+    for sentence in others:
+        lines += textwrap.wrap(sentence, _WIDTH - 2, break_on_hyphens=False)
+    return "\n  ".join(lines)
+
+
+def _resolved(reference: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
+    definition: dict[str, Any] = schema["$defs"][reference["$ref"].rpartition("/")[2]]
+    return definition
+
+
+def _default_text(field: dict[str, Any], nested: dict[str, Any] | None) -> str:
+    """A default as it would be written in YAML."""
+    default = field["default"]
+    if nested is not None:
+        return "`{}`"
+    return "null" if default is None else f"`{default if isinstance(default, str) else json.dumps(default)}`"
+
+
+def _type_text(field: dict[str, Any]) -> str:
+    """A type in plain words, such as "whole number from 1, or null"."""
+    if "anyOf" in field:
+        *others, last = (_type_text(branch) for branch in field["anyOf"])
+        needs_comma = len(others) > 1 or " or " in others[0]
+        return f"{', '.join(others)}{',' if needs_comma else ''} or {last}"
+    if "$ref" in field:
+        return "a section with the keys below"
+    if "const" in field:
+        return f"`{field['const']}`"
+    if "enum" in field:
+        *others, last = (f"`{value}`" for value in field["enum"])
+        return f"{', '.join(others)} or {last}"
+    if "pattern" in field:
+        return f"text that matches `{field['pattern']}`"
+    if field["type"] == "array":
+        return "list of names" if "enum" in field["items"] else "list of texts"
+    words = {
+        "boolean": "true or false",
+        "integer": "whole number",
+        "number": "number",
+        "string": "text",
+        "object": "keys with values",
+        "null": "null",
+    }
+    return words[field["type"]] + _bounds_text(field)
+
+
+def _bounds_text(field: dict[str, Any]) -> str:
+    """The range of a number, such as " from 0 to 1" or " above 0"; empty if it has none."""
+    text = f" from {field['minimum']:g}" if "minimum" in field else ""
+    text += f" above {field['exclusiveMinimum']:g}" if "exclusiveMinimum" in field else ""
+    text += f" to {field['maximum']:,}" if "maximum" in field else ""
+    return text + (f" to {field['exclusiveMaximum'] - 1}" if "exclusiveMaximum" in field else "")

@@ -1,0 +1,23 @@
+"""What all sections of the settings are made of."""
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic_core import PydanticCustomError
+
+NonEmpty = Annotated[str, StringConstraints(min_length=1)]
+Positive = Annotated[int, Field(ge=1)]
+NotNegative = Annotated[int, Field(ge=0)]
+
+
+class Section(BaseModel):
+    """A part of the settings. Unknown keys are refused, and values are not converted from other types."""
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+def key_error(key: str, message: str) -> PydanticCustomError:
+    """The error for one key below the field that is being validated."""
+    return PydanticCustomError("key_error", "{message}", {"key": key, "message": message})
