@@ -9,6 +9,8 @@ from typing import Any
 from moreh.accelerator.devices import Device, find_device
 from moreh.errors import AcceleratorError
 
+# What torch.cuda calls the accelerator.
+ACCELERATOR_NAME = "MoAI Accelerator"
 _DATA = Path(__file__).parent / "data" / "flavors.json"
 
 

@@ -13,7 +13,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from moreh.accelerator.memory.saved_activations import SavedActivations
-from moreh.accelerator.memory.storages import storage_bytes, storage_of
+from moreh.storages import storage_bytes, storage_of
 
 KINDS = ("parameters", "gradients", "optimizer_state", "activations", "other_tensors")
 # AdamW, which the training scripts use, keeps two values of its own for every parameter.

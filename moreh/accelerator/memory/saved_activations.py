@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from moreh.accelerator.memory.storages import storage_of
+from moreh.storages import storage_of
 
 SECONDS_UNTIL_INTERRUPT = 0.01
 
