@@ -1,9 +1,9 @@
-"""Runs code around the calls of models: the outermost module that a script calls, whatever it is and whenever it was made.
+"""Runs code around the calls of models: of the outermost module that a script calls, whenever it was made.
 
 Used by the accelerator's job, which counts activations, and by the runtime, which plans and computes the call.
 
-Hooks of torch would not do: those that are registered on a model are seen by TorchScript, pickled with it and copied with
-it, and none is told when Ctrl-C ends a forward pass, so whatever one of them had switched on would stay on.
+Hooks of torch would not do: those that are registered on a model are seen by TorchScript, pickled with it and copied
+with it, and none is told when Ctrl-C ends a forward pass, so whatever one of them had switched on would stay on.
 """
 
 import threading
@@ -15,8 +15,8 @@ import torch
 
 from moreh.patches.patch import Patch
 
-# Takes the model and the arguments of the call; makes a context that is entered before the forward pass and left after it,
-# however it ends.
+# Takes the model and the arguments of the call; makes a context that is entered before the forward pass and left
+# after it, however it ends.
 MakeContext = Callable[[torch.nn.Module, tuple[Any, ...], dict[str, Any]], AbstractContextManager[Any]]
 # Takes the model and its outputs after a forward pass without an error; returns what the script gets.
 AfterCall = Callable[[torch.nn.Module, Any], Any]
@@ -27,8 +27,8 @@ InsteadOfCall = Callable[[torch.nn.Module, tuple[Any, ...], dict[str, Any]], Any
 MODULE_CALL = Patch(
     target="torch.nn.Module._call_impl",
     why="Plans and computes the outermost call of a model, whatever its class and whenever it was made.",
-    no_public_way="Hooks are seen by TorchScript, pickled and copied with the model, cannot replace a call's result without "
-    "computing it, and none is told when Ctrl-C ends a forward pass.",
+    no_public_way="Hooks are seen by TorchScript, pickled and copied with the model, cannot replace a call's result "
+    "without computing it, and none is told when Ctrl-C ends a forward pass.",
     tested=("torch 2.13",),
 )
 

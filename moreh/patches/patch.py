@@ -1,9 +1,9 @@
 """The declaration of a process-wide patch, its installation, and the list of the active ones.
 
-A patch replaces attributes of torch, transformers or another library for the whole process. Each is declared as a `Patch`
-in a module of this package, next to the code that computes the replacement, and installed through it, so that `active()`
-and the documentation know all of them. `tests/patches/test_canaries.py` compares the signature and the source of every
-target with those that the patch was written for.
+A patch replaces attributes of torch, transformers or another library for the whole process. Each is declared as a
+`Patch` in a module of this package, next to the code that computes the replacement, and installed through it, so that
+`active()` and the documentation know all of them. `tests/patches/test_canaries.py` compares the signature and the
+source of every target with those that the patch was written for.
 
 Nothing here imports torch, so that the command-line tools may import this module.
 """
@@ -26,7 +26,7 @@ class Patch:
     """A replaced attribute of a library, or a group of them that are replaced for one reason."""
 
     target: str
-    """The dotted name of what is replaced, such as "torch.nn.Module._call_impl". For a group, what `names` start from."""
+    """The dotted name of what is replaced, such as "torch.nn.Module._call_impl"; of a group, the name of the owner."""
     why: str
     """What the replacement does, and what would not work without it."""
     no_public_way: str
@@ -34,7 +34,7 @@ class Patch:
     tested: tuple[str, ...]
     """The releases that the patch was tested with, such as "torch 2.13"."""
     names: tuple[str, ...] = ()
-    """For a group: the replaced attributes, as dotted names below `target`. Empty for a single target."""
+    """Of a group: the replaced attributes, as dotted names below `target`. Empty for a single target."""
     adds: bool = False
     """Whether the target is an attribute that the library does not have."""
     module: str = field(default_factory=_declaring_module, repr=False)

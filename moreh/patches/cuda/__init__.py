@@ -1,4 +1,4 @@
-"""The CUDA face: on a machine without a GPU, `torch.cuda`, `.cuda()` and `device="cuda"` mean the simulated accelerator.
+"""The CUDA face: without a GPU, `torch.cuda`, `.cuda()` and `device="cuda"` mean the simulated accelerator.
 
 Tensors "on the device" stay in CPU memory and keep the device `cpu`. A `SimulatedDevice`, which the accelerator package
 implements and `moreh.attach` passes in, remembers which they are and what they take.

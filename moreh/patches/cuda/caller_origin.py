@@ -18,14 +18,14 @@ _TORCH = f"{Path(torch.__file__).resolve().parent}/"
 def caller_is_user_code(frames_up: int) -> bool:
     """Whether the code that called, `frames_up` frames above the caller of this function, is a user's.
 
-    User code is what stands neither in the standard library nor in a directory of installed packages. A notebook's cells
-    and what is typed at a prompt are user code.
+    User code is what stands neither in the standard library nor in a directory of installed packages. A notebook's
+    cells and what is typed at a prompt are user code.
     """
     return _is_user_file(sys._getframe(frames_up + 1).f_code.co_filename)
 
 
 def caller_is_torch_or_moreh(frames_up: int) -> bool:
-    """Whether the code that called, `frames_up` frames above the caller of this function, is torch's or this package's."""
+    """Whether the code that called, `frames_up` frames above the caller of this function, is torch's or moreh's."""
     return _is_torch_or_moreh(sys._getframe(frames_up + 1).f_code.co_filename)
 
 

@@ -1,4 +1,4 @@
-"""The part of the CUDA face that takes the name of a device: `torch.autocast("cuda")` and `torch.load(map_location="cuda")`."""
+"""The part of the CUDA face in functions that take the name of a device: `torch.autocast` and `torch.load`."""
 
 import functools
 from collections.abc import Callable

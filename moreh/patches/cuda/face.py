@@ -1,7 +1,7 @@
 """Installs the CUDA face on a machine without a GPU, as the environment variable MOREH_CUDA_FACE says.
 
-- unset: scripts see the accelerator in torch.cuda, libraries see that there is no GPU. A script is what stands neither in
-  the standard library nor in a directory of installed packages.
+- unset: scripts see the accelerator in torch.cuda, libraries see that there is no GPU. A script is what stands
+  neither in the standard library nor in a directory of installed packages.
 - `1`: libraries see the accelerator too, except torch and this package. For code of the user's that is installed in
   site-packages, where it would be taken for a library. A library may then choose a CUDA path that a CPU build lacks.
 - `0`: nobody sees the accelerator, and `.cuda()` fails as it does without this package.
@@ -45,8 +45,8 @@ def audience_from_environment() -> Audience:
         return Audience(text)
     except ValueError:
         raise OptionError(
-            f"{VARIABLE}={text!r}: allowed is 0 (never show the accelerator in torch.cuda) or 1 (show it to libraries too); "
-            "scripts alone see it if unset"
+            f"{VARIABLE}={text!r}: allowed is 0 (nobody sees the accelerator in torch.cuda) or 1 (libraries see it "
+            "too); if unset, scripts alone see it"
         ) from None
 
 

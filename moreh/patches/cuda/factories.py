@@ -41,8 +41,8 @@ FACTORIES = Patch(
     target="torch",
     names=(*_factory_names(), *(f"Tensor.{name}" for name in _NEW)),
     why="Functions that create a tensor take the accelerator as their device.",
-    no_public_way="A TorchFunctionMode costs two microseconds for each call of torch, holds for one thread only, and would "
-    "have to be taken off while a model computes.",
+    no_public_way="A TorchFunctionMode costs two microseconds for each call of torch, holds for one thread only, and "
+    "would have to be taken off while a model computes.",
     tested=("torch 2.13",),
 )
 DEVICE_CONTEXT = Patch(

@@ -1,13 +1,14 @@
 """The part of the CUDA face that moves tensors and modules: `.cuda()`, `.to("cuda")`, `.cpu()`.
 
-Tensors on the device stay in CPU memory and keep the device `cpu`; the simulated device remembers which they are. As with
-a real GPU, moving a tensor there or back makes a copy, and moving it to where it is does not: code that changes a moved
-tensor in place, or keeps `parameter.cpu()` as a snapshot, means the same as with a GPU. Where it is not known on which
-side a tensor is, as with the result of an operation, it is copied: a needless copy does no harm, a hidden alias does.
+Tensors on the device stay in CPU memory and keep the device `cpu`; the simulated device remembers which they are. As
+with a real GPU, moving a tensor there or back makes a copy, and moving it to where it is does not: code that changes
+a moved tensor in place, or keeps `parameter.cpu()` as a snapshot, means the same as with a GPU. Where it is not known
+on which side a tensor is, as with the result of an operation, it is copied: a needless copy does no harm, a hidden
+alias does.
 
 The functions that take a device are replaced by ones that look at it. A mode that sees every call of torch could do
-the same, but costs about two microseconds for each call, holds for one thread only, and would have to be taken off while
-a model computes.
+the same, but costs about two microseconds for each call, holds for one thread only, and would have to be taken off
+while a model computes.
 """
 
 import functools
@@ -24,15 +25,12 @@ from moreh.patches.cuda.simulated_device import SimulatedDevice
 from moreh.patches.patch import Patch
 from moreh.storages import shares_storage
 
-_NO_MODE = (
-    "A TorchFunctionMode costs two microseconds for each call of torch, holds for one thread only, and would have to be "
-    "taken off while a model computes."
-)
 TENSOR_MOVES = Patch(
     target="torch.Tensor",
     names=("to", "cuda", "cpu", "pin_memory"),
     why="Tensors move to the accelerator and back, as copies.",
-    no_public_way=_NO_MODE,
+    no_public_way="A TorchFunctionMode costs two microseconds for each call of torch, holds for one thread only, and "
+    "would have to be taken off while a model computes.",
     tested=("torch 2.13",),
 )
 COMPILED_TENSOR_CUDA = Patch(
@@ -79,8 +77,8 @@ def _copied(result: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
 def _tensor_methods(device: SimulatedDevice) -> dict[str, Callable[..., Any]]:
     """The replacements of `torch.Tensor`'s methods, by name."""
     original_to, original_cpu = torch.Tensor.to, torch.Tensor.cpu
-    # Where a function mode is active, torch calls the replaced `to` again from inside the original one. A device object,
-    # unlike the string "cpu", does not mean leaving the accelerator there.
+    # Where a function mode is active, torch calls the replaced `to` again from inside the original one. A device
+    # object, unlike the string "cpu", does not mean leaving the accelerator there.
     cpu_device = torch.device("cpu")
 
     def on_device(tensor: torch.Tensor) -> torch.Tensor:
@@ -95,7 +93,7 @@ def _tensor_methods(device: SimulatedDevice) -> dict[str, Callable[..., Any]]:
         return on_device(result if device.holds(tensor) else _copied(result, tensor))
 
     def leaves_accelerator(target: Any) -> bool:
-        """Whether a target means the CPU. A tensor on the device says `cpu` too, so a library's device object may not."""
+        """Whether a target means the CPU. A library's device object may not: a tensor on the device says `cpu` too."""
         if not device.is_in_use() or torch.compiler.is_compiling():
             return False
         return target == "cpu" or (target == cpu_device and caller_is_user_code(frames_up=2))

@@ -44,7 +44,7 @@ QUERIES = Patch(
         "ipc_collect",
     ),
     why="Answers a script's questions for the accelerator, and a library's as torch does.",
-    no_public_way="torch has no device that answers to the name cuda but its own; PrivateUse1 gives a device another name.",
+    no_public_way="Only torch's own device has the name cuda; a device made with PrivateUse1 has another name.",
     tested=("torch 2.13",),
 )
 # empty_cache already does nothing without a GPU.
@@ -213,7 +213,10 @@ def _everybody_but_torch_and_moreh() -> bool:
 def _answering(
     answer: Callable[..., Any], original: Callable[..., Any], is_answered: Callable[[], bool]
 ) -> Callable[..., Any]:
-    """A function that gives the accelerator's answer if `is_answered` says so of its caller, two frames up, else torch's."""
+    """A function that gives the accelerator's answer to some callers, and torch's own to the others.
+
+    `is_answered` tells by the caller two frames up.
+    """
 
     @functools.wraps(original)
     def query(*args: Any, **kwargs: Any) -> Any:

@@ -46,9 +46,9 @@ class Request:
 
 def uncertainty_text(device: Device) -> str:
     """One line on how far the figures for a kind of device can be trusted."""
-    if device.efficiency == THIS_MACHINE:
+    if device.efficiency_class == THIS_MACHINE:
         return "All figures are predictions, from rates that were measured on this machine."
-    known = uncertainty(device.efficiency)
+    known = uncertainty(device.efficiency_class)
     return f"All figures are predictions, not measurements. Step times came out {known.text}."
 
 
