@@ -1,6 +1,7 @@
 """The memory ledger against sizes that are known, and the simulated out-of-memory error."""
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -11,6 +12,12 @@ from moreh.accelerator.memory.ledger import adamw_training_bytes, weight_bytes
 from moreh.accelerator.memory.out_of_memory import SimulatedOutOfMemoryError
 
 IDS = torch.arange(32).reshape(2, 16)
+
+
+@pytest.fixture(autouse=True)
+def _no_garbage():
+    """Frees what other tests left in reference cycles: the ledger counts it, until Python frees it at some time."""
+    gc.collect()
 
 
 @pytest.fixture
@@ -53,18 +60,17 @@ def test_each_kind_over_a_step(make_gpt2, usage):
 
 
 def test_activations_are_what_autograd_keeps(usage):
-    """Two layers of which the sizes are known: autograd keeps each layer's input and the output of tanh, and no weight."""
+    """Two layers of known sizes: autograd keeps each layer's input and the output of tanh, and no weight."""
     model = torch.nn.Sequential(torch.nn.Linear(10, 20), torch.nn.Tanh(), torch.nn.Linear(20, 5)).cuda()
     inputs = torch.ones(3, 10).cuda()
     output = model(inputs)
-    assert (
-        usage()["activations"] == 3 * 20 * 4
-    )  # tanh's output is the second layer's input; the first input is no activation
+    # tanh's output is the second layer's input; the first layer's input is no activation.
+    assert usage()["activations"] == 3 * 20 * 4
     del output
     assert usage()["activations"] == 0
     with torch.no_grad():
-        kept = model(inputs)
-    assert kept.shape == (3, 5)
+        output = model(inputs)
+    assert output.shape == (3, 5)
     assert usage()["activations"] == 0
 
 
@@ -83,15 +89,15 @@ def test_report_shows_what_the_step_needed(make_gpt2, monkeypatch):
 
 
 def test_recomputation_keeps_less(make_gpt2, usage):
-    kept = []
+    activation_bytes = []
     for recompute in (False, True):
         model = make_gpt2(n_layer=4).cuda().train()
         if recompute:
             model.activation_checkpointing_enable({"use_reentrant": False})
         loss = model(IDS.cuda(), labels=IDS.cuda(), use_cache=False).loss
-        kept.append(usage()["activations"])
+        activation_bytes.append(usage()["activations"])
         del model, loss
-    assert kept[1] < kept[0] / 2
+    assert activation_bytes[1] < activation_bytes[0] / 2
 
 
 def test_counting_changes_no_gradient(make_gpt2):
@@ -114,7 +120,7 @@ def test_changed_activation_is_still_an_error():
 
 
 def test_hooks_of_others_stay_in_force():
-    """torch uses the innermost hooks on saved tensors only; the ledger's must not put those of a library out of force."""
+    """torch uses only the innermost hooks on saved tensors; the ledger's must not disable those of a library."""
     calls = []
 
     class Layer(torch.nn.Linear):
@@ -140,7 +146,7 @@ def test_forward_without_backward_leaks_nothing(make_gpt2, usage):
     assert usage()["activations"] == 0
 
 
-def test_sparse_activations():
+def test_model_with_sparse_activations_trains():
     adjacency = torch.eye(4).to_sparse()
 
     class Graph(torch.nn.Linear):
@@ -150,6 +156,17 @@ def test_sparse_activations():
     layer = Graph(2, 2).cuda()
     layer(torch.ones(4, 2)).sum().backward()
     assert layer.weight.grad is not None
+
+
+def test_garbage_counts_until_python_frees_it(usage):
+    """As on a real device. A reference cycle outlives the last use of its tensors."""
+    model = torch.nn.Linear(2, 2).cuda()
+    model.itself = [model]
+    held = weight_bytes(model)
+    del model
+    assert usage()["parameters"] == held
+    gc.collect()
+    assert usage()["parameters"] == 0
 
 
 def test_model_of_another_type_is_counted_once(make_gpt2, usage):
@@ -170,10 +187,10 @@ def test_many_small_tensors_cost_little_each():
     count = ledger.usage_bytes
     ledger.usage_bytes = lambda: counts.append(1) or count()
     try:
-        kept = [torch.zeros(4, device="cuda") for _ in range(2000)]
+        tensors = [torch.zeros(4, device="cuda") for _ in range(2000)]
     finally:
         del ledger.usage_bytes
-    assert len(kept) == 2000
+    assert len(tensors) == 2000
     assert len(counts) < 20
 
 

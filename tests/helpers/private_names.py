@@ -1,0 +1,68 @@
+"""Finds private names of libraries in source code: what has a leading underscore and is not this project's own."""
+
+import ast
+from collections.abc import Iterable, Iterator
+
+from tests.helpers.source_tree import LIBRARIES, Source
+
+# Private names of Python's own library.
+_PYTHON = {"_exit", "_getframe"}
+
+
+def private_names_of_libraries(sources: Iterable[Source]) -> Iterator[tuple[Source, ast.AST, str]]:
+    """Each use of a private name of a library: file, node and name.
+
+    The name is dotted where the source says whose it is, such as torch._C._current_graph_task_id, and begins with a dot
+    where it does not, such as ._version of some tensor.
+    """
+    sources = tuple(sources)
+    own = {name for source in sources for name in _defined(source)}
+    for source in sources:
+        for node in source.nodes:
+            for name in _private_names(source, node, own):
+                yield source, node, name
+
+
+def _private_names(source: Source, node: ast.AST, own: set[str]) -> Iterator[str]:
+    if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] in LIBRARIES:
+        names = (f"{node.module}.{alias.name}" for alias in node.names)
+        yield from (name for name in names if any(map(_is_private, name.split("."))))
+    elif isinstance(node, ast.Attribute):
+        name = source.library(node)
+        if name is not None:
+            # The whole chain is seen at its outermost attribute.
+            is_outermost = not isinstance(next(source.enclosing(node)), ast.Attribute)
+            if is_outermost and any(map(_is_private, name.split("."))):
+                yield name
+        elif _is_private(node.attr) and (_is_super(node.value) or node.attr not in own):
+            yield f".{node.attr}"
+
+
+def _defined(source: Source) -> Iterator[str]:
+    """The names that a file defines or assigns to `self`."""
+    for node in source.nodes:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            if isinstance(node.value, ast.Name) and node.value.id in ("self", "cls"):
+                yield node.attr
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "object.__setattr__":
+            yield from (argument.value for argument in node.args if isinstance(argument, ast.Constant))
+
+
+def _is_private(name: str) -> bool:
+    return name.startswith("_") and not name.endswith("__") and name not in _PYTHON
+
+
+def _is_super(node: ast.expr) -> bool:
+    """Whether an expression is `super()`: a private method that is called there is a library's."""
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "super"
+
+
+def is_covered(name: str, listed: Iterable[str]) -> bool:
+    """Whether a private name, or a part that contains it, is among the listed ones."""
+    if name.startswith("."):
+        return any(entry.replace(":", ".").endswith(name) for entry in listed)
+    return any(f"{name}.".startswith(f"{entry}.") or f"{entry}.".startswith(f"{name}.") for entry in listed)
