@@ -3,7 +3,7 @@
 Used by the accelerator's job, which counts activations, and by the runtime, which plans and computes the call.
 
 Hooks of torch would not do: those that are registered on a model are seen by TorchScript, pickled with it and copied
-with it, and none is told when Ctrl-C ends a forward pass, so whatever one of them had switched on would stay on.
+with it, and none is called when Ctrl-C ends a forward pass, so that what a hook has switched on would stay on.
 """
 
 import threading
@@ -28,7 +28,7 @@ MODULE_CALL = Patch(
     target="torch.nn.Module._call_impl",
     why="Plans and computes the outermost call of a model, whatever its class and whenever it was made.",
     no_public_way="Hooks are seen by TorchScript, pickled and copied with the model, cannot replace a call's result "
-    "without computing it, and none is told when Ctrl-C ends a forward pass.",
+    "without computing it, and none is called when Ctrl-C ends a forward pass.",
     tested=("torch 2.13",),
 )
 

@@ -165,15 +165,15 @@ def nearest_version(store: Store, library: str, version: tuple[int, int]) -> tup
 
 
 def changes(now: dict[str, Fingerprint], store: Store, versions: dict[str, tuple[int, int]]) -> dict[str, str]:
-    """For each name whose fingerprint is not the stored one, a sentence for each thing that changed."""
-    found = {}
+    """For each name whose fingerprint is not the stored one: what changed, who uses it and what to look at."""
+    sentences = {}
     for name, current in now.items():
         library = library_of(name)
         nearest = nearest_version(store, library, versions[library])
         then = {} if nearest is None else store[_key(library, nearest)].get(name, {})
         if current != then:
-            found[name] = _describe(name, then, current, nearest, versions[library])
-    return found
+            sentences[name] = _describe(name, then, current, nearest, versions[library])
+    return sentences
 
 
 def _describe(

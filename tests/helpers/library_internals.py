@@ -82,8 +82,8 @@ INTERNALS: dict[str, str] = {
     "torch.amp.autocast_mode.autocast_decorator": "Its wrapper has the closure variable autocast_instance.",
     "torch.amp.autocast_mode.autocast:fast_dtype": "The dtype of an autocast.",
     # transformers and accelerate
-    "transformers.PreTrainedModel.from_pretrained": "It calls _load_pretrained_model.",
-    "transformers.PreTrainedModel._load_pretrained_model": (
+    "transformers.modeling_utils.PreTrainedModel.from_pretrained": "It calls _load_pretrained_model.",
+    "transformers.modeling_utils.PreTrainedModel._load_pretrained_model": (
         "Called with model, state_dict, checkpoint_files, load_config while the model is on the meta device."
     ),
     "transformers.modeling_utils.LoadStateDictConfig": "dtype_plan, hf_quantizer and disable_mmap of what is loaded.",
@@ -91,7 +91,7 @@ INTERNALS: dict[str, str] = {
         "One pattern of many, with the key of each of its groups."
     ),
     "transformers.core_model_loading.revert_weight_conversion": "The state dict as it is saved.",
-    "transformers.PreTrainedModel.save_pretrained": (
+    "transformers.modeling_utils.PreTrainedModel.save_pretrained": (
         "It calls split_torch_state_dict_into_shards and safe_save_file of its module."
     ),
     "transformers.modeling_utils.safe_save_file": "Called with tensors, filename and metadata.",
@@ -103,7 +103,7 @@ INTERNALS: dict[str, str] = {
     "transformers.models.llama.modeling_llama.LlamaRMSNorm.forward": "What fused_norm stands in for.",
     "transformers.activations.NewGELUActivation.forward": "What fused_activation stands in for.",
     "transformers.loss.loss_utils.ForCausalLMLoss": "The loss that the runtime computes in its own way.",
-    "transformers.PreTrainedModel.warn_if_padding_and_no_attention_mask": "Models call it on themselves.",
+    "transformers.modeling_utils.PreTrainedModel.warn_if_padding_and_no_attention_mask": "Models call it on themselves.",
     "transformers.PreTrainedConfig._attn_implementation": "The attention function that a model uses.",
     "accelerate.utils.operations.ConvertOutputsToFp32": "accelerate's wrapper of a forward pass in bfloat16.",
 }

@@ -62,7 +62,15 @@ def _is_super(node: ast.expr) -> bool:
 
 
 def is_covered(name: str, listed: Iterable[str]) -> bool:
-    """Whether a private name, or a part that contains it, is among the listed ones."""
-    if name.startswith("."):
-        return any(entry.replace(":", ".").endswith(name) for entry in listed)
-    return any(f"{name}.".startswith(f"{entry}.") or f"{entry}.".startswith(f"{name}.") for entry in listed)
+    """Whether a private name, or a part that contains it, is among the listed ones.
+
+    A class may be imported from more than one module, so its name and what follows are enough.
+    """
+    parts = name.split(".")
+    first_private = next(index for index, part in enumerate(parts) if _is_private(part))
+    tail = name if name.startswith(".") else "." + ".".join(parts[max(first_private - 1, 0) :])
+    listed = [entry.replace(":", ".") for entry in listed]
+    return any(
+        entry.endswith(tail) or f"{name}.".startswith(f"{entry}.") or f"{entry}.".startswith(f"{name}.")
+        for entry in listed
+    )

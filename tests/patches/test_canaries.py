@@ -75,7 +75,7 @@ def test_listed_names_are_still_in_the_source():
     ],
 )
 def test_private_name_is_seen(text, name):
-    assert [found for _, _, found in private_names_of_libraries([Source(text)])] == [name]
+    assert [seen for _, _, seen in private_names_of_libraries([Source(text)])] == [name]
     assert not is_covered(name, ["torch.other", "torch.nn.Module:_versions"])
     assert is_covered(name, [f"torch.x{name}" if name.startswith(".") else name])
 

@@ -24,26 +24,26 @@ STILL_ELSEWHERE = {
 
 
 def test_libraries_are_patched_in_the_package_of_patches_only():
-    found = [
+    changes = [
         f"{source.place(node)}: {change}"
         for source in sources("moreh", "utils", "scripts", ".")
         if not source.path.startswith("moreh/patches/") and source.path not in STILL_ELSEWHERE
         for node, change in library_changes(source)
     ]
-    assert not found, (
-        f"libraries are changed for the whole process in {found}. Declare a moreh.patches.patch.Patch in a file of "
+    assert not changes, (
+        f"libraries are changed for the whole process in {changes}. Declare a moreh.patches.patch.Patch in a file of "
         "moreh/patches and install it through the declaration (moreh/patches/module_call.py is an example)"
     )
 
 
 def test_patches_are_installed_through_their_declarations():
-    found = [
+    changes = [
         f"{source.place(node)}: {change}"
         for source in sources("moreh/patches")
         if source.path != "moreh/patches/patch.py"
         for node, change in library_changes(source)
     ]
-    assert not found, f"changed without a Patch: {found}. Use Patch.install or Patch.install_each"
+    assert not changes, f"changed without a Patch: {changes}. Use Patch.install or Patch.install_each"
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_changes_of_the_process_are_declared():
     ],
 )
 def test_change_of_the_process_is_seen(text, what):
-    assert [found for _, found in process_changes(Source(text))] == [what]
+    assert [seen for _, seen in process_changes(Source(text))] == [what]
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ def _creating(original: Callable[..., Any], dotted_name: str, device: SimulatedD
 
     @functools.wraps(original)
     def create(*args: Any, **kwargs: Any) -> Any:
-        # A tensor of a class of its own looks the function up by what the user calls, which is this one.
+        # A subclass of Tensor compares the function with the one that users call, which is this one.
         if name in _LIKE and args and has_torch_function(args[:1]):
             return handle_torch_function(create, args[:1], *args, **kwargs)
         target = kwargs.get("device")
