@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from tests.helpers.source_tree import LIBRARIES, Source
 
 # Private names of Python's own library.
-_PYTHON = {"_exit", "_getframe"}
+_PYTHON = {"_asdict", "_exit", "_getframe", "_replace"}
 
 
 def private_names_of_libraries(sources: Iterable[Source]) -> Iterator[tuple[Source, ast.AST, str]]:
@@ -27,15 +27,29 @@ def _private_names(source: Source, node: ast.AST, own: set[str]) -> Iterator[str
     if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] in LIBRARIES:
         names = (f"{node.module}.{alias.name}" for alias in node.names)
         yield from (name for name in names if any(map(_is_private, name.split("."))))
-    elif isinstance(node, ast.Attribute):
-        name = source.library(node)
-        if name is not None:
-            # The whole chain is seen at its outermost attribute.
-            is_outermost = not isinstance(next(source.enclosing(node)), ast.Attribute)
-            if is_outermost and any(map(_is_private, name.split("."))):
-                yield name
-        elif _is_private(node.attr) and (_is_super(node.value) or node.attr not in own):
-            yield f".{node.attr}"
+    elif isinstance(node, ast.Attribute) and not isinstance(next(source.enclosing(node)), ast.Attribute):
+        # Of a chain of attributes, the outermost one.
+        name = source.dotted(node)
+        if name is None:
+            yield from _private_tail(node, own)
+        elif source.library(node) is not None and any(map(_is_private, name.split("."))):
+            yield name
+
+
+def _private_tail(node: ast.Attribute, own: set[str]) -> Iterator[str]:
+    """Of a chain of attributes, the part from its first private name to its last: ._version of x.data._version.real."""
+    attributes: list[str] = []
+    value: ast.expr = node
+    while isinstance(value, ast.Attribute):
+        attributes.insert(0, value.attr)
+        value = value.value
+    private = [
+        index
+        for index, name in enumerate(attributes)
+        if _is_private(name) and (name not in own or (index == 0 and _is_super(value)))
+    ]
+    if private:
+        yield "." + ".".join(attributes[private[0] : private[-1] + 1])
 
 
 def _defined(source: Source) -> Iterator[str]:

@@ -72,6 +72,9 @@ def test_listed_names_are_still_in_the_source():
         ("import torch\ntorch._C._foo()", "torch._C._foo"),
         ("def f(tensor):\n    return tensor._version", "._version"),
         ("class A:\n    def _go(self):\n        super()._go()", "._go"),
+        ("def f(tensors):\n    return tensors[0].data._version.real", "._version"),
+        ("def f(x):\n    return x._C._profiler._Span", "._C._profiler._Span"),
+        ("class A:\n    def f(self):\n        self._own = 1\n        return self._own._theirs", "._theirs"),
     ],
 )
 def test_private_name_is_seen(text, name):
@@ -80,7 +83,15 @@ def test_private_name_is_seen(text, name):
     assert is_covered(name, [f"torch.x{name}" if name.startswith(".") else name])
 
 
-@pytest.mark.parametrize("text", ["import torch\ntorch.zeros(1)", "class A:\n    def _go(self):\n        self._go()"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "import torch\ntorch.zeros(1)",
+        "class A:\n    def _go(self):\n        self._go()",
+        "import argparse\ngroup: argparse._ArgumentGroup",
+        "def f(named_tuple):\n    return named_tuple._asdict()",
+    ],
+)
 def test_public_or_own_name_is_no_private_name_of_a_library(text):
     assert not list(private_names_of_libraries([Source(text)]))
 
