@@ -33,7 +33,7 @@ PROCESS_CHANGES = (
     ProcessChange(
         "global hooks of torch",
         "moreh/accelerator/job.py",
-        "When the process becomes a job without a GPU: counts gradients and optimizer state around each optimizer step.",
+        "When the process becomes a job without a GPU: counts gradients and optimizer state around optimizer steps.",
     ),
     ProcessChange(
         "sys.unraisablehook",
@@ -54,7 +54,7 @@ PROCESS_CHANGES = (
     ProcessChange(
         "warnings.filterwarnings",
         "moreh/runtime/checkpoint/training_state.py",
-        "When one worker reads or writes a training state: hides torch's warning that it does so without a process group.",
+        "When one worker reads or writes a training state: hides torch's warning that there is no process group.",
     ),
     ProcessChange(
         "log levels of libraries",
@@ -64,8 +64,8 @@ PROCESS_CHANGES = (
     ProcessChange(
         "os.environ",
         "moreh/runtime/launch/launcher.py",
-        "In the process that starts workers: torch.distributed.elastic leaves signals to the launcher. The workers get the "
-        "variable as it was.",
+        "In the process that starts workers: torch.distributed.elastic leaves signals to the launcher. The workers get "
+        "the variable as it was.",
     ),
     ProcessChange(
         "signal.signal",
@@ -130,7 +130,7 @@ PROCESS_CHANGES = (
     ProcessChange(
         "atexit.register",
         "moreh/runtime/launch/world.py",
-        "In a worker: ends the process group before Python shuts down, whose threads would otherwise abort the process.",
+        "In a worker: ends the process group before Python shuts down, or its threads would abort the process.",
     ),
     ProcessChange(
         "os.environ",

@@ -103,7 +103,7 @@ INTERNALS: dict[str, str] = {
     "transformers.models.llama.modeling_llama.LlamaRMSNorm.forward": "What fused_norm stands in for.",
     "transformers.activations.NewGELUActivation.forward": "What fused_activation stands in for.",
     "transformers.loss.loss_utils.ForCausalLMLoss": "The loss that the runtime computes in its own way.",
-    "transformers.modeling_utils.PreTrainedModel.warn_if_padding_and_no_attention_mask": "Models call it on themselves.",
+    "transformers.modeling_utils.PreTrainedModel.warn_if_padding_and_no_attention_mask": "Models call it.",
     "transformers.PreTrainedConfig._attn_implementation": "The attention function that a model uses.",
     "accelerate.utils.operations.ConvertOutputsToFp32": "accelerate's wrapper of a forward pass in bfloat16.",
 }
