@@ -129,7 +129,7 @@ def errors_of_classes(
 
     table = {}
     for name, efficiency in constants.items():
-        found = errors([run for run in tested if run.cluster.device.efficiency == name], efficiency)
+        found = errors([run for run in tested if run.cluster.device.efficiency_class == name], efficiency)
         known = found or errors(tested, PRIOR)
         share = 1.0 if 0 < len(found) < MIN_RUNS_FOR_QUANTILE else 0.8
         figures = {"error": np.quantile(np.abs(known), share), "lowest": min(known), "highest": max(known)}
@@ -145,10 +145,11 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     runs = [run for _, run, _ in usable_runs(read_rows(options.runs)) if run is not None and run.step_time_s]
     chosen = fitted_rows(runs)
-    classes = sorted({device.efficiency for device in all_devices().values()}, key=lambda name: (name in PARENTS, name))
+    names = {device.efficiency_class for device in all_devices().values()}
+    classes = sorted(names, key=lambda name: (name in PARENTS, name))
     constants: dict[str, Efficiency] = {}
     for name in classes:
-        rows = [run for run in chosen if run.cluster.device.efficiency == name]
+        rows = [run for run in chosen if run.cluster.device.efficiency_class == name]
         prior = constants[PARENTS[name]] if name in PARENTS else PRIOR
         constants[name] = fit(rows, prior) if rows else prior
         print(f"{name}: {len(rows)} rows; {constants[name]}", flush=True)

@@ -66,7 +66,7 @@ def main() -> int:
         platform = replace(setting, implementation=replace(setting.implementation, reshards_in_pipeline=True))
         theirs = predict(job.plan, training, platform)
         ours = search(training, setting, count=1).best[0]
-        share = uncertainty(flavor.device.efficiency).error
+        share = uncertainty(flavor.device.efficiency_class).error
         gain = ours.tokens_per_second / theirs.tokens_per_second
         # Both predictions may be off by the share, independently of each other.
         low, high = gain / (1 + share * math.sqrt(2)), gain * (1 + share * math.sqrt(2))

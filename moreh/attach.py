@@ -4,18 +4,23 @@ import sys
 
 
 def attach_to_torch() -> None:
-    """Make `torch.moreh` available. PyTorch calls this at the end of `import torch`; a second call does nothing."""
+    """Make `torch.moreh` available. PyTorch calls this at the end of `import torch`; a second call does nothing.
+
+    Raises:
+        OptionError: the environment variable MOREH_CUDA_FACE has a value that is not allowed.
+    """
     import torch
 
     if hasattr(torch, "moreh"):
         return
     from moreh import option  # noqa: F401  (torch.moreh.option is there only once it is imported)
+    from moreh.patches.cuda.face import audience_from_environment, install_cuda_face
+    from moreh.patches.torch_namespace import add_to_torch
 
-    torch.moreh = sys.modules["moreh"]  # type: ignore[attr-defined]
+    audience = audience_from_environment()
     # device_count() asks the driver's library without starting CUDA, which would forbid forking later on.
     if torch.cuda.device_count() == 0:
-        from moreh.patches.cuda.moves import install_moves
-        from moreh.patches.cuda.queries import install_probes
+        from moreh.accelerator.job_device import JobDevice
 
-        install_probes()
-        install_moves()
+        install_cuda_face(JobDevice(), audience)
+    add_to_torch(sys.modules["moreh"])

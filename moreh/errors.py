@@ -1,4 +1,4 @@
-"""The errors of this package. Each message names the value that was given, what is allowed and the next step."""
+"""The errors of this package. Each message names the value, what is allowed and the next step."""
 
 
 class MorehError(Exception):
@@ -18,8 +18,8 @@ class RegistryError(MorehError, RuntimeError):
 
 
 class PlanError(MorehError, ValueError):
-    """A model, an accelerator or a plan cannot be planned with as given."""
+    """A training cannot be planned: its model, its accelerator or a plan for it is not supported."""
 
 
 class WorkerError(MorehError, RuntimeError):
-    """The workers of a run do not do the same, or one of them failed."""
+    """The workers of a run do different things, or one of them failed."""

@@ -15,7 +15,7 @@ class LevelInBrackets(logging.Formatter):
 
 
 class StandardOutputHandler(logging.StreamHandler[TextIO]):
-    """Writes to what `sys.stdout` is at the moment of writing, so that a redirection made later is followed."""
+    """Writes to what `sys.stdout` is at the moment of writing, so that later redirections are followed."""
 
     @property
     def stream(self) -> TextIO:  # noqa: D102
@@ -23,7 +23,7 @@ class StandardOutputHandler(logging.StreamHandler[TextIO]):
 
     @stream.setter
     def stream(self, value: TextIO) -> None:
-        """StreamHandler's constructor sets a stream; it is not kept."""
+        """Ignores the stream that StreamHandler's constructor sets."""
 
 
 def set_up_logger() -> None:

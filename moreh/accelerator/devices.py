@@ -1,4 +1,7 @@
-"""Kinds of physical devices, from data sheets (`data/devices.json`)."""
+"""Kinds of physical devices, from data sheets (`data/devices.json`).
+
+A new kind of device is one more entry of that file; the planner and the tools find it there.
+"""
 
 import json
 from dataclasses import dataclass
@@ -12,29 +15,40 @@ _DATA = Path(__file__).parent / "data" / "devices.json"
 
 @dataclass(frozen=True)
 class Device:
-    """One physical device, as the driver counts them, and how it is linked to others.
+    """One physical device, as the driver counts them, and its links to other devices.
 
-    `memory_mib` is what a job can use, in MiB. Rates are peaks, dense, of the data sheets that `source` names, written down
-    from memory: compare one with its sheet before you rely on it. `half` is bfloat16, or float16 where there is none.
-    `compute_units` run a tile of a matrix product each (streaming multiprocessors).
-    Link rates are of one device, in one direction: to the other device of its package, to others of its node, and to
-    other nodes. `efficiency` names the class of devices whose measured efficiency applies.
+    Rates are peaks: dense, of the data sheets that `source` names, written down from memory. Compare a rate with its
+    data sheet before you rely on it. Link rates are of one device, in one direction.
     """
 
     name: str
+    """The name in `data/devices.json`, such as "MI250 GCD"."""
     memory_mib: int
+    """Memory that a job can use, in MiB."""
     bf16_flops_per_second: float
+    """Peak rate of matmuls in bfloat16, or in float16 where there is no bfloat16."""
     float32_flops_per_second: float
+    """Peak rate of matmuls in float32."""
     float8_flops_per_second: float | None
+    """Peak rate of matmuls in float8; None if the device has none."""
     memory_bytes_per_second: float
+    """Peak rate of the device's own memory."""
     compute_units: int
+    """Units that each compute a tile of a matmul: streaming multiprocessors of NVIDIA, compute units of AMD."""
     devices_per_package: int
+    """Devices of one package, such as the two GCDs of an MI250."""
     package_bytes_per_second: float | None
+    """Link to the other devices of the package; None if there are none."""
     devices_per_node: int
+    """Devices of one node."""
     node_bytes_per_second: float
+    """Link to the other devices of the node."""
     network_bytes_per_second: float
-    efficiency: str
+    """Link to other nodes."""
+    efficiency_class: str
+    """The class of devices whose measured efficiency applies: a key of `planner/hardware/data/efficiency.json`."""
     source: str
+    """Where the figures come from, and which of them are assumed."""
 
     @property
     def memory_bytes(self) -> int:
@@ -50,7 +64,7 @@ def all_devices() -> dict[str, Device]:
 
 
 def find_device(name: str) -> Device:
-    """The device with this name, in any case.
+    """The device with this name, in upper or lower case.
 
     Raises:
         AcceleratorError: there is no such device.
@@ -58,4 +72,4 @@ def find_device(name: str) -> Device:
     for known, device in all_devices().items():
         if known.lower() == name.strip().lower():
             return device
-    raise AcceleratorError(f"no device {name!r}: the ones that are known are {', '.join(all_devices())}")
+    raise AcceleratorError(f"no device {name!r}: known devices are {', '.join(all_devices())}")

@@ -1,4 +1,7 @@
-"""Accelerator flavors: how many devices of which kind (`data/flavors.json`)."""
+"""Accelerator flavors: how many devices of which kind (`data/flavors.json`).
+
+The platform calls a flavor the accelerator's "model". A new flavor is one more entry of that file.
+"""
 
 import json
 from dataclasses import dataclass
@@ -9,17 +12,23 @@ from typing import Any
 from moreh.accelerator.devices import Device, find_device
 from moreh.errors import AcceleratorError
 
+# What torch.cuda calls the accelerator.
+ACCELERATOR_NAME = "MoAI Accelerator"
 _DATA = Path(__file__).parent / "data" / "flavors.json"
 
 
 @dataclass(frozen=True)
 class Flavor:
-    """A size of accelerator: how many physical devices of one kind, on how many nodes."""
+    """A size of accelerator."""
 
     name: str
-    devices: int
-    nodes: int
+    """The name that the tools show, such as "xLarge.512GB"."""
     device: Device
+    """The kind of its physical devices."""
+    devices: int
+    """How many physical devices there are."""
+    nodes: int
+    """Nodes that the devices are on, equally many on each."""
 
     @property
     def memory_mib(self) -> int:
@@ -33,10 +42,12 @@ def _load() -> Any:
 
 @cache
 def all_flavors() -> tuple[Flavor, ...]:
-    """Every flavor, in the order of the numbered list that the tools show (the first one is number 1)."""
-    table = _load()
-    device = find_device(table["device"])
-    return tuple(Flavor(device=device, **row) for row in table["flavors"])
+    """Every flavor, in the order of the numbered list that the tools show (the first one is number 1).
+
+    Raises:
+        AcceleratorError: a flavor's device is not in `data/devices.json`.
+    """
+    return tuple(Flavor(**{**row, "device": find_device(row["device"])}) for row in _load()["flavors"])
 
 
 @cache
@@ -46,7 +57,7 @@ def default_flavor() -> Flavor:
 
 
 def find_flavor(selection: str) -> Flavor:
-    """The flavor with this name (any case) or this number of the list, counted from 1.
+    """The flavor with this name (in upper or lower case) or this number of the list, counted from 1.
 
     Raises:
         AcceleratorError: there is no such flavor.

@@ -1,4 +1,4 @@
-"""The job that this process is: registered when it first touches the device, reported while it runs, gone at its end."""
+"""The job of this process: registered when it first uses the device, reported while it runs, removed at its end."""
 
 import atexit
 import multiprocessing
@@ -8,40 +8,42 @@ import time
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from moreh.accelerator.job_status import JobStatus, PredictedUse, available_cores, sample_cpu_time, write_status
+from moreh.accelerator.job_status import JobStatus, PredictedUse, sample_cpu_time, write_status
 from moreh.accelerator.memory.ledger import MemoryLedger, adamw_training_bytes, weight_bytes
 from moreh.accelerator.memory.out_of_memory import out_of_memory_error
-from moreh.accelerator.registry import Accelerator, Job, command_line_of, end_job, read_registry, start_job
+from moreh.accelerator.registry import Accelerator, Job, end_job, read_registry, start_job
 from moreh.errors import RegistryError
 from moreh.log import logger, set_up_logger
 from moreh.patches.module_call import around_model_calls
+from moreh.system import available_cores
 from moreh.version import __version__
 
 SECONDS_BETWEEN_REPORTS = 1.0
 
 
 class LocalJob:
-    """This process on its accelerator: the ledger, and what keeps it and moreh-smi up to date."""
+    """This process on its accelerator: its memory ledger, and what keeps the ledger and moreh-smi up to date."""
 
     def __init__(self, job: Job, accelerator: Accelerator) -> None:
         self.job = job
         self.accelerator = accelerator
         self.ledger = MemoryLedger()
         self.simulated = not torch.cuda.is_available()
-        # Without advanced parallelization a model lives on one physical device.
+        # Without advanced parallelization a model is on one physical device.
         self.uses_all_devices = False
-        # What the planner predicts for the devices that are simulated; None until a training was planned.
+        # What the planner predicts for the simulated devices; None until a training was planned.
         self.predicted: PredictedUse | None = None
         self._planned: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
-        # Rank and process id of each worker on this machine, where there are several.
+        # Rank and process id of each worker on this machine; empty if there is one worker.
         self.worker_pids: tuple[tuple[int, int], ...] = ()
-        # Processor time is that of the job with all that it started; the reports come from one of its processes.
+        # CPU time is that of the job's process and its descendants; one of these processes makes the reports.
         self._process = psutil.Process(job.pid)
         self._reporting_pid = job.pid
         self._earlier = self._latest = sample_cpu_time(self._process)
@@ -58,10 +60,10 @@ class LocalJob:
         return (flavor.memory_mib if self.uses_all_devices else flavor.device.memory_mib) * 2**20
 
     def require(self, what: str, requested_bytes: int) -> None:
-        """Check that so many bytes more fit the simulated device.
+        """Check that `requested_bytes` more fit the simulated device; `what` names them in the error.
 
         Raises:
-            SimulatedOutOfMemoryError: they do not.
+            SimulatedOutOfMemoryError: they do not fit.
         """
         if not self.simulated or self.ledger.estimated_bytes() + requested_bytes <= self.capacity_bytes:
             return
@@ -78,8 +80,7 @@ class LocalJob:
     def admit_module(self, module: torch.nn.Module) -> None:
         """Check that a module fits before it is moved.
 
-        A module on the meta device is only described: it has no data to move. What can be told about it is whether
-        training it would fit, and that is checked instead.
+        A module on the meta device has no data to move. Whether training it would fit is known, and is checked instead.
 
         Raises:
             SimulatedOutOfMemoryError: it does not fit.
@@ -87,21 +88,21 @@ class LocalJob:
         if any(parameter.is_meta for parameter in module.parameters()):
             self.require("the weights, gradients and AdamW state of the model", adamw_training_bytes(module))
         else:
-            held = sum(t.nbytes for t in module.parameters() if self.ledger.holds(t))
-            self.require("the weights of the model", max(weight_bytes(module) - held, 0))
+            already_there = sum(t.nbytes for t in module.parameters() if self.ledger.holds(t))
+            self.require("the weights of the model", max(weight_bytes(module) - already_there, 0))
 
     def use_prediction(self, model: torch.nn.Module, predicted: PredictedUse) -> None:
-        """From now on show what the plan of a model is predicted to use of the devices, instead of counting its activations."""
+        """Show from now on what a model's plan is predicted to use of the devices; its activations are not counted."""
         self.predicted = predicted
         self._planned.add(model)
 
     def peak_bytes(self) -> int:
-        """The most memory that the job has used, in bytes: what was counted, or what its plan is predicted to use."""
+        """The most memory that the job has used, in bytes: the counted peak or its plan's predicted use, if larger."""
         predicted = 0 if self.predicted is None else sum(self.predicted.memory_bytes.values())
         return max(self.ledger.peak_bytes(), predicted)
 
     def report(self) -> None:
-        """Tell moreh-smi how this job is doing, at most once a second. A disk that is full does not end the training."""
+        """Write the job's status for moreh-smi, at most once a second. A full disk does not end the training."""
         now = time.monotonic()
         if now < self._next_report or os.getpid() != self._reporting_pid:
             return
@@ -109,8 +110,8 @@ class LocalJob:
         self._earlier, self._latest = self._latest, sample_cpu_time(self._process)
         if self.simulated:
             # As a driver sees it: an allocator keeps what the last steps needed.
-            highest = self.ledger.activations.highest_bytes_since_last_asked()
-            memory_bytes = {**self.ledger.usage_bytes(), "activations": highest}
+            peak = self.ledger.activations.take_peak_since_report()
+            memory_bytes = {**self.ledger.usage_bytes(), "activations": peak}
         else:
             memory_bytes = {"reserved": torch.cuda.memory_reserved()}
         if self.predicted is not None:
@@ -131,22 +132,22 @@ class LocalJob:
             self._next_report = float("inf")
 
     def report_soon(self) -> None:
-        """Let the next `report` through, however short the time since the last one."""
+        """Let the next `report` write, however recent the last one is."""
         self._next_report = 0.0
 
     def report_from_here(self) -> None:
-        """Let this process report for the job, which is another one's that only waits for its workers."""
+        """Let this process make the reports: a worker, for the launcher's job, which only waits for its workers."""
         self._reporting_pid = os.getpid()
 
     @contextmanager
     def _count_activations(
         self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Iterator[None]:
-        if self.worker_pids:  # memory of the devices is predicted, and that of the workers measured
+        if self.worker_pids:  # the devices' memory is predicted, and the workers' memory is measured
             yield
             return
         if self.ledger.has_module(model):
-            self.ledger.add_module(model)  # its weights may be new ones, of another type
+            self.ledger.add_module(model)  # its weights may be new tensors, of another dtype
         with nullcontext() if model in self._planned else self.ledger.activations.counting():
             yield
 
@@ -175,7 +176,10 @@ class LocalJob:
         self.report()
 
     def _may_be_full(self) -> bool:
-        """Whether the memory could have filled up since the last count: gradients and optimizer state come all at once."""
+        """Whether the memory could have filled up since the last count: gradients and optimizer state come all at once.
+
+        With those of AdamW the weights become four times as much; 6 leaves a margin.
+        """
         return 6 * self.ledger.estimated_bytes() > self.capacity_bytes
 
 
@@ -187,7 +191,7 @@ def local_job(run: str = "") -> LocalJob:
     """The job of this process; the first call registers it on the current accelerator and says so in the log.
 
     Args:
-        run: identifies a run of several processes that are one job without being descendants of one of them.
+        run: identifies a run of several processes that are one job although none descends from another.
 
     Raises:
         AcceleratorError: another process is using the accelerator.
@@ -202,17 +206,17 @@ def local_job(run: str = "") -> LocalJob:
 
 
 def local_job_if_started() -> LocalJob | None:
-    """The job of this process, or None if it has not touched the device."""
+    """The job of this process, or None if it has not used the device."""
     return _local_job
 
 
 def _start_own_job(run: str) -> LocalJob:
-    # The workers of a DataLoader work for the process that started them, which may not have touched the device itself.
+    # The workers of a DataLoader work for the process that started them, which may not have used the device itself.
     parent = multiprocessing.parent_process()
     owner = psutil.Process(os.getpid() if parent is None else parent.pid)
-    job, accelerator = start_job(owner, command_line_of(owner), run)
+    job, accelerator = start_job(owner, _command_line(owner), run)
     if job.pid != owner.pid:
-        return LocalJob(job, accelerator)  # of another process of the run
+        return LocalJob(job, accelerator)  # another process of the run is the job
     atexit.register(_end_own_job, job)
     started = LocalJob(job, accelerator)
     logger.info("MoAI Accelerator is ready to use.")
@@ -221,7 +225,7 @@ def _start_own_job(run: str) -> LocalJob:
     if started.simulated:
         flavor = accelerator.flavor
         logger.info(
-            "Simulated: this machine has no GPU, so %s (%d x %s, %d MiB) is simulated and the job computes on %d processor "
+            "Simulated: this machine has no GPU, so %s (%d x %s, %d MiB) is simulated and the job computes on %d CPU "
             "core(s).",
             flavor.name,
             flavor.devices,
@@ -235,17 +239,23 @@ def _start_own_job(run: str) -> LocalJob:
 
 
 def _join_job_of_ancestor() -> LocalJob | None:
-    """The running job of this process or of one that it descends from: what a job starts belongs to it."""
+    """The running job of this process or of an ancestor: what a job starts belongs to it."""
     registry = read_registry()
     if not registry.jobs:
         return None
-    line = {os.getpid(), *(process.pid for process in psutil.Process().parents())}
+    own_pids = {os.getpid(), *(process.pid for process in psutil.Process().parents())}
     for job in registry.jobs:
-        if job.pid in line:
+        if job.pid in own_pids:
             if job.pid == os.getpid():
                 atexit.register(_end_own_job, job)
             return LocalJob(job, registry.accelerator(job.accelerator))
     return None
+
+
+def _command_line(process: psutil.Process) -> str:
+    """The command line of a process, as `ps` shows it, without the directory of its program."""
+    words = process.cmdline()
+    return " ".join([Path(words[0]).name, *words[1:]]) if words else f"process {process.pid}"
 
 
 def _end_own_job(job: Job) -> None:

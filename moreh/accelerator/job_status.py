@@ -1,7 +1,6 @@
-"""What a running job reports of itself, and what a reader in another process makes of it."""
+"""The status that a running job reports in a file, and how a reader in another process (moreh-smi) interprets it."""
 
 import contextlib
-import os
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,48 +11,52 @@ from moreh.accelerator.registry import Job, job_status_path
 from moreh.accelerator.state_files import read_json, replace_json
 from moreh.errors import RegistryError
 
-# The kernel counts processor time in hundredths of a second; over a shorter time a percentage means nothing.
-SHORTEST_SAMPLE_SECONDS = 0.5
+# The kernel counts CPU time in hundredths of a second, so a percentage over a shorter time would mean nothing.
+MIN_SAMPLE_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
 class CpuSample:
-    """Processor seconds that the job's processes had used at a moment (seconds since the epoch)."""
+    """CPU time that the job's processes had used at one moment."""
 
     time: float
+    """The moment, in seconds since the epoch."""
     cpu_seconds: float
+    """CPU time used until then, of all processes and threads together."""
 
 
 @dataclass(frozen=True)
 class PredictedUse:
-    """What a plan is predicted to use of the devices that are simulated.
-
-    `plan` is its text. `memory_bytes` maps a kind to bytes on all devices together, `device_bytes` has the bytes of each
-    device, and `busy` is the share of a step in which a device computes (0 to 1).
-    """
+    """What a plan is predicted to use of the simulated devices."""
 
     plan: str
+    """The plan in the planner's notation, such as "tp1 pp4 dp2 mb4x4"."""
     memory_bytes: dict[str, int]
+    """Bytes of each kind (parameters, gradients, ...) on all devices together."""
     device_bytes: tuple[int, ...]
+    """Bytes on each device."""
     busy: float
+    """The share of a step in which a device computes, 0 to 1."""
 
 
 @dataclass(frozen=True)
 class JobStatus:
-    """The last report of a running job. `memory_bytes` maps a kind (parameters, gradients, ...) to bytes.
-
-    `simulated` tells that memory and utilization stand for devices that this machine does not have. `earlier` and
-    `latest` are two samples of processor time, so that a reader always has one that is old enough. `worker_pids` are the
-    rank and process id of each worker on this machine, where there are several.
-    """
+    """The last report of a running job."""
 
     memory_bytes: dict[str, int]
+    """Bytes of each kind (parameters, gradients, ...) on the accelerator."""
     simulated: bool
+    """Whether memory and utilization stand for devices that this machine does not have."""
     cores: int
+    """CPU cores that the job may use."""
     earlier: CpuSample
+    """The sample before `latest`: one of the two is always old enough for a percentage."""
     latest: CpuSample
+    """The last sample of CPU time."""
     predicted: PredictedUse | None = None
+    """What the job's plan is predicted to use; None until a training was planned."""
     worker_pids: tuple[tuple[int, int], ...] = ()
+    """Rank and process id of each worker on this machine; empty if there is one worker."""
 
     @property
     def total_memory_bytes(self) -> int:
@@ -62,7 +65,7 @@ class JobStatus:
 
 
 def sample_cpu_time(process: psutil.Process) -> CpuSample:
-    """The processor time that a process and those that it started, as far as they are running, have used until now.
+    """The CPU time that a process and its running descendants have used until now.
 
     Raises:
         psutil.NoSuchProcess: it has ended.
@@ -77,7 +80,11 @@ def sample_cpu_time(process: psutil.Process) -> CpuSample:
 
 
 def write_status(job: Job, status: JobStatus) -> None:
-    """Publish the status of this process's job."""
+    """Publish the status of this process's job.
+
+    Raises:
+        RegistryError: the file cannot be written.
+    """
     replace_json(job_status_path(job.id), asdict(status), durable=False)
 
 
@@ -94,7 +101,7 @@ def read_status(job: Job) -> JobStatus | None:
 
 
 def measured_worker_bytes(status: JobStatus) -> list[tuple[int, int, int]]:
-    """Rank, process id and bytes in this machine's memory of each worker that is running."""
+    """Rank, process id and resident memory in bytes of each worker that is running."""
     measured = []
     for rank, pid in status.worker_pids:
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
@@ -103,10 +110,11 @@ def measured_worker_bytes(status: JobStatus) -> list[tuple[int, int, int]]:
 
 
 def utilization_percent(job: Job, status: JobStatus) -> int | None:
-    """How busy a simulated device is now: the share of the cores' time that the job's processes used since a recent sample,
-    times the share of a step in which a device would compute, where a plan predicts one.
+    """How busy a simulated device is now, in percent.
 
-    None if the job runs on real devices, whose utilization this figure does not tell, or has just ended.
+    This is the share of the cores' time that the job's processes used since a recent sample. Where a plan predicts
+    it, the share of a step in which a device would compute is multiplied in. None if the job has just ended, or runs
+    on real devices, whose utilization this figure does not tell.
     """
     if not status.simulated:
         return None
@@ -114,17 +122,10 @@ def utilization_percent(job: Job, status: JobStatus) -> int | None:
         now = sample_cpu_time(psutil.Process(job.pid))
     except psutil.NoSuchProcess:
         return None
-    since = status.latest if now.time - status.latest.time >= SHORTEST_SAMPLE_SECONDS else status.earlier
+    since = status.latest if now.time - status.latest.time >= MIN_SAMPLE_SECONDS else status.earlier
     elapsed = now.time - since.time
     if elapsed <= 0:
         return None
     share = (now.cpu_seconds - since.cpu_seconds) / (elapsed * status.cores)
     busy = 1.0 if status.predicted is None else status.predicted.busy
     return round(100 * busy * min(max(share, 0.0), 1.0))
-
-
-def available_cores() -> int:
-    """The number of processor cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

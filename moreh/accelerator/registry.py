@@ -1,8 +1,8 @@
 """The registry: which accelerators there are, which one is current, and which job runs on which.
 
-One JSON file under the user's state directory. Readers take no lock, for the file is only ever replaced whole; writers
-take one. A job is its process, named by process id *and* start time, because process ids are used again; a job
-whose process is gone is not seen by any reader and is cleared by the next writer.
+It is one JSON file in the user's state directory. The file is only ever replaced whole, so readers take no lock;
+writers take one. A job is its process, identified by process id *and* start time, because process ids are used again.
+Readers skip a job whose process is gone, and the next writer removes it.
 """
 
 import secrets
@@ -26,11 +26,14 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Accelerator:
-    """One accelerator of this environment; `token` identifies it, as on the platform."""
+    """One accelerator of this environment."""
 
     index: int
+    """Its number in the tools, from 0."""
     model: str
+    """The name of its flavor."""
     token: str
+    """Identifies it, as on the platform."""
 
     @property
     def flavor(self) -> Flavor:
@@ -40,17 +43,20 @@ class Accelerator:
 
 @dataclass(frozen=True)
 class Job:
-    """A process that uses an accelerator. Times are in seconds since the epoch.
-
-    `run` is the same for the processes that torchrun starts together; the job is the first of them. Else it is empty.
-    """
+    """A process that uses an accelerator."""
 
     id: int
+    """Counts up from 1 in this environment."""
     accelerator: int
+    """The index of the accelerator."""
     pid: int
+    """The process id."""
     process_start_time: float
+    """When the process was started, in seconds since the epoch."""
     command: str
+    """The command line."""
     run: str = ""
+    """The same for all processes that torchrun starts together, the first of which is the job; empty otherwise."""
 
     def is_running(self) -> bool:
         """Whether the very process that registered this job is still there (a zombie is not)."""
@@ -67,9 +73,13 @@ class Registry:
     """The whole content of the registry file."""
 
     current: int
+    """The index of the current accelerator: the one that the next process will use."""
     next_job_id: int
+    """The id of the next job."""
     accelerators: tuple[Accelerator, ...]
+    """The accelerators, by index."""
     jobs: tuple[Job, ...] = field(default=())
+    """The jobs in the order of their start; `read_registry` leaves out those that have ended."""
 
     def accelerator(self, index: int) -> Accelerator:
         """The accelerator with this index.
@@ -89,13 +99,17 @@ class Registry:
 
 
 def read_registry() -> Registry:
-    """The registry as it is now, with running jobs only. Writes nothing, also when there is no file yet."""
+    """The registry as it is now, with running jobs only. Writes nothing, even if there is no file yet.
+
+    Raises:
+        RegistryError: the file cannot be read, or its content is damaged.
+    """
     registry = _parse(read_json(_registry_path()))
     return replace(registry, jobs=tuple(job for job in registry.jobs if job.is_running()))
 
 
 def ensure_registry() -> Registry:
-    """The registry, written to its file if there was none, so that what it says of the first accelerator stays."""
+    """The registry, written to its file if there is none, so that the first accelerator keeps its token."""
     return _update(lambda registry: (registry, registry))
 
 
@@ -103,7 +117,7 @@ def add_accelerator(model: str) -> Accelerator:
     """Add an accelerator with the lowest free index. It does not become the current one.
 
     Raises:
-        AcceleratorError: unknown model, or there are five already.
+        AcceleratorError: unknown model, or there are MAX_ACCELERATORS already.
     """
     flavor = find_flavor(model)
 
@@ -173,8 +187,9 @@ def switch_model(model: str) -> Accelerator:
 
 
 def start_job(process: psutil.Process, command: str, run: str = "") -> tuple[Job, Accelerator]:
-    """Register a process as the job of the current accelerator; if it or one of the same run is that already, that job is
-    given back.
+    """Register a process as the job of the current accelerator.
+
+    If the process, or one of the same `run`, is the job already, that job is returned.
 
     Raises:
         AcceleratorError: another process is using it.
@@ -194,12 +209,12 @@ def start_job(process: psutil.Process, command: str, run: str = "") -> tuple[Job
 
 
 def end_job(job_id: int) -> None:
-    """Take a job off the registry, with its status file. Does nothing if it is not there."""
+    """Remove a job from the registry, with its status file. Does nothing if the job is not there."""
     _update(lambda registry: (replace(registry, jobs=tuple(j for j in registry.jobs if j.id != job_id)), None))
 
 
 def job_status_path(job_id: int) -> Path:
-    """The file in which a running job reports its memory and processor time."""
+    """The file in which a running job reports its memory and CPU time."""
     return state_directory() / "jobs" / f"{job_id}.json"
 
 
@@ -214,9 +229,9 @@ def _require_idle(registry: Registry, index: int, verb: str) -> None:
 
 
 def _update(change: Callable[[Registry], tuple[Registry, Result]]) -> Result:
-    """Apply a change to the registry under the writers' lock, and clear what dead processes left."""
+    """Apply a change to the registry under the writers' lock, and delete what dead processes left."""
     with writer_lock():
-        _clear_temporary_files(_registry_path())
+        _delete_temporary_files(_registry_path())
         before = read_registry()
         after, result = change(before)
         replace_json(_registry_path(), asdict(after), durable=True)
@@ -227,8 +242,8 @@ def _update(change: Callable[[Registry], tuple[Registry, Result]]) -> Result:
     return result
 
 
-def _clear_temporary_files(path: Path) -> None:
-    """Delete what a writer that was killed left beside `path`. Only to be called while holding the lock."""
+def _delete_temporary_files(path: Path) -> None:
+    """Delete temporary files of writers that were killed. Only to be called while holding the lock."""
     for leftover in path.parent.glob(path.name + ".*.tmp"):
         leftover.unlink(missing_ok=True)
 
@@ -262,21 +277,20 @@ def _parse(content: Any) -> Registry:
 
 
 def _check_types(registry: Registry) -> None:
-    """Raise TypeError or AcceleratorError for what no tool has written."""
+    """Check what a hand-edited file may have wrong.
+
+    Raises:
+        TypeError: a value has another type than the tools write, or a process id is below 1.
+        AcceleratorError: an accelerator's model is unknown.
+    """
     for row in (registry, *registry.accelerators, *registry.jobs):
         for name, kind in row.__annotations__.items():
             value = getattr(row, name)
-            wanted = {int: int, float: (int, float), str: str}.get(kind)
-            if wanted is not None and (not isinstance(value, wanted) or isinstance(value, bool)):  # type: ignore[arg-type]
+            allowed = {int: int, float: (int, float), str: str}.get(kind)
+            if allowed is not None and (not isinstance(value, allowed) or isinstance(value, bool)):  # type: ignore[arg-type]
                 raise TypeError(f"{name} is {value!r}")
     for job in registry.jobs:
         if job.pid < 1:
             raise TypeError(f"pid is {job.pid}")
     for accelerator in registry.accelerators:
         find_flavor(accelerator.model)
-
-
-def command_line_of(process: psutil.Process) -> str:
-    """The real command line of a process, as `ps` shows it, with the interpreter's directory left out."""
-    words = process.cmdline()
-    return " ".join([Path(words[0]).name, *words[1:]]) if words else f"process {process.pid}"

@@ -1,4 +1,7 @@
-"""Where the accelerators' state lives, and how it is written so that a crash or many writers never leave it half done."""
+"""The files of the registry and the jobs: where they are, and how they are written.
+
+A crash, or many writers at once, never leaves a file half written.
+"""
 
 import json
 import os
@@ -18,12 +21,15 @@ LOCK_TIMEOUT_SECONDS = 30.0
 def state_directory() -> Path:
     """The directory of the registry and the job files.
 
-    `MOREH_STATE_DIR` if it is set; else `moreh/<host name>` under `XDG_STATE_HOME`, by default `~/.local/state`. The host
-    name is part of it because a home directory may be shared by machines whose process ids mean different processes.
+    `MOREH_STATE_DIR` if it is set, else `moreh/<host name>` in `XDG_STATE_HOME`, by default `~/.local/state`. The host
+    name is part of the path because machines that share a home directory do not share process ids.
+
+    Raises:
+        RegistryError: there is no home directory.
     """
-    given = os.environ.get("MOREH_STATE_DIR")
-    if given:
-        return _absolute(given)
+    directory = os.environ.get("MOREH_STATE_DIR")
+    if directory:
+        return _absolute(directory)
     try:
         base = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
     except RuntimeError:
@@ -33,16 +39,16 @@ def state_directory() -> Path:
 
 @cache
 def _absolute(directory: str) -> Path:
-    """What a relative path means when it is first used, also if the program changes its directory later."""
+    """What a relative path means when it is first used, even if the program changes its directory later."""
     return Path(directory).absolute()
 
 
 @contextmanager
 def writer_lock() -> Iterator[None]:
-    """Hold the lock that every writer of the registry takes. The system frees it when its holder dies.
+    """Hold the lock that every writer of the registry takes. The operating system releases it when its holder dies.
 
     Raises:
-        RegistryError: the directory cannot be written, or another process held the lock for 30 s.
+        RegistryError: the directory cannot be written, or another process held the lock for LOCK_TIMEOUT_SECONDS.
     """
     from filelock import FileLock, Timeout  # a third of the tools' start-up time, and readers do without it
 
@@ -53,7 +59,8 @@ def writer_lock() -> Iterator[None]:
             yield
     except Timeout:
         raise RegistryError(
-            f"{path} has been locked by another process for {LOCK_TIMEOUT_SECONDS:.0f} s: end that process and try again"
+            f"{path} has been locked by another process for {LOCK_TIMEOUT_SECONDS:.0f} s: "
+            "end that process and try again"
         ) from None
     except OSError as error:
         raise _unusable(path.parent, error) from None
@@ -76,9 +83,9 @@ def read_json(path: Path) -> Any | None:
 
 
 def replace_json(path: Path, content: Any, *, durable: bool) -> None:
-    """Write a JSON file so that a reader sees the old content or the new one, never a part.
+    """Write a JSON file so that a reader sees the old content or the new one, never a part of it.
 
-    `durable` waits until the content is on the disk before it replaces the old one, so that this also holds if the
+    `durable` waits until the new content is on the disk before it replaces the old one, so that this holds even if the
     machine goes down.
 
     Raises:

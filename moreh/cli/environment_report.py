@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 
-from moreh.accelerator.job_status import available_cores
+from moreh.system import available_cores
 from moreh.version import __version__
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "numpy")

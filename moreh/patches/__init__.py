@@ -1,5 +1,10 @@
-"""Every process-wide patch of torch, transformers and other libraries: one file a patch or a group that belongs together.
+"""Every process-wide patch of torch, transformers and other libraries, one file for each group that belongs together.
 
-`registry` holds the declaration of each and tells which are active. The patches know nothing of what they are used for: the
-packages above pass in the functions that they call.
+`patch` says what a patch is and which are active; `catalog` lists all that are declared and renders their table
+(`python -m moreh.patches`); `process_changes` lists changes of the process that replace no attribute of a library.
+The patches are mechanism only: they import nothing of the packages that use them, which pass in the functions to call.
 """
+
+from moreh.patches.patch import ActivePatch, Patch, active
+
+__all__ = ["ActivePatch", "Patch", "active"]

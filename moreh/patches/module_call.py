@@ -1,7 +1,9 @@
-"""Runs code around the calls of models: the outermost module that a script calls, whatever it is and whenever it was made.
+"""Runs code around the calls of models: of the outermost module that a script calls, whenever it was made.
 
-Hooks of torch would not do: those that are registered on a model are seen by TorchScript, pickled with it and copied with
-it, and none is told when Ctrl-C ends a forward pass, so whatever one of them had switched on would stay on.
+Used by the accelerator's job, which counts activations, and by the runtime, which plans and computes the call.
+
+Hooks of torch would not do: those that are registered on a model are seen by TorchScript, pickled with it and copied
+with it, and none is called when Ctrl-C ends a forward pass, so that what a hook has switched on would stay on.
 """
 
 import threading
@@ -11,22 +13,22 @@ from typing import Any
 
 import torch
 
-from moreh.patches.registry import Patch
+from moreh.patches.patch import Patch
 
-# Given the model and what it is called with, a context that is entered before its forward pass and left after it, however
-# it ends.
+# Takes the model and the arguments of the call; makes a context that is entered before the forward pass and left
+# after it, however it ends.
 MakeContext = Callable[[torch.nn.Module, tuple[Any, ...], dict[str, Any]], AbstractContextManager[Any]]
-# Given the model and its outputs, once the forward pass has ended without an error: what the script gets.
+# Takes the model and its outputs after a forward pass without an error; returns what the script gets.
 AfterCall = Callable[[torch.nn.Module, Any], Any]
-
-# Given the same, what the call returns in place of the module's own forward pass; NotImplemented to let that happen.
+# Takes the model and the arguments; returns the outputs in place of the module's own forward pass, or NotImplemented to
+# let that happen.
 InsteadOfCall = Callable[[torch.nn.Module, tuple[Any, ...], dict[str, Any]], Any]
 
 MODULE_CALL = Patch(
     target="torch.nn.Module._call_impl",
     why="Plans and computes the outermost call of a model, whatever its class and whenever it was made.",
-    no_public_way="Hooks are seen by TorchScript, pickled and copied with the model, cannot replace a call's result without "
-    "computing it, and none is told when Ctrl-C ends a forward pass.",
+    no_public_way="Hooks are seen by TorchScript, pickled and copied with the model, cannot replace a call's result "
+    "without computing it, and none is called when Ctrl-C ends a forward pass.",
     tested=("torch 2.13",),
 )
 
@@ -42,20 +44,23 @@ def around_model_calls(make_context: MakeContext, after: AfterCall) -> None:
 
 
 def instead_of_model_calls(function: InsteadOfCall) -> None:
-    """From now on, ask the function at every outermost call of a module that has parameters."""
+    """From now on, ask the function at every outermost call of a module that has parameters.
+
+    Functions are asked in the order in which they were added, until one returns outputs.
+    """
     _patch_module_call()
     _instead.append(function)
 
 
 def _patch_module_call() -> None:
-    """Only the first call does it."""
+    """Install the patch unless it is active."""
     if not MODULE_CALL.is_active:
         MODULE_CALL.install(_make_call)
 
 
 def _make_call(original: Any) -> Any:
     def call(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        # A compiler traces what a model computes, not what is done around it. In the backward pass recomputation calls
+        # A compiler traces what a model computes, not what is done around it. In the backward pass, recomputation calls
         # parts of a model by themselves.
         if torch.compiler.is_compiling() or getattr(_inside, "model_call", False) or _in_backward_pass():
             return original(self, *args, **kwargs)
@@ -79,6 +84,7 @@ def _make_call(original: Any) -> Any:
 
 
 def _ask_instead(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The outputs of the first function that computes the call; NotImplemented if none does."""
     for function in _instead:
         outputs = function(module, args, kwargs)
         if outputs is not NotImplemented:

@@ -76,7 +76,7 @@ other = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh()).cuda()
 counted = []
 for module in (planned.transformer.h[0], other[0]):
     module.register_forward_pre_hook(
-        lambda *given: counted.append(torch._C._autograd._top_saved_tensors_default_hooks(True) is not None)
+        lambda *arguments: counted.append(torch._C._autograd._top_saved_tensors_default_hooks(True) is not None)
     )
 ids = torch.zeros(2, 16, dtype=torch.long).cuda()
 for _ in range(2):
@@ -87,7 +87,8 @@ planned.to(torch.bfloat16)
 with torch.no_grad():
     planned(ids, labels=ids)
 torch.cuda.reset_peak_memory_stats()
-assert torch.cuda.memory_allocated() > sum(p.nbytes for p in planned.parameters()), "weights of another type are counted too"
+weights = sum(p.nbytes for p in planned.parameters())
+assert torch.cuda.memory_allocated() > weights, "weights of another type are counted too"
 counted.pop()
 print(counted, torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated())
 """

@@ -47,7 +47,7 @@ def test_unknown_flavor_is_refused(selection):
         find_flavor(selection)
 
 
-def test_add_switch_remove():
+def test_accelerators_are_added_switched_and_removed():
     assert [a.index for a in r.read_registry().accelerators] == [0]
     assert r.add_accelerator("3").index == 1
     assert r.add_accelerator("small.64gb").index == 2
@@ -58,7 +58,7 @@ def test_add_switch_remove():
     assert r.add_accelerator("1").index == 1  # the lowest free index
 
 
-def test_limits():
+def test_sixth_unknown_and_only_accelerator_are_refused():
     for _ in range(4):
         r.add_accelerator("1")
     with pytest.raises(AcceleratorError, match=r"5 accelerators already.*--rm"):
@@ -73,7 +73,7 @@ def test_limits():
         r.remove_accelerator(0)
 
 
-def test_token_stays():
+def test_token_of_the_first_accelerator_stays():
     assert r.ensure_registry().accelerators[0].token == r.read_registry().accelerators[0].token
 
 
@@ -174,7 +174,7 @@ def test_damaged_registry_names_its_file(state_directory, content):
         r.read_registry()
 
 
-def test_one_process_on_one_accelerator():
+def test_accelerator_in_use_is_refused_to_others():
     other = psutil.Process(os.getppid())
     r.start_job(other, "python first.py")
     with pytest.raises(AcceleratorError, match=r"in use by job 1 .*python first.py.*moreh-smi device --add"):
@@ -225,7 +225,7 @@ def test_status_file_of_a_dead_job_is_cleared(state_directory):
     assert not r.job_status_path(job.id).exists()
 
 
-def test_directory_that_cannot_be_used(monkeypatch, tmp_path):
+def test_state_directory_that_cannot_be_used_is_named(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("", encoding="utf-8")
     monkeypatch.setenv("MOREH_STATE_DIR", str(tmp_path / "file" / "below"))
     with pytest.raises(RegistryError, match=r"cannot be used: Not a directory\. Set MOREH_STATE_DIR"):

@@ -1,5 +1,6 @@
 """The CUDA face: what a script calls works without a GPU and means what it means with one."""
 
+import gc
 import sys
 import threading
 
@@ -10,10 +11,12 @@ from torch.utils.data import DataLoader
 from moreh.accelerator.job import local_job
 from moreh.errors import AcceleratorError
 
-on_device = local_job().ledger.holds
+
+def on_device(tensor):
+    return local_job().ledger.holds(tensor)
 
 
-def test_probes():
+def test_torch_cuda_answers_for_the_accelerator():
     assert torch.cuda.is_available()
     assert torch.cuda.device_count() == 1
     assert torch.cuda.current_device() == 0
@@ -31,7 +34,8 @@ def test_probes():
     assert 0 < free <= total == 65_520 * 2**20
 
 
-def test_memory_follows_tensors():
+def test_allocated_memory_follows_the_tensors_that_are_alive():
+    gc.collect()  # garbage of other tests would be freed in between
     before = torch.cuda.memory_allocated()
     tensor = torch.zeros(1000, device="cuda")
     assert torch.cuda.memory_allocated() == before + 4000
@@ -44,7 +48,7 @@ def test_memory_follows_tensors():
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:0", torch.device("cuda"), torch.device("cuda:0"), 0])
-def test_every_way_to_name_the_device(device):
+def test_device_is_meant_however_it_is_named(device):
     tensor = torch.ones(3)
     assert on_device(tensor.to(device))
     assert on_device(tensor.to(device=device))
@@ -93,7 +97,7 @@ FACTORIES = {
 
 
 @pytest.mark.parametrize("name", FACTORIES)
-def test_factories(name):
+def test_factory_creates_its_tensor_on_the_device(name):
     tensor = getattr(torch, name)(*FACTORIES[name], device="cuda")
     assert tensor.layout != torch.strided or on_device(tensor)
 
@@ -106,7 +110,7 @@ def test_no_factory_of_torch_is_forgotten():
     assert untouched == []
 
 
-def test_other_ways_to_create():
+def test_methods_modules_and_contexts_create_on_the_device():
     source = torch.ones(2)
     made = {name: getattr(source, name) for name in ("new_empty", "new_ones", "new_zeros")}
     assert all(on_device(create(2, device="cuda")) for create in made.values())
@@ -127,15 +131,15 @@ def test_other_ways_to_create():
     assert not on_device(torch.ones(2))
 
 
-def test_works_in_every_thread():
-    found = []
-    thread = threading.Thread(target=lambda: found.append(on_device(torch.zeros(1, device="cuda"))))
+def test_face_works_in_every_thread():
+    results = []
+    thread = threading.Thread(target=lambda: results.append(on_device(torch.zeros(1, device="cuda"))))
     thread.start()
     thread.join()
-    assert found == [True]
+    assert results == [True]
 
 
-def test_autocast():
+def test_autocast_for_cuda_computes_in_its_dtype():
     layer = torch.nn.Linear(4, 4).cuda()
     inputs = torch.ones(2, 4).cuda()
     with torch.autocast("cuda"):
@@ -147,7 +151,7 @@ def test_autocast():
     assert torch.ones(2).pin_memory().tolist() == [1, 1]
 
 
-def test_pinned_memory_without_a_warning(run_python):
+def test_pinned_memory_gives_no_warning(run_python):
     source = (
         "import torch\n"
         "loader = torch.utils.data.DataLoader(torch.arange(8), batch_size=4, pin_memory=True)\n"
@@ -158,7 +162,7 @@ def test_pinned_memory_without_a_warning(run_python):
     assert finished.stderr == ""
 
 
-def test_load_to_the_device(tmp_path):
+def test_load_with_the_device_as_map_location(tmp_path):
     torch.save({"weight": torch.ones(2)}, tmp_path / "w.pt")
     for location in ("cuda", "cuda:0", torch.device("cuda")):
         assert torch.load(tmp_path / "w.pt", map_location=location)["weight"].tolist() == [1, 1]
@@ -186,12 +190,15 @@ def test_nothing_is_patched_with_a_real_gpu(run):
     source = (
         "import torch\n"
         "before = {name: getattr(torch.cuda, name) for name in dir(torch.cuda)}\n"
-        "zeros, to, cuda, init = torch.zeros, torch.Tensor.to, torch.nn.Module.cuda, torch.autocast.__init__\n"
+        "patched = lambda: (torch.zeros, torch.Tensor.to, torch.nn.Module.cuda, torch.autocast.__init__)\n"
+        "originals = patched()\n"
         "torch.cuda.device_count = before['device_count'] = lambda: 1\n"
         "import moreh\n"
         "assert torch.moreh is moreh\n"
         "assert all(getattr(torch.cuda, name) is value for name, value in before.items())\n"
-        "assert (zeros, to, cuda, init) == (torch.zeros, torch.Tensor.to, torch.nn.Module.cuda, torch.autocast.__init__)\n"
+        "assert patched() == originals\n"
+        "from moreh.patches import active\n"
+        "assert [patch.target for patch in active()] == ['torch.moreh']\n"
         "print('untouched')"
     )
     assert run(sys.executable, "-c", source, TORCH_DEVICE_BACKEND_AUTOLOAD="0").stdout == "untouched\n"

@@ -1,4 +1,4 @@
-"""Moving tensors and modules means what it means with a GPU: what is copied, what is shared, and what is not disturbed."""
+"""Moving tensors and modules means what it means with a GPU: what is copied, what is shared, what stays ordinary."""
 
 import copy
 import functools
@@ -10,7 +10,9 @@ import torch
 
 from moreh.accelerator.job import local_job
 
-on_device = local_job().ledger.holds
+
+def on_device(tensor):
+    return local_job().ledger.holds(tensor)
 
 
 def test_moving_copies_and_staying_does_not():
@@ -69,9 +71,9 @@ def test_snapshot_of_a_gradient_and_of_a_result():
     model.zero_grad(set_to_none=False)
     assert gradient.abs().sum() > 0
     result = torch.ones(3, device="cuda") * 2
-    kept = result.cpu()
+    snapshot = result.cpu()
     result.add_(1)
-    assert kept.tolist() == [2, 2, 2]
+    assert snapshot.tolist() == [2, 2, 2]
 
 
 def test_array_is_copied_to_the_device():
@@ -81,7 +83,7 @@ def test_array_is_copied_to_the_device():
     assert [tensor.tolist() for tensor in moved] == [[1, 1, 1]] * 2
 
 
-def test_moving_to_where_another_tensor_is():
+def test_tensor_moves_to_where_another_tensor_is():
     host, device = torch.ones(3), torch.zeros(1).cuda()
     moved = host.to(device)
     moved.zero_()
@@ -112,7 +114,10 @@ def test_moved_model_is_an_ordinary_one(tmp_path, run):
     inputs = torch.ones(1, 2)
     assert torch.equal(torch.jit.script(model)(inputs), model(inputs))
     torch.save(model, tmp_path / "model.pt")
-    source = "import sys, torch; torch.load(sys.argv[1], weights_only=False); assert 'moreh' not in sys.modules; print('loaded')"
+    source = (
+        "import sys, torch; torch.load(sys.argv[1], weights_only=False); assert 'moreh' not in sys.modules; "
+        "print('loaded')"
+    )
     finished = run(sys.executable, "-c", source, tmp_path / "model.pt", TORCH_DEVICE_BACKEND_AUTOLOAD="0")
     assert finished.stdout == "loaded\n", finished.stderr
 
@@ -146,7 +151,7 @@ def test_tensor_class_of_its_own_is_asked():
     assert torch.zeros_like in asked
 
 
-def test_functional_transforms():
+def test_functional_transforms_work_with_tensors_on_the_device():
     layer = torch.nn.Linear(3, 1).cuda()
     inputs = torch.ones(4, 3).cuda()
     assert torch.func.vmap(layer)(inputs).shape == (4, 1)
@@ -157,9 +162,12 @@ def test_functional_transforms():
     assert torch.func.grad(lambda x: (x.cuda() * 2).sum().cpu())(torch.ones(2)).tolist() == [2, 2]
 
 
-def test_other_device_calls():
+def test_normal_and_pinned_tensors_are_created():
     assert on_device(torch.normal(0.0, 1.0, (2,), device="cuda"))
     assert torch.zeros(3, pin_memory=True).tolist() == [0, 0, 0]
+
+
+def test_random_state_of_the_device_is_that_of_the_cpu():
     torch.cuda.manual_seed_all(3)
     first = torch.randn(3, device="cuda")
     state = torch.cuda.get_rng_state_all()
@@ -170,6 +178,9 @@ def test_other_device_calls():
     assert torch.equal(torch.randn(3, device="cuda"), second)
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.rand(1)
+
+
+def test_device_guard_and_aliases_in_torch_cuda_memory():
     with torch.cuda.device(torch.device("cuda")):
         pass
     assert torch.cuda.get_device_capability() == (9, 0)

@@ -1,7 +1,10 @@
 """The memory ledger: what the job's tensors would take on the simulated device, by kind.
 
 Parameters, gradients and optimizer state are exact. Activations are the storages that autograd keeps for the backward
-pass. What an operation allocates and frees again by itself is not counted, nor are the activations of a compiled model.
+pass. Not counted are temporary tensors inside an operation and the activations of a compiled model.
+
+The ledger keeps weak references, so a tensor counts for as long as it is alive, as on a real device. That includes
+garbage in reference cycles, which Python frees some time later.
 """
 
 import threading
@@ -13,37 +16,36 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from moreh.accelerator.memory.saved_activations import SavedActivations
-from moreh.accelerator.memory.storages import storage_bytes, storage_of
+from moreh.storages import storage_address, storage_bytes, storage_of
 
 KINDS = ("parameters", "gradients", "optimizer_state", "activations", "other_tensors")
 # AdamW, which the training scripts use, keeps two values of its own for every parameter.
 ADAMW_VALUES_PER_PARAMETER = 2
-# Counting may take this part of a script's time at most; in between, the last count is used.
-SHARE_OF_TIME_FOR_COUNTING = 0.005
+# Counting may take this share of a script's time; in between, the last count is used.
+MAX_SHARE_OF_TIME = 0.005
 
 
 class MemoryLedger:
-    """The tensors on the simulated device, held by weak references: what the user drops, the ledger drops."""
+    """The tensors on the simulated device, by weak references: what the script drops, the ledger drops."""
 
     def __init__(self) -> None:
         self._modules: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
         self._optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+        # By a storage's address: a weak reference to it and its size in bytes.
         self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
         self._lock = threading.RLock()  # a thread that fetches batches moves them while the model computes
         self.activations = SavedActivations(is_counted_elsewhere=self._storages.__contains__)
         self._peak_bytes = 0
-        # At the last count: the total without activations, then and at the last end of a forward pass; and what has been
-        # added since.
-        self._static_bytes = 0
-        self._static_bytes_after_forward: int | None = None
-        self._added_bytes = 0
-        self._next_count = 0.0
+        self._static_bytes = 0  # everything but activations, at the last count
+        self._static_bytes_after_forward: int | None = None  # the same, at the last count after a forward pass
+        self._added_bytes = 0  # added since the last count
+        self._next_count = 0.0  # when the next count may be, by time.monotonic()
 
     def add_module(self, module: torch.nn.Module) -> None:
         """Count a module's parameters, buffers and gradients from now on."""
         with self._lock:
             self._modules.add(module)
-            for tensor in _weights(module):
+            for tensor in _parameters_and_buffers(module):
                 self.add_tensor(tensor)
 
     def remove_module(self, module: torch.nn.Module) -> None:
@@ -66,36 +68,37 @@ class MemoryLedger:
         if storage is None or self.holds(tensor):
             return
         with self._lock:
-            self._storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+            self._storages[storage_address(storage)] = (StorageWeakRef(storage), storage.nbytes())
             self._added_bytes += storage.nbytes()
 
     def holds(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor was made on the device or moved there. The results of operations are not known to be."""
         storage = storage_of(tensor)
-        entry = None if storage is None else self._storages.get(storage._cdata)
+        entry = None if storage is None else self._storages.get(storage_address(storage))
         return entry is not None and not entry[0].expired()
 
     def usage_bytes(self) -> dict[str, int]:
-        """Bytes on the device now, by kind (see `KINDS`), a storage that several tensors share counted once."""
+        """Bytes on the device now, by kind (see `KINDS`). A storage that several tensors share counts once."""
         with self._lock:
             start = time.monotonic()
-            # A weak reference keeps the address of a freed storage from being used again, so a key never lies.
-            for key in [key for key, (reference, _) in self._storages.items() if reference.expired()]:
-                del self._storages[key]
+            # A weak reference keeps the address of a freed storage from being used again, so an entry never means
+            # another storage.
+            for address in [address for address, (reference, _) in self._storages.items() if reference.expired()]:
+                del self._storages[address]
             modules = list(self._modules)
-            weights = storage_bytes(tensor for module in modules for tensor in _weights(module))
-            parameters = {key: nbytes for key, nbytes in weights.items() if key in self._storages}
+            weights = storage_bytes(tensor for module in modules for tensor in _parameters_and_buffers(module))
+            parameters = {address: nbytes for address, nbytes in weights.items() if address in self._storages}
             gradients = storage_bytes(p.grad for module in modules for p in module.parameters() if p.grad is not None)
             states = storage_bytes(
                 tensor for optimizer in list(self._optimizers) for tensor in _state_tensors(optimizer)
             )
-            elsewhere = parameters.keys() | gradients.keys() | states.keys()
-            other = sum(nbytes for key, (_, nbytes) in self._storages.items() if key not in elsewhere)
+            of_a_kind = parameters.keys() | gradients.keys() | states.keys()
+            other = sum(nbytes for address, (_, nbytes) in self._storages.items() if address not in of_a_kind)
             static = (sum(parameters.values()), sum(gradients.values()), sum(states.values()))
             self._static_bytes = sum(static) + other
             self._added_bytes = 0
             now = time.monotonic()
-            self._next_count = now + (now - start) / SHARE_OF_TIME_FOR_COUNTING
+            self._next_count = now + (now - start) / MAX_SHARE_OF_TIME
             return dict(zip(KINDS, (*static, self.activations.total_bytes, other), strict=True))
 
     def total_bytes(self) -> int:
@@ -105,15 +108,16 @@ class MemoryLedger:
         return total
 
     def estimated_bytes(self) -> int:
-        """Nearly the total, at no cost: the last count, what was added since, and the activations."""
+        """Nearly the total, without counting: the last count, what was added since, and the activations."""
         return self._static_bytes + self._added_bytes + self.activations.total_bytes
 
     def observe(self, *, after_forward: bool) -> int:
-        """Count, unless that was done a moment ago, and remember the peak; returns the total, then maybe estimated.
+        """Count, unless the last count was a moment ago, and remember the peak; returns the total, maybe an estimate.
 
-        The activations are always known exactly; what counts of them is their highest number in a forward pass.
+        The activations are always exact. `after_forward` says that a forward pass has ended: then their peak in it
+        counts.
         """
-        activations = self.activations.highest_bytes_of_forward() if after_forward else self.activations.total_bytes
+        activations = self.activations.take_peak_since_forward() if after_forward else self.activations.total_bytes
         if time.monotonic() >= self._next_count:
             self.total_bytes()
             total = self._static_bytes + activations
@@ -127,35 +131,35 @@ class MemoryLedger:
         return total
 
     def peak_bytes(self) -> int:
-        """The largest total that was seen: at the ends of forward passes, around optimizer steps and at each question."""
+        """The largest total seen: at the ends of forward passes, around optimizer steps and when it was asked for."""
         return max(self._peak_bytes, self.total_bytes())
 
     def reset_peak(self) -> None:
         """Forget the peak so far."""
         self._peak_bytes = 0
-        self.activations.highest_bytes_of_forward()
+        self.activations.take_peak_since_forward()
 
 
 def weight_bytes(module: torch.nn.Module) -> int:
     """Bytes of a module's parameters and buffers, tied ones counted once. Works on the meta device."""
-    return _described_bytes(list(_weights(module)))
+    return _nominal_bytes(list(_parameters_and_buffers(module)))
 
 
 def adamw_training_bytes(module: torch.nn.Module) -> int:
     """Bytes that training a module with AdamW takes at least: weights, gradients and two optimizer values each.
 
-    Works on the meta device. Activations are not in it.
+    Works on the meta device. Activations are not included.
     """
-    trained = _described_bytes([p for p in module.parameters() if p.requires_grad])
+    trained = _nominal_bytes([p for p in module.parameters() if p.requires_grad])
     return weight_bytes(module) + (1 + ADAMW_VALUES_PER_PARAMETER) * trained
 
 
-def _described_bytes(tensors: list[torch.Tensor]) -> int:
-    """Bytes of tensors that may be without data; tied parameters are given once by torch already."""
+def _nominal_bytes(tensors: list[torch.Tensor]) -> int:
+    """Bytes of distinct tensors by shape and dtype, with or without data. Lazy ones, without a shape, count nothing."""
     return sum(tensor.nbytes for tensor in {id(t): t for t in tensors if not torch.nn.parameter.is_lazy(t)}.values())
 
 
-def _weights(module: torch.nn.Module) -> Iterator[torch.Tensor]:
+def _parameters_and_buffers(module: torch.nn.Module) -> Iterator[torch.Tensor]:
     yield from module.parameters()
     yield from module.buffers()
 

@@ -7,13 +7,16 @@ from moreh.errors import MorehError
 
 
 class SimulatedOutOfMemoryError(torch.OutOfMemoryError, MorehError):
-    """What a job needs does not fit the simulated device. Caught by `except torch.cuda.OutOfMemoryError`."""
+    """What a job needs does not fit the simulated device. `except torch.cuda.OutOfMemoryError` catches it."""
 
 
 def out_of_memory_error(
     *, what: str, requested_bytes: int, used_bytes: int, accelerator: Accelerator, all_devices: bool
 ) -> SimulatedOutOfMemoryError:
-    """The error for `requested_bytes` more of `what`, on one device or on all devices of the accelerator together."""
+    """The error for `requested_bytes` more of `what`, on one device or on all devices of the accelerator together.
+
+    `used_bytes` are in use already.
+    """
     flavor = accelerator.flavor
     memory_mib = flavor.memory_mib if all_devices else flavor.device.memory_mib
     available_bytes = max(memory_mib * 2**20 - used_bytes, 0)
@@ -24,24 +27,28 @@ def out_of_memory_error(
         where = f"one device of accelerator {accelerator.index} ({flavor.device.name}) has"
         remedy = (
             "Call torch.moreh.option.enable_advanced_parallelization() before the model is loaded so that it may use "
-            f"all {flavor.devices} device(s), switch to a larger model with 'moreh-switch-model' if these are too few, or use "
-            "a smaller batch."
+            f"all {flavor.devices} device(s), switch to a larger model with 'moreh-switch-model' if these are too few, "
+            "or use a smaller batch."
         )
     return SimulatedOutOfMemoryError(
-        f"Error Code 4: OUT_OF_MEMORY (simulated). The accelerator is out of memory: requested {requested_bytes} bytes for "
-        f"{what}; available are {available_bytes} bytes of the {memory_mib} MiB that {where}. {remedy}"
+        f"Error Code 4: OUT_OF_MEMORY (simulated). The accelerator is out of memory: requested {requested_bytes} bytes "
+        f"for {what}; available are {available_bytes} bytes of the {memory_mib} MiB that {where}. {remedy}"
     )
 
 
 def nothing_fits_error(
     smallest_bytes: float, memory_fraction: float, accelerator: Accelerator
 ) -> SimulatedOutOfMemoryError:
-    """The error for a training that no plan divides so that it fits; the smallest one needs so many bytes on a device."""
+    """The error for a training of which no plan fits.
+
+    The smallest plan needs `smallest_bytes` on its fullest device; plans may use `memory_fraction` of a device (0 to
+    1).
+    """
     flavor = accelerator.flavor
     available_bytes = round(flavor.device.memory_bytes * memory_fraction)
     return SimulatedOutOfMemoryError(
-        f"Error Code 4: OUT_OF_MEMORY (simulated). No plan fits accelerator {accelerator.index} ({flavor.name}): the smallest "
-        f"one requested {round(smallest_bytes)} bytes on a device; available are {available_bytes} bytes, "
-        f"{memory_fraction:.0%} of a {flavor.device.name}'s {flavor.device.memory_mib} MiB. Switch to a larger model with "
-        "'moreh-switch-model' ('moreh-plan --flavors' compares them), or use a smaller batch."
+        f"Error Code 4: OUT_OF_MEMORY (simulated). No plan fits accelerator {accelerator.index} ({flavor.name}): the "
+        f"smallest one requested {round(smallest_bytes)} bytes on a device; available are {available_bytes} bytes, "
+        f"{memory_fraction:.0%} of a {flavor.device.name}'s {flavor.device.memory_mib} MiB. Switch to a larger model "
+        "with 'moreh-switch-model' ('moreh-plan --flavors' compares them), or use a smaller batch."
     )

@@ -1,4 +1,7 @@
-"""Counts the bytes of the activations that autograd keeps between the forward and the backward pass."""
+"""Counts the bytes of the activations that autograd keeps between the forward and the backward pass.
+
+The memory ledger turns counting on around the outermost call of a model, through torch's hooks on saved tensors.
+"""
 
 import _thread
 import sys
@@ -9,7 +12,7 @@ from typing import Any
 
 import torch
 
-from moreh.accelerator.memory.storages import storage_of
+from moreh.storages import storage_address, storage_of
 
 SECONDS_UNTIL_INTERRUPT = 0.01
 
@@ -17,34 +20,36 @@ SECONDS_UNTIL_INTERRUPT = 0.01
 class SavedTensor:
     """A tensor that autograd saved; while it exists, its storage counts."""
 
-    __slots__ = ("key", "owner", "tensor", "version")
+    __slots__ = ("address", "owner", "tensor", "version")
 
-    def __init__(self, owner: "SavedActivations", tensor: torch.Tensor, key: int | None) -> None:
-        # Detached, since an operation may save its own output: the output would keep the operation, and that the output.
-        self.owner, self.tensor, self.key = owner, tensor.detach(), key
+    def __init__(self, owner: "SavedActivations", tensor: torch.Tensor, address: int | None) -> None:
+        """`address` is that of the storage; None for a tensor without one, which counts nothing."""
+        # Detached, since an operation may save its own output: the output would keep the operation alive, and the
+        # operation the output.
+        self.owner, self.tensor, self.address = owner, tensor.detach(), address
         self.version = tensor._version
 
     def __del__(self) -> None:
-        key = getattr(self, "key", None)  # Ctrl-C may come before there is one
-        if key is not None:
-            self.owner.release(key)
+        address = getattr(self, "address", None)  # Ctrl-C may come before the attribute is set
+        if address is not None:
+            self.owner.release(address)
 
 
 def _pass_on_interrupts() -> None:
-    """Let Ctrl-C end a program although it arrived where Python discards exceptions.
+    """Let Ctrl-C end a program even if it arrives where Python discards exceptions.
 
-    In a backward pass that is where it nearly always arrives: the only Python code that runs then is `__del__` above.
+    In a backward pass it nearly always arrives there: the only Python code that runs is `SavedTensor.__del__`.
     """
-    before = sys.unraisablehook
+    previous_hook = sys.unraisablehook
 
     def hook(unraisable: Any) -> None:
         if unraisable.exc_type is KeyboardInterrupt:
-            # Again, a little later: at once it would arrive in this function, where it would be discarded too.
-            again = threading.Timer(SECONDS_UNTIL_INTERRUPT, _thread.interrupt_main)
-            again.daemon = True
-            again.start()
+            # Repeated a little later: an interrupt now would arrive in this function, where it is discarded too.
+            timer = threading.Timer(SECONDS_UNTIL_INTERRUPT, _thread.interrupt_main)
+            timer.daemon = True
+            timer.start()
         else:
-            before(unraisable)
+            previous_hook(unraisable)
 
     sys.unraisablehook = hook
 
@@ -53,21 +58,22 @@ class SavedActivations:
     """The storages that saved tensors keep alive, each counted once however many tensors share it."""
 
     def __init__(self, is_counted_elsewhere: Callable[[int], bool]) -> None:
-        """`is_counted_elsewhere` tells, by a storage's address, that it is a parameter or an input, not an activation."""
+        """`is_counted_elsewhere` tells by a storage's address that it is a parameter or an input, not an activation."""
         self._is_counted_elsewhere = is_counted_elsewhere
-        self._users: dict[int, int] = {}
+        # By a storage's address: how many saved tensors share it, and the bytes that it counts.
+        self._num_users: dict[int, int] = {}
         self._bytes: dict[int, int] = {}
         self._lock = threading.RLock()  # the autograd engine frees tensors in threads of its own
         self.total_bytes = 0
-        self._highest_bytes = 0
-        self._highest_in_forward = 0
+        self._peak_since_report = 0
+        self._peak_since_forward = 0
         _pass_on_interrupts()
 
     def counting(self) -> AbstractContextManager[Any]:
         """A context in which every tensor that autograd saves is counted.
 
-        Does nothing where gradients are off, and where somebody else's hooks on saved tensors are in force, such as those
-        of activation recomputation: torch uses only the innermost ones, so these would put theirs out of force.
+        It does nothing where gradients are off, and where other hooks on saved tensors are active, such as those of
+        activation recomputation: torch uses only the innermost hooks, so these would disable the others.
         """
         autograd: Any = torch._C._autograd
         if (
@@ -78,44 +84,47 @@ class SavedActivations:
             return nullcontext()
         return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
 
-    def highest_bytes_since_last_asked(self) -> int:
-        """The highest total since this was last called: what a device's allocator still holds between two steps."""
+    def take_peak_since_report(self) -> int:
+        """The highest total since the last call of this method: what an allocator still holds between two steps."""
         with self._lock:
-            highest, self._highest_bytes = self._highest_bytes, self.total_bytes
-        return highest
+            peak, self._peak_since_report = self._peak_since_report, self.total_bytes
+        return peak
 
-    def highest_bytes_of_forward(self) -> int:
-        """The highest total since the end of the last forward pass, which may have contained backward passes of its parts."""
-        with self._lock:
-            highest, self._highest_in_forward = self._highest_in_forward, self.total_bytes
-        return highest
+    def take_peak_since_forward(self) -> int:
+        """The highest total since the last call of this method, at the end of the last forward pass.
 
-    def release(self, key: int) -> None:
-        """One saved tensor less on the storage with this address."""
+        A forward pass may contain backward passes of its parts, so the total at its end may be lower.
+        """
         with self._lock:
-            self._users[key] -= 1
-            if self._users[key] == 0:
-                del self._users[key]
-                self.total_bytes -= self._bytes.pop(key)
+            peak, self._peak_since_forward = self._peak_since_forward, self.total_bytes
+        return peak
+
+    def release(self, address: int) -> None:
+        """Count one saved tensor less on the storage with this address."""
+        with self._lock:
+            self._num_users[address] -= 1
+            if self._num_users[address] == 0:
+                del self._num_users[address]
+                self.total_bytes -= self._bytes.pop(address)
 
     def _pack(self, tensor: torch.Tensor) -> SavedTensor:
         storage = storage_of(tensor)
         if storage is None:
             return SavedTensor(self, tensor, None)
-        key = storage._cdata
+        address = storage_address(storage)
         with self._lock:
-            self._users[key] = self._users.get(key, 0) + 1
-            if self._users[key] == 1:
-                self._bytes[key] = 0 if self._is_counted_elsewhere(key) else storage.nbytes()
-                self.total_bytes += self._bytes[key]
-                self._highest_bytes = max(self._highest_bytes, self.total_bytes)
-                self._highest_in_forward = max(self._highest_in_forward, self.total_bytes)
-        return SavedTensor(self, tensor, key)
+            self._num_users[address] = self._num_users.get(address, 0) + 1
+            if self._num_users[address] == 1:
+                self._bytes[address] = 0 if self._is_counted_elsewhere(address) else storage.nbytes()
+                self.total_bytes += self._bytes[address]
+                self._peak_since_report = max(self._peak_since_report, self.total_bytes)
+                self._peak_since_forward = max(self._peak_since_forward, self.total_bytes)
+        return SavedTensor(self, tensor, address)
 
     @staticmethod
     def _unpack(saved: SavedTensor) -> torch.Tensor:
-        # With hooks on, autograd leaves out its own check for tensors that were changed after they were saved, and the
-        # gradients would be wrong without any error.
+        # With hooks active, autograd skips its own check for tensors that were changed in place after they were
+        # saved, and the gradients would be wrong without any error.
         if saved.tensor._version != saved.version:
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an inplace operation: "

@@ -5,24 +5,28 @@ import sysconfig
 from functools import cache
 from pathlib import Path
 
-_THIS_PACKAGE = Path(__file__).resolve().parents[2]
+import torch
+
 _LIBRARY_DIRECTORIES = tuple(
-    f"{directory}/"
-    for directory in {
-        _THIS_PACKAGE,
-        *(Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib", "purelib", "platlib")),
-    }
+    f"{Path(sysconfig.get_path(name)).resolve()}/" for name in ("stdlib", "platstdlib", "purelib", "platlib")
 )
 _PACKAGE_DIRECTORIES = ("/site-packages/", "/dist-packages/")
+_MOREH = f"{Path(__file__).resolve().parents[2]}/"
+_TORCH = f"{Path(torch.__file__).resolve().parent}/"
 
 
 def caller_is_user_code(frames_up: int) -> bool:
     """Whether the code that called, `frames_up` frames above the caller of this function, is a user's.
 
-    A user's code is what is neither in the standard library nor in a directory of installed packages; that includes a
-    notebook's cells and what is typed at a prompt.
+    User code is what stands neither in the standard library nor in a directory of installed packages. A notebook's
+    cells and what is typed at a prompt are user code.
     """
     return _is_user_file(sys._getframe(frames_up + 1).f_code.co_filename)
+
+
+def caller_is_torch_or_moreh(frames_up: int) -> bool:
+    """Whether the code that called, `frames_up` frames above the caller of this function, is torch's or moreh's."""
+    return _is_torch_or_moreh(sys._getframe(frames_up + 1).f_code.co_filename)
 
 
 @cache
@@ -32,4 +36,11 @@ def _is_user_file(file_name: str) -> bool:
     if file_name.startswith("<"):  # <stdin>, <string>, <ipython-input-...>
         return True
     path = str(Path(file_name).resolve())
-    return not path.startswith(_LIBRARY_DIRECTORIES) and not any(part in path for part in _PACKAGE_DIRECTORIES)
+    return not path.startswith((*_LIBRARY_DIRECTORIES, _MOREH)) and not any(
+        part in path for part in _PACKAGE_DIRECTORIES
+    )
+
+
+@cache
+def _is_torch_or_moreh(file_name: str) -> bool:
+    return not file_name.startswith("<") and str(Path(file_name).resolve()).startswith((_TORCH, _MOREH))

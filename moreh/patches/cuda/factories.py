@@ -1,87 +1,108 @@
 """The part of the CUDA face that creates tensors: `device="cuda"` in the factory functions of torch."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
 import torch
+from torch.jit import _builtins
 from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils._device import DeviceContext, _device_constructors
 
-from moreh.accelerator.job import local_job
-from moreh.accelerator.memory.storages import shares_storage, storage_of
-from moreh.patches.cuda.queries import names_accelerator
+from moreh.patches.cuda.device_argument import names_accelerator
+from moreh.patches.cuda.simulated_device import SimulatedDevice
+from moreh.patches.patch import Patch
+from moreh.storages import shares_storage
 
 _LIKE = ("empty_like", "full_like", "ones_like", "rand_like", "randint_like", "randn_like", "zeros_like")
 _NEW = ("new_empty", "new_empty_strided", "new_full", "new_ones", "new_tensor", "new_zeros")
-# They take a device, but torch leaves them out of its own list of such functions.
+# They take a device, but torch leaves them out of its own set of such functions.
 _OTHERS = (torch.normal, torch.nested.as_nested_tensor)
-# They give the memory that they were given, if they can.
+# They return the memory of their argument where they can.
 _SHARING = ("as_tensor", "asarray")
 
 
-def on_device(tensor: torch.Tensor) -> torch.Tensor:
-    """Enter a tensor into the ledger as being on the device.
-
-    Raises:
-        SimulatedOutOfMemoryError: it does not fit.
-        AcceleratorError: another process is using the accelerator.
-    """
-    job = local_job()
-    if not job.ledger.holds(tensor):
-        storage = storage_of(tensor)
-        job.require("a tensor", 0 if storage is None else storage.nbytes())
-        job.ledger.add_tensor(tensor)
-        job.report()
-    return tensor
-
-
-def replace_factories() -> None:
-    """Replace every function of torch that creates a tensor on a device."""
+def _factory_names() -> Iterator[str]:
+    """The dotted names, below torch, of the functions that create a tensor on a device."""
+    modules: dict[str, ModuleType] = {"": torch, "fft.": torch.fft, "nested.": torch.nested}
     # The set is built on its first use and must hold torch's own functions: they are what reaches a DeviceContext.
     constructors = _device_constructors()
-    replaced: dict[Any, Callable[..., Any]] = {}
-    modules: tuple[ModuleType, ...] = (torch, torch.fft, torch.nested)
-    for module in modules:
+    for prefix, module in modules.items():
         for name in dir(module):
             function: Any = getattr(module, name)
-            if not callable(function):
-                continue
-            if function in constructors or function in _OTHERS or (module is torch and name in _LIKE):
-                replaced[function] = _creates(function, module.__name__, name)
-                setattr(module, name, replaced[function])
-    for name in _NEW:
-        setattr(torch.Tensor, name, _creates(getattr(torch.Tensor, name), "torch", f"Tensor.{name}"))
-    _replace_device_context(replaced)
-    _tell_torchscript(replaced)
+            if callable(function) and (
+                function in constructors or function in _OTHERS or (module is torch and name in _LIKE)
+            ):
+                yield prefix + name
 
 
-def _creates(original: Callable[..., Any], module_name: str, qualified_name: str) -> Callable[..., Any]:
-    """A factory function that makes its tensor in the processor's memory where `device` means the accelerator."""
-    name = qualified_name.split(".")[-1]
+FACTORIES = Patch(
+    target="torch",
+    names=(*_factory_names(), *(f"Tensor.{name}" for name in _NEW)),
+    why="Functions that create a tensor take the accelerator as their device.",
+    no_public_way="A TorchFunctionMode costs two microseconds for each call of torch, holds for one thread only, and "
+    "would have to be taken off while a model computes.",
+    tested=("torch 2.13",),
+)
+DEVICE_CONTEXT = Patch(
+    target="torch.utils._device.DeviceContext.__torch_function__",
+    why='`with torch.device("cuda")` and `torch.set_default_device("cuda")` create tensors on the accelerator.',
+    no_public_way="The mode calls torch's own functions, which are below the replaced ones.",
+    tested=("torch 2.13",),
+)
+TORCHSCRIPT_BUILTINS = Patch(
+    target="torch.jit._builtins._builtin_table",
+    why="TorchScript, which knows torch's functions by their identity, takes the replaced ones for the same.",
+    no_public_way="torch.jit has no function that declares another function to be an operator.",
+    tested=("torch 2.13",),
+)
+
+
+def install_factories(device: SimulatedDevice) -> None:
+    """Replace every function of torch that creates a tensor on a device."""
+    replaced: dict[Any, Callable[..., Any]] = {}
+
+    def replacement(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        function = _creating(original, name, device)
+        if not name.startswith("Tensor."):
+            replaced[original] = function
+        return function
+
+    FACTORIES.install_each(replacement)
+    DEVICE_CONTEXT.install(lambda _: _torch_function_of_context(replaced))
+    TORCHSCRIPT_BUILTINS.install(lambda _: _builtins_with(replaced))
+
+
+def _creating(original: Callable[..., Any], dotted_name: str, device: SimulatedDevice) -> Callable[..., Any]:
+    """A factory function that makes its tensor in CPU memory where its `device` argument means the accelerator."""
+    submodule, _, name = dotted_name.rpartition(".")
 
     @functools.wraps(original)
     def create(*args: Any, **kwargs: Any) -> Any:
-        # A tensor of a class of its own looks the function up by what the user calls, which is this one.
+        # A subclass of Tensor compares the function with the one that users call, which is this one.
         if name in _LIKE and args and has_torch_function(args[:1]):
             return handle_torch_function(create, args[:1], *args, **kwargs)
-        device = kwargs.get("device")
+        target = kwargs.get("device")
         if kwargs.get("pin_memory"):
             kwargs = {**kwargs, "pin_memory": False}
-        if device is None or not names_accelerator(device):
+        if target is None or not names_accelerator(target):
             return original(*args, **kwargs)
         created = _allocate(original, args, {**kwargs, "device": "cpu"})
         if torch.compiler.is_compiling():
             return created
-        if name in _SHARING and not (isinstance(args[0], torch.Tensor) and local_job().ledger.holds(args[0])):
+        if name in _SHARING and not (isinstance(args[0], torch.Tensor) and device.holds(args[0])):
             created = created.clone()
         elif any(shares_storage(created, value) for value in args):
             return created
-        return on_device(created)
+        device.add_tensor(created)
+        return created
 
     # So that it can be pickled by its name, as the original can.
-    create.__module__, create.__qualname__ = module_name, qualified_name
+    if submodule == "Tensor":
+        create.__module__, create.__qualname__ = "torch", dotted_name
+    else:
+        create.__module__, create.__qualname__ = f"torch.{submodule}".rstrip("."), name
     return create
 
 
@@ -96,8 +117,8 @@ def _allocate(original: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -
         ) from error
 
 
-def _replace_device_context(replaced: dict[Any, Callable[..., Any]]) -> None:
-    """Teach `with torch.device("cuda")` and `set_default_device`, which call torch's own functions, the replaced ones."""
+def _torch_function_of_context(replaced: dict[Any, Callable[..., Any]]) -> Callable[..., Any]:
+    """`DeviceContext.__torch_function__`, which gets torch's own functions, with the replaced ones called instead."""
     constructors = _device_constructors()
 
     def torch_function(
@@ -108,22 +129,13 @@ def _replace_device_context(replaced: dict[Any, Callable[..., Any]]) -> None:
             kwargs["device"] = self.device
         return replaced.get(func, func)(*args, **kwargs)
 
-    DeviceContext.__torch_function__ = torch_function  # type: ignore[method-assign]
+    return torch_function
 
 
-def _tell_torchscript(replaced: dict[Any, Callable[..., Any]]) -> None:
-    """Let TorchScript, which knows torch's functions by their identity, take the replaced ones for the same."""
-    from torch.jit import _builtins
-
-    original: Any = _builtins._get_builtin_table
-
-    @functools.wraps(original)
-    def table() -> dict[int, str]:
-        known: dict[int, str] = original()
-        _builtins._get_builtin_table = original  # the table is built once
-        for function, replacement in replaced.items():
-            if id(function) in known:
-                known[id(replacement)] = known[id(function)]
-        return known
-
-    _builtins._get_builtin_table = table
+def _builtins_with(replaced: dict[Any, Callable[..., Any]]) -> dict[int, str]:
+    """TorchScript's table of operators by the id of their function, with the replaced functions in it."""
+    table: dict[int, str] = dict(_builtins._get_builtin_table())
+    for function, replacement in replaced.items():
+        if id(function) in table:
+            table[id(replacement)] = table[id(function)]
+    return table

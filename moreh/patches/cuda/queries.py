@@ -1,4 +1,4 @@
-"""The CUDA face, first half: what a script asks torch.cuda on a machine without a GPU.
+"""The part of the CUDA face that answers what is asked of torch.cuda on a machine without a GPU.
 
 A script gets the accelerator's answers. A library gets torch's own, so that none is led into CUDA code that this build
 of torch lacks: transformers, accelerate and torch itself keep choosing their CPU paths.
@@ -11,112 +11,189 @@ from typing import Any
 
 import torch
 
-from moreh.accelerator.devices import Device
-from moreh.accelerator.job import local_job_if_started
-from moreh.accelerator.registry import read_registry
-from moreh.errors import AcceleratorError
-from moreh.patches.cuda.caller_origin import caller_is_user_code
+from moreh.patches.cuda.caller_origin import caller_is_torch_or_moreh, caller_is_user_code
+from moreh.patches.cuda.device_argument import require_device_zero
+from moreh.patches.cuda.simulated_device import SimulatedDevice
+from moreh.patches.patch import Patch
 
-NAME = "MoAI Accelerator"
-CAPABILITY = (9, 0)  # what torch for ROCm reports of an MI250
+_WITH_ALIAS = (
+    "memory_allocated",
+    "max_memory_allocated",
+    "memory_reserved",
+    "max_memory_reserved",
+    "reset_peak_memory_stats",
+    "mem_get_info",
+)
+QUERIES = Patch(
+    target="torch.cuda",
+    names=(
+        "is_available",
+        "is_bf16_supported",
+        "device_count",
+        "current_device",
+        "set_device",
+        "get_device_capability",
+        "get_device_name",
+        "get_device_properties",
+        *_WITH_ALIAS,
+        *(f"memory.{name}" for name in _WITH_ALIAS),
+        "synchronize",
+        "manual_seed",
+        "manual_seed_all",
+        "init",
+        "ipc_collect",
+    ),
+    why="Answers a script's questions for the accelerator, and a library's as torch does.",
+    no_public_way="Only torch's own device has the name cuda; a device made with PrivateUse1 has another name.",
+    tested=("torch 2.13",),
+)
+# empty_cache already does nothing without a GPU.
+
+RNG_STATE = Patch(
+    target="torch.cuda",
+    names=("get_rng_state", "set_rng_state", "get_rng_state_all", "set_rng_state_all"),
+    why="The accelerator's random numbers come from the CPU's generator; torch.random.fork_rng asks for its state.",
+    no_public_way="The originals start CUDA.",
+    tested=("torch 2.13",),
+)
+DEVICE_GUARD = Patch(
+    target="torch.cuda",
+    names=("_exchange_device", "_maybe_exchange_device"),
+    why="`with torch.cuda.device(0):` makes the accelerator the current device, which it is.",
+    no_public_way="The context manager calls these two; the originals start CUDA.",
+    tested=("torch 2.13",),
+)
 
 
 @dataclass(frozen=True)
 class DeviceProperties:
-    """What `torch.cuda.get_device_properties` tells of the accelerator; memory in bytes."""
+    """What `torch.cuda.get_device_properties` tells of the accelerator."""
 
     name: str
+    """The name of the device."""
     total_memory: int
-    major: int = CAPABILITY[0]
-    minor: int = CAPABILITY[1]
+    """Memory in bytes."""
+    major: int
+    """The first number of the compute capability."""
+    minor: int
+    """The second number of the compute capability."""
 
 
-def install_probes() -> None:
-    """Replace the functions of torch.cuda that scripts call."""
-    for probe in (
-        is_available,
-        is_bf16_supported,
-        device_count,
-        current_device,
-        set_device,
-        get_device_capability,
-        get_device_name,
-        get_device_properties,
-        memory_allocated,
-        max_memory_allocated,
-        memory_reserved,
-        max_memory_reserved,
-        reset_peak_memory_stats,
-        mem_get_info,
-        synchronize,
-        manual_seed,
-        manual_seed_all,
-        init,
-        ipc_collect,
-    ):
-        name = probe.__name__
-        replacement = _for_user_code(probe, getattr(torch.cuda, name))
-        setattr(torch.cuda, name, replacement)
-        if hasattr(torch.cuda.memory, name):
-            setattr(torch.cuda.memory, name, replacement)
-    # torch.random.fork_rng, a library's function, calls these for the devices that the script gives it.
-    for state in (get_rng_state, set_rng_state, get_rng_state_all, set_rng_state_all):
-        setattr(torch.cuda, state.__name__, state)
-    # `with torch.cuda.device(0):` uses these two, which the compiler expects to be two different functions.
-    for name in ("_exchange_device", "_maybe_exchange_device"):
-        setattr(torch.cuda, name, functools.partial(_exchange_device))
-    # empty_cache already does nothing without a GPU.
+def install_queries(device: SimulatedDevice, *, for_all_callers: bool) -> None:
+    """Replace the functions of torch.cuda that scripts call.
 
-
-def names_accelerator(device: Any) -> bool:
-    """Whether a device argument means the accelerator: `"cuda"`, `"cuda:0"`, `torch.device("cuda")` or an index.
-
-    Raises:
-        AcceleratorError: it means a second one, such as `"cuda:1"`.
+    `for_all_callers` gives the accelerator's answers to libraries too, except torch and this package.
     """
-    if isinstance(device, torch.device):
-        named = device.type == "cuda"
-    elif isinstance(device, str):
-        named = device == "cuda" or device.startswith("cuda:")
-    else:
-        named = isinstance(device, int) and not isinstance(device, bool)
-    if named:
+    answers = CudaAnswers(device)
+    is_answered = _everybody_but_torch_and_moreh if for_all_callers else _user_code
+    replacements: dict[str, Callable[..., Any]] = {}
+
+    def replacement(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        function = name.removeprefix("memory.")  # an alias stays one
+        if function not in replacements:
+            replacements[function] = _answering(getattr(answers, function), original, is_answered)
+        return replacements[function]
+
+    QUERIES.install_each(replacement)
+    RNG_STATE.install_each(lambda name, _: _RNG_FUNCTIONS[name])
+    # The compiler expects two different functions.
+    DEVICE_GUARD.install_each(lambda name, _: functools.partial(_exchange_device))
+
+
+class CudaAnswers:
+    """Functions of torch.cuda, answered for a simulated device; named and documented as there."""
+
+    def __init__(self, device: SimulatedDevice) -> None:
+        self._device = device
+
+    def is_available(self) -> bool:
+        return True
+
+    def is_bf16_supported(self, including_emulation: bool = True) -> bool:
+        return True
+
+    def device_count(self) -> int:
+        return 1
+
+    def current_device(self) -> int:
+        return 0
+
+    def set_device(self, device: Any) -> None:
         require_device_zero(device)
-    return named
+
+    def get_device_capability(self, device: Any = None) -> tuple[int, int]:
+        require_device_zero(device)
+        return self._device.capability
+
+    def get_device_name(self, device: Any = None) -> str:
+        require_device_zero(device)
+        return self._device.name
+
+    def get_device_properties(self, device: Any = None) -> DeviceProperties:
+        require_device_zero(device)
+        return DeviceProperties(self._device.name, self._device.capacity_bytes(), *self._device.capability)
+
+    def memory_allocated(self, device: Any = None) -> int:
+        require_device_zero(device)
+        return self._device.allocated_bytes()
+
+    def max_memory_allocated(self, device: Any = None) -> int:
+        require_device_zero(device)
+        return self._device.peak_bytes()
+
+    def memory_reserved(self, device: Any = None) -> int:
+        return self.memory_allocated(device)
+
+    def max_memory_reserved(self, device: Any = None) -> int:
+        return self.max_memory_allocated(device)
+
+    def reset_peak_memory_stats(self, device: Any = None) -> None:
+        require_device_zero(device)
+        self._device.reset_peak()
+
+    def mem_get_info(self, device: Any = None) -> tuple[int, int]:
+        total = self._device.capacity_bytes()
+        return max(total - self.memory_allocated(device), 0), total
+
+    def synchronize(self, device: Any = None) -> None:
+        require_device_zero(device)
+
+    def manual_seed(self, seed: int) -> None:
+        torch.default_generator.manual_seed(seed)  # the device's random numbers come from the CPU's generator
+
+    def manual_seed_all(self, seed: int) -> None:
+        self.manual_seed(seed)
+
+    def init(self) -> None:
+        pass
+
+    def ipc_collect(self) -> None:
+        pass
 
 
-def require_device_zero(device: Any) -> None:
-    """Check that a device, if it has an index, is the accelerator.
-
-    Raises:
-        AcceleratorError: the index is not 0.
-    """
-    index = device if isinstance(device, int) else None if device is None else torch.device(device).index
-    if index not in (None, 0):
-        raise AcceleratorError(
-            f"no device cuda:{index}: a script sees one device, cuda:0, the whole MoAI Accelerator; "
-            "'moreh-switch-model' makes it larger"
-        )
+def _get_rng_state(device: Any = None) -> torch.Tensor:
+    return torch.get_rng_state()
 
 
-def is_available() -> bool:
-    return True
+def _set_rng_state(new_state: torch.Tensor, device: Any = None) -> None:
+    torch.set_rng_state(new_state)
 
 
-def is_bf16_supported(including_emulation: bool = True) -> bool:
-    return True
+def _get_rng_state_all() -> list[torch.Tensor]:
+    return [torch.get_rng_state()]
 
 
-def device_count() -> int:
-    return 1
+def _set_rng_state_all(new_states: list[torch.Tensor]) -> None:
+    for state in new_states:
+        torch.set_rng_state(state)
 
 
-def current_device() -> int:
-    return 0
-
-
-def set_device(device: Any) -> None:
-    require_device_zero(device)
+_RNG_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "get_rng_state": _get_rng_state,
+    "set_rng_state": _set_rng_state,
+    "get_rng_state_all": _get_rng_state_all,
+    "set_rng_state_all": _set_rng_state_all,
+}
 
 
 def _exchange_device(index: int | None) -> int:
@@ -125,104 +202,24 @@ def _exchange_device(index: int | None) -> int:
     return 0
 
 
-def get_device_capability(device: Any = None) -> tuple[int, int]:
-    require_device_zero(device)
-    return CAPABILITY
+def _user_code() -> bool:
+    return caller_is_user_code(frames_up=2)
 
 
-def init() -> None:
-    pass
+def _everybody_but_torch_and_moreh() -> bool:
+    return not caller_is_torch_or_moreh(frames_up=2)
 
 
-def ipc_collect() -> None:
-    pass
+def _answering(
+    answer: Callable[..., Any], original: Callable[..., Any], is_answered: Callable[[], bool]
+) -> Callable[..., Any]:
+    """A function that gives the accelerator's answer to some callers, and torch's own to the others.
 
+    `is_answered` tells by the caller two frames up.
+    """
 
-def manual_seed(seed: int) -> None:
-    torch.default_generator.manual_seed(seed)  # random numbers on the device come from the processor's generator
-
-
-def manual_seed_all(seed: int) -> None:
-    manual_seed(seed)
-
-
-def get_rng_state(device: Any = None) -> torch.Tensor:
-    return torch.get_rng_state()
-
-
-def set_rng_state(new_state: torch.Tensor, device: Any = None) -> None:
-    torch.set_rng_state(new_state)
-
-
-def get_rng_state_all() -> list[torch.Tensor]:
-    return [get_rng_state()]
-
-
-def set_rng_state_all(new_states: list[torch.Tensor]) -> None:
-    for state in new_states:
-        set_rng_state(state)
-
-
-def get_device_name(device: Any = None) -> str:
-    require_device_zero(device)
-    return NAME
-
-
-def get_device_properties(device: Any = None) -> DeviceProperties:
-    require_device_zero(device)
-    return DeviceProperties(name=NAME, total_memory=_capacity_bytes())
-
-
-def memory_allocated(device: Any = None) -> int:
-    require_device_zero(device)
-    job = local_job_if_started()
-    return 0 if job is None else job.ledger.total_bytes()
-
-
-def max_memory_allocated(device: Any = None) -> int:
-    require_device_zero(device)
-    job = local_job_if_started()
-    return 0 if job is None else job.peak_bytes()
-
-
-def memory_reserved(device: Any = None) -> int:
-    return memory_allocated(device)
-
-
-def max_memory_reserved(device: Any = None) -> int:
-    return max_memory_allocated(device)
-
-
-def reset_peak_memory_stats(device: Any = None) -> None:
-    require_device_zero(device)
-    job = local_job_if_started()
-    if job is not None:
-        job.ledger.reset_peak()
-
-
-def mem_get_info(device: Any = None) -> tuple[int, int]:
-    total = _capacity_bytes()
-    return max(total - memory_allocated(device), 0), total
-
-
-def synchronize(device: Any = None) -> None:
-    require_device_zero(device)
-
-
-def _capacity_bytes() -> int:
-    job = local_job_if_started()
-    if job is not None:
-        return job.capacity_bytes
-    registry = read_registry()
-    device: Device = registry.accelerator(registry.current).flavor.device
-    return device.memory_bytes
-
-
-def _for_user_code(simulated: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
-    def probe(*args: Any, **kwargs: Any) -> Any:
-        if caller_is_user_code(frames_up=1):
-            return simulated(*args, **kwargs)
-        return original(*args, **kwargs)
+    def query(*args: Any, **kwargs: Any) -> Any:
+        return answer(*args, **kwargs) if is_answered() else original(*args, **kwargs)
 
-    return probe
+    return query

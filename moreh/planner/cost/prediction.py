@@ -41,7 +41,7 @@ class Environment:
 
 def make_environment(cluster: Cluster, implementation: SoftwareProfile = MOREH) -> Environment:
     """A cluster with the measured efficiency of its class of devices."""
-    return Environment(cluster, find_efficiency(cluster.device.efficiency), implementation)
+    return Environment(cluster, find_efficiency(cluster.device.efficiency_class), implementation)
 
 
 def measured_environment(workers: int, implementation: SoftwareProfile) -> Environment:

@@ -13,7 +13,6 @@ import numpy as np
 import psutil
 
 from moreh.accelerator.devices import Device
-from moreh.accelerator.job_status import available_cores
 from moreh.accelerator.state_files import read_json, replace_json, state_directory
 from moreh.errors import PlanError, RegistryError
 from moreh.log import logger
@@ -21,6 +20,7 @@ from moreh.planner.hardware.cluster import Cluster
 from moreh.planner.hardware.efficiency import Efficiency
 from moreh.planner.hardware.roofline import Roofline
 from moreh.planner.software_profile import SoftwareProfile
+from moreh.system import available_cores
 
 NAME = "this machine"
 # Of what is measured and of the file that keeps it: older files are not read.
@@ -176,7 +176,7 @@ def _measured_device(profile: LocalProfile) -> Device:
         devices_per_node=profile.workers,
         node_bytes_per_second=rate,
         network_bytes_per_second=rate,
-        efficiency=NAME,
+        efficiency_class=NAME,
         source="measured",
     )
 

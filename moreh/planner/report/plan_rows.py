@@ -26,9 +26,9 @@ PLAN_COLUMNS = (
 
 def uncertainty_text(device: Device) -> str:
     """How far the figures for a kind of device can be trusted, in a line."""
-    if device.efficiency == THIS_MACHINE:
+    if device.efficiency_class == THIS_MACHINE:
         return "All figures are predictions from rates measured on this machine."
-    known = uncertainty(device.efficiency)
+    known = uncertainty(device.efficiency_class)
     return f"All figures are predictions, not measurements. Step times came out {known.text}."
 
 

@@ -102,7 +102,7 @@ def nothing_fits_text(request: Request, found: SearchOutcome) -> str:
     larger = smallest_sufficient(request)
     if larger is not None:
         remedies = [f"take {larger.accelerator}, the smallest on which one fits"]
-    elif device.efficiency == THIS_MACHINE:
+    elif device.efficiency_class == THIS_MACHINE:
         remedies = []
     else:
         times = f"{TIMES_DEVICES[0]} to {TIMES_DEVICES[-1]} times as many devices"
@@ -129,7 +129,7 @@ def smallest_sufficient(request: Request) -> Request | None:
             (flavor for flavor in all_flavors() if flavor.devices > devices), key=lambda flavor: flavor.devices
         )
         requests = (on_flavor(request, flavor) for flavor in larger)
-    elif request.device.efficiency == THIS_MACHINE:  # more workers would share the same memory
+    elif request.device.efficiency_class == THIS_MACHINE:  # more workers would share the same memory
         return None
     else:
         requests = (_on_devices(request, times * devices) for times in TIMES_DEVICES)

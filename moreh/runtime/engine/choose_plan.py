@@ -75,7 +75,7 @@ def select_plan(
     say("Configuration for parallelism is selected.")
     say(line)
     say("train: true")
-    known = uncertainty(flavor.device.efficiency)
+    known = uncertainty(flavor.device.efficiency_class)
     say(
         f"Simulated: on {flavor.name} ({flavor.devices} x {flavor.device.name}) the plan '{plan_text(best.plan)}' is "
         f"predicted to take {seconds_text(best.step_time_s)} a step, {best.tokens_per_second:,.0f} tokens/s, {best.mfu:.1%} "

@@ -17,7 +17,6 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, 
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, SubprocessContext, start_processes
 
 from moreh.accelerator.job import local_job
-from moreh.accelerator.job_status import available_cores
 from moreh.accelerator.registry import end_job, read_registry
 from moreh.accelerator.state_files import state_directory
 from moreh.errors import MorehError, OptionError, RegistryError
@@ -25,6 +24,7 @@ from moreh.runtime.launch import bootstrap as worker_start
 from moreh.runtime.launch.exit_report import error_path, joined_path, log_path, report, say
 from moreh.runtime.launch.supervisor import Outcome, Signals, watch
 from moreh.runtime.launch.world import LAUNCHER
+from moreh.system import available_cores
 
 LOCALHOST = "127.0.0.1"
 KEPT_LOG_DIRECTORIES = 10

@@ -1,0 +1,86 @@
+"""The device that the CUDA face shows: the accelerator, through the job of this process and its memory ledger.
+
+The process becomes a job when it first puts something on the device, not when it asks about it.
+"""
+
+import torch
+
+from moreh.accelerator.flavors import ACCELERATOR_NAME
+from moreh.accelerator.job import local_job, local_job_if_started
+from moreh.accelerator.registry import read_registry
+from moreh.storages import storage_of
+
+
+class JobDevice:
+    """Implements `moreh.patches.cuda.simulated_device.SimulatedDevice`."""
+
+    name = ACCELERATOR_NAME
+    """What `torch.cuda.get_device_name` says."""
+    capability = (9, 0)
+    """What torch for ROCm reports of an MI250."""
+
+    def is_in_use(self) -> bool:
+        """Whether this process is a job."""
+        return local_job_if_started() is not None
+
+    def capacity_bytes(self) -> int:
+        """Memory that the job may use, or may use once it is one, in bytes."""
+        job = local_job_if_started()
+        if job is not None:
+            return job.capacity_bytes
+        registry = read_registry()
+        return registry.accelerator(registry.current).flavor.device.memory_bytes
+
+    def allocated_bytes(self) -> int:
+        """Memory that the job uses now, in bytes."""
+        job = local_job_if_started()
+        return 0 if job is None else job.ledger.total_bytes()
+
+    def peak_bytes(self) -> int:
+        """The most memory that the job has used, in bytes."""
+        job = local_job_if_started()
+        return 0 if job is None else job.peak_bytes()
+
+    def reset_peak(self) -> None:
+        """Forget the peak so far."""
+        job = local_job_if_started()
+        if job is not None:
+            job.ledger.reset_peak()
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor was made on the device or moved there. The results of operations are not known to be."""
+        job = local_job_if_started()
+        return job is not None and job.ledger.holds(tensor)
+
+    def add_tensor(self, tensor: torch.Tensor) -> None:
+        """Put a tensor on the device, unless it is there.
+
+        Raises:
+            SimulatedOutOfMemoryError: it does not fit.
+            AcceleratorError: another process is using the accelerator.
+        """
+        job = local_job()
+        if not job.ledger.holds(tensor):
+            storage = storage_of(tensor)
+            job.require("a tensor", 0 if storage is None else storage.nbytes())
+            job.ledger.add_tensor(tensor)
+            job.report()
+
+    def admit_module(self, module: torch.nn.Module) -> None:
+        """Check that a module fits before it is moved.
+
+        Raises:
+            SimulatedOutOfMemoryError: it does not fit.
+            AcceleratorError: another process is using the accelerator.
+        """
+        local_job().admit_module(module)
+
+    def add_module(self, module: torch.nn.Module) -> None:
+        """Count a module that was moved to the device."""
+        local_job().ledger.add_module(module)
+
+    def remove_module(self, module: torch.nn.Module) -> None:
+        """Count a module no longer: it has left the device."""
+        job = local_job_if_started()
+        if job is not None:
+            job.ledger.remove_module(module)

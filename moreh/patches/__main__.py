@@ -1,0 +1,6 @@
+"""`python -m moreh.patches` prints the table of all patches as Markdown, for docs/architecture.md."""
+
+from moreh.patches.catalog import markdown
+
+if __name__ == "__main__":
+    print(markdown())

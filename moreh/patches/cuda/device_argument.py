@@ -1,0 +1,43 @@
+"""Which values of a `device` argument mean the accelerator."""
+
+from typing import Any
+
+import torch
+
+from moreh.errors import AcceleratorError
+
+
+def names_accelerator(device: Any) -> bool:
+    """Whether a device argument means the accelerator: `"cuda"`, `"cuda:0"`, `torch.device("cuda")` or an index.
+
+    Raises:
+        AcceleratorError: it means a second one, such as `"cuda:1"`.
+    """
+    if isinstance(device, torch.device):
+        is_cuda = device.type == "cuda"
+    elif isinstance(device, str):
+        is_cuda = device == "cuda" or device.startswith("cuda:")
+    else:
+        is_cuda = is_device_index(device)
+    if is_cuda:
+        require_device_zero(device)
+    return is_cuda
+
+
+def is_device_index(value: Any) -> bool:
+    """Whether a value is an index of a device rather than another argument, such as a flag."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def require_device_zero(device: Any) -> None:
+    """Check that a device, if it has an index, is the accelerator.
+
+    Raises:
+        AcceleratorError: the index is not 0.
+    """
+    index = device if isinstance(device, int) else None if device is None else torch.device(device).index
+    if index not in (None, 0):
+        raise AcceleratorError(
+            f"no device cuda:{index}: a script sees one device, cuda:0, the whole MoAI Accelerator; "
+            "'moreh-switch-model' makes it larger"
+        )

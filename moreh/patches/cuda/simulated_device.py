@@ -1,0 +1,48 @@
+"""What the CUDA face needs from the accelerator: an interface, so that the patches import nothing of it."""
+
+from typing import Protocol
+
+import torch
+
+
+class SimulatedDevice(Protocol):
+    """The device that `torch.cuda` shows. Implemented by `moreh.accelerator.job_device`.
+
+    Methods that put something on the device raise SimulatedOutOfMemoryError if it does not fit, and AcceleratorError if
+    another process is using the accelerator.
+    """
+
+    name: str
+    """What `torch.cuda.get_device_name` says."""
+    capability: tuple[int, int]
+    """What `torch.cuda.get_device_capability` says: major and minor."""
+
+    def is_in_use(self) -> bool:
+        """Whether this process has put anything on the device."""
+
+    def capacity_bytes(self) -> int:
+        """Memory that this process may use, in bytes."""
+
+    def allocated_bytes(self) -> int:
+        """Memory that this process uses now, in bytes."""
+
+    def peak_bytes(self) -> int:
+        """The most memory that this process has used, in bytes."""
+
+    def reset_peak(self) -> None:
+        """Forget the peak so far."""
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor was made on the device or moved there. The results of operations are not known to be."""
+
+    def add_tensor(self, tensor: torch.Tensor) -> None:
+        """Put a tensor on the device, unless it is there."""
+
+    def admit_module(self, module: torch.nn.Module) -> None:
+        """Check that a module fits before it is moved."""
+
+    def add_module(self, module: torch.nn.Module) -> None:
+        """Count a module that was moved to the device."""
+
+    def remove_module(self, module: torch.nn.Module) -> None:
+        """Count a module no longer: it has left the device."""

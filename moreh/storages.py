@@ -1,0 +1,58 @@
+"""Storages of tensors: which tensors share memory, and how much memory counts once.
+
+Used by the CUDA face (`moreh.patches.cuda`), which must know aliases from copies, and by the memory ledger
+(`moreh.accelerator.memory`), which counts each storage once.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.parameter import is_lazy
+
+
+def storage_of(tensor: torch.Tensor) -> torch.UntypedStorage | None:
+    """The untyped storage of a tensor; None for a tensor that has no memory of its own to count.
+
+    These are:
+    - sparse tensors,
+    - tensors without data: on the meta device, fake, or an uninitialized parameter of a lazy module,
+    - the wrapper tensors of torch.func.
+    """
+    if (
+        tensor.layout != torch.strided
+        or tensor.is_meta
+        or is_lazy(tensor)
+        or isinstance(tensor, FakeTensor)
+        or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    ):
+        return None
+    return tensor.untyped_storage()
+
+
+def storage_address(storage: torch.UntypedStorage) -> int:
+    """The address of a storage's C++ object: equal for all Python objects that stand for the same storage."""
+    address: int = storage._cdata
+    return address
+
+
+def shares_storage(tensor: torch.Tensor, other: object) -> bool:
+    """Whether an in-place change of one tensor would be visible in the other."""
+    if tensor is other:
+        return True
+    if not isinstance(other, torch.Tensor):
+        return False
+    storage, other_storage = storage_of(tensor), storage_of(other)
+    if storage is None or other_storage is None:
+        return False
+    return storage_address(storage) == storage_address(other_storage)
+
+
+def storage_bytes(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
+    """The sizes of the storages of some tensors in bytes, by `storage_address`."""
+    sizes: dict[int, int] = {}
+    for tensor in tensors:
+        storage = storage_of(tensor)
+        if storage is not None:
+            sizes[storage_address(storage)] = storage.nbytes()
+    return sizes

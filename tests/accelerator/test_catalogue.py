@@ -1,0 +1,120 @@
+"""Kinds of devices and flavors are data: a new one is an entry of a file, and the planner plans for it."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from moreh.accelerator import devices, flavors
+from moreh.accelerator.devices import all_devices, find_device
+from moreh.accelerator.flavors import all_flavors, find_flavor
+from moreh.accelerator.registry import switch_model
+from moreh.errors import AcceleratorError
+from tests.helpers.plan_tool import STEP, runner, write_model
+
+# https://www.amd.com/en/products/accelerators/instinct/mi350/mi355x.html
+MI355X = {
+    "memory_mib": 294_896,
+    "bf16_flops_per_second": 2.5e15,
+    "float32_flops_per_second": 157.3e12,
+    "float8_flops_per_second": 5.0e15,
+    "memory_bytes_per_second": 8.0e12,
+    "compute_units": 256,
+    "devices_per_package": 1,
+    "package_bytes_per_second": None,
+    "devices_per_node": 8,
+    "node_bytes_per_second": 537.6e9,
+    "network_bytes_per_second": 50e9,
+    "efficiency_class": "CDNA3",
+    "source": "AMD Instinct MI355X data sheet, "
+    "https://www.amd.com/en/products/accelerators/instinct/mi350/mi355x.html (288 GB HBM3E, dense rates; 7 Infinity "
+    "Fabric links of 76.8 GB/s a direction); usable memory and a network of 400 Gb/s a device assumed",
+}
+FLAVOR = {"name": "MI355X.2304GB", "device": "MI355X", "devices": 8, "nodes": 1}
+
+
+@pytest.fixture
+def edit_data(tmp_path, monkeypatch):
+    """Changes a copy of the data files, which counts instead of them for one test."""
+    shutil.copytree(Path(devices.__file__).parent / "data", tmp_path / "data")
+
+    def clear():
+        for cached in (all_devices, all_flavors, flavors.default_flavor):
+            cached.cache_clear()
+
+    def edit(name, change):
+        path = tmp_path / "data" / name
+        content = json.loads(path.read_text(encoding="utf-8"))
+        change(content)
+        path.write_text(json.dumps(content), encoding="utf-8")
+        clear()
+
+    monkeypatch.setattr(devices, "_DATA", tmp_path / "data" / "devices.json")
+    monkeypatch.setattr(flavors, "_DATA", tmp_path / "data" / "flavors.json")
+    yield edit
+    clear()
+
+
+@pytest.fixture
+def with_mi355x(edit_data):
+    """One more device, and one more flavor of it: an entry of a file each."""
+    edit_data("devices.json", lambda table: table.update({"MI355X": MI355X}))
+    edit_data("flavors.json", lambda table: table["flavors"].append(FLAVOR))
+
+
+@pytest.mark.usefixtures("with_mi355x")
+def test_new_device_and_flavor_are_found():
+    flavor = find_flavor("mi355x.2304gb")
+    assert find_flavor("14") is flavor
+    assert flavor.device is find_device("mi355x")
+    assert flavor.memory_mib == 8 * 294_896
+    assert find_flavor("xLarge.512GB").device.name == "MI250 GCD"
+
+
+@pytest.mark.usefixtures("with_mi355x")
+def test_planner_plans_for_a_new_flavor(state_directory, monkeypatch, capsys, tmp_path):
+    plan, model = runner(monkeypatch, capsys), write_model(tmp_path)
+
+    def best(*arguments):
+        code, out, err = plan(model, *STEP, *arguments, "--json")
+        assert (code, err) == (0, "")
+        return json.loads(out)["plans"][0]
+
+    switch_model("MI355X.2304GB")
+    new, old = best(), best("--accelerator", "xLarge.512GB")
+    assert new == best("--device", "MI355X", "--devices", "8")
+    assert 0 < new["step_time_s"] < old["step_time_s"]
+    assert best("--precision", "float8")["step_time_s"] < new["step_time_s"]
+    code, out, err = plan(model, *STEP, "--flavors")
+    assert (code, err) == (0, "")
+    assert "MI355X.2304GB" in out
+
+
+@pytest.mark.usefixtures("with_mi355x")
+def test_tools_offer_a_new_device(monkeypatch, capsys):
+    code, out, _ = runner(monkeypatch, capsys)("--help")
+    assert code == 0
+    assert "MI355X" in out
+
+
+def test_flavor_of_an_unknown_device_is_refused(edit_data):
+    edit_data("flavors.json", lambda table: table["flavors"].append({**FLAVOR, "device": "MI999"}))
+    with pytest.raises(AcceleratorError, match="no device 'MI999': known devices are MI250 GCD, "):
+        all_flavors()
+
+
+@pytest.mark.parametrize("name", all_devices())
+def test_device_has_a_source_and_plausible_figures(name):
+    device = find_device(name)
+    assert device.source
+    assert device.bf16_flops_per_second > device.float32_flops_per_second
+    assert (device.devices_per_package > 1) == (device.package_bytes_per_second is not None)
+    assert device.devices_per_node % device.devices_per_package == 0
+    assert device.network_bytes_per_second < device.node_bytes_per_second < device.memory_bytes_per_second
+
+
+@pytest.mark.parametrize("flavor", all_flavors(), ids=lambda flavor: flavor.name)
+def test_flavor_fills_its_nodes(flavor):
+    assert flavor.devices % flavor.nodes == 0
+    assert flavor.devices // flavor.nodes <= flavor.device.devices_per_node
