@@ -22,10 +22,10 @@ import torch.distributed as dist
 from safetensors import safe_open
 from torch.multiprocessing.spawn import start_processes
 
-from moreh.runtime.checkpoint.hf_save import save_pretrained
+from moreh.runtime.checkpoint.hf_save import save_sharded_model
 from moreh.runtime.sharding.local_weights import materialize_local_shards, patch_lazy_loading, target_dtypes
 from moreh.runtime.sharding.mesh import make_mesh
-from moreh.runtime.sharding.shards import tensor_bytes
+from moreh.runtime.sharding.shards import full_tensor_bytes
 from moreh.runtime.sharding.spec import ParamSpec, TPSplit
 
 WORKERS = 4
@@ -178,9 +178,9 @@ def run_rank(
     share = sum(part.nbytes for part in parts.values())
     dist.barrier()
     saving_watch, started = Watch(), time.perf_counter()
-    save_pretrained(model, saved, layouts, parts, mesh, max_shard_size="300MB")
+    save_sharded_model(model, saved, layouts, parts, mesh, max_shard_size="300MB")
     save_s, saving = time.perf_counter() - started, saving_watch.peak()
-    largest = max(tensor_bytes(layout) for layout in layouts.values())
+    largest = max(full_tensor_bytes(layout) for layout in layouts.values())
     torch.save(Peaks(share, largest, loading, saving, watch.files, load_s, save_s), results / str(rank))
     dist.destroy_process_group()
 

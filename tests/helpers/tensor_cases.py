@@ -45,7 +45,7 @@ def shard_model(model, division, group):
     parts = {}
     for name, parameter in model.named_parameters():
         layout = ParamSpec(name, tuple(parameter.shape), parameter.dtype, (0,), division.divisions.get(name))
-        dim = layout.division.dim if layout.division else 0
+        dim = layout.tp_split.dim if layout.tp_split else 0
         part = local_part(parameter.detach(), shard_boxes(layout, group.rank(), group.size(), 0, 1), dim)
         parts[id(parameter)] = torch.nn.Parameter(part, requires_grad=parameter.requires_grad)
     for module in model.modules():
@@ -101,7 +101,7 @@ def gradient_differences(local, division, whole, group):
             reference = local_part(
                 reference,
                 shard_boxes(layout, group.rank(), group.size(), 0, 1),
-                layout.division.dim if layout.division else 0,
+                layout.tp_split.dim if layout.tp_split else 0,
             )
             result[name] = float(((gradient - reference).abs() / scale).amax()) if reference.numel() else 0.0
         elif gradient is not None:

@@ -149,11 +149,11 @@ def _divide_region(
         division = TPSplit(dim, blocks(heads, matrix.weight.shape[dim]))
         divisions |= {id(matrix.weight): division}
         if matrix.bias is not None:
-            divisions |= {id(matrix.bias): TPSplit(0, division.blocks)}
+            divisions |= {id(matrix.bias): TPSplit(0, division.chunk_sizes)}
         for down, up in lora_pairs(column):
             # Every rank computes all of A, but for its own outputs.
             shared.add(id(down.weight))
-            divisions[id(up.weight)] = TPSplit(0, division.blocks)
+            divisions[id(up.weight)] = TPSplit(0, division.chunk_sizes)
     row = layer.get_submodule(region.row)
     matrix = base_matrix(row)
     dim = 1 - _output_dim(matrix)
@@ -161,7 +161,7 @@ def _divide_region(
     divisions[id(matrix.weight)] = division
     summed = {id(matrix.bias)} if matrix.bias is not None else set()
     for down, up in lora_pairs(row):
-        divisions[id(down.weight)] = TPSplit(1, division.blocks)
+        divisions[id(down.weight)] = TPSplit(1, division.chunk_sizes)
         summed.add(id(up.weight))
     for name in region.cross_head_norms:
         weight = layer.get_parameter(f"{name}.weight")

@@ -189,7 +189,7 @@ def test_the_largest_size_divides_query_and_key_value_heads():
 def test_division_of_gpt2_from_a_model_without_weights():
     model = build(tiny_config_of("gpt2", {"num_hidden_layers": 1}), device="meta")
     division = describe_partition(model, 2, sequence_parallel=True)
-    blocks = {name: (found.dim, found.blocks) for name, found in division.divisions.items()}
+    blocks = {name: (found.dim, found.chunk_sizes) for name, found in division.divisions.items()}
     assert blocks == {
         "transformer.wte.weight": (0, (97,)),
         "transformer.h.0.attn.c_attn.weight": (1, (48, 48, 48)),
