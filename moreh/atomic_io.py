@@ -18,8 +18,8 @@ from typing import TextIO
 def replacing_file(path: Path, *, durable: bool) -> Iterator[TextIO]:
     """A text file to write, which takes the place of `path` when the block ends without an error.
 
-    Readers see the old content or the new one. If several processes do it at once, the last one wins. After an error, `path`
-    is as it was and nothing else is left.
+    Readers see the old content or the new one. If several processes do it at once, the last one wins. After an error,
+    `path` is as it was and nothing else is left.
     """
     descriptor, name = tempfile.mkstemp(prefix=f"{path.name}.", suffix=".tmp", dir=path.parent)
     temporary = Path(name)
@@ -94,8 +94,8 @@ def commit_files(staging: Path, target: Path, entry_points: set[str], obsolete: 
     Args:
         staging: has files only.
         target: is renamed as a whole from `staging` if it does not exist.
-        entry_points: the names of the files with which reading begins. Old ones are deleted first and new ones moved last,
-            so that at no time they lead to a mixture of old and new files.
+        entry_points: the names of the files with which reading begins. Old ones are deleted first and new ones moved
+            last, so that at no time they lead to a mixture of old and new files.
         obsolete: matches the names of files in the target to delete, unless they are replaced.
     """
     if not target.is_dir():

@@ -1,14 +1,16 @@
 """`from_pretrained` that leaves weights in their safetensors files instead of converting them to the dtype asked for.
 
-transformers maps safetensors files into memory, where pages are read when they are touched, but copies every tensor that
-has to change its dtype. With these patches no tensor changes its dtype while it is loaded; the caller learns what dtype each
-parameter is to have, and converts what it needs of them.
+transformers maps safetensors files into memory, where pages are read when they are touched, but copies every tensor
+that has to change its dtype. With these patches no tensor changes its dtype while it is loaded; the caller learns what
+dtype each parameter is to have, and converts what it needs of them.
 
 What was tried instead (transformers 5.23):
-- The public `state_dict=` argument with a lazy mapping. `from_pretrained` refuses it together with the name of a model. Without
-  the name, finding the files, the configuration, the generation configuration and adapters would be ours to repeat.
+- The public `state_dict=` argument with a lazy mapping. `from_pretrained` refuses it together with the name of a
+  model. Without the name, finding the files, the configuration, the generation configuration and adapters would be
+  ours to repeat.
 - The model on the meta device, and slices of the files. Names, ties and merged weights (experts) would be ours to undo.
-- `from_pretrained(dtype=...)` with the files' dtype, and a cast afterwards. Buffers would be computed in the files' dtype.
+- `from_pretrained(dtype=...)` with the files' dtype, and a cast afterwards. Buffers would be computed in the files'
+  dtype.
 
 Either way `from_pretrained` itself has to be replaced, since it is the script that calls it.
 """
@@ -24,14 +26,14 @@ from moreh.patches.registry import Patch
 
 FROM_PRETRAINED = Patch(
     target="transformers.modeling_utils.PreTrainedModel.from_pretrained",
-    why="On several workers, arguments that place weights on devices are refused, and a loaded model waits on its files "
-    "until each rank has read its own shards.",
+    why="On several workers, arguments that place weights on devices are refused, and a loaded model stays in its "
+    "files until each rank has read its own shards.",
     no_public_way="transformers has no hook that is called with a model that was loaded.",
     tested=("transformers 5.23",),
 )
 LOAD_PRETRAINED_MODEL = Patch(
     target="transformers.modeling_utils.PreTrainedModel._load_pretrained_model",
-    why="Loads tensors of safetensors files as they are stored, mapped into memory, instead of as copies in another dtype.",
+    why="Maps tensors of safetensors files into memory as they are stored, instead of copying them in another dtype.",
     no_public_way="`from_pretrained(state_dict=...)` takes a lazy mapping, but not together with the name of a model.",
     tested=("transformers 5.23",),
 )
@@ -122,7 +124,7 @@ def _mapped_tensors(checkpoint_files: Any) -> dict[str, _MappedTensor]:
 
 
 def _dtypes_after_loading(model: nn.Module, dtype_plan: Mapping[str, torch.dtype]) -> dict[str, torch.dtype]:
-    """The dtype in which transformers would load each parameter. `dtype_plan` has the modules that it keeps in float32."""
+    """The dtype in which transformers would load each parameter. `dtype_plan` are the modules kept in float32."""
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     if dtype_plan:
         from transformers.core_model_loading import build_glob_alternation

@@ -1,19 +1,21 @@
 """`save_pretrained` that tells what weight files it would write, instead of writing them.
 
-A model that is sharded over ranks is saved in two steps: transformers' own `save_pretrained` decides, on tensors without data,
-what the files are; then they are written tensor by tensor. The patches are in force for the first step only.
+A model that is sharded over ranks is saved in two steps: transformers' own `save_pretrained` decides, on tensors
+without data, what the files are; then they are written tensor by tensor. The patches are in force for the first step
+only.
 
-Public ways that were tried instead. None gives the files that one worker saves, byte for byte (torch 2.13, transformers 5.23,
-huggingface_hub 2.4):
-- `torch.distributed.checkpoint.HuggingFaceStorageWriter` refuses tied weights, saves converted weights (merged experts) under
-  the model's names instead of the checkpoint's, calls a single file `model-00001-of-00001.safetensors` and gives it an index,
-  and puts entries of its own into the header (or, consolidated, drops `format` from it after writing everything twice).
-  The configuration and the generation configuration would be ours to save.
-- `save_pretrained(state_dict=...)` with gathered tensors, with or without `huggingface_hub.split_torch_state_dict_into_shards`,
-  needs all tensors of a file in memory, which may be all of the model.
+Public ways that were tried instead. None gives the files that one worker saves, byte for byte (torch 2.13,
+transformers 5.23, huggingface_hub 2.4):
+- `torch.distributed.checkpoint.HuggingFaceStorageWriter` refuses tied weights, saves converted weights (merged
+  experts) under the model's names instead of the checkpoint's, calls a single file `model-00001-of-00001.safetensors`
+  and gives it an index, and puts entries of its own into the header (or, consolidated, drops `format` from it after
+  writing everything twice). The configuration and the generation configuration would be ours to save.
+- `save_pretrained(state_dict=...)` with gathered tensors, with or without
+  `huggingface_hub.split_torch_state_dict_into_shards`, needs all tensors of a file in memory, which may be all of the
+  model.
 - `save_pretrained(distributed_checkpoint=True)` wants a model that transformers itself has sharded.
-- Repeating the steps of `save_pretrained` with transformers' functions for ties and conversions is longer, and would have to
-  follow every change of `save_pretrained`.
+- Repeating the steps of `save_pretrained` with transformers' functions for ties and conversions is longer, and would
+  have to follow every change of `save_pretrained`.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""Writes and reads states with torch.distributed.checkpoint (DCP): in the background, atomically, with errors on all ranks."""
+"""Writes states with torch.distributed.checkpoint (DCP), in the background and atomically, and reads them."""
 
 import os
 import shutil
@@ -35,9 +35,9 @@ def save_state_async(state: State, directory: str | os.PathLike[str], mesh: Mesh
 
     - What is written is the state at the moment of the call. This needs memory for a copy of what the rank holds.
     - The call waits for an earlier save to end.
-    - The directory is complete or absent, even if the processes are killed: it is written under another name, and rank 0
-      renames it when all ranks have written and flushed their files. An older directory is replaced then, and stays if a
-      rank fails.
+    - The directory is complete or absent, even if the processes are killed: it is written under another name, and rank
+      0 renames it when all ranks have written and flushed their files. An older directory is replaced then, and stays
+      if a rank fails.
     - The future's result is there once all ranks are done. Ask for it, which raises what went wrong, before the process
       group is destroyed.
 

@@ -74,8 +74,8 @@ def chunks_of_object(value: Any, name: str) -> TensorChunks:
     """A Python object as the bytes of torch.save.
 
     Raises:
-        TypeError: torch.load cannot read it without running code: it has other things in it than numbers, strings, tensors
-            and lists, tuples and dicts of them.
+        TypeError: torch.load cannot read it without running code: it has other things in it than numbers, strings,
+            tensors and lists, tuples and dicts of them.
     """
     buffer = io.BytesIO()
     torch.save(value, buffer)
@@ -84,8 +84,8 @@ def chunks_of_object(value: Any, name: str) -> TensorChunks:
         object_of_bytes(elements)
     except Exception as error:
         raise TypeError(
-            f"{name} cannot be stored: it may consist of numbers, strings, tensors, and lists, tuples and dicts of them. "
-            f"Convert it first. torch.load says: {str(error).splitlines()[0]}"
+            f"{name} cannot be stored: it may consist of numbers, strings, tensors, and lists, tuples and dicts of "
+            f"them. Convert it first. torch.load says: {str(error).splitlines()[0]}"
         ) from error
     return chunks_of_full(elements)
 

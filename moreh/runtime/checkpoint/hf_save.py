@@ -1,4 +1,4 @@
-"""`save_pretrained` of a sharded model: writes the files that one worker would write, and no rank ever has the full model.
+"""`save_pretrained` of a sharded model: the files that one worker would write. No rank ever has the full model.
 
 Rank 0 writes. The ranks send it their shards, one full tensor at a time.
 """
@@ -50,8 +50,8 @@ def save_sharded_model(
     """Save a sharded model as `PreTrainedModel.save_pretrained` saves a full one; collective, with equal arguments.
 
     - Rank 0 needs memory for the largest tensor, or for those that transformers converts together.
-    - The files get their names when all are written. A new directory appears as one. In an existing one the file with which
-      loading begins comes last, and older weights are gone by then.
+    - The files get their names when all are written. A new directory appears as one. In an existing one the file with
+      which loading begins comes last, and older weights are gone by then.
     - If a rank fails, nothing has changed and all ranks raise.
 
     Args:

@@ -1,7 +1,7 @@
 """What transformers would save of a full model, without its weights: which files, and what their tensors are made from.
 
-transformers' own `save_pretrained` is run on traced tensors without data. So the names, the ties, the conversion of weights back
-to the checkpoint's layout, and the split into files are its own.
+transformers' own `save_pretrained` is run on traced tensors without data. So the names, the ties, the conversion of
+weights back to the checkpoint's layout, and the split into files are its own.
 """
 
 import contextlib
@@ -41,7 +41,7 @@ class Conversion:
     targets: tuple[str, ...]
     """Names in the files."""
     is_identity: bool
-    """Whether the one source is saved as it is, under the name of the one target. Else transformers converts the sources."""
+    """Whether the one source is saved as it is under the one target's name. Else transformers converts the sources."""
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,8 @@ def collect_optimizer_state(
     `names` are the parameters' names by id.
 
     Raises:
-        CheckpointError: there is state of a parameter without a name, or state that cannot be sharded as its parameter is.
+        CheckpointError: there is state of a parameter without a name, or state that cannot be sharded as its parameter
+        is.
     """
     kind = type(optimizer).__name__
     chunks: dict[str, TensorChunks] = {}
@@ -76,7 +77,7 @@ def collect_optimizer_state(
 
 
 def param_groups_of(optimizer: Optimizer, names: Mapping[int, str]) -> list[dict[str, Any]]:
-    """The parameter groups in the form that is stored: "settings", and "names" of the parameters that this rank knows."""
+    """The parameter groups as they are stored: "settings", and "names" of the parameters that this rank knows."""
     return [
         {
             "settings": {key: value for key, value in group.items() if key != "params"},
@@ -146,7 +147,7 @@ def allocate_optimizer_state(
 
 
 def _counts_steps_on_device(group: Mapping[str, Any], key: str) -> bool:
-    """Whether a scalar is kept on its parameter's device. torch counts steps on the CPU unless they run there captured."""
+    """Whether a scalar is kept on its parameter's device. Steps are counted on the CPU unless captured or fused."""
     return key != "step" or bool(group.get("capturable") or group.get("fused"))
 
 

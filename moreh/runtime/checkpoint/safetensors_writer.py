@@ -75,7 +75,7 @@ def _header(tensors: Mapping[str, TensorKind], metadata: Mapping[str, str]) -> t
 
 
 class SafetensorsWriter:
-    """Writes a file whose tensors come one by one, in any order. After the last one the file is complete and on the disk."""
+    """Writes a file whose tensors come one by one, in any order. After the last one it is complete and on the disk."""
 
     def __init__(self, path: Path, tensors: Mapping[str, TensorKind], metadata: Mapping[str, str]) -> None:
         """Write the header.

@@ -30,8 +30,8 @@ class ShardedStateDict(dict[str, Any]):
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise WorkerError(
-            f"This state dict holds the part of rank {self.rank} only, since the model is divided over workers. Save the "
-            "model with model.save_pretrained(directory) on all ranks, and a training to be resumed with "
+            f"This state dict holds the part of rank {self.rank} only, since the model is divided over workers. Save "
+            "the model with model.save_pretrained(directory) on all ranks, and a training to be resumed with "
             "moreh.runtime.engine.checkpoint_api.save_training; a Trainer saves with "
             'save_strategy="no" and trainer.save_model().'
         )
@@ -65,13 +65,14 @@ def load_into_local_tensors(
     *,
     strict: bool = True,
 ) -> _IncompatibleKeys:
-    """Load a state dict of the full model, or one that `local_state_dict` made, into local tensors and the model's buffers.
+    """Load the full model's state dict, or one of `local_state_dict`, into local tensors and the model's buffers.
 
-    As Module.load_state_dict: returns the missing and unexpected keys of the full model. Of the full model's tensors, this
-    rank's shards are taken; those of a ShardedStateDict are taken as they are.
+    As Module.load_state_dict: returns the missing and unexpected keys of the full model. Of the full model's tensors,
+    this rank's shards are taken; those of a ShardedStateDict are taken as they are.
 
     Raises:
-        RuntimeError: a tensor has the wrong shape, or with `strict` keys are missing or unexpected. Nothing is loaded then.
+        RuntimeError: a tensor has the wrong shape, or with `strict` keys are missing or unexpected. Nothing is loaded
+        then.
     """
     check_local_tensors(specs, local_tensors, mesh)
     entries = state_dict_entries(model)

@@ -1,15 +1,17 @@
 """Checkpoints of a training: saved under one plan, resumed under any other.
 
-What is on the disk are chunks of full tensors under the parameters' names. Nothing there depends on the plan or the number of
-ranks, and a process that trains alone (`mesh` None, no process group) writes the same. All ranks must reach the directory.
+What is on the disk are chunks of full tensors under the parameters' names. Nothing there depends on the plan or the
+number of ranks, and a process that trains alone (`mesh` None, no process group) writes the same. All ranks must reach
+the directory.
 
-Why not `get_state_dict` and `set_state_dict` of torch.distributed.checkpoint with the DTensors that the script sees (checked
-with torch 2.13):
-- A DTensor has one contiguous range a rank and dimension. A rank's columns of GPT-2's c_attn are three ranges, so the DTensor
-  shows them regrouped, and a checkpoint of it is wrong, silently, under another size of tensor parallelism. `_StridedShard`
-  cannot describe chunks of unequal sizes (grouped-query attention), and DCP writes even equal ones as one range.
-- On a pipeline rank the model has the parameters of all stages, those of others as meta tensors. `get_state_dict` returns
-  these too, and DCP fails to copy them.
+Why not `get_state_dict` and `set_state_dict` of torch.distributed.checkpoint with the DTensors that the script sees
+(checked with torch 2.13):
+- A DTensor has one contiguous range a rank and dimension. A rank's columns of GPT-2's c_attn are three ranges, so the
+  DTensor shows them regrouped, and a checkpoint of it is wrong, silently, under another size of tensor parallelism.
+  `_StridedShard` cannot describe chunks of unequal sizes (grouped-query attention), and DCP writes even equal ones as
+  one range.
+- On a pipeline rank the model has the parameters of all stages, those of others as meta tensors. `get_state_dict`
+  returns these too, and DCP fails to copy them.
 - `get_state_dict` makes a step with an optimizer that has no state yet, so that it resumes at step 1 instead of 0.
 - What does not fit is refused here before anything is changed, on all ranks, with a sentence that says what to do.
 """
@@ -67,8 +69,8 @@ def collect_training_state(
         optimizers: whose state belongs to the training.
         parameters: those that the optimizers have, by the names of the specs.
         mesh: None in a process that trains alone.
-        extra: rank 0's, such as the scheduler's state, random states, the step and the position in the data. It may consist
-            of numbers, strings, tensors, and lists, tuples and dicts of them.
+        extra: rank 0's, such as the scheduler's state, random states, the step and the position in the data. It may
+            consist of numbers, strings, tensors, and lists, tuples and dicts of them.
 
     Raises:
         CheckpointError: an optimizer has state that cannot be sharded as its parameter is (Adafactor's).
@@ -163,7 +165,7 @@ def _model_chunks(
 
 
 def _with_names_of_all_ranks(groups: list[dict[str, Any]], mesh: Mesh | None) -> list[dict[str, Any]]:
-    """This rank's groups with the parameters' names of all ranks, since pipeline stages have different ones; collective."""
+    """This rank's groups with the names of all ranks, since pipeline stages have different parameters; collective."""
     if mesh is None:
         return groups
     names_of_ranks: list[list[list[str]]] = [[] for _ in range(dist.get_world_size())]

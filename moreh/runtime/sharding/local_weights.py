@@ -1,8 +1,8 @@
 """Models whose weights stay in the checkpoint's files until each of several ranks has read its own shards.
 
-A lazy model is a full model that is waiting for its plan. Its parameters are views of memory-mapped files, in the dtypes of
-the files. It ignores moves (`.cuda()`, `.to(device)`) and remembers casts (`.half()`, `.to(dtype)`), also as a part of another
-module, until `materialize_local_shards` reads and converts what this rank holds.
+A lazy model is a full model that is waiting for its plan. Its parameters are views of memory-mapped files, in the
+dtypes of the files. It ignores moves (`.cuda()`, `.to(device)`) and remembers casts (`.half()`, `.to(dtype)`), also as
+a part of another module, until `materialize_local_shards` reads and converts what this rank holds.
 """
 
 import functools
@@ -19,9 +19,9 @@ from moreh.runtime.sharding.mesh import Mesh
 from moreh.runtime.sharding.shards import is_owner, local_shape, local_shards
 from moreh.runtime.sharding.spec import ParamSpec
 
-# The attribute of a lazy model with the dtypes that its parameters are to have, by name. Each parameter has its own dtype under
-# the same attribute: names change when modules are wrapped (adapters), and parameters when they are replaced (resized
-# embeddings).
+# The attribute of a lazy model with the dtypes that its parameters are to have, by name. Each parameter has its own
+# dtype under the same attribute: names change when modules are wrapped (adapters), and parameters when they are
+# replaced (resized embeddings).
 _TARGET_DTYPES = "_moreh_target_dtypes"
 # Arguments of from_pretrained that say where weights go.
 _PLACING_ARGUMENTS = ("device_map", "tp_plan", "tp_size", "distributed_config", "device_mesh")
@@ -32,8 +32,8 @@ _COPY_ELEMENTS = 1 << 24
 def patch_lazy_loading() -> None:
     """From now on `from_pretrained` makes lazy models; for each of several workers, a second call does nothing.
 
-    transformers renames, ties, merges and initializes weights as always, and loads files that cannot be mapped (.bin, gguf,
-    quantized) as always. The model's `config.dtype` is what the script asked for, its tensors what is stored.
+    transformers renames, ties, merges and initializes weights as always, and loads files that cannot be mapped (.bin,
+    gguf, quantized) as always. The model's `config.dtype` is what the script asked for, its tensors what is stored.
 
     Raises (from `from_pretrained`):
         OptionError: the script gave `device_map`, or an argument with which transformers distributes a model itself.
@@ -45,8 +45,8 @@ def _check_arguments(kwargs: Mapping[str, Any]) -> None:
     for name in _PLACING_ARGUMENTS:
         if kwargs.get(name) is not None:
             raise OptionError(
-                f"from_pretrained was given {name}={kwargs[name]!r}, but where the weights go is decided by the plan of "
-                f"the parallelization that this script enables. Leave {name} out."
+                f"from_pretrained was given {name}={kwargs[name]!r}, but where the weights go is decided by the plan "
+                f"of the parallelization that this script enables. Leave {name} out."
             )
 
 
@@ -62,7 +62,7 @@ def _finish_loading(model: nn.Module) -> None:
 
 
 def mark_lazy(model: nn.Module, dtypes: Mapping[str, torch.dtype] | None = None) -> None:
-    """Make a full model lazy. `dtypes` are those that its parameters are to have, by default the ones that they have."""
+    """Make a full model lazy. `dtypes` are those that its parameters are to have; by default, they keep theirs."""
     dtypes = dict(dtypes or {})
     _set_lazy(model, dtypes)
     for name, parameter in model.named_parameters():
@@ -78,7 +78,7 @@ def _set_lazy(model: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
 def _remember_dtypes(
     model: nn.Module, function: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
 ) -> nn.Module:
-    """In place of `_apply`, through which torch moves and casts a module: remember what dtypes the result would have."""
+    """In place of `_apply`, through which torch moves and casts a module: remember what dtypes that would give."""
     dtypes = target_dtypes(model)
     empty = {dtype: torch.empty(0, dtype=dtype) for dtype in dtypes.values()}
     mark_lazy(model, {name: function(empty[dtype]).dtype for name, dtype in dtypes.items()})
@@ -106,10 +106,10 @@ def target_dtypes(model: nn.Module) -> dict[str, torch.dtype]:
 def materialize_local_shards(
     model: nn.Module, specs: Mapping[str, ParamSpec], mesh: Mesh | None
 ) -> dict[str, torch.Tensor]:
-    """This rank's local tensors of a full model, by name: new contiguous tensors on its device, in the dtypes of the specs.
+    """This rank's local tensors of a full model, by name: contiguous, on its device, in the dtypes of the specs.
 
-    Only what the rank holds is read and converted, box by box. The model's own tensors stay as they are, for the caller to
-    drop. The model is no longer lazy: moves and casts change it again.
+    Only what the rank holds is read and converted, box by box. The model's own tensors stay as they are, for the
+    caller to drop. The model is no longer lazy: moves and casts change it again.
 
     Raises:
         ValueError: a parameter has another shape than its spec says.

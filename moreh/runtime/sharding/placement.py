@@ -1,4 +1,4 @@
-"""From the plan: which pipeline rank computes which layers, and the spec of each parameter. Every rank knows it of all."""
+"""From the plan: which pipeline rank computes which layers, and the spec of each parameter. All ranks know all."""
 
 from dataclasses import dataclass
 

@@ -1,8 +1,8 @@
 """Random numbers of a sharded model, such as those of dropout.
 
 - Data-parallel ranks and pipeline stages draw different numbers (`rank_local_rng`).
-- Tensor-parallel ranks draw the same numbers where they compute the same, and different ones where each has heads or a part
-  of the sequence of its own (`TPRngState`).
+- Tensor-parallel ranks draw the same numbers where they compute the same, and different ones where each has heads or a
+  part of the sequence of its own (`TPRngState`).
 """
 
 from collections.abc import Iterator
@@ -20,8 +20,8 @@ _SEED_STRIDE = 0x9E3779B97F4A7C15
 def rank_local_rng(mesh: Mesh) -> Iterator[None]:
     """Compute with a generator of this pipeline and data-parallel rank, seeded by the script's generator.
 
-    The script's generator advances by one draw on every rank. So ranks stay in step however many numbers each draws, and
-    the script's seed determines the run.
+    The script's generator advances by one draw on every rank. So ranks stay in step however many numbers each draws,
+    and the script's seed determines the run.
     """
     seed = int(torch.randint(2**62, (1,), device="cpu"))
     index = mesh.rank("pipeline") * mesh.size("data") + mesh.rank("data")
@@ -34,13 +34,14 @@ def rank_local_rng(mesh: Mesh) -> Iterator[None]:
 class TPRngState:
     """Switches the default generators between the state that tensor-parallel ranks share and one of this rank's own.
 
-    The own state is seeded from the shared one and the rank. The shared state advances by that one draw, so that the ranks
-    stay in step, and a recomputation that starts from the same shared state draws the same numbers.
+    The own state is seeded from the shared one and the rank. The shared state advances by that one draw, so that the
+    ranks stay in step, and a recomputation that starts from the same shared state draws the same numbers.
     """
 
     def __init__(self, rank: int) -> None:
         self._rank = rank
-        # The shared states while the own one is in use: CPU and, if initialized, CUDA. None while the shared one is in use.
+        # The shared states while the own one is in use: CPU and, if initialized, CUDA. None while the shared one is in
+        # use.
         self._before_attention: list[torch.Tensor] | None = None
         self._before_layer: list[torch.Tensor] | None = None
 

@@ -1,6 +1,7 @@
-"""Which shards of full tensors the ranks hold, and where in their local tensors: shared by loading, saving and resuming.
+"""Which shards of full tensors the ranks hold, and where in their local tensors.
 
-`mesh` is None in a process that trains alone, without a process group; it holds everything.
+Loading, saving and resuming are built on it. `mesh` is None in a process that trains alone, without a process group;
+it holds everything.
 """
 
 import math
@@ -134,6 +135,6 @@ def check_local_tensors(
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise ValueError(
-            f"The local tensors of rank {global_rank_of(mesh)} do not fit their specs: {'; '.join(problems[:5])}{more}. "
-            "Pass one plain tensor (DTensor.to_local()) for each parameter that the rank holds."
+            f"The local tensors of rank {global_rank_of(mesh)} do not fit their specs: {'; '.join(problems[:5])}{more}."
+            " Pass one plain tensor (DTensor.to_local()) for each parameter that the rank holds."
         )

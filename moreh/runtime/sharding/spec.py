@@ -20,8 +20,9 @@ class TPSplit:
     dim: int
     """The dimension that is split."""
     chunk_sizes: tuple[int, ...]
-    """The lengths of consecutive chunks along `dim`, each of which is split by itself: rank r holds the r-th part of every
-    chunk, concatenated. A plain matrix is one chunk; GPT-2's c_attn has three, the columns of query, key and value."""
+    """The lengths of consecutive chunks along `dim`, each of which is split by itself: rank r holds the r-th part of
+    every chunk, concatenated. A plain matrix is one chunk; GPT-2's c_attn has three, the columns of query, key and
+    value."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class ParamSpec:
     tp_split: TPSplit | None = None
     """How the tensor-parallel ranks of a pipeline rank split it. None: each holds all of it."""
     fsdp_dim: int | None = None
-    """The dimension along which data-parallel ranks shard what a tensor-parallel rank has. None: each holds all of that."""
+    """The dimension along which data-parallel ranks shard a tensor-parallel rank's part. None: each holds all of it."""
 
 
 def shard_range(length: int, ranks: int, rank: int) -> tuple[int, int]:
