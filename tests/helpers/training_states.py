@@ -47,7 +47,7 @@ def optimizer_state_by_name(model, optimizer):
 
 
 def shard_training(model, optimizer, grid, as_dtensors=False):
-    """What a rank has of a training: specs, local tensors, parameters, an optimizer of them with its state, and the mesh.
+    """What a rank has of a training: specs, local tensors, parameters, an optimizer with its state, and the mesh.
 
     With `as_dtensors`, parameters and state that data-parallel ranks shard are DTensors.
     """

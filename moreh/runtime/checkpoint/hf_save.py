@@ -97,7 +97,7 @@ def _check_arguments(save_kwargs: Mapping[str, Any]) -> None:
     for name, remedy in _REFUSED.items():
         if save_kwargs.get(name):
             raise OptionError(
-                f"save_pretrained({name}=...) does not work while the model is divided over workers; {remedy}."
+                f"save_pretrained({name}=...) does not work while the model is sharded over workers; {remedy}."
             )
 
 

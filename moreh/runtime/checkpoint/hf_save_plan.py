@@ -116,8 +116,8 @@ def with_full_shapes(model: nn.Module, specs: Mapping[str, ParamSpec]) -> Iterat
     missing = {entry.source for entry in replaced.values()} - specs.keys()
     if missing:
         raise ValueError(
-            f"The model has parameters that are not among those that were divided: {', '.join(sorted(missing)[:5])}. "
-            "Add parameters before the first call of the model, when it is divided."
+            f"The model has parameters that are not among those that were sharded: {', '.join(sorted(missing)[:5])}. "
+            "Add parameters before the first call of the model, when it is sharded."
         )
     originals = {name: entry.module._parameters[entry.key] for name, entry in replaced.items()}
     full = {entry.source: _meta_parameter(specs[entry.source]) for entry in replaced.values()}

@@ -35,7 +35,7 @@ def _is_sharded(spec: ParamSpec, mesh: Mesh | None) -> bool:
 def _unshardable_state(optimizer: str, name: str, key: str, size: tuple[int, ...]) -> CheckpointError:
     return CheckpointError(
         f"{optimizer} keeps '{key}' of {name} as a tensor {list(size)}, which cannot be cut as the parameter is. While "
-        "parameters are divided over workers, checkpoints of a training need an optimizer whose state has the "
+        "parameters are sharded over workers, checkpoints of a training need an optimizer whose state has the "
         "parameters' shapes, such as AdamW; or train without tensor parallelism and sharding (pipeline and data "
         "parallelism may stay)."
     )

@@ -30,7 +30,7 @@ class ShardedStateDict(dict[str, Any]):
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise WorkerError(
-            f"This state dict holds the part of rank {self.rank} only, since the model is divided over workers. Save "
+            f"This state dict holds the part of rank {self.rank} only, since the model is sharded over workers. Save "
             "the model with model.save_pretrained(directory) on all ranks, and a training to be resumed with "
             "moreh.runtime.engine.checkpoint_api.save_training; a Trainer saves with "
             'save_strategy="no" and trainer.save_model().'
