@@ -38,6 +38,8 @@ def test_tensors_without_data_that_share_memory_come_into_one_file():
     tensor = torch.empty(10, device="meta")
     with recording_weight_files(lambda *arguments: None):
         split = modeling_utils.split_torch_state_dict_into_shards(
-            {"a": tensor, "b": torch.empty(10, device="meta"), "c": tensor[:5]}, max_shard_size=40
+            {"a": tensor, "b": torch.empty(10, device="meta"), "c": tensor[:5]},
+            filename_pattern="m{suffix}",
+            max_shard_size=40,
         )
     assert [sorted(names) for names in split.filename_to_tensors.values()] == [["a", "c"], ["b"]]
