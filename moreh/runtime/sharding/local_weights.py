@@ -58,12 +58,11 @@ def _begin_loading(model: nn.Module, dtypes: dict[str, torch.dtype]) -> bool:
 
 
 def _finish_loading(model: nn.Module) -> None:
-    mark_lazy(model, model.__dict__.get(_TARGET_DTYPES, {}))
+    _mark_lazy(model, model.__dict__.get(_TARGET_DTYPES, {}))
 
 
-def mark_lazy(model: nn.Module, dtypes: Mapping[str, torch.dtype] | None = None) -> None:
-    """Make a full model lazy. `dtypes` are those that its parameters are to have; by default, they keep theirs."""
-    dtypes = dict(dtypes or {})
+def _mark_lazy(model: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
+    """Make a full model lazy. `dtypes` are those that its parameters are to have, if not their present ones."""
     _set_lazy(model, dtypes)
     for name, parameter in model.named_parameters():
         setattr(parameter, _TARGET_DTYPES, dtypes.get(name, parameter.dtype))
@@ -81,7 +80,7 @@ def _remember_dtypes(
     """In place of `_apply`, through which torch moves and casts a module: remember what dtypes that would give."""
     dtypes = target_dtypes(model)
     empty = {dtype: torch.empty(0, dtype=dtype) for dtype in dtypes.values()}
-    mark_lazy(model, {name: function(empty[dtype]).dtype for name, dtype in dtypes.items()})
+    _mark_lazy(model, {name: function(empty[dtype]).dtype for name, dtype in dtypes.items()})
     return model
 
 
