@@ -1,9 +1,9 @@
-"""What the package costs a script that does not use it, and one that does: python benchmarks/shim_overhead.py
+"""What the package costs scripts that use it, and those that do not: python benchmarks/shim_overhead.py
 
 Each pair is run in turns, A B A B ..., and the medians and their difference or ratio are printed:
-- `import torch` with this package installed and with torch's autoload switched off (bound: 50 ms);
-- a training step of a tiny GPT-2 on the simulated accelerator and on the plain processor: the smaller the model, the
-  larger the share of the ledger, so this is an upper bound;
+- `import torch` with this package installed and with torch's autoload switched off (bound: 50 ms).
+- A training step of a tiny GPT-2 on the simulated accelerator and on the CPU. The smaller the model, the larger the
+  share of the memory ledger, so this is an upper bound.
 - `moreh-smi` and `moreh-switch-model` as whole processes (bound: 0.3 s).
 """
 
@@ -42,44 +42,45 @@ RUNS = 9
 
 
 def main() -> None:
-    """Run the measurements and print a line for each."""
+    """Measure, and print a line for each."""
     with tempfile.TemporaryDirectory() as state:
         environment = {**os.environ, "MOREH_STATE_DIR": state}
-        without, with_package = _alternate(
+        without, with_package = _medians_in_turns(
             [
-                lambda: _printed(IMPORT, {**environment, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}),
-                lambda: _printed(IMPORT, environment),
+                lambda: _last_number(IMPORT, {**environment, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}),
+                lambda: _last_number(IMPORT, environment),
             ]
         )
-        print(
-            f"import torch: {without:.3f} s without, {with_package:.3f} s with: {1000 * (with_package - without):+.0f} ms"
+        added_ms = 1000 * (with_package - without)
+        print(f"import torch: {without:.3f} s without, {with_package:.3f} s with: {added_ms:+.0f} ms")
+        plain, simulated = _medians_in_turns(
+            [
+                lambda: _last_number(STEP, environment, "cpu"),
+                lambda: _last_number(STEP, environment, "accelerator"),
+            ]
         )
-        plain, simulated = _alternate(
-            [lambda: _printed(STEP, environment, "processor"), lambda: _printed(STEP, environment, "accelerator")]
-        )
-        print(
-            f"tiny step: {1000 * plain:.2f} ms plain, {1000 * simulated:.2f} ms simulated: ratio {simulated / plain:.2f}"
-        )
+        ratio = simulated / plain
+        print(f"tiny step: {1000 * plain:.2f} ms plain, {1000 * simulated:.2f} ms simulated: ratio {ratio:.2f}")
         tools = [Path(sys.executable).parent / name for name in ("moreh-smi", "moreh-switch-model")]
-        times = _alternate([partial(_whole_process, [str(tool), "--json"], environment) for tool in tools])
+        times = _medians_in_turns([partial(_process_seconds, [str(tool), "--json"], environment) for tool in tools])
         for tool, seconds in zip(tools, times, strict=True):
             print(f"{tool.name}: {seconds:.3f} s")
 
 
-def _alternate(measures: Sequence[Callable[[], float]]) -> list[float]:
-    """The medians of several measurements, taken in turns so that a drift of the machine hits all of them."""
-    rounds = [[measure() for measure in measures] for _ in range(RUNS)]
+def _medians_in_turns(measurements: Sequence[Callable[[], float]]) -> list[float]:
+    """The median of each of several measurements, taken in turns so that a drift of the machine hits all of them."""
+    rounds = [[measure() for measure in measurements] for _ in range(RUNS)]
     return [statistics.median(column) for column in zip(*rounds, strict=True)]
 
 
-def _printed(source: str, environment: dict[str, str], *arguments: str) -> float:
+def _last_number(source: str, environment: dict[str, str], *arguments: str) -> float:
     """The number that a Python program prints last."""
     command = [sys.executable, "-c", source, *arguments]
     output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
     return float(output.split()[-1])
 
 
-def _whole_process(command: list[str], environment: dict[str, str]) -> float:
+def _process_seconds(command: list[str], environment: dict[str, str]) -> float:
     start = time.perf_counter()
     subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=True)
     return time.perf_counter() - start

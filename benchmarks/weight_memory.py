@@ -1,9 +1,13 @@
-"""What a worker needs to load and save its part of a model: python benchmarks/weight_memory.py [--gigabytes 1]
+"""Memory that a rank needs to load and save its shards of a model: python benchmarks/weight_memory.py [--gigabytes 1]
 
-Makes a checkpoint of a random Llama in a temporary directory and divides it over 4 workers in several ways. For each rank it
-prints the peak of anonymous memory (RssAnon) above what the process had before, against the bound of 1.2 x its share + the
-largest tensor, and the peak of mapped files (RssFile), which workers share and the system takes back when it needs to. Every
-saved model is compared tensor by tensor with the one that was loaded. Exits with an error if a bound or a tensor is missed.
+Makes a checkpoint of a random Llama in a temporary directory, and shards it over 4 ranks in several ways. Prints for
+each rank, in MiB:
+- the peak of anonymous memory (RssAnon) above what the process had before, against the bound of 1.2 x its share + the
+  largest tensor;
+- the peak of mapped files (RssFile), which processes share and the system takes back when it needs to.
+
+Every saved model is compared tensor by tensor with the one that was loaded. Exits with an error if a bound is exceeded
+or a tensor differs.
 """
 
 import argparse
@@ -22,17 +26,17 @@ import torch.distributed as dist
 from safetensors import safe_open
 from torch.multiprocessing.spawn import start_processes
 
-from moreh.runtime.checkpoint.hf_save import save_pretrained
+from moreh.runtime.checkpoint.hf_save import save_sharded_model
 from moreh.runtime.sharding.local_weights import materialize_local_shards, patch_lazy_loading, target_dtypes
 from moreh.runtime.sharding.mesh import make_mesh
-from moreh.runtime.sharding.shards import tensor_bytes
+from moreh.runtime.sharding.shards import full_tensor_bytes
 from moreh.runtime.sharding.spec import ParamSpec, TPSplit
 
-WORKERS = 4
+RANKS = 4
 LAYERS = 16
 BOUND = 1.2
-SAMPLE_S = 0.002
-# Pipeline, data (sharded) and tensor ranks, and the dtype that is asked for.
+SAMPLE_INTERVAL_S = 0.002
+# Pipeline, data-parallel (FSDP) and tensor-parallel ranks, and the dtype that from_pretrained is asked for.
 CASES = [
     (1, 1, 4, torch.bfloat16),
     (4, 1, 1, torch.bfloat16),
@@ -44,41 +48,48 @@ CASES = [
 
 @dataclass(frozen=True)
 class Peaks:
-    """Bytes of a rank: its share of the weights, peaks while loading and saving above the start, and seconds."""
+    """What a rank needed, in bytes and seconds."""
 
     share: int
+    """Bytes of its local tensors."""
     largest: int
+    """Bytes of the largest full tensor."""
     loading: int
+    """Peak of anonymous memory while loading, above the start."""
     saving: int
+    """Peak of anonymous memory while saving, above what it had after loading."""
     files: int
+    """Peak of mapped files while loading."""
     load_s: float
+    """Seconds to load."""
     save_s: float
+    """Seconds to save."""
 
 
-class Watch:
-    """The peaks of this process's memory, looked at every few milliseconds by a thread."""
+class MemoryMonitor:
+    """Samples this process's memory in a thread."""
 
     def __init__(self) -> None:
-        self.start = self.anonymous = resident("RssAnon")
-        self.files = 0
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._look, daemon=True)
+        self.start_bytes = self.peak_anonymous = resident_bytes("RssAnon")
+        self.peak_files = 0
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
         self._thread.start()
 
-    def _look(self) -> None:
-        while not self._ended.wait(SAMPLE_S):
-            self.anonymous = max(self.anonymous, resident("RssAnon"))
-            self.files = max(self.files, resident("RssFile"))
+    def _sample(self) -> None:
+        while not self._stopped.wait(SAMPLE_INTERVAL_S):
+            self.peak_anonymous = max(self.peak_anonymous, resident_bytes("RssAnon"))
+            self.peak_files = max(self.peak_files, resident_bytes("RssFile"))
 
-    def peak(self) -> int:
-        """End; the highest anonymous memory above the start, in bytes."""
-        self._ended.set()
+    def stop(self) -> int:
+        """Stop sampling; returns the peak of anonymous memory above the start, in bytes."""
+        self._stopped.set()
         self._thread.join()
-        return max(self.anonymous, resident("RssAnon")) - self.start
+        return max(self.peak_anonymous, resident_bytes("RssAnon")) - self.start_bytes
 
 
 def main() -> None:
-    """Run the cases and print their ranks."""
+    """Run the cases and print what each rank needed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=1.0, help="size of the checkpoint in bfloat16 (1.0)")
     gigabytes = parser.parse_args().gigabytes
@@ -93,26 +104,27 @@ def main() -> None:
         results.mkdir()
         size = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
         print(
-            f"checkpoint of {size / 2**20:.0f} MiB in bfloat16, {WORKERS} workers; MiB of anonymous memory, peak above start"
+            f"checkpoint of {size / 2**20:.0f} MiB in bfloat16, {RANKS} ranks; "
+            "MiB of anonymous memory, peak above start"
         )
-        for number, (pipeline, data, tensor, dtype) in enumerate(CASES):
-            store = str(Path(directory) / f"store{number}")
+        for index, (pipeline, data, tensor, dtype) in enumerate(CASES):
+            store = str(Path(directory) / f"store{index}")
             grid = (pipeline, data, tensor)
             start_processes(
-                run_rank, (grid, dtype, checkpoint, saved, store, results), WORKERS, start_method="forkserver"
+                run_rank, (grid, dtype, checkpoint, saved, store, results), RANKS, start_method="forkserver"
             )
             print(f"pipeline {pipeline} x data {data} x tensor {tensor}, {str(dtype).removeprefix('torch.')}:")
-            for rank in range(WORKERS):
+            for rank in range(RANKS):
                 peaks: Peaks = torch.load(results / str(rank), weights_only=False)
-                failed |= report(rank, peaks)
-            different = compare(checkpoint, saved, dtype)
+                failed |= print_peaks(rank, peaks)
+            different = differing_tensors(checkpoint, saved, dtype)
             failed |= bool(different)
             print(f"  saved: {f'differs in {different[:5]}' if different else 'equal tensor by tensor'}", flush=True)
     sys.exit(failed)
 
 
-def report(rank: int, peaks: Peaks) -> bool:
-    """Print a rank's figures; whether they exceed the bound."""
+def print_peaks(rank: int, peaks: Peaks) -> bool:
+    """Print what a rank needed; returns whether it exceeds the bound."""
     bound = BOUND * peaks.share + peaks.largest
     # While it saves, a rank has its share already.
     exceeded = peaks.loading > bound or peaks.share + peaks.saving > bound
@@ -122,13 +134,14 @@ def report(rank: int, peaks: Peaks) -> bool:
     )
     print(
         f"  rank {rank}: share {share}, largest tensor {largest}, loading {loading}, saving {saving}, bound {limit}"
-        f"{' EXCEEDED' if exceeded else ''}; mapped files {files}; {peaks.load_s:.1f} s to load, {peaks.save_s:.1f} s to save"
+        f"{' EXCEEDED' if exceeded else ''}; mapped files {files}; {peaks.load_s:.1f} s to load, "
+        f"{peaks.save_s:.1f} s to save"
     )
     return exceeded
 
 
 def make_checkpoint(directory: Path, gigabytes: float) -> None:
-    """A random Llama of about a size, in files of at most a quarter of it."""
+    """Save a random Llama of about `gigabytes` in bfloat16, in files of at most a quarter of it."""
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.utils import logging
 
@@ -165,28 +178,29 @@ def run_rank(
 
     logging.disable_progress_bar()
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORKERS)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
     mesh = make_mesh(*grid)
     patch_lazy_loading()
     warm_up(checkpoint.parent / "tiny")
-    watch, started = Watch(), time.perf_counter()
+    load_monitor, started = MemoryMonitor(), time.perf_counter()
     model = LlamaForCausalLM.from_pretrained(checkpoint, dtype=dtype)
-    layouts = param_specs_of(model, *grid)
-    parts = materialize_local_shards(model, layouts, mesh)
-    load_s, loading = time.perf_counter() - started, watch.peak()
+    specs = megatron_specs(model, *grid)
+    local_tensors = materialize_local_shards(model, specs, mesh)
+    load_s, loading = time.perf_counter() - started, load_monitor.stop()
     model.to_empty(device="meta")
-    share = sum(part.nbytes for part in parts.values())
+    share = sum(local.nbytes for local in local_tensors.values())
     dist.barrier()
-    saving_watch, started = Watch(), time.perf_counter()
-    save_pretrained(model, saved, layouts, parts, mesh, max_shard_size="300MB")
-    save_s, saving = time.perf_counter() - started, saving_watch.peak()
-    largest = max(tensor_bytes(layout) for layout in layouts.values())
-    torch.save(Peaks(share, largest, loading, saving, watch.files, load_s, save_s), results / str(rank))
+    save_monitor, started = MemoryMonitor(), time.perf_counter()
+    save_sharded_model(model, saved, specs, local_tensors, mesh, max_shard_size="300MB")
+    save_s, saving = time.perf_counter() - started, save_monitor.stop()
+    largest = max(full_tensor_bytes(spec) for spec in specs.values())
+    peaks = Peaks(share, largest, loading, saving, load_monitor.peak_files, load_s, save_s)
+    torch.save(peaks, results / str(rank))
     dist.destroy_process_group()
 
 
 def warm_up(directory: Path) -> None:
-    """Load and save a tiny model, so that what the first time leaves in memory is not counted."""
+    """Load and save a tiny model, so that what the first call leaves in memory is not counted."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -197,39 +211,40 @@ def warm_up(directory: Path) -> None:
     LlamaForCausalLM.from_pretrained(directory)
 
 
-def param_specs_of(model: torch.nn.Module, pipeline: int, data: int, tensor: int) -> dict[str, ParamSpec]:
-    """Layers in stages, matrices divided as in Megatron-LM, everything sharded over data-parallel ranks."""
+def megatron_specs(model: torch.nn.Module, pipeline: int, data: int, tensor: int) -> dict[str, ParamSpec]:
+    """Layers in stages, matrices split as in Megatron-LM, everything sharded over data-parallel ranks."""
     dtypes = target_dtypes(model)
-    layouts = {}
+    specs = {}
     for name, parameter in model.named_parameters():
         dim = 1 if "o_proj" in name or "down_proj" in name else 0
-        division = None if "norm" in name or tensor == 1 else TPSplit(dim, (parameter.shape[dim],))
+        tp_split = None if "norm" in name or tensor == 1 else TPSplit(dim, (parameter.shape[dim],))
         layer = re.search(r"layers\.(\d+)\.", name)
         stage = int(layer.group(1)) * pipeline // LAYERS if layer else 0 if "embed" in name else pipeline - 1
         shape = tuple(parameter.shape)
-        layouts[name] = ParamSpec(name, shape, dtypes[name], (stage,), division, 0 if data > 1 else None)
-    return layouts
+        specs[name] = ParamSpec(name, shape, dtypes[name], (stage,), tp_split, 0 if data > 1 else None)
+    return specs
 
 
-def compare(first: Path, second: Path, dtype: torch.dtype) -> list[str]:
-    """The names of tensors that differ, or that only one of the directories has; the first is converted."""
-    found: list[dict[str, Any]] = [{}, {}]
-    for directory, files in zip((first, second), found, strict=True):
+def differing_tensors(first: Path, second: Path, dtype: torch.dtype) -> list[str]:
+    """Names of tensors that differ, or that only one of two directories has. Those of the first are cast to `dtype`."""
+    tensors: list[dict[str, Any]] = [{}, {}]  # by name, the file that has the tensor
+    for directory, file_of in zip((first, second), tensors, strict=True):
         for path in directory.glob("*.safetensors"):
             file: Any = safe_open(path, "pt")
-            files.update(dict.fromkeys(file.keys(), file))
-    different = sorted(found[0].keys() ^ found[1].keys())
-    for name in sorted(found[0].keys() & found[1].keys()):
-        if not torch.equal(found[0][name].get_tensor(name).to(dtype), found[1][name].get_tensor(name)):
+            file_of.update(dict.fromkeys(file.keys(), file))
+    expected, actual = tensors
+    different = sorted(expected.keys() ^ actual.keys())
+    for name in sorted(expected.keys() & actual.keys()):
+        if not torch.equal(expected[name].get_tensor(name).to(dtype), actual[name].get_tensor(name)):
             different.append(name)
     return different
 
 
-def resident(kind: str) -> int:
+def resident_bytes(kind: str) -> int:
     """RssAnon or RssFile of this process, in bytes."""
-    found = re.search(rf"{kind}:\s+(\d+)", Path("/proc/self/status").read_text(encoding="utf-8"))
-    assert found is not None
-    return int(found.group(1)) * 1024
+    match = re.search(rf"{kind}:\s+(\d+)", Path("/proc/self/status").read_text(encoding="utf-8"))
+    assert match is not None
+    return int(match.group(1)) * 1024
 
 
 if __name__ == "__main__":

@@ -23,3 +23,7 @@ class PlanError(MorehError, ValueError):
 
 class WorkerError(MorehError, RuntimeError):
     """The workers of a run do different things, or one of them failed."""
+
+
+class CheckpointError(MorehError, RuntimeError):
+    """A training cannot be saved under its plan, or a checkpoint does not fit the training that is to be resumed."""

@@ -80,7 +80,7 @@ def train_with_plan(family: str, plan: Plan, fault: str | None, steps: int) -> R
             state = done.optimizer.state.get(parameter, {})
             parts[name] = Part(
                 boxes=shard_boxes(layout, *place),
-                dim=0 if layout.division is None else layout.division.dim,
+                dim=0 if layout.tp_split is None else layout.tp_split.dim,
                 gradient=None if gradient is None else local_tensor(gradient).numpy(),
                 weight=local_tensor(parameter.detach()).numpy(),
                 steps=float(state.get("step", 0)),

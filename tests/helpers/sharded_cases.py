@@ -14,7 +14,7 @@ from moreh.runtime.engine.checkpoint_api import load_training, save_training
 from moreh.runtime.engine.registry import install_sharding_support, shard_model
 from moreh.runtime.pipeline import lean_stage as pipeline_stage
 from moreh.runtime.pipeline.lean_stage import LeanPipelineStage
-from moreh.runtime.sharding.gather import whole_tensor
+from moreh.runtime.sharding.gather import full_tensor
 from tests.helpers.family_settings import FAMILY_SETTINGS
 from tests.helpers.float64 import exact_float64
 from tests.helpers.plan_training import new_model
@@ -99,7 +99,7 @@ def weight_difference(parallel, whole):
     expected = dict(whole.named_parameters())
     difference = 0.0
     for name, layout in parallel.layouts.items():
-        gathered = whole_tensor(layout, local.get(name), parallel.mesh)
+        gathered = full_tensor(layout, local.get(name), parallel.mesh)
         difference = max(difference, float((gathered - expected[name]).detach().abs().max()))
     return difference
 

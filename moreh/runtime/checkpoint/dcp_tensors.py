@@ -1,4 +1,8 @@
-"""Tensors as torch.distributed.checkpoint stores them: pieces in the coordinates of whole tensors, the same under any plan."""
+"""Shards in the form in which torch.distributed.checkpoint (DCP) writes and reads them.
+
+DCP stores chunks in coordinates of full tensors, so what is on the disk is the same under any plan. DCP's own DTensors
+have one chunk a rank. A matrix that tensor parallelism splits in several chunks (`TPSplit`) needs more.
+"""
 
 import io
 from collections.abc import Mapping
@@ -14,25 +18,28 @@ from moreh.runtime.sharding.shards import local_shards
 from moreh.runtime.sharding.spec import ParamSpec
 
 
-class StoredTensor:
-    """What a rank holds of a tensor: views of its elements by where they begin in the whole one.
+class TensorChunks:
+    """The chunks of a full tensor that a rank holds.
 
-    The methods with underscores are those by which torch.distributed.checkpoint asks an object what is to be written and read.
+    DCP asks an object through its methods with underscores what is to be written and read.
     """
 
     def __init__(
         self, size: tuple[int, ...], dtype: torch.dtype, views: Mapping[tuple[int, ...], torch.Tensor]
     ) -> None:
-        self._size, self.dtype, self.views = size, dtype, views
+        self._size = size
+        self.dtype = dtype
+        # The elements of each chunk, by the chunk's offset in the full tensor.
+        self.views = views
 
     def size(self) -> torch.Size:
-        """The size of the whole tensor."""
+        """The size of the full tensor."""
         return torch.Size(self._size)
 
-    def copied(self) -> "StoredTensor":
-        """The same with a copy of the elements in the processor's memory, for which training may go on."""
+    def clone_to_cpu(self) -> "TensorChunks":
+        """The same chunks with copies of their elements in CPU memory, which training does not change."""
         views = {offset: torch.empty(view.shape, dtype=view.dtype).copy_(view) for offset, view in self.views.items()}
-        return StoredTensor(self._size, self.dtype, views)
+        return TensorChunks(self._size, self.dtype, views)
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
         return [ChunkStorageMetadata(torch.Size(offset), view.shape) for offset, view in self.views.items()]
@@ -52,55 +59,55 @@ class StoredTensor:
         return self.views[tuple(index.offset or ())]
 
 
-def stored_part(layout: ParamSpec, local: torch.Tensor, mesh: Mesh | None) -> StoredTensor:
-    """A local tensor that is laid out as `layout` says; its dtype is its own."""
-    pieces = local_shards(layout, mesh)
-    views = {tuple(start for start, _ in piece.box): piece.of_local(local) for piece in pieces}
-    return StoredTensor(layout.shape, local.dtype, views)
+def chunks_of_local(spec: ParamSpec, local: torch.Tensor, mesh: Mesh | None) -> TensorChunks:
+    """The chunks in a local tensor that is sharded as `spec` says. Its dtype may be another than the spec's."""
+    views = {tuple(start for start, _ in shard.box): shard.view_of_local(local) for shard in local_shards(spec, mesh)}
+    return TensorChunks(spec.shape, local.dtype, views)
 
 
-def stored_whole(tensor: torch.Tensor) -> StoredTensor:
-    """A tensor that a rank holds all of."""
-    return StoredTensor(tuple(tensor.shape), tensor.dtype, {(0,) * tensor.dim(): tensor})
+def chunks_of_full(tensor: torch.Tensor) -> TensorChunks:
+    """A tensor that a rank holds all of, as one chunk."""
+    return TensorChunks(tuple(tensor.shape), tensor.dtype, {(0,) * tensor.dim(): tensor})
 
 
-def stored_value(value: Any, name: str) -> StoredTensor:
-    """Something that torch.save can write and torch.load can read without running code, as bytes.
+def chunks_of_object(value: Any, name: str) -> TensorChunks:
+    """A Python object as the bytes of torch.save.
 
     Raises:
-        TypeError: it has other things in it than numbers, strings, tensors and lists, tuples and dicts of them.
+        TypeError: torch.load cannot read it without running code: it has other things in it than numbers, strings,
+            tensors and lists, tuples and dicts of them.
     """
     buffer = io.BytesIO()
     torch.save(value, buffer)
     elements = torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8)
     try:
-        value_of(elements)
+        object_of_bytes(elements)
     except Exception as error:
         raise TypeError(
-            f"{name} cannot be stored: it may consist of numbers, strings, tensors, and lists, tuples and dicts of them. "
-            f"Convert it first. torch.load says: {str(error).splitlines()[0]}"
+            f"{name} cannot be stored: it may consist of numbers, strings, tensors, and lists, tuples and dicts of "
+            f"them. Convert it first. torch.load says: {str(error).splitlines()[0]}"
         ) from error
-    return stored_whole(elements)
+    return chunks_of_full(elements)
 
 
-def value_of(elements: torch.Tensor) -> Any:
-    """What `stored_value` stored, from the elements of its tensor."""
+def object_of_bytes(elements: torch.Tensor) -> Any:
+    """The object that `chunks_of_object` stored, from the elements of its tensor."""
     return torch.load(io.BytesIO(elements.numpy().tobytes()), weights_only=True)
 
 
-class StoringPlanner(DefaultSavePlanner):
-    """Lets torch.distributed.checkpoint write StoredTensors; equal pieces of several ranks are written once."""
+class ChunkSavePlanner(DefaultSavePlanner):
+    """Lets DCP write TensorChunks. A chunk that several ranks hold is written once."""
 
     def __init__(self) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
 
     def lookup_object(self, index: MetadataIndex) -> Any:
-        """The view that is to be written."""
+        """The view to write."""
         return self.state_dict[index.fqn].__get_tensor_shard__(index)
 
 
-class RestoringPlanner(DefaultLoadPlanner):
-    """Lets torch.distributed.checkpoint read into StoredTensors, whatever pieces were written."""
+class ChunkLoadPlanner(DefaultLoadPlanner):
+    """Lets DCP read into TensorChunks, however the tensors were cut into chunks when they were written."""
 
     def __init__(self) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -108,10 +115,10 @@ class RestoringPlanner(DefaultLoadPlanner):
     def set_up_planner(
         self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
     ) -> None:
-        """Take the tensors as they are; the default would look for tensors without data among them."""
+        """Take the state as it is. DCP's own method looks for meta tensors in it, and TensorChunks are no tensors."""
         self.state_dict = self.original_state_dict = state_dict
         self.metadata, self.is_coordinator = metadata, is_coordinator
 
     def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
-        """The view that is to be filled."""
+        """The view to fill."""
         return self.state_dict[index.fqn].__get_tensor_shard__(index)

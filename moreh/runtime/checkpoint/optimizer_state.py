@@ -1,4 +1,4 @@
-"""An optimizer's state under the names of its parameters: what it keeps of each of them, and its groups' settings."""
+"""An optimizer's state by the names of its parameters: what it keeps of each parameter, and its groups' settings."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,69 +9,75 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from moreh.errors import MorehError
-from moreh.runtime.checkpoint.dcp_tensors import StoredTensor, stored_part, stored_value, stored_whole, value_of
+from moreh.errors import CheckpointError
+from moreh.runtime.checkpoint.dcp_tensors import (
+    TensorChunks,
+    chunks_of_full,
+    chunks_of_local,
+    chunks_of_object,
+    object_of_bytes,
+)
 from moreh.runtime.sharding.mesh import Mesh
 from moreh.runtime.sharding.shards import local_shape
 from moreh.runtime.sharding.spec import ParamSpec
 
-# Marks what is no tensor, such as a count of steps.
-_VALUE = "value:"
+# On the disk, before the key of a value that is no tensor, such as a count of steps.
+_OBJECT = "value:"
 
 
-class CheckpointError(MorehError, RuntimeError):
-    """A training cannot be saved under its plan, or a checkpoint does not fit the training that is to be resumed."""
-
-
-def _is_divided(layout: ParamSpec, mesh: Mesh | None) -> bool:
+def _is_sharded(spec: ParamSpec, mesh: Mesh | None) -> bool:
     if mesh is None:
         return False
-    over_tensor = layout.division is not None and mesh.size("tensor") > 1
-    return over_tensor or (layout.data_dim is not None and mesh.size("data") > 1)
+    over_tp = spec.tp_split is not None and mesh.size("tensor") > 1
+    return over_tp or (spec.fsdp_dim is not None and mesh.size("data") > 1)
 
 
-def _refusal(optimizer: str, name: str, key: str, size: tuple[int, ...]) -> CheckpointError:
+def _unshardable_state(optimizer: str, name: str, key: str, size: tuple[int, ...]) -> CheckpointError:
     return CheckpointError(
         f"{optimizer} keeps '{key}' of {name} as a tensor {list(size)}, which cannot be cut as the parameter is. While "
-        "parameters are divided over workers, checkpoints of a training need an optimizer whose state has the parameters' "
-        "shapes, such as AdamW; or train without tensor parallelism and sharding (pipeline and data parallelism may stay)."
+        "parameters are sharded over workers, checkpoints of a training need an optimizer whose state has the "
+        "parameters' shapes, such as AdamW; or train without tensor parallelism and sharding (pipeline and data "
+        "parallelism may stay)."
     )
 
 
-def optimizer_state_to_save(
-    optimizer: Optimizer, names: Mapping[int, str], layouts: Mapping[str, ParamSpec], mesh: Mesh | None
-) -> dict[str, StoredTensor]:
-    """What this rank has of the optimizer's state, by "parameter/key". `names` are the parameters' by their ids.
+def collect_optimizer_state(
+    optimizer: Optimizer, names: Mapping[int, str], specs: Mapping[str, ParamSpec], mesh: Mesh | None
+) -> dict[str, TensorChunks]:
+    """What this rank has of the optimizer's state, by "parameter/key".
+
+    `names` are the parameters' names by id.
 
     Raises:
-        CheckpointError: there is state for a parameter without a name, or it cannot be cut as its parameter is.
+        CheckpointError: there is state of a parameter without a name, or state that cannot be sharded as its parameter
+        is.
     """
     kind = type(optimizer).__name__
-    stored: dict[str, StoredTensor] = {}
+    chunks: dict[str, TensorChunks] = {}
     for parameter, values in optimizer.state.items():
         name = names.get(id(parameter))
         if name is None:
             raise CheckpointError(
-                f"{kind} has state of a parameter {list(parameter.shape)} that is none of the model's. Give it an optimizer of "
-                "its own and save that with torch.save."
+                f"{kind} has state of a parameter {list(parameter.shape)} that is none of the model's. Give it an "
+                "optimizer of its own and save that with torch.save."
             )
-        layout = layouts[name]
+        spec = specs[name]
         for key, value in values.items():
             if not isinstance(value, torch.Tensor):
-                stored[f"{name}/{_VALUE}{key}"] = stored_value(value, f"'{key}' of {name} in {kind}")
+                chunks[f"{name}/{_OBJECT}{key}"] = chunks_of_object(value, f"'{key}' of {name} in {kind}")
                 continue
             local = (value.to_local() if isinstance(value, DTensor) else value).detach()
-            if value.shape == parameter.shape and local.shape == local_shape(layout, mesh):
-                stored[f"{name}/{key}"] = stored_part(layout, local, mesh)
-            elif value.dim() == 0 or not _is_divided(layout, mesh):
-                stored[f"{name}/{key}"] = stored_whole(local)
+            if value.shape == parameter.shape and local.shape == local_shape(spec, mesh):
+                chunks[f"{name}/{key}"] = chunks_of_local(spec, local, mesh)
+            elif value.dim() == 0 or not _is_sharded(spec, mesh):
+                chunks[f"{name}/{key}"] = chunks_of_full(local)
             else:
-                raise _refusal(kind, name, key, tuple(value.shape))
-    return stored
+                raise _unshardable_state(kind, name, key, tuple(value.shape))
+    return chunks
 
 
-def groups_of(optimizer: Optimizer, names: Mapping[int, str]) -> list[dict[str, Any]]:
-    """The groups: their settings, and the names of the parameters that this rank knows."""
+def param_groups_of(optimizer: Optimizer, names: Mapping[int, str]) -> list[dict[str, Any]]:
+    """The parameter groups as they are stored: "settings", and "names" of the parameters that this rank knows."""
     return [
         {
             "settings": {key: value for key, value in group.items() if key != "params"},
@@ -81,74 +87,82 @@ def groups_of(optimizer: Optimizer, names: Mapping[int, str]) -> list[dict[str, 
     ]
 
 
-def check_groups(optimizer: Optimizer, names: Mapping[int, str], saved: list[dict[str, Any]]) -> None:
-    """Raise CheckpointError unless the parameters are in the groups that they were saved in."""
-    kind, groups = type(optimizer).__name__, groups_of(optimizer, names)
+def check_param_groups(optimizer: Optimizer, names: Mapping[int, str], saved: list[dict[str, Any]]) -> None:
+    """Check that the parameters are in the groups in which they were saved.
+
+    Raises:
+        CheckpointError: they are not.
+    """
+    kind, groups = type(optimizer).__name__, param_groups_of(optimizer, names)
     if len(groups) != len(saved):
         raise CheckpointError(
             f"{kind} has {len(groups)} parameter groups, the checkpoint has {len(saved)}. Make the optimizer as in the "
             "training that wrote the checkpoint."
         )
-    for number, (group, other) in enumerate(zip(groups, saved, strict=True)):
-        different = set(group["names"]) - set(other["names"])
-        if different:
+    for index, (group, saved_group) in enumerate(zip(groups, saved, strict=True)):
+        moved = set(group["names"]) - set(saved_group["names"])
+        if moved:
             raise CheckpointError(
-                f"Parameters of group {number} of {kind} were not in it when the checkpoint was written: "
-                f"{', '.join(sorted(different)[:5])}. Make the optimizer's groups as in the training that wrote it."
+                f"Parameters of group {index} of {kind} were not in it when the checkpoint was written: "
+                f"{', '.join(sorted(moved)[:5])}. Make the optimizer's groups as in the training that wrote it."
             )
 
 
-def state_to_fill(
+def allocate_optimizer_state(
     optimizer: Optimizer,
     names: Mapping[int, str],
-    layouts: Mapping[str, ParamSpec],
+    specs: Mapping[str, ParamSpec],
     saved: Mapping[str, Mapping[str, TensorStorageMetadata]],
     mesh: Mesh | None,
-) -> dict[str, tuple[StoredTensor, torch.Tensor]]:
-    """Empty tensors for what was saved of this rank's parameters, by "parameter/key", as they are stored and as they are.
+) -> dict[str, tuple[TensorChunks, torch.Tensor]]:
+    """Empty local tensors for the saved state of this rank's parameters, and their chunks to fill, by "parameter/key".
 
-    `saved` is what there is of each parameter, by its keys.
+    `saved` is what the checkpoint has of each parameter, by key.
 
     Raises:
-        CheckpointError: saved state cannot be cut as the parameter is here.
+        CheckpointError: saved state cannot be sharded as the parameter is here.
     """
-    filled: dict[str, tuple[StoredTensor, torch.Tensor]] = {}
+    allocated: dict[str, tuple[TensorChunks, torch.Tensor]] = {}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             name = names.get(id(parameter))
             if name is None or parameter.is_meta:
                 continue
-            layout = layouts[name]
-            for key, kind in saved.get(name, {}).items():
-                size, dtype = tuple(kind.size), kind.properties.dtype
-                is_value = key.startswith(_VALUE)
-                on_device = parameter.device if not is_value and (size or _steps_on_device(group, key)) else None
-                if size == layout.shape and not is_value:
-                    tensor = torch.empty(local_shape(layout, mesh), dtype=dtype, device=on_device)
-                    stored = stored_part(layout, tensor, mesh)
-                elif not size or is_value or not _is_divided(layout, mesh):
-                    tensor = torch.empty(size, dtype=dtype, device=on_device)
-                    stored = stored_whole(tensor)
+            spec = specs[name]
+            for key, metadata in saved.get(name, {}).items():
+                size, dtype = tuple(metadata.size), metadata.properties.dtype
+                is_object = key.startswith(_OBJECT)
+                is_on_device = not is_object and (bool(size) or _counts_steps_on_device(group, key))
+                device = parameter.device if is_on_device else None
+                if size == spec.shape and not is_object:
+                    tensor = torch.empty(local_shape(spec, mesh), dtype=dtype, device=device)
+                    chunks = chunks_of_local(spec, tensor, mesh)
+                elif not size or is_object or not _is_sharded(spec, mesh):
+                    tensor = torch.empty(size, dtype=dtype, device=device)
+                    chunks = chunks_of_full(tensor)
                 else:
-                    raise _refusal(type(optimizer).__name__, name, key, size)
-                filled[f"{name}/{key}"] = stored, tensor
-    return filled
+                    raise _unshardable_state(type(optimizer).__name__, name, key, size)
+                allocated[f"{name}/{key}"] = chunks, tensor
+    return allocated
 
 
-def _steps_on_device(group: Mapping[str, Any], key: str) -> bool:
-    """Whether a scalar is kept where its parameter is: torch counts steps on the processor unless they are captured."""
+def _counts_steps_on_device(group: Mapping[str, Any], key: str) -> bool:
+    """Whether a scalar is kept on its parameter's device. Steps are counted on the CPU unless captured or fused."""
     return key != "step" or bool(group.get("capturable") or group.get("fused"))
 
 
 def restore_optimizer(
     optimizer: Optimizer, names: Mapping[int, str], groups: list[dict[str, Any]], tensors: Mapping[str, torch.Tensor]
 ) -> None:
-    """Give an optimizer saved settings, and filled tensors by "parameter/key". What was not saved of a parameter is dropped."""
+    """Give an optimizer the saved settings, and the filled local tensors by "parameter/key".
+
+    State of a parameter of which nothing was saved is dropped.
+    """
     by_name: dict[str, dict[str, Any]] = {}
     for path, tensor in tensors.items():
         name, _, key = path.partition("/")
-        if key.startswith(_VALUE):
-            by_name.setdefault(name, {})[key.removeprefix(_VALUE)] = value_of(tensor)
+        if key.startswith(_OBJECT):
+            by_name.setdefault(name, {})[key.removeprefix(_OBJECT)] = object_of_bytes(tensor)
         else:
             by_name.setdefault(name, {})[key] = tensor
     for group, saved in zip(optimizer.param_groups, groups, strict=True):
@@ -157,21 +171,21 @@ def restore_optimizer(
             optimizer.state.pop(parameter, None)
             values = by_name.get(names.get(id(parameter), ""), {})
             if values:
-                optimizer.state[parameter] = {key: _like(parameter, value) for key, value in values.items()}
+                optimizer.state[parameter] = {key: _as_dtensor_like(parameter, value) for key, value in values.items()}
 
 
-def _like(parameter: nn.Parameter, value: Any) -> Any:
-    """A local part as a distributed tensor where its parameter is one."""
-    distributed: Any = parameter
-    if not isinstance(distributed, DTensor) or not isinstance(value, torch.Tensor):
+def _as_dtensor_like(parameter: nn.Parameter, value: Any) -> Any:
+    """A local tensor as a DTensor if its parameter is one and it is sharded likewise; else the value itself."""
+    dtensor: Any = parameter
+    if not isinstance(dtensor, DTensor) or not isinstance(value, torch.Tensor):
         return value
-    if value.shape != distributed.to_local().shape:
+    if value.shape != dtensor.to_local().shape:
         return value
     return DTensor.from_local(
         value,
-        distributed.device_mesh,
-        distributed.placements,
+        dtensor.device_mesh,
+        dtensor.placements,
         run_check=False,
-        shape=distributed.shape,
-        stride=distributed.stride(),
+        shape=dtensor.shape,
+        stride=dtensor.stride(),
     )

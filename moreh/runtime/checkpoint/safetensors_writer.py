@@ -1,6 +1,6 @@
-"""Safetensors files written tensor by tensor: the library's own writer wants all tensors of a file in memory at once.
+"""Safetensors files written tensor by tensor. The library's own writer wants all tensors of a file in memory at once.
 
-The format: 8 bytes with the length of the header, the header as JSON, the tensors' bytes one behind the other.
+The format: 8 bytes with the length of the header, the header as JSON, the elements of all tensors one after the other.
 https://huggingface.co/docs/safetensors
 """
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-# The format's names of dtypes, in the order in which the library arranges tensors in a file, the last ones first.
+# The format's names of dtypes. The library sorts the tensors of a file by dtype, the last ones here first.
 _DTYPES = {
     torch.bool: "BOOL",
     torch.uint8: "U8",
@@ -36,22 +36,24 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class TensorKind:
-    """Shape and dtype of a tensor of a file."""
+    """Shape and dtype of a tensor in a file."""
 
     shape: tuple[int, ...]
+    """The shape."""
     dtype: torch.dtype
+    """The dtype."""
 
     @property
     def bytes(self) -> int:
-        """What its elements take."""
+        """Bytes of the elements."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 def _header(tensors: Mapping[str, TensorKind], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, tuple[int, int]]]:
-    """The file up to the tensors' bytes, and where each of them begins and ends behind it.
+    """The file up to the elements, and the range of each tensor's bytes after that.
 
     Raises:
-        ValueError: a dtype that the format has no name for.
+        ValueError: the format has no name for a dtype.
     """
     unknown = {str(kind.dtype) for kind in tensors.values() if kind.dtype not in _DTYPES}
     if unknown:
@@ -67,43 +69,53 @@ def _header(tensors: Mapping[str, TensorKind], metadata: Mapping[str, str]) -> t
         ranges[name] = (position, position + kind.bytes)
         position += kind.bytes
         entries[name] = {"dtype": _DTYPES[kind.dtype], "shape": list(kind.shape), "data_offsets": list(ranges[name])}
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text, ranges
+    header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header, ranges
 
 
 class SafetensorsWriter:
-    """Writes a file whose tensors come one by one, in any order. With the last one the file is complete and on the disk.
-
-    Raises:
-        ValueError: a dtype that the format does not know; a tensor other than announced, or written twice.
-    """
+    """Writes a file whose tensors come one by one, in any order. After the last one it is complete and on the disk."""
 
     def __init__(self, path: Path, tensors: Mapping[str, TensorKind], metadata: Mapping[str, str]) -> None:
+        """Write the header.
+
+        Args:
+            path: the file.
+            tensors: all tensors that the file is to have, by name.
+            metadata: the header's own, such as `{"format": "pt"}`.
+
+        Raises:
+            ValueError: the format has no name for a dtype.
+        """
         header, self._ranges = _header(tensors, metadata)
-        self._path, self._tensors, self._start = path, tensors, len(header)
-        self.missing = set(tensors)
+        self._path, self._tensors, self._data_start = path, tensors, len(header)
+        self._missing = set(tensors)
         self._file = path.open("wb")
         self._file.write(header)
-        self._file.truncate(self._start + sum(kind.bytes for kind in tensors.values()))
+        self._file.truncate(self._data_start + sum(kind.bytes for kind in tensors.values()))
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Write a tensor's elements to their place."""
+        """Write a tensor's elements to their place.
+
+        Raises:
+            ValueError: the tensor has another shape or dtype than announced, or was written before.
+        """
         kind = TensorKind(tuple(tensor.shape), tensor.dtype)
-        if name not in self.missing or kind != self._tensors[name]:
+        if name not in self._missing or kind != self._tensors[name]:
             raise ValueError(
                 f"{self._path.name} awaits {self._tensors.get(name)} as {name} once, and was given {kind}."
             )
-        self._file.seek(self._start + self._ranges[name][0])
+        self._file.seek(self._data_start + self._ranges[name][0])
         elements = tensor.detach().cpu().contiguous().reshape(-1)
         # numpy has no bfloat16.
         self._file.write(elements.view(torch.uint8).numpy().data)
-        self.missing.remove(name)
-        if not self.missing:
+        self._missing.remove(name)
+        if not self._missing:
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
 
     def close(self) -> None:
-        """Give up a file that is not complete."""
+        """Give up a file that is not complete; nothing happens if it is."""
         self._file.close()

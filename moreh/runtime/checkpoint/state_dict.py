@@ -1,4 +1,4 @@
-"""`state_dict` and `load_state_dict` of a divided model."""
+"""`state_dict` and `load_state_dict` of a sharded model."""
 
 import copy
 from collections.abc import Mapping
@@ -10,29 +10,30 @@ from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from moreh.errors import WorkerError
-from moreh.runtime.checkpoint.hf_save_plan import persistent_buffers, state_entries
+from moreh.runtime.checkpoint.hf_save_plan import persistent_buffers, state_dict_entries
 from moreh.runtime.sharding.mesh import Mesh
 from moreh.runtime.sharding.shards import check_local_tensors, local_shards
 from moreh.runtime.sharding.spec import ParamSpec
 
 
 class ShardedStateDict(dict[str, Any]):
-    """What one rank holds of a state dict. It can be copied and loaded again, but not written as if it were the whole.
+    """What one rank holds of a state dict. It can be copied and loaded again, but not pickled as if it were the whole.
 
-    Raises (when it is pickled, as torch.save does):
+    Raises (when it is pickled, as by torch.save):
         WorkerError: says what saves the whole model.
     """
 
-    def __init__(self, parts: Mapping[str, Any], rank: int | None = None) -> None:
-        super().__init__(parts)
-        # Libraries make dicts of the same type without knowing of ranks.
+    def __init__(self, tensors: Mapping[str, Any], rank: int | None = None) -> None:
+        super().__init__(tensors)
+        # Libraries make a dict of the same type from a dict, and know nothing of ranks.
         self.rank = dist.get_rank() if rank is None else rank
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise WorkerError(
-            f"This state dict holds the part of rank {self.rank} only, since the model is divided over workers. Save the model "
-            "with model.save_pretrained(directory) on all ranks, and a training to be resumed with "
-            'moreh.runtime.engine.checkpoint_api.save_training; a Trainer saves with save_strategy="no" and trainer.save_model().'
+            f"This state dict holds the part of rank {self.rank} only, since the model is sharded over workers. Save "
+            "the model with model.save_pretrained(directory) on all ranks, and a training to be resumed with "
+            "moreh.runtime.engine.checkpoint_api.save_training; a Trainer saves with "
+            'save_strategy="no" and trainer.save_model().'
         )
 
     def copy(self) -> "ShardedStateDict":
@@ -45,39 +46,40 @@ class ShardedStateDict(dict[str, Any]):
         return ShardedStateDict({name: copy.deepcopy(value, memo) for name, value in self.items()}, self.rank)
 
 
-def state_dict_of(model: nn.Module, local_tensors: Mapping[str, torch.Tensor], rank: int) -> ShardedStateDict:
-    """The entries that a rank holds, in the order and under the names of the whole model's; tied ones have the same tensor."""
+def local_state_dict(model: nn.Module, local_tensors: Mapping[str, torch.Tensor], rank: int) -> ShardedStateDict:
+    """The entries that a rank holds, in the order and under the names of the full model's; tied ones share a tensor."""
     tensors = {**local_tensors, **persistent_buffers(model)}
-    entries = state_entries(model)
+    entries = state_dict_entries(model)
     return ShardedStateDict(
         {name: tensors[entry.source] for name, entry in entries.items() if entry.source in tensors}, rank
     )
 
 
 @torch.no_grad()
-def load_whole_state_dict(
+def load_into_local_tensors(
     model: nn.Module,
     state_dict: Mapping[str, Any],
-    layouts: Mapping[str, ParamSpec],
+    specs: Mapping[str, ParamSpec],
     local_tensors: Mapping[str, torch.Tensor],
     mesh: Mesh | None,
     *,
     strict: bool = True,
 ) -> _IncompatibleKeys:
-    """Load a whole model's state dict, or one that this rank's model gave, into the local tensors and the model's buffers.
+    """Load the full model's state dict, or one of `local_state_dict`, into local tensors and the model's buffers.
 
-    As Module.load_state_dict: returns the keys that were missing and unexpected, of the whole model. An entry of a whole
-    tensor is cut; of a ShardedStateDict it is taken as it is.
+    As Module.load_state_dict: returns the missing and unexpected keys of the full model. Of the full model's tensors,
+    this rank's shards are taken; those of a ShardedStateDict are taken as they are.
 
     Raises:
-        RuntimeError: a tensor has the wrong shape, or with `strict` keys are missing or unexpected; nothing is loaded then.
+        RuntimeError: a tensor has the wrong shape, or with `strict` keys are missing or unexpected. Nothing is loaded
+        then.
     """
-    check_local_tensors(layouts, local_tensors, mesh)
-    entries = state_entries(model)
+    check_local_tensors(specs, local_tensors, mesh)
+    entries = state_dict_entries(model)
     buffers = persistent_buffers(model)
-    parts = isinstance(state_dict, ShardedStateDict)
+    is_sharded = isinstance(state_dict, ShardedStateDict)
     expected = {
-        name for name, entry in entries.items() if not parts or entry.source in local_tensors or name in buffers
+        name for name, entry in entries.items() if not is_sharded or entry.source in local_tensors or name in buffers
     }
     missing = [name for name in entries if name in expected - state_dict.keys()]
     unexpected = [name for name in state_dict if name not in expected]
@@ -88,7 +90,7 @@ def load_whole_state_dict(
         if source in buffers:
             shape = tuple(buffers[source].shape)
         else:
-            shape = tuple(local_tensors[source].shape) if parts else layouts[source].shape
+            shape = tuple(local_tensors[source].shape) if is_sharded else specs[source].shape
         if tuple(state_dict[name].shape) != shape:
             problems.append(f"{name} has the shape {tuple(state_dict[name].shape)} instead of {shape}")
     if problems:
@@ -97,9 +99,9 @@ def load_whole_state_dict(
         source = entries[name].source
         if source in buffers:
             buffers[source].copy_(state_dict[name])
-        elif parts:
+        elif is_sharded:
             local_tensors[source].copy_(state_dict[name])
         elif source in local_tensors:
-            for piece in local_shards(layouts[source], mesh):
-                piece.of_local(local_tensors[source]).copy_(piece.of_whole(state_dict[name]))
+            for shard in local_shards(specs[source], mesh):
+                shard.view_of_local(local_tensors[source]).copy_(shard.view_of_full(state_dict[name]))
     return _IncompatibleKeys(missing, unexpected)

@@ -10,12 +10,12 @@ from torch import nn
 from torch.optim import Optimizer
 
 from moreh.errors import OptionError
+from moreh.runtime.checkpoint.dcp_io import save_state_async
 from moreh.runtime.checkpoint.training_state import (
-    layouts_of_whole,
+    collect_training_state,
     load_extra,
-    load_state,
-    save_state_async,
-    state_to_save,
+    load_training_state,
+    unsharded_specs,
 )
 from moreh.runtime.engine.registry import runner_of
 from moreh.runtime.launch.world import current_world
@@ -37,7 +37,7 @@ def save_training(
     model_runner = runner_of(model)
     if model_runner is not None:
         parallel = model_runner.model
-        state = state_to_save(
+        state = collect_training_state(
             parallel.layouts, parallel.local_tensors(), optimizers, parallel.user_params, parallel.mesh, extra
         )
         return save_state_async(state, directory, parallel.mesh)
@@ -45,10 +45,12 @@ def save_training(
         raise OptionError(
             "a checkpoint before the first step: the model is not divided over the workers yet; train first"
         )
-    layouts = layouts_of_whole(model)
+    layouts = unsharded_specs(model)
     parameters = dict(model.named_parameters())
     tensors: dict[str, torch.Tensor] = {name: parameter.detach() for name, parameter in parameters.items()}
-    return save_state_async(state_to_save(layouts, tensors, optimizers, parameters, None, extra), directory, None)
+    return save_state_async(
+        collect_training_state(layouts, tensors, optimizers, parameters, None, extra), directory, None
+    )
 
 
 def load_training(model: nn.Module, optimizers: Sequence[Optimizer], directory: str | os.PathLike[str]) -> Any:
@@ -63,7 +65,7 @@ def load_training(model: nn.Module, optimizers: Sequence[Optimizer], directory: 
     model_runner = runner_of(model)
     if model_runner is not None:
         parallel = model_runner.model
-        return load_state(
+        return load_training_state(
             directory, parallel.layouts, parallel.local_tensors(), optimizers, parallel.user_params, parallel.mesh
         )
     if current_world().size > 1:
@@ -71,7 +73,7 @@ def load_training(model: nn.Module, optimizers: Sequence[Optimizer], directory: 
         return load_extra(directory)
     parameters = dict(model.named_parameters())
     tensors: dict[str, torch.Tensor] = {name: parameter.detach() for name, parameter in parameters.items()}
-    return load_state(directory, layouts_of_whole(model), tensors, optimizers, parameters, None)
+    return load_training_state(directory, unsharded_specs(model), tensors, optimizers, parameters, None)
 
 
 def load_pending(model: nn.Module) -> None:

@@ -136,8 +136,8 @@ def global_grad_norm(model: ParallelModel, gradients: dict[str, torch.Tensor], n
     for name, gradient in gradients.items():
         layout = model.layouts[name]
         first = layout.pipeline_ranks[0] == mesh.rank("pipeline")
-        first &= layout.division is not None or mesh.rank("tensor") == 0
-        first &= layout.data_dim is not None or mesh.rank("data") == 0
+        first &= layout.tp_split is not None or mesh.rank("tensor") == 0
+        first &= layout.fsdp_dim is not None or mesh.rank("data") == 0
         if first:
             counted.append(local_tensor(gradient))
     # Ranks that count nothing must return the same bits as the others.

@@ -10,10 +10,10 @@ from torch.nn.modules.module import _IncompatibleKeys
 from transformers import PreTrainedModel
 
 from moreh.errors import OptionError
-from moreh.runtime.checkpoint.hf_save import save_pretrained
-from moreh.runtime.checkpoint.state_dict import ShardedStateDict, load_whole_state_dict, state_dict_of
+from moreh.runtime.checkpoint.hf_save import save_sharded_model
+from moreh.runtime.checkpoint.state_dict import ShardedStateDict, load_into_local_tensors, local_state_dict
 from moreh.runtime.engine.parallel_model import ParallelModel
-from moreh.runtime.sharding.gather import whole_tensor
+from moreh.runtime.sharding.gather import full_tensor
 
 
 def replace_methods(model: ParallelModel) -> None:
@@ -24,19 +24,19 @@ def replace_methods(model: ParallelModel) -> None:
         # transformers' Trainer gives None, or what `state_dict` below has returned: the model's own weights.
         if isinstance(settings.get("state_dict"), ShardedStateDict | None):
             settings.pop("state_dict", None)
-        save_pretrained(root, directory, model.layouts, model.local_tensors(), model.mesh, **settings)
+        save_sharded_model(root, directory, model.layouts, model.local_tensors(), model.mesh, **settings)
 
     def state_dict(*args: Any, **kwargs: Any) -> ShardedStateDict:
         if args or any(kwargs.values()):
             raise OptionError(
                 f"state_dict{args}: a model that is divided over workers takes no arguments here; leave them out"
             )
-        return state_dict_of(root, model.local_tensors(), torch.distributed.get_rank())
+        return local_state_dict(root, model.local_tensors(), torch.distributed.get_rank())
 
     def load_state_dict(state: Mapping[str, Any], strict: bool = True, assign: bool = False) -> _IncompatibleKeys:
         if assign:
             raise OptionError("load_state_dict(assign=True): a model that is divided over workers copies; leave it out")
-        return load_whole_state_dict(root, state, model.layouts, model.local_tensors(), model.mesh, strict=strict)
+        return load_into_local_tensors(root, state, model.layouts, model.local_tensors(), model.mesh, strict=strict)
 
     root.state_dict, root.load_state_dict = state_dict, load_state_dict
     root.save_pretrained = save if isinstance(root, PreTrainedModel) else _save_adapters(root, model)
@@ -53,7 +53,7 @@ def _save_adapters(root: Any, model: ParallelModel) -> Any:
         local = model.local_tensors()
         trained = {name for name, parameter in root.named_parameters() if parameter.requires_grad}
         whole = {
-            name: whole_tensor(layout, local.get(name), model.mesh)
+            name: full_tensor(layout, local.get(name), model.mesh)
             for name, layout in model.layouts.items()
             if name in trained
         }

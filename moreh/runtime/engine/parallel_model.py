@@ -18,9 +18,9 @@ from moreh.runtime.pipeline.lean_stage import Pipeline
 from moreh.runtime.pipeline.stage import LogitPositions, OutputFn, Stage
 from moreh.runtime.sharding.dtensor_view import user_param
 from moreh.runtime.sharding.local_weights import materialize_local_shards
-from moreh.runtime.sharding.mesh import Mesh, make_mesh, mesh_of_one
+from moreh.runtime.sharding.mesh import Mesh, make_mesh, single_rank_mesh
 from moreh.runtime.sharding.placement import parameter_specs, stage_placements
-from moreh.runtime.sharding.spec import ParamSpec, tensor_shape
+from moreh.runtime.sharding.spec import ParamSpec, tp_shard_shape
 from moreh.runtime.tensor.apply import install_tensor_parallel
 from moreh.runtime.tensor.collectives import reduce_scatter
 from moreh.runtime.tensor.partition import TensorPartition, describe_partition
@@ -95,7 +95,7 @@ def build_sharded(
         _fill(slots[name], _without_data(parameter, layouts[name], layouts[name].shape))
     sharded = plan.sharding != "none" and plan.data > 1
     stages = tuple(
-        Stage(decoder, place.first, place.last, inputs, finish, wanted)
+        Stage(decoder, place.first_layer, place.end_layer, inputs, finish, wanted)
         for place in stage_placements(plan)
         if place.pipeline_rank == here
     )
@@ -138,7 +138,7 @@ def build_unsharded(
     decoder = split_into_parts(root)
     parameters = dict(root.named_parameters())
     stage = Stage(decoder, 0, len(decoder.layers), inputs, finish, wanted)
-    mesh = mesh_of_one(next(iter(parameters.values())).device)
+    mesh = single_rank_mesh(next(iter(parameters.values())).device)
     layouts = parameter_specs(decoder, plan, {})
     return ParallelModel(decoder, plan, mesh, layouts, frozenset(), (stage,), parameters, parameters, {})
 
@@ -186,7 +186,7 @@ def _without_data(original: nn.Parameter, layout: ParamSpec, shape: tuple[int, .
 def _shapes_before_sharding(layouts: dict[str, ParamSpec], here: int, mesh: Mesh) -> dict[str, tuple[int, ...]]:
     """The shape that each parameter of this rank has after tensor parallelism has divided it."""
     return {
-        name: tensor_shape(layout, mesh.rank("tensor"), mesh.size("tensor"))
+        name: tp_shard_shape(layout, mesh.rank("tensor"), mesh.size("tensor"))
         for name, layout in layouts.items()
         if here in layout.pipeline_ranks
     }
@@ -194,7 +194,7 @@ def _shapes_before_sharding(layouts: dict[str, ParamSpec], here: int, mesh: Mesh
 
 def _shard(stage: Stage, plan: Plan, mesh: Mesh) -> None:
     """Shard the parameters of each part of a stage: each layer by itself, what is before and after the layers together."""
-    data = mesh.part("data")
+    data = mesh.submesh("data")
     # In a pipeline the schedule gathers parameters once for all micro-batches.
     reshard = plan.sharding == "parameters" and plan.pipeline == 1
     for layer in stage.layers:

@@ -83,7 +83,7 @@ def _make_pipeline(model: ParallelModel, micro_batches: int, hidden_shape: tuple
     stages = [
         LeanPipelineStage(
             stage,
-            place.number,
+            place.index,
             len(plan.stage_layers),
             mesh.device,
             input_args=() if stage.is_first else hidden,
@@ -105,25 +105,25 @@ def forward(
     """The outputs of the last stage for all micro-batches without gradients, none on ranks without the last stage."""
     places = stage_placements(model.plan)
     own = iter(model.stages)
-    stages = {place.number: next(own) for place in places if place.pipeline_rank == model.mesh.rank("pipeline")}
+    stages = {place.index: next(own) for place in places if place.pipeline_rank == model.mesh.rank("pipeline")}
     outputs: list[torch.Tensor] = []
     sent = []
     for number in range(micro_batches):
         index = torch.tensor([number])
         hidden: torch.Tensor | None = None
         for place in places:
-            stage = stages.get(place.number)
+            stage = stages.get(place.index)
             if stage is None:
                 continue
-            if not stage.is_first and places[place.number - 1].pipeline_rank != place.pipeline_rank:
+            if not stage.is_first and places[place.index - 1].pipeline_rank != place.pipeline_rank:
                 hidden = torch.empty(hidden_shape(number), dtype=hidden_dtype(model), device=device)
-                dist.recv(hidden, _peer(model, places[place.number - 1].pipeline_rank))
+                dist.recv(hidden, _peer(model, places[place.index - 1].pipeline_rank))
             hidden = stage(*(() if stage.is_first else (hidden,)), micro_batch=index)
             if stage.is_last:
                 outputs.append(hidden)
-            elif places[place.number + 1].pipeline_rank != place.pipeline_rank:
+            elif places[place.index + 1].pipeline_rank != place.pipeline_rank:
                 sent.append(
-                    (dist.isend(hidden.contiguous(), _peer(model, places[place.number + 1].pipeline_rank)), hidden)
+                    (dist.isend(hidden.contiguous(), _peer(model, places[place.index + 1].pipeline_rank)), hidden)
                 )
     for work, _ in sent:
         assert work is not None

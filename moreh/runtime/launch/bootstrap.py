@@ -1,10 +1,11 @@
-"""Run as a script, without this package and without site-packages: what a new worker process does before it becomes the
-user's command.
+"""What a new worker process does before it becomes the user's command.
 
-python -I -S worker_start.py PARENT DIRECTORY console|log COMMAND...
+It is a script, and uses neither this package nor site-packages, so that it takes no time:
 
-The worker dies with the process that started it, however that one ends (Linux; elsewhere `world.py` sees to it). With
-`log`, errors go where the output goes and there is no input: only one process of a program can read the terminal.
+    python -I -S bootstrap.py PARENT_PID DIRECTORY console|log COMMAND...
+
+The worker dies with the process that started it, however that one ends (on Linux; elsewhere `world.py` sees to it).
+With `log`, stderr goes where stdout goes and there is no input: only one process of a program can read the terminal.
 """
 
 import os
@@ -14,7 +15,7 @@ import sys
 PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 
 
-def become(parent: int, directory: str, output: str, command: list[str]) -> None:
+def exec_command(parent_pid: int, directory: str, output: str, command: list[str]) -> None:
     """Turn this process into the command, in a directory (empty: the current one)."""
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of these lines
@@ -22,8 +23,8 @@ def become(parent: int, directory: str, output: str, command: list[str]) -> None
         import ctypes
 
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        sys.exit(1)  # it has ended already
+    if os.getppid() != parent_pid:
+        sys.exit(1)  # the parent ended before the line above
     if directory:
         os.chdir(directory)
     if output == "log":
@@ -33,4 +34,4 @@ def become(parent: int, directory: str, output: str, command: list[str]) -> None
 
 
 if __name__ == "__main__":
-    become(int(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4:])
+    exec_command(int(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4:])

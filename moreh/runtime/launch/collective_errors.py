@@ -1,4 +1,7 @@
-"""Errors that end what all ranks do together on all of them: none is left waiting for one that has failed."""
+"""Errors in what all ranks do together: if one rank fails, all raise, and none is left waiting in a collective."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -6,21 +9,33 @@ import torch.distributed as dist
 from moreh.errors import WorkerError
 
 
-def raise_on_all_ranks(
-    error: Exception | None, doing: str, device: torch.device | None = None, group: dist.ProcessGroup | None = None
-) -> None:
-    """Return if no rank of the group has an error, else raise on all of them; collective.
+@contextmanager
+def failing_together(
+    action: str, *, device: torch.device | None = None, group: dist.ProcessGroup | None = None
+) -> Iterator[None]:
+    """A block that either succeeds on all ranks of a group or raises on all of them at its end; collective.
 
-    A rank's own error is raised as it is, elsewhere the lowest failed rank's as a WorkerError that says what was being done
-    (`doing`, as in "saving the model"). `device` is where the group's tensors must be, by default the processor.
+    Args:
+        action: what is being done, for the message, such as "saving the model".
+        device: where the group's tensors must be; by default the CPU.
+        group: by default all ranks.
+
+    Raises:
+        Exception: on a rank that failed, its own error.
+        WorkerError: on the others, with the error of the lowest rank that failed.
     """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as own_error:
+        error = own_error
     failed = torch.tensor([error is not None], dtype=torch.uint8, device=device)
     dist.all_reduce(failed, op=dist.ReduceOp.MAX, group=group)
     if not failed.item():
         return
-    texts: list[str | None] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(texts, None if error is None else f"{type(error).__name__}: {error}", group=group)
+    messages: list[str | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(messages, None if error is None else f"{type(error).__name__}: {error}", group=group)
     if error is not None:
         raise error
-    rank, text = next((rank, text) for rank, text in enumerate(texts) if text is not None)
-    raise WorkerError(f"Rank {rank} failed while {doing}, so all ranks stop. Its error: {text}")
+    rank, message = next((rank, message) for rank, message in enumerate(messages) if message is not None)
+    raise WorkerError(f"Rank {rank} failed while {action}, so all ranks stop. Its error: {message}")

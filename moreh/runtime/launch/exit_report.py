@@ -1,43 +1,45 @@
-"""What the user reads, and the exit code, when workers have ended: those of the error that came first."""
+"""What the user reads when workers have ended, and the exit code: those of the error that came first."""
 
 import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from moreh.runtime.launch.supervisor import STOPPING, Outcome, WorkerEnd
-from moreh.runtime.launch.worker_errors import WorkerError, read_error
+from moreh.runtime.launch.supervisor import STOP_SIGNALS, LaunchResult, WorkerExit
+from moreh.runtime.launch.worker_errors import WorkerErrorRecord, read_error_record
 
-# How far back in a log its last line is looked for, in bytes.
-END_OF_LOG = 4096
+# How many bytes from the end of a log its last line is looked for.
+LOG_TAIL_BYTES = 4096
 _OUT_OF_MEMORY = ", which is often the system's answer to a machine that has no memory left"
 
 
 @dataclass(frozen=True)
-class Failure:
-    """A worker that failed by itself, and the error that it left."""
+class FailedWorker:
+    """A worker that ended by itself with an exit code other than 0."""
 
-    end: WorkerEnd
-    error: WorkerError | None
+    exit: WorkerExit
+    """How it ended."""
+    error: WorkerErrorRecord | None
+    """The exception that it recorded, if it did."""
 
     @property
-    def secondary(self) -> bool:
-        """Whether it only followed from the failure of another worker. NCCL's watch over its connections aborts."""
-        return self.end.exit_code == -signal.SIGABRT if self.error is None else self.error.lost_connection
+    def is_consequence(self) -> bool:
+        """Whether it failed only because another worker had. NCCL's watchdog aborts when a connection is lost."""
+        return self.exit.exit_code == -signal.SIGABRT if self.error is None else self.error.lost_connection
 
     @property
     def time(self) -> float:
-        """When it came about, in seconds since the epoch."""
-        return self.end.time if self.error is None else self.error.time
+        """When the worker failed, in seconds since the epoch."""
+        return self.exit.time if self.error is None else self.error.time
 
 
 def log_path(logs: Path, rank: int) -> Path:
-    """What worker `rank` said; of worker 0, which has the console, only an error that was kept off it."""
+    """The log of a worker. That of worker 0, which has the console, only has an error that was kept off the console."""
     return logs / f"rank{rank}.log"
 
 
 def error_path(logs: Path, rank: int) -> Path:
-    """The file in which worker `rank` leaves the error that ends it."""
+    """The file in which a worker records the error that ends it."""
     return logs / f"rank{rank}.error.json"
 
 
@@ -46,93 +48,94 @@ def joined_path(logs: Path) -> Path:
     return logs / "joined"
 
 
-def report(outcome: Outcome, logs: Path) -> tuple[list[str], int]:
-    """The lines for the console and the exit code; negative for the signal that has to end this process as well.
+def make_report(result: LaunchResult, logs: Path) -> tuple[list[str], int]:
+    """The lines for the console, and the exit code; a negative one is that of a signal to end this process with.
 
-    Nothing is said of what worker 0 has already said itself.
+    What worker 0 has already shown is not repeated.
     """
-    failures = _failures(outcome, logs)
-    first = min(failures, key=lambda f: (f.secondary, f.time, f.end.exit_code > 0), default=None)
-    of_worker_0 = next((f for f in failures if f.end.rank == 0), None)
-    if outcome.stopped_by is not None:
-        return _report_of_stop(outcome, outcome.stopped_by, failures, logs)
+    failed = _failed_workers(result, logs)
+    first = min(failed, key=lambda f: (f.is_consequence, f.time, f.exit.exit_code > 0), default=None)
+    rank0 = next((f for f in failed if f.exit.rank == 0), None)
+    if result.stopped_by is not None:
+        return _report_after_signal(result, result.stopped_by, failed, logs)
     if first is None:
         return [], 0
-    if of_worker_0 is not None and _has_said(of_worker_0, first):
-        return [], of_worker_0.end.exit_code
-    code = first.end.exit_code
-    return _describe(first, outcome, logs), code if code > 0 else 128 - code
+    if rank0 is not None and _has_shown(rank0, first):
+        return [], rank0.exit.exit_code
+    code = first.exit.exit_code
+    return _describe(first, result, logs), code if code > 0 else 128 - code
 
 
-def _report_of_stop(
-    outcome: Outcome, stopped_by: signal.Signals, failures: list[Failure], logs: Path
+def _report_after_signal(
+    result: LaunchResult, stopped_by: signal.Signals, failed: list[FailedWorker], logs: Path
 ) -> tuple[list[str], int]:
-    """After a signal: what worker 0 made of it counts, and errors of others are told unless they come from the signal."""
+    """The report after a stop signal: worker 0's exit code, and errors of other workers except lost connections."""
     lines: list[str] = []
-    for failure in failures:
-        if failure.end.rank > 0 and failure.error is not None and not failure.secondary:
-            lines += _describe(failure, outcome, logs)
-    late = [rank for rank in outcome.pids if rank not in outcome.ends]
-    if late and outcome.joined and not outcome.impatient:
-        numbers = ", ".join(map(str, late))
+    for worker in failed:
+        if worker.exit.rank > 0 and worker.error is not None and not worker.is_consequence:
+            lines += _describe(worker, result, logs)
+    killed = [rank for rank in result.pids if rank not in result.exits]
+    if killed and result.joined and not result.stopped_twice:
+        ranks = ", ".join(map(str, killed))
         lines.append(
-            f"after {stopped_by.name}, worker {numbers} of {len(outcome.pids)} did not end in time and was killed"
+            f"after {stopped_by.name}, worker {ranks} of {len(result.pids)} did not end in time and was killed"
         )
-    end = outcome.ends.get(0)
-    lost_connection = any(f.end.rank == 0 and f.error is not None and f.secondary for f in failures)
-    if end is None or lost_connection:
+    rank0 = result.exits.get(0)
+    lost_connection = any(f.exit.rank == 0 and f.error is not None and f.is_consequence for f in failed)
+    if rank0 is None or lost_connection:
         return lines, -stopped_by
-    return lines, _as_own(end.exit_code)
+    return lines, _exit_code_like(rank0.exit_code)
 
 
-def _as_own(exit_code: int) -> int:
-    """The exit code of this process for that of a worker. It dies of no signal that it did not get, but says which it was."""
-    return exit_code if exit_code >= 0 or -exit_code in STOPPING else 128 - exit_code
+def _exit_code_like(exit_code: int) -> int:
+    """This process's exit code for a worker's. It dies of no signal that it did not get, but says which one it was."""
+    return exit_code if exit_code >= 0 or -exit_code in STOP_SIGNALS else 128 - exit_code
 
 
-def _failures(outcome: Outcome, logs: Path) -> list[Failure]:
-    failed = [end for end in outcome.ends.values() if end.exit_code != 0]
-    return [Failure(end, read_error(error_path(logs, end.rank))) for end in failed]
+def _failed_workers(result: LaunchResult, logs: Path) -> list[FailedWorker]:
+    exits = [worker_exit for worker_exit in result.exits.values() if worker_exit.exit_code != 0]
+    return [FailedWorker(worker_exit, read_error_record(error_path(logs, worker_exit.rank))) for worker_exit in exits]
 
 
-def _has_said(of_worker_0: Failure, first: Failure) -> bool:
-    """Whether worker 0 has shown the error that came first: its own, or the same at another worker."""
-    if of_worker_0.end.exit_code < 0 or (of_worker_0.error is not None and of_worker_0.secondary):
+def _has_shown(rank0: FailedWorker, first: FailedWorker) -> bool:
+    """Whether worker 0 has shown the error that came first: it is worker 0's own, or the same in another worker."""
+    if rank0.exit.exit_code < 0 or (rank0.error is not None and rank0.is_consequence):
         return False
-    if of_worker_0.error is None or first.error is None:
-        return of_worker_0.error is first.error and of_worker_0.end.exit_code == first.end.exit_code
-    return of_worker_0.error.type_name == first.error.type_name
+    if rank0.error is None or first.error is None:
+        return rank0.error is first.error and rank0.exit.exit_code == first.exit.exit_code
+    return rank0.error.type_name == first.error.type_name
 
 
-def _describe(failure: Failure, outcome: Outcome, logs: Path) -> list[str]:
-    end = failure.end
-    worker = f"worker {end.rank} of {len(outcome.pids)} (pid {end.pid})"
-    log = log_path(logs, end.rank)
+def _describe(failed: FailedWorker, result: LaunchResult, logs: Path) -> list[str]:
+    exit_code = failed.exit.exit_code
+    worker = f"worker {failed.exit.rank} of {len(result.pids)} (pid {failed.exit.pid})"
+    log = log_path(logs, failed.exit.rank)
     last_line = _last_line(log)
-    if end.exit_code < 0:
-        number = -end.exit_code
+    if exit_code < 0:
+        number = -exit_code
         name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
         text = f"{worker} was killed by {name}{_OUT_OF_MEMORY if number == signal.SIGKILL else ''}"
-    elif failure.error is None:
-        text = f"{worker} ended with exit code {end.exit_code}{f': {last_line}' if last_line else ''}"
-    elif failure.secondary:
-        text = f"{worker} lost the connection to another worker: {failure.error.message}"
+    elif failed.error is None:
+        text = f"{worker} ended with exit code {exit_code}{f': {last_line}' if last_line else ''}"
+    elif failed.is_consequence:
+        text = f"{worker} lost the connection to another worker: {failed.error.message}"
     else:
-        text = f"{worker} failed: {failure.error.message}"
+        text = f"{worker} failed: {failed.error.message}"
     return [text, f"its log: {log}" if log.exists() else "what it said is above"]
 
 
 def _last_line(log: Path) -> str:
+    """The last line of a log that is not empty; "" if there is none."""
     try:
         with log.open("rb") as file:
-            file.seek(max(file.seek(0, 2) - END_OF_LOG, 0))
+            file.seek(max(file.seek(0, 2) - LOG_TAIL_BYTES, 0))
             lines = file.read().decode("utf-8", "replace").splitlines()
     except OSError:
         return ""
     return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
-def say(lines: list[str]) -> None:
-    """Write lines to standard error, as those of other errors that are the user's to mend."""
+def print_errors(lines: list[str]) -> None:
+    """Write lines to standard error, in the form of other errors that are for the user to mend."""
     for line in lines:
         print(f"error: {line}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Starts the script again in several workers, waits for them, and ends as one program would have ended."""
+"""Starts the script again in several workers, waits for them, and ends as a program of one process would have ended."""
 
 import builtins
 import contextlib
@@ -20,25 +20,25 @@ from moreh.accelerator.job import local_job
 from moreh.accelerator.registry import end_job, read_registry
 from moreh.accelerator.state_files import state_directory
 from moreh.errors import MorehError, OptionError, RegistryError
-from moreh.runtime.launch import bootstrap as worker_start
-from moreh.runtime.launch.exit_report import error_path, joined_path, log_path, report, say
-from moreh.runtime.launch.supervisor import Outcome, Signals, watch
-from moreh.runtime.launch.world import LAUNCHER
+from moreh.runtime.launch import bootstrap
+from moreh.runtime.launch.exit_report import error_path, joined_path, log_path, make_report, print_errors
+from moreh.runtime.launch.supervisor import LaunchResult, SignalQueue, supervise
+from moreh.runtime.launch.world import LAUNCHER_PID
 from moreh.system import available_cores
 
 LOCALHOST = "127.0.0.1"
 KEPT_LOG_DIRECTORIES = 10
-# After one worker has failed, until the others are killed.
-SECONDS_TO_END = 3
+# From asking workers to end, after another one has failed, until they are killed.
+TERMINATION_GRACE_S = 3
 _ELASTIC_SIGNALS = "TORCHELASTIC_SIGNALS_TO_HANDLE"
 
 
 def launch(workers: int, start_directory: str) -> NoReturn:
     """Run the command line of this process in several workers, with the variables that torchrun sets as well.
 
-    Worker 0 has this process's console. What the others say goes to a log each, in a directory that is kept if a worker
-    fails. This process stays the accelerator's job, passes signals on to the workers, says which one failed, and ends with
-    their exit code, without returning to the script.
+    Worker 0 has this process's console. What the others write goes to a log each, in a directory that is kept if a
+    worker fails. This process stays the accelerator's job, passes signals on to the workers, says which one failed,
+    and ends with their exit code, without returning to the script.
 
     Raises:
         OptionError: there is no script that could be started again.
@@ -49,15 +49,15 @@ def launch(workers: int, start_directory: str) -> NoReturn:
     logs = _make_log_directory(job.id)
     sys.stdout.flush()
     sys.stderr.flush()
-    with Signals() as signals:
-        outcome = _run(command, workers, start_directory, logs, signals)
-        lines, exit_code = report(outcome, logs)
-        say(lines)
+    with SignalQueue() as signals:
+        result = _run(command, workers, start_directory, logs, signals)
+        lines, exit_code = make_report(result, logs)
+        print_errors(lines)
         if exit_code == 0:
             shutil.rmtree(logs, ignore_errors=True)
         with contextlib.suppress(MorehError):
             end_job(job.id)
-    _end(exit_code)
+    _exit(exit_code)
 
 
 def _command_line(workers: int) -> list[str]:
@@ -70,8 +70,8 @@ def _command_line(workers: int) -> list[str]:
     rerunnable = sys.argv[:1] == ["-c"] or getattr(main, "__spec__", None) is not None or Path(_file_of(main)).is_file()
     if not rerunnable or hasattr(sys, "ps1") or hasattr(builtins, "get_ipython"):
         raise OptionError(
-            f"{workers} workers in an interactive session or a program read from standard input: each worker starts the script "
-            "again, so put it into a file and run that file; or set MOREH_WORKERS=1"
+            f"{workers} workers in an interactive session or a program read from standard input: each worker starts "
+            "the script again, so put it into a file and run that file; or set MOREH_WORKERS=1"
         )
     if threading.current_thread() is not threading.main_thread():
         raise OptionError(
@@ -84,64 +84,64 @@ def _file_of(module: Any) -> str:
     return getattr(module, "__file__", None) or ""
 
 
-def _run(command: list[str], workers: int, start_directory: str, logs: Path, signals: Signals) -> Outcome:
+def _run(command: list[str], workers: int, start_directory: str, logs: Path, signals: SignalQueue) -> LaunchResult:
     """Start the workers, wait for them, and leave none."""
-    # The library tells of each signal that it sends, and would handle signals in its own way.
+    # The library logs each signal that it sends, and would handle signals in its own way.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     elastic_signals = os.environ.get(_ELASTIC_SIGNALS, "SIGTERM,SIGINT,SIGHUP,SIGQUIT")
     os.environ[_ELASTIC_SIGNALS] = ""
     store = _start_store()
-    common = {
+    variables = {
         _ELASTIC_SIGNALS: elastic_signals,
-        LAUNCHER: str(os.getpid()),
+        LAUNCHER_PID: str(os.getpid()),
         "WORLD_SIZE": str(workers),
         "LOCAL_WORLD_SIZE": str(workers),
         "MASTER_ADDR": LOCALHOST,
         "MASTER_PORT": str(store.port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
-        **_missing_from_environment(workers),
+        **_default_variables(workers),
     }
-    start = ["-I", "-S", worker_start.__file__, str(os.getpid()), start_directory]
+    start = ["-I", "-S", bootstrap.__file__, str(os.getpid()), start_directory]
     context = start_processes(
         name="moreh",
         entrypoint=sys.executable,
         args={rank: (*start, "console" if rank == 0 else "log", *command) for rank in range(workers)},
-        envs={rank: {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(workers)},
-        logs_specs=_Logs(logs),
+        envs={rank: {**variables, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(workers)},
+        logs_specs=_WorkerLogs(logs),
     )
     assert isinstance(context, SubprocessContext)
     processes = {rank: handler.proc for rank, handler in context.subprocess_handlers.items()}
-    outcome = watch(processes, {rank: error_path(logs, rank) for rank in processes}, joined_path(logs), signals)
-    # Who has got a signal already, or is waited for by nobody, is killed.
-    context.close(signal.SIGTERM if outcome.stopped_by is None else signal.SIGKILL, SECONDS_TO_END)
-    if any(end.exit_code != 0 for end in outcome.ends.values()) or len(outcome.ends) < workers:
-        # What a worker that was killed had started.
+    result = supervise(processes, {rank: error_path(logs, rank) for rank in processes}, joined_path(logs), signals)
+    # Workers that have got a signal already, and have had their time, are killed.
+    context.close(signal.SIGTERM if result.stopped_by is None else signal.SIGKILL, TERMINATION_GRACE_S)
+    if any(worker_exit.exit_code != 0 for worker_exit in result.exits.values()) or len(result.exits) < workers:
+        # Processes that a killed worker had started.
         for process in processes.values():
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
-    return outcome
+    return result
 
 
 def _start_store() -> Any:
-    """The TCPStore in which the workers find each other; nobody outside this machine reaches it."""
+    """The TCPStore in which the workers find each other. It cannot be reached from other machines."""
     listener = socket.create_server((LOCALHOST, 0))
     port = listener.getsockname()[1]
     return TCPStore(LOCALHOST, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
 
 
-def _missing_from_environment(workers: int) -> dict[str, str]:
-    """Variables for the workers that the user has not set: their share of the cores, and connections that stay here."""
+def _default_variables(workers: int) -> dict[str, str]:
+    """Variables that the user has not set: the workers' share of the cores, and the loopback interface for gloo."""
     loopback = [
         name for name, addresses in psutil.net_if_addrs().items() if any(a.address == LOCALHOST for a in addresses)
     ]
-    wanted = {"OMP_NUM_THREADS": str(max(1, available_cores() // workers))}
+    variables = {"OMP_NUM_THREADS": str(max(1, available_cores() // workers))}
     if loopback:
-        wanted["GLOO_SOCKET_IFNAME"] = loopback[0]
-    return {name: value for name, value in wanted.items() if name not in os.environ}
+        variables["GLOO_SOCKET_IFNAME"] = loopback[0]
+    return {name: value for name, value in variables.items() if name not in os.environ}
 
 
-class _Logs(LogsSpecs):
-    """One file for what each worker but the first says, and one for its error."""
+class _WorkerLogs(LogsSpecs):
+    """Tells torch.distributed.elastic the files of each worker: a log, except for worker 0, and one for its error."""
 
     def __init__(self, directory: Path) -> None:
         super().__init__(str(directory))
@@ -152,16 +152,15 @@ class _Logs(LogsSpecs):
         return str(self._directory)
 
     def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
-        """The paths for each worker, and its environment with that of its error file."""
-        outputs, errors = {0: ""}, {}
+        """The paths, by rank. Adds that of its error file to each worker's environment. The name is the library's."""
+        outputs, error_files = {0: ""}, {}
         for rank, environment in envs.items():
-            errors[rank] = environment["TORCHELASTIC_ERROR_FILE"] = str(error_path(self._directory, rank))
+            error_files[rank] = environment["TORCHELASTIC_ERROR_FILE"] = str(error_path(self._directory, rank))
             if rank > 0:
                 outputs[rank] = str(log_path(self._directory, rank))
-        # `worker_start.py` lets errors follow the output.
-        return LogsDest(
-            stdouts=outputs, stderrs={**outputs, **dict.fromkeys(list(outputs)[1:], os.devnull)}, error_files=errors
-        )
+        # `bootstrap.py` sends stderr where stdout goes.
+        stderrs = {**outputs, **dict.fromkeys(list(outputs)[1:], os.devnull)}
+        return LogsDest(stdouts=outputs, stderrs=stderrs, error_files=error_files)
 
 
 def _make_log_directory(job_id: int) -> Path:
@@ -175,8 +174,8 @@ def _make_log_directory(job_id: int) -> Path:
     try:
         shutil.rmtree(directory, ignore_errors=True)  # of a registry that was deleted
         directory.mkdir(parents=True)
-        kept = {str(job.id) for job in read_registry().jobs}
-        old = sorted((d for d in parent.iterdir() if d.name not in kept), key=lambda d: d.stat().st_mtime)
+        running = {str(job.id) for job in read_registry().jobs}
+        old = sorted((d for d in parent.iterdir() if d.name not in running), key=lambda d: d.stat().st_mtime)
         for path in old[:-KEPT_LOG_DIRECTORIES]:
             shutil.rmtree(path, ignore_errors=True)
     except OSError as error:
@@ -186,7 +185,7 @@ def _make_log_directory(job_id: int) -> Path:
     return directory
 
 
-def _end(exit_code: int) -> NoReturn:
+def _exit(exit_code: int) -> NoReturn:
     """End this process now, with nothing more of the script: neither its `finally` clauses nor its exit functions.
 
     A negative exit code is that of a signal, which ends this process as well, so that a shell stops its loop at Ctrl-C.

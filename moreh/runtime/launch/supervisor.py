@@ -1,4 +1,4 @@
-"""Waits for the workers that this process has started, and passes on the signals that it gets."""
+"""Waits for the workers that this process has started, passes signals on to them, and decides when to stop waiting."""
 
 import contextlib
 import os
@@ -13,126 +13,139 @@ from typing import Any
 
 from typing_extensions import Self
 
-SECONDS_BETWEEN_LOOKS = 0.05
-# After a signal, until the workers are killed: they may want to save what they have.
-SECONDS_TO_SAVE = 60.0
-# The same once worker 0 has ended: what it saves alone is saved then.
-SECONDS_TO_SAVE_AFTER_FIRST = 15.0
-# The same while none has joined the others, so that there is nothing to save. Python may lose the interrupt of one that is
-# importing: it cannot raise KeyboardInterrupt out of a callback. Until then a worker may also wait for one that has ended.
-SECONDS_TO_END_BEFORE_JOINING = 5.0
-# After a failure, until the other workers are ended. They may come upon the same error a little later, and then worker 0 says
-# on the console what one worker would have said. A worker that was killed, or worker 0, needs no such comparison.
-SECONDS_AFTER_FAILURE = 5.0
-SECONDS_AFTER_CLEAR_FAILURE = 1.0
-# From the moment when a worker has written down the error that ends it, until it is taken to have ended.
-SECONDS_TO_END_AFTER_ERROR = 3.0
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+POLL_INTERVAL_S = 0.05
+# Grace periods, after which workers that are still running are killed.
+# After a signal: the workers may want to save what they have.
+SIGNAL_GRACE_S = 60.0
+# After a signal, once worker 0 has ended: what it saves alone is saved by then.
+SIGNAL_GRACE_AFTER_RANK0_S = 15.0
+# After a signal, while no worker has joined the others, so that there is nothing to save. Python loses an interrupt
+# that comes during an import: it cannot raise KeyboardInterrupt out of a callback. Such a worker would go on, or wait
+# for one that ended.
+SIGNAL_GRACE_BEFORE_JOIN_S = 5.0
+# After the first failure. Other ranks often hit the same error moments later; waiting lets worker 0 print it as a
+# program of one process would.
+FAILURE_GRACE_S = 5.0
+# The same if a worker was killed or worker 0 itself failed: then nothing is to be learnt from the others.
+CLEAR_FAILURE_GRACE_S = 1.0
+# From the moment when a worker has recorded the error that ends it, until it counts as ended.
+ERROR_TO_EXIT_S = 3.0
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
 @dataclass(frozen=True)
-class WorkerEnd:
-    """How a worker ended by itself: its exit code, or the negative number of a signal; `time` in seconds since the epoch."""
+class WorkerExit:
+    """How a worker ended by itself."""
 
     rank: int
+    """The worker's rank."""
     pid: int
+    """The worker's process id."""
     exit_code: int
+    """Its exit code, or the negative number of the signal that killed it."""
     time: float
+    """When that was noticed, in seconds since the epoch."""
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What became of the workers.
-
-    `ends` has those that ended by themselves, and `pids` all of them. `stopped_by` is the signal that this process got, if
-    it got one; at a second one, it was `impatient`. `joined` tells whether any worker had joined the others.
-    """
+class LaunchResult:
+    """What became of the workers."""
 
     pids: dict[int, int]
-    ends: dict[int, WorkerEnd]
+    """The process ids of all workers, by rank."""
+    exits: dict[int, WorkerExit]
+    """The workers that ended by themselves, by rank."""
     stopped_by: signal.Signals | None = None
-    impatient: bool = False
+    """The first stop signal that this process got, if it got one."""
+    stopped_twice: bool = False
+    """Whether it got a second one, which ends the waiting at once."""
     joined: bool = True
+    """Whether any worker had joined the others."""
 
 
 @dataclass
-class Signals:
-    """The signals that this process has got to pass on, with the times of those that stop a program.
+class SignalQueue:
+    """The signals that this process got. As a context manager it catches them, unless they are ignored, as by nohup."""
 
-    As a context manager it catches them, except those that are ignored, as under nohup.
-    """
-
-    waiting: list[signal.Signals] = field(default_factory=list)
+    pending: list[signal.Signals] = field(default_factory=list)
+    """Those that have not been passed on yet."""
     stops: list[tuple[signal.Signals, float]] = field(default_factory=list)
-    _previous: dict[signal.Signals, Any] = field(default_factory=dict)
+    """Those that stop a program, with their times in seconds since the epoch."""
+    _previous_handlers: dict[signal.Signals, Any] = field(default_factory=dict)
 
     def __enter__(self) -> Self:
-        for number in (*STOPPING, signal.SIGTSTP):
+        for number in (*STOP_SIGNALS, signal.SIGTSTP):
             if signal.getsignal(number) is not signal.SIG_IGN:
-                self._previous[number] = signal.signal(number, self._catch)
+                self._previous_handlers[number] = signal.signal(number, self._catch)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number, handler in self._previous.items():
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
 
     def _catch(self, number: int, frame: FrameType | None) -> None:
         caught = signal.Signals(number)
-        self.waiting.append(caught)
+        self.pending.append(caught)
         if caught is not signal.SIGTSTP:
             self.stops.append((caught, time.time()))
 
 
-def watch(
-    workers: dict[int, subprocess.Popen[bytes]], error_files: dict[int, Path], joined_file: Path, signals: Signals
-) -> Outcome:
-    """Wait until all workers have ended, or those that are left have to be ended.
+def supervise(
+    workers: dict[int, subprocess.Popen[bytes]], error_files: dict[int, Path], joined_file: Path, signals: SignalQueue
+) -> LaunchResult:
+    """Wait until all workers have ended, or until those that are left have to be killed, which is up to the caller.
 
-    That is when one has failed and the others had the time to fail likewise, when they do not end after a signal, or at
-    a second signal. A worker has also failed if it has left an error and does not end: it waits for the others, in
-    a collective operation that it began before. `joined_file` exists once a worker has joined the others.
+    A worker that has left an error and does not end counts as failed, too: it waits for the others, in a collective
+    that it began before.
+
+    Args:
+        workers: the processes, by rank.
+        error_files: where each worker leaves the error that ends it.
+        joined_file: exists once a worker has joined the others.
+        signals: those that this process gets.
     """
-    ends: dict[int, WorkerEnd] = {}
-    ending: dict[int, float] = {}
+    exits: dict[int, WorkerExit] = {}
+    error_seen: dict[int, float] = {}
     while True:
         now = time.time()
-        for rank in workers.keys() - ends.keys():
+        for rank in workers.keys() - exits.keys():
             exit_code = workers[rank].poll()
             if exit_code is None and error_files[rank].exists():
-                exit_code = 1 if now > ending.setdefault(rank, now) + SECONDS_TO_END_AFTER_ERROR else None
+                exit_code = 1 if now > error_seen.setdefault(rank, now) + ERROR_TO_EXIT_S else None
             if exit_code is not None:
-                ends[rank] = WorkerEnd(rank, workers[rank].pid, exit_code, now)
-        running = {rank: worker for rank, worker in workers.items() if rank not in ends}
-        while signals.waiting:
-            _pass_on(signals.waiting.pop(0), running)
+                exits[rank] = WorkerExit(rank, workers[rank].pid, exit_code, now)
+        running = {rank: worker for rank, worker in workers.items() if rank not in exits}
+        while signals.pending:
+            _pass_on(signals.pending.pop(0), running)
         joined = joined_file.exists()
-        if not running or now >= _patience_ends(ends, signals, joined):
+        if not running or now >= _deadline(exits, signals, joined):
             stopped_by = signals.stops[0][0] if signals.stops else None
             pids = {rank: worker.pid for rank, worker in workers.items()}
-            return Outcome(pids, ends, stopped_by, impatient=len(signals.stops) > 1, joined=joined)
-        time.sleep(SECONDS_BETWEEN_LOOKS)
+            return LaunchResult(pids, exits, stopped_by, stopped_twice=len(signals.stops) > 1, joined=joined)
+        time.sleep(POLL_INTERVAL_S)
 
 
-def _patience_ends(ends: dict[int, WorkerEnd], signals: Signals, joined: bool) -> float:
-    """The time at which the workers that are still running are ended."""
-    first = ends.get(0)
+def _deadline(exits: dict[int, WorkerExit], signals: SignalQueue, joined: bool) -> float:
+    """When the waiting for workers that are still running ends, in seconds since the epoch."""
+    rank0 = exits.get(0)
     if len(signals.stops) > 1:
         return 0.0
     if signals.stops:
+        stop_time = signals.stops[0][1]
         if not joined:
-            return signals.stops[0][1] + SECONDS_TO_END_BEFORE_JOINING
-        after_first = first.time + SECONDS_TO_SAVE_AFTER_FIRST if first is not None else float("inf")
-        return min(signals.stops[0][1] + SECONDS_TO_SAVE, after_first)
-    failures = [end for end in ends.values() if end.exit_code != 0]
+            return stop_time + SIGNAL_GRACE_BEFORE_JOIN_S
+        after_rank0 = rank0.time + SIGNAL_GRACE_AFTER_RANK0_S if rank0 is not None else float("inf")
+        return min(stop_time + SIGNAL_GRACE_S, after_rank0)
+    failures = [worker_exit for worker_exit in exits.values() if worker_exit.exit_code != 0]
     if not failures:
         return float("inf")
-    failed = min(end.time for end in failures)
-    decided = [end.time for end in failures if end.exit_code < 0]
-    if first is not None:
-        decided.append(max(first.time, failed))
-    return min([failed + SECONDS_AFTER_FAILURE, *(t + SECONDS_AFTER_CLEAR_FAILURE for t in decided)])
+    first_failure = min(failure.time for failure in failures)
+    clear_failures = [failure.time for failure in failures if failure.exit_code < 0]
+    if rank0 is not None:
+        clear_failures.append(max(rank0.time, first_failure))
+    return min([first_failure + FAILURE_GRACE_S, *(moment + CLEAR_FAILURE_GRACE_S for moment in clear_failures)])
 
 
 def _pass_on(caught: signal.Signals, workers: dict[int, subprocess.Popen[bytes]]) -> None:

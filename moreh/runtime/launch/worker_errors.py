@@ -1,7 +1,7 @@
-"""The error that ends a worker: written to a file for the process that started it, and shown once.
+"""The error that ends a worker: recorded in a file for the process that started it, and shown once.
 
 When a worker dies, the others fail within a moment because they lose the connection to it. Such an error says nothing
-about its cause, so it is written down but kept off the console.
+about its cause, so it is recorded but kept off the console.
 """
 
 import json
@@ -10,34 +10,35 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import torch.distributed as dist
 
 # The variable that tells a worker of torch.distributed.elastic where to write its error.
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
-LONGEST_MESSAGE = 1000
-# How gloo, NCCL and torch's stores put it when the other side is gone. All of these are RuntimeErrors.
+MAX_MESSAGE_CHARS = 1000
+# What gloo, NCCL and torch's stores say when the other side is gone. All of these are RuntimeErrors.
 _LOST_CONNECTION = re.compile(
-    r"connection (was )?(likely )?(closed|reset|refused)|broken pipe|connectFullMesh failed|pair closure|timed out waiting"
-    r"|socket timeout|remote process (has )?exited|ncclRemoteError|communicator was aborted|failed to (recv|connect)",
+    r"connection (was )?(likely )?(closed|reset|refused)|broken pipe|connectFullMesh failed|pair closure"
+    r"|timed out waiting|socket timeout|remote process (has )?exited|ncclRemoteError|communicator was aborted"
+    r"|failed to (recv|connect)",
     re.IGNORECASE,
 )
 
-Hook = Callable[[type[BaseException], BaseException, TracebackType | None], Any]
-
 
 @dataclass(frozen=True)
-class WorkerError:
-    """The exception that ended a worker, in one line; `time` in seconds since the epoch."""
+class WorkerErrorRecord:
+    """The exception that ended a worker."""
 
     message: str
+    """Its class and the first line of its text, as in "ValueError: bad row 17"."""
     time: float
+    """When it was raised to the top, in seconds since the epoch."""
     lost_connection: bool
+    """Whether it only says that another worker could not be reached any more."""
 
     @property
     def type_name(self) -> str:
@@ -45,67 +46,69 @@ class WorkerError:
         return self.message.split(":")[0]
 
 
-def keep_errors(*, held_back_in: Path | None) -> None:
-    """Write the exception that ends this process to its error file, from now on.
+def record_errors(*, lost_connection_log: Path | None) -> None:
+    """From now on, write the exception that ends this process to its error file, and show it as before.
 
     Args:
-        held_back_in: where to write a lost connection instead of the console; None: it is shown like other errors.
+        lost_connection_log: where the traceback of a lost connection goes instead of the console. None: to the console.
     """
     show = sys.excepthook
 
-    def keep_and_show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    def record_and_show(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         lost_connection = is_lost_connection(error)
         if issubclass(kind, Exception):
-            _write(error, lost_connection)
-        if lost_connection and held_back_in is not None:
-            held_back_in.write_text("".join(traceback.format_exception(error)), encoding="utf-8", errors="replace")
+            _write_record(error, lost_connection)
+        if lost_connection and lost_connection_log is not None:
+            text = "".join(traceback.format_exception(error))
+            lost_connection_log.write_text(text, encoding="utf-8", errors="replace")
         else:
             show(kind, error, trace)
 
-    sys.excepthook = keep_and_show
+    sys.excepthook = record_and_show
 
 
 def is_lost_connection(error: BaseException) -> bool:
-    """Whether an exception, or one that it came from, is that another worker could not be reached any more."""
+    """Whether an exception, or one that led to it, is that another worker could not be reached any more."""
     return any(
         isinstance(e, (dist.DistNetworkError, dist.DistStoreError))
         or (isinstance(e, RuntimeError) and _LOST_CONNECTION.search(str(e)) is not None)
-        for e in _chain(error)
+        for e in _with_causes(error)
     )
 
 
-def read_error(path: Path) -> WorkerError | None:
+def read_error_record(path: Path) -> WorkerErrorRecord | None:
     """The error that a worker left; None if it ended without one."""
     try:
         message = json.loads(path.read_text(encoding="utf-8"))["message"]
         extra = message["extraInfo"]
-        return WorkerError(message["message"], float(extra["time"]), bool(extra["lost_connection"]))
+        return WorkerErrorRecord(message["message"], float(extra["time"]), bool(extra["lost_connection"]))
     except (OSError, ValueError, KeyError, TypeError):
-        return None  # cut off by a signal, or a script's own use of the file
+        return None  # cut off by a signal, or written by the script for its own purposes
 
 
-def _write(error: BaseException, lost_connection: bool) -> None:
-    """In the format of torch.distributed.elastic, with two entries more."""
+def _write_record(error: BaseException, lost_connection: bool) -> None:
+    """Write in the format of torch.distributed.elastic, with two entries more."""
     path = os.environ.get(ERROR_FILE)
     if not path:
         return
     now = time.time()
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    message = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
     extra = {
         "py_callstack": "".join(traceback.format_exception(error)),
         "timestamp": str(int(now)),
         "time": now,
         "lost_connection": lost_connection,
     }
-    content = {"message": {"message": text[:LONGEST_MESSAGE], "extraInfo": extra}}
+    content = {"message": {"message": message[:MAX_MESSAGE_CHARS], "extraInfo": extra}}
     try:
         Path(path).write_text(json.dumps(content), encoding="utf-8")
     except OSError:
-        return  # a full disk: the log has the traceback, perhaps
+        return  # a full disk: perhaps the log has the traceback
 
 
-def _chain(error: BaseException) -> Iterator[BaseException]:
+def _with_causes(error: BaseException) -> Iterator[BaseException]:
+    """An exception and all that led to it."""
     seen: set[int] = set()
     waiting: list[BaseException | None] = [error]
     while waiting:

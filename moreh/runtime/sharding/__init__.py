@@ -1,1 +1,10 @@
-"""sharding."""
+"""Which rank holds what: the grid of ranks, the spec of each parameter, and moving between full tensors and shards.
+
+- `mesh`: the ranks as a grid of pipeline, data and tensor parallelism.
+- `spec`: how one parameter is sharded; `placement` makes the specs of a model from its plan.
+- `shards`: the boxes of full tensors that each rank holds, and where its local tensors have them.
+- `gather`: full tensors from shards.
+- `local_weights`: models whose weights stay in the checkpoint's files until each rank has read its shards.
+- `dtensor_view`: sharded parameters as the DTensors that the script and its optimizer see.
+- `rng`: random numbers that differ between ranks where they must, and are the same where they must be.
+"""

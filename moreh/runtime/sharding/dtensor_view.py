@@ -1,7 +1,7 @@
-"""What the script and its optimizer see of a parameter that is divided: a distributed tensor with the whole tensor's shape.
+"""Sharded parameters as the script and its optimizer see them: DTensors with the shape of the full tensor.
 
-Optimizers that look at one element at a time could work on the parts alone, but those that look at whole matrices, such as
-Adafactor and Muon, are right with DTensors only.
+Elementwise optimizers could work on the local tensors. Those that look at whole matrices, such as Adafactor and Muon,
+are right with DTensors only.
 """
 
 import torch
@@ -14,32 +14,33 @@ from moreh.runtime.sharding.mesh import Mesh
 from moreh.runtime.sharding.spec import ParamSpec
 
 
-def user_param(parameter: nn.Parameter, layout: ParamSpec, plan: Plan, mesh: Mesh) -> nn.Parameter:
-    """The parameter as the script sees it, sharing memory with the one that this rank computes with.
+def user_param(parameter: nn.Parameter, spec: ParamSpec, plan: Plan, mesh: Mesh) -> nn.Parameter:
+    """The parameter that the script sees. It shares memory with the parameter that this rank computes with.
 
-    Without tensor parallelism they are one object. A matrix that is divided in blocks appears with its columns regrouped.
+    Without tensor parallelism both are one object. A matrix that is split in several chunks appears with its columns
+    regrouped: the chunks' parts of rank 0 first, then those of rank 1, and so on.
     """
     if plan.tensor == 1:
         return parameter
-    return nn.Parameter(as_user_tensor(parameter, layout, plan, mesh), requires_grad=parameter.requires_grad)
+    return nn.Parameter(as_user_tensor(parameter, spec, plan, mesh), requires_grad=parameter.requires_grad)
 
 
-def as_user_tensor(tensor: torch.Tensor, layout: ParamSpec, plan: Plan, mesh: Mesh) -> torch.Tensor:
-    """A parameter or its gradient, as computed with, as the script sees it; without a copy."""
+def as_user_tensor(tensor: torch.Tensor, spec: ParamSpec, plan: Plan, mesh: Mesh) -> torch.Tensor:
+    """A parameter that this rank computes with, or its gradient, as the script sees it; not a copy."""
     if plan.tensor == 1:
         return tensor
-    placements: list[Placement] = [Replicate() if layout.division is None else Shard(layout.division.dim)]
-    devices = mesh.part("tensor")
+    placements: list[Placement] = [Replicate() if spec.tp_split is None else Shard(spec.tp_split.dim)]
+    device_mesh = mesh.submesh("tensor")
     local = tensor.detach()
-    if isinstance(tensor, DTensor):
-        devices = mesh.part("data", "tensor")
+    if isinstance(tensor, DTensor):  # FSDP's
+        device_mesh = mesh.submesh("data", "tensor")
         local = tensor.to_local().detach()
-        same = layout.division is not None and layout.division.dim == layout.data_dim
-        assert layout.data_dim is not None
+        assert spec.fsdp_dim is not None
+        same_dim = spec.tp_split is not None and spec.tp_split.dim == spec.fsdp_dim
         placements.insert(
-            0, _StridedShard(layout.data_dim, split_factor=plan.tensor) if same else Shard(layout.data_dim)
+            0, _StridedShard(spec.fsdp_dim, split_factor=plan.tensor) if same_dim else Shard(spec.fsdp_dim)
         )
-    stride = torch.empty(layout.shape, device="meta").stride()
+    stride = torch.empty(spec.shape, device="meta").stride()
     return DTensor.from_local(
-        local, devices, placements, run_check=False, shape=torch.Size(layout.shape), stride=stride
+        local, device_mesh, placements, run_check=False, shape=torch.Size(spec.shape), stride=stride
     )

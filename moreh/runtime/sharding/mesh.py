@@ -1,4 +1,4 @@
-"""The workers as a grid: pipeline stages outermost, then data-parallel ranks, tensor-parallel ranks innermost."""
+"""The ranks as a grid: pipeline ranks outermost, then data-parallel ranks, tensor-parallel ranks innermost."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -12,53 +12,55 @@ DIMENSIONS = ("pipeline", "data", "tensor")
 
 @dataclass(frozen=True)
 class Mesh:
-    """Where this rank is among the workers, and whom it talks to. One worker is alone and has no `devices`, no groups."""
+    """Where this rank is in the grid, and its groups along each dimension."""
 
-    devices: DeviceMesh | None
+    device_mesh: DeviceMesh | None
+    """The grid as torch has it, with the names of DIMENSIONS. None for a single rank, which has no process group."""
     device: torch.device
+    """The device on which this rank computes."""
 
     def size(self, dimension: str) -> int:
         """The number of ranks along "pipeline", "data" or "tensor"."""
-        return 1 if self.devices is None else self.devices.size(DIMENSIONS.index(dimension))
+        return 1 if self.device_mesh is None else self.device_mesh.size(DIMENSIONS.index(dimension))
 
     def rank(self, dimension: str) -> int:
-        """The place of this rank along a dimension."""
-        return 0 if self.devices is None else self.devices.get_local_rank(dimension)
+        """This rank's coordinate along a dimension."""
+        return 0 if self.device_mesh is None else self.device_mesh.get_local_rank(dimension)
 
     def group(self, dimension: str) -> dist.ProcessGroup:
         """The ranks that differ from this one in one dimension only."""
-        assert self.devices is not None
-        return self.devices.get_group(dimension)
+        assert self.device_mesh is not None
+        return self.device_mesh.get_group(dimension)
 
-    def part(self, *dimensions: str) -> DeviceMesh:
-        """The ranks that differ from this one in some dimensions only, as distributed tensors name them."""
-        assert self.devices is not None
-        return _part(self.devices, dimensions)
+    def submesh(self, *dimensions: str) -> DeviceMesh:
+        """The ranks that differ from this one in some dimensions only, as DTensors need them."""
+        assert self.device_mesh is not None
+        return _submesh(self.device_mesh, dimensions)
 
     def reduce(self, tensor: torch.Tensor, operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> None:
-        """Reduce a tensor over all workers, in place."""
-        if self.devices is not None:
+        """Reduce a tensor over all ranks, in place; collective."""
+        if self.device_mesh is not None:
             dist.all_reduce(tensor, op=operation)
 
-    def global_rank(self, pipeline: int, data: int, tensor: int) -> int:
-        """The rank in the world of a place in the grid."""
-        return (pipeline * self.size("data") + data) * self.size("tensor") + tensor
+    def global_rank(self, pipeline_rank: int, dp_rank: int, tp_rank: int) -> int:
+        """The global rank at a coordinate of the grid."""
+        return (pipeline_rank * self.size("data") + dp_rank) * self.size("tensor") + tp_rank
 
 
 @cache
-def _part(devices: DeviceMesh, dimensions: tuple[str, ...]) -> DeviceMesh:
-    # Taking a part costs milliseconds, and gradients ask for it once each.
-    return devices[dimensions]
+def _submesh(device_mesh: DeviceMesh, dimensions: tuple[str, ...]) -> DeviceMesh:
+    # Slicing a mesh takes milliseconds, and every gradient asks for its slice once.
+    return device_mesh[dimensions]
 
 
 @cache
-def make_mesh(pipeline: int, data: int, tensor: int) -> Mesh:
-    """The grid of all workers; collective, the same object for the same sizes."""
+def make_mesh(pipeline_size: int, dp_size: int, tp_size: int) -> Mesh:
+    """The grid of all ranks; collective. The same object for the same sizes."""
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
-    devices = init_device_mesh(device_type, (pipeline, data, tensor), mesh_dim_names=DIMENSIONS)
-    return Mesh(devices, torch.device("cpu" if device_type == "cpu" else f"cuda:{torch.cuda.current_device()}"))
+    device_mesh = init_device_mesh(device_type, (pipeline_size, dp_size, tp_size), mesh_dim_names=DIMENSIONS)
+    return Mesh(device_mesh, torch.device("cpu" if device_type == "cpu" else f"cuda:{torch.cuda.current_device()}"))
 
 
-def mesh_of_one(device: torch.device) -> Mesh:
-    """The grid of one worker, which computes on a device."""
+def single_rank_mesh(device: torch.device) -> Mesh:
+    """The grid of a process that trains alone on a device, without a process group."""
     return Mesh(None, device)

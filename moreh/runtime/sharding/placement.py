@@ -1,4 +1,4 @@
-"""Which pipeline rank computes which layers and holds which parameters, as the plan says. Every rank knows it of all."""
+"""From the plan: which pipeline rank computes which layers, and the spec of each parameter. All ranks know all."""
 
 from dataclasses import dataclass
 
@@ -12,61 +12,64 @@ from moreh.runtime.sharding.spec import ParamSpec, TPSplit
 
 @dataclass(frozen=True)
 class StagePlacement:
-    """A stage of the pipeline: its number, the rank that computes it, and its layers from `first` to before `last`."""
+    """A stage of the pipeline: its layers, and the rank that computes it."""
 
-    number: int
+    index: int
+    """The stage's place in the order of the model, from 0."""
     pipeline_rank: int
-    first: int
-    last: int
+    """The pipeline rank that computes the stage."""
+    first_layer: int
+    """The index of the stage's first layer."""
+    end_layer: int
+    """The index after the stage's last layer."""
 
 
 def stage_placements(plan: Plan) -> tuple[StagePlacement, ...]:
-    """The stages in the order of the model. zbv folds them into a V; else they go round the ranks."""
-    places, first = [], 0
-    for number, layers in enumerate(plan.stage_layers):
-        rank = number % plan.pipeline
-        if plan.schedule == "zbv" and number >= plan.pipeline:
-            rank = 2 * plan.pipeline - 1 - number
-        places.append(StagePlacement(number, rank, first, first + layers))
+    """The stages in the order of the model. The zbv schedule folds them into a V, the others go round the ranks."""
+    placements, first = [], 0
+    for index, layers in enumerate(plan.stage_layers):
+        rank = index % plan.pipeline
+        if plan.schedule == "zbv" and index >= plan.pipeline:
+            rank = 2 * plan.pipeline - 1 - index
+        placements.append(StagePlacement(index, rank, first, first + layers))
         first += layers
-    return tuple(places)
+    return tuple(placements)
 
 
-def parameter_specs(decoder: ModelParts, plan: Plan, divisions: dict[str, TPSplit]) -> dict[str, ParamSpec]:
-    """Where each parameter of a model is, by its name and in the order of `named_parameters`.
+def parameter_specs(parts: ModelParts, plan: Plan, tp_splits: dict[str, TPSplit]) -> dict[str, ParamSpec]:
+    """The spec of each parameter of a model by name, in the order of `named_parameters`.
 
-    `divisions` are those of tensor parallelism by name; FSDP divides what they leave along the first dimension.
+    `tp_splits` are those of tensor parallelism by name. FSDP shards along dimension 0.
     """
-    holders = _holders(decoder, plan)
-    wanted = target_dtypes(decoder.root)
+    pipeline_ranks = _pipeline_ranks(parts, plan)
+    dtypes = target_dtypes(parts.root)
     return {
         name: ParamSpec(
             name=name,
             shape=tuple(parameter.shape),
-            dtype=wanted.get(name, parameter.dtype),
-            pipeline_ranks=tuple(sorted(holders[id(parameter)])),
-            division=divisions.get(name),
-            data_dim=0 if plan.sharding != "none" and plan.data > 1 else None,
+            dtype=dtypes.get(name, parameter.dtype),
+            pipeline_ranks=tuple(sorted(pipeline_ranks[id(parameter)])),
+            tp_split=tp_splits.get(name),
+            fsdp_dim=0 if plan.sharding != "none" and plan.data > 1 else None,
         )
-        for name, parameter in decoder.root.named_parameters()
+        for name, parameter in parts.root.named_parameters()
     }
 
 
-def _holders(decoder: ModelParts, plan: Plan) -> dict[int, set[int]]:
+def _pipeline_ranks(parts: ModelParts, plan: Plan) -> dict[int, set[int]]:
     """The pipeline ranks that use each parameter, by the parameter's id."""
-    holders: dict[int, set[int]] = {}
+    ranks: dict[int, set[int]] = {}
 
-    def hold(module: nn.Module, rank: int) -> None:
+    def add(module: nn.Module, rank: int) -> None:
         for parameter in module.parameters():
-            holders.setdefault(id(parameter), set()).add(rank)
+            ranks.setdefault(id(parameter), set()).add(rank)
 
-    places = stage_placements(plan)
-    for place in decoder.pre_layers:
-        hold(place.module, places[0].pipeline_rank)
-    for place in decoder.post_layers:
-        hold(place.module, places[-1].pipeline_rank)
-    layers = decoder.layer_slots
-    for stage in places:
-        for layer in layers[stage.first : stage.last]:
-            hold(layer.module, stage.pipeline_rank)
-    return holders
+    stages = stage_placements(plan)
+    for slot in parts.pre_layers:
+        add(slot.module, stages[0].pipeline_rank)
+    for slot in parts.post_layers:
+        add(slot.module, stages[-1].pipeline_rank)
+    for stage in stages:
+        for slot in parts.layer_slots[stage.first_layer : stage.end_layer]:
+            add(slot.module, stage.pipeline_rank)
+    return ranks

@@ -1,4 +1,9 @@
-"""Random numbers of a divided model: data-parallel ranks and stages draw different ones, tensor-parallel ranks the same."""
+"""Random numbers of a sharded model, such as those of dropout.
+
+- Data-parallel ranks and pipeline stages draw different numbers (`rank_local_rng`).
+- Tensor-parallel ranks draw the same numbers where they compute the same, and different ones where each has heads or a
+  part of the sequence of its own (`TPRngState`).
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,16 +12,70 @@ import torch
 
 from moreh.runtime.sharding.mesh import Mesh
 
+# 2^64 divided by the golden ratio: multiples of it spread over the 64-bit seeds (Steele et al. 2014, SplitMix).
+_SEED_STRIDE = 0x9E3779B97F4A7C15
+
 
 @contextmanager
 def rank_local_rng(mesh: Mesh) -> Iterator[None]:
-    """Compute with a generator of this rank's own, seeded by the script's, which moves on by one draw on every rank.
+    """Compute with a generator of this pipeline and data-parallel rank, seeded by the script's generator.
 
-    So workers stay in step however many numbers each of them draws for dropout, and a seed gives one run.
+    The script's generator advances by one draw on every rank. So ranks stay in step however many numbers each draws,
+    and the script's seed determines the run.
     """
     seed = int(torch.randint(2**62, (1,), device="cpu"))
-    place = mesh.rank("pipeline") * mesh.size("data") + mesh.rank("data")
+    index = mesh.rank("pipeline") * mesh.size("data") + mesh.rank("data")
     devices = [mesh.device] if mesh.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
-        torch.manual_seed((seed + 0x9E3779B97F4A7C15 * place) % 2**63)
+        torch.manual_seed((seed + _SEED_STRIDE * index) % 2**63)
         yield
+
+
+class TPRngState:
+    """Switches the default generators between the state that tensor-parallel ranks share and one of this rank's own.
+
+    The own state is seeded from the shared one and the rank. The shared state advances by that one draw, so that the
+    ranks stay in step, and a recomputation that starts from the same shared state draws the same numbers.
+    """
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+        # The shared states while the own one is in use: CPU and, if initialized, CUDA. None while the shared one is in
+        # use.
+        self._before_attention: list[torch.Tensor] | None = None
+        self._before_layer: list[torch.Tensor] | None = None
+
+    def enter_attention(self, active: bool) -> None:
+        """Before an attention, whose heads are this rank's own: use the own state if `active`."""
+        self._before_attention = self._use_own_state() if active else None
+
+    def exit_attention(self) -> None:
+        """Before the ranks' outputs of the attention are summed: use the shared state again."""
+        _restore(self._before_attention)
+        self._before_attention = None
+
+    def enter_layer(self, active: bool) -> None:
+        """Before a layer that computes on this rank's part of the sequence: use the own state if `active`."""
+        self._before_layer = self._use_own_state() if active else None
+
+    def exit_layer(self) -> None:
+        """After the layer: use the shared state again."""
+        _restore(self._before_layer)
+        self._before_layer = None
+
+    def _use_own_state(self) -> list[torch.Tensor]:
+        """Seed the generators for this rank; returns the shared states."""
+        seed = int(torch.randint(2**62, (), device="cpu"))
+        shared = [torch.get_rng_state()]
+        if torch.cuda.is_initialized():
+            shared.append(torch.cuda.get_rng_state())
+        torch.manual_seed(seed + self._rank)
+        return shared
+
+
+def _restore(states: list[torch.Tensor] | None) -> None:
+    if states is None:
+        return
+    torch.set_rng_state(states[0])
+    if len(states) > 1:
+        torch.cuda.set_rng_state(states[1])

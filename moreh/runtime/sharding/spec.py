@@ -1,48 +1,50 @@
-"""Which part of each parameter a rank holds, in coordinates of the whole tensor.
+"""How a parameter is sharded, and which boxes of its full tensor each rank holds.
 
-Every rank knows the parts of all ranks without asking, so that weights and checkpoints can be read, written and moved to
-another plan piece by piece.
+Every rank computes the boxes of all ranks without communication. Loading, saving and resuming therefore read, write and
+move tensors box by box, whatever the plan was and will be.
 """
 
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 
-# A range of every dimension of a whole tensor: start and stop, [dimensions, 2].
+# A range of each dimension of a full tensor: start and stop, [dimensions, 2].
 Box = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
 class TPSplit:
-    """How tensor-parallel ranks divide a parameter along `dim`.
-
-    `blocks` are the sizes of consecutive parts along it that are each divided by themselves, such as the query, key and value
-    columns of GPT-2's c_attn: rank r holds the r-th piece of every block, one behind the other.
-    """
+    """How tensor-parallel ranks split a parameter."""
 
     dim: int
-    blocks: tuple[int, ...]
+    """The dimension that is split."""
+    chunk_sizes: tuple[int, ...]
+    """The lengths of consecutive chunks along `dim`, each of which is split by itself: rank r holds the r-th part of
+    every chunk, concatenated. A plain matrix is one chunk; GPT-2's c_attn has three, the columns of query, key and
+    value."""
 
 
 @dataclass(frozen=True)
 class ParamSpec:
-    """Where a parameter is.
-
-    `shape` is that of the whole tensor. `pipeline_ranks` hold it: one, or several where it is tied. Each of them divides it
-    over its tensor-parallel ranks as `division` says (None: all hold the same), and what is left to one of them along
-    `data_dim` over the data-parallel ranks (None: all hold the same).
-    """
+    """Where a parameter is: which ranks hold it, and how they split it."""
 
     name: str
+    """Its name in `named_parameters()`; of tied parameters, the first."""
     shape: tuple[int, ...]
+    """The shape of the full tensor."""
     dtype: torch.dtype
+    """The dtype of the local tensors."""
     pipeline_ranks: tuple[int, ...]
-    division: TPSplit | None = None
-    data_dim: int | None = None
+    """The pipeline ranks that hold it: one, or several if it is tied between stages."""
+    tp_split: TPSplit | None = None
+    """How the tensor-parallel ranks of a pipeline rank split it. None: each holds all of it."""
+    fsdp_dim: int | None = None
+    """The dimension along which data-parallel ranks shard a tensor-parallel rank's part. None: each holds all of it."""
 
 
 def shard_range(length: int, ranks: int, rank: int) -> tuple[int, int]:
-    """The range that a rank gets of `length` elements, as torch.chunk and DTensor divide: the last ones may get less.
+    """The range of `length` elements that a rank gets. As in torch.chunk and DTensor, the last ranks may get less.
 
     >>> [shard_range(10, 4, rank) for rank in range(4)]
     [(0, 3), (3, 6), (6, 9), (9, 10)]
@@ -52,49 +54,51 @@ def shard_range(length: int, ranks: int, rank: int) -> tuple[int, int]:
     return start, min(start + size, length)
 
 
-def tensor_shape(layout: ParamSpec, tensor_rank: int, tensor_size: int) -> tuple[int, ...]:
-    """The shape of what a tensor-parallel rank holds of a parameter, all its data-parallel ranks together."""
-    if layout.division is None:
-        return layout.shape
-    ranges = (shard_range(block, tensor_size, tensor_rank) for block in layout.division.blocks)
+def tp_shard_shape(spec: ParamSpec, tp_rank: int, tp_size: int) -> tuple[int, ...]:
+    """The shape of what a tensor-parallel rank has of a parameter, before FSDP shards it."""
+    if spec.tp_split is None:
+        return spec.shape
+    ranges = (shard_range(size, tp_size, tp_rank) for size in spec.tp_split.chunk_sizes)
     length = sum(stop - start for start, stop in ranges)
-    return tuple(length if dim == layout.division.dim else size for dim, size in enumerate(layout.shape))
+    return tuple(length if dim == spec.tp_split.dim else size for dim, size in enumerate(spec.shape))
 
 
-def shard_boxes(layout: ParamSpec, tensor_rank: int, tensor_size: int, data_rank: int, data_size: int) -> list[Box]:
-    """The parts of the whole tensor that a rank holds; concatenated along the division's dimension they are its local tensor.
+def shard_boxes(spec: ParamSpec, tp_rank: int, tp_size: int, dp_rank: int, dp_size: int) -> list[Box]:
+    """The boxes of the full tensor that a rank holds; concatenated along the split dimension they are its local tensor.
 
-    There is one box where a tensor is not divided in blocks. Empty ones are left out.
+    A tensor that is not split in chunks has one box. Empty boxes are left out.
     """
-    ranges = {dim: [(0, length)] for dim, length in enumerate(layout.shape)}
-    if layout.division is not None:
-        start, ranges_divided = 0, []
-        for block in layout.division.blocks:
-            first, last = shard_range(block, tensor_size, tensor_rank)
-            ranges_divided.append((start + first, start + last))
-            start += block
-        ranges[layout.division.dim] = ranges_divided
-    if layout.data_dim is not None:
-        held = ranges[layout.data_dim]
-        first, last = shard_range(sum(stop - start for start, stop in held), data_size, data_rank)
-        ranges[layout.data_dim] = _clip(held, first, last)
-    divided_dim = 0 if layout.division is None else layout.division.dim
-    single = {dim: ranges[dim][0] if ranges[dim] else (0, 0) for dim in ranges}
-    result = []
-    for divided in ranges[divided_dim] if layout.shape else []:
-        box = tuple(divided if dim == divided_dim else single[dim] for dim in range(len(layout.shape)))
-        if all(stop > start for start, stop in box):
-            result.append(box)
-    return result if layout.shape else [()]
+    # By dimension. Only the split dimension can have several ranges.
+    ranges = [[(0, length)] for length in spec.shape]
+    if spec.tp_split is not None:
+        ranges[spec.tp_split.dim] = _chunk_ranges(spec.tp_split.chunk_sizes, tp_rank, tp_size)
+    if spec.fsdp_dim is not None:
+        length = sum(stop - start for start, stop in ranges[spec.fsdp_dim])
+        ranges[spec.fsdp_dim] = _slice_ranges(ranges[spec.fsdp_dim], *shard_range(length, dp_size, dp_rank))
+    return [box for box in product(*ranges) if all(stop > start for start, stop in box)]
 
 
-def _clip(held: list[tuple[int, int]], first: int, last: int) -> list[tuple[int, int]]:
-    """The elements `first` to `last` of ranges that follow each other."""
-    clipped, position = [], 0
-    for start, stop in held:
+def _chunk_ranges(chunk_sizes: tuple[int, ...], tp_rank: int, tp_size: int) -> list[tuple[int, int]]:
+    """The ranges that a tensor-parallel rank has of consecutive chunks, one of each chunk."""
+    ranges, chunk_start = [], 0
+    for size in chunk_sizes:
+        start, stop = shard_range(size, tp_size, tp_rank)
+        ranges.append((chunk_start + start, chunk_start + stop))
+        chunk_start += size
+    return ranges
+
+
+def _slice_ranges(ranges: list[tuple[int, int]], first: int, last: int) -> list[tuple[int, int]]:
+    """Elements `first` to before `last` of the concatenation of some ranges.
+
+    >>> _slice_ranges([(0, 4), (10, 14)], 3, 6)
+    [(3, 4), (10, 12)]
+    """
+    result, position = [], 0
+    for start, stop in ranges:
         length = stop - start
         low, high = max(first - position, 0), min(last - position, length)
         if high > low:
-            clipped.append((start + low, start + high))
+            result.append((start + low, start + high))
         position += length
-    return clipped
+    return result

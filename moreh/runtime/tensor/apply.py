@@ -19,7 +19,7 @@ from moreh.errors import PlanError
 from moreh.models.dropout import has_dropout
 from moreh.models.families.tp_blocks import TPBlock
 from moreh.models.lora import base_matrix, lora_pairs
-from moreh.runtime.sharding.tp_rng import TPRngState
+from moreh.runtime.sharding.rng import TPRngState
 from moreh.runtime.tensor.collectives import (
     copy_to_tp,
     gather_from_sp,

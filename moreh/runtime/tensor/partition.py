@@ -172,11 +172,11 @@ def _split_block(layer: nn.Module, block: TPBlock, shape: AttentionShape, names:
         split = TPSplit(dim, chunks(shape, matrix.weight.shape[dim]))
         splits[id(matrix.weight)] = split
         if matrix.bias is not None:
-            splits[id(matrix.bias)] = TPSplit(0, split.blocks)
+            splits[id(matrix.bias)] = TPSplit(0, split.chunk_sizes)
         for lora_a, lora_b in lora_pairs(column):
             # Every rank computes with all of A, but for its own outputs.
             shared.add(id(lora_a.weight))
-            splits[id(lora_b.weight)] = TPSplit(0, split.blocks)
+            splits[id(lora_b.weight)] = TPSplit(0, split.chunk_sizes)
     row = layer.get_submodule(block.row)
     matrix = base_matrix(row)
     dim = 1 - _output_dim(matrix)
@@ -184,7 +184,7 @@ def _split_block(layer: nn.Module, block: TPBlock, shape: AttentionShape, names:
     splits[id(matrix.weight)] = split
     summed = {id(matrix.bias)} if matrix.bias is not None else set()
     for lora_a, lora_b in lora_pairs(row):
-        splits[id(lora_a.weight)] = TPSplit(1, split.blocks)
+        splits[id(lora_a.weight)] = TPSplit(1, split.chunk_sizes)
         summed.add(id(lora_b.weight))
     for name in block.cross_head_norms:
         weight = layer.get_parameter(f"{name}.weight")

@@ -12,10 +12,10 @@ from moreh.options import ParallelOptions
 from moreh.runtime.batch import packing
 from moreh.runtime.batch.micro_batches import useful_lengths
 from moreh.runtime.batch.model_inputs import read_inputs
-from moreh.runtime.sharding.mesh import mesh_of_one
+from moreh.runtime.sharding.mesh import single_rank_mesh
 from tests.runtime.engine.test_fast_path import LENGTH, TOKENS, batch, differences, make
 
-CPU = mesh_of_one(torch.device("cpu"))
+CPU = single_rank_mesh(torch.device("cpu"))
 
 
 def packed(model, parts=2, sequence_multiple=1):

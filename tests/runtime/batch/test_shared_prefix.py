@@ -11,11 +11,11 @@ from moreh.runtime.batch import packing, shared_prefix
 from moreh.runtime.batch.micro_batches import useful_lengths
 from moreh.runtime.batch.model_inputs import read_inputs
 from moreh.runtime.engine.fast_path import FastPath
-from moreh.runtime.sharding.mesh import mesh_of_one
+from moreh.runtime.sharding.mesh import single_rank_mesh
 from tests.helpers.float64 import exact_float64
 from tests.runtime.engine.test_fast_path import LENGTH, ROWS, TOKENS, batch, differences, make
 
-CPU = mesh_of_one(torch.device("cpu"))
+CPU = single_rank_mesh(torch.device("cpu"))
 PREFIX = 5
 MODEL_RUNNER = "moreh.runtime.engine.model_runner"
 

@@ -1,4 +1,4 @@
-"""Stopping a run and going on: the same bits under the same plan, the same training under any other."""
+"""A run that is stopped and resumed: the same bits under the same plan, the same training under any other."""
 
 import json
 import signal
@@ -33,20 +33,22 @@ ONE = {"stage_layers": (3,), "micro_batch_size": 8}
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_resume_under_other_plans(family, tmp_path):
-    """Saved by four workers under one plan, resumed by four under others, by two and by one: losses, norms and weights."""
+def test_a_training_goes_on_under_other_plans_as_if_never_interrupted(family, tmp_path):
+    """Saved by four workers under one plan, resumed by four under others, by two and by one.
+
+    Losses, norms and weights are those of one worker.
+    """
     directory = str(tmp_path / "state")
-    saved = run_on_workers(cases.train_and_save, [(family, FOUR["pp-tp"], directory)], size=4)[0]
-    assert len({tuple(seen) for seen in saved}) == 1
+    curves = run_on_workers(cases.train_and_save, [(family, FOUR["pp-tp"], directory)], size=4)[0]
+    assert len({tuple(curve) for curve in curves}) == 1
     for size, plans in ((4, [FOUR["tp-sharded"], FOUR["zero-bubble"]]), (2, [TWO]), (1, [ONE])):
         for results in run_on_workers(cases.resume_and_train, [(family, plan, directory) for plan in plans], size=size):
-            for seen_difference, weights in results:
-                assert seen_difference < 1e-9
-                assert weights < 1e-9
+            for curve_difference, weight_difference in results:
+                assert curve_difference < 1e-9
+                assert weight_difference < 1e-9
 
 
-def test_resume_has_the_same_bits(tmp_path):
-    """Under the same plan nothing tells that the training was interrupted."""
+def test_resuming_under_the_same_plan_gives_the_same_bits(tmp_path):
     directory = str(tmp_path / "state")
     for plan in (FOUR["tp-sharded"], FOUR["pp-tp"]):
         for identical in run_on_workers(cases.interrupted_is_identical, [(plan, directory)], size=4)[0]:
@@ -80,8 +82,8 @@ def config(tiny_config):
     return tiny_config
 
 
-def test_stopped_and_resumed_run(config, environment, tmp_path):
-    """SIGTERM in the middle: the run saves, ends with 143, and `--resume auto` ends with the bits of a run left alone."""
+def test_a_run_stopped_by_sigterm_and_resumed_has_the_bits_of_a_run_left_alone(config, environment, tmp_path):
+    """The stopped run saves and ends with 143; `--resume auto` goes on."""
     alone = start(config, environment, "run.name=alone")
     assert alone.wait(timeout=120) == 0, alone.stdout.read()
 
@@ -115,16 +117,16 @@ def test_stopped_and_resumed_run(config, environment, tmp_path):
     assert "has done 12 steps" in output
 
 
-def test_what_resume_means(tmp_path):
+def test_resume_takes_auto_a_run_or_a_checkpoint(tmp_path):
     run = tmp_path / "runs" / "tiny"
     assert checkpoint_to_resume(None, run) is None
     assert checkpoint_to_resume("auto", run) is None
-    for asked in ("/nowhere", str(tmp_path), str(run)):
+    for argument in ("/nowhere", str(tmp_path), str(run)):
         with pytest.raises(UserError, match="there is no checkpoint"):
-            checkpoint_to_resume(asked, run)
+            checkpoint_to_resume(argument, run)
     for step in (9, 10, 8):
         (run / "checkpoints" / f"step-{step}").mkdir(parents=True)
     (run / "checkpoints" / ".step-11.unfinished").mkdir()
     last = run / "checkpoints" / "step-10"
-    for asked in ("auto", str(run), str(run / "checkpoints"), str(last)):
-        assert checkpoint_to_resume(asked, run) == last
+    for argument in ("auto", str(run), str(run / "checkpoints"), str(last)):
+        assert checkpoint_to_resume(argument, run) == last

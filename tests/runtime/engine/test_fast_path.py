@@ -15,7 +15,7 @@ from moreh.runtime.batch.model_inputs import read_inputs
 from moreh.runtime.engine.fast_path import FastPath
 from moreh.runtime.kernels.recomputation import recompute_activations
 from moreh.runtime.pipeline.stubs import LastMlpAtPositions
-from moreh.runtime.sharding.mesh import mesh_of_one
+from moreh.runtime.sharding.mesh import single_rank_mesh
 from tests.helpers import sharded_cases as cases
 from tests.helpers.float64 import exact_float64
 from tests.helpers.tensor_cases import whole_model
@@ -266,7 +266,9 @@ def test_micro_batches_have_similar_rows(multiple):
     model = make("llama")
     inputs = read_inputs(model, (), batch(model))
     lengths = useful_lengths(inputs)
-    cut = micro_batches.micro_batches_by_length(inputs, lengths, TOKENS, 1, mesh_of_one(torch.device("cpu")), multiple)
+    cut = micro_batches.micro_batches_by_length(
+        inputs, lengths, TOKENS, 1, single_rank_mesh(torch.device("cpu")), multiple
+    )
     widths = [one.sequence_length for one in cut]
     assert widths == sorted(widths, reverse=True)
     assert all(one.rows * one.sequence_length <= TOKENS for one in cut)

@@ -1,114 +1,23 @@
 """Several workers: the script is started again in each, and together they behave as one program."""
 
-import os
 import re
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from moreh import option
 from moreh.errors import OptionError
-from moreh.runtime.launch.exit_report import error_path, log_path, report
-from moreh.runtime.launch.supervisor import Outcome, Signals, WorkerEnd, watch
-from moreh.runtime.launch.worker_errors import is_lost_connection
-
-# What the README promises is "within seconds"; what is measured is mostly how long the processes need to start and to end.
-SECONDS_TO_BE_GONE = 15
-# What the hook does to models takes most of a worker's time to start, and is not under test.
-WITHOUT_MODELS = """
-import torch, moreh.runtime.engine.hook
-moreh.runtime.engine.hook.install_hook = lambda options, variables: None
-"""
-START = """
-import os, signal, sys, time, torch
-torch.moreh.option.enable_advanced_parallelization()
-import torch.distributed as dist
-from moreh.runtime.launch.world import current_world
-world = current_world()
-def reduce():
-    total = torch.tensor([float(world.rank)])
-    dist.all_reduce(total)
-    return total.item()
-assert reduce() == world.size * (world.size - 1) / 2
-"""
-
-
-@pytest.fixture
-def environment(state_directory):
-    """As in conftest.py, without the measurements of the machine: nothing is planned here."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "MOREH_STATE_DIR": str(state_directory)}
-
-
-@pytest.fixture
-def start(environment, tmp_path):
-    """Start source as a user's script, in a session of its own as in a terminal; in the end nothing may be left of it."""
-    started = []
-
-    def start_source(source, *arguments, workers=2, command=(sys.executable,), models=False, before="", **variables):
-        script = tmp_path / "script.py"
-        script.write_text(before + ("" if models else WITHOUT_MODELS) + START + source, encoding="utf-8")
-        process = subprocess.Popen(
-            [*command, script, *arguments],
-            cwd=tmp_path,
-            env={**environment, "MOREH_WORKERS": str(workers), **variables},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        started.append(process)
-        return process
-
-    yield start_source
-    left = running_in(tmp_path)
-    for process in [*started, *left]:
-        process.kill()
-        process.wait()
-    assert not left
-
-
-def running_in(tmp_path):
-    """The processes that were started with the registry of this test."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            own = process.pid == os.getpid()
-            if not own and process.environ().get("MOREH_STATE_DIR", "").startswith(str(tmp_path)):
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
-
-
-def finish(process, input=None):
-    """The exit code, what a script printed, the errors, and the seconds that it took from now on."""
-    begun = time.monotonic()
-    said, errors = process.communicate(input, timeout=120)
-    own = [line for line in said.splitlines() if not line.startswith("[info]")]
-    return process.returncode, own, errors.splitlines(), time.monotonic() - begun
-
-
-def wait_for_line(process, wanted):
-    for line in process.stdout:
-        if line.strip() == wanted:
-            return
-    raise AssertionError(process.stderr.read())
-
-
-def worker_process(process, rank):
-    """The process of a worker, as soon as there is one."""
-    for _ in range(600):
-        for child in psutil.Process(process.pid).children():
-            if child.environ().get("RANK") == str(rank):
-                return child
-        time.sleep(0.05)
-    raise AssertionError("no worker was started")
+from tests.helpers.launched_scripts import (
+    MAX_SECONDS_TO_END,
+    START,
+    WITHOUT_MODELS,
+    finish,
+    processes_of,
+    wait_for_line,
+    wait_for_worker,
+)
 
 
 def test_several_workers_are_one_program(start, tmp_path, state_directory):
@@ -123,9 +32,9 @@ if world.rank == 0:
     time.sleep(0.5)  # the others end first
 """
     process = start(source, "a b", workers=3, models=True)
-    exit_code, said, errors, _ = finish(process, "line\n")
+    exit_code, printed, errors, _ = finish(process, "line\n")
     assert exit_code == 0, errors
-    assert said == [
+    assert printed == [
         "argument a b",
         "jobs True",
         "world World(rank=0, size=3, local_rank=0, local_size=3) []",
@@ -135,8 +44,7 @@ if world.rank == 0:
     assert list((state_directory / "logs").iterdir()) == []
 
 
-def test_module_and_directory_of_the_start(start, tmp_path):
-    """A worker runs the same command line, from the directory in which it was given."""
+def test_workers_run_the_same_command_line_in_the_directory_of_the_start(start, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "package").mkdir()
     (tmp_path / "package" / "__init__.py").touch()
@@ -148,9 +56,9 @@ def test_module_and_directory_of_the_start(start, tmp_path):
         + "print(sys.argv[2:], sys.flags.dev_mode, os.getcwd())"
     )
     process = start("", "x", command=(sys.executable, "-X", "dev", "-W", "ignore", "-m", "package"))
-    exit_code, said, errors, _ = finish(process)
+    exit_code, printed, errors, _ = finish(process)
     assert exit_code == 0, errors
-    assert said == [f"['x'] True {tmp_path / 'elsewhere'}"]
+    assert printed == [f"['x'] True {tmp_path / 'elsewhere'}"]
 
 
 FAILURES = """
@@ -198,21 +106,21 @@ print("not reached")
 )
 def test_first_error_is_what_the_user_reads(start, what, rank, exit_code, lines):
     process = start(FAILURES, what, str(rank))
-    found_code, said, errors, _ = finish(process)
+    actual_code, printed, errors, _ = finish(process)
     match = re.fullmatch("\n".join(lines), "\n".join(errors))
     assert match, errors
-    assert (found_code, said) == (exit_code, [])
+    assert (actual_code, printed) == (exit_code, [])
     if what == "raise" and rank == 1:
         assert Path(match[1]).read_text().endswith("ValueError: bad row 17\nand more\n")
 
 
-def test_worker_killed_at_its_start(start):
+def test_a_worker_that_is_killed_at_its_start_is_reported(start):
     process = start("time.sleep(100)")
-    worker_process(process, 1).kill()
+    wait_for_worker(process, 1).kill()
     exit_code, _, errors, seconds = finish(process)
     assert exit_code == 137
     assert re.match(r"error: worker 1 of 2 \(pid \d+\) was killed by SIGKILL", errors[-2])
-    assert seconds < SECONDS_TO_BE_GONE
+    assert seconds < MAX_SECONDS_TO_END
 
 
 def test_workers_end_with_the_process_that_started_them(start, tmp_path):
@@ -220,108 +128,34 @@ def test_workers_end_with_the_process_that_started_them(start, tmp_path):
     wait_for_line(process, "go")
     process.kill()
     process.wait()
-    end = time.monotonic() + SECONDS_TO_BE_GONE
-    while running_in(tmp_path) and time.monotonic() < end:
+    end = time.monotonic() + MAX_SECONDS_TO_END
+    while processes_of(tmp_path) and time.monotonic() < end:
         time.sleep(0.1)
-    assert not running_in(tmp_path)
+    assert not processes_of(tmp_path)
 
 
-STOPPED = """
-counted = []
-def stop(number, frame):
-    counted.append(number)
-    if number == signal.SIGINT:
-        raise KeyboardInterrupt
-for number in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(number, stop)
-reduce()  # all of them are ready
-print("go", flush=True)
-try:
-    while not counted:
-        time.sleep(0.05)
-except KeyboardInterrupt:
-    pass
-time.sleep(0.5)
-reduce()  # they can still work together
-print("saved", counted)
-sys.exit(130 if counted[0] == signal.SIGINT else 0)
-"""
-
-
-@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
-def test_signal_lets_all_workers_save(start, number, exit_code):
-    process = start(STOPPED)
-    wait_for_line(process, "go")
-    os.killpg(process.pid, number)
-    found_code, said, errors, seconds = finish(process)
-    assert (found_code, said, errors) == (exit_code, [f"saved [{number:d}]"], [])
-    assert seconds < SECONDS_TO_BE_GONE
-
-
-def test_interrupt_while_workers_start(start):
-    process = start("time.sleep(100)")
-    worker_process(process, 1)
-    os.killpg(process.pid, signal.SIGINT)
-    exit_code, said, errors, seconds = finish(process)
-    assert exit_code in (-signal.SIGINT, 1)  # 1 while Python itself starts
-    assert (said, [line for line in errors if line.startswith("error")]) == ([], [])
-    assert seconds < SECONDS_TO_BE_GONE
-
-
-LOSES_INTERRUPT = """
-import os, signal, time
-rank = os.environ.get("RANK")
-if rank is not None:
-    if rank == "{}":
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-    open("ready" + rank, "x")
-    time.sleep(2)
-"""
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_interrupt_that_a_starting_worker_loses(start, tmp_path, rank):
-    """As Python loses it in a callback of an import: the worker goes on, and waits for the one that has ended."""
-    process = start("time.sleep(100)", before=LOSES_INTERRUPT.format(rank))
-    while len(list(tmp_path.glob("ready?"))) < 2:
-        time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGINT)
-    exit_code, said, errors, seconds = finish(process)
-    assert exit_code == -signal.SIGINT
-    assert (said, [line for line in errors if line.startswith("error")]) == ([], [])
-    assert seconds < SECONDS_TO_BE_GONE
-
-
-def test_torchrun(start):
+def test_the_world_of_torchrun_is_joined(start):
     source = """
 from moreh.accelerator.registry import read_registry
 if world.rank == 0:
     print(world, len(read_registry().jobs), "RANK" in os.environ)
 """
     process = start(source, command=(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"))
-    exit_code, said, errors, _ = finish(process)
+    exit_code, printed, errors, _ = finish(process)
     assert exit_code == 0, errors
-    assert said == ["World(rank=0, size=2, local_rank=0, local_size=2) 1 False"]
+    assert printed == ["World(rank=0, size=2, local_rank=0, local_size=2) 1 False"]
 
 
-def test_torchrun_with_two_nodes_on_one_machine(start, unused_port):
+def test_two_torchruns_on_one_machine_are_one_world(start, unused_port):
     nodes = [
         start("print(world)", command=(sys.executable, "-m", "torch.distributed.run", *f"--nnodes 2 --node-rank {node} "
               f"--master-addr 127.0.0.1 --master-port {unused_port} --nproc-per-node 1".split()))
         for node in (0, 1)
     ]  # fmt: skip
     for node, process in enumerate(nodes):
-        exit_code, said, errors, _ = finish(process)
+        exit_code, printed, errors, _ = finish(process)
         assert exit_code == 0, errors
-        assert said == [f"World(rank={node}, size=2, local_rank=0, local_size=1)"]
-
-
-@pytest.fixture
-def unused_port():
-    import socket
-
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
+        assert printed == [f"World(rank={node}, size=2, local_rank=0, local_size=1)"]
 
 
 def test_source_from_standard_input_is_refused(start):
@@ -340,66 +174,3 @@ def test_incomplete_world_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(OptionError, match=r"WORLD_SIZE=2 without RANK, LOCAL_RANK, .*: start the script with torchrun"):
         option.enable_advanced_parallelization()
-
-
-def outcome_of(tmp_path, *, stopped_by=None, **workers):
-    """The report on workers given as `w2=(exit code, error or None)`, in the order in which they ended."""
-    ends = {}
-    for time_, (name, (exit_code, error)) in enumerate(workers.items()):
-        rank = int(name[1:])
-        ends[rank] = WorkerEnd(rank, 100 + rank, exit_code, 10.0 + time_)
-        if error is not None:
-            lost = "true" if error == "lost" else "false"
-            content = f'{{"message": {{"message": "{error}: x", "extraInfo": {{"time": {time_}, "lost_connection": {lost}}}}}}}'
-            error_path(tmp_path, rank).write_text(content)
-        log_path(tmp_path, rank).write_text("")
-    return report(Outcome({rank: 100 + rank for rank in range(4)}, ends, stopped_by), tmp_path)
-
-
-def test_which_error_came_first(tmp_path):
-    # Noticed last, but the cause of the others.
-    lines, exit_code = outcome_of(tmp_path, w0=(1, "lost"), w3=(-signal.SIGABRT, None), w1=(1, "ValueError"))
-    assert (lines[0], exit_code) == ("worker 1 of 4 (pid 101) failed: ValueError: x", 1)
-
-
-def test_killed_worker_comes_before_those_that_lost_it(tmp_path):
-    lines, exit_code = outcome_of(tmp_path, w0=(1, "lost"), w1=(1, "lost"), w2=(-signal.SIGKILL, None))
-    assert lines[0].startswith("worker 2 of 4 (pid 102) was killed by SIGKILL")
-    assert exit_code == 137
-
-
-def test_error_that_worker_0_has_shown_is_not_repeated(tmp_path):
-    assert outcome_of(tmp_path, w1=(1, "KeyError"), w0=(1, "KeyError")) == ([], 1)
-    assert outcome_of(tmp_path, w1=(5, "KeyError"), w0=(1, "OSError"))[1] == 5
-
-
-def test_signal_is_no_failure_of_the_workers(tmp_path):
-    stopped = {f"w{rank}": (-signal.SIGINT, None) for rank in range(4)}
-    assert outcome_of(tmp_path, stopped_by=signal.SIGINT, **stopped) == ([], -signal.SIGINT)
-    stopped["w0"] = (1, "lost")
-    assert outcome_of(tmp_path, stopped_by=signal.SIGTERM, **stopped) == ([], -signal.SIGTERM)
-    lines, _ = outcome_of(tmp_path, stopped_by=signal.SIGTERM, w0=(0, None))
-    assert lines == ["after SIGTERM, worker 1, 2, 3 of 4 did not end in time and was killed"]
-
-
-def test_second_signal_ends_the_waiting(tmp_path):
-    worker = subprocess.Popen([sys.executable, "-c", "import signal, time; signal.signal(2, print); print(); time.sleep(60)"],
-                              stdout=subprocess.PIPE)  # fmt: skip
-    worker.stdout.readline()
-    with Signals() as signals:
-        for _ in range(2):
-            os.kill(os.getpid(), signal.SIGINT)
-        outcome = watch({0: worker}, {0: tmp_path / "none"}, tmp_path / "none", signals)
-    worker.kill()
-    worker.wait()
-    assert (outcome.ends, outcome.stopped_by, outcome.impatient) == ({}, signal.SIGINT, True)
-
-
-def test_lost_connections_are_told_from_errors():
-    lost = RuntimeError("[.../pair.cc:534] Connection closed by peer [127.0.0.1]:25311")
-    assert is_lost_connection(lost)
-    for error in (ValueError("connection closed"), OSError("Connection reset by peer"), RuntimeError("shape mismatch")):
-        assert not is_lost_connection(error)
-    while_cleaning_up = KeyError("key")
-    while_cleaning_up.__context__ = lost
-    assert is_lost_connection(while_cleaning_up)

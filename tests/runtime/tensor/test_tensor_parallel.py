@@ -208,7 +208,7 @@ def test_largest_size_divides_query_and_key_value_heads():
 def test_partition_of_gpt2_is_known_without_weights():
     model = build(tiny_config_of("gpt2", {"num_hidden_layers": 1}), device="meta")
     partition = describe_partition(model, 2, sequence_parallel=True)
-    assert {name: (split.dim, split.blocks) for name, split in partition.splits.items()} == {
+    assert {name: (split.dim, split.chunk_sizes) for name, split in partition.splits.items()} == {
         "transformer.wte.weight": (0, (97,)),
         "transformer.h.0.attn.c_attn.weight": (1, (48, 48, 48)),
         "transformer.h.0.attn.c_attn.bias": (0, (48, 48, 48)),
