@@ -4,7 +4,7 @@ import re
 
 import pytest
 import yaml
-from moreh.models.families.config_defaults import DEFAULTS
+from moreh.models.families.registry import planned_families
 
 from moreh.options import OPTIMIZATIONS, ParallelOptions
 from utils.config import architecture_keys
@@ -62,7 +62,7 @@ def test_line_gets_only_the_options_that_are_changed(tiny_config):
     assert changed.keys() <= ParallelOptions.__dataclass_fields__.keys()
 
 
-@pytest.mark.parametrize("family", sorted(DEFAULTS))
+@pytest.mark.parametrize("family", sorted(planned_families()))
 def test_keys_read_from_the_sources_are_keys_that_transformers_knows(family):
     from transformers import CONFIG_MAPPING
 
