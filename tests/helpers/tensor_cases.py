@@ -124,7 +124,7 @@ def compare_with_one_process(family, changes, size, sequence_parallel):
 def _local_part_of(name, tensor, partition, group):
     """This rank's part of the parameter `name`, or of its gradient."""
     spec = ParamSpec(name, tuple(tensor.shape), tensor.dtype, (0,), partition.splits.get(name))
-    dim = spec.division.dim if spec.division else 0
+    dim = spec.tp_split.dim if spec.tp_split else 0
     return local_part(tensor, shard_boxes(spec, group.rank(), group.size(), 0, 1), dim)
 
 
