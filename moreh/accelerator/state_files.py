@@ -6,13 +6,13 @@ A crash, or many writers at once, never leaves a file half written.
 import json
 import os
 import socket
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from moreh.atomic_io import replacing_file
 from moreh.errors import RegistryError
 
 LOCK_TIMEOUT_SECONDS = 30.0
@@ -91,22 +91,12 @@ def replace_json(path: Path, content: Any, *, durable: bool) -> None:
     Raises:
         RegistryError: the file cannot be written.
     """
-    temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(prefix=path.name + ".", suffix=".tmp", dir=path.parent)
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        with replacing_file(path, durable=durable) as file:
             json.dump(content, file, indent=1)
-            if durable:
-                file.flush()
-                os.fsync(file.fileno())
-        Path(temporary).replace(path)
-        temporary = None
     except OSError as error:
         raise _unusable(path, error) from None
-    finally:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
 
 
 def _unusable(path: Path, error: OSError) -> RegistryError:

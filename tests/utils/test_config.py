@@ -4,8 +4,8 @@ import re
 
 import pytest
 import yaml
-from moreh.models.families.registry import planned_families
 
+from moreh.models.families.registry import planned_families
 from moreh.options import OPTIMIZATIONS, ParallelOptions
 from utils.config import architecture_keys
 from utils.config.markdown import settings_markdown

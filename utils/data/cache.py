@@ -1,12 +1,12 @@
 """Directories of the cache: each is made once, by one process, and is complete or absent."""
 
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from moreh.atomic_io import commit_directory, make_staging_directory
 from utils.errors import UserError
 
 
@@ -42,19 +42,17 @@ def make_once(directory: Path, write: Callable[[Path], None], info: Callable[[st
 def write_atomically(directory: Path, write: Callable[[Path], None]) -> None:
     """Make a directory that is complete or absent, even if two runs make it at the same time."""
     try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=directory.name + ".", dir=directory.parent))
-        temporary.chmod(0o755)  # a cache may be shared
+        staging = make_staging_directory(directory, shared=True)
     except OSError as error:
         raise _cache_error(directory.parent, error) from error
     try:
-        write(temporary)
-        temporary.rename(directory)
+        write(staging)
+        commit_directory(staging, directory, replace=False, durable=False)
     except OSError:
         if not directory.exists():  # otherwise another run was faster, with the same content
             raise
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _cache_error(cache: Path, error: OSError) -> UserError:
