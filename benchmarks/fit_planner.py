@@ -19,9 +19,10 @@ from published_runs import PublishedRun, read_rows, usable_runs
 from scipy.optimize import least_squares
 
 from moreh.accelerator.devices import all_devices
-from moreh.planner.cost.prediction import Environment, step_seconds
+from moreh.planner.cost.prediction import step_seconds
 from moreh.planner.cost.stage_time import stage_time
 from moreh.planner.hardware.efficiency import MIN_RUNS_FOR_QUANTILE, Efficiency
+from moreh.planner.hardware.environment import Environment
 from moreh.planner.plan.arrays import Floats
 from moreh.planner.plan.plan_table import table_of_plans
 
@@ -77,7 +78,7 @@ def fitted_rows(runs: Sequence[PublishedRun]) -> list[PublishedRun]:
     """
     groups: dict[str, dict[object, list[PublishedRun]]] = {}
     for run in runs:
-        same = (run.training, run.plans, run.cluster, run.implementation)
+        same = (run.training, run.plans, run.cluster, run.software)
         groups.setdefault(run.group, {}).setdefault(same, []).append(run)
     chosen = [rows for name, group in groups.items() if name not in LEFT_OUT for rows in list(group.values())[1::2]]
     return [run for rows in chosen for run in rows]
@@ -86,8 +87,8 @@ def fitted_rows(runs: Sequence[PublishedRun]) -> list[PublishedRun]:
 def step_time_s(run: PublishedRun, efficiency: Efficiency) -> float:
     """The predicted seconds of a step; of the fastest one where the row leaves the micro-batch size open."""
     table = table_of_plans(run.plans)
-    setting = Environment(run.cluster, efficiency, run.implementation)
-    times = stage_time(setting.roofline, run.cluster, table, run.training)
+    environment = Environment(run.cluster, efficiency, run.software)
+    times = stage_time(environment.roofline, run.cluster, table, run.training)
     return min(step_seconds(table, row, times) for row in range(len(table)))
 
 

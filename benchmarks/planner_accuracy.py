@@ -20,8 +20,9 @@ from pathlib import Path
 from published_programs import cell
 from published_runs import PublishedRun, failure, read_rows, usable_runs
 
-from moreh.planner.cost.prediction import Prediction, make_environment, predict
+from moreh.planner.cost.prediction import Prediction, predict
 from moreh.planner.hardware.efficiency import fitted_rows
+from moreh.planner.hardware.environment import make_environment
 
 COLUMNS = (
     "id",
@@ -69,8 +70,8 @@ class Scored:
 
 def score(run: PublishedRun, fitted: frozenset[str]) -> Scored:
     """Predict a run; the fastest of its plans that fit where the row leaves the micro-batch size open."""
-    setting = make_environment(run.cluster, run.implementation)
-    predictions = [predict(plan, run.training, setting) for plan in run.plans]
+    environment = make_environment(run.cluster, run.software)
+    predictions = [predict(plan, run.training, environment) for plan in run.plans]
     fitting = [p for p in predictions if p.memory_bytes <= run.cluster.device.memory_bytes]
     return Scored(run, min(fitting or predictions, key=lambda p: p.step_time_s), run.digest not in fitted)
 

@@ -10,9 +10,10 @@ from pathlib import Path
 
 from moreh.accelerator.flavors import find_flavor
 from moreh.models.describe.from_source import describe
-from moreh.planner.cost.prediction import make_environment, predict
+from moreh.planner.cost.prediction import predict
 from moreh.planner.hardware.cluster import cluster_for_flavor
 from moreh.planner.hardware.efficiency import uncertainty
+from moreh.planner.hardware.environment import make_environment
 from moreh.planner.plan.layer_balancing import even_layers
 from moreh.planner.plan.notation import plan_text
 from moreh.planner.plan.plan import Plan, Recomputation, Training
@@ -60,12 +61,12 @@ def main() -> int:
     print("|---|---|---|---|---|---|---|")
     for job in PUBLISHED:
         flavor = find_flavor(job.flavor)
-        setting = make_environment(cluster_for_flavor(flavor))
+        environment = make_environment(cluster_for_flavor(flavor))
         training = Training(describe(MODELS / f"{job.model}.json"), job.plan.global_batch_size, job.length)
         # It is not said how the platform exchanges sharded parameters in a pipeline: for each micro-batch fits what it reports.
-        platform = replace(setting, implementation=replace(setting.implementation, reshards_in_pipeline=True))
+        platform = replace(environment, software=replace(environment.software, reshards_in_pipeline=True))
         theirs = predict(job.plan, training, platform)
-        ours = search(training, setting, count=1).best[0]
+        ours = search(training, environment, count=1).best[0]
         share = uncertainty(flavor.device.efficiency).error
         gain = ours.tokens_per_second / theirs.tokens_per_second
         # Both predictions may be off by the share, independently of each other.

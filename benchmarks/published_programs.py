@@ -1,4 +1,4 @@
-"""The cells of a published run, and its program as an implementation: what it computes with and what it keeps in memory."""
+"""The cells of a published run, and its program as an software: what it computes with and what it keeps in memory."""
 
 import math
 import reprlib
@@ -72,7 +72,7 @@ def required(row: Row, column: str) -> int:
     return value
 
 
-def implementation_of(row: Row) -> SoftwareProfile:
+def software_of(row: Row) -> SoftwareProfile:
     """What the program of a row does.
 
     Most of it is how these programs are documented to work. Chosen by hand so that published figures, tested ones included,

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from published_models import architecture_of
-from published_programs import Row, Unusable, cell, implementation_of, measurement, optional, required
+from published_programs import Row, Unusable, cell, measurement, optional, required, software_of
 
 from moreh.accelerator.devices import Device, find_device
 from moreh.errors import PlanError
@@ -58,7 +58,7 @@ class PublishedRun:
     training: Training
     plans: tuple[Plan, ...]
     cluster: Cluster
-    implementation: SoftwareProfile
+    software: SoftwareProfile
     units: int
     step_time_s: float | None
     memory_gib: float | None
@@ -116,7 +116,7 @@ def published_run(row: Row) -> PublishedRun:
     if len(architecture.layers) < pipeline:
         raise Unusable(f"fewer layers than stages ({len(architecture.layers)} < {pipeline})")
     training = Training(architecture, batch, length)
-    implementation = implementation_of(row)
+    software = software_of(row)
     if "torchtitan" in framework and pipeline > 1:
         sizes = (_torchtitan_micro_batch_size(row, sizes[0], pipeline),)
     plans = tuple(
@@ -133,7 +133,7 @@ def published_run(row: Row) -> PublishedRun:
         training=training,
         plans=plans,
         cluster=cluster,
-        implementation=implementation,
+        software=software,
         units=units,
         step_time_s=measured,
         memory_gib=measurement(row, "peak_mem_gib_per_gpu"),

@@ -12,15 +12,16 @@ from moreh.errors import PlanError
 from moreh.models.architecture import Architecture
 from moreh.models.describe.from_source import describe, describe_config
 from moreh.options import planner_variables
-from moreh.planner.cost.prediction import make_environment
 from moreh.planner.hardware.cluster import cluster_for_flavor
+from moreh.planner.hardware.environment import make_environment
 from moreh.planner.plan.plan import Training
-from moreh.planner.report.report import PLAN_HEADERS, Request, gib, header_rows, plan_rows
-from moreh.planner.search.candidates import Constraints
-from moreh.planner.search.constraints import constraints_from_options
+from moreh.planner.report.report import PLAN_HEADERS, header_rows, plan_rows
+from moreh.planner.search.constraints import Constraints, constraints_from_options
+from moreh.planner.search.request import Request
 from moreh.planner.search.search import search_on_most_devices
 from moreh.planner.search.suggestions import smallest_sufficient
 from moreh.planner.software_profile import moreh_software
+from moreh.planner.units import gib
 from utils.config.schema import Config, ModelSection, ParallelizationSection, TokenizerSection
 from utils.errors import UserError
 
@@ -52,7 +53,8 @@ def print_plan(config: Config) -> None:
         PlanError: the model cannot be described, or no plan divides the batch under the options.
     """
     request = plan_request(config)
-    found, _, idle = search_on_most_devices(request.training, request.setting, request.restrictions, DEFAULT_COUNT)
+    outcome = search_on_most_devices(request.training, request.environment, request.constraints, DEFAULT_COUNT)
+    found, idle = outcome.result, outcome.idle
     if not found.best:
         raise UserError(_nothing_fits(request, found.smallest_bytes))
     rows = header_rows(request, found)
@@ -79,10 +81,10 @@ def plan_request(config: Config) -> Request:
     flavor = _flavor(config)
     return Request(
         training=Training(architecture, config.train.batch_size, length),
-        setting=make_environment(
+        environment=make_environment(
             cluster_for_flavor(flavor), moreh_software("half" if parallelization.mixed_precision else "float32")
         ),
-        restrictions=_restrictions(parallelization, flavor.devices),
+        constraints=_restrictions(parallelization, flavor.devices),
         flavor=flavor,
         precision="bfloat16" if parallelization.mixed_precision else "float32",
     )
@@ -128,8 +130,8 @@ def _nothing_fits(request: Request, smallest_bytes: float) -> str:
     remedies = (
         [f"give accelerator.model={larger.flavor.name}"] if larger is not None and larger.flavor is not None else []
     )
-    free = _restrictions(ParallelizationSection(), request.setting.cluster.devices)
-    remedies += ["fewer options in accelerator.advanced_parallelization"] if request.restrictions != free else []
+    free = _restrictions(ParallelizationSection(), request.environment.cluster.devices)
+    remedies += ["fewer options in accelerator.advanced_parallelization"] if request.constraints != free else []
     remedies.append("a smaller train.batch_size or data.max_length")
     return (
         f"no plan fits {request.accelerator}: the smallest needs {gib(smallest_bytes)} on its fullest device, and plans may "

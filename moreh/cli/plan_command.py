@@ -13,8 +13,9 @@ from moreh.cli.tables import Column, draw_table
 from moreh.cli.terminal import run_tool
 from moreh.errors import PlanError
 from moreh.models.describe.from_source import describe
-from moreh.planner.cost.prediction import Environment, Prediction, make_environment, measured_environment, predict
+from moreh.planner.cost.prediction import Prediction, predict
 from moreh.planner.hardware.cluster import cluster_for_devices, cluster_for_flavor
+from moreh.planner.hardware.environment import Environment, make_environment, measured_environment
 from moreh.planner.hardware.measured_device import NAME as THIS_MACHINE
 from moreh.planner.plan.notation import parse_plan, plan_text
 from moreh.planner.plan.plan import Plan, Training
@@ -31,14 +32,16 @@ from moreh.planner.report.plot import check_plot_path, draw_plan
 from moreh.planner.report.report import (
     PLAN_HEADERS,
     Json,
-    Request,
     header_rows,
     plan_rows,
     request_json,
     search_json,
+    search_outcome_json,
 )
-from moreh.planner.search.candidates import Constraints
-from moreh.planner.search.suggestions import SearchOutcome, nothing_fits_text, search_outcome_json, search_plans
+from moreh.planner.search.constraints import Constraints
+from moreh.planner.search.request import Request
+from moreh.planner.search.search import SearchOutcome, search_plans
+from moreh.planner.search.suggestions import nothing_fits_text
 from moreh.planner.software_profile import TRANSFORMERS, TRANSFORMERS_AUTOCAST, moreh_software
 
 # What is computed in without advanced parallelization, by a model of transformers on this machine.
@@ -89,8 +92,8 @@ def _request(options: argparse.Namespace) -> Request:
         )
     return Request(
         training=Training(describe(options.model), options.batch_size, options.sequence_length),
-        setting=setting,
-        restrictions=Constraints(
+        environment=setting,
+        constraints=Constraints(
             pipeline=options.stages,
             micro_batches=options.micro_batches,
             recompute=YES_NO_AUTO[options.recompute],
@@ -161,8 +164,8 @@ def _given_plan(text: str, request: Request, found: SearchOutcome) -> tuple[Plan
     """The plan of a text, for all devices or for those that the search uses, and the setting with these."""
     if found.idle:
         with suppress(PlanError):  # what is wrong with it on the devices in use is said below
-            return parse_plan(text, request.training, request.setting.cluster.devices), request.setting
-    return parse_plan(text, request.training, found.setting.cluster.devices), found.setting
+            return parse_plan(text, request.training, request.environment.cluster.devices), request.environment
+    return parse_plan(text, request.training, found.environment.cluster.devices), found.environment
 
 
 def _compare(options: argparse.Namespace, request: Request) -> int:

@@ -14,8 +14,9 @@ from moreh.accelerator.flavors import all_flavors, find_flavor
 from moreh.accelerator.registry import switch_model
 from moreh.cli import plan_command as tool
 from moreh.models.describe.from_source import describe
-from moreh.planner.cost.prediction import make_environment, predict
+from moreh.planner.cost.prediction import predict
 from moreh.planner.hardware.cluster import cluster_for_devices, cluster_for_flavor
+from moreh.planner.hardware.environment import make_environment
 from moreh.planner.plan.notation import parse_plan, plan_text
 from moreh.planner.plan.plan import Plan, Training
 from moreh.planner.report.flavor_comparison import recommendation
@@ -151,7 +152,7 @@ def test_precision_changes_arithmetic_and_bytes(plan_json, model):
     where = ("--device", "H100 80GB", "--devices", 1, "--count", 1, *STEP)
     best = {name: plan_json(model, *where, "--precision", name)["plans"][0] for name in tool.PRECISIONS}
     setting = make_environment(cluster_for_devices(find_device("H100 80GB"), 1), moreh_software("float32"))
-    assert setting.implementation.compute == "float32"
+    assert setting.software.compute == "float32"
     result = search(Training(describe(model), 48, 128), setting, count=1)
     assert best["float32"]["step_time_s"] == result.best[0].step_time_s > best["bfloat16"]["step_time_s"]
     assert plan_json(model, *where, "--precision", "float8")["precision"] == "float8"

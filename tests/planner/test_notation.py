@@ -6,11 +6,12 @@ import pytest
 from moreh.accelerator.devices import find_device
 from moreh.errors import PlanError
 from moreh.models.describe.from_source import describe_config
-from moreh.planner.cost.prediction import make_environment
 from moreh.planner.hardware.cluster import cluster_for_devices
+from moreh.planner.hardware.environment import make_environment
 from moreh.planner.plan.notation import parse_plan, plan_text, torch_refusal
 from moreh.planner.plan.plan import Plan, Training
-from moreh.planner.search.candidates import Constraints, candidate_tables
+from moreh.planner.search.candidates import candidate_tables
+from moreh.planner.search.constraints import Constraints
 
 # 12 layers, 8 query heads, 4 key-value heads.
 MODEL = {
@@ -30,10 +31,10 @@ def training():
 
 @pytest.mark.parametrize("devices", [1, 6, 16])
 def test_every_kind_of_candidate_survives_the_way_there_and_back(training, devices):
-    setting = make_environment(cluster_for_devices(find_device("MI250 GCD"), devices))
+    environment = make_environment(cluster_for_devices(find_device("MI250 GCD"), devices))
     random = np.random.default_rng(devices)
     seen, uneven = set(), 0
-    for table in candidate_tables(setting.roofline, setting.cluster, training, Constraints(max_context=4)):
+    for table in candidate_tables(environment.roofline, environment.cluster, training, Constraints(max_context=4)):
         for row in random.permutation(len(table))[:40]:
             plan = table.plan(int(row))
             text = plan_text(plan)

@@ -171,9 +171,9 @@ def architecture(family="gpt2", **changes):
     return describe_module(Case(family, 1, 1024, **{"hidden": 256, "layers": 8, **changes}).build("meta"))
 
 
-def memory_of(plan, implementation=MOREH, family="gpt2", **changes):
+def memory_of(plan, software=MOREH, family="gpt2", **changes):
     training = Training(architecture(family, **changes), plan.global_batch_size, 1024)
-    return memory(table_of_plans([plan]), training, implementation)
+    return memory(table_of_plans([plan]), training, software)
 
 
 @pytest.mark.parametrize("tensor", [1, 4])
@@ -194,17 +194,17 @@ def test_a_gpt_layer_keeps_what_korthikanti_et_al_count(tensor):
     assert layer_activations(full, training, unfused).kept[0] == pytest.approx(length * batch * hidden * 2 / tensor)
 
 
-@pytest.mark.parametrize("implementation", [MOREH, TRANSFORMERS, TRANSFORMERS_AUTOCAST], ids=lambda i: i.name)
+@pytest.mark.parametrize("software", [MOREH, TRANSFORMERS, TRANSFORMERS_AUTOCAST], ids=lambda i: i.name)
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_more_recomputation_needs_less(family, implementation):
+def test_more_recomputation_needs_less(family, software):
     totals = [
-        memory_of(Plan((8,), micro_batch_size=4, recomputation=recomputation), implementation, family).total[0, 0]
+        memory_of(Plan((8,), micro_batch_size=4, recomputation=recomputation), software, family).total[0, 0]
         for recomputation in ("none", "selective", "full")
     ]
     assert totals[0] > totals[1] > totals[2]
 
 
-@pytest.mark.parametrize("implementation", [MOREH, TRANSFORMERS], ids=lambda i: i.name)
+@pytest.mark.parametrize("software", [MOREH, TRANSFORMERS], ids=lambda i: i.name)
 @pytest.mark.parametrize(
     ("sharding", "divided"),
     [
@@ -214,29 +214,29 @@ def test_more_recomputation_needs_less(family, implementation):
         ("parameters", ("optimizer", "gradients", "parameters")),
     ],
 )
-def test_sharding_divides_what_it_says(sharding, divided, implementation):
+def test_sharding_divides_what_it_says(sharding, divided, software):
     """As figure 1 of https://arxiv.org/abs/1910.02054, over data-parallel and context-parallel ranks."""
-    alone = memory_of(Plan((8,), micro_batches=2), replace(implementation, working_bytes=0))
+    alone = memory_of(Plan((8,), micro_batches=2), replace(software, working_bytes=0))
     plan = Plan((8,), data=2, context=2, micro_batches=2, sharding=sharding)
-    shared = memory_of(plan, replace(implementation, working_bytes=0))
+    shared = memory_of(plan, replace(software, working_bytes=0))
     for name in ("parameters", "gradients", "optimizer"):
         parts = 4 if name in divided else 1
         # A shared matrix has a second gradient, which is not divided, in the backward passes of TRANSFORMERS.
-        slack = 256 * 500 * 4 if (name, implementation) == ("gradients", TRANSFORMERS) else 0
+        slack = 256 * 500 * 4 if (name, software) == ("gradients", TRANSFORMERS) else 0
         assert getattr(shared, name) * parts == pytest.approx(getattr(alone, name), abs=slack * parts), name
 
 
-@pytest.mark.parametrize("implementation", [MOREH, TRANSFORMERS], ids=lambda i: i.name)
-def test_first_stage_of_1f1b_holds_a_micro_batch_for_each_stage(implementation):
+@pytest.mark.parametrize("software", [MOREH, TRANSFORMERS], ids=lambda i: i.name)
+def test_first_stage_of_1f1b_holds_a_micro_batch_for_each_stage(software):
     """Section 2.2.1 of https://arxiv.org/abs/2104.04473: rank r of p holds min(m, p - r) micro-batches."""
 
     def activations(micro_batches):
-        return memory_of(Plan((2,) * 4, pipeline=4, micro_batches=micro_batches), implementation).activations[0]
+        return memory_of(Plan((2,) * 4, pipeline=4, micro_batches=micro_batches), software).activations[0]
 
     one = activations(1)
     for micro_batches in (2, 3, 4, 5, 16):
         held = np.minimum(micro_batches, 4 - np.arange(4))
-        if implementation is MOREH:
+        if software is MOREH:
             assert activations(micro_batches) == pytest.approx(held * one)
         else:
             # What is held besides, the gradients in the layer that is at work, does not grow with the micro-batches.
@@ -252,11 +252,11 @@ def test_parts_add_up_and_are_never_negative():
         for recomputation in ("none", "full")
     ]
     training = Training(architecture("llama"), 16, 1024)
-    for implementation in (MOREH, TRANSFORMERS, replace(TRANSFORMERS_AUTOCAST, fragmentation=0.1)):
-        found = memory(table_of_plans(plans), training, implementation)
+    for software in (MOREH, TRANSFORMERS, replace(TRANSFORMERS_AUTOCAST, fragmentation=0.1)):
+        found = memory(table_of_plans(plans), training, software)
         parts = [getattr(found, field.name) for field in fields(Memory)]
         assert all(part.shape == (len(plans), 4) and (part >= 0).all() for part in parts)
         assert np.sum(parts, axis=0) == pytest.approx(found.total)
         # The table gives for each plan what it gives for the plan alone.
         for row, plan in enumerate(plans):
-            assert memory(table_of_plans([plan]), training, implementation).total[0] == pytest.approx(found.total[row])
+            assert memory(table_of_plans([plan]), training, software).total[0] == pytest.approx(found.total[row])

@@ -264,7 +264,7 @@ def test_peak_in_flight_of_large_pipelines():
 
 
 def simulated_slowly(case: tuple[Any, ...]) -> dict[Operation, tuple[float, float]]:
-    """Start and end of each operation, by rounds over all ranks until nothing changes: an implementation apart."""
+    """Start and end of each operation, by rounds over all ranks until nothing changes: an software apart."""
     schedule, ranks, micro_batches, chunks, forward_s, backward_s, weight_fraction, send_s = case
     stages = ranks * chunks
     rank_of = {int(stage): rank for rank, row in enumerate(stages_of_ranks(schedule, ranks, chunks)) for stage in row}

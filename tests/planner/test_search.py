@@ -11,13 +11,15 @@ from moreh.errors import PlanError
 from moreh.models.describe.from_source import describe, describe_config
 from moreh.planner.cost.memory import memory
 from moreh.planner.cost.pipeline_bounds import makespan_lower_bound
-from moreh.planner.cost.prediction import Environment, make_environment, model_flops, predict, step_seconds
+from moreh.planner.cost.prediction import model_flops, predict, step_seconds
 from moreh.planner.cost.stage_time import stage_time
 from moreh.planner.hardware.cluster import cluster_for_devices, cluster_for_flavor
+from moreh.planner.hardware.environment import Environment, make_environment
 from moreh.planner.plan.layer_balancing import balanced_layers, even_layers
 from moreh.planner.plan.plan import Training
 from moreh.planner.plan.schedules import check_schedule
-from moreh.planner.search.candidates import Constraints, candidate_tables
+from moreh.planner.search.candidates import candidate_tables
+from moreh.planner.search.constraints import Constraints
 from moreh.planner.search.search import search
 from moreh.planner.software_profile import MOREH, moreh_software
 from tests.conftest import ROOT
@@ -38,18 +40,18 @@ LLAMA = describe_config(
 )
 
 
-def with_memory(setting, mebibytes):
-    device = replace(setting.cluster.device, memory_mib=mebibytes)
-    return replace(setting, cluster=replace(setting.cluster, device=device))
+def with_memory(environment, mebibytes):
+    device = replace(environment.cluster.device, memory_mib=mebibytes)
+    return replace(environment, cluster=replace(environment.cluster, device=device))
 
 
-def exhaustive(training, setting, restrictions):
+def exhaustive(training, environment, constraints):
     """Every candidate that fits, simulated; (seconds, plan), fastest first."""
     found = []
-    limit = setting.cluster.device.memory_bytes * restrictions.memory_fraction
-    for table in candidate_tables(setting.roofline, setting.cluster, training, restrictions):
-        times = stage_time(setting.roofline, setting.cluster, table, training)
-        fits = memory(table, training, setting.implementation).total.max(axis=1) <= limit
+    limit = environment.cluster.device.memory_bytes * constraints.memory_fraction
+    for table in candidate_tables(environment.roofline, environment.cluster, training, constraints):
+        times = stage_time(environment.roofline, environment.cluster, table, training)
+        fits = memory(table, training, environment.software).total.max(axis=1) <= limit
         found += [(step_seconds(table, row, times), table.plan(row)) for row in np.flatnonzero(fits)]
     return sorted(found, key=lambda entry: entry[0])
 
@@ -67,10 +69,10 @@ def exhaustive(training, setting, restrictions):
 def test_pruned_search_returns_the_optimum_of_the_exhaustive_one(
     architecture, device, devices, batch, length, mebibytes
 ):
-    setting = with_memory(make_environment(cluster_for_devices(find_device(device), devices)), mebibytes)
+    environment = with_memory(make_environment(cluster_for_devices(find_device(device), devices)), mebibytes)
     training = Training(architecture, batch, length)
-    everything = exhaustive(training, setting, Constraints())
-    found = search(training, setting, count=5)
+    everything = exhaustive(training, environment, Constraints())
+    found = search(training, environment, count=5)
     assert 0 < len(everything) < found.candidates or mebibytes > 60000  # memory does decide in the small cases
     assert found.possible == len(everything)
     expected = [seconds for seconds, _ in everything[:5]]
@@ -80,39 +82,39 @@ def test_pruned_search_returns_the_optimum_of_the_exhaustive_one(
 
 def test_a_wrong_bound_is_seen(monkeypatch):
     """With a bound that is none the search stops too early, so the comparison above can fail."""
-    setting = make_environment(cluster_for_devices(find_device("MI250 GCD"), 16))
-    restrictions = Constraints(pipeline=4)
-    right = search(Training(LLAMA, 32, 1024), setting, restrictions, count=1)
+    environment = make_environment(cluster_for_devices(find_device("MI250 GCD"), 16))
+    constraints = Constraints(pipeline=4)
+    right = search(Training(LLAMA, 32, 1024), environment, constraints, count=1)
     monkeypatch.setattr(
         "moreh.planner.search.search.makespan_lower_bound", lambda *arguments: 1e6 / makespan_lower_bound(*arguments)
     )
-    wrong = search(Training(LLAMA, 32, 1024), setting, restrictions, count=1)
+    wrong = search(Training(LLAMA, 32, 1024), environment, constraints, count=1)
     assert wrong.best[0].step_time_s > right.best[0].step_time_s * 1.5
 
 
 def test_the_large_case_has_ten_thousand_candidates():
     training = Training(describe(MODELS / "llama3_70b.json"), 512, 1024)
-    setting = make_environment(cluster_for_flavor(find_flavor("8xLarge.4096GB")))
-    found = search(training, setting)
+    environment = make_environment(cluster_for_flavor(find_flavor("8xLarge.4096GB")))
+    found = search(training, environment)
     assert found.candidates >= 10_000
     assert 0 < found.possible < found.candidates
     assert len(found.best) == 10
-    limit = 0.8 * setting.cluster.device.memory_bytes
+    limit = 0.8 * environment.cluster.device.memory_bytes
     for best in found.best:
         assert best.memory_bytes <= limit
         assert best.plan.devices == 64
         assert best.plan.global_batch_size == 512
-        assert predict(best.plan, training, setting).step_time_s == pytest.approx(best.step_time_s, rel=1e-9)
+        assert predict(best.plan, training, environment).step_time_s == pytest.approx(best.step_time_s, rel=1e-9)
     seconds = [best.step_time_s for best in found.best]
     assert seconds == sorted(seconds)
 
 
 def test_candidates_can_all_be_run():
     training = Training(LLAMA, 24, 512)
-    setting = make_environment(cluster_for_devices(find_device("MI250 GCD"), 8))
+    environment = make_environment(cluster_for_devices(find_device("MI250 GCD"), 8))
     plans = [
         table.plan(row)
-        for table in candidate_tables(setting.roofline, setting.cluster, training, Constraints(max_context=2))
+        for table in candidate_tables(environment.roofline, environment.cluster, training, Constraints(max_context=2))
         for row in range(len(table))
     ]
     assert len(set(plans)) == len(plans)
@@ -136,7 +138,7 @@ def test_candidates_can_all_be_run():
 
 
 @pytest.mark.parametrize(
-    ("restrictions", "holds"),
+    ("constraints", "holds"),
     [
         (Constraints(pipeline=4), lambda plan: plan.pipeline == 4),
         (Constraints(micro_batches=2), lambda plan: plan.micro_batches == 2),
@@ -148,22 +150,22 @@ def test_candidates_can_all_be_run():
         (Constraints(schedules=("1f1b",)), lambda plan: plan.schedule == "1f1b"),
     ],
 )
-def test_restrictions_hold(restrictions, holds):
-    setting = make_environment(cluster_for_devices(find_device("MI250 GCD"), 8))
-    found = search(Training(LLAMA, 16, 512), setting, restrictions, count=50)
+def test_restrictions_hold(constraints, holds):
+    environment = make_environment(cluster_for_devices(find_device("MI250 GCD"), 8))
+    found = search(Training(LLAMA, 16, 512), environment, constraints, count=50)
     assert found.best
     assert all(holds(best.plan) for best in found.best)
-    assert found.candidates < search(Training(LLAMA, 16, 512), setting).candidates
+    assert found.candidates < search(Training(LLAMA, 16, 512), environment).candidates
 
 
 def test_what_cannot_be_divided_is_told():
-    setting = make_environment(cluster_for_devices(find_device("MI250 GCD"), 7))
+    environment = make_environment(cluster_for_devices(find_device("MI250 GCD"), 7))
     with pytest.raises(PlanError, match="no plan divides a batch of 5 x 64 over 7 devices"):
-        search(Training(GPT, 5, 64), setting)
+        search(Training(GPT, 5, 64), environment)
     with pytest.raises(PlanError, match="3 stages: the number must divide 7 devices"):
-        search(Training(GPT, 7, 64), setting, Constraints(pipeline=3))
+        search(Training(GPT, 7, 64), environment, Constraints(pipeline=3))
     with pytest.raises(PlanError, match="both numbers must be at least 1"):
-        search(Training(GPT, 0, 64), setting)
+        search(Training(GPT, 0, 64), environment)
 
 
 def random_cases(count):
@@ -190,36 +192,38 @@ def random_cases(count):
             int(2 ** generator.integers(7, 13)),
         )
         computes = ["half", "float32"] + (["float8"] if device.float8_flops_per_second else [])
-        implementation = moreh_software(str(generator.choice(computes)))
-        yield training, make_environment(cluster_for_devices(device, devices), implementation)
+        software = moreh_software(str(generator.choice(computes)))
+        yield training, make_environment(cluster_for_devices(device, devices), software)
 
 
 def test_no_prediction_exceeds_the_peak():
     generator = np.random.default_rng(1)
-    for training, setting in random_cases(25):
-        least = model_flops(training) / setting.peak_flops_per_second
-        for table in candidate_tables(setting.roofline, setting.cluster, training, Constraints(max_context=2)):
-            times = stage_time(setting.roofline, setting.cluster, table, training)
+    for training, environment in random_cases(25):
+        least = model_flops(training) / environment.peak_flops_per_second
+        for table in candidate_tables(environment.roofline, environment.cluster, training, Constraints(max_context=2)):
+            times = stage_time(environment.roofline, environment.cluster, table, training)
             for row in generator.choice(len(table), size=min(4, len(table)), replace=False):
                 seconds = step_seconds(table, int(row), times)
                 # float8 products beside attention in half precision: still below the peak of float8.
                 assert np.isfinite(seconds)
-                assert seconds > least, (table.plan(int(row)), setting)
+                assert seconds > least, (table.plan(int(row)), environment)
 
 
 def test_more_memory_or_a_faster_link_never_makes_the_best_plan_slower():
     changed_memory = changed_link = 0
-    for training, setting in random_cases(25):
-        device = setting.cluster.device
-        found = search(training, setting, Constraints(memory_fraction=1), count=1)
+    for training, environment in random_cases(25):
+        device = environment.cluster.device
+        found = search(training, environment, Constraints(memory_fraction=1), count=1)
         needed = found.smallest_bytes / 2**20
-        small = search(training, with_memory(setting, int(needed * 1.2) + 1), Constraints(memory_fraction=1), count=1)
-        large = search(training, with_memory(setting, int(needed * 3) + 2), Constraints(memory_fraction=1), count=1)
+        small = search(
+            training, with_memory(environment, int(needed * 1.2) + 1), Constraints(memory_fraction=1), count=1
+        )
+        large = search(training, with_memory(environment, int(needed * 3) + 2), Constraints(memory_fraction=1), count=1)
         assert large.best[0].step_time_s <= small.best[0].step_time_s
         changed_memory += large.best[0].step_time_s < small.best[0].step_time_s
         for name in ("node_bytes_per_second", "network_bytes_per_second"):
-            cluster = replace(setting.cluster, device=replace(device, **{name: 2 * getattr(device, name)}))
-            faster = search(training, replace(setting, cluster=cluster), Constraints(memory_fraction=1), count=1)
+            cluster = replace(environment.cluster, device=replace(device, **{name: 2 * getattr(device, name)}))
+            faster = search(training, replace(environment, cluster=cluster), Constraints(memory_fraction=1), count=1)
             assert faster.best[0].step_time_s <= found.best[0].step_time_s * (1 + 1e-9)
             changed_link += faster.best[0].step_time_s < found.best[0].step_time_s * (1 - 1e-9)
     assert changed_memory > 5  # neither is so because nothing ever changes
@@ -227,15 +231,15 @@ def test_more_memory_or_a_faster_link_never_makes_the_best_plan_slower():
 
 
 def test_threads_do_not_change_the_result():
-    setting = make_environment(cluster_for_devices(find_device("MI250 GCD"), 8))
+    environment = make_environment(cluster_for_devices(find_device("MI250 GCD"), 8))
     training = Training(LLAMA, 16, 512)
-    one, many = search(training, setting), search(training, setting, threads=4)
+    one, many = search(training, environment), search(training, environment, threads=4)
     assert [best.plan for best in one.best] == [best.plan for best in many.best]
 
 
 def test_parts_of_a_step_add_up():
-    setting = make_environment(cluster_for_devices(find_device("A100 80GB"), 16))
-    for best in search(Training(LLAMA, 64, 2048), setting, count=30).best:
+    environment = make_environment(cluster_for_devices(find_device("A100 80GB"), 16))
+    for best in search(Training(LLAMA, 64, 2048), environment, count=30).best:
         parts = best.parts
         total = sum(getattr(parts, name) for name in parts.__dataclass_fields__)
         assert total == pytest.approx(best.step_time_s, rel=1e-6)

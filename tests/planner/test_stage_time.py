@@ -8,8 +8,9 @@ import pytest
 
 from moreh.accelerator.devices import find_device
 from moreh.models.describe.from_source import describe_config
-from moreh.planner.cost.prediction import make_environment, model_flops, predict
+from moreh.planner.cost.prediction import model_flops, predict
 from moreh.planner.hardware.cluster import Cluster, cluster_for_devices, ring_links
+from moreh.planner.hardware.environment import make_environment
 from moreh.planner.plan.layer_balancing import balanced_ranks, even_layers
 from moreh.planner.plan.plan import Plan, Training
 from moreh.planner.software_profile import MOREH, moreh_software
@@ -42,8 +43,8 @@ def plan(pipeline=1, chunks=1, data=8, count=1, batch=32, **more):
     )
 
 
-def at(setting=EIGHT, training=None, **choices):
-    return predict(plan(**choices), training or Training(LLAMA, 32, 512), setting)
+def at(environment=EIGHT, training=None, **choices):
+    return predict(plan(**choices), training or Training(LLAMA, 32, 512), environment)
 
 
 @pytest.mark.parametrize(("node", "devices"), [(6, 12), (8, 24), (8, 16), (4, 4)])
@@ -84,7 +85,7 @@ def test_sharded_parameters_in_a_pipeline_of_torch_are_whole_between_the_steps_e
     assert torch.memory[0].gradients == pytest.approx(4 * held)
     assert torch.memory[0].parameters == pytest.approx((4 / 4 + 2) * held)
     other = at(
-        replace(EIGHT, implementation=replace(MOREH, reshards_in_pipeline=True)),
+        replace(EIGHT, software=replace(MOREH, reshards_in_pipeline=True)),
         pipeline=2,
         data=4,
         count=4,
@@ -138,8 +139,8 @@ def test_frozen_parameters_cost_no_gradient():
 
 def test_float8_without_units_for_it_is_half_precision():
     assert DEVICE.float8_flops_per_second is None
-    setting = replace(EIGHT, implementation=moreh_software("float8"))
-    assert at(setting).step_time_s == pytest.approx(at().step_time_s)
+    environment = replace(EIGHT, software=moreh_software("float8"))
+    assert at(environment).step_time_s == pytest.approx(at().step_time_s)
 
 
 def test_an_embedding_over_tensor_parallel_ranks_is_added_up():

@@ -52,55 +52,49 @@ class _Tensors:
         return self.norms + self.masks + self.attention + self.scores + self.products + self.activated
 
 
-def layer_activations(plans: PlanTable, training: Training, implementation: SoftwareProfile) -> LayerActivations:
+def layer_activations(plans: PlanTable, training: Training, software: SoftwareProfile) -> LayerActivations:
     """The mean over the model's layers."""
     architecture = training.architecture
     result = LayerActivations(*(np.zeros(len(plans)) for _ in fields(LayerActivations)))
     for layer, count in architecture.layer_kinds():
         share = count / len(architecture.layers)
-        tensors = _layer_tensors(plans, training, implementation, layer)
+        tensors = _layer_tensors(plans, training, software, layer)
         full = plans.recomputation == FULL
-        kept = np.where(
-            plans.recomputation == SELECTIVE, _selective(plans, training, implementation, layer), tensors.all
-        )
+        kept = np.where(plans.recomputation == SELECTIVE, _selective(plans, training, software, layer), tensors.all)
         kept = np.where(full, tensors.wide, kept)
         working = np.where(full, tensors.all, np.maximum(0.0, tensors.all - kept))
-        backward = _backward(tensors, architecture, implementation)
+        backward = _backward(tensors, architecture, software)
         result = LayerActivations(
             result.kept + share * kept, result.working + share * working, result.backward + share * backward
         )
     return result
 
 
-def _layer_tensors(
-    plans: PlanTable, training: Training, implementation: SoftwareProfile, layer: DecoderLayer
-) -> _Tensors:
+def _layer_tensors(plans: PlanTable, training: Training, software: SoftwareProfile, layer: DecoderLayer) -> _Tensors:
     """What a layer keeps without recomputation."""
     architecture = training.architecture
     tokens = micro_batch_tokens(plans, training).astype(np.float64)
-    size = implementation.activation_bytes
+    size = software.activation_bytes
     wide = residual_stream(plans, training)
     queries = tokens * layer.heads * layer.head_dim / plans.tensor
     keys = tokens * layer.kv_heads * layer.head_dim / plans.tensor
     inner = tokens * inner_width(layer) / plans.tensor
 
     # Each product of autocast has a copy of its input, the others share the norm's result.
-    copies = (
-        sum(linear.active for linear in layer.linears if linear.split == "column") if implementation.autocast else 2
-    )
-    norms = 2 * norm_bytes(wide, architecture, implementation) + copies * wide * size
-    masks = 2 * wide * mask_bytes(size, implementation) if architecture.dropout else 0.0 * wide
+    copies = sum(linear.active for linear in layer.linears if linear.split == "column") if software.autocast else 2
+    norms = 2 * norm_bytes(wide, architecture, software) + copies * wide * size
+    masks = 2 * wide * mask_bytes(size, software) if architecture.dropout else 0.0 * wide
     attention = (2 * queries + 2 * keys) * size
     scores = score = np.zeros(len(plans))
-    if not is_fused(architecture, implementation):
-        score_size = implementation.score_bytes or size
+    if not is_fused(architecture, software):
+        score_size = software.score_bytes or size
         attention = attention + (queries + 2 * keys) * (score_size - size)
-        each = 2 * score_size + mask_bytes(score_size, implementation) if architecture.dropout else score_size
+        each = 2 * score_size + mask_bytes(score_size, software) if architecture.dropout else score_size
         pairs = layer.heads / plans.tensor * tokens * training.sequence_length
         scores, score = pairs * each, pairs * score_size
-    activated = implementation.gated_copies if architecture.gated else implementation.activation_copies
+    activated = software.gated_copies if architecture.gated else software.activation_copies
     return _Tensors(
-        wide * residual_bytes(implementation),
+        wide * residual_bytes(software),
         norms,
         masks,
         attention,
@@ -111,41 +105,41 @@ def _layer_tensors(
     )
 
 
-def _selective(plans: PlanTable, training: Training, implementation: SoftwareProfile, layer: DecoderLayer) -> Floats:
+def _selective(plans: PlanTable, training: Training, software: SoftwareProfile, layer: DecoderLayer) -> Floats:
     """Bytes kept with selective recomputation."""
-    tensors = _layer_tensors(plans, training, implementation, layer)
-    if not is_fused(training.architecture, implementation):
+    tensors = _layer_tensors(plans, training, software, layer)
+    if not is_fused(training.architecture, software):
         return tensors.all - tensors.scores
     # The layer's input and the results of its matrix products and of attention.
-    kept = tensors.wide + 2 * residual_stream(plans, training) * implementation.activation_bytes
+    kept = tensors.wide + 2 * residual_stream(plans, training) * software.activation_bytes
     kept = kept + tensors.attention + tensors.products
-    return kept - implementation.recomputed_products * (kept - tensors.wide)
+    return kept - software.recomputed_products * (kept - tensors.wide)
 
 
-def _backward(tensors: _Tensors, architecture: Architecture, implementation: SoftwareProfile) -> Floats:
+def _backward(tensors: _Tensors, architecture: Architecture, software: SoftwareProfile) -> Floats:
     """The highest moment of a layer's backward pass, which frees what is kept on its way from the result to the input."""
     # The activation's: its result is replaced by that one's gradient, and both factors of a product get a gradient. A chain of
     # kernels for the activation ends in such a product too; a single one has one input, of `products`' size.
-    gradients = 1 if architecture.gated or implementation.activation_copies <= 1 else 2
+    gradients = 1 if architecture.gated or software.activation_copies <= 1 else 2
     network = tensors.all - tensors.masks / 2 + tensors.wide + gradients * tensors.products
     # Attention's: the network's activations are gone. The dropped scores are gone as well where there are any.
     attention = tensors.norms / 2 + 1.5 * tensors.attention + tensors.wide + tensors.scores + tensors.score
     return np.maximum(network, attention)
 
 
-def is_fused(architecture: Architecture, implementation: SoftwareProfile) -> bool:
+def is_fused(architecture: Architecture, software: SoftwareProfile) -> bool:
     """Whether attention writes no scores to memory."""
-    return implementation.fused_attention and (implementation.fused_dropout or not architecture.dropout)
+    return software.fused_attention and (software.fused_dropout or not architecture.dropout)
 
 
-def mask_bytes(size: int, implementation: SoftwareProfile) -> int:
+def mask_bytes(size: int, software: SoftwareProfile) -> int:
     """Bytes of one number of the mask of dropout over numbers of `size` bytes."""
-    return size if implementation.mask_bytes is None else implementation.mask_bytes
+    return size if software.mask_bytes is None else software.mask_bytes
 
 
-def residual_bytes(implementation: SoftwareProfile) -> int:
+def residual_bytes(software: SoftwareProfile) -> int:
     """Bytes of one number of the residual stream."""
-    return implementation.weight_bytes if implementation.autocast else implementation.activation_bytes
+    return software.weight_bytes if software.autocast else software.activation_bytes
 
 
 def residual_stream(plans: PlanTable, training: Training) -> Floats:
@@ -154,10 +148,10 @@ def residual_stream(plans: PlanTable, training: Training) -> Floats:
     return numbers / np.where(plans.sequence_parallel, plans.tensor, 1)
 
 
-def norm_bytes(wide: Floats, architecture: Architecture, implementation: SoftwareProfile) -> Floats:
+def norm_bytes(wide: Floats, architecture: Architecture, software: SoftwareProfile) -> Floats:
     """Bytes of what one norm keeps of a residual stream of `wide` numbers, without its result, which a product keeps."""
-    copies = implementation.rms_norm_copies if architecture.norm == "rms" else implementation.norm_copies
-    return wide * copies * residual_bytes(implementation)
+    copies = software.rms_norm_copies if architecture.norm == "rms" else software.norm_copies
+    return wide * copies * residual_bytes(software)
 
 
 def inner_width(layer: DecoderLayer) -> int:
@@ -166,18 +160,18 @@ def inner_width(layer: DecoderLayer) -> int:
     return max(0, columns - (layer.heads + 2 * layer.kv_heads) * layer.head_dim)
 
 
-def embedding_activations(plans: PlanTable, training: Training, implementation: SoftwareProfile) -> Floats:
+def embedding_activations(plans: PlanTable, training: Training, software: SoftwareProfile) -> Floats:
     """Bytes that the first stage keeps besides its layers: token ids, 8 bytes each, and a dropout mask."""
     architecture = training.architecture
     tokens = micro_batch_tokens(plans, training)
-    mask = mask_bytes(residual_bytes(implementation), implementation) if architecture.dropout else 0
+    mask = mask_bytes(residual_bytes(software), software) if architecture.dropout else 0
     return np.asarray(tokens * (8.0 + mask * architecture.hidden), dtype=np.float64)
 
 
-def final_activations(plans: PlanTable, training: Training, implementation: SoftwareProfile) -> Floats:
+def final_activations(plans: PlanTable, training: Training, software: SoftwareProfile) -> Floats:
     """Bytes that the last stage keeps for its final norm and as the output layer's input, [n]."""
     wide = residual_stream(plans, training)
-    return norm_bytes(wide, training.architecture, implementation) + wide * implementation.activation_bytes
+    return norm_bytes(wide, training.architecture, software) + wide * software.activation_bytes
 
 
 def matmul_output_elements(plans: PlanTable, training: Training) -> Floats:

@@ -61,19 +61,17 @@ def layer_time(roofline: Roofline, cluster: Cluster, plans: PlanTable, training:
 def _one_layer(
     roofline: Roofline, cluster: Cluster, plans: PlanTable, training: Training, layer: DecoderLayer
 ) -> LayerTime:
-    implementation = roofline.implementation
+    software = roofline.software
     tokens = micro_batch_tokens(plans, training)
     hidden = training.architecture.hidden
     products_s, inputs_s, weights_s = _linear_s(roofline, plans, layer, tokens)
     attention_s, attention_back_s = _attention_s(roofline, plans, training, layer, tokens)
-    moved = elementwise_bytes(plans, training.architecture, layer, tokens, implementation.activation_bytes)
-    moved = moved * implementation.elementwise
-    elementwise_s = roofline.memory_s(moved, implementation.layer_kernels)
-    elementwise_back_s = roofline.memory_s(
-        moved * ELEMENTWISE_BACKWARD, implementation.layer_kernels * ELEMENTWISE_BACKWARD
-    )
+    moved = elementwise_bytes(plans, training.architecture, layer, tokens, software.activation_bytes)
+    moved = moved * software.elementwise
+    elementwise_s = roofline.memory_s(moved, software.layer_kernels)
+    elementwise_back_s = roofline.memory_s(moved * ELEMENTWISE_BACKWARD, software.layer_kernels * ELEMENTWISE_BACKWARD)
 
-    keys = 2 * layer.kv_heads * layer.head_dim / plans.tensor * tokens * plans.context * implementation.activation_bytes
+    keys = 2 * layer.kv_heads * layer.head_dim / plans.tensor * tokens * plans.context * software.activation_bytes
     context_links = ring_links(cluster, plans.context, plans.tensor)
     key_gather_s = roofline.ring_s(keys, context_links)
     attention_s = roofline.overlapped_s(attention_s, key_gather_s)
@@ -82,17 +80,17 @@ def _one_layer(
     # All-reduce after attention and after the feed-forward network, in both directions (https://arxiv.org/abs/1909.08053);
     # with sequence parallelism a reduce-scatter and an all-gather instead (https://arxiv.org/abs/2205.05198).
     links = ring_links(cluster, plans.tensor, np.ones_like(plans.tensor))
-    exchange_s = 4 * roofline.ring_s(tokens * hidden * implementation.activation_bytes, links)
+    exchange_s = 4 * roofline.ring_s(tokens * hidden * software.activation_bytes, links)
     forward_s = products_s + attention_s + elementwise_s
-    if implementation.overlaps_tensor:
+    if software.overlaps_tensor:
         exchange_s = roofline.overlapped_s(products_s, exchange_s) - products_s
 
     waiting = np.where(plans.tensor > 1, roofline.efficiency.skew, 0.0)
     backward_s = inputs_s + weights_s + attention_back_s + elementwise_back_s
 
     selective, full = plans.recomputation == SELECTIVE, plans.recomputation == FULL
-    again = implementation.recomputed_products * products_s
-    again = again + (elementwise_s if implementation.fused_attention else attention_s)
+    again = software.recomputed_products * products_s
+    again = again + (elementwise_s if software.fused_attention else attention_s)
     return LayerTime(
         forward_s=forward_s,
         backward_s=backward_s,
@@ -128,8 +126,8 @@ def _attention_s(
     length = training.sequence_length
     keys = length if layer.window is None else min(length, layer.window)
     heads = layer.heads / plans.tensor
-    implementation = roofline.implementation
-    if implementation.fused_attention:
+    software = roofline.software
+    if software.fused_attention:
         # Fused kernels leave out what the causal mask hides: half of the scores, less where a window hides more.
         seen = keys - keys * keys / (2 * length)
         forward = roofline.attention_s(4 * tokens * seen * heads * layer.head_dim)
@@ -140,7 +138,7 @@ def _attention_s(
         queries, layer.head_dim, length, batch
     )
     # Each score is written, read and written by the masked softmax, by dropout with its mask, and read: 2 bytes each.
-    passes = (6.5 if training.architecture.dropout else 4) * implementation.activation_bytes
+    passes = (6.5 if training.architecture.dropout else 4) * software.activation_bytes
     scores = heads * tokens * length
     forward = products + roofline.memory_s(scores * passes, kernels=3)
     return forward, 2 * products + roofline.memory_s(scores * passes * ELEMENTWISE_BACKWARD, kernels=5)
@@ -165,13 +163,11 @@ def elementwise_bytes(
 def embedding_time(roofline: Roofline, cluster: Cluster, plans: PlanTable, training: Training) -> EdgeTime:
     """Look-up of the tokens, and the scatter of their gradients."""
     tokens = micro_batch_tokens(plans, training)
-    moved = 2 * tokens * training.architecture.hidden * roofline.implementation.activation_bytes
-    table = training.architecture.embedding_parameters / plans.tensor * roofline.implementation.gradient_bytes
+    moved = 2 * tokens * training.architecture.hidden * roofline.software.activation_bytes
+    table = training.architecture.embedding_parameters / plans.tensor * roofline.software.gradient_bytes
     # Each tensor-parallel rank looks up the tokens of its part of the vocabulary; the results are added up.
     links = ring_links(cluster, plans.tensor, np.ones_like(plans.tensor))
-    exchange_s = 2 * roofline.ring_s(
-        tokens * training.architecture.hidden * roofline.implementation.activation_bytes, links
-    )
+    exchange_s = 2 * roofline.ring_s(tokens * training.architecture.hidden * roofline.software.activation_bytes, links)
     frozen = training.architecture.embedding_frozen
     backward_s = np.zeros(len(plans)) if frozen else roofline.memory_s(2 * moved + table, kernels=2)
     return EdgeTime(roofline.memory_s(moved) + exchange_s, backward_s)
@@ -188,8 +184,8 @@ def head_time(roofline: Roofline, cluster: Cluster, plans: PlanTable, training: 
     hidden = training.architecture.hidden
     columns = training.architecture.vocabulary / plans.tensor
     links: Links = ring_links(cluster, plans.tensor, np.ones_like(plans.tensor))
-    exchange_s = 2 * roofline.ring_s(tokens * hidden * roofline.implementation.activation_bytes, links)
-    passes_s = roofline.memory_s(tokens * columns * roofline.implementation.logit_passes_bytes / 2, kernels=4)
+    exchange_s = 2 * roofline.ring_s(tokens * hidden * roofline.software.activation_bytes, links)
+    passes_s = roofline.memory_s(tokens * columns * roofline.software.logit_passes_bytes / 2, kernels=4)
     backward = roofline.matmul_s(tokens, hidden, columns)
     if not head_is_frozen(training.architecture):
         backward = backward + roofline.matmul_s(hidden, columns, tokens)

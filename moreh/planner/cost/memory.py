@@ -57,12 +57,12 @@ class Memory:
         return np.asarray(sum(parts) + self.fragmentation)
 
 
-def memory(plans: PlanTable, training: Training, implementation: SoftwareProfile) -> Memory:
+def memory(plans: PlanTable, training: Training, software: SoftwareProfile) -> Memory:
     """The memory of every plan."""
-    states = states_of(plans, training, implementation)
-    if not implementation.reuses_memory:
-        return _sum_of_moments(states, plans, training, implementation)
-    moments = _moments(states, plans, training, implementation)
+    states = states_of(plans, training, software)
+    if not software.reuses_memory:
+        return _sum_of_moments(states, plans, training, software)
+    moments = _moments(states, plans, training, software)
     highest = np.argmax([moment.total for moment in moments], axis=0)[None]
 
     def at_highest(name: str) -> Floats:
@@ -71,29 +71,27 @@ def memory(plans: PlanTable, training: Training, implementation: SoftwareProfile
     return Memory(**{field.name: at_highest(field.name) for field in fields(Memory)})
 
 
-def _sum_of_moments(states: States, plans: PlanTable, training: Training, implementation: SoftwareProfile) -> Memory:
+def _sum_of_moments(states: States, plans: PlanTable, training: Training, software: SoftwareProfile) -> Memory:
     """What a step needs at any moment, added up."""
     sharding = plans.sharding[:, None]
     # Unsharded, a new gradient of that matrix exists before it is added to the one that is there.
-    gathers_edge = (sharding == PARAMETERS) & reshards_each_micro_batch(plans.pipeline, implementation)
-    per_parameter = np.where(
-        gathers_edge, implementation.gather_bytes + implementation.reduce_bytes, implementation.activation_bytes
-    )
+    gathers_edge = (sharding == PARAMETERS) & reshards_each_micro_batch(plans.pipeline, software)
+    per_parameter = np.where(gathers_edge, software.gather_bytes + software.reduce_bytes, software.activation_bytes)
     buffers = np.maximum(states.exchanged, largest_edge(states, plans) * per_parameter)
     # Sequence parallelism gathers the whole input of a column-split product, and of the gradient that comes back.
-    rows = 2 * micro_batch_tokens(plans, training) * training.architecture.hidden * implementation.activation_bytes
+    rows = 2 * micro_batch_tokens(plans, training) * training.architecture.hidden * software.activation_bytes
     buffers = buffers + np.where(plans.sequence_parallel, rows, 0)[:, None]
 
-    layer = layer_activations(plans, training, implementation)
-    in_flight = stages_in_flight(plans, implementation)
+    layer = layer_activations(plans, training, software)
+    in_flight = stages_in_flight(plans, software)
     activations = in_flight * layers_of_stage(plans) * layer.kept[:, None] + layer.working[:, None]
-    activations[:, 0] += in_flight[:, 0] / plans.chunks * embedding_activations(plans, training, implementation)
+    activations[:, 0] += in_flight[:, 0] / plans.chunks * embedding_activations(plans, training, software)
     if plans.schedule in SPLIT_BACKWARD:
-        results = matmul_output_elements(plans, training) * implementation.activation_bytes
+        results = matmul_output_elements(plans, training) * software.activation_bytes
         waiting = for_each_count(plans, peak_waiting_weights)
         activations += waiting * layers_of_stage(plans) * results[:, None]
-    logits = logit_elements(plans, training, implementation) * implementation.logit_bytes
-    copies = copies_of_weights(states, plans, training, implementation)
+    logits = logit_elements(plans, training, software) * software.logit_bytes
+    copies = copies_of_weights(states, plans, training, software)
     return Memory(
         parameters=states.weights + copies.forward + copies.head,
         gradients=states.trained * states.gradient,
@@ -101,34 +99,34 @@ def _sum_of_moments(states: States, plans: PlanTable, training: Training, implem
         activations=activations,
         logits=logits,
         buffers=buffers,
-        fragmentation=implementation.fragmentation * (activations + logits + buffers),
+        fragmentation=software.fragmentation * (activations + logits + buffers),
     )
 
 
-def _moments(states: States, plans: PlanTable, training: Training, implementation: SoftwareProfile) -> list[Memory]:
+def _moments(states: States, plans: PlanTable, training: Training, software: SoftwareProfile) -> list[Memory]:
     """The moments of a step that may be its highest one."""
     none = np.zeros_like(states.held)
     first, last = edge_ranks(plans)
-    copies = copies_of_weights(states, plans, training, implementation)
-    gradients = gradients_held(states, plans, training, implementation)
-    logits = logit_elements(plans, training, implementation)
+    copies = copies_of_weights(states, plans, training, software)
+    gradients = gradients_held(states, plans, training, software)
+    logits = logit_elements(plans, training, software)
 
-    layer = layer_activations(plans, training, implementation)
+    layer = layer_activations(plans, training, software)
     # One micro-batch in one stage: freed while its backward pass goes from the last layer to the first.
     stage = layers_of_stage(plans) * layer.kept[:, None]
-    embedded = embedding_activations(plans, training, implementation)[:, None]
-    kept = stages_in_flight(plans, implementation) * (stage + first * embedded / plans.chunks)
-    with_final = kept + last * final_activations(plans, training, implementation)[:, None]
-    gradient = (residual_stream(plans, training) * residual_bytes(implementation))[:, None]
+    embedded = embedding_activations(plans, training, software)[:, None]
+    kept = stages_in_flight(plans, software) * (stage + first * embedded / plans.chunks)
+    with_final = kept + last * final_activations(plans, training, software)[:, None]
+    gradient = (residual_stream(plans, training) * residual_bytes(software))[:, None]
     in_last_layer = kept + (layer.backward - layer.kept)[:, None]
     in_first_layer = kept - stage + layer.backward[:, None]
 
     # The largest single gather and reduction.
-    gathered = largest_edge(states, plans) * (implementation.gather_bytes + implementation.reduce_bytes)
+    gathered = largest_edge(states, plans) * (software.gather_bytes + software.reduce_bytes)
     edge = np.maximum(states.exchanged, np.where(plans.sharding[:, None] == PARAMETERS, gathered, 0.0))
     # Autocast gives a matrix a gradient in low precision, which is then converted.
-    low = implementation.activation_bytes if implementation.autocast else implementation.gradient_bytes
-    converted = low + implementation.gradient_bytes if implementation.autocast else 0
+    low = software.activation_bytes if software.autocast else software.gradient_bytes
+    converted = low + software.gradient_bytes if software.autocast else 0
 
     def moment(
         activations: Floats, gradients: Floats, copies: Floats = none, logits: Floats = none, buffers: Floats = none
@@ -141,15 +139,15 @@ def _moments(states: States, plans: PlanTable, training: Training, implementatio
             activations=activations,
             logits=logits,
             buffers=buffers,
-            fragmentation=implementation.fragmentation * temporary,
+            fragmentation=software.fragmentation * temporary,
         )
 
-    before_loss = logits * implementation.forward_logit_bytes
-    in_loss = logits * implementation.logit_bytes
-    after_loss = logits * implementation.activation_bytes
+    before_loss = logits * software.forward_logit_bytes
+    in_loss = logits * software.logit_bytes
+    after_loss = logits * software.activation_bytes
     in_head = with_final + last * gradient
     head, converted_head = np.maximum(edge, gradients.head * low), np.maximum(edge, gradients.head * converted)
-    optimizer = optimizer_temporaries(states, plans, training, implementation)
+    optimizer = optimizer_temporaries(states, plans, training, software)
     return [
         # The end of the forward pass, and the loss's backward pass.
         moment(with_final, gradients.before, copies.forward + copies.head, before_loss, edge),

@@ -34,31 +34,27 @@ class States:
     exchanged: Floats
 
 
-def states_of(plans: PlanTable, training: Training, implementation: SoftwareProfile) -> States:
+def states_of(plans: PlanTable, training: Training, software: SoftwareProfile) -> States:
     """What parameters, gradients and optimizer state take, and the buffers of their exchange."""
     shards = (plans.data * plans.context)[:, None]
     sharding = plans.sharding[:, None]
     parameters = parameters_per_device(training.architecture, plans, trainable_only=False)
     trainable = parameters_per_device(training.architecture, plans, trainable_only=True)
     held = per_rank(plans, parameters.of_stages(plans))
-    reshards = reshards_each_micro_batch(plans.pipeline, implementation)
+    reshards = reshards_each_micro_batch(plans.pipeline, software)
     # Two layers are gathered at a time, the one in use and the next, and one layer's gradients wait to be reduced.
-    gathered = np.where(
-        (plans.sharding == PARAMETERS) & reshards, 2 * parameters.layer * implementation.gather_bytes, 0.0
-    )
-    reduced = np.where((plans.sharding >= GRADIENTS) & reshards, trainable.layer * implementation.reduce_bytes, 0.0)
-    whole = held * (0 if reshards else implementation.gather_bytes)
-    copies = np.where(
-        sharding == PARAMETERS, whole, 0.0 if implementation.autocast else held * implementation.working_bytes
-    )
+    gathered = np.where((plans.sharding == PARAMETERS) & reshards, 2 * parameters.layer * software.gather_bytes, 0.0)
+    reduced = np.where((plans.sharding >= GRADIENTS) & reshards, trainable.layer * software.reduce_bytes, 0.0)
+    whole = held * (0 if reshards else software.gather_bytes)
+    copies = np.where(sharding == PARAMETERS, whole, 0.0 if software.autocast else held * software.working_bytes)
     return States(
         parameters=parameters,
         trainable=trainable,
         held=held,
         trained=per_rank(plans, trainable.of_stages(plans)),
-        weights=held * implementation.weight_bytes / np.where(sharding == PARAMETERS, shards, 1) + copies,
-        gradient=implementation.gradient_bytes / np.where((sharding >= GRADIENTS) & reshards, shards, 1),
-        optimizer=implementation.optimizer_bytes / np.where(sharding >= OPTIMIZER, shards, 1),
+        weights=held * software.weight_bytes / np.where(sharding == PARAMETERS, shards, 1) + copies,
+        gradient=software.gradient_bytes / np.where((sharding >= GRADIENTS) & reshards, shards, 1),
+        optimizer=software.optimizer_bytes / np.where(sharding >= OPTIMIZER, shards, 1),
         exchanged=(gathered + reduced)[:, None],
     )
 
@@ -77,11 +73,11 @@ class Copies:
     head: Floats
 
 
-def copies_of_weights(states: States, plans: PlanTable, training: Training, implementation: SoftwareProfile) -> Copies:
+def copies_of_weights(states: States, plans: PlanTable, training: Training, software: SoftwareProfile) -> Copies:
     """Copies of weights in low precision that exist for a while."""
     # Copies that last are among the states' weights.
-    lasting = not implementation.autocast
-    copy = np.where(lasting | (plans.sharding == PARAMETERS), 0.0, implementation.working_bytes)
+    lasting = not software.autocast
+    copy = np.where(lasting | (plans.sharding == PARAMETERS), 0.0, software.working_bytes)
     _, last = edge_ranks(plans)
     layer = (states.parameters.layer * copy)[:, None] + 0 * last
     layers = layer * per_rank(plans, plans.stage_layers.astype(np.float64))
@@ -104,11 +100,11 @@ class Gradients:
     head: Floats
 
 
-def gradients_held(states: States, plans: PlanTable, training: Training, implementation: SoftwareProfile) -> Gradients:
+def gradients_held(states: States, plans: PlanTable, training: Training, software: SoftwareProfile) -> Gradients:
     """All gradients exist if they were not freed, or not since the micro-batch before; else those that the pass has passed."""
     everything = states.trained * states.gradient
-    trainable, size = states.trainable, implementation.gradient_bytes
-    exists = np.array(not implementation.gradients_freed) | (plans.micro_batches > 1)[:, None]
+    trainable, size = states.trainable, software.gradient_bytes
+    exists = np.array(not software.gradients_freed) | (plans.micro_batches > 1)[:, None]
     first, last = edge_ranks(plans)
     matrix = training.architecture.embedding_parameters / plans.tensor
     first_matrix = first * np.minimum(matrix, trainable.first)[:, None]
@@ -146,13 +142,13 @@ def layers_of_stage(plans: PlanTable) -> Floats:
     return per_rank(plans, plans.stage_layers.astype(np.float64)) / plans.chunks
 
 
-def logit_elements(plans: PlanTable, training: Training, implementation: SoftwareProfile) -> Floats:
+def logit_elements(plans: PlanTable, training: Training, software: SoftwareProfile) -> Floats:
     """How many logits there are at once, [n, pipeline]."""
     columns = training.architecture.vocabulary / plans.tensor
     logits = np.zeros((len(plans), plans.pipeline))
     logits[:, stage_ranks(plans)[-1]] = micro_batch_tokens(plans, training) * columns
     if plans.pipeline > 1:
-        logits *= np.minimum(implementation.least_in_flight, plans.micro_batches)[:, None]
+        logits *= np.minimum(software.least_in_flight, plans.micro_batches)[:, None]
     return logits
 
 
@@ -172,11 +168,9 @@ def feed_forward(layer: DecoderLayer) -> list[Linear]:
     return [linear for linear in layer.linears[rows[0] + 1 if rows else 0 :] if not linear.frozen]
 
 
-def optimizer_temporaries(
-    states: States, plans: PlanTable, training: Training, implementation: SoftwareProfile
-) -> Floats:
+def optimizer_temporaries(states: States, plans: PlanTable, training: Training, software: SoftwareProfile) -> Floats:
     """Bytes that the optimizer needs at most while it updates a rank's parameters one after the other, [n, pipeline]."""
-    count = implementation.optimizer_temporaries
+    count = software.optimizer_temporaries
     largest = count * largest_edge(states, plans)
     for layer, _ in training.architecture.layer_kinds():
         previous = 0
@@ -188,7 +182,7 @@ def optimizer_temporaries(
             within = (count * size + min(1.0, count) * previous) / plans.tensor
             largest = np.maximum(largest, within[:, None])
             previous = 0 if linear.bias else size
-    return largest * implementation.weight_bytes * states.optimizer / implementation.optimizer_bytes
+    return largest * software.weight_bytes * states.optimizer / software.optimizer_bytes
 
 
 def for_each_count(plans: PlanTable, peak: Callable[[Schedule, int, int, int], Integers]) -> Floats:
@@ -199,9 +193,9 @@ def for_each_count(plans: PlanTable, peak: Callable[[Schedule, int, int, int], I
     return result
 
 
-def stages_in_flight(plans: PlanTable, implementation: SoftwareProfile) -> Floats:
+def stages_in_flight(plans: PlanTable, software: SoftwareProfile) -> Floats:
     """Micro-batches whose activations a rank holds at the peak, counted in stages: [n, pipeline]."""
     result = for_each_count(plans, peak_in_flight)
     if plans.pipeline > 1:
-        result = np.maximum(result, np.minimum(implementation.least_in_flight, plans.micro_batches)[:, None])
+        result = np.maximum(result, np.minimum(software.least_in_flight, plans.micro_batches)[:, None])
     return result

@@ -9,50 +9,9 @@ from moreh.planner.cost.layer_time import head_is_frozen
 from moreh.planner.cost.memory import Memory, memory
 from moreh.planner.cost.pipeline_time import makespan
 from moreh.planner.cost.stage_time import StageTime, stage_time
-from moreh.planner.hardware.cluster import Cluster
-from moreh.planner.hardware.efficiency import Efficiency, find_efficiency
-from moreh.planner.hardware.measured_device import cluster_of, efficiency_of, local_profile
-from moreh.planner.hardware.roofline import Roofline
+from moreh.planner.hardware.environment import Environment
 from moreh.planner.plan.plan import Plan, Training
 from moreh.planner.plan.plan_table import PlanTable, table_of_plans
-from moreh.planner.software_profile import MOREH, SoftwareProfile
-
-
-@dataclass(frozen=True)
-class Environment:
-    """Where and with which software a training runs: all that a prediction needs besides the plan."""
-
-    cluster: Cluster
-    efficiency: Efficiency
-    implementation: SoftwareProfile
-
-    @property
-    def roofline(self) -> Roofline:
-        """The device with its efficiency."""
-        return Roofline(self.cluster.device, self.efficiency, self.implementation)
-
-    @property
-    def peak_flops_per_second(self) -> float:
-        """The peak of all devices together, in the precision that the implementation computes in."""
-        device = self.cluster.device
-        rates = {"float32": device.float32_flops_per_second, "float8": device.float8_flops_per_second}
-        return self.cluster.devices * (rates.get(self.implementation.compute) or device.bf16_flops_per_second)
-
-
-def make_environment(cluster: Cluster, implementation: SoftwareProfile = MOREH) -> Environment:
-    """A cluster with the measured efficiency of its class of devices."""
-    return Environment(cluster, find_efficiency(cluster.device.efficiency), implementation)
-
-
-def measured_environment(workers: int, implementation: SoftwareProfile) -> Environment:
-    """So many workers of this machine, whose rates are measured in some seconds unless that was done before.
-
-    Raises:
-        PlanError: there is no such number of workers, or measuring failed.
-        RegistryError: the state directory, where the figures are kept, cannot be used.
-    """
-    profile = local_profile(workers)
-    return Environment(cluster_of(profile), efficiency_of(profile, implementation.compute), implementation)
 
 
 @dataclass(frozen=True)
@@ -151,11 +110,11 @@ def model_flops(training: Training) -> float:
     return flops
 
 
-def predict(plan: Plan, training: Training, setting: Environment) -> Prediction:
+def predict(plan: Plan, training: Training, environment: Environment) -> Prediction:
     """The cost of one plan."""
     table = table_of_plans([plan])
-    times = stage_time(setting.roofline, setting.cluster, table, training)
-    return predict_row(table, 0, times, memory(table, training, setting.implementation), training, setting)
+    times = stage_time(environment.roofline, environment.cluster, table, training)
+    return predict_row(table, 0, times, memory(table, training, environment.software), training, environment)
 
 
 def step_seconds(table: PlanTable, row: int, times: StageTime) -> float:
@@ -174,7 +133,7 @@ def step_seconds(table: PlanTable, row: int, times: StageTime) -> float:
 
 
 def predict_row(
-    table: PlanTable, row: int, times: StageTime, needed: Memory, training: Training, setting: Environment
+    table: PlanTable, row: int, times: StageTime, needed: Memory, training: Training, environment: Environment
 ) -> Prediction:
     """The cost of one row of a table, from the arrays that were computed for all of it."""
     seconds = step_seconds(table, row, times)
@@ -199,7 +158,7 @@ def predict_row(
         plan=table.plan(row),
         step_time_s=seconds,
         tokens_per_second=training.tokens / seconds,
-        mfu=model_flops(training) / seconds / setting.peak_flops_per_second,
+        mfu=model_flops(training) / seconds / environment.peak_flops_per_second,
         parts=replace(parts, bubble_s=max(0.0, bubble)),
         memory=ranks,
         stage_forward_s=tuple(times.forward_s[row].tolist()),

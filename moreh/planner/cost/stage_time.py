@@ -91,15 +91,15 @@ def ends_are_apart(plans: PlanTable) -> bool:
     return bool(ranks[0] != ranks[-1])
 
 
-def reshards_each_micro_batch(pipeline: int, implementation: SoftwareProfile) -> bool:
+def reshards_each_micro_batch(pipeline: int, software: SoftwareProfile) -> bool:
     """Whether sharded parameters are gathered, and sharded gradients reduced, for each micro-batch and not once a step."""
-    return pipeline == 1 or implementation.reshards_in_pipeline
+    return pipeline == 1 or software.reshards_in_pipeline
 
 
 def data_links(roofline: Roofline, cluster: Cluster, plans: PlanTable) -> Links:
     """The links of the group that shares the same weights: data-parallel and context-parallel ranks."""
     links = ring_links(cluster, plans.data * plans.context, plans.tensor)
-    if roofline.implementation.rings_use_all_ports:
+    if roofline.software.rings_use_all_ports:
         return links
     one_port = np.minimum(links.bytes_per_second, cluster.device.network_bytes_per_second)
     return replace(links, bytes_per_second=np.where(links.across_nodes, one_port, links.bytes_per_second))
@@ -107,7 +107,7 @@ def data_links(roofline: Roofline, cluster: Cluster, plans: PlanTable) -> Links:
 
 def stage_time(roofline: Roofline, cluster: Cluster, plans: PlanTable, training: Training) -> StageTime:
     """The time of every stage of every plan."""
-    implementation = roofline.implementation
+    software = roofline.software
     layer = layer_time(roofline, cluster, plans, training)
     embedding = embedding_time(roofline, cluster, plans, training)
     head = head_time(roofline, cluster, plans, training)
@@ -117,15 +117,15 @@ def stage_time(roofline: Roofline, cluster: Cluster, plans: PlanTable, training:
 
     # Parameters are gathered for each forward and each backward pass where they are sharded; gradients are reduced in
     # each backward pass where they are.
-    reshards = reshards_each_micro_batch(plans.pipeline, implementation)
-    gathers = np.where((plans.sharding == PARAMETERS) & reshards, implementation.gather_bytes, 0)
-    reduces = np.where((plans.sharding >= GRADIENTS) & reshards, implementation.reduce_bytes, 0)
+    reshards = reshards_each_micro_batch(plans.pipeline, software)
+    gathers = np.where((plans.sharding == PARAMETERS) & reshards, software.gather_bytes, 0)
+    reduces = np.where((plans.sharding >= GRADIENTS) & reshards, software.reduce_bytes, 0)
 
     def hidden(computation: Floats, gather: Floats, reduce: Floats) -> Floats:
         """Seconds of a computation with the exchange of parameters and gradients beside it."""
         exchange = np.where(gathers > 0, roofline.ring_s(gather * gathers, links), 0.0)
         exchange = exchange + np.where(reduces > 0, roofline.ring_s(reduce * reduces, links), 0.0)
-        if implementation.overlaps_data:
+        if software.overlaps_data:
             return roofline.overlapped_s(computation, exchange)
         return computation + exchange
 
@@ -156,7 +156,7 @@ def stage_time(roofline: Roofline, cluster: Cluster, plans: PlanTable, training:
         backward_s=backward,
         weight_fraction=layer.weights_s / layer_backward,
         send_s=_between_stages_s(
-            roofline, cluster, plans, activation_bytes_between_stages(plans, training, roofline.implementation)
+            roofline, cluster, plans, activation_bytes_between_stages(plans, training, roofline.software)
         ),
         gradients_s=gradients + _tied_exchange_s(roofline, cluster, plans, training),
         optimizer_s=optimizer,
@@ -171,10 +171,10 @@ def _both(edge: EdgeTime, applies: Booleans) -> Floats:
     return np.where(applies, edge.forward_s + edge.backward_s, 0.0)
 
 
-def activation_bytes_between_stages(plans: PlanTable, training: Training, implementation: SoftwareProfile) -> Floats:
+def activation_bytes_between_stages(plans: PlanTable, training: Training, software: SoftwareProfile) -> Floats:
     """Bytes that a device sends to the next stage for a micro-batch, [n]."""
     parts = np.where(plans.sequence_parallel, plans.tensor, 1)
-    return micro_batch_tokens(plans, training) * training.architecture.hidden * implementation.activation_bytes / parts
+    return micro_batch_tokens(plans, training) * training.architecture.hidden * software.activation_bytes / parts
 
 
 def _between_stages_s(roofline: Roofline, cluster: Cluster, plans: PlanTable, sent_bytes: Floats) -> Floats:
@@ -195,7 +195,7 @@ def _tied_exchange_s(roofline: Roofline, cluster: Cluster, plans: PlanTable, tra
     architecture = training.architecture
     if not architecture.tied or architecture.embedding_frozen or not ends_are_apart(plans):
         return np.zeros(len(plans))
-    sent_bytes = architecture.embedding_parameters / plans.tensor * roofline.implementation.reduce_bytes
+    sent_bytes = architecture.embedding_parameters / plans.tensor * roofline.software.reduce_bytes
     return _between_stages_s(roofline, cluster, plans, sent_bytes)
 
 
@@ -208,20 +208,20 @@ def _finish(
     backward_s: Floats,
 ) -> tuple[Floats, Floats]:
     """Seconds after the last micro-batch in the stage that has most to do: exchange of gradients, and optimizer; [n]."""
-    implementation = roofline.implementation
+    software = roofline.software
     most = per_rank(plans, trainable.of_stages(plans)).max(axis=1)
     whole = per_rank(plans, parameters.of_stages(plans)).max(axis=1)
 
-    reduce = roofline.ring_s(most * implementation.reduce_bytes, links)
-    gather = roofline.ring_s(whole * implementation.gather_bytes, links)
-    gather_trained = roofline.ring_s(most * implementation.gather_bytes, links)
-    reshards = reshards_each_micro_batch(plans.pipeline, implementation)
+    reduce = roofline.ring_s(most * software.reduce_bytes, links)
+    gather = roofline.ring_s(whole * software.gather_bytes, links)
+    gather_trained = roofline.ring_s(most * software.gather_bytes, links)
+    reshards = reshards_each_micro_batch(plans.pipeline, software)
     once = np.where(
         plans.sharding == WHOLE, 2 * reduce, np.where((plans.sharding == OPTIMIZER) | (not reshards), reduce, 0.0)
     )
     after = np.where(plans.sharding == WHOLE, 0.0, gather_trained)
     after = np.where(plans.sharding == PARAMETERS, 0.0 if reshards else gather, after)
-    if implementation.overlaps_data:
+    if software.overlaps_data:
         # The gradients of the last micro-batch are exchanged while its earlier layers are still computed, and parameters
         # are gathered while the first layers of the next step are. A backward pass in two parts writes gradients past the
         # hooks that would start an exchange, so there it comes after the step.
@@ -231,7 +231,7 @@ def _finish(
         after = roofline.overlapped_s(last, after) - last
 
     # AdamW reads gradient, weight and state and writes the latter two; clipping reads the gradient once more.
-    moved = 2 * implementation.gradient_bytes + 2 * (implementation.weight_bytes + implementation.optimizer_bytes)
+    moved = 2 * software.gradient_bytes + 2 * (software.weight_bytes + software.optimizer_bytes)
     share = np.where(plans.sharding >= OPTIMIZER, plans.data * plans.context, 1)
-    optimizer = most / share * (moved + implementation.working_bytes) / roofline.memory_rate
+    optimizer = most / share * (moved + software.working_bytes) / roofline.memory_rate
     return once + after, optimizer

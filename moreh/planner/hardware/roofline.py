@@ -18,16 +18,16 @@ TILE_ELEMENTS = 128 * 256
 
 @dataclass(frozen=True)
 class Roofline:
-    """A device with its efficiency, for one implementation."""
+    """A device with its efficiency, for one software."""
 
     device: Device
     efficiency: Efficiency
-    implementation: SoftwareProfile
+    software: SoftwareProfile
 
     @property
     def half_rate(self) -> float:
         """FLOP/s that attention's products can reach at best."""
-        if self.implementation.compute == "float32":
+        if self.software.compute == "float32":
             return self.device.float32_flops_per_second
         return self.device.bf16_flops_per_second
 
@@ -35,7 +35,7 @@ class Roofline:
     def linear_rate(self) -> float:
         """FLOP/s that linear layers reach when they are large."""
         float8 = self.device.float8_flops_per_second
-        if self.implementation.compute == "float8" and float8 is not None:
+        if self.software.compute == "float8" and float8 is not None:
             return float8 * self.efficiency.float8
         return self.half_rate * self.efficiency.matmul
 
@@ -50,7 +50,7 @@ class Roofline:
         waves = batch * rows * columns / (TILE_ELEMENTS * self.device.compute_units)
         fraction = depth / (depth + self.efficiency.matmul_depth) * waves / (waves + self.efficiency.matmul_waves)
         compute = 2 * batch * rows * columns * depth / (self.linear_rate * fraction)
-        moved = batch * (rows * depth + depth * columns + rows * columns) * self.implementation.activation_bytes
+        moved = batch * (rows * depth + depth * columns + rows * columns) * self.software.activation_bytes
         return np.maximum(compute, moved / self.memory_rate) + self.efficiency.kernel_s
 
     def attention_s(self, flops: Number) -> Floats:

@@ -6,9 +6,11 @@ from dataclasses import asdict
 from moreh.planner.cost.prediction import DeviceMemory, Prediction
 from moreh.planner.plan.notation import plan_pieces, torch_refusal
 from moreh.planner.plan.plan import Plan
-from moreh.planner.report.report import Json, Request, gib, percent_text, prediction_json, seconds_text
+from moreh.planner.report.report import Json, prediction_json
 from moreh.planner.search.candidates import MAX_CHUNKS
-from moreh.planner.search.search import EQUAL
+from moreh.planner.search.request import Request
+from moreh.planner.search.search import TIE_TOLERANCE
+from moreh.planner.units import gib, percent_text, seconds_text
 
 # The parts of a step in words, each with the pieces of a plan's text that it depends on most.
 PARTS = {
@@ -66,13 +68,13 @@ def explanation_sentences(request: Request, asked: Prediction, best: Prediction 
 
 
 def _faster(asked: Prediction, best: Prediction) -> bool:
-    return asked.step_time_s < best.step_time_s * (1 - EQUAL)
+    return asked.step_time_s < best.step_time_s * (1 - TIE_TOLERANCE)
 
 
 def _slower(asked: Prediction, best: Prediction) -> list[str]:
     """How much longer a step takes than with the best plan, and where."""
     more, step_s = asked.step_time_s - best.step_time_s, asked.step_time_s
-    if abs(more) <= EQUAL * step_s:
+    if abs(more) <= TIE_TOLERANCE * step_s:
         return [f"A step takes {seconds_text(step_s)}, as long as with the best plan: either will do."]
     share = f"{abs(more) / best.step_time_s:.1%}"
     sentences = [f"A step takes {seconds_text(step_s)}, {_more(more, step_s)} ({share}) than with the best plan."]
@@ -135,7 +137,7 @@ def _instead(asked: Plan, best: Plan, part: str) -> str:
 
 def _contradictions(plan: Plan, request: Request) -> list[str]:
     """Why a plan is not among the candidates."""
-    given = request.restrictions
+    given = request.constraints
     reasons = {
         f"cp{plan.context} is above the largest context size, {given.max_context}": plan.context > given.max_context,
         f"tp{plan.tensor} is above the largest tensor size, {given.max_tensor}": given.max_tensor is not None

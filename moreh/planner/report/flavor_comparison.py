@@ -9,16 +9,11 @@ from moreh.accelerator.flavors import Flavor, all_flavors
 from moreh.errors import PlanError
 from moreh.planner.cost.prediction import Prediction
 from moreh.planner.plan.notation import plan_text
-from moreh.planner.report.report import (
-    Json,
-    Request,
-    constraints_text,
-    gib,
-    memory_text,
-    percent_text,
-    prediction_json,
-)
-from moreh.planner.search.suggestions import on_flavor, search_plans
+from moreh.planner.report.report import Json, memory_text, prediction_json
+from moreh.planner.search.constraints import constraints_text
+from moreh.planner.search.request import Request
+from moreh.planner.search.search import search_plans
+from moreh.planner.units import gib, percent_text
 
 SECONDS_PER_HOUR = 3600.0
 # A larger accelerator that loses no more than this share is worth a line.
@@ -59,14 +54,14 @@ def compare_flavors(request: Request) -> tuple[FlavorPlan, ...]:
 
 
 def _best_on(flavor: Flavor, request: Request) -> FlavorPlan:
-    here = on_flavor(request, flavor)
+    here = request.on_flavor(flavor)
     try:
         found = search_plans(here, count=1)
     except PlanError as error:
         return FlavorPlan(flavor, None, problem=re.split(": give |; there are plans", str(error))[0])
     best, smallest = (found.result.best or (None,))[0], found.result.smallest_bytes
     problem = None if best else f"does not fit: at least {gib(smallest)} needed"
-    return FlavorPlan(flavor, best, smallest, problem, found.setting.cluster.devices, found.idle)
+    return FlavorPlan(flavor, best, smallest, problem, found.environment.cluster.devices, found.idle)
 
 
 def bill(row: FlavorPlan, dataset_tokens: float, price: float | None) -> Bill | None:
@@ -100,7 +95,7 @@ def flavor_rows(
         else:
             best = row.best
             speed = (f"{best.tokens_per_second:,.0f}", percent_text(best.mfu))
-            cells = (*start, "yes", plan_text(best.plan), memory_text(on_flavor(request, row.flavor), best), *speed)
+            cells = (*start, "yes", plan_text(best.plan), memory_text(request.on_flavor(row.flavor), best), *speed)
         if dataset_tokens is not None:
             whole = bill(row, dataset_tokens, price)
             amounts = () if whole is None else (whole.hours, whole.device_hours, whole.cost)
@@ -181,7 +176,7 @@ def flavors_json(
                 "fits": row.best is not None,
                 "problem": row.problem,
                 "smallest_bytes": row.smallest_bytes,
-                "best": None if row.best is None else prediction_json(on_flavor(request, row.flavor), row.best),
+                "best": None if row.best is None else prediction_json(request.on_flavor(row.flavor), row.best),
                 "hours": whole and whole.hours,
                 "device_hours": whole and whole.device_hours,
                 "cost": whole and whole.cost,
@@ -209,9 +204,9 @@ def no_flavor_text(request: Request, rows: tuple[FlavorPlan, ...]) -> str:
         [f"--memory-percent {ceil(100 * smallest / device.memory_bytes)}"] if smallest <= device.memory_bytes else []
     )
     options += ["a smaller batch or length"] + (
-        ["a larger --max-context"] if request.restrictions.max_context == 1 else []
+        ["a larger --max-context"] if request.constraints.max_context == 1 else []
     )
-    if constraints_text(request.restrictions):
+    if constraints_text(request.constraints):
         options.append("fewer restrictions")
     return (
         f"no accelerator is large enough: the smallest plan needs {gib(smallest)} on its fullest device, and {device.name} "

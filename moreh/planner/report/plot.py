@@ -11,7 +11,8 @@ from moreh.planner.cost.pipeline_time import Timeline, simulate
 from moreh.planner.cost.prediction import DeviceMemory, Prediction
 from moreh.planner.plan.notation import plan_text
 from moreh.planner.plan.schedules import KINDS, SPLIT_BACKWARD
-from moreh.planner.report.report import GIB, Request, seconds_text
+from moreh.planner.search.request import Request
+from moreh.planner.units import GIB, seconds_text
 
 SUFFIXES = (".png", ".svg", ".pdf")
 # Forward, backward, backward for inputs, backward for weights; and what follows the last micro-batch.

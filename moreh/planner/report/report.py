@@ -1,47 +1,19 @@
 """What is said about plans: rows of tables, lines of text, and content for JSON. Nothing here is printed."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 from moreh.accelerator.devices import Device
-from moreh.accelerator.flavors import Flavor
-from moreh.planner.cost.prediction import Environment, Prediction
+from moreh.planner.cost.prediction import Prediction
 from moreh.planner.hardware.efficiency import uncertainty
 from moreh.planner.hardware.measured_device import NAME as THIS_MACHINE
 from moreh.planner.plan.notation import plan_text
-from moreh.planner.plan.plan import SCHEDULES, Training
-from moreh.planner.search.candidates import Constraints
-from moreh.planner.search.search import SearchResult
+from moreh.planner.search.constraints import constraints_text
+from moreh.planner.search.request import Request
+from moreh.planner.search.search import SearchOutcome, SearchResult
+from moreh.planner.units import gib, percent_text, seconds_text
 
-GIB = 2**30
 Json = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is to be planned. `flavor` is the accelerator of the setting, if it is one; `precision` is that of arithmetic."""
-
-    training: Training
-    setting: Environment
-    restrictions: Constraints
-    flavor: Flavor | None = None
-    precision: str = "bfloat16"
-
-    @property
-    def accelerator(self) -> str:
-        """Where it is to run, for people."""
-        devices = f"{self.setting.cluster.devices} x {self.device.name}"
-        return devices if self.flavor is None else f"{self.flavor.name} ({devices})"
-
-    @property
-    def device(self) -> Device:
-        """The kind of devices."""
-        return self.setting.cluster.device
-
-    @property
-    def limit_bytes(self) -> float:
-        """What a plan may use of each device."""
-        return self.device.memory_bytes * self.restrictions.memory_fraction
 
 
 def uncertainty_text(device: Device) -> str:
@@ -54,44 +26,22 @@ def uncertainty_text(device: Device) -> str:
 
 def header_rows(request: Request, result: SearchResult | None = None) -> list[tuple[str, str]]:
     """What was planned, as pairs of a word and a text."""
-    architecture, training, cluster = request.training.architecture, request.training, request.setting.cluster
+    architecture, training, cluster = request.training.architecture, request.training, request.environment.cluster
     device_memory = f"{gib(request.device.memory_bytes)} on each device"
-    percent = f"{100 * request.restrictions.memory_fraction:g}%"
+    percent = f"{100 * request.constraints.memory_fraction:g}%"
     rows = [
         ("Model", f"{architecture.name}, {architecture.parameters:,} parameters"),
         ("Accelerator", f"{request.accelerator} on {cluster.nodes} node{'s' if cluster.nodes > 1 else ''}"),
         ("Memory", f"{device_memory}, of which plans may use {percent}, {gib(request.limit_bytes)}"),
         ("Step", f"{training.global_batch_size:,} x {training.sequence_length:,} tokens, {request.precision}"),
     ]
-    restricted = constraints_text(request.restrictions)
+    restricted = constraints_text(request.constraints)
     if restricted:
         rows.append(("Constraints", restricted))
     if result is not None:
         seconds = result.memory_s + result.search_s
         rows.append(("Search", f"{result.candidates:,} candidates, {result.possible:,} fit in memory, {seconds:.2f} s"))
     return [*rows, ("Note", uncertainty_text(request.device))]
-
-
-def constraints_text(restrictions: Constraints) -> str:
-    """What the user has decided already, without what is so by default; may be empty."""
-    texts = []
-    if restrictions.pipeline is not None:
-        texts.append(f"stages {restrictions.pipeline}")
-    if restrictions.micro_batches is not None:
-        texts.append(f"micro-batches {restrictions.micro_batches}")
-    for name, choice in (
-        ("recomputation", restrictions.recompute),
-        ("sharded parameters", restrictions.shard_parameters),
-    ):
-        if choice is not None:
-            texts.append(name if choice else f"no {name}")
-    if restrictions.max_tensor is not None:
-        texts.append(f"tensor at most {restrictions.max_tensor}")
-    if set(restrictions.schedules) != set(SCHEDULES):
-        texts.append(f"schedules {', '.join(restrictions.schedules)}")
-    if restrictions.max_context != 1:
-        texts.append(f"context at most {restrictions.max_context}")
-    return ", ".join(texts)
 
 
 PLAN_HEADERS = ("#", "Plan", "Memory per device", "Step time", "Tokens/s", "MFU", "Largest overhead")
@@ -119,25 +69,9 @@ def memory_text(request: Request, prediction: Prediction) -> str:
     return f"{gib(prediction.memory_bytes)} ({share:.0%})"
 
 
-def gib(amount: float) -> str:
-    """Bytes in GiB, with more digits where there is little."""
-    value = amount / GIB
-    return f"{value:,.1f} GiB" if value >= 10 else f"{value:.2f} GiB"
-
-
-def seconds_text(seconds: float, step_s: float | None = None) -> str:
-    """Seconds with two decimals, or milliseconds where the step is so short that this would be too coarse."""
-    return f"{seconds:,.2f} s" if (seconds if step_s is None else step_s) >= 1 else f"{seconds * 1000:,.2f} ms"
-
-
-def percent_text(fraction: float) -> str:
-    """A fraction in percent."""
-    return f"{100 * fraction:.1f}%"
-
-
 def request_json(request: Request) -> Json:
     """What was planned."""
-    training, cluster, device = request.training, request.setting.cluster, request.device
+    training, cluster, device = request.training, request.environment.cluster, request.device
     return {
         "model": {
             "name": training.architecture.name,
@@ -157,7 +91,7 @@ def request_json(request: Request) -> Json:
         "batch_size": training.global_batch_size,
         "sequence_length": training.sequence_length,
         "precision": request.precision,
-        "restrictions": asdict(request.restrictions),
+        "restrictions": asdict(request.constraints),
         "limit_bytes": request.limit_bytes,
         "uncertainty": uncertainty_text(device),
     }
@@ -175,6 +109,11 @@ def search_json(request: Request, result: SearchResult) -> Json:
         },
         "plans": [{"rank": rank, **prediction_json(request, best)} for rank, best in enumerate(result.best, start=1)],
     }
+
+
+def search_outcome_json(outcome: SearchOutcome, message: str | None) -> Json:
+    """The devices in use, and what there is to say about idle ones and about plans that do not fit."""
+    return {"devices_in_use": outcome.environment.cluster.devices, "idle": outcome.idle or None, "message": message}
 
 
 def prediction_json(request: Request, prediction: Prediction) -> Json:

@@ -1,7 +1,7 @@
 """All plans that could be run: the tables that the search goes through."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
@@ -12,65 +12,43 @@ from moreh.planner.hardware.cluster import Cluster
 from moreh.planner.hardware.roofline import Roofline
 from moreh.planner.plan.arrays import Booleans, Floats, Integers
 from moreh.planner.plan.layer_balancing import balanced_layers, balanced_ranks, even_layers
-from moreh.planner.plan.plan import SCHEDULES, Schedule, Training
+from moreh.planner.plan.plan import Schedule, Training
 from moreh.planner.plan.plan_table import FULL, GRADIENTS, NONE, PARAMETERS, SELECTIVE, WHOLE, PlanTable
 from moreh.planner.plan.schedules import SPLIT_BACKWARD, is_runnable
+from moreh.planner.search.constraints import Constraints
 from moreh.planner.software_profile import SoftwareProfile
 
 # More chunks on a rank than this give little less bubble and many more messages.
 MAX_CHUNKS = 8
 
 
-@dataclass(frozen=True)
-class Constraints:
-    """What the user has decided already; the rest is searched.
-
-    `pipeline` and `micro_batches` are fixed numbers, or None for all. `recompute` and `shard_parameters`: True for
-    some recomputation or for sharded parameters, False for none, None for both; `sequence_parallel` likewise. `max_context` is
-    the largest context-parallel size; the local runtime has none, so 1 by default. `memory_fraction` is the part of a device's
-    memory that a plan may use.
-    """
-
-    pipeline: int | None = None
-    micro_batches: int | None = None
-    recompute: bool | None = None
-    shard_parameters: bool | None = None
-    max_tensor: int | None = None
-    max_context: int = 1
-    sequence_parallel: bool | None = None
-    memory_fraction: float = 0.8
-    schedules: tuple[Schedule, ...] = SCHEDULES
-
-
 def candidate_tables(
-    roofline: Roofline, cluster: Cluster, training: Training, restrictions: Constraints
+    roofline: Roofline, cluster: Cluster, training: Training, constraints: Constraints
 ) -> Iterator[PlanTable]:
     """Every plan on all devices of the cluster, in tables of plans with the same pipeline.
 
     Raises:
-        PlanError: the batch cannot be divided, or nothing satisfies the restrictions.
+        PlanError: the batch cannot be divided, or nothing satisfies the constraints.
     """
     if training.global_batch_size < 1 or training.sequence_length < 1:
         raise PlanError(
             f"batch of {training.global_batch_size} x {training.sequence_length} tokens: both numbers must be at least 1"
         )
     found = False
-    for pipeline in _pipelines(cluster, training, restrictions):
-        groups = list(_groups(cluster, training, restrictions, pipeline))
+    for pipeline in _pipelines(cluster, training, constraints):
+        groups = list(_groups(cluster, training, constraints, pipeline))
         if not groups:
             continue
         columns = [np.concatenate([group[i] for group in groups]) for i in range(len(groups[0]))]
         ends = _work_of_ends(roofline, cluster, training, pipeline, columns)
-        for schedule, chunks in _schedules(pipeline, training, restrictions):
-            table = _table(roofline.implementation, training, pipeline, schedule, chunks, columns, ends)
+        for schedule, chunks in _schedules(pipeline, training, constraints):
+            table = _table(roofline.software, training, pipeline, schedule, chunks, columns, ends)
             if len(table):
                 found = True
                 yield table
     if not found:
         batch = f"{training.global_batch_size} x {training.sequence_length}"
-        if restrictions == Constraints(
-            max_context=restrictions.max_context, memory_fraction=restrictions.memory_fraction
-        ):
+        if constraints == Constraints(max_context=constraints.max_context, memory_fraction=constraints.memory_fraction):
             remedy = f"give a batch that has more divisors in common with {cluster.devices}"
         else:
             remedy = f"give fewer restrictions, or a batch that has more divisors in common with {cluster.devices}"
@@ -81,52 +59,53 @@ def _devices_text(cluster: Cluster) -> str:
     return f"{cluster.devices} device{'s' if cluster.devices > 1 else ''}"
 
 
-def _divisors(number: int) -> list[int]:
+def divisors(number: int) -> list[int]:
+    """All divisors of a number, ascending."""
     small = [d for d in range(1, int(number**0.5) + 1) if number % d == 0]
     return sorted({*small, *(number // d for d in small)})
 
 
-def _pipelines(cluster: Cluster, training: Training, restrictions: Constraints) -> list[int]:
+def _pipelines(cluster: Cluster, training: Training, constraints: Constraints) -> list[int]:
     layers = len(training.architecture.layers)
-    sizes = [size for size in _divisors(cluster.devices) if size <= layers]
-    if restrictions.pipeline is not None:
-        sizes = [size for size in sizes if size == restrictions.pipeline]
+    sizes = [size for size in divisors(cluster.devices) if size <= layers]
+    if constraints.pipeline is not None:
+        sizes = [size for size in sizes if size == constraints.pipeline]
         if not sizes:
             raise PlanError(
-                f"{restrictions.pipeline} stages: the number must divide {_devices_text(cluster)} and be at most the model's "
+                f"{constraints.pipeline} stages: the number must divide {_devices_text(cluster)} and be at most the model's "
                 f"{layers} layers"
             )
     return sizes
 
 
 def _groups(
-    cluster: Cluster, training: Training, restrictions: Constraints, pipeline: int
+    cluster: Cluster, training: Training, constraints: Constraints, pipeline: int
 ) -> Iterator[tuple[Integers, ...]]:
     """Columns (tensor, context, data, micro-batch size, micro-batches, recomputation, sharding, sequence parallel)."""
     architecture = training.architecture
     heads = int(np.gcd.reduce([head for layer in architecture.layers for head in (layer.heads, layer.kv_heads)]))
     rest = cluster.devices // pipeline
-    for tensor in _divisors(int(np.gcd(heads, rest))):
-        if restrictions.max_tensor is not None and tensor > restrictions.max_tensor:
+    for tensor in divisors(int(np.gcd(heads, rest))):
+        if constraints.max_tensor is not None and tensor > constraints.max_tensor:
             continue
-        for context in _divisors(rest // tensor):
+        for context in divisors(rest // tensor):
             # Each rank gets a piece of the beginning and one of the end, so that the causal mask leaves them equal work.
-            if context > restrictions.max_context or (context > 1 and training.sequence_length % (2 * context)):
+            if context > constraints.max_context or (context > 1 and training.sequence_length % (2 * context)):
                 continue
             data = rest // tensor // context
             if training.global_batch_size % data:
                 continue
             rows = training.global_batch_size // data
-            counts = np.array(_divisors(rows))
-            if restrictions.micro_batches is not None:
-                counts = counts[counts == restrictions.micro_batches]
+            counts = np.array(divisors(rows))
+            if constraints.micro_batches is not None:
+                counts = counts[counts == constraints.micro_batches]
             sequence = [0, 1] if tensor > 1 and training.sequence_length % tensor == 0 else [0]
-            if restrictions.sequence_parallel is not None:
-                sequence = [choice for choice in sequence if choice == int(restrictions.sequence_parallel)]
+            if constraints.sequence_parallel is not None:
+                sequence = [choice for choice in sequence if choice == int(constraints.sequence_parallel)]
             grid = np.meshgrid(
                 counts,
-                _recomputations(restrictions),
-                _shardings(data * context, restrictions),
+                _recomputations(constraints),
+                _shardings(data * context, constraints),
                 sequence,
                 indexing="ij",
             )
@@ -135,25 +114,25 @@ def _groups(
             yield (*sizes, rows // micro_batches, micro_batches, recomputation, sharding, sequence_parallel)
 
 
-def _recomputations(restrictions: Constraints) -> list[int]:
-    if restrictions.recompute is None:
+def _recomputations(constraints: Constraints) -> list[int]:
+    if constraints.recompute is None:
         return [NONE, SELECTIVE, FULL]
-    return [SELECTIVE, FULL] if restrictions.recompute else [NONE]
+    return [SELECTIVE, FULL] if constraints.recompute else [NONE]
 
 
-def _shardings(ranks: int, restrictions: Constraints) -> list[int]:
-    if restrictions.shard_parameters is True:
+def _shardings(ranks: int, constraints: Constraints) -> list[int]:
+    if constraints.shard_parameters is True:
         return [PARAMETERS] if ranks > 1 else []
     levels = list(range(PARAMETERS + 1)) if ranks > 1 else [0]
-    return [level for level in levels if level != PARAMETERS] if restrictions.shard_parameters is False else levels
+    return [level for level in levels if level != PARAMETERS] if constraints.shard_parameters is False else levels
 
 
-def _schedules(pipeline: int, training: Training, restrictions: Constraints) -> Iterator[tuple[Schedule, int]]:
+def _schedules(pipeline: int, training: Training, constraints: Constraints) -> Iterator[tuple[Schedule, int]]:
     if pipeline == 1:
         yield "1f1b", 1
         return
     most = min(MAX_CHUNKS, len(training.architecture.layers) // pipeline)
-    for schedule in restrictions.schedules:
+    for schedule in constraints.schedules:
         if schedule == "1f1b":
             yield schedule, 1
         elif schedule == "zbv" and most >= 2:
@@ -165,7 +144,7 @@ def _schedules(pipeline: int, training: Training, restrictions: Constraints) -> 
 
 
 def _table(
-    implementation: SoftwareProfile,
+    software: SoftwareProfile,
     training: Training,
     pipeline: int,
     schedule: Schedule,
@@ -180,7 +159,7 @@ def _table(
         # A backward pass in two parts leaves gradients of sharded parameters wrong, without an error, and recomputes
         # activations again for the gradient of every single matrix.
         allowed = allowed & (sharding == WHOLE) & (recomputation == NONE)
-    if not reshards_each_micro_batch(pipeline, implementation):
+    if not reshards_each_micro_batch(pipeline, software):
         # Gradients are whole until the end of the step, as with a sharded optimizer.
         allowed = allowed & (sharding != GRADIENTS)
     columns = [column[allowed] for column in columns]

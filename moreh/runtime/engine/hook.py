@@ -20,8 +20,8 @@ from moreh.models.describe.from_module import describe_module
 from moreh.options import ParallelOptions, PlannerVariables
 from moreh.patches.module_call import around_model_calls, instead_of_model_calls
 from moreh.planner.plan.plan import Training
-from moreh.planner.report.report import gib, seconds_text
 from moreh.planner.search.constraints import constraints_from_options
+from moreh.planner.units import gib, seconds_text
 from moreh.runtime.engine.choose_plan import predicted_use, select_local_plan, select_plan
 from moreh.runtime.engine.optimizer_patches import on_optimizer_created
 from moreh.runtime.kernels.fused_adam import use_fused_kernels

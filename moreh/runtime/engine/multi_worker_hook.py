@@ -19,8 +19,8 @@ from moreh.options import ParallelOptions, PlannerVariables
 from moreh.patches.module_call import instead_of_model_calls
 from moreh.planner.plan.notation import plan_text
 from moreh.planner.plan.plan import Plan, Training
-from moreh.planner.report.report import gib, seconds_text
 from moreh.planner.search.constraints import constraints_from_options
+from moreh.planner.units import gib, seconds_text
 from moreh.runtime.batch.model_inputs import ModelInputs, read_inputs
 from moreh.runtime.engine.checkpoint_api import is_waiting_for_state, load_pending
 from moreh.runtime.engine.choose_plan import predicted_use, select_plan, select_worker_plan, within_runtime_limits
