@@ -23,8 +23,8 @@ from moreh.planner.cost.prediction import step_seconds
 from moreh.planner.cost.stage_time import stage_time
 from moreh.planner.hardware.efficiency import MIN_RUNS_FOR_QUANTILE, Efficiency
 from moreh.planner.hardware.environment import Environment
-from moreh.planner.plan.arrays import Floats
-from moreh.planner.plan.plan_table import table_of_plans
+from moreh.planner.plan.arrays import FloatArray
+from moreh.planner.plan.plan_table import PlanTable
 
 OUTPUT = Path(__file__).parent.parent / "moreh" / "planner" / "hardware" / "data" / "efficiency.json"
 
@@ -86,19 +86,19 @@ def fitted_rows(runs: Sequence[PublishedRun]) -> list[PublishedRun]:
 
 def step_time_s(run: PublishedRun, efficiency: Efficiency) -> float:
     """The predicted seconds of a step; of the fastest one where the row leaves the micro-batch size open."""
-    table = table_of_plans(run.plans)
+    table = PlanTable.from_plans(run.plans)
     environment = Environment(run.cluster, efficiency, run.software)
     times = stage_time(environment.roofline, run.cluster, table, run.training)
     return min(step_seconds(table, row, times) for row in range(len(table)))
 
 
-def to_coordinates(efficiency: Efficiency) -> Floats:
+def to_coordinates(efficiency: Efficiency) -> FloatArray:
     """The logarithm of each constant, or the log-odds of a fraction."""
     values = asdict(efficiency)
     return np.array([np.log(v / (1 - v)) if name in FRACTIONS else np.log(v) for name, v in values.items()])
 
 
-def from_coordinates(coordinates: Floats) -> Efficiency:
+def from_coordinates(coordinates: FloatArray) -> Efficiency:
     """The inverse of `to_coordinates`."""
     names = [field.name for field in fields(Efficiency)]
     pairs = zip(names, coordinates.tolist(), strict=True)
@@ -110,7 +110,7 @@ def fit(runs: Sequence[PublishedRun], prior: Efficiency) -> Efficiency:
     centre = to_coordinates(prior)
     width = np.array([v * (2 if name in FRACTIONS else 1) for name, v in asdict(WIDTH).items()])
 
-    def residuals(steps: Floats) -> Floats:
+    def residuals(steps: FloatArray) -> FloatArray:
         efficiency = from_coordinates(centre + steps * width)
         errors = [np.log(step_time_s(run, efficiency) / run.step_time_s) / NOISE for run in runs if run.step_time_s]
         return np.concatenate([errors, steps])

@@ -90,11 +90,11 @@ def test_layers_are_written_as_runs(training):
         ("pp4 tp4 shard:gradients", "the plan has dp1"),
         ("sp", "the plan has tp1"),
         ("tp4 cp4 pp1 mb1x48", None),
-        ("tp4 tp2", "two pieces for tp"),
+        ("tp4 tp2", "the field tp is given twice"),
         ("xp4", "did you mean one like tp4?"),
         ("tp", "did you mean one like tp4?"),
         ("tp-1", "did you mean one like tp4?"),
-        ("tp99999999999", "'tp99999999999' is no piece"),
+        ("tp99999999999", "'tp99999999999' is not a field"),
         ("interleave:2", "did you mean one like interleaved:2?"),
         ("recompute:ful", "did you mean one like recompute:full?"),
         ("shard:param", "did you mean one like shard:parameters?"),
@@ -127,7 +127,7 @@ def test_schedules_that_torch_does_not_run(training):
     assert torch_refusal(few) == "1f1b needs at least as many micro-batches as stages, and pp3 mb24x2 has 2 for 3"
     assert "zero-bubble with pp3 mb3x16" in torch_refusal(parse_plan("pp3 mb3x16 zero-bubble", training, 3))
     with pytest.raises(
-        PlanError, match=r"^plan: interleaved with pp3 mb3x16 takes .* 16 cannot be divided so: give mb4x12$"
+        PlanError, match=r"^plan: interleaved with pp3 mb3x16 takes .* 16 micro-batches do not split: give mb4x12$"
     ):
         parse_plan("pp3 mb3x16 interleaved", training, 3)
     for text in ("pp3", "pp3 mb4x12 interleaved", "pp3 zbv mb24x2"):

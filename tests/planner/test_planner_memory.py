@@ -12,7 +12,7 @@ from moreh.models.describe.from_module import describe_module
 from moreh.planner.cost.activation_memory import layer_activations
 from moreh.planner.cost.memory import Memory, memory
 from moreh.planner.plan.plan import Plan, Training
-from moreh.planner.plan.plan_table import table_of_plans
+from moreh.planner.plan.plan_table import PlanTable
 from moreh.planner.software_profile import MOREH, TRANSFORMERS, TRANSFORMERS_AUTOCAST, SoftwareProfile
 
 TOLERANCE = 0.05
@@ -75,7 +75,7 @@ class Case:
             recomputation=self.recomputation,
         )
         training = Training(describe_module(self.build("meta")), self.batch * self.micro_batches, self.length)
-        return memory(table_of_plans([plan]), training, TRANSFORMERS_AUTOCAST if self.autocast else TRANSFORMERS)
+        return memory(PlanTable.from_plans([plan]), training, TRANSFORMERS_AUTOCAST if self.autocast else TRANSFORMERS)
 
     def measure(self):
         """The highest number of bytes in live tensors during the second step of a plain loop."""
@@ -173,7 +173,7 @@ def architecture(family="gpt2", **changes):
 
 def memory_of(plan, software=MOREH, family="gpt2", **changes):
     training = Training(architecture(family, **changes), plan.global_batch_size, 1024)
-    return memory(table_of_plans([plan]), training, software)
+    return memory(PlanTable.from_plans([plan]), training, software)
 
 
 @pytest.mark.parametrize("tensor", [1, 4])
@@ -182,15 +182,15 @@ def test_a_gpt_layer_keeps_what_korthikanti_et_al_count(tensor):
     batch, length, hidden = 3, 1024, 256
     plan = Plan((8,), tensor=tensor, micro_batch_size=batch, sequence_parallel=tensor > 1)
     unfused = SoftwareProfile("unfused", fused_attention=False)
-    table, training = table_of_plans([plan]), Training(architecture(), batch, length)
+    table, training = PlanTable.from_plans([plan]), Training(architecture(), batch, length)
     everything = length * batch * hidden * (34 + 5 * HEADS * length / hidden) / tensor
     assert layer_activations(table, training, unfused).kept[0] == pytest.approx(everything, rel=1e-12)
     # Selective recomputation leaves out the second term (equation 6), full recomputation keeps the input: 2 s b h.
-    selective = table_of_plans([replace(plan, recomputation="selective")])
+    selective = PlanTable.from_plans([replace(plan, recomputation="selective")])
     assert layer_activations(selective, training, unfused).kept[0] == pytest.approx(
         length * batch * hidden * 34 / tensor
     )
-    full = table_of_plans([replace(plan, recomputation="full")])
+    full = PlanTable.from_plans([replace(plan, recomputation="full")])
     assert layer_activations(full, training, unfused).kept[0] == pytest.approx(length * batch * hidden * 2 / tensor)
 
 
@@ -253,10 +253,10 @@ def test_parts_add_up_and_are_never_negative():
     ]
     training = Training(architecture("llama"), 16, 1024)
     for software in (MOREH, TRANSFORMERS, replace(TRANSFORMERS_AUTOCAST, fragmentation=0.1)):
-        found = memory(table_of_plans(plans), training, software)
+        found = memory(PlanTable.from_plans(plans), training, software)
         parts = [getattr(found, field.name) for field in fields(Memory)]
         assert all(part.shape == (len(plans), 4) and (part >= 0).all() for part in parts)
         assert np.sum(parts, axis=0) == pytest.approx(found.total)
         # The table gives for each plan what it gives for the plan alone.
         for row, plan in enumerate(plans):
-            assert memory(table_of_plans([plan]), training, software).total[0] == pytest.approx(found.total[row])
+            assert memory(PlanTable.from_plans([plan]), training, software).total[0] == pytest.approx(found.total[row])

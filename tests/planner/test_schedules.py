@@ -12,22 +12,22 @@ from torch.distributed.pipelining import schedules as torch_schedules
 
 from moreh.errors import PlanError
 from moreh.planner.cost import pipeline_time
-from moreh.planner.cost.pipeline_bounds import _ends_of_ranks, makespan_lower_bound
-from moreh.planner.cost.pipeline_time import link, makespan, simulate
+from moreh.planner.cost.pipeline_bounds import makespan_lower_bound, operations_at_ends
+from moreh.planner.cost.pipeline_time import makespan, sequence_operations, simulate
 from moreh.planner.plan.plan import SCHEDULES, Schedule
 from moreh.planner.plan.schedules import (
-    KINDS,
+    OPERATION_KINDS,
     SPLIT_BACKWARD,
     Operation,
-    Order,
+    OperationTable,
     check_schedule,
     is_runnable,
+    operation_table,
     operations,
-    order,
+    peak_deferred_weight_grads,
     peak_in_flight,
-    peak_waiting_weights,
-    stages_of_ranks,
 )
+from moreh.planner.plan.stage_layout import rank_to_stages
 
 MULTI_STAGE = {
     "interleaved": torch_schedules.ScheduleInterleaved1F1B,
@@ -224,22 +224,22 @@ def test_counts_in_the_named_alternatives_are_allowed():
 def test_weights_that_wait_are_those_of_the_order():
     for schedule, ranks, micro_batches, chunks in cases(most_ranks=7):
         if schedule in SPLIT_BACKWARD:
-            rows = order(schedule, ranks, micro_batches, chunks)
+            rows = operation_table(schedule, ranks, micro_batches, chunks)
             waiting = np.cumsum((rows.kind == 2).astype(int) - (rows.kind == 3), axis=1).max(axis=1)
-            assert peak_waiting_weights(schedule, ranks, micro_batches, chunks).tolist() == waiting.tolist()
+            assert peak_deferred_weight_grads(schedule, ranks, micro_batches, chunks).tolist() == waiting.tolist()
 
 
 def test_peak_in_flight_and_both_ends_are_those_of_the_order():
     for schedule, ranks, micro_batches, chunks in cases(most_ranks=7):
         peak = peak_in_flight(schedule, ranks, micro_batches, chunks)
-        lead, inputs, weights, rest, alternates = _ends_of_ranks(schedule, ranks, np.array([micro_batches]), chunks)
+        lead, inputs, weights, rest, alternates = operations_at_ends(schedule, ranks, np.array([micro_batches]), chunks)
         backward, release = ("I", "W") if schedule in SPLIT_BACKWARD else ("B", "B")
         for rank, row in enumerate(operations(schedule, ranks, micro_batches, chunks)):
             held = np.cumsum([(operation.kind == "F") - (operation.kind == release) for operation in row])
             assert (held.max(), held[-1]) == (peak[rank], 0), (schedule, ranks, micro_batches, chunks, rank)
 
             kinds = [operation.kind for operation in row]
-            own = stages_of_ranks(schedule, ranks, chunks)[rank]
+            own = rank_to_stages(schedule, ranks, chunks)[rank]
             first, last = kinds.index(backward), len(kinds) - 1 - kinds[::-1].index("F")
             end = len(kinds) - 1 - kinds[::-1].index(backward)
             # The lower bounds rest on which stage and micro-batch these are.
@@ -267,7 +267,7 @@ def simulated_slowly(case: tuple[Any, ...]) -> dict[Operation, tuple[float, floa
     """Start and end of each operation, by rounds over all ranks until nothing changes: an software apart."""
     schedule, ranks, micro_batches, chunks, forward_s, backward_s, weight_fraction, send_s = case
     stages = ranks * chunks
-    rank_of = {int(stage): rank for rank, row in enumerate(stages_of_ranks(schedule, ranks, chunks)) for stage in row}
+    rank_of = {int(stage): rank for rank, row in enumerate(rank_to_stages(schedule, ranks, chunks)) for stage in row}
     backward = "I" if schedule in SPLIT_BACKWARD else "B"
     share = {"F": 0.0, "B": 1.0, "I": 1 - weight_fraction, "W": weight_fraction}
     times: dict[Operation, tuple[float, float]] = {}
@@ -301,7 +301,7 @@ def test_simulation_agrees_with_a_plain_one():
         columns = (timeline.kind, timeline.stage, timeline.micro_batch, timeline.start_s, timeline.end_s)
         for kind, stage, micro_batch, start, end in zip(*(column.tolist() for column in columns), strict=True):
             assert (start, end) == pytest.approx(
-                expected[Operation(KINDS[kind], stage, micro_batch)], rel=1e-12, abs=1e-12
+                expected[Operation(OPERATION_KINDS[kind], stage, micro_batch)], rel=1e-12, abs=1e-12
             )
         assert timeline.makespan_s == pytest.approx(max(end for _, end in expected.values()), rel=1e-12)
         assert makespan(*case) == pytest.approx(timeline.makespan_s, rel=1e-12)
@@ -325,29 +325,29 @@ def test_work_is_conserved_and_ranks_never_overlap():
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_an_order_that_contradicts_itself_is_found(schedule):
     chunks = {"1f1b": 1}.get(schedule, 2)
-    given = order(schedule, 3, 6, chunks)
-    link(given, schedule, chunks)
+    given = operation_table(schedule, 3, 6, chunks)
+    sequence_operations(given, schedule, chunks)
     kinds, release = given.kind[0].tolist(), "I" if schedule in SPLIT_BACKWARD else "B"
     # On the first rank the first forward and its own backward change places.
     backward = next(
         at
         for at, kind in enumerate(kinds)
-        if KINDS[kind] == release and given.stage[0, at] == 0 and given.micro_batch[0, at] == 0
+        if OPERATION_KINDS[kind] == release and given.stage[0, at] == 0 and given.micro_batch[0, at] == 0
     )
-    wrong = Order(*(part.copy() for part in given))
+    wrong = OperationTable(*(part.copy() for part in given))
     for part in wrong:
         part[0, [0, backward]] = part[0, [backward, 0]]
     with pytest.raises(AssertionError, match=r"deadlock.*operation 0 of rank 0"):
-        link(wrong, schedule, chunks)
+        sequence_operations(wrong, schedule, chunks)
 
 
 def test_ranks_that_wait_for_each_other_are_found():
     # Rank 1 wants micro-batch 1 first, which rank 0 sends only after micro-batch 0 came back.
-    given = Order(*(part.copy() for part in order("1f1b", 2, 2, 1)))
+    given = OperationTable(*(part.copy() for part in operation_table("1f1b", 2, 2, 1)))
     given.kind[:] = [[0, 1, 0, 1], [0, 1, 0, 1]]
     given.micro_batch[:] = [[0, 0, 1, 1], [1, 1, 0, 0]]
     with pytest.raises(AssertionError, match="deadlock"):
-        link(given, "1f1b", 1)
+        sequence_operations(given, "1f1b", 1)
 
 
 def test_closed_forms_for_equal_stages():
@@ -412,12 +412,12 @@ def test_bounds_of_many_candidates_are_those_of_each():
 def test_steady_state_gives_the_makespan_of_the_full_simulation(monkeypatch):
     simulated: list[int] = []
 
-    def counted(linked: pipeline_time.Linked, *args: Any) -> list[float]:
+    def counted(linked: pipeline_time.ExecutionSequence, *args: Any) -> list[float]:
         simulated.append(len(linked.source))
         return ends(linked, *args)
 
-    ends = pipeline_time._ends
-    monkeypatch.setattr(pipeline_time, "_ends", counted)
+    ends = pipeline_time._end_times
+    monkeypatch.setattr(pipeline_time, "_end_times", counted)
     rng = np.random.default_rng(5)
     shortened = 0
     for number in range(48):

@@ -15,7 +15,7 @@ from moreh.planner.cost.prediction import model_flops, predict, step_seconds
 from moreh.planner.cost.stage_time import stage_time
 from moreh.planner.hardware.cluster import cluster_for_devices, cluster_for_flavor
 from moreh.planner.hardware.environment import Environment, make_environment
-from moreh.planner.plan.layer_balancing import balanced_layers, even_layers
+from moreh.planner.plan.layer_balancing import even_layers, layers_balanced_by_stage
 from moreh.planner.plan.plan import Training
 from moreh.planner.plan.schedules import check_schedule
 from moreh.planner.search.candidates import candidate_tables
@@ -259,7 +259,7 @@ def test_balanced_stages_are_optimal():
             loads[-1] += head[0]
             return loads.max()
 
-        found = balanced_layers(layers, stages, embedding, head)[0]
+        found = layers_balanced_by_stage(layers, stages, embedding, head)[0]
         possible = [c for c in product(range(1, layers + 1), repeat=stages) if sum(c) == layers]
         assert found.sum() == layers
         assert load(found) == pytest.approx(min(load(counts) for counts in possible))

@@ -11,7 +11,7 @@ from moreh.models.describe.from_source import describe_config
 from moreh.planner.cost.prediction import model_flops, predict
 from moreh.planner.hardware.cluster import Cluster, cluster_for_devices, ring_links
 from moreh.planner.hardware.environment import make_environment
-from moreh.planner.plan.layer_balancing import balanced_ranks, even_layers
+from moreh.planner.plan.layer_balancing import even_layers, layers_balanced_by_rank
 from moreh.planner.plan.plan import Plan, Training
 from moreh.planner.software_profile import MOREH, moreh_software
 
@@ -160,7 +160,7 @@ def test_balanced_ranks_are_optimal():
         layers = int(generator.integers(2 * ranks * chunks, 20))
         folded = chunks == 2 and bool(generator.integers(2))
         embedding, head = generator.uniform(0, 1, 1), generator.uniform(0, 3, 1)
-        found = balanced_ranks(layers, ranks, chunks, embedding, head, folded=folded)[0]
+        found = layers_balanced_by_rank(layers, ranks, chunks, embedding, head, folded=folded)[0]
         assert found.sum() == layers
         assert found.min() >= 1
         stages = np.arange(ranks * chunks)

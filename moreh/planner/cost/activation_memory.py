@@ -6,9 +6,9 @@ import numpy as np
 
 from moreh.models.architecture import Architecture, DecoderLayer
 from moreh.planner.cost.layer_time import micro_batch_tokens
-from moreh.planner.plan.arrays import Floats
+from moreh.planner.plan.arrays import FloatArray
 from moreh.planner.plan.plan import Training
-from moreh.planner.plan.plan_table import FULL, SELECTIVE, PlanTable
+from moreh.planner.plan.plan_table import RECOMPUTE_FULL, RECOMPUTE_SELECTIVE, PlanTable
 from moreh.planner.software_profile import SoftwareProfile
 
 
@@ -19,9 +19,9 @@ class LayerActivations:
     gradients take, in place of `kept`, at the highest moment of its backward pass.
     """
 
-    kept: Floats
-    working: Floats
-    backward: Floats
+    kept: FloatArray
+    working: FloatArray
+    backward: FloatArray
 
 
 @dataclass(frozen=True)
@@ -34,17 +34,17 @@ class _Tensors:
     what its activation makes of them.
     """
 
-    wide: Floats
-    norms: Floats
-    masks: Floats
-    attention: Floats
-    scores: Floats
-    score: Floats
-    products: Floats
-    activated: Floats
+    wide: FloatArray
+    norms: FloatArray
+    masks: FloatArray
+    attention: FloatArray
+    scores: FloatArray
+    score: FloatArray
+    products: FloatArray
+    activated: FloatArray
 
     @property
-    def all(self) -> Floats:
+    def all(self) -> FloatArray:
         """Everything that is kept without recomputation: equation 2 of https://arxiv.org/abs/2205.05198, for any widths.
 
         That is 34 s b h + 5 a s^2 b bytes for a GPT in half precision.
@@ -59,8 +59,10 @@ def layer_activations(plans: PlanTable, training: Training, software: SoftwarePr
     for layer, count in architecture.layer_kinds():
         share = count / len(architecture.layers)
         tensors = _layer_tensors(plans, training, software, layer)
-        full = plans.recomputation == FULL
-        kept = np.where(plans.recomputation == SELECTIVE, _selective(plans, training, software, layer), tensors.all)
+        full = plans.recomputation == RECOMPUTE_FULL
+        kept = np.where(
+            plans.recomputation == RECOMPUTE_SELECTIVE, _selective(plans, training, software, layer), tensors.all
+        )
         kept = np.where(full, tensors.wide, kept)
         working = np.where(full, tensors.all, np.maximum(0.0, tensors.all - kept))
         backward = _backward(tensors, architecture, software)
@@ -105,7 +107,7 @@ def _layer_tensors(plans: PlanTable, training: Training, software: SoftwareProfi
     )
 
 
-def _selective(plans: PlanTable, training: Training, software: SoftwareProfile, layer: DecoderLayer) -> Floats:
+def _selective(plans: PlanTable, training: Training, software: SoftwareProfile, layer: DecoderLayer) -> FloatArray:
     """Bytes kept with selective recomputation."""
     tensors = _layer_tensors(plans, training, software, layer)
     if not is_fused(training.architecture, software):
@@ -116,7 +118,7 @@ def _selective(plans: PlanTable, training: Training, software: SoftwareProfile, 
     return kept - software.recomputed_products * (kept - tensors.wide)
 
 
-def _backward(tensors: _Tensors, architecture: Architecture, software: SoftwareProfile) -> Floats:
+def _backward(tensors: _Tensors, architecture: Architecture, software: SoftwareProfile) -> FloatArray:
     """The highest moment of a layer's backward pass, which frees what is kept on its way from the result to the input."""
     # The activation's: its result is replaced by that one's gradient, and both factors of a product get a gradient. A chain of
     # kernels for the activation ends in such a product too; a single one has one input, of `products`' size.
@@ -142,13 +144,13 @@ def residual_bytes(software: SoftwareProfile) -> int:
     return software.weight_bytes if software.autocast else software.activation_bytes
 
 
-def residual_stream(plans: PlanTable, training: Training) -> Floats:
+def residual_stream(plans: PlanTable, training: Training) -> FloatArray:
     """Numbers in the residual stream of one micro-batch on a device, [n]."""
     numbers = micro_batch_tokens(plans, training).astype(np.float64) * training.architecture.hidden
     return numbers / np.where(plans.sequence_parallel, plans.tensor, 1)
 
 
-def norm_bytes(wide: Floats, architecture: Architecture, software: SoftwareProfile) -> Floats:
+def norm_bytes(wide: FloatArray, architecture: Architecture, software: SoftwareProfile) -> FloatArray:
     """Bytes of what one norm keeps of a residual stream of `wide` numbers, without its result, which a product keeps."""
     copies = software.rms_norm_copies if architecture.norm == "rms" else software.norm_copies
     return wide * copies * residual_bytes(software)
@@ -160,7 +162,7 @@ def inner_width(layer: DecoderLayer) -> int:
     return max(0, columns - (layer.heads + 2 * layer.kv_heads) * layer.head_dim)
 
 
-def embedding_activations(plans: PlanTable, training: Training, software: SoftwareProfile) -> Floats:
+def embedding_activations(plans: PlanTable, training: Training, software: SoftwareProfile) -> FloatArray:
     """Bytes that the first stage keeps besides its layers: token ids, 8 bytes each, and a dropout mask."""
     architecture = training.architecture
     tokens = micro_batch_tokens(plans, training)
@@ -168,13 +170,13 @@ def embedding_activations(plans: PlanTable, training: Training, software: Softwa
     return np.asarray(tokens * (8.0 + mask * architecture.hidden), dtype=np.float64)
 
 
-def final_activations(plans: PlanTable, training: Training, software: SoftwareProfile) -> Floats:
+def final_activations(plans: PlanTable, training: Training, software: SoftwareProfile) -> FloatArray:
     """Bytes that the last stage keeps for its final norm and as the output layer's input, [n]."""
     wide = residual_stream(plans, training)
     return norm_bytes(wide, training.architecture, software) + wide * software.activation_bytes
 
 
-def matmul_output_elements(plans: PlanTable, training: Training) -> Floats:
+def matmul_output_elements(plans: PlanTable, training: Training) -> FloatArray:
     """Elements that the matrix products of a layer give for one micro-batch on each device: the mean over the layers, [n]."""
     tokens = micro_batch_tokens(plans, training)
     architecture = training.architecture

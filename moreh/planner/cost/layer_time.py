@@ -10,9 +10,9 @@ import numpy as np
 from moreh.models.architecture import Architecture, DecoderLayer
 from moreh.planner.hardware.cluster import Cluster, Links, ring_links
 from moreh.planner.hardware.roofline import Roofline
-from moreh.planner.plan.arrays import Floats, Integers
+from moreh.planner.plan.arrays import FloatArray, IntArray
 from moreh.planner.plan.plan import Training
-from moreh.planner.plan.plan_table import FULL, SELECTIVE, PlanTable
+from moreh.planner.plan.plan_table import RECOMPUTE_FULL, RECOMPUTE_SELECTIVE, PlanTable
 
 # Backward passes of fused attention compute the scores again: 5 products against 2 (https://arxiv.org/abs/2307.08691).
 FUSED_ATTENTION_BACKWARD = 2.5
@@ -25,24 +25,24 @@ ELEMENTWISE_BACKWARD = 1.5
 class LayerTime:
     """Seconds, [n] each. `weights_s` is the part of `backward_s` that only the weights' gradients need."""
 
-    forward_s: Floats
-    backward_s: Floats
-    weights_s: Floats
-    recompute_s: Floats
-    forward_exchange_s: Floats
-    backward_exchange_s: Floats
-    recompute_exchange_s: Floats
+    forward_s: FloatArray
+    backward_s: FloatArray
+    weights_s: FloatArray
+    recompute_s: FloatArray
+    forward_exchange_s: FloatArray
+    backward_exchange_s: FloatArray
+    recompute_exchange_s: FloatArray
 
 
 @dataclass(frozen=True)
 class EdgeTime:
     """Seconds, [n] each, of what the first stage (embedding) or the last one (final norm, output layer, loss) adds."""
 
-    forward_s: Floats
-    backward_s: Floats
+    forward_s: FloatArray
+    backward_s: FloatArray
 
 
-def micro_batch_tokens(plans: PlanTable, training: Training) -> Integers:
+def micro_batch_tokens(plans: PlanTable, training: Training) -> IntArray:
     """Tokens of one micro-batch on one device, [n]."""
     return plans.micro_batch_size * training.sequence_length // plans.context
 
@@ -88,7 +88,7 @@ def _one_layer(
     waiting = np.where(plans.tensor > 1, roofline.efficiency.skew, 0.0)
     backward_s = inputs_s + weights_s + attention_back_s + elementwise_back_s
 
-    selective, full = plans.recomputation == SELECTIVE, plans.recomputation == FULL
+    selective, full = plans.recomputation == RECOMPUTE_SELECTIVE, plans.recomputation == RECOMPUTE_FULL
     again = software.recomputed_products * products_s
     again = again + (elementwise_s if software.fused_attention else attention_s)
     return LayerTime(
@@ -103,8 +103,8 @@ def _one_layer(
 
 
 def _linear_s(
-    roofline: Roofline, plans: PlanTable, layer: DecoderLayer, tokens: Integers
-) -> tuple[Floats, Floats, Floats]:
+    roofline: Roofline, plans: PlanTable, layer: DecoderLayer, tokens: IntArray
+) -> tuple[FloatArray, FloatArray, FloatArray]:
     """Seconds of all matrix products: forward, backward for the inputs, backward for the weights."""
     forward = backward = weights = np.zeros(len(plans))
     for linear in layer.linears:
@@ -120,8 +120,8 @@ def _linear_s(
 
 
 def _attention_s(
-    roofline: Roofline, plans: PlanTable, training: Training, layer: DecoderLayer, tokens: Integers
-) -> tuple[Floats, Floats]:
+    roofline: Roofline, plans: PlanTable, training: Training, layer: DecoderLayer, tokens: IntArray
+) -> tuple[FloatArray, FloatArray]:
     """Seconds of attention without its projections, forward and backward."""
     length = training.sequence_length
     keys = length if layer.window is None else min(length, layer.window)
@@ -145,8 +145,8 @@ def _attention_s(
 
 
 def elementwise_bytes(
-    plans: PlanTable, architecture: Architecture, layer: DecoderLayer, tokens: Integers, element_bytes: int
-) -> Floats:
+    plans: PlanTable, architecture: Architecture, layer: DecoderLayer, tokens: IntArray, element_bytes: int
+) -> FloatArray:
     """Bytes that norms, residuals, activations and layout changes read and write in a forward pass, a kernel each, [n]."""
     # Two norms read and write, two residual additions read twice and write; dropout twice.
     wide = 4 + 6 + (5 if architecture.dropout else 0)

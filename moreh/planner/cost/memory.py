@@ -27,10 +27,10 @@ from moreh.planner.cost.memory_states import (
     states_of,
 )
 from moreh.planner.cost.stage_time import reshards_each_micro_batch
-from moreh.planner.plan.arrays import Floats, Integers
+from moreh.planner.plan.arrays import FloatArray, IntArray
 from moreh.planner.plan.plan import Training
-from moreh.planner.plan.plan_table import PARAMETERS, PlanTable
-from moreh.planner.plan.schedules import SPLIT_BACKWARD, peak_waiting_weights
+from moreh.planner.plan.plan_table import SHARD_PARAMETERS, PlanTable
+from moreh.planner.plan.schedules import SPLIT_BACKWARD, peak_deferred_weight_grads
 from moreh.planner.software_profile import SoftwareProfile
 
 
@@ -38,20 +38,20 @@ from moreh.planner.software_profile import SoftwareProfile
 class Memory:
     """Bytes at the peak of a step on a device of each pipeline rank, [n, pipeline] each."""
 
-    parameters: Floats
-    gradients: Floats
-    optimizer: Floats
-    activations: Floats
-    logits: Floats
-    buffers: Floats
-    fragmentation: Floats
+    parameters: FloatArray
+    gradients: FloatArray
+    optimizer: FloatArray
+    activations: FloatArray
+    logits: FloatArray
+    buffers: FloatArray
+    fragmentation: FloatArray
 
-    def rows(self, places: Integers) -> "Memory":
+    def take(self, places: IntArray) -> "Memory":
         """The plans at these places."""
         return Memory(**{f.name: getattr(self, f.name)[places] for f in fields(self)})
 
     @property
-    def total(self) -> Floats:
+    def total(self) -> FloatArray:
         """All of it, [n, pipeline]."""
         parts = (self.parameters, self.gradients, self.optimizer, self.activations, self.logits, self.buffers)
         return np.asarray(sum(parts) + self.fragmentation)
@@ -65,7 +65,7 @@ def memory(plans: PlanTable, training: Training, software: SoftwareProfile) -> M
     moments = _moments(states, plans, training, software)
     highest = np.argmax([moment.total for moment in moments], axis=0)[None]
 
-    def at_highest(name: str) -> Floats:
+    def at_highest(name: str) -> FloatArray:
         return np.take_along_axis(np.stack([getattr(moment, name) for moment in moments]), highest, axis=0)[0]
 
     return Memory(**{field.name: at_highest(field.name) for field in fields(Memory)})
@@ -75,7 +75,7 @@ def _sum_of_moments(states: States, plans: PlanTable, training: Training, softwa
     """What a step needs at any moment, added up."""
     sharding = plans.sharding[:, None]
     # Unsharded, a new gradient of that matrix exists before it is added to the one that is there.
-    gathers_edge = (sharding == PARAMETERS) & reshards_each_micro_batch(plans.pipeline, software)
+    gathers_edge = (sharding == SHARD_PARAMETERS) & reshards_each_micro_batch(plans.pipeline, software)
     per_parameter = np.where(gathers_edge, software.gather_bytes + software.reduce_bytes, software.activation_bytes)
     buffers = np.maximum(states.exchanged, largest_edge(states, plans) * per_parameter)
     # Sequence parallelism gathers the whole input of a column-split product, and of the gradient that comes back.
@@ -88,7 +88,7 @@ def _sum_of_moments(states: States, plans: PlanTable, training: Training, softwa
     activations[:, 0] += in_flight[:, 0] / plans.chunks * embedding_activations(plans, training, software)
     if plans.schedule in SPLIT_BACKWARD:
         results = matmul_output_elements(plans, training) * software.activation_bytes
-        waiting = for_each_count(plans, peak_waiting_weights)
+        waiting = for_each_count(plans, peak_deferred_weight_grads)
         activations += waiting * layers_of_stage(plans) * results[:, None]
     logits = logit_elements(plans, training, software) * software.logit_bytes
     copies = copies_of_weights(states, plans, training, software)
@@ -123,13 +123,17 @@ def _moments(states: States, plans: PlanTable, training: Training, software: Sof
 
     # The largest single gather and reduction.
     gathered = largest_edge(states, plans) * (software.gather_bytes + software.reduce_bytes)
-    edge = np.maximum(states.exchanged, np.where(plans.sharding[:, None] == PARAMETERS, gathered, 0.0))
+    edge = np.maximum(states.exchanged, np.where(plans.sharding[:, None] == SHARD_PARAMETERS, gathered, 0.0))
     # Autocast gives a matrix a gradient in low precision, which is then converted.
     low = software.activation_bytes if software.autocast else software.gradient_bytes
     converted = low + software.gradient_bytes if software.autocast else 0
 
     def moment(
-        activations: Floats, gradients: Floats, copies: Floats = none, logits: Floats = none, buffers: Floats = none
+        activations: FloatArray,
+        gradients: FloatArray,
+        copies: FloatArray = none,
+        logits: FloatArray = none,
+        buffers: FloatArray = none,
     ) -> Memory:
         temporary = activations + logits + buffers
         return Memory(

@@ -8,9 +8,16 @@ import numpy as np
 from moreh.models.architecture import DecoderLayer, Linear
 from moreh.planner.cost.layer_time import micro_batch_tokens
 from moreh.planner.cost.stage_time import StageParameters, parameters_per_device, reshards_each_micro_batch
-from moreh.planner.plan.arrays import Floats, Integers
+from moreh.planner.plan.arrays import FloatArray, IntArray
 from moreh.planner.plan.plan import Schedule, Training
-from moreh.planner.plan.plan_table import FULL, GRADIENTS, OPTIMIZER, PARAMETERS, PlanTable, per_rank, stage_ranks
+from moreh.planner.plan.plan_table import (
+    RECOMPUTE_FULL,
+    SHARD_GRADIENTS,
+    SHARD_OPTIMIZER,
+    SHARD_PARAMETERS,
+    PlanTable,
+    sum_by_rank,
+)
 from moreh.planner.plan.schedules import peak_in_flight
 from moreh.planner.software_profile import SoftwareProfile
 
@@ -26,12 +33,12 @@ class States:
 
     parameters: StageParameters
     trainable: StageParameters
-    held: Floats
-    trained: Floats
-    weights: Floats
-    gradient: Floats
-    optimizer: Floats
-    exchanged: Floats
+    held: FloatArray
+    trained: FloatArray
+    weights: FloatArray
+    gradient: FloatArray
+    optimizer: FloatArray
+    exchanged: FloatArray
 
 
 def states_of(plans: PlanTable, training: Training, software: SoftwareProfile) -> States:
@@ -40,21 +47,23 @@ def states_of(plans: PlanTable, training: Training, software: SoftwareProfile) -
     sharding = plans.sharding[:, None]
     parameters = parameters_per_device(training.architecture, plans, trainable_only=False)
     trainable = parameters_per_device(training.architecture, plans, trainable_only=True)
-    held = per_rank(plans, parameters.of_stages(plans))
+    held = sum_by_rank(plans, parameters.of_stages(plans))
     reshards = reshards_each_micro_batch(plans.pipeline, software)
     # Two layers are gathered at a time, the one in use and the next, and one layer's gradients wait to be reduced.
-    gathered = np.where((plans.sharding == PARAMETERS) & reshards, 2 * parameters.layer * software.gather_bytes, 0.0)
-    reduced = np.where((plans.sharding >= GRADIENTS) & reshards, trainable.layer * software.reduce_bytes, 0.0)
+    gathered = np.where(
+        (plans.sharding == SHARD_PARAMETERS) & reshards, 2 * parameters.layer * software.gather_bytes, 0.0
+    )
+    reduced = np.where((plans.sharding >= SHARD_GRADIENTS) & reshards, trainable.layer * software.reduce_bytes, 0.0)
     whole = held * (0 if reshards else software.gather_bytes)
-    copies = np.where(sharding == PARAMETERS, whole, 0.0 if software.autocast else held * software.working_bytes)
+    copies = np.where(sharding == SHARD_PARAMETERS, whole, 0.0 if software.autocast else held * software.working_bytes)
     return States(
         parameters=parameters,
         trainable=trainable,
         held=held,
-        trained=per_rank(plans, trainable.of_stages(plans)),
-        weights=held * software.weight_bytes / np.where(sharding == PARAMETERS, shards, 1) + copies,
-        gradient=software.gradient_bytes / np.where((sharding >= GRADIENTS) & reshards, shards, 1),
-        optimizer=software.optimizer_bytes / np.where(sharding >= OPTIMIZER, shards, 1),
+        trained=sum_by_rank(plans, trainable.of_stages(plans)),
+        weights=held * software.weight_bytes / np.where(sharding == SHARD_PARAMETERS, shards, 1) + copies,
+        gradient=software.gradient_bytes / np.where((sharding >= SHARD_GRADIENTS) & reshards, shards, 1),
+        optimizer=software.optimizer_bytes / np.where(sharding >= SHARD_OPTIMIZER, shards, 1),
         exchanged=(gathered + reduced)[:, None],
     )
 
@@ -67,23 +76,23 @@ class Copies:
     and that of the output layer, the `head`.
     """
 
-    forward: Floats
-    backward: Floats
-    layer: Floats
-    head: Floats
+    forward: FloatArray
+    backward: FloatArray
+    layer: FloatArray
+    head: FloatArray
 
 
 def copies_of_weights(states: States, plans: PlanTable, training: Training, software: SoftwareProfile) -> Copies:
     """Copies of weights in low precision that exist for a while."""
     # Copies that last are among the states' weights.
     lasting = not software.autocast
-    copy = np.where(lasting | (plans.sharding == PARAMETERS), 0.0, software.working_bytes)
+    copy = np.where(lasting | (plans.sharding == SHARD_PARAMETERS), 0.0, software.working_bytes)
     _, last = edge_ranks(plans)
     layer = (states.parameters.layer * copy)[:, None] + 0 * last
-    layers = layer * per_rank(plans, plans.stage_layers.astype(np.float64))
+    layers = layer * sum_by_rank(plans, plans.stage_layers.astype(np.float64))
     matrix = training.architecture.embedding_parameters / plans.tensor
     # A layer that is computed again makes its copies again.
-    backward = np.where(plans.recomputation[:, None] == FULL, 0.0, layers)
+    backward = np.where(plans.recomputation[:, None] == RECOMPUTE_FULL, 0.0, layers)
     return Copies(layers, backward, layer, last * (matrix * copy)[:, None])
 
 
@@ -93,11 +102,11 @@ class Gradients:
     parameters of the output layer's matrix, the `head`, if it has a gradient: [n, pipeline] each.
     """
 
-    before: Floats
-    last_layer: Floats
-    first_layer: Floats
-    embedding: Floats
-    head: Floats
+    before: FloatArray
+    last_layer: FloatArray
+    first_layer: FloatArray
+    embedding: FloatArray
+    head: FloatArray
 
 
 def gradients_held(states: States, plans: PlanTable, training: Training, software: SoftwareProfile) -> Gradients:
@@ -123,36 +132,36 @@ def gradients_held(states: States, plans: PlanTable, training: Training, softwar
     return Gradients(np.where(exists, everything, 0.0), last_layer, first_layer, embedding, last_matrix)
 
 
-def edge_ranks(plans: PlanTable) -> tuple[Floats, Floats]:
+def edge_ranks(plans: PlanTable) -> tuple[FloatArray, FloatArray]:
     """1 on the rank of the first stage, and on that of the last one, and 0 on the others: [n, pipeline] each."""
     first, last = (np.zeros((len(plans), plans.pipeline)) for _ in range(2))
     first[:, 0] = 1.0
-    last[:, stage_ranks(plans)[-1]] = 1.0
+    last[:, plans.stage_ranks[-1]] = 1.0
     return first, last
 
 
-def largest_edge(states: States, plans: PlanTable) -> Floats:
+def largest_edge(states: States, plans: PlanTable) -> FloatArray:
     """Parameters of the embedding or the output layer, whichever a rank has and is larger: [n, pipeline]."""
     first, last = edge_ranks(plans)
     return np.maximum(first * states.parameters.first[:, None], last * states.parameters.last[:, None])
 
 
-def layers_of_stage(plans: PlanTable) -> Floats:
+def layers_of_stage(plans: PlanTable) -> FloatArray:
     """The mean number of layers of the stages that a rank holds, [n, pipeline]."""
-    return per_rank(plans, plans.stage_layers.astype(np.float64)) / plans.chunks
+    return sum_by_rank(plans, plans.stage_layers.astype(np.float64)) / plans.chunks
 
 
-def logit_elements(plans: PlanTable, training: Training, software: SoftwareProfile) -> Floats:
+def logit_elements(plans: PlanTable, training: Training, software: SoftwareProfile) -> FloatArray:
     """How many logits there are at once, [n, pipeline]."""
     columns = training.architecture.vocabulary / plans.tensor
     logits = np.zeros((len(plans), plans.pipeline))
-    logits[:, stage_ranks(plans)[-1]] = micro_batch_tokens(plans, training) * columns
+    logits[:, plans.stage_ranks[-1]] = micro_batch_tokens(plans, training) * columns
     if plans.pipeline > 1:
         logits *= np.minimum(software.least_in_flight, plans.micro_batches)[:, None]
     return logits
 
 
-def second_products(plans: PlanTable, training: Training) -> Floats:
+def second_products(plans: PlanTable, training: Training) -> FloatArray:
     """Trained parameters in the second products of a layer's feed-forward network, on a device: the mean over layers, [n].
 
     Their gradients are there when the backward pass comes to the network's activation.
@@ -168,7 +177,9 @@ def feed_forward(layer: DecoderLayer) -> list[Linear]:
     return [linear for linear in layer.linears[rows[0] + 1 if rows else 0 :] if not linear.frozen]
 
 
-def optimizer_temporaries(states: States, plans: PlanTable, training: Training, software: SoftwareProfile) -> Floats:
+def optimizer_temporaries(
+    states: States, plans: PlanTable, training: Training, software: SoftwareProfile
+) -> FloatArray:
     """Bytes that the optimizer needs at most while it updates a rank's parameters one after the other, [n, pipeline]."""
     count = software.optimizer_temporaries
     largest = count * largest_edge(states, plans)
@@ -185,7 +196,7 @@ def optimizer_temporaries(states: States, plans: PlanTable, training: Training, 
     return largest * software.weight_bytes * states.optimizer / software.optimizer_bytes
 
 
-def for_each_count(plans: PlanTable, peak: Callable[[Schedule, int, int, int], Integers]) -> Floats:
+def for_each_count(plans: PlanTable, peak: Callable[[Schedule, int, int, int], IntArray]) -> FloatArray:
     """A peak of the schedule for the number of micro-batches of each plan, [n, pipeline]."""
     result = np.empty((len(plans), plans.pipeline))
     for count in np.unique(plans.micro_batches):
@@ -193,7 +204,7 @@ def for_each_count(plans: PlanTable, peak: Callable[[Schedule, int, int, int], I
     return result
 
 
-def stages_in_flight(plans: PlanTable, software: SoftwareProfile) -> Floats:
+def stages_in_flight(plans: PlanTable, software: SoftwareProfile) -> FloatArray:
     """Micro-batches whose activations a rank holds at the peak, counted in stages: [n, pipeline]."""
     result = for_each_count(plans, peak_in_flight)
     if plans.pipeline > 1:

@@ -11,7 +11,7 @@ from moreh.planner.cost.pipeline_time import makespan
 from moreh.planner.cost.stage_time import StageTime, stage_time
 from moreh.planner.hardware.environment import Environment
 from moreh.planner.plan.plan import Plan, Training
-from moreh.planner.plan.plan_table import PlanTable, table_of_plans
+from moreh.planner.plan.plan_table import PlanTable
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def model_flops(training: Training) -> float:
 
 def predict(plan: Plan, training: Training, environment: Environment) -> Prediction:
     """The cost of one plan."""
-    table = table_of_plans([plan])
+    table = PlanTable.from_plans([plan])
     times = stage_time(environment.roofline, environment.cluster, table, training)
     return predict_row(table, 0, times, memory(table, training, environment.software), training, environment)
 

@@ -8,9 +8,16 @@ from moreh.models.architecture import Architecture
 from moreh.planner.cost.layer_time import EdgeTime, embedding_time, head_time, layer_time, micro_batch_tokens
 from moreh.planner.hardware.cluster import Cluster, Links, ring_links
 from moreh.planner.hardware.roofline import Roofline
-from moreh.planner.plan.arrays import Booleans, Floats
+from moreh.planner.plan.arrays import BoolArray, FloatArray
 from moreh.planner.plan.plan import Training
-from moreh.planner.plan.plan_table import GRADIENTS, OPTIMIZER, PARAMETERS, WHOLE, PlanTable, per_rank, stage_ranks
+from moreh.planner.plan.plan_table import (
+    SHARD_GRADIENTS,
+    SHARD_NONE,
+    SHARD_OPTIMIZER,
+    SHARD_PARAMETERS,
+    PlanTable,
+    sum_by_rank,
+)
 from moreh.planner.plan.schedules import SPLIT_BACKWARD
 from moreh.planner.software_profile import SoftwareProfile
 
@@ -25,19 +32,19 @@ class StageTime:
     tensor-parallel communication, and waiting for parameters and gradients of the data-parallel group.
     """
 
-    forward_s: Floats
-    backward_s: Floats
-    weight_fraction: Floats
-    send_s: Floats
-    gradients_s: Floats
-    optimizer_s: Floats
-    computation_s: Floats
-    recomputation_s: Floats
-    tensor_exchange_s: Floats
-    data_exchange_s: Floats
+    forward_s: FloatArray
+    backward_s: FloatArray
+    weight_fraction: FloatArray
+    send_s: FloatArray
+    gradients_s: FloatArray
+    optimizer_s: FloatArray
+    computation_s: FloatArray
+    recomputation_s: FloatArray
+    tensor_exchange_s: FloatArray
+    data_exchange_s: FloatArray
 
     @property
-    def tail_s(self) -> Floats:
+    def tail_s(self) -> FloatArray:
         """What follows the last micro-batch, [n]."""
         return self.gradients_s + self.optimizer_s
 
@@ -46,11 +53,11 @@ class StageTime:
 class StageParameters:
     """Parameters on one device: of a layer, of what the first stage adds, of what the last one adds; [n] each."""
 
-    layer: Floats
-    first: Floats
-    last: Floats
+    layer: FloatArray
+    first: FloatArray
+    last: FloatArray
 
-    def of_stages(self, plans: PlanTable) -> Floats:
+    def of_stages(self, plans: PlanTable) -> FloatArray:
         """Parameters of every stage on one device, [n, stages]. With one stage a tied output layer is counted once."""
         stages = self.layer[:, None] * plans.stage_layers
         stages[:, 0] += self.first
@@ -87,7 +94,7 @@ def parameters_per_device(architecture: Architecture, plans: PlanTable, trainabl
 
 def ends_are_apart(plans: PlanTable) -> bool:
     """Whether the first and the last stage are on different ranks, so that both hold a tied embedding."""
-    ranks = stage_ranks(plans)
+    ranks = plans.stage_ranks
     return bool(ranks[0] != ranks[-1])
 
 
@@ -118,10 +125,10 @@ def stage_time(roofline: Roofline, cluster: Cluster, plans: PlanTable, training:
     # Parameters are gathered for each forward and each backward pass where they are sharded; gradients are reduced in
     # each backward pass where they are.
     reshards = reshards_each_micro_batch(plans.pipeline, software)
-    gathers = np.where((plans.sharding == PARAMETERS) & reshards, software.gather_bytes, 0)
-    reduces = np.where((plans.sharding >= GRADIENTS) & reshards, software.reduce_bytes, 0)
+    gathers = np.where((plans.sharding == SHARD_PARAMETERS) & reshards, software.gather_bytes, 0)
+    reduces = np.where((plans.sharding >= SHARD_GRADIENTS) & reshards, software.reduce_bytes, 0)
 
-    def hidden(computation: Floats, gather: Floats, reduce: Floats) -> Floats:
+    def hidden(computation: FloatArray, gather: FloatArray, reduce: FloatArray) -> FloatArray:
         """Seconds of a computation with the exchange of parameters and gradients beside it."""
         exchange = np.where(gathers > 0, roofline.ring_s(gather * gathers, links), 0.0)
         exchange = exchange + np.where(reduces > 0, roofline.ring_s(reduce * reduces, links), 0.0)
@@ -141,11 +148,11 @@ def stage_time(roofline: Roofline, cluster: Cluster, plans: PlanTable, training:
     forward[:, -1] += hidden(head.forward_s, parameters.last, none)
     backward[:, -1] += hidden(head.backward_s, parameters.last, trainable.last)
 
-    totals = per_rank(plans, forward + backward)
+    totals = sum_by_rank(plans, forward + backward)
     busiest = np.argmax(totals, axis=1)
     rows = np.arange(len(plans))
-    layers = per_rank(plans, plans.stage_layers.astype(np.float64))[rows, busiest]
-    ranks = stage_ranks(plans)
+    layers = sum_by_rank(plans, plans.stage_layers.astype(np.float64))[rows, busiest]
+    ranks = plans.stage_ranks
     computation = layers * (layer.forward_s + layer.backward_s)
     computation += _both(embedding, busiest == ranks[0]) + _both(head, busiest == ranks[-1])
     recomputation = layers * layer.recompute_s
@@ -167,17 +174,17 @@ def stage_time(roofline: Roofline, cluster: Cluster, plans: PlanTable, training:
     )
 
 
-def _both(edge: EdgeTime, applies: Booleans) -> Floats:
+def _both(edge: EdgeTime, applies: BoolArray) -> FloatArray:
     return np.where(applies, edge.forward_s + edge.backward_s, 0.0)
 
 
-def activation_bytes_between_stages(plans: PlanTable, training: Training, software: SoftwareProfile) -> Floats:
+def activation_bytes_between_stages(plans: PlanTable, training: Training, software: SoftwareProfile) -> FloatArray:
     """Bytes that a device sends to the next stage for a micro-batch, [n]."""
     parts = np.where(plans.sequence_parallel, plans.tensor, 1)
     return micro_batch_tokens(plans, training) * training.architecture.hidden * software.activation_bytes / parts
 
 
-def _between_stages_s(roofline: Roofline, cluster: Cluster, plans: PlanTable, sent_bytes: Floats) -> Floats:
+def _between_stages_s(roofline: Roofline, cluster: Cluster, plans: PlanTable, sent_bytes: FloatArray) -> FloatArray:
     """Seconds until so many bytes have arrived at another stage, [n]."""
     if plans.pipeline == 1:
         return np.zeros(len(plans))
@@ -190,7 +197,7 @@ def _between_stages_s(roofline: Roofline, cluster: Cluster, plans: PlanTable, se
     return sent_bytes / rate + np.where(across, efficiency.network_hop_s, efficiency.node_hop_s)
 
 
-def _tied_exchange_s(roofline: Roofline, cluster: Cluster, plans: PlanTable, training: Training) -> Floats:
+def _tied_exchange_s(roofline: Roofline, cluster: Cluster, plans: PlanTable, training: Training) -> FloatArray:
     """Seconds in which the first and the last stage add up the gradients of the embedding that both hold, [n]."""
     architecture = training.architecture
     if not architecture.tied or architecture.embedding_frozen or not ends_are_apart(plans):
@@ -205,22 +212,24 @@ def _finish(
     parameters: StageParameters,
     trainable: StageParameters,
     links: Links,
-    backward_s: Floats,
-) -> tuple[Floats, Floats]:
+    backward_s: FloatArray,
+) -> tuple[FloatArray, FloatArray]:
     """Seconds after the last micro-batch in the stage that has most to do: exchange of gradients, and optimizer; [n]."""
     software = roofline.software
-    most = per_rank(plans, trainable.of_stages(plans)).max(axis=1)
-    whole = per_rank(plans, parameters.of_stages(plans)).max(axis=1)
+    most = sum_by_rank(plans, trainable.of_stages(plans)).max(axis=1)
+    whole = sum_by_rank(plans, parameters.of_stages(plans)).max(axis=1)
 
     reduce = roofline.ring_s(most * software.reduce_bytes, links)
     gather = roofline.ring_s(whole * software.gather_bytes, links)
     gather_trained = roofline.ring_s(most * software.gather_bytes, links)
     reshards = reshards_each_micro_batch(plans.pipeline, software)
     once = np.where(
-        plans.sharding == WHOLE, 2 * reduce, np.where((plans.sharding == OPTIMIZER) | (not reshards), reduce, 0.0)
+        plans.sharding == SHARD_NONE,
+        2 * reduce,
+        np.where((plans.sharding == SHARD_OPTIMIZER) | (not reshards), reduce, 0.0),
     )
-    after = np.where(plans.sharding == WHOLE, 0.0, gather_trained)
-    after = np.where(plans.sharding == PARAMETERS, 0.0 if reshards else gather, after)
+    after = np.where(plans.sharding == SHARD_NONE, 0.0, gather_trained)
+    after = np.where(plans.sharding == SHARD_PARAMETERS, 0.0 if reshards else gather, after)
     if software.overlaps_data:
         # The gradients of the last micro-batch are exchanged while its earlier layers are still computed, and parameters
         # are gathered while the first layers of the next step are. A backward pass in two parts writes gradients past the
@@ -232,6 +241,6 @@ def _finish(
 
     # AdamW reads gradient, weight and state and writes the latter two; clipping reads the gradient once more.
     moved = 2 * software.gradient_bytes + 2 * (software.weight_bytes + software.optimizer_bytes)
-    share = np.where(plans.sharding >= OPTIMIZER, plans.data * plans.context, 1)
+    share = np.where(plans.sharding >= SHARD_OPTIMIZER, plans.data * plans.context, 1)
     optimizer = most / share * (moved + software.working_bytes) / roofline.memory_rate
     return once + after, optimizer

@@ -6,7 +6,7 @@ import numpy as np
 
 from moreh.accelerator.devices import Device
 from moreh.accelerator.flavors import Flavor
-from moreh.planner.plan.arrays import Booleans, Floats, Integers
+from moreh.planner.plan.arrays import BoolArray, FloatArray, IntArray
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,13 @@ class Links:
     `across_nodes` says whether the ring leaves a node; `share_of_node` is the part of a node's devices that take part in it.
     """
 
-    size: Integers
-    bytes_per_second: Floats
-    across_nodes: Booleans
-    share_of_node: Floats
+    size: IntArray
+    bytes_per_second: FloatArray
+    across_nodes: BoolArray
+    share_of_node: FloatArray
 
 
-def ring_links(cluster: Cluster, size: Integers, stride: Integers) -> Links:
+def ring_links(cluster: Cluster, size: IntArray, stride: IntArray) -> Links:
     """The links of rings over `size` devices that are `stride` apart, [n] each.
 
     A ring over several nodes uses the network ports of all its devices in a node: `size` = 16 with `stride` 1 on nodes of 8

@@ -7,10 +7,10 @@ import numpy as np
 from moreh.accelerator.devices import Device
 from moreh.planner.hardware.cluster import Links
 from moreh.planner.hardware.efficiency import Efficiency
-from moreh.planner.plan.arrays import Floats, Integers
+from moreh.planner.plan.arrays import FloatArray, IntArray
 from moreh.planner.software_profile import SoftwareProfile
 
-Number = Integers | Floats | int | float
+Number = IntArray | FloatArray | int | float
 
 # The tile of the result that one compute unit works on at a time in large matrix products (cuBLAS, hipBLASLt, CUTLASS).
 TILE_ELEMENTS = 128 * 256
@@ -44,7 +44,7 @@ class Roofline:
         """Bytes/s that memory-bound kernels reach."""
         return self.device.memory_bytes_per_second * self.efficiency.memory
 
-    def matmul_s(self, rows: Number, columns: Number, depth: Number, batch: Number = 1) -> Floats:
+    def matmul_s(self, rows: Number, columns: Number, depth: Number, batch: Number = 1) -> FloatArray:
         """Seconds of `batch` products `[rows, depth] x [depth, columns]`, by compute or by memory, whichever is slower."""
         rows, columns, depth, batch = (np.asarray(value, dtype=np.float64) for value in (rows, columns, depth, batch))
         waves = batch * rows * columns / (TILE_ELEMENTS * self.device.compute_units)
@@ -53,17 +53,17 @@ class Roofline:
         moved = batch * (rows * depth + depth * columns + rows * columns) * self.software.activation_bytes
         return np.maximum(compute, moved / self.memory_rate) + self.efficiency.kernel_s
 
-    def attention_s(self, flops: Number) -> Floats:
+    def attention_s(self, flops: Number) -> FloatArray:
         """Seconds of a fused attention kernel that computes `flops`."""
         return np.asarray(
             flops / (self.half_rate * self.efficiency.attention) + self.efficiency.kernel_s, dtype=np.float64
         )
 
-    def memory_s(self, moved_bytes: Number, kernels: Number = 1) -> Floats:
+    def memory_s(self, moved_bytes: Number, kernels: Number = 1) -> FloatArray:
         """Seconds of memory-bound kernels that read and write `moved_bytes` together."""
         return np.asarray(moved_bytes / self.memory_rate + kernels * self.efficiency.kernel_s, dtype=np.float64)
 
-    def ring_s(self, whole_bytes: Number, links: Links) -> Floats:
+    def ring_s(self, whole_bytes: Number, links: Links) -> FloatArray:
         """Seconds of an all-gather or a reduce-scatter of `whole_bytes` by a ring; 0 in a group of one.
 
         An all-reduce is both, one after the other: Thakur et al. 2005, https://doi.org/10.1177/1094342005051521.
@@ -76,7 +76,7 @@ class Roofline:
             links.size > 1, share * whole_bytes / (links.bytes_per_second * fraction) + (links.size - 1) * hop, 0.0
         )
 
-    def overlapped_s(self, computation: Floats, communication: Floats) -> Floats:
+    def overlapped_s(self, computation: FloatArray, communication: FloatArray) -> FloatArray:
         """Seconds of a computation and a communication that run at the same time and slow each other down."""
         longer, shorter = np.maximum(computation, communication), np.minimum(computation, communication)
         return longer + self.efficiency.contention * shorter

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from moreh.planner.cost.prediction import DeviceMemory, Prediction
-from moreh.planner.plan.notation import plan_pieces, torch_refusal
+from moreh.planner.plan.notation import plan_fields, torch_refusal
 from moreh.planner.plan.plan import Plan
 from moreh.planner.report.report import Json, prediction_json
 from moreh.planner.search.candidates import MAX_CHUNKS
@@ -125,7 +125,7 @@ def _missing_memory(request: Request, asked: Prediction) -> str:
 
 def _instead(asked: Plan, best: Plan, part: str) -> str:
     """The settings behind a difference, of one plan and of the other."""
-    mine, other = plan_pieces(asked), plan_pieces(best)
+    mine, other = plan_fields(asked), plan_fields(best)
     names = [name for name in PARTS[part][1] if mine[name] != other[name]]
     if not names:
         return ""

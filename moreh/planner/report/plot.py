@@ -10,7 +10,7 @@ from moreh.errors import PlanError
 from moreh.planner.cost.pipeline_time import Timeline, simulate
 from moreh.planner.cost.prediction import DeviceMemory, Prediction
 from moreh.planner.plan.notation import plan_text
-from moreh.planner.plan.schedules import KINDS, SPLIT_BACKWARD
+from moreh.planner.plan.schedules import OPERATION_KINDS, SPLIT_BACKWARD
 from moreh.planner.search.request import Request
 from moreh.planner.units import GIB, seconds_text
 
@@ -119,7 +119,7 @@ def _windows(timeline: Timeline, ranks: int, step_s: float) -> list[tuple[float,
 def _draw_window(panel: Any, timeline: Timeline, ranks: int, start: float, end: float, panels: int) -> None:
     """The operations of all ranks between two times, with the number of the micro-batch where there is room."""
     seen = (timeline.end_s > start) & (timeline.start_s < end)
-    for kind in range(len(KINDS)):
+    for kind in range(len(OPERATION_KINDS)):
         for rank in range(ranks):
             here = seen & (timeline.kind == kind) & (timeline.rank == rank)
             spans = list(zip(timeline.start_s[here], (timeline.end_s - timeline.start_s)[here], strict=True))

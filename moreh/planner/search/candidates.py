@@ -10,10 +10,18 @@ from moreh.planner.cost.layer_time import embedding_time, head_time, layer_time
 from moreh.planner.cost.stage_time import reshards_each_micro_batch
 from moreh.planner.hardware.cluster import Cluster
 from moreh.planner.hardware.roofline import Roofline
-from moreh.planner.plan.arrays import Booleans, Floats, Integers
-from moreh.planner.plan.layer_balancing import balanced_layers, balanced_ranks, even_layers
+from moreh.planner.plan.arrays import BoolArray, FloatArray, IntArray
+from moreh.planner.plan.layer_balancing import even_layers, layers_balanced_by_rank, layers_balanced_by_stage
 from moreh.planner.plan.plan import Schedule, Training
-from moreh.planner.plan.plan_table import FULL, GRADIENTS, NONE, PARAMETERS, SELECTIVE, WHOLE, PlanTable
+from moreh.planner.plan.plan_table import (
+    RECOMPUTE_FULL,
+    RECOMPUTE_NONE,
+    RECOMPUTE_SELECTIVE,
+    SHARD_GRADIENTS,
+    SHARD_NONE,
+    SHARD_PARAMETERS,
+    PlanTable,
+)
 from moreh.planner.plan.schedules import SPLIT_BACKWARD, is_runnable
 from moreh.planner.search.constraints import Constraints
 from moreh.planner.software_profile import SoftwareProfile
@@ -80,7 +88,7 @@ def _pipelines(cluster: Cluster, training: Training, constraints: Constraints) -
 
 def _groups(
     cluster: Cluster, training: Training, constraints: Constraints, pipeline: int
-) -> Iterator[tuple[Integers, ...]]:
+) -> Iterator[tuple[IntArray, ...]]:
     """Columns (tensor, context, data, micro-batch size, micro-batches, recomputation, sharding, sequence parallel)."""
     architecture = training.architecture
     heads = int(np.gcd.reduce([head for layer in architecture.layers for head in (layer.heads, layer.kv_heads)]))
@@ -116,15 +124,15 @@ def _groups(
 
 def _recomputations(constraints: Constraints) -> list[int]:
     if constraints.recompute is None:
-        return [NONE, SELECTIVE, FULL]
-    return [SELECTIVE, FULL] if constraints.recompute else [NONE]
+        return [RECOMPUTE_NONE, RECOMPUTE_SELECTIVE, RECOMPUTE_FULL]
+    return [RECOMPUTE_SELECTIVE, RECOMPUTE_FULL] if constraints.recompute else [RECOMPUTE_NONE]
 
 
 def _shardings(ranks: int, constraints: Constraints) -> list[int]:
     if constraints.shard_parameters is True:
-        return [PARAMETERS] if ranks > 1 else []
-    levels = list(range(PARAMETERS + 1)) if ranks > 1 else [0]
-    return [level for level in levels if level != PARAMETERS] if constraints.shard_parameters is False else levels
+        return [SHARD_PARAMETERS] if ranks > 1 else []
+    levels = list(range(SHARD_PARAMETERS + 1)) if ranks > 1 else [0]
+    return [level for level in levels if level != SHARD_PARAMETERS] if constraints.shard_parameters is False else levels
 
 
 def _schedules(pipeline: int, training: Training, constraints: Constraints) -> Iterator[tuple[Schedule, int]]:
@@ -149,8 +157,8 @@ def _table(
     pipeline: int,
     schedule: Schedule,
     chunks: int,
-    columns: list[Integers],
-    ends: tuple[Floats, Floats],
+    columns: list[IntArray],
+    ends: tuple[FloatArray, FloatArray],
 ) -> PlanTable:
     """The rows that the schedule can run, each with even stages, and with balanced ones where they differ."""
     micro_batches, recomputation, sharding = columns[4], columns[5], columns[6]
@@ -158,10 +166,10 @@ def _table(
     if schedule in SPLIT_BACKWARD:
         # A backward pass in two parts leaves gradients of sharded parameters wrong, without an error, and recomputes
         # activations again for the gradient of every single matrix.
-        allowed = allowed & (sharding == WHOLE) & (recomputation == NONE)
+        allowed = allowed & (sharding == SHARD_NONE) & (recomputation == RECOMPUTE_NONE)
     if not reshards_each_micro_batch(pipeline, software):
         # Gradients are whole until the end of the step, as with a sharded optimizer.
-        allowed = allowed & (sharding != GRADIENTS)
+        allowed = allowed & (sharding != SHARD_GRADIENTS)
     columns = [column[allowed] for column in columns]
     stages = pipeline * chunks
     layers = len(training.architecture.layers)
@@ -181,7 +189,7 @@ def _table(
     return _with_stages(pipeline, schedule, chunks, [column[rows] for column in columns], np.concatenate(variants))
 
 
-def _full(variants: list[Integers], sources: list[Integers]) -> list[Integers]:
+def _full(variants: list[IntArray], sources: list[IntArray]) -> list[IntArray]:
     """Each variant of the stages for all rows; even ones where a row does not have it."""
     result = []
     for variant, rows in zip(variants, sources, strict=True):
@@ -192,8 +200,8 @@ def _full(variants: list[Integers], sources: list[Integers]) -> list[Integers]:
 
 
 def _work_of_ends(
-    roofline: Roofline, cluster: Cluster, training: Training, pipeline: int, columns: list[Integers]
-) -> tuple[Floats, Floats]:
+    roofline: Roofline, cluster: Cluster, training: Training, pipeline: int, columns: list[IntArray]
+) -> tuple[FloatArray, FloatArray]:
     """What the first and the last stage compute besides their layers, in times of a layer, [n] each.
 
     Links and sharding do not enter, so that a faster link cannot change how layers are divided.
@@ -211,19 +219,22 @@ def _work_of_ends(
     return (embedding.forward_s + embedding.backward_s) / one, (head.forward_s + head.backward_s) / one
 
 
-def _balanced(table: PlanTable, layers: int, first: Floats, last: Floats) -> list[Integers]:
+def _balanced(table: PlanTable, layers: int, first: FloatArray, last: FloatArray) -> list[IntArray]:
     """Stages of equal computation, and ranks of equal computation where they hold several stages, [n, stages] each."""
-    stages = balanced_layers(layers, table.stages, first, last)
+    stages = layers_balanced_by_stage(layers, table.stages, first, last)
     if table.chunks == 1:
         return [stages]
-    return [stages, balanced_ranks(layers, table.pipeline, table.chunks, first, last, folded=table.schedule == "zbv")]
+    return [
+        stages,
+        layers_balanced_by_rank(layers, table.pipeline, table.chunks, first, last, folded=table.schedule == "zbv"),
+    ]
 
 
 def _with_stages(
-    pipeline: int, schedule: Schedule, chunks: int, columns: list[Integers], stage_layers: Integers
+    pipeline: int, schedule: Schedule, chunks: int, columns: list[IntArray], stage_layers: IntArray
 ) -> PlanTable:
     tensor, context, data, size, micro_batches, recomputation, sharding, sequence_parallel = columns
-    parallel: Booleans = sequence_parallel.astype(np.bool_)
+    parallel: BoolArray = sequence_parallel.astype(np.bool_)
     return PlanTable(
         pipeline,
         chunks,

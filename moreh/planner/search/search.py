@@ -12,7 +12,7 @@ from moreh.planner.cost.pipeline_bounds import makespan_lower_bound
 from moreh.planner.cost.prediction import Prediction, predict_row, step_seconds
 from moreh.planner.cost.stage_time import StageTime, stage_time
 from moreh.planner.hardware.environment import Environment
-from moreh.planner.plan.arrays import Floats
+from moreh.planner.plan.arrays import FloatArray
 from moreh.planner.plan.plan import Training
 from moreh.planner.plan.plan_table import PlanTable
 from moreh.planner.search.candidates import candidate_tables, divisors
@@ -60,7 +60,7 @@ class _CostedTable:
     table: PlanTable
     times: StageTime
     needed: Memory
-    bounds_s: Floats
+    bounds_s: FloatArray
     """Lower bounds of the step times, [n]; the step times themselves for plans without a pipeline."""
 
 
@@ -75,8 +75,8 @@ def search(
 
     1. The memory of all candidates is computed, a table at a time. Those that do not fit are dropped.
     2. Lower bounds of the step times of the others are computed, a table at a time, in `threads` threads.
-    3. Pipelines are simulated in the order of their bounds, until the next bound is above the slowest of the best `count`
-       so far: no remaining candidate can be among them.
+    3. Pipelines are simulated in the order of their bounds, until the next bound is above the slowest of the best
+       `count` so far: no remaining candidate can be among them.
 
     Raises:
         PlanError: the batch cannot be split over the devices, or nothing satisfies the constraints.
@@ -93,7 +93,7 @@ def search(
         smallest = min(smallest, float(total.min()))
         fits = np.flatnonzero(total <= limit)
         if len(fits):
-            fitting.append((table.rows(fits), needed.rows(fits)))
+            fitting.append((table.take(fits), needed.take(fits)))
     memory_checked = time.perf_counter()
 
     if threads == 1:
@@ -147,7 +147,8 @@ def search_plans(request: Request, count: int) -> SearchOutcome:
     """The best plans of a request, on all devices or on as many as can be used.
 
     Raises:
-        PlanError: nothing satisfies the constraints. The message names the constraints without which there would be plans.
+        PlanError: nothing satisfies the constraints. The message names the constraints without which there would be
+            plans.
     """
     try:
         outcome = search_on_most_devices(request.training, request.environment, request.constraints, count)

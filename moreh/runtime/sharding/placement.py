@@ -6,6 +6,7 @@ from torch import nn
 
 from moreh.models.parts import ModelParts
 from moreh.planner.plan.plan import Plan
+from moreh.planner.plan.stage_layout import stage_to_rank
 from moreh.runtime.sharding.local_weights import target_dtypes
 from moreh.runtime.sharding.spec import ParamSpec, TPSplit
 
@@ -21,12 +22,10 @@ class StagePlacement:
 
 
 def stage_placements(plan: Plan) -> tuple[StagePlacement, ...]:
-    """The stages in the order of the model. zbv folds them into a V; else they go round the ranks."""
+    """The stages in the order of the model, on the ranks that `stage_to_rank` gives them."""
+    ranks = stage_to_rank(plan.schedule, plan.pipeline, plan.chunks).tolist()
     places, first = [], 0
-    for number, layers in enumerate(plan.stage_layers):
-        rank = number % plan.pipeline
-        if plan.schedule == "zbv" and number >= plan.pipeline:
-            rank = 2 * plan.pipeline - 1 - number
+    for number, (rank, layers) in enumerate(zip(ranks, plan.stage_layers, strict=True)):
         places.append(StagePlacement(number, rank, first, first + layers))
         first += layers
     return tuple(places)
