@@ -76,38 +76,38 @@ def software_of(row: Row) -> SoftwareProfile:
     """What the program of a row does.
 
     Most of it is how these programs are documented to work. Chosen by hand so that published figures, tested ones included,
-    come out right are: torchtitan's `fragmentation` and, in 2025, its `logit_bytes`; OneFlow's `least_in_flight` (from the
-    memory of rows 610 and 612) and `elementwise`; and DeepSpeed's `rings_use_all_ports`. `elementwise` of the others is a
+    come out right are: torchtitan's `fragmentation` and, in 2025, its `logit_bytes`; OneFlow's `min_in_flight` (from the
+    memory of rows 610 and 612) and `elementwise_traffic`; and DeepSpeed's `rings_use_all_ports`. `elementwise_traffic` of the others is a
     guess.
     """
     framework, precision, sharding = cell(row, "framework"), cell(row, "precision").lower(), cell(row, "sharding")
     megatron = SoftwareProfile(  # arXiv:2205.05198: float16 weights and a master copy, fused softmax, bias and dropout
         "Megatron",
         weight_bytes=2,
-        working_bytes=0,
+        weight_copy_bytes=0,
         gradient_bytes=4,
         optimizer_bytes=12,
         reduce_bytes=2,
         fused_attention=False,
-        elementwise=0.7,
-        logit_passes_bytes=20,
-        overlaps_data=False,
+        elementwise_traffic=0.7,
+        logit_traffic_bytes=20,
+        overlaps_data_parallel=False,
     )
     if "llm-foundry" in framework:
         # Its loss is the fused one of FlashAttention, which writes the gradient over the logits.
-        found = SoftwareProfile("llm-foundry", logit_bytes=4, logit_passes_bytes=8)
+        found = SoftwareProfile("llm-foundry", logit_bytes=4, logit_traffic_bytes=8)
         found = replace(found, reduce_bytes=2 if "PURE" in sharding else 4)
         if "PURE" in sharding:
-            found = replace(found, weight_bytes=2, gradient_bytes=2, optimizer_bytes=4, working_bytes=0)
+            found = replace(found, weight_bytes=2, gradient_bytes=2, optimizer_bytes=4, weight_copy_bytes=0)
     elif "torchtitan" in framework:
         found = _torchtitan(row)
     elif "SimuMax" in framework:
-        found = replace(megatron, name="Megatron Core", fused_attention=True, elementwise=0.6, reduce_bytes=4)
-        found = replace(found, logit_bytes=6, logit_passes_bytes=12)  # fused cross-entropy
+        found = replace(megatron, name="Megatron Core", fused_attention=True, elementwise_traffic=0.6, reduce_bytes=4)
+        found = replace(found, logit_bytes=6, logit_traffic_bytes=12)  # fused cross-entropy
     elif "ZeRO-3" in framework:
-        found = replace(megatron, name="DeepSpeed", overlaps_data=True, rings_use_all_ports=False)
+        found = replace(megatron, name="DeepSpeed", overlaps_data_parallel=True, rings_use_all_ports=False)
     elif "OneFlow" in framework:
-        found = replace(megatron, name="OneFlow", overlaps_data=True, least_in_flight=4, elementwise=0.4)
+        found = replace(megatron, name="OneFlow", overlaps_data_parallel=True, min_in_flight=4, elementwise_traffic=0.4)
     elif "MoAI" in framework:
         found = SoftwareProfile("MoAI Platform")
     else:
@@ -121,10 +121,10 @@ def _torchtitan(row: Row) -> SoftwareProfile:
     """torchtitan, arXiv:2410.06511: selective recomputation repeats every second matrix product."""
     framework = cell(row, "framework")
     found = SoftwareProfile(
-        "torchtitan", recomputed_products=0.5, overlaps_tensor="async" in framework.lower(), gated_copies=1.0
+        "torchtitan", recomputed_matmuls=0.5, overlaps_tensor_parallel="async" in framework.lower(), gated_copies=1.0
     )
     if "compile" in framework:
-        found = replace(found, elementwise=0.5, gated_copies=0.5)
+        found = replace(found, elementwise_traffic=0.5, gated_copies=0.5)
     if "2025" in cell(row, "group"):  # taken to mean that the loss is compiled and the allocator's segments can grow
-        return replace(found, logit_bytes=6, logit_passes_bytes=12)
+        return replace(found, logit_bytes=6, logit_traffic_bytes=12)
     return replace(found, fragmentation=0.25)

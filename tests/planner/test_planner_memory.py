@@ -10,7 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from moreh.models.describe.from_module import describe_module
 from moreh.planner.cost.activation_memory import layer_activations
-from moreh.planner.cost.memory import Memory, memory
+from moreh.planner.cost.memory import PeakMemory, peak_memory
 from moreh.planner.plan.plan import Plan, Training
 from moreh.planner.plan.plan_table import PlanTable
 from moreh.planner.software_profile import MOREH, TRANSFORMERS, TRANSFORMERS_AUTOCAST, SoftwareProfile
@@ -75,7 +75,9 @@ class Case:
             recomputation=self.recomputation,
         )
         training = Training(describe_module(self.build("meta")), self.batch * self.micro_batches, self.length)
-        return memory(PlanTable.from_plans([plan]), training, TRANSFORMERS_AUTOCAST if self.autocast else TRANSFORMERS)
+        return peak_memory(
+            PlanTable.from_plans([plan]), training, TRANSFORMERS_AUTOCAST if self.autocast else TRANSFORMERS
+        )
 
     def measure(self):
         """The highest number of bytes in live tensors during the second step of a plain loop."""
@@ -173,7 +175,7 @@ def architecture(family="gpt2", **changes):
 
 def memory_of(plan, software=MOREH, family="gpt2", **changes):
     training = Training(architecture(family, **changes), plan.global_batch_size, 1024)
-    return memory(PlanTable.from_plans([plan]), training, software)
+    return peak_memory(PlanTable.from_plans([plan]), training, software)
 
 
 @pytest.mark.parametrize("tensor", [1, 4])
@@ -216,9 +218,9 @@ def test_more_recomputation_needs_less(family, software):
 )
 def test_sharding_divides_what_it_says(sharding, divided, software):
     """As figure 1 of https://arxiv.org/abs/1910.02054, over data-parallel and context-parallel ranks."""
-    alone = memory_of(Plan((8,), micro_batches=2), replace(software, working_bytes=0))
+    alone = memory_of(Plan((8,), micro_batches=2), replace(software, weight_copy_bytes=0))
     plan = Plan((8,), data=2, context=2, micro_batches=2, sharding=sharding)
-    shared = memory_of(plan, replace(software, working_bytes=0))
+    shared = memory_of(plan, replace(software, weight_copy_bytes=0))
     for name in ("parameters", "gradients", "optimizer"):
         parts = 4 if name in divided else 1
         # A shared matrix has a second gradient, which is not divided, in the backward passes of TRANSFORMERS.
@@ -253,10 +255,12 @@ def test_parts_add_up_and_are_never_negative():
     ]
     training = Training(architecture("llama"), 16, 1024)
     for software in (MOREH, TRANSFORMERS, replace(TRANSFORMERS_AUTOCAST, fragmentation=0.1)):
-        found = memory(PlanTable.from_plans(plans), training, software)
-        parts = [getattr(found, field.name) for field in fields(Memory)]
+        found = peak_memory(PlanTable.from_plans(plans), training, software)
+        parts = [getattr(found, field.name) for field in fields(PeakMemory)]
         assert all(part.shape == (len(plans), 4) and (part >= 0).all() for part in parts)
         assert np.sum(parts, axis=0) == pytest.approx(found.total)
         # The table gives for each plan what it gives for the plan alone.
         for row, plan in enumerate(plans):
-            assert memory(PlanTable.from_plans([plan]), training, software).total[0] == pytest.approx(found.total[row])
+            assert peak_memory(PlanTable.from_plans([plan]), training, software).total[0] == pytest.approx(
+                found.total[row]
+            )

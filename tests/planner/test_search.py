@@ -9,9 +9,9 @@ from moreh.accelerator.devices import all_devices, find_device
 from moreh.accelerator.flavors import find_flavor
 from moreh.errors import PlanError
 from moreh.models.describe.from_source import describe, describe_config
-from moreh.planner.cost.memory import memory
+from moreh.planner.cost.memory import peak_memory
 from moreh.planner.cost.pipeline_bounds import makespan_lower_bound
-from moreh.planner.cost.prediction import model_flops, predict, step_seconds
+from moreh.planner.cost.prediction import model_flops_per_step, predict, step_seconds
 from moreh.planner.cost.stage_time import stage_time
 from moreh.planner.hardware.cluster import cluster_for_devices, cluster_for_flavor
 from moreh.planner.hardware.environment import Environment, make_environment
@@ -51,7 +51,7 @@ def exhaustive(training, environment, constraints):
     limit = environment.cluster.device.memory_bytes * constraints.memory_fraction
     for table in candidate_tables(environment.roofline, environment.cluster, training, constraints):
         times = stage_time(environment.roofline, environment.cluster, table, training)
-        fits = memory(table, training, environment.software).total.max(axis=1) <= limit
+        fits = peak_memory(table, training, environment.software).total.max(axis=1) <= limit
         found += [(step_seconds(table, row, times), table.plan(row)) for row in np.flatnonzero(fits)]
     return sorted(found, key=lambda entry: entry[0])
 
@@ -199,7 +199,7 @@ def random_cases(count):
 def test_no_prediction_exceeds_the_peak():
     generator = np.random.default_rng(1)
     for training, environment in random_cases(25):
-        least = model_flops(training) / environment.peak_flops_per_second
+        least = model_flops_per_step(training) / environment.peak_flops_per_second
         for table in candidate_tables(environment.roofline, environment.cluster, training, Constraints(max_context=2)):
             times = stage_time(environment.roofline, environment.cluster, table, training)
             for row in generator.choice(len(table), size=min(4, len(table)), replace=False):
@@ -270,7 +270,7 @@ def test_model_flops_of_a_known_model():
     # 6 FLOPs for each parameter outside the embedding and the norms, and 12 * layers * hidden * length / 2 for attention.
     training = Training(describe(MODELS / "llama3_8b.json"), 1, 8192)
     per_token = 6 * (8_030_261_248 - 128_256 * 4096 - 65 * 4096) + 12 * 32 * 4096 * 8192 / 2
-    assert model_flops(training) == pytest.approx(8192 * per_token)
+    assert model_flops_per_step(training) == pytest.approx(8192 * per_token)
 
 
 def test_float32_is_slower_and_larger():

@@ -8,7 +8,7 @@ import pytest
 
 from moreh.accelerator.devices import find_device
 from moreh.models.describe.from_source import describe_config
-from moreh.planner.cost.prediction import model_flops, predict
+from moreh.planner.cost.prediction import model_flops_per_step, predict
 from moreh.planner.hardware.cluster import Cluster, cluster_for_devices, ring_links
 from moreh.planner.hardware.environment import make_environment
 from moreh.planner.plan.layer_balancing import even_layers, layers_balanced_by_rank
@@ -134,7 +134,7 @@ def test_frozen_parameters_cost_no_gradient():
         assert at(training=training, sharding=sharding).parts.gradients_s == pytest.approx(0, abs=1e-4)
     assert at(training=training).memory[0].gradients == at(training=training).memory[0].optimizer == 0
     assert at(training=training).parts.computation_s < at().parts.computation_s * 0.8
-    assert model_flops(training) < model_flops(Training(LLAMA, 32, 512))
+    assert model_flops_per_step(training) < model_flops_per_step(Training(LLAMA, 32, 512))
 
 
 def test_float8_without_units_for_it_is_half_precision():

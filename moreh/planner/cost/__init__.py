@@ -1,1 +1,1 @@
-"""What a plan costs: seconds of layers, stages and pipelines, bytes on every device, and the prediction made of both."""
+"""What a plan costs: seconds of layers, stages and pipelines, bytes on every device, and predictions from both."""

@@ -36,7 +36,7 @@ def cluster_for_devices(device: Device, devices: int, network_bytes_per_second: 
 
 
 @dataclass(frozen=True)
-class Links:
+class RingLinks:
     """The slowest link that a ring over each group crosses: its rate for one device, the ring's size, and its level.
 
     `bytes_per_second` is the peak that one ring gets while all groups of the same kind communicate at once.
@@ -49,7 +49,7 @@ class Links:
     share_of_node: FloatArray
 
 
-def ring_links(cluster: Cluster, size: IntArray, stride: IntArray) -> Links:
+def ring_links(cluster: Cluster, size: IntArray, stride: IntArray) -> RingLinks:
     """The links of rings over `size` devices that are `stride` apart, [n] each.
 
     A ring over several nodes uses the network ports of all its devices in a node: `size` = 16 with `stride` 1 on nodes of 8
@@ -67,4 +67,4 @@ def ring_links(cluster: Cluster, size: IntArray, stride: IntArray) -> Links:
     if device.package_bytes_per_second is not None:
         inside_package = (span <= device.devices_per_package) & (device.devices_per_package % span == 0)
         rate = np.where(inside_package, device.package_bytes_per_second, rate)
-    return Links(size, rate, ~inside_node, np.minimum(1.0, size / node))
+    return RingLinks(size, rate, ~inside_node, np.minimum(1.0, size / node))

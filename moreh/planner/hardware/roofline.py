@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moreh.accelerator.devices import Device
-from moreh.planner.hardware.cluster import Links
+from moreh.planner.hardware.cluster import RingLinks
 from moreh.planner.hardware.efficiency import Efficiency
 from moreh.planner.plan.arrays import FloatArray, IntArray
 from moreh.planner.software_profile import SoftwareProfile
@@ -63,7 +63,7 @@ class Roofline:
         """Seconds of memory-bound kernels that read and write `moved_bytes` together."""
         return np.asarray(moved_bytes / self.memory_rate + kernels * self.efficiency.kernel_s, dtype=np.float64)
 
-    def ring_s(self, whole_bytes: Number, links: Links) -> FloatArray:
+    def ring_s(self, whole_bytes: Number, links: RingLinks) -> FloatArray:
         """Seconds of an all-gather or a reduce-scatter of `whole_bytes` by a ring; 0 in a group of one.
 
         An all-reduce is both, one after the other: Thakur et al. 2005, https://doi.org/10.1177/1094342005051521.

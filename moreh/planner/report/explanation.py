@@ -53,7 +53,7 @@ def explanation_sentences(request: Request, asked: Prediction, best: Prediction 
             "It fits, but no plan that the search may choose does." if fits else "No other plan fits either."
         )
     elif asked.plan == best.plan:
-        return ["This is the best plan of the search.", f"Its largest overhead: {asked.parts.limit}."]
+        return ["This is the best plan of the search.", f"Its largest overhead: {asked.parts.largest_overhead}."]
     else:
         sentences += _slower(asked, best)
     refusal = torch_refusal(asked.plan)

@@ -57,7 +57,7 @@ def plan_rows(request: Request, result: SearchResult) -> list[tuple[str, ...]]:
             seconds_text(best.step_time_s),
             f"{best.tokens_per_second:,.0f}",
             percent_text(best.mfu),
-            best.parts.limit,
+            best.parts.largest_overhead,
         )
         for rank, best in enumerate(result.best, start=1)
     ]
@@ -124,7 +124,7 @@ def prediction_json(request: Request, prediction: Prediction) -> Json:
         "step_time_s": prediction.step_time_s,
         "tokens_per_second": prediction.tokens_per_second,
         "mfu": prediction.mfu,
-        "limit": prediction.parts.limit,
+        "limit": prediction.parts.largest_overhead,
         "parts": asdict(prediction.parts),
         "memory_bytes": prediction.memory_bytes,
         "memory_fraction": prediction.memory_bytes / request.device.memory_bytes,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from moreh.errors import PlanError
-from moreh.planner.cost.memory import Memory, memory
+from moreh.planner.cost.memory import PeakMemory, peak_memory
 from moreh.planner.cost.pipeline_bounds import makespan_lower_bound
 from moreh.planner.cost.prediction import Prediction, predict_row, step_seconds
 from moreh.planner.cost.stage_time import StageTime, stage_time
@@ -59,7 +59,7 @@ class _CostedTable:
 
     table: PlanTable
     times: StageTime
-    needed: Memory
+    needed: PeakMemory
     bounds_s: FloatArray
     """Lower bounds of the step times, [n]; the step times themselves for plans without a pipeline."""
 
@@ -84,10 +84,10 @@ def search(
     constraints = constraints or Constraints()
     start = time.perf_counter()
     limit = environment.cluster.device.memory_bytes * constraints.memory_fraction
-    fitting: list[tuple[PlanTable, Memory]] = []
+    fitting: list[tuple[PlanTable, PeakMemory]] = []
     candidates, smallest = 0, np.inf
     for table in candidate_tables(environment.roofline, environment.cluster, training, constraints):
-        needed = memory(table, training, environment.software)
+        needed = peak_memory(table, training, environment.software)
         total = needed.total.max(axis=1)
         candidates += len(table)
         smallest = min(smallest, float(total.min()))
@@ -163,7 +163,7 @@ def search_plans(request: Request, count: int) -> SearchOutcome:
     return replace(outcome, idle=f"{idle}; there are plans on all devices {relaxations}" if relaxations else idle)
 
 
-def _cost_table(table: PlanTable, needed: Memory, training: Training, environment: Environment) -> _CostedTable:
+def _cost_table(table: PlanTable, needed: PeakMemory, training: Training, environment: Environment) -> _CostedTable:
     times = stage_time(environment.roofline, environment.cluster, table, training)
     if table.pipeline == 1:
         pipeline_s = table.micro_batches * (times.forward_s[:, 0] + times.backward_s[:, 0])

@@ -4,7 +4,7 @@ from dataclasses import replace
 from math import ceil
 
 from moreh.accelerator.flavors import all_flavors
-from moreh.planner.cost.memory import memory
+from moreh.planner.cost.memory import peak_memory
 from moreh.planner.hardware.measured_device import NAME as THIS_MACHINE
 from moreh.planner.search.candidates import candidate_tables
 from moreh.planner.search.constraints import constraints_text
@@ -73,7 +73,7 @@ def fits_memory(request: Request) -> bool:
         return False
     environment = usable.environment
     for table in candidate_tables(environment.roofline, environment.cluster, usable.training, usable.constraints):
-        needed_bytes = memory(table, usable.training, environment.software).total.max(axis=1)
+        needed_bytes = peak_memory(table, usable.training, environment.software).total.max(axis=1)
         if bool((needed_bytes <= usable.limit_bytes).any()):
             return True
     return False
