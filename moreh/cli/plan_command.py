@@ -16,7 +16,7 @@ from moreh.models.describe.from_source import describe
 from moreh.planner.cost.prediction import Prediction, predict
 from moreh.planner.hardware.cluster import cluster_for_devices, cluster_for_flavor
 from moreh.planner.hardware.environment import Environment, make_environment, measured_environment
-from moreh.planner.hardware.measured_device import NAME as THIS_MACHINE
+from moreh.planner.hardware.measured_device import THIS_MACHINE
 from moreh.planner.plan.notation import parse_plan, plan_text
 from moreh.planner.plan.plan import Plan, Training
 from moreh.planner.report.explanation import explanation_json, explanation_rows, explanation_sentences

@@ -23,7 +23,8 @@ HEADS = 4
 class Case:
     """A model and a training step of `micro_batches` batches of `batch` rows of `length` tokens.
 
-    `kv_heads` is the number of key-value heads of a Llama, `inner` the width of its feed-forward network, in hidden sizes.
+    `kv_heads` is the number of key-value heads of a Llama, `inner` the width of its feed-forward network, in hidden
+    sizes.
     """
 
     family: str

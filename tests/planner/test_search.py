@@ -267,7 +267,8 @@ def test_balanced_stages_are_optimal():
 
 
 def test_model_flops_of_a_known_model():
-    # 6 FLOPs for each parameter outside the embedding and the norms, and 12 * layers * hidden * length / 2 for attention.
+    # 6 FLOPs for each parameter outside the embedding and the norms, and 12 * layers * hidden * length / 2 for
+    # attention.
     training = Training(describe(MODELS / "llama3_8b.json"), 1, 8192)
     per_token = 6 * (8_030_261_248 - 128_256 * 4096 - 65 * 4096) + 12 * 32 * 4096 * 8192 / 2
     assert model_flops_per_step(training) == pytest.approx(8192 * per_token)

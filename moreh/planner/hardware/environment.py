@@ -4,7 +4,8 @@ from dataclasses import dataclass, replace
 
 from moreh.planner.hardware.cluster import Cluster
 from moreh.planner.hardware.efficiency import Efficiency, find_efficiency
-from moreh.planner.hardware.measured_device import cluster_of, efficiency_of, local_profile
+from moreh.planner.hardware.local_profile import local_profile
+from moreh.planner.hardware.measured_device import measured_cluster, measured_efficiency
 from moreh.planner.hardware.roofline import Roofline
 from moreh.planner.software_profile import MOREH, SoftwareProfile
 
@@ -52,4 +53,4 @@ def measured_environment(workers: int, software: SoftwareProfile) -> Environment
         RegistryError: the state directory, where measurements are cached, cannot be used.
     """
     profile = local_profile(workers)
-    return Environment(cluster_of(profile), efficiency_of(profile, software.compute), software)
+    return Environment(measured_cluster(profile), measured_efficiency(profile, software.compute), software)

@@ -6,7 +6,7 @@ from typing import Any
 from moreh.accelerator.devices import Device
 from moreh.planner.cost.prediction import Prediction
 from moreh.planner.hardware.efficiency import uncertainty
-from moreh.planner.hardware.measured_device import NAME as THIS_MACHINE
+from moreh.planner.hardware.measured_device import THIS_MACHINE
 from moreh.planner.plan.notation import plan_text
 from moreh.planner.search.constraints import constraints_text
 from moreh.planner.search.request import Request
