@@ -30,12 +30,12 @@ def training():
 
 
 @pytest.mark.parametrize("devices", [1, 6, 16])
-def test_every_kind_of_candidate_survives_the_way_there_and_back(training, devices):
+def test_text_of_every_kind_of_candidate_is_read_back(training, devices):
     environment = make_environment(cluster_for_devices(find_device("MI250 GCD"), devices))
-    random = np.random.default_rng(devices)
+    rng = np.random.default_rng(devices)
     seen, uneven = set(), 0
     for table in candidate_tables(environment.roofline, environment.cluster, training, Constraints(max_context=4)):
-        for row in random.permutation(len(table))[:40]:
+        for row in rng.permutation(len(table))[:40]:
             plan = table.plan(int(row))
             text = plan_text(plan)
             assert parse_plan(text, training, devices) == plan, text
@@ -47,7 +47,7 @@ def test_every_kind_of_candidate_survives_the_way_there_and_back(training, devic
         assert uneven > 10
 
 
-def test_what_is_left_out_is_filled_in(training):
+def test_fields_that_are_left_out_are_filled_in(training):
     full = Plan((3, 3, 3, 3), pipeline=4, data=4, micro_batches=12)
     assert parse_plan("pp4", training, 16) == full
     assert parse_plan("tp1 pp4 dp4 cp1 mb1x12 1f1b recompute:none shard:none layers:3x4", training, 16) == full
@@ -103,7 +103,7 @@ def test_layers_are_written_as_runs(training):
         ("?", "there are tp4, pp4"),
     ],
 )
-def test_wrong_texts_are_refused_in_one_line(training, text, message):
+def test_wrong_text_is_refused_in_one_line(training, text, message):
     if message is None:
         assert parse_plan(text, training, 16).devices == 16
         return
@@ -113,16 +113,16 @@ def test_wrong_texts_are_refused_in_one_line(training, text, message):
 
 
 @pytest.mark.parametrize(
-    ("text", "piece"), [("tp2 sp", "sp with tp2"), ("cp2 dp1", "cp2 needs sequences of a multiple of 4")]
+    ("text", "message"), [("tp2 sp", "sp with tp2"), ("cp2 dp1", "cp2 needs sequences of a multiple of 4")]
 )
-def test_sequences_that_cannot_be_divided(training, text, piece):
+def test_sequences_that_do_not_split_are_refused(training, text, message):
     odd = Training(training.architecture, 48, 127)
-    with pytest.raises(PlanError, match=piece):
+    with pytest.raises(PlanError, match=message):
         parse_plan(text, odd, 2)
 
 
-def test_schedules_that_torch_does_not_run(training):
-    """What has an order all the same is accepted, and the reason is told in pieces of the text."""
+def test_schedules_that_torch_refuses_are_accepted_if_their_order_is_defined(training):
+    """The reason of the refusal is told in fields of the text."""
     few = parse_plan("pp3 dp1 mb24x2", training, 3)
     assert torch_refusal(few) == "1f1b needs at least as many micro-batches as stages, and pp3 mb24x2 has 2 for 3"
     assert "zero-bubble with pp3 mb3x16" in torch_refusal(parse_plan("pp3 mb3x16 zero-bubble", training, 3))

@@ -42,7 +42,7 @@ def is_lower_bound(bound_s, makespan_s):
 
 
 def is_tight(ratios):
-    """Whether bounds, as shares of the makespans, tell something. The limits are a little below what was measured first."""
+    """Whether bounds, as shares of the makespans, tell something. The limits are a little below what was measured."""
     return np.median(ratios) > 0.99 and np.quantile(ratios, 0.1) > 0.9
 
 

@@ -21,23 +21,19 @@ HEADS = 4
 
 @dataclass(frozen=True)
 class Case:
-    """A model and a training step of `micro_batches` batches of `batch` rows of `length` tokens.
-
-    `kv_heads` is the number of key-value heads of a Llama, `inner` the width of its feed-forward network, in hidden
-    sizes.
-    """
+    """A model and a training step."""
 
     family: str
-    batch: int
-    length: int
+    batch: int  # sequences of a micro-batch
+    length: int  # tokens of a sequence
     recomputation: str = "none"
     micro_batches: int = 1
     tied: bool = False
     hidden: int = 128
     layers: int = 3
     vocabulary: int = 500
-    kv_heads: int = 4
-    inner: int = 3
+    kv_heads: int = 4  # of a Llama
+    inner: int = 3  # width of a Llama's feed-forward network, in hidden sizes
     dropout: float = 0.1
     autocast: bool = False
 
@@ -136,13 +132,17 @@ CASES = [
 ]
 
 
+def agrees(predicted, measured):
+    return predicted == pytest.approx(measured, rel=TOLERANCE)
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_peak_is_that_of_a_real_step(case):
-    assert case.predict().total[0, 0] == pytest.approx(case.measure(), rel=TOLERANCE)
+def test_predicted_peak_is_that_of_a_real_step(case):
+    assert agrees(case.predict().total[0, 0], case.measure())
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_comparison_notices_wrong_predictions(family):
+def test_comparison_notices_wrong_and_nan_predictions(family):
     case = Case(family, 4, 128, vocabulary=1000)
     full = replace(case, recomputation="full")
     measured, measured_full = case.measure(), full.measure()
@@ -153,19 +153,20 @@ def test_comparison_notices_wrong_predictions(family):
         "no logits": (case.predict().total - case.predict().logits, measured),
         "no optimizer state": (full.predict().total - full.predict().optimizer, measured_full),
         "other precision": (replace(case, autocast=True).predict().total, measured),
+        "NaN": (case.predict().total * np.nan, measured),
     }
-    close = [name for name, (predicted, found) in wrong.items() if abs(predicted[0, 0] / found - 1) < TOLERANCE]
-    assert not close
+    unnoticed = [name for name, (predicted, peak) in wrong.items() if agrees(predicted[0, 0], peak)]
+    assert not unnoticed
 
 
 def test_cases_have_their_peaks_at_different_moments():
-    def moment(found):
-        if found.logits[0, 0]:
+    def moment(peak):
+        if peak.logits[0, 0]:
             return "loss or output layer"
-        return "layer" if found.activations[0, 0] > found.buffers[0, 0] else "embedding or optimizer"
+        return "layer" if peak.activations[0, 0] > peak.buffers[0, 0] else "embedding or optimizer"
 
-    found = [(case.family, moment(case.predict())) for case in CASES if not case.autocast]
-    assert set(found) == {
+    moments = {(case.family, moment(case.predict())) for case in CASES if not case.autocast}
+    assert moments == {
         (f, m) for f in ("gpt2", "llama") for m in ("loss or output layer", "layer", "embedding or optimizer")
     }
 
@@ -180,7 +181,7 @@ def memory_of(plan, software=MOREH, family="gpt2", **changes):
 
 
 @pytest.mark.parametrize("tensor", [1, 4])
-def test_a_gpt_layer_keeps_what_korthikanti_et_al_count(tensor):
+def test_gpt_layer_keeps_what_korthikanti_et_al_count(tensor):
     """Equations 1 and 4 of https://arxiv.org/abs/2205.05198: s b h (34 + 5 a s / h) bytes, 1 / t of it on each rank."""
     batch, length, hidden = 3, 1024, 256
     plan = Plan((8,), tensor=tensor, micro_batch_size=batch, sequence_parallel=tensor > 1)
@@ -199,7 +200,7 @@ def test_a_gpt_layer_keeps_what_korthikanti_et_al_count(tensor):
 
 @pytest.mark.parametrize("software", [MOREH, TRANSFORMERS, TRANSFORMERS_AUTOCAST], ids=lambda i: i.name)
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_more_recomputation_needs_less(family, software):
+def test_more_recomputation_needs_less_memory(family, software):
     totals = [
         memory_of(Plan((8,), micro_batch_size=4, recomputation=recomputation), software, family).total[0, 0]
         for recomputation in ("none", "selective", "full")
@@ -209,7 +210,7 @@ def test_more_recomputation_needs_less(family, software):
 
 @pytest.mark.parametrize("software", [MOREH, TRANSFORMERS], ids=lambda i: i.name)
 @pytest.mark.parametrize(
-    ("sharding", "divided"),
+    ("sharding", "sharded"),
     [
         ("none", ()),
         ("optimizer", ("optimizer",)),
@@ -217,16 +218,16 @@ def test_more_recomputation_needs_less(family, software):
         ("parameters", ("optimizer", "gradients", "parameters")),
     ],
 )
-def test_sharding_divides_what_it_says(sharding, divided, software):
+def test_sharding_splits_the_states_that_it_names(sharding, sharded, software):
     """As figure 1 of https://arxiv.org/abs/1910.02054, over data-parallel and context-parallel ranks."""
     alone = memory_of(Plan((8,), micro_batches=2), replace(software, weight_copy_bytes=0))
     plan = Plan((8,), data=2, context=2, micro_batches=2, sharding=sharding)
-    shared = memory_of(plan, replace(software, weight_copy_bytes=0))
+    split = memory_of(plan, replace(software, weight_copy_bytes=0))
     for name in ("parameters", "gradients", "optimizer"):
-        parts = 4 if name in divided else 1
-        # A shared matrix has a second gradient, which is not divided, in the backward passes of TRANSFORMERS.
+        shards = 4 if name in sharded else 1
+        # A tied matrix has a second gradient, which is not sharded, in the backward passes of TRANSFORMERS.
         slack = 256 * 500 * 4 if (name, software) == ("gradients", TRANSFORMERS) else 0
-        assert getattr(shared, name) * parts == pytest.approx(getattr(alone, name), abs=slack * parts), name
+        assert getattr(split, name) * shards == pytest.approx(getattr(alone, name), abs=slack * shards), name
 
 
 @pytest.mark.parametrize("software", [MOREH, TRANSFORMERS], ids=lambda i: i.name)
@@ -242,12 +243,12 @@ def test_first_stage_of_1f1b_holds_a_micro_batch_for_each_stage(software):
         if software is MOREH:
             assert activations(micro_batches) == pytest.approx(held * one)
         else:
-            # What is held besides, the gradients in the layer that is at work, does not grow with the micro-batches.
+            # The gradients inside the layer that is computed do not grow with the micro-batches.
             growth = activations(micro_batches) - one
             assert growth[:3] == pytest.approx((held - 1)[:3] * (activations(2) - one)[:3])
 
 
-def test_parts_add_up_and_are_never_negative():
+def test_parts_of_memory_add_up_and_are_never_negative():
     plans = [
         Plan((2,) * 4, pipeline=4, data=data, micro_batches=4, sharding=sharding, recomputation=recomputation)
         for data in (1, 4)
@@ -256,12 +257,11 @@ def test_parts_add_up_and_are_never_negative():
     ]
     training = Training(architecture("llama"), 16, 1024)
     for software in (MOREH, TRANSFORMERS, replace(TRANSFORMERS_AUTOCAST, fragmentation=0.1)):
-        found = peak_memory(PlanTable.from_plans(plans), training, software)
-        parts = [getattr(found, field.name) for field in fields(PeakMemory)]
+        memory = peak_memory(PlanTable.from_plans(plans), training, software)
+        parts = [getattr(memory, field.name) for field in fields(PeakMemory)]
         assert all(part.shape == (len(plans), 4) and (part >= 0).all() for part in parts)
-        assert np.sum(parts, axis=0) == pytest.approx(found.total)
+        assert np.sum(parts, axis=0) == pytest.approx(memory.total)
         # The table gives for each plan what it gives for the plan alone.
         for row, plan in enumerate(plans):
-            assert peak_memory(PlanTable.from_plans([plan]), training, software).total[0] == pytest.approx(
-                found.total[row]
-            )
+            alone = peak_memory(PlanTable.from_plans([plan]), training, software)
+            assert alone.total[0] == pytest.approx(memory.total[row])
