@@ -30,7 +30,7 @@ class MeasuredMatmul:
     """A matmul `[rows, inner] x [inner, outer]`."""
 
     compute: str
-    """"float32" or "half" (bfloat16, or float16 where there is no bfloat16)."""
+    """Its precision: "float32" or "half" (bfloat16, or float16 where there is no bfloat16)."""
     rows: int
     inner: int
     outer: int
@@ -47,7 +47,7 @@ class MeasuredCollective:
     """A collective over all workers."""
 
     operation: str
-    """"all-reduce" or "all-gather"."""
+    """Its kind: "all-reduce" or "all-gather"."""
     size_bytes: int
     """Bytes of the result."""
     seconds: float
