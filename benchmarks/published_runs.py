@@ -101,7 +101,7 @@ def published_run(row: RunRow) -> PublishedRun:
     if tensor is None or pipeline is None:
         raise Unusable("the plan is not given (tp, pp)")
     if (optional(row, "ep") or 1) > 1:
-        raise Unusable("expert parallelism is not modelled")
+        raise Unusable("expert parallelism is not modeled")
     context = optional(row, "cp") or 1
     data = devices // (tensor * pipeline * context)
     if tensor * pipeline * context * data != devices:

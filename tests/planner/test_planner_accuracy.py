@@ -103,8 +103,8 @@ def test_check_of_rankings_notices_one_time_for_all_and_a_nan(scored):
 
     with pytest.raises(AssertionError):
         check_rankings([change(entry, 1.0) for entry in scored])
-    sizes = statistics.multimode(entry.run.sweep for entry in scored if entry.tested)
-    last = max(index for index, entry in enumerate(scored) if entry.tested and entry.run.sweep == sizes[0])
+    largest_sweep = statistics.mode(entry.run.sweep for entry in scored if entry.tested)
+    last = max(index for index, entry in enumerate(scored) if entry.tested and entry.run.sweep == largest_sweep)
     with pytest.raises(AssertionError):
         check_rankings([*scored[:last], change(scored[last], np.nan), *scored[last + 1 :]])
 

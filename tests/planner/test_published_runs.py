@@ -40,7 +40,7 @@ def test_row_is_read_as_a_plan_a_training_and_a_cluster():
         ({"gpu": "TPU v4"}, "no data of device 'TPU v4'"),
         ({"tp": ""}, "the plan is not given"),
         ({"tp": "3"}, "does not divide 16 devices"),
-        ({"ep": "4"}, "expert parallelism is not modelled"),
+        ({"ep": "4"}, "expert parallelism is not modeled"),
         ({"dp": "2"}, r"dp=2 contradicts 16 devices / \(tp x pp x cp\) = 4"),
         ({"gpu": "MI250 (package, 2 GCD)", "dp": "5"}, r"dp=5 contradicts 32 devices / \(tp x pp x cp\) = 8"),
         ({"gbs": "63"}, "gbs 63 is not a multiple"),

@@ -167,7 +167,7 @@ def _cache_key(workers: int) -> dict[str, Any]:
 
     return {
         "format": FORMAT,
-        "processor": _cpu_name(),
+        "cpu": _cpu_name(),
         "cores": available_cores(),
         "devices": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         "torch": torch.__version__,
