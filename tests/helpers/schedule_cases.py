@@ -11,7 +11,7 @@ from moreh.planner.plan.schedules import is_runnable
 
 
 def runnable_cases(max_ranks: int, min_ranks: int = 1, max_chunks: int = 4) -> Iterator[tuple[Schedule, int, int, int]]:
-    """Schedules, ranks, micro-batches and chunks that torch runs: fewer micro-batches than ranks, odd rounds and many."""
+    """Schedules, ranks, micro-batches and chunks that torch runs: few micro-batches, odd rounds and many."""
     for schedule in SCHEDULES:
         for ranks in range(min_ranks, max_ranks + 1):
             for micro_batches in sorted(
