@@ -17,7 +17,7 @@ MAX_COUNT_OF_COLUMN = {"layers": 10_000}
 
 
 class Unusable(Exception):
-    """A row lacks what a prediction needs, or describes what is not modelled."""
+    """A row lacks what a prediction needs, or describes what is not modeled."""
 
 
 def cell(row: RunRow, column: str) -> str:
