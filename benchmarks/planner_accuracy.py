@@ -1,8 +1,8 @@
-"""Score the planner against published measurements: `python benchmarks/planner_accuracy.py RUNS.csv [--out predictions.csv]`.
+"""Score the planner against published runs: `python benchmarks/planner_accuracy.py RUNS.csv [--out predictions.csv]`.
 
-For every row the given plan is predicted: step time, tokens/s of a device, memory. Rows that were used to fit the constants are
-told apart from those that were not; the figures that count are of the latter. RUNS.csv has the columns of
-benchmarks/data/published_runs.csv and may hold any rows; those that cannot be predicted are listed with the reason.
+For every row its plan is predicted: step time, tokens/s of a device, memory. The figures that count are those of the
+rows that were not used to fit the constants. RUNS.csv has the columns of benchmarks/data/published_runs.csv and may
+hold any rows. Rows that cannot be predicted are listed with the reason.
 """
 
 import argparse
@@ -20,8 +20,10 @@ from pathlib import Path
 from published_programs import cell
 from published_runs import PublishedRun, failure, read_rows, usable_runs
 
-from moreh.planner.cost.prediction import Prediction, make_environment, predict
+from moreh.planner.cost.prediction import Prediction, predict
 from moreh.planner.hardware.efficiency import fitted_rows
+from moreh.planner.hardware.environment import make_environment
+from moreh.planner.units import GIB
 
 COLUMNS = (
     "id",
@@ -31,22 +33,22 @@ COLUMNS = (
     "fits",
     "skipped_because",
 )
-# A sweep compares plans of the same training on the same devices. With fewer there is nothing to rank.
-LEAST_IN_SWEEP = 3
-GIB = 2**30
+# A sweep compares plans of the same training on the same devices. With fewer plans there is nothing to rank.
+MIN_PLANS_IN_SWEEP = 3
 
 
 @dataclass(frozen=True)
 class Scored:
-    """A run with its prediction. `tested`: the row was not used to fit the constants, under whichever id."""
+    """A run with its prediction."""
 
     run: PublishedRun
     prediction: Prediction
     tested: bool
+    """Whether the row was not used to fit the constants, under any id."""
 
     @property
     def time_error(self) -> float | None:
-        """Relative error of the step time; None where none was published."""
+        """Relative error of the step time; None if none was published."""
         measured = self.run.step_time_s
         return None if measured is None else self.prediction.step_time_s / measured - 1
 
@@ -57,7 +59,7 @@ class Scored:
 
     @property
     def memory_error(self) -> float | None:
-        """Relative error of the memory; None where none was published."""
+        """Relative error of the memory; None if none was published."""
         measured = self.run.memory_gib
         return None if measured is None else self.memory_gib / measured - 1
 
@@ -68,27 +70,27 @@ class Scored:
 
 
 def score(run: PublishedRun, fitted: frozenset[str]) -> Scored:
-    """Predict a run; the fastest of its plans that fit where the row leaves the micro-batch size open."""
-    setting = make_environment(run.cluster, run.implementation)
-    predictions = [predict(plan, run.training, setting) for plan in run.plans]
+    """Predict a run. If the row leaves the micro-batch size open, the fastest of its plans that fit counts."""
+    environment = make_environment(run.cluster, run.software)
+    predictions = [predict(plan, run.training, environment) for plan in run.plans]
     fitting = [p for p in predictions if p.memory_bytes <= run.cluster.device.memory_bytes]
     return Scored(run, min(fitting or predictions, key=lambda p: p.step_time_s), run.digest not in fitted)
 
 
 def score_or_reason(run: PublishedRun, fitted: frozenset[str]) -> tuple[Scored | None, str]:
-    """A run with its prediction, or with why there is none: whatever a row asks for, the others are still predicted."""
+    """A run with its prediction, or the reason why there is none. Never raises: one row does not stop the others."""
     try:
         scored = score(run, fitted)
         figures = (scored.prediction.step_time_s, scored.prediction.tokens_per_second, scored.prediction.memory_bytes)
     except Exception as error:
         return None, f"the prediction failed: {failure(error)}"
     if not all(0 < figure < math.inf for figure in figures):
-        return None, "the prediction failed: it is no finite positive number"
+        return None, "the prediction failed: it is not a finite positive number"
     return scored, ""
 
 
 def kendall_tau(predicted: Sequence[float], measured: Sequence[float]) -> float:
-    """Kendall's tau-b of two rankings, https://doi.org/10.1093/biomet/33.3.239: 1 where all pairs agree."""
+    """Kendall's tau-b of two rankings, https://doi.org/10.1093/biomet/33.3.239: 1 if all pairs agree."""
     agree = tied_predicted = tied_measured = 0
     for (p, m), (q, n) in combinations(zip(predicted, measured, strict=True), 2):
         sign = (p > q) - (p < q), (m > n) - (m < n)
@@ -101,7 +103,7 @@ def kendall_tau(predicted: Sequence[float], measured: Sequence[float]) -> float:
 
 
 def regret(predicted: Sequence[float], measured: Sequence[float]) -> float:
-    """How much slower the plan that is predicted to be the fastest is than the fastest one, as a fraction."""
+    """How much slower the plan predicted to be the fastest is than the fastest one, as a fraction."""
     chosen = min(range(len(predicted)), key=lambda i: predicted[i])
     return measured[chosen] / min(measured) - 1
 
@@ -138,14 +140,14 @@ def print_sweeps(title: str, scored: Sequence[Scored]) -> None:
             sweeps.setdefault(entry.run.sweep, []).append((entry.prediction.step_time_s, entry.run.step_time_s))
     print(f"\n{title}: Kendall's tau, and how much slower the plan ranked first is than the fastest")
     for name, pairs in sweeps.items():
-        if len(pairs) >= LEAST_IN_SWEEP:
+        if len(pairs) >= MIN_PLANS_IN_SWEEP:
             predicted, measured = [p for p, _ in pairs], [m for _, m in pairs]
             quality = f"tau {kendall_tau(predicted, measured):.2f}, regret {regret(predicted, measured):.1%}"
             print(f"{name}: {len(pairs)} plans, {quality}")
 
 
 def write_predictions(path: Path, lines: Iterable[tuple[str, Scored | None, str]]) -> None:
-    """A row for every row of the runs, in their order."""
+    """Write one row for every row of the runs, in their order."""
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(COLUMNS)
@@ -153,7 +155,7 @@ def write_predictions(path: Path, lines: Iterable[tuple[str, Scored | None, str]
             if scored is None:
                 writer.writerow([name, "", "", "", "", reason])
                 continue
-            # Of a device as the row counts them: a package may hold two.
+            # Of a unit as the row counts devices: a package may hold two.
             rate = scored.prediction.tokens_per_second / scored.run.units
             seconds = f"{scored.prediction.step_time_s:.6g}"
             writer.writerow([name, seconds, f"{rate:.6g}", f"{scored.memory_gib:.4g}", str(scored.fits).lower(), ""])
@@ -172,9 +174,8 @@ def main(arguments: Sequence[str]) -> int:
     scored = [entry for _, entry, _ in lines if entry is not None]
     tested = [entry for entry in scored if entry.tested]
 
-    print(
-        f"{len(lines)} rows: {len(scored)} predicted, of which {len(scored) - len(tested)} were used to fit the constants"
-    )
+    fitted_count = len(scored) - len(tested)
+    print(f"{len(lines)} rows: {len(scored)} predicted, of which {fitted_count} were used to fit the constants")
     for reason, count in Counter(reason for _, entry, reason in lines if entry is None).most_common():
         print(f"  {count} not predicted: {reason}")
     print_errors("Step time, rows that were not used to fit", tested, lambda entry: entry.time_error)

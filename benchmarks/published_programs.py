@@ -1,4 +1,4 @@
-"""The cells of a published run, and its program as an implementation: what it computes with and what it keeps in memory."""
+"""The cells of a published run, and the software profile of its program."""
 
 import math
 import reprlib
@@ -8,27 +8,28 @@ from dataclasses import replace
 from moreh.planner.software_profile import SoftwareProfile
 
 # A line of a file of published runs. Any cell may be missing, empty or nonsense.
-Row = Mapping[str, str]
+RunRow = Mapping[str, str]
 
-# The largest count that is believed: more is a slip, and a model is held in memory layer by layer.
-MOST = 10**9
-MOST_OF_COLUMN = {"layers": 10_000}
+# The largest count that is believed: more is a typing error. A model is held in memory layer by layer, so that the
+# limit on layers is lower.
+MAX_COUNT = 10**9
+MAX_COUNT_OF_COLUMN = {"layers": 10_000}
 
 
 class Unusable(Exception):
-    """A row lacks what a prediction needs, or describes what is not modelled."""
+    """A row lacks what a prediction needs, or describes what is not modeled."""
 
 
-def cell(row: Row, column: str) -> str:
+def cell(row: RunRow, column: str) -> str:
     """The text of a cell, empty where the row has none."""
     return (row.get(column) or "").strip()
 
 
-def number(row: Row, column: str) -> float | None:
-    """The number in a cell, perhaps an infinite one; None where it is empty or NaN.
+def number(row: RunRow, column: str) -> float | None:
+    """The number in a cell, which may be infinite; None if the cell is empty or NaN.
 
     Raises:
-        Unusable: it is no number.
+        Unusable: it is not a number.
     """
     text = cell(row, column)
     if not text:
@@ -36,31 +37,31 @@ def number(row: Row, column: str) -> float | None:
     try:
         value = float(text)
     except ValueError:
-        raise Unusable(f"{column}={reprlib.repr(text)} is no number") from None
+        raise Unusable(f"{column}={reprlib.repr(text)} is not a number") from None
     return None if math.isnan(value) else value
 
 
-def measurement(row: Row, column: str) -> float | None:
-    """A positive number; None where the cell has none, such as the 0 that a rounded rate becomes."""
+def measurement(row: RunRow, column: str) -> float | None:
+    """A positive finite number; None if the cell has none. A rate may have been rounded to 0."""
     value = number(row, column)
     return value if value is not None and 0 < value < math.inf else None
 
 
-def optional(row: Row, column: str) -> int | None:
-    """A count; None where it is not given. 8.0 is 8.
+def optional(row: RunRow, column: str) -> int | None:
+    """A count; None if it is not given. 8.0 counts as 8.
 
     Raises:
-        Unusable: it is no whole number, below 1, or beyond belief.
+        Unusable: it is not a whole number, it is below 1, or it is beyond belief.
     """
-    value, most = number(row, column), MOST_OF_COLUMN.get(column, MOST)
+    value, maximum = number(row, column), MAX_COUNT_OF_COLUMN.get(column, MAX_COUNT)
     if value is None:
         return None
-    if not 1 <= value <= most or value != int(value):
-        raise Unusable(f"{column}={reprlib.repr(cell(row, column))} is no whole number from 1 to {most:,}")
+    if not 1 <= value <= maximum or value != int(value):
+        raise Unusable(f"{column}={reprlib.repr(cell(row, column))} is not a whole number from 1 to {maximum:,}")
     return int(value)
 
 
-def required(row: Row, column: str) -> int:
+def required(row: RunRow, column: str) -> int:
     """A count that must be given.
 
     Raises:
@@ -72,59 +73,69 @@ def required(row: Row, column: str) -> int:
     return value
 
 
-def implementation_of(row: Row) -> SoftwareProfile:
-    """What the program of a row does.
+def software_of(row: RunRow) -> SoftwareProfile:
+    """The profile of a row's program.
 
-    Most of it is how these programs are documented to work. Chosen by hand so that published figures, tested ones included,
-    come out right are: torchtitan's `fragmentation` and, in 2025, its `logit_bytes`; OneFlow's `least_in_flight` (from the
-    memory of rows 610 and 612) and `elementwise`; and DeepSpeed's `rings_use_all_ports`. `elementwise` of the others is a
-    guess.
+    Most traits are how these programs are documented to work. Some were chosen by hand so that published figures,
+    tested ones included, come out right:
+
+    - torchtitan: `fragmentation` and, in 2025, `logit_bytes`
+    - OneFlow: `min_in_flight` (from the memory of rows 610 and 612) and `elementwise_traffic`
+    - DeepSpeed: `rings_use_all_ports`
+
+    `elementwise_traffic` of the other programs is a guess.
     """
     framework, precision, sharding = cell(row, "framework"), cell(row, "precision").lower(), cell(row, "sharding")
-    megatron = SoftwareProfile(  # arXiv:2205.05198: float16 weights and a master copy, fused softmax, bias and dropout
+    # arXiv:2205.05198: float16 weights and a master copy; fused softmax, bias and dropout.
+    megatron = SoftwareProfile(
         "Megatron",
         weight_bytes=2,
-        working_bytes=0,
+        weight_copy_bytes=0,
         gradient_bytes=4,
         optimizer_bytes=12,
         reduce_bytes=2,
         fused_attention=False,
-        elementwise=0.7,
-        logit_passes_bytes=20,
-        overlaps_data=False,
+        elementwise_traffic=0.7,
+        logit_traffic_bytes=20,
+        overlaps_data_parallel=False,
     )
     if "llm-foundry" in framework:
         # Its loss is the fused one of FlashAttention, which writes the gradient over the logits.
-        found = SoftwareProfile("llm-foundry", logit_bytes=4, logit_passes_bytes=8)
-        found = replace(found, reduce_bytes=2 if "PURE" in sharding else 4)
+        software = SoftwareProfile("llm-foundry", logit_bytes=4, logit_traffic_bytes=8)
+        software = replace(software, reduce_bytes=2 if "PURE" in sharding else 4)
         if "PURE" in sharding:
-            found = replace(found, weight_bytes=2, gradient_bytes=2, optimizer_bytes=4, working_bytes=0)
+            software = replace(software, weight_bytes=2, gradient_bytes=2, optimizer_bytes=4, weight_copy_bytes=0)
     elif "torchtitan" in framework:
-        found = _torchtitan(row)
+        software = _torchtitan(row)
     elif "SimuMax" in framework:
-        found = replace(megatron, name="Megatron Core", fused_attention=True, elementwise=0.6, reduce_bytes=4)
-        found = replace(found, logit_bytes=6, logit_passes_bytes=12)  # fused cross-entropy
+        # With a fused cross-entropy.
+        software = replace(
+            megatron, name="Megatron Core", fused_attention=True, elementwise_traffic=0.6, reduce_bytes=4
+        )
+        software = replace(software, logit_bytes=6, logit_traffic_bytes=12)
     elif "ZeRO-3" in framework:
-        found = replace(megatron, name="DeepSpeed", overlaps_data=True, rings_use_all_ports=False)
+        software = replace(megatron, name="DeepSpeed", overlaps_data_parallel=True, rings_use_all_ports=False)
     elif "OneFlow" in framework:
-        found = replace(megatron, name="OneFlow", overlaps_data=True, least_in_flight=4, elementwise=0.4)
+        software = replace(megatron, name="OneFlow", overlaps_data_parallel=True)
+        software = replace(software, min_in_flight=4, elementwise_traffic=0.4)
     elif "MoAI" in framework:
-        found = SoftwareProfile("MoAI Platform")
+        software = SoftwareProfile("MoAI Platform")
     else:
-        found = megatron
+        software = megatron
     if "fp8" in precision or "float8" in precision:
-        found = replace(found, compute="float8")
-    return found
+        software = replace(software, compute="float8")
+    return software
 
 
-def _torchtitan(row: Row) -> SoftwareProfile:
-    """torchtitan, arXiv:2410.06511: selective recomputation repeats every second matrix product."""
+def _torchtitan(row: RunRow) -> SoftwareProfile:
+    """torchtitan, arXiv:2410.06511. Its selective recomputation repeats every second matmul."""
     framework = cell(row, "framework")
-    found = SoftwareProfile(
-        "torchtitan", recomputed_products=0.5, overlaps_tensor="async" in framework.lower(), gated_copies=1.0
+    software = SoftwareProfile(
+        "torchtitan", recomputed_matmuls=0.5, overlaps_tensor_parallel="async" in framework.lower(), gated_copies=1.0
     )
     if "compile" in framework:
-        found = replace(found, elementwise=0.5, gated_copies=0.5)
-    if "2025" in cell(row, "group"):  # taken to mean that the loss is compiled and the allocator's segments can grow
-        return replace(found, logit_bytes=6, logit_passes_bytes=12)
-    return replace(found, fragmentation=0.25)
+        software = replace(software, elementwise_traffic=0.5, gated_copies=0.5)
+    if "2025" in cell(row, "group"):
+        # Taken to mean that the loss is compiled and the allocator's segments can grow.
+        return replace(software, logit_bytes=6, logit_traffic_bytes=12)
+    return replace(software, fragmentation=0.25)

@@ -1,8 +1,8 @@
 """Published measurements of training runs, read as what the planner works on: a model, a plan, a cluster, a program.
 
-The format is that of data/published_runs.csv, a row for each measurement. What a row does not say and the program's
-documentation does (which kernels, what is kept in memory) is in published_programs.py; what neither says makes the row
-unusable, with the reason.
+The format is that of data/published_runs.csv, a row for each measurement. What only the program's documentation says
+(which kernels, what is kept in memory) is in published_programs.py. A row that leaves open what is needed for a
+prediction is unusable, and the reason is reported.
 """
 
 import csv
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from published_models import architecture_of
-from published_programs import Row, Unusable, cell, implementation_of, measurement, optional, required
+from published_programs import RunRow, Unusable, cell, measurement, optional, required, software_of
 
 from moreh.accelerator.devices import Device, find_device
 from moreh.errors import PlanError
@@ -26,9 +26,11 @@ from moreh.planner.plan.schedules import check_schedule
 from moreh.planner.software_profile import SoftwareProfile
 
 _NETWORKS = Path(__file__).parent / "data" / "networks.csv"
-# Passes of a micro-batch through a stage: several times the largest run that was published, and a second to simulate.
-MOST_PASSES = 2**20
-_DEVICES = (  # in the order in which the patterns are tried
+# Passes of a micro-batch through a stage. This is several times the largest published run, and takes a second to
+# simulate.
+MAX_PASSES = 2**20
+# Patterns in the order in which they are tried.
+_DEVICES = (
     (r"mi250x", "MI250X GCD"),
     (r"mi250", "MI250 GCD"),
     (r"mi210", "MI210"),
@@ -46,45 +48,50 @@ _DEVICES = (  # in the order in which the patterns are tried
 
 @dataclass(frozen=True)
 class PublishedRun:
-    """A row that can be predicted. `units` is the number of devices as the row counts them (a package may hold two).
-
-    `digest` stands for what the row says, under whichever id.
-    """
+    """A row that can be predicted."""
 
     id: str
     digest: str
+    """Identifies what the row says, whatever its id."""
     group: str
+    """The publication or the system."""
     sweep: str
+    """What runs have in common that differ in the plan only."""
     training: Training
     plans: tuple[Plan, ...]
+    """Several if the row leaves the micro-batch size open."""
     cluster: Cluster
-    implementation: SoftwareProfile
+    software: SoftwareProfile
     units: int
+    """Devices as the row counts them: a unit may be a package of two."""
     step_time_s: float | None
+    """The measured seconds of a step; None if the row does not give them."""
     memory_gib: float | None
+    """The measured peak of a device; None if the row does not give it."""
     out_of_memory: bool
+    """Whether the run ran out of memory."""
 
 
-def read_rows(path: Path) -> list[Row]:
-    """The rows of a file of published runs. Bytes that are no UTF-8 are replaced, cells that are cut off are empty."""
+def read_rows(path: Path) -> list[RunRow]:
+    """The rows of a file of published runs. Bytes that are not UTF-8 are replaced; cells that are cut off are empty."""
     csv.field_size_limit(2**31 - 1)  # a quote that is never closed makes one cell of the rest of the file
     with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
-        lines = (line.replace("\0", "") for line in file)  # which the csv module of Python 3.10 refuses
+        lines = (line.replace("\0", "") for line in file)  # the csv module of Python 3.10 refuses NUL
         rows = csv.DictReader(lines, restkey="", restval="")
         return [{column: text for column, text in row.items() if column} for row in rows]
 
 
-def row_digest(row: Row) -> str:
-    """Twelve hexadecimal digits that tell a row from others by what it says, without its id, which other files may use too."""
+def row_digest(row: RunRow) -> str:
+    """Twelve hexadecimal digits for what a row says, without its id: another file may give the id to another row."""
     cells = sorted((column, cell(row, column)) for column in row if column != "id" and cell(row, column))
     return hashlib.sha256(json.dumps(cells).encode()).hexdigest()[:12]
 
 
-def published_run(row: Row) -> PublishedRun:
-    """A row as a model, a plan and a cluster. Where it leaves the micro-batch size open, there are several plans.
+def published_run(row: RunRow) -> PublishedRun:
+    """A row as a model, a plan and a cluster. If it leaves the micro-batch size open, there are several plans.
 
     Raises:
-        Unusable: the row lacks what a prediction needs.
+        Unusable: the row does not give what a prediction needs.
     """
     architecture, framework = architecture_of(row), cell(row, "framework")
     device, per_unit = _device(row)
@@ -94,21 +101,20 @@ def published_run(row: Row) -> PublishedRun:
     if tensor is None or pipeline is None:
         raise Unusable("the plan is not given (tp, pp)")
     if (optional(row, "ep") or 1) > 1:
-        raise Unusable("expert parallelism is not modelled")
+        raise Unusable("expert parallelism is not modeled")
     context = optional(row, "cp") or 1
     data = devices // (tensor * pipeline * context)
     if tensor * pipeline * context * data != devices:
         raise Unusable(f"tp x pp x cp = {tensor * pipeline * context} does not divide {devices} devices")
-    given = optional(row, "dp")
-    if given is not None and tensor * pipeline * context * given not in (units, devices):
-        raise Unusable(f"dp={given} contradicts {devices} devices / (tp x pp x cp) = {data}")
-    network = _network(row)
-    cluster = cluster_for_devices(device, devices, network)
+    given_data = optional(row, "dp")
+    if given_data is not None and tensor * pipeline * context * given_data not in (units, devices):
+        raise Unusable(f"dp={given_data} contradicts {devices} devices / (tp x pp x cp) = {data}")
+    cluster = cluster_for_devices(device, devices, _network_bytes_per_second(row))
     length = optional(row, "seq_len")
     if length is None:
         if "torchtitan" not in framework:
             raise Unusable("seq_len is not given")
-        length = 8192  # of torchtitan's llama3_8b.toml
+        length = 8192  # that of torchtitan's llama3_8b.toml
     batch = optional(row, "gbs")
     sizes = _micro_batch_sizes(row, batch, data)
     if batch is None:
@@ -116,7 +122,7 @@ def published_run(row: Row) -> PublishedRun:
     if len(architecture.layers) < pipeline:
         raise Unusable(f"fewer layers than stages ({len(architecture.layers)} < {pipeline})")
     training = Training(architecture, batch, length)
-    implementation = implementation_of(row)
+    software = software_of(row)
     if "torchtitan" in framework and pipeline > 1:
         sizes = (_torchtitan_micro_batch_size(row, sizes[0], pipeline),)
     plans = tuple(
@@ -133,7 +139,7 @@ def published_run(row: Row) -> PublishedRun:
         training=training,
         plans=plans,
         cluster=cluster,
-        implementation=implementation,
+        software=software,
         units=units,
         step_time_s=measured,
         memory_gib=measurement(row, "peak_mem_gib_per_gpu"),
@@ -141,8 +147,8 @@ def published_run(row: Row) -> PublishedRun:
     )
 
 
-def _device(row: Row) -> tuple[Device, int]:
-    """The kind of device, and how many of them a unit of the row's counts holds."""
+def _device(row: RunRow) -> tuple[Device, int]:
+    """The kind of device, and how many devices a unit of the row holds."""
     name = cell(row, "gpu").lower()
     for pattern, device in _DEVICES:
         if re.search(pattern, name):
@@ -150,8 +156,8 @@ def _device(row: Row) -> tuple[Device, int]:
     raise Unusable(f"no data of device {cell(row, 'gpu')!r}")
 
 
-def _network(row: Row) -> float | None:
-    """Bytes/s of a device towards other nodes, of the system that was measured; None where nothing is known of it."""
+def _network_bytes_per_second(row: RunRow) -> float | None:
+    """Bytes/s of a device to other nodes, for the system that was measured; None if that is unknown."""
     with _NETWORKS.open(encoding="utf-8", newline="") as file:
         for entry in csv.DictReader(file):
             if entry["group"] == cell(row, "group") and entry["gpu"] in ("", cell(row, "gpu")):
@@ -159,21 +165,23 @@ def _network(row: Row) -> float | None:
     return None
 
 
-def _micro_batch_sizes(row: Row, batch: int | None, data: int) -> tuple[int, ...]:
+def _micro_batch_sizes(row: RunRow, batch: int | None, data: int) -> tuple[int, ...]:
+    """The micro-batch size of the row, or all powers of two up to 32 that are possible if it gives none."""
     size = optional(row, "mbs")
     if size is not None:
         if batch is not None and batch % (data * size):
-            raise Unusable(f"gbs {batch} is no multiple of dp x mbs = {data * size}")
+            raise Unusable(f"gbs {batch} is not a multiple of dp x mbs = {data * size}")
         return (size,)
     if batch is None or batch % data:
         raise Unusable("neither mbs nor a gbs that dp divides is given")
     return tuple(2**k for k in range(6) if batch // data % 2**k == 0)
 
 
-def _torchtitan_micro_batch_size(row: Row, local_batch: int, pipeline: int) -> int:
-    """Rows of a micro-batch of torchtitan, whose rows give the batch of a rank: once one for each stage, later one of a row.
+def _torchtitan_micro_batch_size(row: RunRow, local_batch: int, pipeline: int) -> int:
+    """Sequences of a micro-batch of torchtitan, of which rows give the batch of a rank.
 
-    Its defaults as remembered; no published row at hand has a pipeline to check it with.
+    Its default was one micro-batch for each stage, and later micro-batches of one sequence. This is from memory: no
+    published row at hand has a pipeline to check it with.
     """
     stages = pipeline * (optional(row, "vpp") or 1)
     if "2025" in cell(row, "group") or local_batch % stages:
@@ -182,7 +190,7 @@ def _torchtitan_micro_batch_size(row: Row, local_batch: int, pipeline: int) -> i
 
 
 def _plan(
-    row: Row,
+    row: RunRow,
     architecture: Architecture,
     tensor: int,
     pipeline: int,
@@ -194,7 +202,7 @@ def _plan(
     chunks = optional(row, "vpp") or 1
     stages = pipeline * chunks
     layers = len(architecture.layers)
-    if stages * micro_batches > MOST_PASSES:
+    if stages * micro_batches > MAX_PASSES:
         raise Unusable(f"{micro_batches} micro-batches through {stages} stages are too many to simulate")
     if chunks > 1 and layers < stages:
         raise Unusable(f"fewer layers than stages ({layers} < {stages})")
@@ -206,7 +214,7 @@ def _plan(
             raise Unusable(str(error)) from None
     recompute, framework = cell(row, "recompute").lower(), cell(row, "framework")
     if not recompute and "torchtitan" in framework:
-        recompute = "selective"  # of torchtitan's configurations
+        recompute = "selective"  # that of torchtitan's configurations
     recomputation: Recomputation = (
         "full" if recompute.startswith("full") else "selective" if recompute.startswith("selective") else "none"
     )
@@ -227,19 +235,19 @@ def _plan(
     )
 
 
-def _sharding(row: Row) -> Sharding:
+def _sharding(row: RunRow) -> Sharding:
     text = cell(row, "sharding")
     if re.search(r"FULL_SHARD|FSDP|ZeRO-3|distribute_param", text):
         return "parameters"
     if re.search(r"SHARD_GRAD_OP|ZeRO-2", text):
         return "gradients"
-    # DeepSpeed's optimizer for bfloat16 divides its state over the ranks at every ZeRO level.
-    bfloat16 = "DeepSpeed" in cell(row, "framework") and cell(row, "precision") == "bf16"
-    return "optimizer" if "ZeRO-1" in text or bfloat16 else "none"
+    # DeepSpeed's optimizer for bfloat16 shards its state over the ranks at every ZeRO level.
+    shards_always = "DeepSpeed" in cell(row, "framework") and cell(row, "precision") == "bf16"
+    return "optimizer" if "ZeRO-1" in text or shards_always else "none"
 
 
-def _step_time_s(row: Row, training: Training, units: int) -> float | None:
-    """Seconds of a step, from whichever of the published figures there is."""
+def _step_time_s(row: RunRow, training: Training, units: int) -> float | None:
+    """Seconds of a step, from the first published figure that tells them."""
     seconds = None
     if step := measurement(row, "step_time_s"):
         seconds = step
@@ -267,8 +275,8 @@ def failure(error: Exception) -> str:
     return text if isinstance(error, Unusable) else f"{type(error).__name__}: {text}"
 
 
-def usable_runs(rows: list[Row]) -> Iterator[tuple[Row, PublishedRun | None, str]]:
-    """Every row with what it means, or with the reason why it cannot be predicted."""
+def usable_runs(rows: list[RunRow]) -> Iterator[tuple[RunRow, PublishedRun | None, str]]:
+    """Every row with its run, or with the reason why it cannot be predicted."""
     for row in rows:
         run, reason = None, ""
         try:

@@ -39,7 +39,7 @@ log: {{every_steps: 2, sample_tokens: 4}}
 @pytest.fixture(scope="session")
 def measured_profiles():
     """The files of this machine's measured profile: measured once for all tests, since that takes seconds."""
-    from moreh.planner.hardware.measured_device import local_profile
+    from moreh.planner.hardware.local_profile import local_profile
 
     local_profile()
     return list(Path(os.environ["MOREH_STATE_DIR"]).glob("this-machine-*.json"))

@@ -10,13 +10,12 @@ from moreh.errors import PlanError
 from moreh.models.architecture import Architecture
 from moreh.models.describe.from_source import describe, describe_config
 from moreh.options import planner_variables
-from moreh.planner.cost.prediction import make_environment
 from moreh.planner.hardware.cluster import cluster_for_flavor
+from moreh.planner.hardware.environment import make_environment
 from moreh.planner.plan.plan import Training
 from moreh.planner.report.plan_rows import DEFAULT_COUNT
 from moreh.planner.report.printing import print_plans
-from moreh.planner.search.candidates import Constraints
-from moreh.planner.search.constraints import constraints_from_options
+from moreh.planner.search.constraints import Constraints, constraints_from_options
 from moreh.planner.search.request import Request
 from moreh.planner.search.search import search_on_most_devices
 from moreh.planner.search.suggestions import smallest_sufficient
@@ -55,13 +54,13 @@ def print_plan(config: Config) -> None:
         PlanError: the model cannot be described, or no plan can divide the batch under the options.
     """
     request = plan_request(config)
-    outcome, _, idle = search_on_most_devices(request.training, request.setting, request.restrictions, DEFAULT_COUNT)
-    if not outcome.best:
-        raise UserError(_no_plan_text(request, outcome.smallest_bytes))
+    outcome = search_on_most_devices(request.training, request.environment, request.constraints, DEFAULT_COUNT)
+    if not outcome.result.best:
+        raise UserError(_no_plan_text(request, outcome.result.smallest_bytes))
     notes = []
     if config.accelerator.advanced_parallelization is None:
         notes.append(("Not used", "accelerator.advanced_parallelization is null, so a training computes on one device"))
-    print_plans(request, outcome, terminal_width(), idle, notes)
+    print_plans(request, outcome.result, terminal_width(), outcome.idle, notes)
 
 
 def plan_request(config: Config) -> Request:
@@ -77,10 +76,10 @@ def plan_request(config: Config) -> Request:
     flavor = _flavor(config)
     return Request(
         training=Training(architecture, config.train.batch_size, max_length),
-        setting=make_environment(
+        environment=make_environment(
             cluster_for_flavor(flavor), moreh_software("half" if parallelization.mixed_precision else "float32")
         ),
-        restrictions=_constraints(parallelization, flavor.devices),
+        constraints=_constraints(parallelization, flavor.devices),
         flavor=flavor,
         precision="bfloat16" if parallelization.mixed_precision else "float32",
     )
@@ -127,8 +126,8 @@ def _no_plan_text(request: Request, smallest_bytes: float) -> str:
     remedies = (
         [f"give accelerator.model={larger.flavor.name}"] if larger is not None and larger.flavor is not None else []
     )
-    unconstrained = _constraints(ParallelizationSection(), request.setting.cluster.devices)
-    if request.restrictions != unconstrained:
+    unconstrained = _constraints(ParallelizationSection(), request.environment.cluster.devices)
+    if request.constraints != unconstrained:
         remedies.append("fewer options in accelerator.advanced_parallelization")
     remedies.append("a smaller train.batch_size or data.max_length")
     return (

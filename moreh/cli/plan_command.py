@@ -12,9 +12,10 @@ from moreh.cli.plan_options import PRECISIONS, YES_NO_AUTO, parse_options
 from moreh.cli.terminal import run_tool
 from moreh.errors import PlanError
 from moreh.models.describe.from_source import describe
-from moreh.planner.cost.prediction import Environment, Prediction, make_environment, measured_environment, predict
+from moreh.planner.cost.prediction import Prediction, predict
 from moreh.planner.hardware.cluster import cluster_for_devices, cluster_for_flavor
-from moreh.planner.hardware.measured_device import NAME as THIS_MACHINE
+from moreh.planner.hardware.environment import Environment, make_environment, measured_environment
+from moreh.planner.hardware.measured_device import THIS_MACHINE
 from moreh.planner.plan.notation import parse_plan, plan_text
 from moreh.planner.plan.plan import Plan, Training
 from moreh.planner.report.explanation import explanation_json, explanation_sentences, explanation_table_forms
@@ -24,9 +25,10 @@ from moreh.planner.report.json_output import Json, request_json, search_json, se
 from moreh.planner.report.plan_rows import DEFAULT_COUNT, header_pairs
 from moreh.planner.report.plot import check_plot_path, draw_plan
 from moreh.planner.report.printing import print_pairs, print_plans, print_sentences
-from moreh.planner.search.candidates import Constraints
+from moreh.planner.search.constraints import Constraints
 from moreh.planner.search.request import Request
-from moreh.planner.search.suggestions import SearchOutcome, nothing_fits_text, search_plans
+from moreh.planner.search.search import SearchOutcome, search_plans
+from moreh.planner.search.suggestions import nothing_fits_text
 from moreh.planner.software_profile import TRANSFORMERS, TRANSFORMERS_AUTOCAST, moreh_software
 from moreh.tables import draw_widest, terminal_width
 
@@ -82,8 +84,8 @@ def _request(options: argparse.Namespace) -> Request:
         )
     return Request(
         training=Training(describe(options.model), options.batch_size, options.sequence_length),
-        setting=setting,
-        restrictions=Constraints(
+        environment=setting,
+        constraints=Constraints(
             pipeline=options.stages,
             micro_batches=options.micro_batches,
             recompute=YES_NO_AUTO[options.recompute],
@@ -147,8 +149,8 @@ def _plan_to_explain(text: str, request: Request, outcome: SearchOutcome) -> tup
     """The plan of --explain on all devices or, if it is for fewer, on those that the search uses; and where it runs."""
     if outcome.idle:
         with suppress(PlanError):  # if it is not for the devices in use either, the error below says so
-            return parse_plan(text, request.training, request.setting.cluster.devices), request.setting
-    return parse_plan(text, request.training, outcome.setting.cluster.devices), outcome.setting
+            return parse_plan(text, request.training, request.environment.cluster.devices), request.environment
+    return parse_plan(text, request.training, outcome.environment.cluster.devices), outcome.environment
 
 
 def _compare(options: argparse.Namespace, request: Request, width: int | None) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from moreh.accelerator.devices import all_devices
 from moreh.cli.terminal import help_formatter
-from moreh.planner.hardware.measured_device import NAME as THIS_MACHINE
+from moreh.planner.hardware.measured_device import THIS_MACHINE
 from moreh.planner.plan.notation import LEGEND
 from moreh.planner.plan.plan import SCHEDULES
 from moreh.planner.report.plan_rows import DEFAULT_COUNT

@@ -1,8 +1,9 @@
 """The software that runs a plan: which kernels it has, what it keeps in memory, and what it overlaps.
 
-A plan says how work is divided; two programs that carry out the same plan still differ in these points. Ours is
-`MOREH`; the others describe the programs whose published measurements the planner is fitted to and tested on
-(benchmarks/planner_accuracy.py): benchmarks/published_programs.py says which traits are known and which were chosen.
+A plan says how the work is split. Two programs that carry out the same plan still differ in the traits of a
+`SoftwareProfile`. `MOREH` is this project on several workers, `TRANSFORMERS` and `TRANSFORMERS_AUTOCAST` are a plain
+loop on one worker. The programs of published measurements, which the planner is fitted to and tested on, are in
+benchmarks/published_programs.py, with a word on which traits are known and which were chosen.
 """
 
 from dataclasses import dataclass, replace
@@ -10,122 +11,160 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class SoftwareProfile:
-    """Traits of a training program.
-
-    Arithmetic is in `compute` precision. Bytes of a parameter: `weight_bytes` of the stored weights, `working_bytes` of a
-    copy in low precision that exists besides them (0 for none), `gradient_bytes`, `optimizer_bytes` (AdamW's two moments,
-    and a master copy where weights are stored in low precision). Parameters are gathered with `gather_bytes` and
-    gradients reduced with `reduce_bytes` each.
-
-    `fused_attention`: scores are never written to memory (FlashAttention). `elementwise` scales the memory traffic of norms,
-    activations and residuals against one kernel each (1.0). `logit_passes_bytes` is the memory traffic of the loss for each
-    logit, forward and backward together; `logit_bytes` what is held for each at the peak. `overlaps_data` and
-    `overlaps_tensor`: collectives run beside computation. `recomputed_products` is the share of matrix products that selective
-    recomputation repeats. `rings_use_all_ports`: an exchange over several nodes uses the network ports of all devices of a
-    node, as NCCL's rings do, instead of one.
-    `norm_copies`: tensors of the hidden size that a norm keeps besides its input. `gated_copies`: what the activation of a
-    gated network keeps, in widths of its two products together (their product alone is 0.5). `fragmentation` is the share of
-    temporary memory that the allocator cannot use.
-    `reshards_in_pipeline`: with several stages, sharded parameters are gathered and gradients reduced for each micro-batch, as
-    with one stage; otherwise once a step, and both are whole in between (PipelineStage of torch with fully_shard).
-    `layer_kernels`: kernels that a layer's forward pass launches besides its matrix products and attention.
-    `least_in_flight`: micro-batches that a stage of a pipeline works on at once even where its schedule allows fewer.
-
-    What follows are details of memory; the defaults are those of fused kernels and of one precision for all activations.
-    `rms_norm_copies` are the `norm_copies` of RMSNorm. `activation_copies`: what the activation of a network that is not gated
-    keeps besides its input, in the network's inner widths. `mask_bytes` is the size of a number in dropout's mask, None for
-    that of the numbers that are dropped. `fused_dropout`: fused attention may drop scores. `score_bytes` is the size of a
-    number in attention that is not fused, None for `activation_bytes`. `autocast`: torch.autocast, where the residual stream
-    has the precision of the weights, each product makes a copy of its input in low precision, and the `working_bytes` are
-    copies of weights that exist from their use to the backward pass.
-    `reuses_memory`: what one moment of a step frees serves for the next, so that a step needs what its highest moment needs;
-    without, the temporary tensors of all moments add up, as where an allocator keeps blocks of each size. The other
-    three count only with it. `gradients_freed`: gradients do not exist between the end of a step and its first backward pass
-    (`zero_grad(set_to_none=True)`). `forward_logit_bytes` are the `logit_bytes` before the backward pass.
-    `optimizer_temporaries`: tensors of a parameter's size that the optimizer makes for one parameter after the other.
-    """
+    """Traits of a training program. The defaults are those of a program with fused kernels and mixed precision."""
 
     name: str
+
+    # Precision. Sizes are bytes of one number.
     compute: str = "half"
+    """Precision of arithmetic: "half" (bfloat16 or float16), "float32", or "float8" (for linear layers only)."""
     activation_bytes: int = 2
+    """Size of an activation."""
     weight_bytes: int = 4
-    working_bytes: int = 2
+    """Size of a stored weight, the one that the optimizer updates or that has a master copy."""
+    weight_copy_bytes: int = 2
+    """Size of a weight in a low-precision copy for arithmetic that exists besides the stored weights; 0 for no copy."""
     gradient_bytes: int = 4
+    """Size of a gradient of a weight."""
     optimizer_bytes: int = 8
+    """Optimizer state of a weight: AdamW's two moments, and a master copy where weights are stored in low precision."""
     gather_bytes: int = 2
+    """Bytes that an all-gather of sharded parameters moves for each parameter."""
     reduce_bytes: int = 4
+    """Bytes that a reduction of gradients moves for each parameter."""
+
+    # Time.
     fused_attention: bool = True
-    elementwise: float = 1.0
-    logit_passes_bytes: float = 30.0
-    logit_bytes: float = 10.0
-    overlaps_data: bool = True
-    overlaps_tensor: bool = False
-    recomputed_products: float = 0.0
-    rings_use_all_ports: bool = True
-    norm_copies: float = 1.0
-    gated_copies: float = 0.5
-    fragmentation: float = 0.0
-    least_in_flight: int = 1
+    """Whether attention never writes its scores to memory (FlashAttention)."""
+    elementwise_traffic: float = 1.0
+    """Memory traffic of norms, activations and residuals, as a multiple of one fused kernel each."""
     layer_kernels: int = 8
+    """Kernels that a layer's forward pass launches besides its matmuls and attention."""
+    logit_traffic_bytes: float = 30.0
+    """Memory traffic of the loss for each logit, forward and backward together."""
+    overlaps_data_parallel: bool = True
+    """Whether gathering parameters and reducing gradients overlap with computation."""
+    overlaps_tensor_parallel: bool = False
+    """Whether tensor-parallel collectives overlap with matmuls."""
+    rings_use_all_ports: bool = True
+    """Whether a collective over several nodes uses the network ports of all devices of a node, as NCCL's rings do, and
+    not of one only."""
+    recomputed_matmuls: float = 0.0
+    """The share of matmuls that selective recomputation repeats (0 to 1)."""
     reshards_in_pipeline: bool = True
+    """With several stages, whether sharded parameters are gathered and gradients reduced for each micro-batch, as with
+    one stage. Otherwise that happens once a step, and both are whole in between (torch's PipelineStage with
+    fully_shard)."""
+
+    # Activations and logits in memory.
+    norm_copies: float = 1.0
+    """Tensors of the hidden size that a LayerNorm keeps besides its output, which the next matmul keeps."""
     rms_norm_copies: float = 1.0
+    """The same for an RMSNorm."""
+    gated_copies: float = 0.5
+    """What the activation of a gated feed-forward network keeps, in widths of its gate and up projections together. The
+    product of both alone is 0.5."""
     activation_copies: float = 1.0
+    """What the activation of a network without a gate keeps besides its input, in the network's inner widths."""
     mask_bytes: int | None = 1
-    fused_dropout: bool = True
+    """Size of an element of a dropout mask; None for the size of the numbers that are dropped."""
+    fused_attention_dropout: bool = True
+    """Whether fused attention can apply dropout. Otherwise models with dropout use attention that is not fused."""
     score_bytes: int | None = None
+    """Size of a score in attention that is not fused; None for `activation_bytes`."""
+    logit_bytes: float = 10.0
+    """Bytes held for each logit at the peak of the loss."""
+    min_in_flight: int = 1
+    """Micro-batches that a pipeline stage works on at once even where its schedule needs fewer."""
+    fragmentation: float = 0.0
+    """The share of temporary memory that the allocator cannot use, added on top."""
+
+    # The moments of a step. All but the first count only where memory is reused.
     reuses_memory: bool = False
-    gradients_freed: bool = False
+    """Whether memory freed at one moment of a step serves the next one, so that a step needs what its highest moment
+    needs. Otherwise the temporary tensors of all moments add up, as with an allocator that keeps blocks of each size.
+    """
+    frees_gradients: bool = False
+    """Whether there are no gradients between the end of a step and the first backward pass of the next one
+    (`zero_grad(set_to_none=True)`)."""
     autocast: bool = False
+    """Whether the program uses torch.autocast. Then the residual stream has the precision of the weights, each matmul
+    makes a low-precision copy of its input, and copies of weights live from their use to the backward pass."""
     forward_logit_bytes: float = 0.0
+    """Bytes held for each logit at the end of the forward pass."""
     optimizer_temporaries: float = 0.0
+    """Tensors of a parameter's size that the optimizer makes while it updates that parameter."""
 
 
-# A layer of transformers: two norms of 8 kernels in float32, rotary angles 10, residuals, activation, casts of weights.
-MOREH = SoftwareProfile("moreh", layer_kernels=32, reshards_in_pipeline=False)
+# This project. What is not named is as in the defaults above: float32 weights with low-precision copies, fused
+# attention, and data-parallel communication that overlaps with computation.
+MOREH = SoftwareProfile(
+    "moreh",
+    # A layer is transformers' own, kernel by kernel: two norms of 8 kernels in float32, 10 kernels for rotary angles,
+    # the residuals, the activation, and the casts of weights.
+    layer_kernels=32,
+    # Stages are torch's PipelineStage with fully_shard: parameters are gathered and gradients reduced once a step.
+    reshards_in_pipeline=False,
+)
 
 
 def moreh_software(compute: str) -> SoftwareProfile:
-    """Ours, computing in "half" precision with float32 weights, in "float32", or in "float8" with the rest in half."""
+    """This project, computing in "half" or "float8" with float32 weights and half-precision copies, or in "float32"."""
     if compute == "float32":
-        return replace(MOREH, compute=compute, activation_bytes=4, working_bytes=0, gather_bytes=4)
+        return replace(MOREH, compute=compute, activation_bytes=4, weight_copy_bytes=0, gather_bytes=4)
     return replace(MOREH, compute=compute)
 
 
-# A plain loop over a model of transformers on a processor, in float32 and with torch.autocast in bfloat16, with
-# `use_cache=False` and rows without padding: measured in tests/planner/test_planner_memory.py. The activation is GPT-2's, GELU
-# approximated with tanh, whose operations are a kernel each. The loss holds log-probabilities, their gradient and that of the
-# logits in float32; at the end of the forward pass, logits and log-probabilities.
+# A plain loop over a model of transformers on CPU in float32, with `use_cache=False` and sequences without padding.
+# Memory is measured in tests/planner/test_planner_memory.py.
 TRANSFORMERS = SoftwareProfile(
     "transformers",
+    # Everything is float32, so there are no copies in another precision.
     compute="float32",
     activation_bytes=4,
-    working_bytes=0,
+    weight_copy_bytes=0,
     gather_bytes=4,
-    logit_bytes=12,
-    gated_copies=1.0,
+    # Memory is that of live tensors: what one moment frees, the next one can use. The loop calls zero_grad after each
+    # step.
     reuses_memory=True,
-    gradients_freed=True,
-    rms_norm_copies=2.0,
-    activation_copies=4.0,
-    mask_bytes=None,
-    fused_dropout=False,
+    frees_gradients=True,
+    # The loss holds log-probabilities, their gradient and the gradient of the logits, in float32 each.
+    logit_bytes=12,
+    # At the end of the forward pass there are logits and log-probabilities.
     forward_logit_bytes=8,
+    # LlamaRMSNorm is eager: autograd keeps its float32 input and the normalized hidden states.
+    rms_norm_copies=2.0,
+    # SwiGLU is eager: autograd keeps the result of SiLU and the product that the down projection reads.
+    gated_copies=1.0,
+    # GPT-2's GELU is the tanh approximation with a kernel for each operation: autograd keeps half of the input, the
+    # tanh, one plus the tanh, and the result.
+    activation_copies=4.0,
+    # On CPU, dropout keeps a mask in the precision of its input, and there is no fused attention with dropout.
+    mask_bytes=None,
+    fused_attention_dropout=False,
+    # AdamW goes through the parameters one by one and makes the root of the second moment and the denominator.
     optimizer_temporaries=2.0,
-    # Time on processors, where a layer of transformers has several times as many small kernels as are counted: chosen for
-    # four small models on one machine.
-    elementwise=8.0,
-    logit_passes_bytes=90,
+    # On CPU, a layer of transformers has several times as many small kernels as are counted. These two were chosen to
+    # match the step times of four small models on one machine.
+    elementwise_traffic=8.0,
+    logit_traffic_bytes=90,
 )
+# The same loop with the forward pass under torch.autocast in bfloat16.
 TRANSFORMERS_AUTOCAST = replace(
     TRANSFORMERS,
     name="transformers with autocast",
+    # Matmuls read bfloat16 copies of float32 weights and activations.
+    autocast=True,
     compute="half",
     activation_bytes=2,
-    working_bytes=2,
+    weight_copy_bytes=2,
     gather_bytes=2,
-    autocast=True,
+    # Attention that is not fused converts its bfloat16 inputs to float32.
     score_bytes=4,
+    # At the end of the forward pass there are logits in bfloat16, and the loss has them and log-probabilities in
+    # float32.
     forward_logit_bytes=10,
-    elementwise=14.0,
-    logit_passes_bytes=60,
+    # Chosen in the same way as for float32.
+    elementwise_traffic=14.0,
+    logit_traffic_bytes=60,
 )

@@ -4,8 +4,9 @@ import pytest
 
 from moreh.accelerator.flavors import find_flavor
 from moreh.models.describe.from_source import describe
-from moreh.planner.cost.prediction import StepBreakdown, make_environment, predict
+from moreh.planner.cost.prediction import StepBreakdown, predict
 from moreh.planner.hardware.cluster import cluster_for_flavor
+from moreh.planner.hardware.environment import make_environment
 from moreh.planner.plan.notation import parse_plan, plan_text
 from moreh.planner.plan.plan import Training
 from moreh.planner.report.step_parts import STEP_PARTS, short_overhead

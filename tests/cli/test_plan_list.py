@@ -12,8 +12,8 @@ from moreh.accelerator.devices import find_device
 from moreh.accelerator.registry import switch_model
 from moreh.cli.plan_options import PRECISIONS
 from moreh.models.describe.from_source import describe
-from moreh.planner.cost.prediction import make_environment
 from moreh.planner.hardware.cluster import cluster_for_devices
+from moreh.planner.hardware.environment import make_environment
 from moreh.planner.plan.notation import plan_text
 from moreh.planner.plan.plan import Training
 from moreh.planner.report.plan_rows import PLAN_COLUMNS
@@ -111,7 +111,7 @@ def test_precision_changes_arithmetic_and_bytes(plan_json, model):
     where = ("--device", "H100 80GB", "--devices", 1, "--count", 1, *STEP)
     best = {name: plan_json(model, *where, "--precision", name)["plans"][0] for name in PRECISIONS}
     environment = make_environment(cluster_for_devices(find_device("H100 80GB"), 1), moreh_software("float32"))
-    assert environment.implementation.compute == "float32"
+    assert environment.software.compute == "float32"
     result = search(Training(describe(model), 48, 128), environment, count=1)
     assert best["float32"]["step_time_s"] == result.best[0].step_time_s > best["bfloat16"]["step_time_s"]
     assert plan_json(model, *where, "--precision", "float8")["precision"] == "float8"

@@ -7,8 +7,8 @@ import pytest
 
 from moreh.accelerator.flavors import all_flavors
 from moreh.models.describe.from_source import describe
-from moreh.planner.cost.prediction import make_environment
 from moreh.planner.hardware.cluster import cluster_for_flavor
+from moreh.planner.hardware.environment import make_environment
 from moreh.planner.plan.plan import Training
 from moreh.planner.search.search import search
 from tests.helpers.plan_tool import LLAMA, STEP

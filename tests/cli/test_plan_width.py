@@ -6,14 +6,14 @@ import pytest
 
 from moreh.accelerator.flavors import find_flavor
 from moreh.models.describe.from_source import describe
-from moreh.planner.cost.prediction import make_environment
 from moreh.planner.hardware.cluster import cluster_for_flavor
+from moreh.planner.hardware.environment import make_environment
 from moreh.planner.plan.notation import parse_plan, plan_text
 from moreh.planner.plan.plan import Training
 from moreh.planner.report.flavor_comparison import compare_flavors
 from moreh.planner.report.flavor_report import flavor_table_forms
 from moreh.planner.report.plan_rows import plan_table_forms
-from moreh.planner.search.candidates import Constraints
+from moreh.planner.search.constraints import Constraints
 from moreh.planner.search.request import Request
 from moreh.planner.search.search import search
 from moreh.tables import draw_widest
@@ -51,7 +51,7 @@ def test_output_for_llama_70b_fits_the_terminal(plan, mode, columns):
 @pytest.mark.parametrize("name", MODELS)
 def test_narrow_table_of_plans_keeps_rank_plan_memory_time_and_speed(name):
     request = request_for(name)
-    result = search(request.training, request.setting)
+    result = search(request.training, request.environment)
     forms = plan_table_forms(request, result)
     for width in range(56, 260):
         text = draw_widest(forms, width)

@@ -9,11 +9,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from moreh.accelerator.devices import find_device
 from moreh.models.describe.from_config import architecture_from_config
-from moreh.planner.cost.prediction import make_environment
 from moreh.planner.hardware.cluster import cluster_for_devices
+from moreh.planner.hardware.environment import make_environment
 from moreh.planner.plan.notation import parse_plan
 from moreh.planner.plan.plan import Training
-from moreh.planner.search.candidates import Constraints, candidate_tables
+from moreh.planner.search.candidates import candidate_tables
+from moreh.planner.search.constraints import Constraints
 
 WORKERS = 8
 BATCH, LENGTH = 8, 16

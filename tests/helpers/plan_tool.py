@@ -6,8 +6,8 @@ import sys
 from moreh.accelerator.flavors import find_flavor
 from moreh.cli import plan_command
 from moreh.models.describe.from_source import describe
-from moreh.planner.cost.prediction import make_environment
 from moreh.planner.hardware.cluster import cluster_for_flavor
+from moreh.planner.hardware.environment import make_environment
 from moreh.planner.plan.plan import Plan, Training
 from moreh.planner.search.search import search
 

@@ -6,11 +6,12 @@ import pytest
 from moreh.accelerator.devices import find_device
 from moreh.errors import PlanError
 from moreh.models.describe.from_source import describe_config
-from moreh.planner.cost.prediction import make_environment
 from moreh.planner.hardware.cluster import cluster_for_devices
+from moreh.planner.hardware.environment import make_environment
 from moreh.planner.plan.notation import parse_plan, plan_text, torch_refusal
 from moreh.planner.plan.plan import Plan, Training
-from moreh.planner.search.candidates import Constraints, candidate_tables
+from moreh.planner.search.candidates import candidate_tables
+from moreh.planner.search.constraints import Constraints
 
 # 12 layers, 8 query heads, 4 key-value heads.
 MODEL = {
@@ -29,12 +30,12 @@ def training():
 
 
 @pytest.mark.parametrize("devices", [1, 6, 16])
-def test_every_kind_of_candidate_survives_the_way_there_and_back(training, devices):
-    setting = make_environment(cluster_for_devices(find_device("MI250 GCD"), devices))
-    random = np.random.default_rng(devices)
+def test_text_of_every_kind_of_candidate_is_read_back(training, devices):
+    environment = make_environment(cluster_for_devices(find_device("MI250 GCD"), devices))
+    rng = np.random.default_rng(devices)
     seen, uneven = set(), 0
-    for table in candidate_tables(setting.roofline, setting.cluster, training, Constraints(max_context=4)):
-        for row in random.permutation(len(table))[:40]:
+    for table in candidate_tables(environment.roofline, environment.cluster, training, Constraints(max_context=4)):
+        for row in rng.permutation(len(table))[:40]:
             plan = table.plan(int(row))
             text = plan_text(plan)
             assert parse_plan(text, training, devices) == plan, text
@@ -46,7 +47,7 @@ def test_every_kind_of_candidate_survives_the_way_there_and_back(training, devic
         assert uneven > 10
 
 
-def test_what_is_left_out_is_filled_in(training):
+def test_fields_that_are_left_out_are_filled_in(training):
     full = Plan((3, 3, 3, 3), pipeline=4, data=4, micro_batches=12)
     assert parse_plan("pp4", training, 16) == full
     assert parse_plan("tp1 pp4 dp4 cp1 mb1x12 1f1b recompute:none shard:none layers:3x4", training, 16) == full
@@ -89,11 +90,11 @@ def test_layers_are_written_as_runs(training):
         ("pp4 tp4 shard:gradients", "the plan has dp1"),
         ("sp", "the plan has tp1"),
         ("tp4 cp4 pp1 mb1x48", None),
-        ("tp4 tp2", "two pieces for tp"),
+        ("tp4 tp2", "the field tp is given twice"),
         ("xp4", "did you mean one like tp4?"),
         ("tp", "did you mean one like tp4?"),
         ("tp-1", "did you mean one like tp4?"),
-        ("tp99999999999", "'tp99999999999' is no piece"),
+        ("tp99999999999", "'tp99999999999' is not a field"),
         ("interleave:2", "did you mean one like interleaved:2?"),
         ("recompute:ful", "did you mean one like recompute:full?"),
         ("shard:param", "did you mean one like shard:parameters?"),
@@ -102,7 +103,7 @@ def test_layers_are_written_as_runs(training):
         ("?", "there are tp4, pp4"),
     ],
 )
-def test_wrong_texts_are_refused_in_one_line(training, text, message):
+def test_wrong_text_is_refused_in_one_line(training, text, message):
     if message is None:
         assert parse_plan(text, training, 16).devices == 16
         return
@@ -112,21 +113,21 @@ def test_wrong_texts_are_refused_in_one_line(training, text, message):
 
 
 @pytest.mark.parametrize(
-    ("text", "piece"), [("tp2 sp", "sp with tp2"), ("cp2 dp1", "cp2 needs sequences of a multiple of 4")]
+    ("text", "message"), [("tp2 sp", "sp with tp2"), ("cp2 dp1", "cp2 needs sequences of a multiple of 4")]
 )
-def test_sequences_that_cannot_be_divided(training, text, piece):
+def test_sequences_that_do_not_split_are_refused(training, text, message):
     odd = Training(training.architecture, 48, 127)
-    with pytest.raises(PlanError, match=piece):
+    with pytest.raises(PlanError, match=message):
         parse_plan(text, odd, 2)
 
 
-def test_schedules_that_torch_does_not_run(training):
-    """What has an order all the same is accepted, and the reason is told in pieces of the text."""
+def test_schedules_that_torch_refuses_are_accepted_if_their_order_is_defined(training):
+    """The reason of the refusal is told in fields of the text."""
     few = parse_plan("pp3 dp1 mb24x2", training, 3)
     assert torch_refusal(few) == "1f1b needs at least as many micro-batches as stages, and pp3 mb24x2 has 2 for 3"
     assert "zero-bubble with pp3 mb3x16" in torch_refusal(parse_plan("pp3 mb3x16 zero-bubble", training, 3))
     with pytest.raises(
-        PlanError, match=r"^plan: interleaved with pp3 mb3x16 takes .* 16 cannot be divided so: give mb4x12$"
+        PlanError, match=r"^plan: interleaved with pp3 mb3x16 takes .* 16 micro-batches do not split: give mb4x12$"
     ):
         parse_plan("pp3 mb3x16 interleaved", training, 3)
     for text in ("pp3", "pp3 mb4x12 interleaved", "pp3 zbv mb24x2"):

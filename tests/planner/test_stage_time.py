@@ -1,4 +1,4 @@
-"""What single terms of a prediction depend on: links of groups, sharding in pipelines, split backward passes, frozen parts."""
+"""What single terms of a prediction depend on: links, sharding in pipelines, split backward passes, frozen weights."""
 
 from dataclasses import replace
 from itertools import product
@@ -8,13 +8,14 @@ import pytest
 
 from moreh.accelerator.devices import find_device
 from moreh.models.describe.from_source import describe_config
-from moreh.planner.cost.prediction import make_environment, model_flops, predict
+from moreh.planner.cost.prediction import model_flops_per_step, predict
 from moreh.planner.hardware.cluster import Cluster, cluster_for_devices, ring_links
-from moreh.planner.plan.layer_balancing import balanced_ranks, even_layers
+from moreh.planner.hardware.environment import make_environment
+from moreh.planner.plan.layer_balancing import even_layers
 from moreh.planner.plan.plan import Plan, Training
 from moreh.planner.software_profile import MOREH, moreh_software
 
-DEVICE = find_device("MI250 GCD")
+GCD = find_device("MI250 GCD")
 MODEL = {
     "model_type": "llama",
     "num_hidden_layers": 8,
@@ -26,29 +27,29 @@ MODEL = {
 }
 LLAMA = describe_config(MODEL, "llama")
 TIED = describe_config({**MODEL, "tie_word_embeddings": True}, "tied")
-EIGHT = make_environment(cluster_for_devices(DEVICE, 8))
+EIGHT_GCDS = make_environment(cluster_for_devices(GCD, 8))
 
 
-def plan(pipeline=1, chunks=1, data=8, count=1, batch=32, **more):
-    size = batch // (data * count)
+def make_plan(pipeline=1, chunks=1, data=8, micro_batches=1, **more):
+    """A plan for 32 sequences through the 8 layers of LLAMA."""
     return Plan(
         even_layers(8, pipeline * chunks),
         pipeline=pipeline,
         chunks=chunks,
         data=data,
-        micro_batch_size=size,
-        micro_batches=count,
+        micro_batch_size=32 // (data * micro_batches),
+        micro_batches=micro_batches,
         **more,
     )
 
 
-def at(setting=EIGHT, training=None, **choices):
-    return predict(plan(**choices), training or Training(LLAMA, 32, 512), setting)
+def predicted(environment=EIGHT_GCDS, training=None, **choices):
+    return predict(make_plan(**choices), training or Training(LLAMA, 32, 512), environment)
 
 
 @pytest.mark.parametrize(("node", "devices"), [(6, 12), (8, 24), (8, 16), (4, 4)])
-def test_a_ring_is_inside_a_node_only_if_all_groups_are(node, devices):
-    cluster = Cluster(DEVICE, devices, node)
+def test_ring_is_inside_a_node_only_if_all_groups_are(node, devices):
+    cluster = Cluster(GCD, devices, node)
     seen = set()
     for size, stride in product(range(2, devices + 1), range(1, devices + 1)):
         if devices % (size * stride):
@@ -66,57 +67,65 @@ def test_a_ring_is_inside_a_node_only_if_all_groups_are(node, devices):
 
 
 def test_network_ports_of_a_node_are_shared_by_the_groups_in_it():
-    cluster = cluster_for_devices(DEVICE, 16)
-    ports = DEVICE.network_bytes_per_second
-    whole, one = (ring_links(cluster, np.array([s]), np.array([t])).bytes_per_second[0] for s, t in ((16, 1), (2, 8)))
-    assert whole == min(8 * ports, DEVICE.node_bytes_per_second)
-    assert one == ports
+    cluster = cluster_for_devices(GCD, 16)
+    port_rate = GCD.network_bytes_per_second
+    one_ring, eight_rings = (
+        ring_links(cluster, np.array([size]), np.array([stride])).bytes_per_second[0]
+        for size, stride in ((16, 1), (2, 8))
+    )
+    assert one_ring == min(8 * port_rate, GCD.node_bytes_per_second)
+    assert eight_rings == port_rate
 
 
-def test_sharded_parameters_in_a_pipeline_of_torch_are_whole_between_the_steps_ends():
-    """PipelineStage gathers parameters and reduces gradients of fully_shard once a step, and not for each micro-batch."""
-    one_stage = at(sharding="parameters", count=4)
+def test_sharded_parameters_in_a_torch_pipeline_are_gathered_once_a_step():
+    """PipelineStage with fully_shard gathers parameters and reduces gradients once a step, not for each micro-batch."""
+    one_stage = predicted(sharding="parameters", micro_batches=4)
     assert one_stage.parts.data_exchange_s > 0
     assert one_stage.memory[0].gradients == pytest.approx(LLAMA.parameters * 4 / 8)
-    torch = at(pipeline=2, data=4, count=4, sharding="parameters")
-    assert torch.parts.data_exchange_s == pytest.approx(0, abs=1e-9)
-    held = torch.memory[0].optimizer * 4 / 8
-    assert torch.memory[0].gradients == pytest.approx(4 * held)
-    assert torch.memory[0].parameters == pytest.approx((4 / 4 + 2) * held)
-    other = at(
-        replace(EIGHT, implementation=replace(MOREH, reshards_in_pipeline=True)),
+    two_stages = predicted(pipeline=2, data=4, micro_batches=4, sharding="parameters")
+    assert two_stages.parts.data_exchange_s == pytest.approx(0, abs=1e-9)
+    shard = two_stages.memory[0].optimizer * 4 / 8
+    assert two_stages.memory[0].gradients == pytest.approx(4 * shard)
+    assert two_stages.memory[0].parameters == pytest.approx((4 / 4 + 2) * shard)
+    resharded = predicted(
+        replace(EIGHT_GCDS, software=replace(MOREH, reshards_in_pipeline=True)),
         pipeline=2,
         data=4,
-        count=4,
+        micro_batches=4,
         sharding="parameters",
     )
-    assert other.parts.data_exchange_s > 0
-    assert other.memory_bytes < torch.memory_bytes
+    assert resharded.parts.data_exchange_s > 0
+    assert resharded.memory_bytes < two_stages.memory_bytes
 
 
-def test_a_split_backward_pass_holds_gradients_until_the_weights_are_done():
-    whole, split = at(pipeline=4, data=2, count=8), at(pipeline=4, data=2, count=8, schedule="zero-bubble")
+def test_split_backward_pass_keeps_gradients_until_the_weights_are_done():
+    whole = predicted(pipeline=4, data=2, micro_batches=8)
+    split = predicted(pipeline=4, data=2, micro_batches=8, schedule="zero-bubble")
     tokens = 2 * 512
-    results = tokens * (4 * 1024 + 3 * 2816 - 2816 + 1024) * 2  # q, k, v, o, gate, up, down: 2 bytes an element
+    result_gradients = (
+        tokens * (4 * 1024 + 3 * 2816 - 2816 + 1024) * 2
+    )  # q, k, v, o, gate, up, down: 2 bytes an element
     extra = split.memory[3].activations - whole.memory[3].activations
     # The last of 4 ranks delays 4 backward passes of its 2 layers, and holds 4 micro-batches instead of 1.
     kept = whole.memory[3].activations
-    assert extra == pytest.approx(4 * 2 * results + 3 * kept, rel=0.02)
+    assert extra == pytest.approx(4 * 2 * result_gradients + 3 * kept, rel=0.02)
     assert split.parts.gradients_s > whole.parts.gradients_s  # nothing hides the exchange
     assert split.parts.bubble_s < whole.parts.bubble_s
 
 
-def test_tied_embedding_is_held_once_where_both_ends_are_on_one_rank():
+def test_tied_embedding_is_held_once_if_first_and_last_stage_share_a_rank():
     training = Training(TIED, 32, 512)
-    folded = at(training=training, pipeline=4, chunks=2, data=2, count=8, schedule="zbv")
-    looped = at(training=training, pipeline=4, chunks=2, data=2, count=8, schedule="interleaved")
+    folded = predicted(training=training, pipeline=4, chunks=2, data=2, micro_batches=8, schedule="zbv")
+    looped = predicted(training=training, pipeline=4, chunks=2, data=2, micro_batches=8, schedule="interleaved")
     embedding = TIED.embedding_parameters
-    total = {name: sum(rank.optimizer for rank in p.memory) / 8 for name, p in (("zbv", folded), ("loop", looped))}
-    assert total["loop"] - total["zbv"] == pytest.approx(embedding)
-    assert total["zbv"] == pytest.approx(TIED.parameters)
+    folded_parameters, looped_parameters = (
+        sum(rank.optimizer for rank in prediction.memory) / 8 for prediction in (folded, looped)
+    )
+    assert looped_parameters - folded_parameters == pytest.approx(embedding)
+    assert folded_parameters == pytest.approx(TIED.parameters)
 
 
-def test_frozen_parameters_cost_no_gradient():
+def test_frozen_parameters_have_no_gradients_and_no_optimizer_state():
     layer = replace(LLAMA.layers[0], linears=tuple(replace(linear, frozen=True) for linear in LLAMA.layers[0].linears))
     layer = replace(layer, frozen_other_parameters=layer.other_parameters, frozen_other_tensors=layer.other_tensors)
     frozen = replace(
@@ -130,49 +139,21 @@ def test_frozen_parameters_cost_no_gradient():
     assert frozen.trainable_parameters == 0
     training = Training(frozen, 32, 512)
     for sharding in ("none", "optimizer", "gradients"):
-        assert at(training=training, sharding=sharding).parts.gradients_s == pytest.approx(0, abs=1e-4)
-    assert at(training=training).memory[0].gradients == at(training=training).memory[0].optimizer == 0
-    assert at(training=training).parts.computation_s < at().parts.computation_s * 0.8
-    assert model_flops(training) < model_flops(Training(LLAMA, 32, 512))
+        assert predicted(training=training, sharding=sharding).parts.gradients_s == pytest.approx(0, abs=1e-4)
+    assert predicted(training=training).memory[0].gradients == predicted(training=training).memory[0].optimizer == 0
+    assert predicted(training=training).parts.computation_s < predicted().parts.computation_s * 0.8
+    assert model_flops_per_step(training) < model_flops_per_step(Training(LLAMA, 32, 512))
 
 
-def test_float8_without_units_for_it_is_half_precision():
-    assert DEVICE.float8_flops_per_second is None
-    setting = replace(EIGHT, implementation=moreh_software("float8"))
-    assert at(setting).step_time_s == pytest.approx(at().step_time_s)
+def test_float8_on_devices_without_it_takes_as_long_as_half_precision():
+    assert GCD.float8_flops_per_second is None
+    environment = replace(EIGHT_GCDS, software=moreh_software("float8"))
+    assert predicted(environment).step_time_s == pytest.approx(predicted().step_time_s)
 
 
-def test_an_embedding_over_tensor_parallel_ranks_is_added_up():
-    alone, split = plan(), Plan((8,), tensor=8, micro_batch_size=32)
+def test_embedding_over_tensor_parallel_ranks_is_reduced():
     training = Training(replace(LLAMA, layers=LLAMA.layers[:1]), 32, 512)
-    one = replace(alone, stage_layers=(1,)), replace(split, stage_layers=(1,))
-    predictions = [predict(p, training, EIGHT) for p in one]
-    assert predictions[0].parts.tensor_exchange_s == 0
-    assert predictions[1].parts.tensor_exchange_s > 0
-
-
-def test_balanced_ranks_are_optimal():
-    generator = np.random.default_rng(4)
-    compared = 0
-    for _ in range(60):
-        ranks, chunks = int(generator.integers(2, 4)), int(generator.integers(2, 4))
-        layers = int(generator.integers(2 * ranks * chunks, 20))
-        folded = chunks == 2 and bool(generator.integers(2))
-        embedding, head = generator.uniform(0, 1, 1), generator.uniform(0, 3, 1)
-        found = balanced_ranks(layers, ranks, chunks, embedding, head, folded=folded)[0]
-        assert found.sum() == layers
-        assert found.min() >= 1
-        stages = np.arange(ranks * chunks)
-        rank_of = np.minimum(stages, 2 * ranks - 1 - stages) if folded else stages % ranks
-
-        def load(totals, embedding=embedding, head=head, rank_of=rank_of):
-            loads = np.array(totals, dtype=float)
-            loads[rank_of[0]] += embedding[0]
-            loads[rank_of[-1]] += head[0]
-            return loads.max()
-
-        totals = np.bincount(rank_of, found, minlength=ranks)
-        best = min(load(t) for t in product(range(chunks, layers + 1), repeat=ranks) if sum(t) == layers)
-        assert load(totals) == pytest.approx(best)
-        compared += 1
-    assert compared == 60
+    whole = predict(replace(make_plan(), stage_layers=(1,)), training, EIGHT_GCDS)
+    split = predict(Plan((1,), tensor=8, micro_batch_size=32), training, EIGHT_GCDS)
+    assert whole.parts.tensor_exchange_s == 0
+    assert split.parts.tensor_exchange_s > 0

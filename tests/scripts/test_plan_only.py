@@ -151,7 +151,7 @@ def test_options_of_the_hook_restrict_the_plans(state_directory, tiny_config, ca
 def test_memory_that_plans_may_use_is_that_of_the_environment(state_directory, tiny_config, monkeypatch):
     monkeypatch.setenv("MOREH_ADVANCED_PARALLELIZATION_MEMORY_USAGE_CORRECTION_RATIO", "50")
     request = plan_request(load_config(str(tiny_config), []))
-    assert request.restrictions.memory_fraction == 0.5
+    assert request.constraints.memory_fraction == 0.5
 
 
 REFUSED = {

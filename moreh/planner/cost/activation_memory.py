@@ -1,192 +1,203 @@
-"""Bytes that a layer keeps between its forward and its backward pass, for one micro-batch on each device of a plan."""
+"""Bytes that a layer keeps between its forward and its backward pass, for one micro-batch on each device of a plan.
+
+The formulas are those of https://arxiv.org/abs/2205.05198 (Korthikanti et al.), for any widths and with the traits of a
+`SoftwareProfile`. memory.py multiplies them by the layers and the micro-batches in flight.
+"""
 
 from dataclasses import dataclass, fields
 
 import numpy as np
 
 from moreh.models.architecture import Architecture, DecoderLayer
-from moreh.planner.cost.layer_time import micro_batch_tokens
-from moreh.planner.plan.arrays import Floats
+from moreh.planner.cost.layer_time import feed_forward_columns, micro_batch_tokens
+from moreh.planner.plan.arrays import FloatArray
 from moreh.planner.plan.plan import Training
-from moreh.planner.plan.plan_table import FULL, SELECTIVE, PlanTable
+from moreh.planner.plan.plan_table import RECOMPUTE_FULL, RECOMPUTE_SELECTIVE, PlanTable
 from moreh.planner.software_profile import SoftwareProfile
 
 
 @dataclass(frozen=True)
 class LayerActivations:
-    """Bytes, [n] each: `kept` until the backward pass under the plan's recomputation, and `working` while one layer is
-    computed again (all of its activations; 0 without recomputation). `backward` is what the layer's activations and their
-    gradients take, in place of `kept`, at the highest moment of its backward pass.
-    """
+    """Bytes of the activations of one layer for one micro-batch, [n] each."""
 
-    kept: Floats
-    working: Floats
-    backward: Floats
+    kept: FloatArray
+    """Kept until the backward pass, under the plan's recomputation."""
+    recomputed: FloatArray
+    """Held besides `kept` while the layer is recomputed; 0 without recomputation."""
+    backward: FloatArray
+    """Activations and their gradients at the highest moment of the layer's backward pass. They replace `kept`."""
 
 
 @dataclass(frozen=True)
-class _Tensors:
-    """Bytes of what one layer keeps, [n] each.
+class _LayerTensors:
+    """Bytes of the tensors that one layer keeps without recomputation, [n] each."""
 
-    `wide` is one tensor of the residual stream, `norms` are the inputs and results of both norms, `masks` those of the dropout
-    at both ends of the residual branches. `attention` are queries, keys, values and result, `scores` what attention keeps for
-    each pair of tokens, of which one tensor has `score` bytes. `products` are those of the feed-forward network, `activated`
-    what its activation makes of them.
-    """
-
-    wide: Floats
-    norms: Floats
-    masks: Floats
-    attention: Floats
-    scores: Floats
-    score: Floats
-    products: Floats
-    activated: Floats
+    residual: FloatArray
+    """One tensor of the residual stream. Not part of `all`."""
+    norms: FloatArray
+    """Inputs and results of both norms."""
+    masks: FloatArray
+    """Masks of the dropout at the end of both residual branches."""
+    attention: FloatArray
+    """Queries, keys, values and the result of attention."""
+    scores: FloatArray
+    """What attention keeps for each pair of tokens; 0 for fused attention."""
+    score_matrix: FloatArray
+    """One tensor of attention scores. Not part of `all`."""
+    matmul_outputs: FloatArray
+    """Results of the feed-forward network's first matmuls (up projection, and gate)."""
+    activated: FloatArray
+    """What the feed-forward network's activation keeps."""
 
     @property
-    def all(self) -> Floats:
-        """Everything that is kept without recomputation: equation 2 of https://arxiv.org/abs/2205.05198, for any widths.
+    def all(self) -> FloatArray:
+        """Everything that is kept without recomputation.
 
-        That is 34 s b h + 5 a s^2 b bytes for a GPT in half precision.
+        This is equation 2 of https://arxiv.org/abs/2205.05198 for any widths: 34 s b h + 5 a s^2 b bytes for a GPT in
+        half precision.
         """
-        return self.norms + self.masks + self.attention + self.scores + self.products + self.activated
+        return self.norms + self.masks + self.attention + self.scores + self.matmul_outputs + self.activated
 
 
-def layer_activations(plans: PlanTable, training: Training, implementation: SoftwareProfile) -> LayerActivations:
+def layer_activations(plans: PlanTable, training: Training, software: SoftwareProfile) -> LayerActivations:
     """The mean over the model's layers."""
     architecture = training.architecture
     result = LayerActivations(*(np.zeros(len(plans)) for _ in fields(LayerActivations)))
     for layer, count in architecture.layer_kinds():
         share = count / len(architecture.layers)
-        tensors = _layer_tensors(plans, training, implementation, layer)
-        full = plans.recomputation == FULL
-        kept = np.where(
-            plans.recomputation == SELECTIVE, _selective(plans, training, implementation, layer), tensors.all
-        )
-        kept = np.where(full, tensors.wide, kept)
-        working = np.where(full, tensors.all, np.maximum(0.0, tensors.all - kept))
-        backward = _backward(tensors, architecture, implementation)
+        tensors = _layer_tensors(plans, training, software, layer)
+        is_full = plans.recomputation == RECOMPUTE_FULL
+        is_selective = plans.recomputation == RECOMPUTE_SELECTIVE
+        kept = np.where(is_selective, _kept_by_selective(plans, training, software, layer), tensors.all)
+        kept = np.where(is_full, tensors.residual, kept)
+        recomputed = np.where(is_full, tensors.all, np.maximum(0.0, tensors.all - kept))
+        backward = _backward_peak(tensors, architecture, software)
         result = LayerActivations(
-            result.kept + share * kept, result.working + share * working, result.backward + share * backward
+            result.kept + share * kept, result.recomputed + share * recomputed, result.backward + share * backward
         )
     return result
 
 
 def _layer_tensors(
-    plans: PlanTable, training: Training, implementation: SoftwareProfile, layer: DecoderLayer
-) -> _Tensors:
-    """What a layer keeps without recomputation."""
+    plans: PlanTable, training: Training, software: SoftwareProfile, layer: DecoderLayer
+) -> _LayerTensors:
     architecture = training.architecture
     tokens = micro_batch_tokens(plans, training).astype(np.float64)
-    size = implementation.activation_bytes
-    wide = residual_stream(plans, training)
+    element_bytes = software.activation_bytes
+    residual = residual_elements(plans, training)
     queries = tokens * layer.heads * layer.head_dim / plans.tensor
     keys = tokens * layer.kv_heads * layer.head_dim / plans.tensor
-    inner = tokens * inner_width(layer) / plans.tensor
+    inner = tokens * feed_forward_columns(layer) / plans.tensor
 
-    # Each product of autocast has a copy of its input, the others share the norm's result.
-    copies = (
-        sum(linear.active for linear in layer.linears if linear.split == "column") if implementation.autocast else 2
-    )
-    norms = 2 * norm_bytes(wide, architecture, implementation) + copies * wide * size
-    masks = 2 * wide * mask_bytes(size, implementation) if architecture.dropout else 0.0 * wide
-    attention = (2 * queries + 2 * keys) * size
-    scores = score = np.zeros(len(plans))
-    if not is_fused(architecture, implementation):
-        score_size = implementation.score_bytes or size
-        attention = attention + (queries + 2 * keys) * (score_size - size)
-        each = 2 * score_size + mask_bytes(score_size, implementation) if architecture.dropout else score_size
+    # Each matmul of autocast has a copy of its input. Other matmuls of one input share the norm's result.
+    column_matmuls = sum(linear.active for linear in layer.linears if linear.split == "column")
+    matmul_inputs = column_matmuls if software.autocast else 2
+    norms = 2 * norm_saved_bytes(residual, architecture, software) + matmul_inputs * residual * element_bytes
+    masks = 2 * residual * dropout_mask_bytes(element_bytes, software) if architecture.dropout else 0.0 * residual
+    attention = (2 * queries + 2 * keys) * element_bytes
+    scores = score_matrix = np.zeros(len(plans))
+    if not attention_is_fused(architecture, software):
+        score_bytes = software.score_bytes or element_bytes
+        attention = attention + (queries + 2 * keys) * (score_bytes - element_bytes)
+        # Dropout keeps the scores before and after it, and its mask.
+        kept_bytes = (
+            2 * score_bytes + dropout_mask_bytes(score_bytes, software) if architecture.dropout else score_bytes
+        )
         pairs = layer.heads / plans.tensor * tokens * training.sequence_length
-        scores, score = pairs * each, pairs * score_size
-    activated = implementation.gated_copies if architecture.gated else implementation.activation_copies
-    return _Tensors(
-        wide * residual_bytes(implementation),
-        norms,
-        masks,
-        attention,
-        scores,
-        score,
-        inner * size,
-        inner * size * activated,
+        scores, score_matrix = pairs * kept_bytes, pairs * score_bytes
+    activated_copies = software.gated_copies if architecture.gated else software.activation_copies
+    return _LayerTensors(
+        residual=residual * residual_element_bytes(software),
+        norms=norms,
+        masks=masks,
+        attention=attention,
+        scores=scores,
+        score_matrix=score_matrix,
+        matmul_outputs=inner * element_bytes,
+        activated=inner * element_bytes * activated_copies,
     )
 
 
-def _selective(plans: PlanTable, training: Training, implementation: SoftwareProfile, layer: DecoderLayer) -> Floats:
-    """Bytes kept with selective recomputation."""
-    tensors = _layer_tensors(plans, training, implementation, layer)
-    if not is_fused(training.architecture, implementation):
+def _kept_by_selective(
+    plans: PlanTable, training: Training, software: SoftwareProfile, layer: DecoderLayer
+) -> FloatArray:
+    """Bytes that a layer keeps with selective recomputation, [n]."""
+    tensors = _layer_tensors(plans, training, software, layer)
+    if not attention_is_fused(training.architecture, software):
         return tensors.all - tensors.scores
-    # The layer's input and the results of its matrix products and of attention.
-    kept = tensors.wide + 2 * residual_stream(plans, training) * implementation.activation_bytes
-    kept = kept + tensors.attention + tensors.products
-    return kept - implementation.recomputed_products * (kept - tensors.wide)
+    # The layer's input, and the results of its matmuls and of attention.
+    kept = tensors.residual + 2 * residual_elements(plans, training) * software.activation_bytes
+    kept = kept + tensors.attention + tensors.matmul_outputs
+    return kept - software.recomputed_matmuls * (kept - tensors.residual)
 
 
-def _backward(tensors: _Tensors, architecture: Architecture, implementation: SoftwareProfile) -> Floats:
-    """The highest moment of a layer's backward pass, which frees what is kept on its way from the result to the input."""
-    # The activation's: its result is replaced by that one's gradient, and both factors of a product get a gradient. A chain of
-    # kernels for the activation ends in such a product too; a single one has one input, of `products`' size.
-    gradients = 1 if architecture.gated or implementation.activation_copies <= 1 else 2
-    network = tensors.all - tensors.masks / 2 + tensors.wide + gradients * tensors.products
-    # Attention's: the network's activations are gone. The dropped scores are gone as well where there are any.
-    attention = tensors.norms / 2 + 1.5 * tensors.attention + tensors.wide + tensors.scores + tensors.score
-    return np.maximum(network, attention)
+def _backward_peak(tensors: _LayerTensors, architecture: Architecture, software: SoftwareProfile) -> FloatArray:
+    """Bytes at the highest moment of a layer's backward pass, [n].
+
+    The pass frees what is kept on its way from the layer's result to its input. Its highest moment is in the
+    feed-forward network's activation or in attention.
+    """
+    # The activation: the gradient of its result replaces the result, and each factor of its last multiplication gets a
+    # gradient. The factors of a gated activation are together as wide as the outputs of the first matmuls. A chain of
+    # kernels without a gate ends in a multiplication of two tensors of that width. A single kernel has one such input.
+    input_gradients = 1 if architecture.gated or software.activation_copies <= 1 else 2
+    feed_forward = tensors.all - tensors.masks / 2 + tensors.residual + input_gradients * tensors.matmul_outputs
+    # Attention: the network's activations are gone, and so are the dropped scores, where there are any.
+    attention = tensors.norms / 2 + 1.5 * tensors.attention + tensors.residual + tensors.scores + tensors.score_matrix
+    return np.maximum(feed_forward, attention)
 
 
-def is_fused(architecture: Architecture, implementation: SoftwareProfile) -> bool:
+def attention_is_fused(architecture: Architecture, software: SoftwareProfile) -> bool:
     """Whether attention writes no scores to memory."""
-    return implementation.fused_attention and (implementation.fused_dropout or not architecture.dropout)
+    return software.fused_attention and (software.fused_attention_dropout or not architecture.dropout)
 
 
-def mask_bytes(size: int, implementation: SoftwareProfile) -> int:
-    """Bytes of one number of the mask of dropout over numbers of `size` bytes."""
-    return size if implementation.mask_bytes is None else implementation.mask_bytes
+def dropout_mask_bytes(element_bytes: int, software: SoftwareProfile) -> int:
+    """Bytes of one element of the mask of dropout over elements of `element_bytes`."""
+    return element_bytes if software.mask_bytes is None else software.mask_bytes
 
 
-def residual_bytes(implementation: SoftwareProfile) -> int:
-    """Bytes of one number of the residual stream."""
-    return implementation.weight_bytes if implementation.autocast else implementation.activation_bytes
+def residual_element_bytes(software: SoftwareProfile) -> int:
+    """Bytes of one element of the residual stream."""
+    return software.weight_bytes if software.autocast else software.activation_bytes
 
 
-def residual_stream(plans: PlanTable, training: Training) -> Floats:
-    """Numbers in the residual stream of one micro-batch on a device, [n]."""
-    numbers = micro_batch_tokens(plans, training).astype(np.float64) * training.architecture.hidden
-    return numbers / np.where(plans.sequence_parallel, plans.tensor, 1)
+def residual_elements(plans: PlanTable, training: Training) -> FloatArray:
+    """Elements of the residual stream of one micro-batch on a device, [n]."""
+    elements = micro_batch_tokens(plans, training).astype(np.float64) * training.architecture.hidden
+    return elements / np.where(plans.sequence_parallel, plans.tensor, 1)
 
 
-def norm_bytes(wide: Floats, architecture: Architecture, implementation: SoftwareProfile) -> Floats:
-    """Bytes of what one norm keeps of a residual stream of `wide` numbers, without its result, which a product keeps."""
-    copies = implementation.rms_norm_copies if architecture.norm == "rms" else implementation.norm_copies
-    return wide * copies * residual_bytes(implementation)
+def norm_saved_bytes(residual: FloatArray, architecture: Architecture, software: SoftwareProfile) -> FloatArray:
+    """Bytes that one norm keeps of a residual stream of `residual` elements, without its result, [n].
+
+    The matmul that follows keeps the result.
+    """
+    copies = software.rms_norm_copies if architecture.norm == "rms" else software.norm_copies
+    return residual * copies * residual_element_bytes(software)
 
 
-def inner_width(layer: DecoderLayer) -> int:
-    """Columns of the feed-forward network's first products for a token: its inner size, twice that of a gated one."""
-    columns = sum(linear.outputs * linear.active for linear in layer.linears if linear.split == "column")
-    return max(0, columns - (layer.heads + 2 * layer.kv_heads) * layer.head_dim)
-
-
-def embedding_activations(plans: PlanTable, training: Training, implementation: SoftwareProfile) -> Floats:
-    """Bytes that the first stage keeps besides its layers: token ids, 8 bytes each, and a dropout mask."""
+def embedding_activations(plans: PlanTable, training: Training, software: SoftwareProfile) -> FloatArray:
+    """Bytes that the first stage keeps besides its layers, [n]: token ids of 8 bytes, and a dropout mask."""
     architecture = training.architecture
     tokens = micro_batch_tokens(plans, training)
-    mask = mask_bytes(residual_bytes(implementation), implementation) if architecture.dropout else 0
-    return np.asarray(tokens * (8.0 + mask * architecture.hidden), dtype=np.float64)
+    mask_bytes = dropout_mask_bytes(residual_element_bytes(software), software) if architecture.dropout else 0
+    return np.asarray(tokens * (8.0 + mask_bytes * architecture.hidden), dtype=np.float64)
 
 
-def final_activations(plans: PlanTable, training: Training, implementation: SoftwareProfile) -> Floats:
+def final_activations(plans: PlanTable, training: Training, software: SoftwareProfile) -> FloatArray:
     """Bytes that the last stage keeps for its final norm and as the output layer's input, [n]."""
-    wide = residual_stream(plans, training)
-    return norm_bytes(wide, training.architecture, implementation) + wide * implementation.activation_bytes
+    residual = residual_elements(plans, training)
+    return norm_saved_bytes(residual, training.architecture, software) + residual * software.activation_bytes
 
 
-def matmul_output_elements(plans: PlanTable, training: Training) -> Floats:
-    """Elements that the matrix products of a layer give for one micro-batch on each device: the mean over the layers, [n]."""
+def matmul_output_elements(plans: PlanTable, training: Training) -> FloatArray:
+    """Elements of the results of a layer's matmuls for one micro-batch on a device, [n]: the mean over the layers."""
     tokens = micro_batch_tokens(plans, training)
     architecture = training.architecture
     elements = np.zeros(len(plans))
     for layer, count in architecture.layer_kinds():
         for linear in layer.linears:
-            parts = plans.tensor if linear.split == "column" else np.where(plans.sequence_parallel, plans.tensor, 1)
-            elements = elements + count / len(architecture.layers) * tokens * linear.outputs * linear.active / parts
+            shards = plans.tensor if linear.split == "column" else np.where(plans.sequence_parallel, plans.tensor, 1)
+            elements = elements + count / len(architecture.layers) * tokens * linear.outputs * linear.active / shards
     return elements

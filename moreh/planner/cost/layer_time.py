@@ -1,6 +1,7 @@
 """Seconds of one layer, of the embedding and of the output layer, for one micro-batch on each device of a plan.
 
-Every array is [n], a plan each. Backward times are without recomputation, which is given by itself.
+Every array is [n], one entry for each plan of a table. Backward times do not include recomputation, which has fields of
+its own. stage_time.py adds these times up to stages.
 """
 
 from dataclasses import dataclass
@@ -8,13 +9,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from moreh.models.architecture import Architecture, DecoderLayer
-from moreh.planner.hardware.cluster import Cluster, Links, ring_links
+from moreh.planner.hardware.cluster import Cluster, RingLinks, ring_links
 from moreh.planner.hardware.roofline import Roofline
-from moreh.planner.plan.arrays import Floats, Integers
+from moreh.planner.plan.arrays import FloatArray, IntArray
 from moreh.planner.plan.plan import Training
-from moreh.planner.plan.plan_table import FULL, SELECTIVE, PlanTable
+from moreh.planner.plan.plan_table import RECOMPUTE_FULL, RECOMPUTE_SELECTIVE, PlanTable
 
-# Backward passes of fused attention compute the scores again: 5 products against 2 (https://arxiv.org/abs/2307.08691).
+# The backward pass of fused attention computes the scores again: 5 matmuls against 2
+# (https://arxiv.org/abs/2307.08691).
 FUSED_ATTENTION_BACKWARD = 2.5
 # Memory traffic of the backward pass of norms, activations and residuals against the forward pass: a gradient is read
 # besides the input, and both have the input's size.
@@ -23,26 +25,33 @@ ELEMENTWISE_BACKWARD = 1.5
 
 @dataclass(frozen=True)
 class LayerTime:
-    """Seconds, [n] each. `weights_s` is the part of `backward_s` that only the weights' gradients need."""
+    """Seconds of a layer for one micro-batch, [n] each."""
 
-    forward_s: Floats
-    backward_s: Floats
-    weights_s: Floats
-    recompute_s: Floats
-    forward_exchange_s: Floats
-    backward_exchange_s: Floats
-    recompute_exchange_s: Floats
+    forward_s: FloatArray
+    """Matmuls, attention and kernels of the forward pass."""
+    backward_s: FloatArray
+    """Matmuls, attention and kernels of the backward pass."""
+    weights_s: FloatArray
+    """The part of `backward_s` that only the gradients of weights need."""
+    recompute_s: FloatArray
+    """Forward computation that recomputation repeats in the backward pass."""
+    forward_exchange_s: FloatArray
+    """Tensor-parallel communication of the forward pass."""
+    backward_exchange_s: FloatArray
+    """Tensor-parallel communication of the backward pass."""
+    recompute_exchange_s: FloatArray
+    """Tensor-parallel communication that recomputation repeats."""
 
 
 @dataclass(frozen=True)
 class EdgeTime:
-    """Seconds, [n] each, of what the first stage (embedding) or the last one (final norm, output layer, loss) adds."""
+    """Seconds that the first stage (embedding) or the last one (output layer and loss) adds to its layers, [n] each."""
 
-    forward_s: Floats
-    backward_s: Floats
+    forward_s: FloatArray
+    backward_s: FloatArray
 
 
-def micro_batch_tokens(plans: PlanTable, training: Training) -> Integers:
+def micro_batch_tokens(plans: PlanTable, training: Training) -> IntArray:
     """Tokens of one micro-batch on one device, [n]."""
     return plans.micro_batch_size * training.sequence_length // plans.context
 
@@ -61,120 +70,132 @@ def layer_time(roofline: Roofline, cluster: Cluster, plans: PlanTable, training:
 def _one_layer(
     roofline: Roofline, cluster: Cluster, plans: PlanTable, training: Training, layer: DecoderLayer
 ) -> LayerTime:
-    implementation = roofline.implementation
+    software = roofline.software
     tokens = micro_batch_tokens(plans, training)
     hidden = training.architecture.hidden
-    products_s, inputs_s, weights_s = _linear_s(roofline, plans, layer, tokens)
-    attention_s, attention_back_s = _attention_s(roofline, plans, training, layer, tokens)
-    moved = elementwise_bytes(plans, training.architecture, layer, tokens, implementation.activation_bytes)
-    moved = moved * implementation.elementwise
-    elementwise_s = roofline.memory_s(moved, implementation.layer_kernels)
-    elementwise_back_s = roofline.memory_s(
-        moved * ELEMENTWISE_BACKWARD, implementation.layer_kernels * ELEMENTWISE_BACKWARD
+    matmuls_s, grad_inputs_s, grad_weights_s = _linear_s(roofline, plans, layer, tokens)
+    attention_s, attention_backward_s = _attention_s(roofline, plans, training, layer, tokens)
+    moved_bytes = elementwise_bytes(plans, training.architecture, layer, tokens, software.activation_bytes)
+    moved_bytes = moved_bytes * software.elementwise_traffic
+    elementwise_s = roofline.memory_s(moved_bytes, software.layer_kernels)
+    elementwise_backward_s = roofline.memory_s(
+        moved_bytes * ELEMENTWISE_BACKWARD, software.layer_kernels * ELEMENTWISE_BACKWARD
     )
 
-    keys = 2 * layer.kv_heads * layer.head_dim / plans.tensor * tokens * plans.context * implementation.activation_bytes
+    # Context parallelism gathers the keys and values of the whole sequence.
+    kv_bytes = 2 * layer.kv_heads * layer.head_dim / plans.tensor * tokens * plans.context * software.activation_bytes
     context_links = ring_links(cluster, plans.context, plans.tensor)
-    key_gather_s = roofline.ring_s(keys, context_links)
-    attention_s = roofline.overlapped_s(attention_s, key_gather_s)
-    attention_back_s = roofline.overlapped_s(attention_back_s, 2 * key_gather_s)
+    kv_gather_s = roofline.ring_s(kv_bytes, context_links)
+    attention_s = roofline.overlapped_s(attention_s, kv_gather_s)
+    attention_backward_s = roofline.overlapped_s(attention_backward_s, 2 * kv_gather_s)
 
-    # All-reduce after attention and after the feed-forward network, in both directions (https://arxiv.org/abs/1909.08053);
-    # with sequence parallelism a reduce-scatter and an all-gather instead (https://arxiv.org/abs/2205.05198).
+    # An all-reduce after attention and one after the feed-forward network, in both directions
+    # (https://arxiv.org/abs/1909.08053). With sequence parallelism each is a reduce-scatter and an all-gather instead
+    # (https://arxiv.org/abs/2205.05198), which takes as long.
     links = ring_links(cluster, plans.tensor, np.ones_like(plans.tensor))
-    exchange_s = 4 * roofline.ring_s(tokens * hidden * implementation.activation_bytes, links)
-    forward_s = products_s + attention_s + elementwise_s
-    if implementation.overlaps_tensor:
-        exchange_s = roofline.overlapped_s(products_s, exchange_s) - products_s
+    exchange_s = 4 * roofline.ring_s(tokens * hidden * software.activation_bytes, links)
+    forward_s = matmuls_s + attention_s + elementwise_s
+    if software.overlaps_tensor_parallel:
+        exchange_s = roofline.overlapped_s(matmuls_s, exchange_s) - matmuls_s
 
-    waiting = np.where(plans.tensor > 1, roofline.efficiency.skew, 0.0)
-    backward_s = inputs_s + weights_s + attention_back_s + elementwise_back_s
+    # Ranks wait for the slowest of them at every exchange.
+    skew = np.where(plans.tensor > 1, roofline.efficiency.skew, 0.0)
+    backward_s = grad_inputs_s + grad_weights_s + attention_backward_s + elementwise_backward_s
 
-    selective, full = plans.recomputation == SELECTIVE, plans.recomputation == FULL
-    again = implementation.recomputed_products * products_s
-    again = again + (elementwise_s if implementation.fused_attention else attention_s)
+    is_selective, is_full = plans.recomputation == RECOMPUTE_SELECTIVE, plans.recomputation == RECOMPUTE_FULL
+    selective_s = software.recomputed_matmuls * matmuls_s
+    selective_s = selective_s + (elementwise_s if software.fused_attention else attention_s)
     return LayerTime(
         forward_s=forward_s,
         backward_s=backward_s,
-        weights_s=weights_s,
-        recompute_s=np.where(full, forward_s, np.where(selective, again, 0.0)),
-        forward_exchange_s=exchange_s + waiting * forward_s,
-        backward_exchange_s=exchange_s + waiting * backward_s,
-        recompute_exchange_s=np.where(full, exchange_s + waiting * forward_s, 0.0),
+        weights_s=grad_weights_s,
+        recompute_s=np.where(is_full, forward_s, np.where(is_selective, selective_s, 0.0)),
+        forward_exchange_s=exchange_s + skew * forward_s,
+        backward_exchange_s=exchange_s + skew * backward_s,
+        recompute_exchange_s=np.where(is_full, exchange_s + skew * forward_s, 0.0),
     )
 
 
 def _linear_s(
-    roofline: Roofline, plans: PlanTable, layer: DecoderLayer, tokens: Integers
-) -> tuple[Floats, Floats, Floats]:
-    """Seconds of all matrix products: forward, backward for the inputs, backward for the weights."""
-    forward = backward = weights = np.zeros(len(plans))
+    roofline: Roofline, plans: PlanTable, layer: DecoderLayer, tokens: IntArray
+) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Seconds of all matmuls with weights: forward, backward for the inputs, backward for the weights; [n] each."""
+    forward = grad_inputs = grad_weights = np.zeros(len(plans))
     for linear in layer.linears:
         inputs = linear.inputs / (plans.tensor if linear.split == "row" else 1)
         outputs = linear.outputs / (plans.tensor if linear.split == "column" else 1)
         # Each expert gets its share of the tokens.
         rows, batch = tokens * linear.active / linear.copies, linear.copies
         forward = forward + roofline.matmul_s(rows, outputs, inputs, batch)
-        backward = backward + roofline.matmul_s(rows, inputs, outputs, batch)
+        grad_inputs = grad_inputs + roofline.matmul_s(rows, inputs, outputs, batch)
         if not linear.frozen:
-            weights = weights + roofline.matmul_s(inputs, outputs, rows, batch)
-    return forward, backward, weights
+            grad_weights = grad_weights + roofline.matmul_s(inputs, outputs, rows, batch)
+    return forward, grad_inputs, grad_weights
 
 
 def _attention_s(
-    roofline: Roofline, plans: PlanTable, training: Training, layer: DecoderLayer, tokens: Integers
-) -> tuple[Floats, Floats]:
-    """Seconds of attention without its projections, forward and backward."""
+    roofline: Roofline, plans: PlanTable, training: Training, layer: DecoderLayer, tokens: IntArray
+) -> tuple[FloatArray, FloatArray]:
+    """Seconds of attention without its projections, forward and backward, [n] each."""
     length = training.sequence_length
     keys = length if layer.window is None else min(length, layer.window)
     heads = layer.heads / plans.tensor
-    implementation = roofline.implementation
-    if implementation.fused_attention:
-        # Fused kernels leave out what the causal mask hides: half of the scores, less where a window hides more.
-        seen = keys - keys * keys / (2 * length)
-        forward = roofline.attention_s(4 * tokens * seen * heads * layer.head_dim)
-        return forward, FUSED_ATTENTION_BACKWARD * forward
+    software = roofline.software
+    if software.fused_attention:
+        # Fused kernels skip what the causal mask hides: half of the scores, or less with a sliding window.
+        mean_keys = keys - keys * keys / (2 * length)
+        forward_s = roofline.attention_s(4 * tokens * mean_keys * heads * layer.head_dim)
+        return forward_s, FUSED_ATTENTION_BACKWARD * forward_s
     batch = plans.micro_batch_size * heads
     queries = length / plans.context
-    products = roofline.matmul_s(queries, length, layer.head_dim, batch) + roofline.matmul_s(
+    matmuls_s = roofline.matmul_s(queries, length, layer.head_dim, batch) + roofline.matmul_s(
         queries, layer.head_dim, length, batch
     )
-    # Each score is written, read and written by the masked softmax, by dropout with its mask, and read: 2 bytes each.
-    passes = (6.5 if training.architecture.dropout else 4) * implementation.activation_bytes
-    scores = heads * tokens * length
-    forward = products + roofline.memory_s(scores * passes, kernels=3)
-    return forward, 2 * products + roofline.memory_s(scores * passes * ELEMENTWISE_BACKWARD, kernels=5)
+    # Each score is written by the first matmul, read and written by the masked softmax, and read by the second matmul.
+    # Dropout reads and writes it once more and writes a mask of one byte.
+    bytes_per_score = (6.5 if training.architecture.dropout else 4) * software.activation_bytes
+    moved_bytes = heads * tokens * length * bytes_per_score
+    forward_s = matmuls_s + roofline.memory_s(moved_bytes, kernels=3)
+    return forward_s, 2 * matmuls_s + roofline.memory_s(moved_bytes * ELEMENTWISE_BACKWARD, kernels=5)
+
+
+def feed_forward_columns(layer: DecoderLayer) -> int:
+    """Columns of the feed-forward network's first matmuls for a token: its inner width, twice that if it is gated."""
+    columns = sum(linear.outputs * linear.active for linear in layer.linears if linear.split == "column")
+    return max(0, columns - _qkv_columns(layer))
+
+
+def _qkv_columns(layer: DecoderLayer) -> int:
+    return (layer.heads + 2 * layer.kv_heads) * layer.head_dim
 
 
 def elementwise_bytes(
-    plans: PlanTable, architecture: Architecture, layer: DecoderLayer, tokens: Integers, element_bytes: int
-) -> Floats:
-    """Bytes that norms, residuals, activations and layout changes read and write in a forward pass, a kernel each, [n]."""
-    # Two norms read and write, two residual additions read twice and write; dropout twice.
-    wide = 4 + 6 + (5 if architecture.dropout else 0)
-    hidden = architecture.hidden * wide / np.where(plans.sequence_parallel, plans.tensor, 1)
-    width = sum(linear.outputs * linear.active for linear in layer.linears if linear.split == "column")
-    attention = (layer.heads + 2 * layer.kv_heads) * layer.head_dim
-    inner = max(0, width - attention)
-    # Activation: read, write; a gated one: read, write, then read twice and write, over half the columns.
-    feed_forward = inner * (2.5 if architecture.gated else 2)
-    projections = attention * (4 if architecture.rotary else 2)
+    plans: PlanTable, architecture: Architecture, layer: DecoderLayer, tokens: IntArray, element_bytes: int
+) -> FloatArray:
+    """Bytes that norms, residuals, activations and layout changes move in a forward pass, with one kernel each, [n]."""
+    # Two norms read and write. Two residual additions read twice and write. Dropout comes twice.
+    passes = 4 + 6 + (5 if architecture.dropout else 0)
+    hidden = architecture.hidden * passes / np.where(plans.sequence_parallel, plans.tensor, 1)
+    # The activation reads and writes. A gated one reads and writes, then reads twice and writes, over half the columns.
+    feed_forward = feed_forward_columns(layer) * (2.5 if architecture.gated else 2)
+    projections = _qkv_columns(layer) * (4 if architecture.rotary else 2)
     return np.asarray(tokens * element_bytes * (hidden + (feed_forward + projections) / plans.tensor), dtype=np.float64)
 
 
 def embedding_time(roofline: Roofline, cluster: Cluster, plans: PlanTable, training: Training) -> EdgeTime:
-    """Look-up of the tokens, and the scatter of their gradients."""
+    """Lookup of the tokens, and the scatter of their gradients."""
+    architecture, software = training.architecture, roofline.software
     tokens = micro_batch_tokens(plans, training)
-    moved = 2 * tokens * training.architecture.hidden * roofline.implementation.activation_bytes
-    table = training.architecture.embedding_parameters / plans.tensor * roofline.implementation.gradient_bytes
-    # Each tensor-parallel rank looks up the tokens of its part of the vocabulary; the results are added up.
+    moved_bytes = 2 * tokens * architecture.hidden * software.activation_bytes
+    gradient_bytes = architecture.embedding_parameters / plans.tensor * software.gradient_bytes
+    # Each tensor-parallel rank looks up the tokens in its shard of the vocabulary; an all-reduce adds up the results.
     links = ring_links(cluster, plans.tensor, np.ones_like(plans.tensor))
-    exchange_s = 2 * roofline.ring_s(
-        tokens * training.architecture.hidden * roofline.implementation.activation_bytes, links
-    )
-    frozen = training.architecture.embedding_frozen
-    backward_s = np.zeros(len(plans)) if frozen else roofline.memory_s(2 * moved + table, kernels=2)
-    return EdgeTime(roofline.memory_s(moved) + exchange_s, backward_s)
+    exchange_s = 2 * roofline.ring_s(tokens * architecture.hidden * software.activation_bytes, links)
+    if architecture.embedding_frozen:
+        backward_s = np.zeros(len(plans))
+    else:
+        backward_s = roofline.memory_s(2 * moved_bytes + gradient_bytes, kernels=2)
+    return EdgeTime(roofline.memory_s(moved_bytes) + exchange_s, backward_s)
 
 
 def head_is_frozen(architecture: Architecture) -> bool:
@@ -186,13 +207,15 @@ def head_time(roofline: Roofline, cluster: Cluster, plans: PlanTable, training: 
     """The output layer, split over the vocabulary by tensor parallelism, and the loss."""
     tokens = micro_batch_tokens(plans, training)
     hidden = training.architecture.hidden
-    columns = training.architecture.vocabulary / plans.tensor
-    links: Links = ring_links(cluster, plans.tensor, np.ones_like(plans.tensor))
-    exchange_s = 2 * roofline.ring_s(tokens * hidden * roofline.implementation.activation_bytes, links)
-    passes_s = roofline.memory_s(tokens * columns * roofline.implementation.logit_passes_bytes / 2, kernels=4)
-    backward = roofline.matmul_s(tokens, hidden, columns)
+    vocabulary_shard = training.architecture.vocabulary / plans.tensor
+    links: RingLinks = ring_links(cluster, plans.tensor, np.ones_like(plans.tensor))
+    exchange_s = 2 * roofline.ring_s(tokens * hidden * roofline.software.activation_bytes, links)
+    # Half of the loss's memory traffic in each direction.
+    loss_s = roofline.memory_s(tokens * vocabulary_shard * roofline.software.logit_traffic_bytes / 2, kernels=4)
+    backward_s = roofline.matmul_s(tokens, hidden, vocabulary_shard)
     if not head_is_frozen(training.architecture):
-        backward = backward + roofline.matmul_s(hidden, columns, tokens)
+        backward_s = backward_s + roofline.matmul_s(hidden, vocabulary_shard, tokens)
     return EdgeTime(
-        forward_s=roofline.matmul_s(tokens, columns, hidden) + passes_s, backward_s=backward + passes_s + exchange_s
+        forward_s=roofline.matmul_s(tokens, vocabulary_shard, hidden) + loss_s,
+        backward_s=backward_s + loss_s + exchange_s,
     )

@@ -1,4 +1,8 @@
-"""Bytes that a plan needs on every device: parameters, gradients, optimizer state, activations, logits, buffers."""
+"""Bytes that a plan needs on every device: parameters, gradients, optimizer state, activations, logits, buffers.
+
+`peak_memory` is what the search and the predictions call. It is either the sum of all temporary tensors or the highest
+moment of a step, depending on how the software manages memory.
+"""
 
 from dataclasses import dataclass, fields
 
@@ -9,161 +13,180 @@ from moreh.planner.cost.activation_memory import (
     final_activations,
     layer_activations,
     matmul_output_elements,
-    residual_bytes,
-    residual_stream,
+    residual_element_bytes,
+    residual_elements,
 )
 from moreh.planner.cost.layer_time import micro_batch_tokens
 from moreh.planner.cost.memory_states import (
-    States,
-    copies_of_weights,
+    ModelStates,
+    autocast_copies,
     edge_ranks,
-    for_each_count,
-    gradients_held,
-    largest_edge,
-    layers_of_stage,
+    held_gradients,
+    largest_edge_parameters,
     logit_elements,
-    optimizer_temporaries,
+    mean_layers_per_stage,
+    model_states,
+    optimizer_temporary_bytes,
+    peak_by_rank,
     stages_in_flight,
-    states_of,
 )
 from moreh.planner.cost.stage_time import reshards_each_micro_batch
-from moreh.planner.plan.arrays import Floats, Integers
+from moreh.planner.plan.arrays import FloatArray, IntArray
 from moreh.planner.plan.plan import Training
-from moreh.planner.plan.plan_table import PARAMETERS, PlanTable
-from moreh.planner.plan.schedules import SPLIT_BACKWARD, peak_waiting_weights
+from moreh.planner.plan.plan_table import SHARD_PARAMETERS, PlanTable
+from moreh.planner.plan.schedules import SPLIT_BACKWARD, peak_deferred_weight_grads
 from moreh.planner.software_profile import SoftwareProfile
 
 
 @dataclass(frozen=True)
-class Memory:
+class PeakMemory:
     """Bytes at the peak of a step on a device of each pipeline rank, [n, pipeline] each."""
 
-    parameters: Floats
-    gradients: Floats
-    optimizer: Floats
-    activations: Floats
-    logits: Floats
-    buffers: Floats
-    fragmentation: Floats
+    parameters: FloatArray
+    """Stored weights and their copies in low precision."""
+    gradients: FloatArray
+    """Gradients of weights."""
+    optimizer: FloatArray
+    """Optimizer state."""
+    activations: FloatArray
+    """Activations that are kept or recomputed, and their gradients."""
+    logits: FloatArray
+    """Logits and the other tensors of the loss."""
+    buffers: FloatArray
+    """Buffers of collectives, gradients that are converted or added up, and temporaries of the optimizer."""
+    fragmentation: FloatArray
+    """What the allocator cannot use."""
 
-    def rows(self, places: Integers) -> "Memory":
-        """The plans at these places."""
-        return Memory(**{f.name: getattr(self, f.name)[places] for f in fields(self)})
+    def take(self, rows: IntArray) -> "PeakMemory":
+        """The plans at these rows."""
+        return PeakMemory(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
 
     @property
-    def total(self) -> Floats:
+    def total(self) -> FloatArray:
         """All of it, [n, pipeline]."""
         parts = (self.parameters, self.gradients, self.optimizer, self.activations, self.logits, self.buffers)
         return np.asarray(sum(parts) + self.fragmentation)
 
 
-def memory(plans: PlanTable, training: Training, implementation: SoftwareProfile) -> Memory:
+def peak_memory(plans: PlanTable, training: Training, software: SoftwareProfile) -> PeakMemory:
     """The memory of every plan."""
-    states = states_of(plans, training, implementation)
-    if not implementation.reuses_memory:
-        return _sum_of_moments(states, plans, training, implementation)
-    moments = _moments(states, plans, training, implementation)
+    states = model_states(plans, training, software)
+    if not software.reuses_memory:
+        return _sum_of_moments(states, plans, training, software)
+    moments = _moments(states, plans, training, software)
     highest = np.argmax([moment.total for moment in moments], axis=0)[None]
 
-    def at_highest(name: str) -> Floats:
+    def at_highest(name: str) -> FloatArray:
         return np.take_along_axis(np.stack([getattr(moment, name) for moment in moments]), highest, axis=0)[0]
 
-    return Memory(**{field.name: at_highest(field.name) for field in fields(Memory)})
+    return PeakMemory(**{field.name: at_highest(field.name) for field in fields(PeakMemory)})
 
 
-def _sum_of_moments(states: States, plans: PlanTable, training: Training, implementation: SoftwareProfile) -> Memory:
-    """What a step needs at any moment, added up."""
+def _sum_of_moments(states: ModelStates, plans: PlanTable, training: Training, software: SoftwareProfile) -> PeakMemory:
+    """What a step needs at any of its moments, added up: for software that does not reuse memory within a step."""
     sharding = plans.sharding[:, None]
-    # Unsharded, a new gradient of that matrix exists before it is added to the one that is there.
-    gathers_edge = (sharding == PARAMETERS) & reshards_each_micro_batch(plans.pipeline, implementation)
-    per_parameter = np.where(
-        gathers_edge, implementation.gather_bytes + implementation.reduce_bytes, implementation.activation_bytes
+    # The embedding or the output layer: where parameters are sharded, it is gathered and its gradient reduced.
+    # Otherwise its new gradient exists before it is added to the one that is there.
+    gathers_edge = (sharding == SHARD_PARAMETERS) & reshards_each_micro_batch(plans.pipeline, software)
+    bytes_per_parameter = np.where(
+        gathers_edge, software.gather_bytes + software.reduce_bytes, software.activation_bytes
     )
-    buffers = np.maximum(states.exchanged, largest_edge(states, plans) * per_parameter)
-    # Sequence parallelism gathers the whole input of a column-split product, and of the gradient that comes back.
-    rows = 2 * micro_batch_tokens(plans, training) * training.architecture.hidden * implementation.activation_bytes
-    buffers = buffers + np.where(plans.sequence_parallel, rows, 0)[:, None]
+    buffers = np.maximum(states.exchange_bytes, largest_edge_parameters(states, plans) * bytes_per_parameter)
+    # Sequence parallelism gathers the whole input of a column-split matmul, and that of the gradient that comes back.
+    gathered_inputs = 2 * micro_batch_tokens(plans, training) * training.architecture.hidden * software.activation_bytes
+    buffers = buffers + np.where(plans.sequence_parallel, gathered_inputs, 0)[:, None]
 
-    layer = layer_activations(plans, training, implementation)
-    in_flight = stages_in_flight(plans, implementation)
-    activations = in_flight * layers_of_stage(plans) * layer.kept[:, None] + layer.working[:, None]
-    activations[:, 0] += in_flight[:, 0] / plans.chunks * embedding_activations(plans, training, implementation)
+    layer = layer_activations(plans, training, software)
+    in_flight = stages_in_flight(plans, software)
+    activations = in_flight * mean_layers_per_stage(plans) * layer.kept[:, None] + layer.recomputed[:, None]
+    activations[:, 0] += in_flight[:, 0] / plans.chunks * embedding_activations(plans, training, software)
     if plans.schedule in SPLIT_BACKWARD:
-        results = matmul_output_elements(plans, training) * implementation.activation_bytes
-        waiting = for_each_count(plans, peak_waiting_weights)
-        activations += waiting * layers_of_stage(plans) * results[:, None]
-    logits = logit_elements(plans, training, implementation) * implementation.logit_bytes
-    copies = copies_of_weights(states, plans, training, implementation)
-    return Memory(
-        parameters=states.weights + copies.forward + copies.head,
-        gradients=states.trained * states.gradient,
-        optimizer=states.trained * states.optimizer,
+        # The gradients of matmul results wait for the backward for the weights.
+        result_gradients = matmul_output_elements(plans, training) * software.activation_bytes
+        deferred = peak_by_rank(plans, peak_deferred_weight_grads)
+        activations += deferred * mean_layers_per_stage(plans) * result_gradients[:, None]
+    logits = logit_elements(plans, training, software) * software.logit_bytes
+    copies = autocast_copies(states, plans, training, software)
+    return PeakMemory(
+        parameters=states.weight_bytes + copies.forward_end + copies.head,
+        gradients=states.rank_trainable * states.gradient_bytes,
+        optimizer=states.rank_trainable * states.optimizer_bytes,
         activations=activations,
         logits=logits,
         buffers=buffers,
-        fragmentation=implementation.fragmentation * (activations + logits + buffers),
+        fragmentation=software.fragmentation * (activations + logits + buffers),
     )
 
 
-def _moments(states: States, plans: PlanTable, training: Training, implementation: SoftwareProfile) -> list[Memory]:
-    """The moments of a step that may be its highest one."""
-    none = np.zeros_like(states.held)
+def _moments(states: ModelStates, plans: PlanTable, training: Training, software: SoftwareProfile) -> list[PeakMemory]:
+    """The moments of a step that may be its highest one: for software that reuses memory within a step."""
+    zeros = np.zeros_like(states.rank_parameters)
     first, last = edge_ranks(plans)
-    copies = copies_of_weights(states, plans, training, implementation)
-    gradients = gradients_held(states, plans, training, implementation)
-    logits = logit_elements(plans, training, implementation)
+    copies = autocast_copies(states, plans, training, software)
+    gradients = held_gradients(states, plans, training, software)
+    logits = logit_elements(plans, training, software)
 
-    layer = layer_activations(plans, training, implementation)
+    layer = layer_activations(plans, training, software)
     # One micro-batch in one stage: freed while its backward pass goes from the last layer to the first.
-    stage = layers_of_stage(plans) * layer.kept[:, None]
-    embedded = embedding_activations(plans, training, implementation)[:, None]
-    kept = stages_in_flight(plans, implementation) * (stage + first * embedded / plans.chunks)
-    with_final = kept + last * final_activations(plans, training, implementation)[:, None]
-    gradient = (residual_stream(plans, training) * residual_bytes(implementation))[:, None]
+    stage = mean_layers_per_stage(plans) * layer.kept[:, None]
+    embedding = embedding_activations(plans, training, software)[:, None]
+    kept = stages_in_flight(plans, software) * (stage + first * embedding / plans.chunks)
+    with_final = kept + last * final_activations(plans, training, software)[:, None]
+    residual_gradient = (residual_elements(plans, training) * residual_element_bytes(software))[:, None]
     in_last_layer = kept + (layer.backward - layer.kept)[:, None]
     in_first_layer = kept - stage + layer.backward[:, None]
 
     # The largest single gather and reduction.
-    gathered = largest_edge(states, plans) * (implementation.gather_bytes + implementation.reduce_bytes)
-    edge = np.maximum(states.exchanged, np.where(plans.sharding[:, None] == PARAMETERS, gathered, 0.0))
-    # Autocast gives a matrix a gradient in low precision, which is then converted.
-    low = implementation.activation_bytes if implementation.autocast else implementation.gradient_bytes
-    converted = low + implementation.gradient_bytes if implementation.autocast else 0
+    gathered = largest_edge_parameters(states, plans) * (software.gather_bytes + software.reduce_bytes)
+    edge = np.maximum(states.exchange_bytes, np.where(plans.sharding[:, None] == SHARD_PARAMETERS, gathered, 0.0))
+    # autocast gives a matrix a gradient in low precision, which is then converted.
+    low_bytes = software.activation_bytes if software.autocast else software.gradient_bytes
+    converted_bytes = low_bytes + software.gradient_bytes if software.autocast else 0
 
     def moment(
-        activations: Floats, gradients: Floats, copies: Floats = none, logits: Floats = none, buffers: Floats = none
-    ) -> Memory:
+        activations: FloatArray,
+        gradients: FloatArray,
+        copies: FloatArray = zeros,
+        logits: FloatArray = zeros,
+        buffers: FloatArray = zeros,
+    ) -> PeakMemory:
         temporary = activations + logits + buffers
-        return Memory(
-            parameters=states.weights + copies,
+        return PeakMemory(
+            parameters=states.weight_bytes + copies,
             gradients=gradients,
-            optimizer=states.trained * states.optimizer,
+            optimizer=states.rank_trainable * states.optimizer_bytes,
             activations=activations,
             logits=logits,
             buffers=buffers,
-            fragmentation=implementation.fragmentation * temporary,
+            fragmentation=software.fragmentation * temporary,
         )
 
-    before_loss = logits * implementation.forward_logit_bytes
-    in_loss = logits * implementation.logit_bytes
-    after_loss = logits * implementation.activation_bytes
-    in_head = with_final + last * gradient
-    head, converted_head = np.maximum(edge, gradients.head * low), np.maximum(edge, gradients.head * converted)
-    optimizer = optimizer_temporaries(states, plans, training, implementation)
+    before_loss = logits * software.forward_logit_bytes
+    in_loss = logits * software.logit_bytes
+    after_loss = logits * software.activation_bytes
+    in_head = with_final + last * residual_gradient
+    head_gradient = np.maximum(edge, gradients.head_parameters * low_bytes)
+    converted_gradient = np.maximum(edge, gradients.head_parameters * converted_bytes)
+    optimizer = optimizer_temporary_bytes(states, plans, training, software)
     return [
-        # The end of the forward pass, and the loss's backward pass.
-        moment(with_final, gradients.before, copies.forward + copies.head, before_loss, edge),
-        moment(with_final, gradients.before, copies.backward + copies.head, in_loss, edge),
-        # The backward pass of the output layer, of the last layer of a stage, of its first one, and of the embedding.
-        moment(in_head, gradients.before, copies.backward + copies.head, after_loss, head),
-        moment(in_head, gradients.before, copies.backward, none, converted_head),
+        # The end of the forward pass.
+        moment(with_final, gradients.before, copies.forward_end + copies.head, before_loss, edge),
+        # The backward pass of the loss.
+        moment(with_final, gradients.before, copies.backward_start + copies.head, in_loss, edge),
+        # The backward pass of the output layer, and the conversion of its gradient.
+        moment(in_head, gradients.before, copies.backward_start + copies.head, after_loss, head_gradient),
+        moment(in_head, gradients.before, copies.backward_start, zeros, converted_gradient),
+        # The backward pass of a stage's last layer.
         moment(
             in_last_layer,
             gradients.last_layer,
-            np.maximum(copies.backward, copies.layer),
-            buffers=states.exchanged + none,
+            np.maximum(copies.backward_start, copies.layer),
+            buffers=states.exchange_bytes + zeros,
         ),
-        moment(in_first_layer, gradients.first_layer, copies.layer, buffers=states.exchanged + none),
-        moment(kept - stage + first * gradient, gradients.embedding, buffers=edge),
-        moment(none, states.trained * states.gradient, buffers=optimizer),
+        # The backward pass of a stage's first layer.
+        moment(in_first_layer, gradients.first_layer, copies.layer, buffers=states.exchange_bytes + zeros),
+        # The backward pass of the embedding.
+        moment(kept - stage + first * residual_gradient, gradients.embedding, buffers=edge),
+        # The optimizer's step.
+        moment(zeros, states.rank_trainable * states.gradient_bytes, buffers=optimizer),
     ]

@@ -1,4 +1,5 @@
-"""What memory consists of at any moment of a step: states, copies of weights, gradients, logits, micro-batches in flight."""
+"""What memory consists of at any moment of a step: model states, copies of weights, gradients, logits, and the
+micro-batches in flight. memory.py puts them together."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,176 +9,205 @@ import numpy as np
 from moreh.models.architecture import DecoderLayer, Linear
 from moreh.planner.cost.layer_time import micro_batch_tokens
 from moreh.planner.cost.stage_time import StageParameters, parameters_per_device, reshards_each_micro_batch
-from moreh.planner.plan.arrays import Floats, Integers
+from moreh.planner.plan.arrays import FloatArray, IntArray
 from moreh.planner.plan.plan import Schedule, Training
-from moreh.planner.plan.plan_table import FULL, GRADIENTS, OPTIMIZER, PARAMETERS, PlanTable, per_rank, stage_ranks
+from moreh.planner.plan.plan_table import (
+    RECOMPUTE_FULL,
+    SHARD_GRADIENTS,
+    SHARD_OPTIMIZER,
+    SHARD_PARAMETERS,
+    PlanTable,
+    sum_by_rank,
+)
 from moreh.planner.plan.schedules import peak_in_flight
 from moreh.planner.software_profile import SoftwareProfile
 
 
 @dataclass(frozen=True)
-class States:
-    """What does not depend on the moment of a step.
+class ModelStates:
+    """Parameters, gradients and optimizer state, and the buffers to exchange them. Independent of the moment of a step.
 
-    `parameters` and `trainable` are what stages consist of, `held` and `trained` how many of them a rank has, [n, pipeline].
-    `weights` are bytes, with lasting copies, [n, pipeline]; `gradient` and `optimizer` bytes of a trained parameter, after
-    sharding, [n, 1]. `exchanged` are buffers for parameters that are gathered and gradients that are reduced, bytes, [n, 1].
+    ZeRO (https://arxiv.org/abs/1910.02054) calls the first three the model states.
     """
 
     parameters: StageParameters
+    """Numbers of parameters of the stages."""
     trainable: StageParameters
-    held: Floats
-    trained: Floats
-    weights: Floats
-    gradient: Floats
-    optimizer: Floats
-    exchanged: Floats
+    """Numbers of trainable parameters of the stages."""
+    rank_parameters: FloatArray
+    """Number of parameters of each rank before sharding, [n, pipeline]."""
+    rank_trainable: FloatArray
+    """Number of trainable parameters of each rank before sharding, [n, pipeline]."""
+    weight_bytes: FloatArray
+    """Bytes of a rank's stored weights after sharding, and of copies that last for the whole step, [n, pipeline]."""
+    gradient_bytes: FloatArray
+    """Bytes for each trainable parameter, after sharding, [n, 1]."""
+    optimizer_bytes: FloatArray
+    """Bytes for each trainable parameter, after sharding, [n, 1]."""
+    exchange_bytes: FloatArray
+    """Buffers for parameters that are gathered and gradients that are reduced, layer by layer, [n, 1]."""
 
 
-def states_of(plans: PlanTable, training: Training, implementation: SoftwareProfile) -> States:
+def model_states(plans: PlanTable, training: Training, software: SoftwareProfile) -> ModelStates:
     """What parameters, gradients and optimizer state take, and the buffers of their exchange."""
     shards = (plans.data * plans.context)[:, None]
     sharding = plans.sharding[:, None]
     parameters = parameters_per_device(training.architecture, plans, trainable_only=False)
     trainable = parameters_per_device(training.architecture, plans, trainable_only=True)
-    held = per_rank(plans, parameters.of_stages(plans))
-    reshards = reshards_each_micro_batch(plans.pipeline, implementation)
+    rank_parameters = sum_by_rank(plans, parameters.of_stages(plans))
+    reshards = reshards_each_micro_batch(plans.pipeline, software)
     # Two layers are gathered at a time, the one in use and the next, and one layer's gradients wait to be reduced.
     gathered = np.where(
-        (plans.sharding == PARAMETERS) & reshards, 2 * parameters.layer * implementation.gather_bytes, 0.0
+        (plans.sharding == SHARD_PARAMETERS) & reshards, 2 * parameters.layer * software.gather_bytes, 0.0
     )
-    reduced = np.where((plans.sharding >= GRADIENTS) & reshards, trainable.layer * implementation.reduce_bytes, 0.0)
-    whole = held * (0 if reshards else implementation.gather_bytes)
-    copies = np.where(
-        sharding == PARAMETERS, whole, 0.0 if implementation.autocast else held * implementation.working_bytes
-    )
-    return States(
+    reduced = np.where((plans.sharding >= SHARD_GRADIENTS) & reshards, trainable.layer * software.reduce_bytes, 0.0)
+    # Copies that last: sharded weights that are gathered once a step, or low-precision copies of weights that are
+    # whole.
+    gathered_copies = rank_parameters * (0 if reshards else software.gather_bytes)
+    whole_copies = 0.0 if software.autocast else rank_parameters * software.weight_copy_bytes
+    copies = np.where(sharding == SHARD_PARAMETERS, gathered_copies, whole_copies)
+    return ModelStates(
         parameters=parameters,
         trainable=trainable,
-        held=held,
-        trained=per_rank(plans, trainable.of_stages(plans)),
-        weights=held * implementation.weight_bytes / np.where(sharding == PARAMETERS, shards, 1) + copies,
-        gradient=implementation.gradient_bytes / np.where((sharding >= GRADIENTS) & reshards, shards, 1),
-        optimizer=implementation.optimizer_bytes / np.where(sharding >= OPTIMIZER, shards, 1),
-        exchanged=(gathered + reduced)[:, None],
+        rank_parameters=rank_parameters,
+        rank_trainable=sum_by_rank(plans, trainable.of_stages(plans)),
+        weight_bytes=rank_parameters * software.weight_bytes / np.where(sharding == SHARD_PARAMETERS, shards, 1)
+        + copies,
+        gradient_bytes=software.gradient_bytes / np.where((sharding >= SHARD_GRADIENTS) & reshards, shards, 1),
+        optimizer_bytes=software.optimizer_bytes / np.where(sharding >= SHARD_OPTIMIZER, shards, 1),
+        exchange_bytes=(gathered + reduced)[:, None],
     )
 
 
 @dataclass(frozen=True)
-class Copies:
-    """Bytes of the copies that autocast makes of weights, [n, pipeline].
+class AutocastCopies:
+    """Bytes of the copies of weights that autocast makes, [n, pipeline] each."""
 
-    Those of a rank's layers at the end of the `forward` pass and at the beginning of the `backward` pass, that of one `layer`,
-    and that of the output layer, the `head`.
-    """
+    forward_end: FloatArray
+    """Of all layers of the rank, at the end of the forward pass."""
+    backward_start: FloatArray
+    """Of all layers of the rank, at the beginning of the backward pass."""
+    layer: FloatArray
+    """Of one layer."""
+    head: FloatArray
+    """Of the output layer, on the rank that has it."""
 
-    forward: Floats
-    backward: Floats
-    layer: Floats
-    head: Floats
 
-
-def copies_of_weights(states: States, plans: PlanTable, training: Training, implementation: SoftwareProfile) -> Copies:
-    """Copies of weights in low precision that exist for a while."""
-    # Copies that last are among the states' weights.
-    lasting = not implementation.autocast
-    copy = np.where(lasting | (plans.sharding == PARAMETERS), 0.0, implementation.working_bytes)
+def autocast_copies(
+    states: ModelStates, plans: PlanTable, training: Training, software: SoftwareProfile
+) -> AutocastCopies:
+    """Low-precision copies of weights that exist for a part of the step; 0 without autocast, where copies last."""
+    lasts = not software.autocast
+    copy_bytes = np.where(lasts | (plans.sharding == SHARD_PARAMETERS), 0.0, software.weight_copy_bytes)
     _, last = edge_ranks(plans)
-    layer = (states.parameters.layer * copy)[:, None] + 0 * last
-    layers = layer * per_rank(plans, plans.stage_layers.astype(np.float64))
-    matrix = training.architecture.embedding_parameters / plans.tensor
-    # A layer that is computed again makes its copies again.
-    backward = np.where(plans.recomputation[:, None] == FULL, 0.0, layers)
-    return Copies(layers, backward, layer, last * (matrix * copy)[:, None])
+    layer = (states.parameters.layer * copy_bytes)[:, None] + 0 * last
+    layers = layer * sum_by_rank(plans, plans.stage_layers.astype(np.float64))
+    head_weights = training.architecture.embedding_parameters / plans.tensor
+    # A layer that is recomputed makes its copies again.
+    backward_start = np.where(plans.recomputation[:, None] == RECOMPUTE_FULL, 0.0, layers)
+    return AutocastCopies(layers, backward_start, layer, last * (head_weights * copy_bytes)[:, None])
 
 
 @dataclass(frozen=True)
-class Gradients:
-    """Bytes of gradients `before` the backward pass, in the `last_layer` of a stage, in its `first_layer`, in the `embedding`;
-    parameters of the output layer's matrix, the `head`, if it has a gradient: [n, pipeline] each.
+class HeldGradients:
+    """Gradients of weights at moments of a step, [n, pipeline] each; in bytes, except `head_parameters`."""
+
+    before: FloatArray
+    """Before the backward pass."""
+    last_layer: FloatArray
+    """In the backward pass of a stage's last layer."""
+    first_layer: FloatArray
+    """In the backward pass of a stage's first layer."""
+    embedding: FloatArray
+    """In the backward pass of the embedding."""
+    head_parameters: FloatArray
+    """Number of the output layer's weights that have a gradient, on the rank that has the output layer."""
+
+
+def held_gradients(
+    states: ModelStates, plans: PlanTable, training: Training, software: SoftwareProfile
+) -> HeldGradients:
+    """Gradients at the moments of a step.
+
+    All gradients exist where they are never freed, and from the second micro-batch on. Otherwise those exist that the
+    backward pass has come to.
     """
-
-    before: Floats
-    last_layer: Floats
-    first_layer: Floats
-    embedding: Floats
-    head: Floats
-
-
-def gradients_held(states: States, plans: PlanTable, training: Training, implementation: SoftwareProfile) -> Gradients:
-    """All gradients exist if they were not freed, or not since the micro-batch before; else those that the pass has passed."""
-    everything = states.trained * states.gradient
-    trainable, size = states.trainable, implementation.gradient_bytes
-    exists = np.array(not implementation.gradients_freed) | (plans.micro_batches > 1)[:, None]
+    everything = states.rank_trainable * states.gradient_bytes
+    trainable, unsharded_bytes = states.trainable, software.gradient_bytes
+    all_exist = np.array(not software.frees_gradients) | (plans.micro_batches > 1)[:, None]
     first, last = edge_ranks(plans)
-    matrix = training.architecture.embedding_parameters / plans.tensor
-    first_matrix = first * np.minimum(matrix, trainable.first)[:, None]
-    last_matrix = last * np.minimum(matrix, trainable.last)[:, None]
-    # The highest moment of a layer's backward pass is at its activation.
-    second = second_products(plans, training)[:, None] * states.gradient
-    last_layer = last * trainable.last[:, None] * states.gradient + second
-    first_layer = everything - (first * trainable.first[:, None] + trainable.layer[:, None]) * states.gradient + second
-    last_layer, first_layer = np.where(exists, everything, last_layer), np.where(exists, everything, first_layer)
-    embedding = everything + first_matrix * size * exists
+    embedding_weights = training.architecture.embedding_parameters / plans.tensor
+    first_weights = first * np.minimum(embedding_weights, trainable.first)[:, None]
+    head_weights = last * np.minimum(embedding_weights, trainable.last)[:, None]
+    # The highest moment of a layer's backward pass is at its activation, after the down projection.
+    down = down_projection_parameters(plans, training)[:, None] * states.gradient_bytes
+    last_layer = last * trainable.last[:, None] * states.gradient_bytes + down
+    not_yet = (first * trainable.first[:, None] + trainable.layer[:, None]) * states.gradient_bytes
+    first_layer = everything - not_yet + down
+    last_layer, first_layer = np.where(all_exist, everything, last_layer), np.where(all_exist, everything, first_layer)
+    embedding = everything + first_weights * unsharded_bytes * all_exist
     if training.architecture.tied and plans.stages == 1:
-        # The matrix's gradient from the output layer waits for that from the embedding; their sum is a third tensor.
-        last_matrix = first_matrix
-        last_layer, first_layer = last_layer + first_matrix * size, first_layer + first_matrix * size
-        embedding = embedding + 2 * first_matrix * size
-    return Gradients(np.where(exists, everything, 0.0), last_layer, first_layer, embedding, last_matrix)
+        # The gradient from the output layer waits for the one from the embedding; their sum is a third tensor.
+        head_weights = first_weights
+        last_layer = last_layer + first_weights * unsharded_bytes
+        first_layer = first_layer + first_weights * unsharded_bytes
+        embedding = embedding + 2 * first_weights * unsharded_bytes
+    return HeldGradients(np.where(all_exist, everything, 0.0), last_layer, first_layer, embedding, head_weights)
 
 
-def edge_ranks(plans: PlanTable) -> tuple[Floats, Floats]:
-    """1 on the rank of the first stage, and on that of the last one, and 0 on the others: [n, pipeline] each."""
+def edge_ranks(plans: PlanTable) -> tuple[FloatArray, FloatArray]:
+    """1 on the rank of the first stage, and 1 on the rank of the last stage, and 0 elsewhere: [n, pipeline] each."""
     first, last = (np.zeros((len(plans), plans.pipeline)) for _ in range(2))
     first[:, 0] = 1.0
-    last[:, stage_ranks(plans)[-1]] = 1.0
+    last[:, plans.stage_ranks[-1]] = 1.0
     return first, last
 
 
-def largest_edge(states: States, plans: PlanTable) -> Floats:
-    """Parameters of the embedding or the output layer, whichever a rank has and is larger: [n, pipeline]."""
+def largest_edge_parameters(states: ModelStates, plans: PlanTable) -> FloatArray:
+    """Parameters of the embedding or the output layer, whichever a rank has and is larger, [n, pipeline]."""
     first, last = edge_ranks(plans)
     return np.maximum(first * states.parameters.first[:, None], last * states.parameters.last[:, None])
 
 
-def layers_of_stage(plans: PlanTable) -> Floats:
+def mean_layers_per_stage(plans: PlanTable) -> FloatArray:
     """The mean number of layers of the stages that a rank holds, [n, pipeline]."""
-    return per_rank(plans, plans.stage_layers.astype(np.float64)) / plans.chunks
+    return sum_by_rank(plans, plans.stage_layers.astype(np.float64)) / plans.chunks
 
 
-def logit_elements(plans: PlanTable, training: Training, implementation: SoftwareProfile) -> Floats:
+def logit_elements(plans: PlanTable, training: Training, software: SoftwareProfile) -> FloatArray:
     """How many logits there are at once, [n, pipeline]."""
     columns = training.architecture.vocabulary / plans.tensor
     logits = np.zeros((len(plans), plans.pipeline))
-    logits[:, stage_ranks(plans)[-1]] = micro_batch_tokens(plans, training) * columns
+    logits[:, plans.stage_ranks[-1]] = micro_batch_tokens(plans, training) * columns
     if plans.pipeline > 1:
-        logits *= np.minimum(implementation.least_in_flight, plans.micro_batches)[:, None]
+        logits *= np.minimum(software.min_in_flight, plans.micro_batches)[:, None]
     return logits
 
 
-def second_products(plans: PlanTable, training: Training) -> Floats:
-    """Trained parameters in the second products of a layer's feed-forward network, on a device: the mean over layers, [n].
+def down_projection_parameters(plans: PlanTable, training: Training) -> FloatArray:
+    """Trainable parameters of a layer's down projections on a device, [n]: the mean over the layers.
 
-    Their gradients are there when the backward pass comes to the network's activation.
+    Their gradients exist when the backward pass comes to the feed-forward network's activation.
     """
     layers = training.architecture.layers
-    rows = sum(linear.parameters for layer in layers for linear in feed_forward(layer) if linear.split == "row")
-    return np.asarray(rows / len(layers) / plans.tensor)
+    parameters = sum(
+        linear.parameters for layer in layers for linear in trainable_feed_forward(layer) if linear.split == "row"
+    )
+    return np.asarray(parameters / len(layers) / plans.tensor)
 
 
-def feed_forward(layer: DecoderLayer) -> list[Linear]:
-    """The trained matrices that come after attention's output, which is the first that is split by rows."""
-    rows = [place for place, linear in enumerate(layer.linears) if linear.split == "row"]
-    return [linear for linear in layer.linears[rows[0] + 1 if rows else 0 :] if not linear.frozen]
+def trainable_feed_forward(layer: DecoderLayer) -> list[Linear]:
+    """The trainable matrices after attention's output projection, which is the first row-split matrix."""
+    row_split = [index for index, linear in enumerate(layer.linears) if linear.split == "row"]
+    return [linear for linear in layer.linears[row_split[0] + 1 if row_split else 0 :] if not linear.frozen]
 
 
-def optimizer_temporaries(
-    states: States, plans: PlanTable, training: Training, implementation: SoftwareProfile
-) -> Floats:
-    """Bytes that the optimizer needs at most while it updates a rank's parameters one after the other, [n, pipeline]."""
-    count = implementation.optimizer_temporaries
-    largest = count * largest_edge(states, plans)
+def optimizer_temporary_bytes(
+    states: ModelStates, plans: PlanTable, training: Training, software: SoftwareProfile
+) -> FloatArray:
+    """Bytes that the optimizer needs at most while it updates a rank's parameters one by one, [n, pipeline]."""
+    temporaries = software.optimizer_temporaries
+    largest = temporaries * largest_edge_parameters(states, plans)
     for layer, _ in training.architecture.layer_kinds():
         previous = 0
         for linear in layer.linears:
@@ -185,23 +215,24 @@ def optimizer_temporaries(
                 continue
             size = linear.inputs * linear.outputs * (linear.copies if linear.stacked else 1)
             # One of the temporaries lives until the next parameter has its own.
-            within = (count * size + min(1.0, count) * previous) / plans.tensor
-            largest = np.maximum(largest, within[:, None])
+            elements = (temporaries * size + min(1.0, temporaries) * previous) / plans.tensor
+            largest = np.maximum(largest, elements[:, None])
             previous = 0 if linear.bias else size
-    return largest * implementation.weight_bytes * states.optimizer / implementation.optimizer_bytes
+    return largest * software.weight_bytes * states.optimizer_bytes / software.optimizer_bytes
 
 
-def for_each_count(plans: PlanTable, peak: Callable[[Schedule, int, int, int], Integers]) -> Floats:
-    """A peak of the schedule for the number of micro-batches of each plan, [n, pipeline]."""
+def peak_by_rank(plans: PlanTable, peak: Callable[[Schedule, int, int, int], IntArray]) -> FloatArray:
+    """A peak of the schedule, such as `peak_in_flight`, for each plan's number of micro-batches, [n, pipeline]."""
     result = np.empty((len(plans), plans.pipeline))
-    for count in np.unique(plans.micro_batches):
-        result[plans.micro_batches == count] = peak(plans.schedule, plans.pipeline, int(count), plans.chunks)
+    for micro_batches in np.unique(plans.micro_batches):
+        rows = plans.micro_batches == micro_batches
+        result[rows] = peak(plans.schedule, plans.pipeline, int(micro_batches), plans.chunks)
     return result
 
 
-def stages_in_flight(plans: PlanTable, implementation: SoftwareProfile) -> Floats:
-    """Micro-batches whose activations a rank holds at the peak, counted in stages: [n, pipeline]."""
-    result = for_each_count(plans, peak_in_flight)
+def stages_in_flight(plans: PlanTable, software: SoftwareProfile) -> FloatArray:
+    """(Stage, micro-batch) pairs whose activations a rank holds at the peak, [n, pipeline]."""
+    result = peak_by_rank(plans, peak_in_flight)
     if plans.pipeline > 1:
-        result = np.maximum(result, np.minimum(implementation.least_in_flight, plans.micro_batches)[:, None])
+        result = np.maximum(result, np.minimum(software.min_in_flight, plans.micro_batches)[:, None])
     return result

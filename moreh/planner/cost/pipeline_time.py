@@ -1,4 +1,8 @@
-"""How long one step of a pipeline takes: a simulation of the exact order of operations."""
+"""How long one step of a pipeline takes: a simulation of the exact order of operations.
+
+`simulate` gives the times of all operations, for pictures and tests. `makespan` gives the step time only and is what
+the search calls: it extrapolates long steps from a steady state.
+"""
 
 from array import array
 from collections.abc import Sequence
@@ -10,131 +14,142 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from moreh.planner.plan.arrays import Floats
+from moreh.planner.plan.arrays import FloatArray
 from moreh.planner.plan.plan import Schedule
 from moreh.planner.plan.schedules import (
-    B,
-    F,
-    I,
-    Order,
-    W,
+    BACKWARD_INPUT,
+    BACKWARD_WEIGHT,
+    FORWARD,
+    FULL_BACKWARD,
+    OperationTable,
     micro_batches_per_round,
-    order,
+    operation_table,
     peak_in_flight,
-    stages_of_ranks,
 )
+from moreh.planner.plan.stage_layout import stage_to_rank
 
-# Increments that agree to this share of the makespan are those of a steady state.
+# Increments that agree to within this share of the makespan are those of a steady state.
 STEADY_TOLERANCE = 1e-12
-# A step this many times as long as the pipeline is deep is simulated in the hope of a steady state.
+# A step is searched for a steady state after this many times the pipeline's depth.
 SAMPLE_DEPTHS = 9
 
 
 @dataclass(frozen=True, eq=False)
 class Timeline:
-    """What each rank did and when. The arrays after `busy_s` ([ranks]) have one entry an operation, [operations].
-
-    `kind` counts in `moreh.planner.plan.schedules.KINDS`. The entries are sorted by rank and, within a rank, by time.
-    """
+    """What each rank did and when: one entry for each operation, sorted by rank and, within a rank, by time."""
 
     makespan_s: float
-    busy_s: Floats
+    """Seconds of the whole step."""
+    busy_s: FloatArray
+    """Seconds that each rank computes, [ranks]."""
     rank: NDArray[np.int32]
+    """[operations]"""
     kind: NDArray[np.int32]
+    """Indices into OPERATION_KINDS, [operations]."""
     stage: NDArray[np.int32]
+    """[operations]"""
     micro_batch: NDArray[np.int32]
-    start_s: Floats
-    end_s: Floats
+    """[operations]"""
+    start_s: FloatArray
+    """[operations]"""
+    end_s: FloatArray
+    """[operations]"""
 
 
-class Linked(NamedTuple):
-    """An order ready for simulation: operations of all ranks such that each comes after all that it waits for.
-
-    `source` is the place in this sequence of the operation on another rank that sends the input; operations without one
-    point to the end of the sequence. `duration` is kind * stages + stage.
-    """
+class ExecutionSequence(NamedTuple):
+    """All operations of a schedule in one sequence in which each comes after all operations that it waits for."""
 
     source: "array[int]"
+    """For each operation, the position of the operation on another rank that sends its input. Operations that receive
+    nothing have the length of the sequence here."""
     rank: "array[int]"
+    """The rank of each operation."""
     duration: "array[int]"
-    # Where each operation of the order (rank after rank) is in this sequence.
-    place: NDArray[np.int32]
+    """For each operation, the index of its seconds in the list of durations: kind * stages + stage."""
+    position: NDArray[np.int32]
+    """Where each operation of the operation table (rank after rank) is in the sequence."""
 
 
-def link(rows: Order, schedule: Schedule, chunks: int) -> Linked:
-    """Put the operations of all ranks into one sequence in which each follows its inputs; linear in their number.
+def sequence_operations(table: OperationTable, schedule: Schedule, chunks: int) -> ExecutionSequence:
+    """Put the operations of all ranks into one sequence in which each follows its inputs. Takes linear time.
 
     Raises:
-        AssertionError: the ranks would wait for each other for ever, or an operation comes before its own input: a defect.
+        AssertionError: the ranks would wait for each other forever, or an operation comes before its own input: a
+            defect.
     """
-    ranks, length = rows.kind.shape
+    ranks, length = table.kind.shape
     stages = ranks * chunks
-    micro_batches = int(rows.micro_batch.max()) + 1
-    rank_of = np.empty(stages, dtype=np.int64)
-    rank_of[stages_of_ranks(schedule, ranks, chunks)] = np.arange(ranks)[:, None]
-    kind, stage, micro_batch = (part.astype(np.int64) for part in rows)
-    # What an operation makes and what it needs: 0 an activation, 1 the gradient of one, 2 the gradient of weights.
-    made = np.where(kind == F, 0, np.where(kind == W, 2, 1))
-    needed_stage = np.where(kind == F, stage - 1, np.where((kind == W) | (stage == stages - 1), stage, stage + 1))
-    needed_made = np.where((kind == F) | ((kind != W) & (stage == stages - 1)), 0, 1)
-    makes = (made * stages + stage) * micro_batches + micro_batch
-    needs = (needed_made * stages + needed_stage) * micro_batches + micro_batch
-    # The last entry stands for the input of the first stage, which is there from the start.
-    there = 3 * stages * micro_batches
-    first = (kind == F) & (stage == 0)
-    needs[first] = there
-    remote = ~first & (rank_of[np.maximum(needed_stage, 0)] != np.arange(ranks)[:, None])
+    micro_batches = int(table.micro_batch.max()) + 1
+    rank_of_stage = stage_to_rank(schedule, ranks, chunks)
+    kind, stage, micro_batch = (column.astype(np.int64) for column in table)
+    # Results are numbered by (type, stage, micro-batch). The types are 0 an activation, 1 its gradient, 2 a weight
+    # gradient.
+    result_type = np.where(kind == FORWARD, 0, np.where(kind == BACKWARD_WEIGHT, 2, 1))
+    is_last_stage = stage == stages - 1
+    input_stage = np.where(
+        kind == FORWARD, stage - 1, np.where((kind == BACKWARD_WEIGHT) | is_last_stage, stage, stage + 1)
+    )
+    input_type = np.where((kind == FORWARD) | ((kind != BACKWARD_WEIGHT) & is_last_stage), 0, 1)
+    results = (result_type * stages + stage) * micro_batches + micro_batch
+    inputs = (input_type * stages + input_stage) * micro_batches + micro_batch
+    # One number more stands for the input of the first stage, which is there from the start.
+    available = 3 * stages * micro_batches
+    reads_batch = (kind == FORWARD) & (stage == 0)
+    inputs[reads_batch] = available
+    is_remote = ~reads_batch & (rank_of_stage[np.maximum(input_stage, 0)] != np.arange(ranks)[:, None])
     # A backward also needs the activation of its own stage.
-    own = np.where((kind == B) | (kind == I), stage * micro_batches + micro_batch, there)
+    needs_own = (kind == FULL_BACKWARD) | (kind == BACKWARD_INPUT)
+    own_activations = np.where(needs_own, stage * micro_batches + micro_batch, available)
 
     total = ranks * length
-    ready = bytearray(there + 1)
-    ready[there] = 1
+    ready = bytearray(available + 1)
+    ready[available] = 1
     sequence: list[int] = []
     done = [0] * ranks
-    rows_of_ranks = list(zip(makes.tolist(), needs.tolist(), own.tolist(), strict=True))
+    rows_of_ranks = list(zip(results.tolist(), inputs.tolist(), own_activations.tolist(), strict=True))
     while len(sequence) < total:
-        before = len(sequence)
-        for rank, (make, need, mine) in enumerate(rows_of_ranks):
-            start = at = done[rank]
-            while at < length and ready[need[at]] and ready[mine[at]]:
-                ready[make[at]] = 1
-                at += 1
-            sequence.extend(range(rank * length + start, rank * length + at))
-            done[rank] = at
-        if len(sequence) == before:
+        length_before = len(sequence)
+        for rank, (rank_results, rank_inputs, rank_own) in enumerate(rows_of_ranks):
+            start = index = done[rank]
+            while index < length and ready[rank_inputs[index]] and ready[rank_own[index]]:
+                ready[rank_results[index]] = 1
+                index += 1
+            sequence.extend(range(rank * length + start, rank * length + index))
+            done[rank] = index
+        if len(sequence) == length_before:
             stuck = next(rank for rank in range(ranks) if done[rank] < length)
             raise AssertionError(f"deadlock: the pipeline's order stops at operation {done[stuck]} of rank {stuck}")
     flat = np.asarray(sequence, dtype=np.int64)
-    place = np.empty(total, dtype=np.int32)
-    place[flat] = np.arange(total, dtype=np.int32)
-    maker = np.full(there + 1, total, dtype=np.int32)
-    maker[makes.reshape(-1)] = place
-    source = np.where(remote, maker[needs], total).astype(np.int32)
-    return Linked(
+    position = np.empty(total, dtype=np.int32)
+    position[flat] = np.arange(total, dtype=np.int32)
+    producer = np.full(available + 1, total, dtype=np.int32)
+    producer[results.reshape(-1)] = position
+    source = np.where(is_remote, producer[inputs], total).astype(np.int32)
+    return ExecutionSequence(
         array("i", source.reshape(-1)[flat].tobytes()),
         array("i", (flat // length).astype(np.int32).tobytes()),
         array("i", (kind * stages + stage).reshape(-1)[flat].astype(np.int32).tobytes()),
-        place,
+        position,
     )
 
 
 @lru_cache(maxsize=64)
-def _linked(schedule: Schedule, ranks: int, micro_batches: int, chunks: int) -> Linked:
-    return link(order(schedule, ranks, micro_batches, chunks), schedule, chunks)
+def _execution_sequence(schedule: Schedule, ranks: int, micro_batches: int, chunks: int) -> ExecutionSequence:
+    return sequence_operations(operation_table(schedule, ranks, micro_batches, chunks), schedule, chunks)
 
 
-def _ends(linked: Linked, ranks: int, durations: list[float], send_s: float) -> list[float]:
-    """When each operation of the sequence ends, and one entry more: -inf, the input that is there from the start."""
-    ends = [0.0] * len(linked.source)
+def _end_times(sequence: ExecutionSequence, ranks: int, durations: list[float], send_s: float) -> list[float]:
+    """When each operation of the sequence ends. A last entry, -inf, is for the input that is there from the start."""
+    ends = [0.0] * len(sequence.source)
     ends.append(-inf)
     free = [0.0] * ranks
-    for place, (source, rank, duration) in enumerate(zip(linked.source, linked.rank, linked.duration, strict=True)):
+    operations = zip(sequence.source, sequence.rank, sequence.duration, strict=True)
+    for position, (source, rank, duration) in enumerate(operations):
         start = ends[source] + send_s
         busy_until = free[rank]
         if busy_until > start:
             start = busy_until
-        ends[place] = free[rank] = start + durations[duration]
+        ends[position] = free[rank] = start + durations[duration]
     return ends
 
 
@@ -146,13 +161,13 @@ def _durations(
     backward_s: Sequence[float],
     weight_fraction: float,
 ) -> list[float]:
-    """Seconds by kind * stages + stage."""
+    """Seconds of operations, by kind * stages + stage."""
     stages = ranks * chunks
     if len(forward_s) != stages or len(backward_s) != stages:
         raise ValueError(
             f"{stages} stages need as many times, but got {len(forward_s)} forward and {len(backward_s)} backward."
         )
-    # The arithmetic of the loop is much slower with numpy's scalars.
+    # Python floats: the arithmetic of the loop over operations is much slower with numpy's scalars.
     forward, backward = [float(time) for time in forward_s], [float(time) for time in backward_s]
     weight = [time * weight_fraction for time in backward]
     return [*forward, *backward, *(full - part for full, part in zip(backward, weight, strict=True)), *weight]
@@ -170,31 +185,33 @@ def simulate(
 ) -> Timeline:
     """Run every operation in the order of its rank, as soon as the rank is free and the input has arrived.
 
+    Does not check what torch refuses: other programs run 1F1B with fewer micro-batches than ranks.
+
     Args:
         forward_s: Seconds of one micro-batch through each stage, [ranks * chunks].
         backward_s: Seconds of the full backward of each stage, [ranks * chunks].
-        weight_fraction: Share of `backward_s` that the gradient of the weights takes, where the schedule splits the backward.
-        send_s: Seconds from the end of an operation to the arrival of its result at another rank. The sender computes on.
-
-    Without check of what torch refuses: other programs run 1F1B with fewer micro-batches than ranks.
+        weight_fraction: Share of `backward_s` that the weights' gradient takes, for schedules that split the backward
+            (0 to 1).
+        send_s: Seconds from the end of an operation to the arrival of its result at another rank. The sender computes
+            on.
     """
-    rows = order(schedule, ranks, micro_batches, chunks)
+    table = operation_table(schedule, ranks, micro_batches, chunks)
     durations = _durations(schedule, ranks, chunks, forward_s, backward_s, weight_fraction)
-    linked = _linked(schedule, ranks, micro_batches, chunks)
-    ends = np.array(_ends(linked, ranks, durations, send_s))
-    arrivals = ends[np.asarray(linked.source)] + send_s
-    duration = np.array(durations)[np.asarray(linked.duration)]
-    shape = rows.kind.shape
-    end = ends[linked.place].reshape(shape)
+    sequence = _execution_sequence(schedule, ranks, micro_batches, chunks)
+    ends = np.array(_end_times(sequence, ranks, durations, send_s))
+    arrivals = ends[np.asarray(sequence.source)] + send_s
+    duration = np.array(durations)[np.asarray(sequence.duration)]
+    shape = table.kind.shape
+    end = ends[sequence.position].reshape(shape)
     free = np.concatenate([np.zeros((ranks, 1)), end[:, :-1]], axis=1)
     return Timeline(
         makespan_s=float(end.max()),
-        busy_s=duration[linked.place].reshape(shape).sum(axis=1),
+        busy_s=duration[sequence.position].reshape(shape).sum(axis=1),
         rank=np.repeat(np.arange(ranks, dtype=np.int32), shape[1]),
-        kind=rows.kind.reshape(-1),
-        stage=rows.stage.reshape(-1),
-        micro_batch=rows.micro_batch.reshape(-1),
-        start_s=np.maximum(free, arrivals[linked.place].reshape(shape)).reshape(-1),
+        kind=table.kind.reshape(-1),
+        stage=table.stage.reshape(-1),
+        micro_batch=table.micro_batch.reshape(-1),
+        start_s=np.maximum(free, arrivals[sequence.position].reshape(shape)).reshape(-1),
         end_s=end.reshape(-1),
     )
 
@@ -209,47 +226,52 @@ def makespan(
     weight_fraction: float,
     send_s: float,
 ) -> float:
-    """Seconds of one step: `simulate(...).makespan_s`, faster; with many micro-batches it may differ by rounding.
+    """Seconds of one step: `simulate(...).makespan_s`, but faster. With many micro-batches it may differ by rounding.
 
     The arguments are those of `simulate`.
     """
     durations = _durations(schedule, ranks, chunks, forward_s, backward_s, weight_fraction)
 
-    def ends(rounds: int) -> tuple[Linked, list[float]]:
-        linked = _linked(schedule, ranks, rounds * per_round, chunks)
-        return linked, _ends(linked, ranks, durations, send_s)
+    def simulate_rounds(rounds: int) -> tuple[ExecutionSequence, list[float]]:
+        sequence = _execution_sequence(schedule, ranks, rounds * per_round, chunks)
+        return sequence, _end_times(sequence, ranks, durations, send_s)
 
     per_round = int(micro_batches_per_round(schedule, ranks, np.asarray(micro_batches), chunks))
     rounds = micro_batches // per_round
     depth = 1 - int(-peak_in_flight(schedule, ranks, micro_batches, chunks).max() // (chunks * per_round))
     sample = SAMPLE_DEPTHS * depth
     if rounds >= 2 * sample:
-        linked, sampled = ends(sample)
-        steady = _steady_state(linked, np.array(sampled), ranks, sample, depth)
-        if steady:
-            period, seconds = steady
+        sequence, sample_ends = simulate_rounds(sample)
+        steady_state = _steady_state(sequence, np.array(sample_ends), ranks, sample, depth)
+        if steady_state:
+            period, period_s = steady_state
             skipped = (rounds - sample) // period
             rest = rounds - skipped * period
-            return max(sampled if rest == sample else ends(rest)[1]) + skipped * seconds
-    return max(ends(rounds)[1])
+            return max(sample_ends if rest == sample else simulate_rounds(rest)[1]) + skipped * period_s
+    return max(simulate_rounds(rounds)[1])
 
 
-def _steady_state(linked: Linked, ends: Floats, ranks: int, rounds: int, depth: int) -> tuple[int, float] | None:
-    """The period, in rounds, and its seconds, if all ranks repeat exactly the same before the pipeline starts to drain.
+def _steady_state(
+    sequence: ExecutionSequence, ends: FloatArray, ranks: int, rounds: int, depth: int
+) -> tuple[int, float] | None:
+    """The period of a steady state, in rounds, and its seconds; None if the ranks do not come to repeat themselves.
 
     An operation waits only for operations that are less than `depth` rounds before. If all operations of `depth` rounds
-    came the same time after those one period before, so do all that follow, up to the drain.
+    end the same time after those one period before, so do all that follow, up to the drain.
     """
-    end, code = ends[linked.place].reshape(ranks, -1), np.asarray(linked.duration)[linked.place].reshape(ranks, -1)
+    end = ends[sequence.position].reshape(ranks, -1)
+    code = np.asarray(sequence.duration)[sequence.position].reshape(ranks, -1)
     length = end.shape[1] // rounds
-    # In a longer step the order of the operations in the last rounds, and what they wait for, would be another.
+    # The last rounds do not count: in a longer step their operations come in another order and wait for others.
     stop = (rounds - 2 * depth - 1) * length
     begin = stop - depth * length
     tolerance = STEADY_TOLERANCE * float(end.max())
     for period in range(1, depth + 1):
         shift = period * length
-        gained = end[:, begin:stop] - end[:, begin - shift : stop - shift]
-        least, most = float(gained.min()), float(gained.max())
-        if most - least <= tolerance and np.array_equal(code[:, begin:stop], code[:, begin - shift : stop - shift]):
-            return period, (least + most) / 2
+        increments = end[:, begin:stop] - end[:, begin - shift : stop - shift]
+        shortest, longest = float(increments.min()), float(increments.max())
+        if longest - shortest > tolerance:
+            continue
+        if np.array_equal(code[:, begin:stop], code[:, begin - shift : stop - shift]):
+            return period, (shortest + longest) / 2
     return None

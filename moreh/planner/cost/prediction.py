@@ -1,4 +1,4 @@
-"""What a plan costs: seconds of a step, tokens per second, share of the peak, and bytes on every device."""
+"""What a plan is predicted to cost: seconds of a step, tokens per second, share of the peak, bytes on every device."""
 
 from dataclasses import dataclass, replace
 
@@ -6,58 +6,20 @@ import numpy as np
 
 from moreh.models.architecture import Architecture
 from moreh.planner.cost.layer_time import head_is_frozen
-from moreh.planner.cost.memory import Memory, memory
+from moreh.planner.cost.memory import PeakMemory, peak_memory
 from moreh.planner.cost.pipeline_time import makespan
 from moreh.planner.cost.stage_time import StageTime, stage_time
-from moreh.planner.hardware.cluster import Cluster
-from moreh.planner.hardware.efficiency import Efficiency, find_efficiency
-from moreh.planner.hardware.measured_device import cluster_of, efficiency_of, local_profile
-from moreh.planner.hardware.roofline import Roofline
+from moreh.planner.hardware.environment import Environment
 from moreh.planner.plan.plan import Plan, Training
-from moreh.planner.plan.plan_table import PlanTable, table_of_plans
-from moreh.planner.software_profile import MOREH, SoftwareProfile
+from moreh.planner.plan.plan_table import PlanTable
 
-
-@dataclass(frozen=True)
-class Environment:
-    """Where and with which software a training runs: all that a prediction needs besides the plan."""
-
-    cluster: Cluster
-    efficiency: Efficiency
-    implementation: SoftwareProfile
-
-    @property
-    def roofline(self) -> Roofline:
-        """The device with its efficiency."""
-        return Roofline(self.cluster.device, self.efficiency, self.implementation)
-
-    @property
-    def peak_flops_per_second(self) -> float:
-        """The peak of all devices together, in the precision that the implementation computes in."""
-        device = self.cluster.device
-        rates = {"float32": device.float32_flops_per_second, "float8": device.float8_flops_per_second}
-        return self.cluster.devices * (rates.get(self.implementation.compute) or device.bf16_flops_per_second)
-
-
-def make_environment(cluster: Cluster, implementation: SoftwareProfile = MOREH) -> Environment:
-    """A cluster with the measured efficiency of its class of devices."""
-    return Environment(cluster, find_efficiency(cluster.device.efficiency_class), implementation)
-
-
-def measured_environment(workers: int, implementation: SoftwareProfile) -> Environment:
-    """So many workers of this machine, whose rates are measured in some seconds unless that was done before.
-
-    Raises:
-        PlanError: there is no such number of workers, or measuring failed.
-        RegistryError: the state directory, where the figures are kept, cannot be used.
-    """
-    profile = local_profile(workers)
-    return Environment(cluster_of(profile), efficiency_of(profile, implementation.compute), implementation)
+# An overhead with a smaller share of a step is not worth naming.
+MIN_NAMED_SHARE = 0.05
 
 
 @dataclass(frozen=True)
 class DeviceMemory:
-    """Bytes at the peak of a step on a device of one pipeline rank."""
+    """Bytes at the peak of a step on a device of one pipeline rank: an entry of `PeakMemory`, which see."""
 
     parameters: float
     gradients: float
@@ -74,30 +36,29 @@ class DeviceMemory:
         return states + self.activations + self.logits + self.buffers + self.fragmentation
 
 
-# A part of a step that takes less than this is not worth naming.
-NOTABLE = 0.05
-
-
 @dataclass(frozen=True)
 class StepBreakdown:
-    """Where the seconds of a step go on the devices of the busiest stage; together the step time.
-
-    `bubble_s` is waiting for other stages, `data_exchange_s` for parameters and gradients that are exchanged during the
-    micro-batches, `gradients_s` for those at the end.
-    """
+    """Where the seconds of a step go on the busiest pipeline rank. The sum is the step time."""
 
     computation_s: float
+    """Matmuls and other kernels that any plan has."""
     recomputation_s: float
+    """Forward computation that is repeated in backward passes."""
     tensor_exchange_s: float
+    """Tensor-parallel communication, with waiting for the slowest rank."""
     data_exchange_s: float
+    """Waiting for sharded parameters and gradients while micro-batches are computed."""
     bubble_s: float
+    """Waiting for other stages of the pipeline."""
     gradients_s: float
+    """Waiting for gradients and updated parameters after the last micro-batch."""
     optimizer_s: float
+    """The optimizer's step."""
 
     @property
-    def limit(self) -> str:
+    def largest_overhead(self) -> str:
         """What takes most of the time besides the computation that any plan has, with its share of the step."""
-        names = {
+        overheads = {
             "recomputation": self.recomputation_s,
             "tensor-parallel communication": self.tensor_exchange_s,
             "sharding communication": self.data_exchange_s,
@@ -105,26 +66,34 @@ class StepBreakdown:
             "gradient reduction": self.gradients_s,
             "optimizer": self.optimizer_s,
         }
-        largest = max(names, key=lambda name: names[name])
-        spent = sum(names.values()) + self.computation_s
-        share = names[largest] / spent
-        return f"{largest} {share:.0%}" if share > NOTABLE else f"none above {NOTABLE:.0%}"
+        largest = max(overheads, key=lambda name: overheads[name])
+        share = overheads[largest] / (sum(overheads.values()) + self.computation_s)
+        return f"{largest} {share:.0%}" if share > MIN_NAMED_SHARE else f"none above {MIN_NAMED_SHARE:.0%}"
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a plan is predicted to cost. `memory` has an entry for each pipeline rank; `mfu` is a fraction (0 to 1)."""
+    """What a plan is predicted to cost."""
 
     plan: Plan
     step_time_s: float
+    """Seconds of a step."""
     tokens_per_second: float
+    """Of all devices together."""
     mfu: float
+    """Model FLOPs utilization: the FLOP/s that the model itself needs, as a fraction of the devices' peak (0 to 1)."""
     parts: StepBreakdown
+    """Where the step time goes."""
     memory: tuple[DeviceMemory, ...]
+    """The memory of a device of each pipeline rank."""
     stage_forward_s: tuple[float, ...]
+    """Seconds of the forward pass of one micro-batch through each stage."""
     stage_backward_s: tuple[float, ...]
+    """Seconds of the backward pass of one micro-batch through each stage, with recomputation."""
     weight_fraction: float
+    """The share of a backward pass that a split backward can put off (0 to 1)."""
     send_s: float
+    """Seconds of a send of one micro-batch to another stage."""
 
     @property
     def memory_bytes(self) -> float:
@@ -132,30 +101,31 @@ class Prediction:
         return max(rank.total for rank in self.memory)
 
 
-def model_flops(training: Training) -> float:
+def model_flops_per_step(training: Training) -> float:
     """FLOPs of a step that the model itself needs, forward and backward, without recomputation.
 
-    6 for each parameter of a matrix product and token, and attention over the positions that the causal mask leaves:
-    arXiv:2204.02311, appendix B, which counts the masked half as well. Look-ups of embeddings cost none.
+    6 for each matmul parameter and token (4 if it is frozen), and attention over the positions that the causal mask
+    leaves. From https://arxiv.org/abs/2204.02311, appendix B, which counts the masked half as well. Lookups of
+    embeddings cost none.
     """
     architecture: Architecture = training.architecture
     tokens, length = training.tokens, training.sequence_length
     flops = (4.0 if head_is_frozen(architecture) else 6.0) * tokens * architecture.hidden * architecture.vocabulary
     for layer, count in architecture.layer_kinds():
-        products = sum(
+        matmuls = sum(
             (4 if linear.frozen else 6) * linear.inputs * linear.outputs * linear.active for linear in layer.linears
         )
         keys = length if layer.window is None else min(length, layer.window)
-        seen = keys - keys * keys / (2 * length)
-        flops += count * tokens * (products + 12 * layer.heads * layer.head_dim * seen)
+        mean_keys = keys - keys * keys / (2 * length)
+        flops += count * tokens * (matmuls + 12 * layer.heads * layer.head_dim * mean_keys)
     return flops
 
 
-def predict(plan: Plan, training: Training, setting: Environment) -> Prediction:
+def predict(plan: Plan, training: Training, environment: Environment) -> Prediction:
     """The cost of one plan."""
-    table = table_of_plans([plan])
-    times = stage_time(setting.roofline, setting.cluster, table, training)
-    return predict_row(table, 0, times, memory(table, training, setting.implementation), training, setting)
+    table = PlanTable.from_plans([plan])
+    times = stage_time(environment.roofline, environment.cluster, table, training)
+    return predict_row(table, 0, times, peak_memory(table, training, environment.software), training, environment)
 
 
 def step_seconds(table: PlanTable, row: int, times: StageTime) -> float:
@@ -174,34 +144,34 @@ def step_seconds(table: PlanTable, row: int, times: StageTime) -> float:
 
 
 def predict_row(
-    table: PlanTable, row: int, times: StageTime, needed: Memory, training: Training, setting: Environment
+    table: PlanTable, row: int, times: StageTime, needed: PeakMemory, training: Training, environment: Environment
 ) -> Prediction:
     """The cost of one row of a table, from the arrays that were computed for all of it."""
-    seconds = step_seconds(table, row, times)
-    count = int(table.micro_batches[row])
+    step_time_s = step_seconds(table, row, times)
+    micro_batches = int(table.micro_batches[row])
     parts = StepBreakdown(
-        computation_s=count * float(times.computation_s[row]),
-        recomputation_s=count * float(times.recomputation_s[row]),
-        tensor_exchange_s=count * float(times.tensor_exchange_s[row]),
-        data_exchange_s=count * float(times.data_exchange_s[row]),
+        computation_s=micro_batches * float(times.computation_s[row]),
+        recomputation_s=micro_batches * float(times.recomputation_s[row]),
+        tensor_exchange_s=micro_batches * float(times.tensor_exchange_s[row]),
+        data_exchange_s=micro_batches * float(times.data_exchange_s[row]),
         bubble_s=0.0,
         gradients_s=float(times.gradients_s[row]),
         optimizer_s=float(times.optimizer_s[row]),
     )
-    busy = parts.computation_s + parts.recomputation_s + parts.tensor_exchange_s + parts.data_exchange_s
-    bubble = seconds - busy - parts.gradients_s - parts.optimizer_s
+    busy_s = parts.computation_s + parts.recomputation_s + parts.tensor_exchange_s + parts.data_exchange_s
+    bubble_s = step_time_s - busy_s - parts.gradients_s - parts.optimizer_s
     names = DeviceMemory.__dataclass_fields__
-    ranks = tuple(
+    memory = tuple(
         DeviceMemory(**{name: float(np.asarray(getattr(needed, name))[row, rank]) for name in names})
         for rank in range(table.pipeline)
     )
     return Prediction(
         plan=table.plan(row),
-        step_time_s=seconds,
-        tokens_per_second=training.tokens / seconds,
-        mfu=model_flops(training) / seconds / setting.peak_flops_per_second,
-        parts=replace(parts, bubble_s=max(0.0, bubble)),
-        memory=ranks,
+        step_time_s=step_time_s,
+        tokens_per_second=training.tokens / step_time_s,
+        mfu=model_flops_per_step(training) / step_time_s / environment.peak_flops_per_second,
+        parts=replace(parts, bubble_s=max(0.0, bubble_s)),
+        memory=memory,
         stage_forward_s=tuple(times.forward_s[row].tolist()),
         stage_backward_s=tuple(times.backward_s[row].tolist()),
         weight_fraction=float(times.weight_fraction[row]),

@@ -1,4 +1,8 @@
-"""Seconds of every stage of a pipeline, and of what comes after the last micro-batch."""
+"""Seconds of every stage of a pipeline, and of what comes after the last micro-batch.
+
+`stage_time` adds up layer_time.py's layers to stages and puts data-parallel communication beside them. The simulation
+of pipeline_time.py and its bounds work on the result.
+"""
 
 from dataclasses import dataclass, replace
 
@@ -6,52 +10,69 @@ import numpy as np
 
 from moreh.models.architecture import Architecture
 from moreh.planner.cost.layer_time import EdgeTime, embedding_time, head_time, layer_time, micro_batch_tokens
-from moreh.planner.hardware.cluster import Cluster, Links, ring_links
+from moreh.planner.hardware.cluster import Cluster, RingLinks, ring_links
 from moreh.planner.hardware.roofline import Roofline
-from moreh.planner.plan.arrays import Booleans, Floats
+from moreh.planner.plan.arrays import BoolArray, FloatArray
 from moreh.planner.plan.plan import Training
-from moreh.planner.plan.plan_table import GRADIENTS, OPTIMIZER, PARAMETERS, WHOLE, PlanTable, per_rank, stage_ranks
+from moreh.planner.plan.plan_table import (
+    SHARD_GRADIENTS,
+    SHARD_NONE,
+    SHARD_OPTIMIZER,
+    SHARD_PARAMETERS,
+    PlanTable,
+    sum_by_rank,
+)
 from moreh.planner.plan.schedules import SPLIT_BACKWARD
 from moreh.planner.software_profile import SoftwareProfile
 
 
 @dataclass(frozen=True)
 class StageTime:
-    """Seconds of one micro-batch in each stage, [n, stages]; of a transfer between stages, [n]; and of a step's end, [n].
+    """Seconds of the stages, of sends between them, and of a step's end.
 
-    `backward_s` contains recomputation. `weight_fraction` is the share of it that a split backward pass can put off, [n].
-    `tail_s` is the exchange of gradients that computation does not hide, plus the optimizer. The rest says what `forward_s`
-    and `backward_s` consist of in the busiest rank, seconds a micro-batch, [n]: matrix products and kernels, recomputation,
-    tensor-parallel communication, and waiting for parameters and gradients of the data-parallel group.
+    The last four fields say what `forward_s` and `backward_s` consist of on the rank that has most to do.
     """
 
-    forward_s: Floats
-    backward_s: Floats
-    weight_fraction: Floats
-    send_s: Floats
-    gradients_s: Floats
-    optimizer_s: Floats
-    computation_s: Floats
-    recomputation_s: Floats
-    tensor_exchange_s: Floats
-    data_exchange_s: Floats
+    forward_s: FloatArray
+    """The forward pass of one micro-batch, [n, stages]."""
+    backward_s: FloatArray
+    """The backward pass of one micro-batch with its recomputation, [n, stages]."""
+    weight_fraction: FloatArray
+    """The share of `backward_s` that a split backward pass can put off (0 to 1), [n]."""
+    send_s: FloatArray
+    """A send of one micro-batch to another stage, [n]."""
+    gradients_s: FloatArray
+    """Communication of gradients and parameters at the end of a step that computation does not hide, [n]."""
+    optimizer_s: FloatArray
+    """The optimizer's step, [n]."""
+    computation_s: FloatArray
+    """Matmuls and other kernels of one micro-batch on the busiest rank, [n]."""
+    recomputation_s: FloatArray
+    """Recomputation of one micro-batch on the busiest rank, [n]."""
+    tensor_exchange_s: FloatArray
+    """Tensor-parallel communication of one micro-batch on the busiest rank, [n]."""
+    data_exchange_s: FloatArray
+    """Waiting for parameters and gradients of the data-parallel group, per micro-batch on the busiest rank, [n]."""
 
     @property
-    def tail_s(self) -> Floats:
+    def tail_s(self) -> FloatArray:
         """What follows the last micro-batch, [n]."""
         return self.gradients_s + self.optimizer_s
 
 
 @dataclass(frozen=True)
 class StageParameters:
-    """Parameters on one device: of a layer, of what the first stage adds, of what the last one adds; [n] each."""
+    """Numbers of parameters on one device before any data-parallel sharding, [n] each."""
 
-    layer: Floats
-    first: Floats
-    last: Floats
+    layer: FloatArray
+    """Of a layer: the mean over the model's layers."""
+    first: FloatArray
+    """What the first stage adds: the embedding, learned positions and the like."""
+    last: FloatArray
+    """What the last stage adds: the final norm and the output layer."""
 
-    def of_stages(self, plans: PlanTable) -> Floats:
-        """Parameters of every stage on one device, [n, stages]. With one stage a tied output layer is counted once."""
+    def of_stages(self, plans: PlanTable) -> FloatArray:
+        """Parameters of every stage, [n, stages]. With one stage a tied output layer is counted once."""
         stages = self.layer[:, None] * plans.stage_layers
         stages[:, 0] += self.first
         stages[:, -1] += self.last
@@ -68,38 +89,38 @@ def parameters_per_device(architecture: Architecture, plans: PlanTable, trainabl
     )
     own_head = architecture.own_head_parameters
     if trainable_only:
-        whole = sum(count * layer.trainable_parameters for layer, count in kinds)
+        total = sum(count * layer.trainable_parameters for layer, count in kinds)
         split = sum(count * layer.trainable_sharded_parameters for layer, count in kinds)
         embedding = 0 if architecture.embedding_frozen else embedding
         own_head = 0 if architecture.head_frozen else own_head
         tables -= architecture.frozen_table_parameters
         final -= architecture.frozen_final_parameters
     else:
-        whole = sum(count * layer.parameters for layer, count in kinds)
+        total = sum(count * layer.parameters for layer, count in kinds)
         split = sum(count * layer.sharded_parameters for layer, count in kinds)
-    head = own_head + (embedding if architecture.tied and ends_are_apart(plans) else 0)
+    head = own_head + (embedding if architecture.tied and first_and_last_stage_on_different_ranks(plans) else 0)
     return StageParameters(
-        layer=(split / tensor + (whole - split)) / len(architecture.layers),
+        layer=(split / tensor + (total - split)) / len(architecture.layers),
         first=embedding / tensor + tables,
         last=head / tensor + final,
     )
 
 
-def ends_are_apart(plans: PlanTable) -> bool:
-    """Whether the first and the last stage are on different ranks, so that both hold a tied embedding."""
-    ranks = stage_ranks(plans)
+def first_and_last_stage_on_different_ranks(plans: PlanTable) -> bool:
+    """Whether two ranks would each hold a tied embedding: for the first stage, and as the last stage's output layer."""
+    ranks = plans.stage_ranks
     return bool(ranks[0] != ranks[-1])
 
 
-def reshards_each_micro_batch(pipeline: int, implementation: SoftwareProfile) -> bool:
-    """Whether sharded parameters are gathered, and sharded gradients reduced, for each micro-batch and not once a step."""
-    return pipeline == 1 or implementation.reshards_in_pipeline
+def reshards_each_micro_batch(pipeline: int, software: SoftwareProfile) -> bool:
+    """Whether sharded parameters are gathered and gradients reduced for each micro-batch, and not once a step."""
+    return pipeline == 1 or software.reshards_in_pipeline
 
 
-def data_links(roofline: Roofline, cluster: Cluster, plans: PlanTable) -> Links:
-    """The links of the group that shares the same weights: data-parallel and context-parallel ranks."""
+def data_parallel_links(roofline: Roofline, cluster: Cluster, plans: PlanTable) -> RingLinks:
+    """The links of the group that holds the same weights: data-parallel and context-parallel ranks."""
     links = ring_links(cluster, plans.data * plans.context, plans.tensor)
-    if roofline.implementation.rings_use_all_ports:
+    if roofline.software.rings_use_all_ports:
         return links
     one_port = np.minimum(links.bytes_per_second, cluster.device.network_bytes_per_second)
     return replace(links, bytes_per_second=np.where(links.across_nodes, one_port, links.bytes_per_second))
@@ -107,131 +128,131 @@ def data_links(roofline: Roofline, cluster: Cluster, plans: PlanTable) -> Links:
 
 def stage_time(roofline: Roofline, cluster: Cluster, plans: PlanTable, training: Training) -> StageTime:
     """The time of every stage of every plan."""
-    implementation = roofline.implementation
+    software = roofline.software
     layer = layer_time(roofline, cluster, plans, training)
     embedding = embedding_time(roofline, cluster, plans, training)
     head = head_time(roofline, cluster, plans, training)
     parameters = parameters_per_device(training.architecture, plans, trainable_only=False)
     trainable = parameters_per_device(training.architecture, plans, trainable_only=True)
-    links = data_links(roofline, cluster, plans)
+    links = data_parallel_links(roofline, cluster, plans)
 
-    # Parameters are gathered for each forward and each backward pass where they are sharded; gradients are reduced in
-    # each backward pass where they are.
-    reshards = reshards_each_micro_batch(plans.pipeline, implementation)
-    gathers = np.where((plans.sharding == PARAMETERS) & reshards, implementation.gather_bytes, 0)
-    reduces = np.where((plans.sharding >= GRADIENTS) & reshards, implementation.reduce_bytes, 0)
+    # Sharded parameters are gathered for each forward and each backward pass. Sharded gradients are reduced in each
+    # backward pass. Bytes of a parameter, 0 where that happens once a step or never.
+    reshards = reshards_each_micro_batch(plans.pipeline, software)
+    gather_bytes = np.where((plans.sharding == SHARD_PARAMETERS) & reshards, software.gather_bytes, 0)
+    reduce_bytes = np.where((plans.sharding >= SHARD_GRADIENTS) & reshards, software.reduce_bytes, 0)
 
-    def hidden(computation: Floats, gather: Floats, reduce: Floats) -> Floats:
-        """Seconds of a computation with the exchange of parameters and gradients beside it."""
-        exchange = np.where(gathers > 0, roofline.ring_s(gather * gathers, links), 0.0)
-        exchange = exchange + np.where(reduces > 0, roofline.ring_s(reduce * reduces, links), 0.0)
-        if implementation.overlaps_data:
-            return roofline.overlapped_s(computation, exchange)
-        return computation + exchange
+    def with_exchange(computation_s: FloatArray, gathered: FloatArray, reduced: FloatArray) -> FloatArray:
+        """Seconds of a computation while `gathered` parameters and `reduced` gradients are exchanged."""
+        exchange_s = np.where(gather_bytes > 0, roofline.ring_s(gathered * gather_bytes, links), 0.0)
+        exchange_s = exchange_s + np.where(reduce_bytes > 0, roofline.ring_s(reduced * reduce_bytes, links), 0.0)
+        if software.overlaps_data_parallel:
+            return roofline.overlapped_s(computation_s, exchange_s)
+        return computation_s + exchange_s
 
-    none = np.zeros(len(plans))
+    zeros = np.zeros(len(plans))
     layer_forward = layer.forward_s + layer.forward_exchange_s
     layer_backward = layer.backward_s + layer.backward_exchange_s + layer.recompute_s + layer.recompute_exchange_s
-    forward_layer = hidden(layer_forward, parameters.layer, none)
-    backward_layer = hidden(layer_backward, parameters.layer, trainable.layer)
-    forward = forward_layer[:, None] * plans.stage_layers
-    backward = backward_layer[:, None] * plans.stage_layers
-    forward[:, 0] += hidden(embedding.forward_s, parameters.first, none)
-    backward[:, 0] += hidden(embedding.backward_s, none, trainable.first)
-    forward[:, -1] += hidden(head.forward_s, parameters.last, none)
-    backward[:, -1] += hidden(head.backward_s, parameters.last, trainable.last)
+    forward = with_exchange(layer_forward, parameters.layer, zeros)[:, None] * plans.stage_layers
+    backward = with_exchange(layer_backward, parameters.layer, trainable.layer)[:, None] * plans.stage_layers
+    forward[:, 0] += with_exchange(embedding.forward_s, parameters.first, zeros)
+    backward[:, 0] += with_exchange(embedding.backward_s, zeros, trainable.first)
+    forward[:, -1] += with_exchange(head.forward_s, parameters.last, zeros)
+    backward[:, -1] += with_exchange(head.backward_s, parameters.last, trainable.last)
 
-    totals = per_rank(plans, forward + backward)
-    busiest = np.argmax(totals, axis=1)
+    rank_totals = sum_by_rank(plans, forward + backward)
+    busiest = np.argmax(rank_totals, axis=1)
     rows = np.arange(len(plans))
-    layers = per_rank(plans, plans.stage_layers.astype(np.float64))[rows, busiest]
-    ranks = stage_ranks(plans)
+    layers = sum_by_rank(plans, plans.stage_layers.astype(np.float64))[rows, busiest]
+    ranks = plans.stage_ranks
     computation = layers * (layer.forward_s + layer.backward_s)
-    computation += _both(embedding, busiest == ranks[0]) + _both(head, busiest == ranks[-1])
+    computation += _edge_s(embedding, busiest == ranks[0]) + _edge_s(head, busiest == ranks[-1])
     recomputation = layers * layer.recompute_s
     exchange = layers * (layer.forward_exchange_s + layer.backward_exchange_s + layer.recompute_exchange_s)
-    gradients, optimizer = _finish(roofline, plans, parameters, trainable, links, backward)
+    gradients, optimizer = _step_end_s(roofline, plans, parameters, trainable, links, backward)
     return StageTime(
         forward_s=forward,
         backward_s=backward,
         weight_fraction=layer.weights_s / layer_backward,
-        send_s=_between_stages_s(
-            roofline, cluster, plans, activation_bytes_between_stages(plans, training, roofline.implementation)
-        ),
+        send_s=_send_s(roofline, cluster, plans, stage_output_bytes(plans, training, roofline.software)),
         gradients_s=gradients + _tied_exchange_s(roofline, cluster, plans, training),
         optimizer_s=optimizer,
         computation_s=computation,
         recomputation_s=recomputation,
         tensor_exchange_s=exchange,
-        data_exchange_s=np.maximum(0.0, totals[rows, busiest] - computation - recomputation - exchange),
+        data_exchange_s=np.maximum(0.0, rank_totals[rows, busiest] - computation - recomputation - exchange),
     )
 
 
-def _both(edge: EdgeTime, applies: Booleans) -> Floats:
+def _edge_s(edge: EdgeTime, applies: BoolArray) -> FloatArray:
+    """Forward and backward seconds of the embedding or the output layer for the plans to which it applies, [n]."""
     return np.where(applies, edge.forward_s + edge.backward_s, 0.0)
 
 
-def activation_bytes_between_stages(plans: PlanTable, training: Training, implementation: SoftwareProfile) -> Floats:
+def stage_output_bytes(plans: PlanTable, training: Training, software: SoftwareProfile) -> FloatArray:
     """Bytes that a device sends to the next stage for a micro-batch, [n]."""
-    parts = np.where(plans.sequence_parallel, plans.tensor, 1)
-    return micro_batch_tokens(plans, training) * training.architecture.hidden * implementation.activation_bytes / parts
+    shards = np.where(plans.sequence_parallel, plans.tensor, 1)
+    return micro_batch_tokens(plans, training) * training.architecture.hidden * software.activation_bytes / shards
 
 
-def _between_stages_s(roofline: Roofline, cluster: Cluster, plans: PlanTable, sent_bytes: Floats) -> Floats:
-    """Seconds until so many bytes have arrived at another stage, [n]."""
+def _send_s(roofline: Roofline, cluster: Cluster, plans: PlanTable, sent_bytes: FloatArray) -> FloatArray:
+    """Seconds until `sent_bytes` have arrived at another stage, [n]."""
     if plans.pipeline == 1:
         return np.zeros(len(plans))
     device, efficiency = cluster.device, roofline.efficiency
-    distance = plans.tensor * plans.context * plans.data
-    across = distance * plans.pipeline > cluster.devices_per_node
-    rate = np.where(
-        across, device.network_bytes_per_second * efficiency.network, device.node_bytes_per_second * efficiency.node
-    )
-    return sent_bytes / rate + np.where(across, efficiency.network_hop_s, efficiency.node_hop_s)
+    stage_distance = plans.tensor * plans.context * plans.data
+    across_nodes = stage_distance * plans.pipeline > cluster.devices_per_node
+    network_rate = device.network_bytes_per_second * efficiency.network
+    rate = np.where(across_nodes, network_rate, device.node_bytes_per_second * efficiency.node)
+    return sent_bytes / rate + np.where(across_nodes, efficiency.network_hop_s, efficiency.node_hop_s)
 
 
-def _tied_exchange_s(roofline: Roofline, cluster: Cluster, plans: PlanTable, training: Training) -> Floats:
+def _tied_exchange_s(roofline: Roofline, cluster: Cluster, plans: PlanTable, training: Training) -> FloatArray:
     """Seconds in which the first and the last stage add up the gradients of the embedding that both hold, [n]."""
     architecture = training.architecture
-    if not architecture.tied or architecture.embedding_frozen or not ends_are_apart(plans):
+    held_twice = architecture.tied and first_and_last_stage_on_different_ranks(plans)
+    if not held_twice or architecture.embedding_frozen:
         return np.zeros(len(plans))
-    sent_bytes = architecture.embedding_parameters / plans.tensor * roofline.implementation.reduce_bytes
-    return _between_stages_s(roofline, cluster, plans, sent_bytes)
+    sent_bytes = architecture.embedding_parameters / plans.tensor * roofline.software.reduce_bytes
+    return _send_s(roofline, cluster, plans, sent_bytes)
 
 
-def _finish(
+def _step_end_s(
     roofline: Roofline,
     plans: PlanTable,
     parameters: StageParameters,
     trainable: StageParameters,
-    links: Links,
-    backward_s: Floats,
-) -> tuple[Floats, Floats]:
-    """Seconds after the last micro-batch in the stage that has most to do: exchange of gradients, and optimizer; [n]."""
-    implementation = roofline.implementation
-    most = per_rank(plans, trainable.of_stages(plans)).max(axis=1)
-    whole = per_rank(plans, parameters.of_stages(plans)).max(axis=1)
+    links: RingLinks,
+    backward_s: FloatArray,
+) -> tuple[FloatArray, FloatArray]:
+    """Seconds after the last micro-batch on the rank that has most to do, [n] each: gradients and optimizer.
 
-    reduce = roofline.ring_s(most * implementation.reduce_bytes, links)
-    gather = roofline.ring_s(whole * implementation.gather_bytes, links)
-    gather_trained = roofline.ring_s(most * implementation.gather_bytes, links)
-    reshards = reshards_each_micro_batch(plans.pipeline, implementation)
-    once = np.where(
-        plans.sharding == WHOLE, 2 * reduce, np.where((plans.sharding == OPTIMIZER) | (not reshards), reduce, 0.0)
-    )
-    after = np.where(plans.sharding == WHOLE, 0.0, gather_trained)
-    after = np.where(plans.sharding == PARAMETERS, 0.0 if reshards else gather, after)
-    if implementation.overlaps_data:
-        # The gradients of the last micro-batch are exchanged while its earlier layers are still computed, and parameters
-        # are gathered while the first layers of the next step are. A backward pass in two parts writes gradients past the
-        # hooks that would start an exchange, so there it comes after the step.
-        last = backward_s.max(axis=1)
+    The seconds of gradients are those of their reduction and of gathering the updated parameters.
+    """
+    software = roofline.software
+    most_trainable = sum_by_rank(plans, trainable.of_stages(plans)).max(axis=1)
+    most_parameters = sum_by_rank(plans, parameters.of_stages(plans)).max(axis=1)
+
+    reduce_s = roofline.ring_s(most_trainable * software.reduce_bytes, links)
+    gather_s = roofline.ring_s(most_parameters * software.gather_bytes, links)
+    gather_updated_s = roofline.ring_s(most_trainable * software.gather_bytes, links)
+    reshards = reshards_each_micro_batch(plans.pipeline, software)
+    # Without sharding gradients need an all-reduce, which is two rings; with it a reduce-scatter, once a step.
+    reduces_once = (plans.sharding == SHARD_OPTIMIZER) | (not reshards)
+    gradients_s = np.where(plans.sharding == SHARD_NONE, 2 * reduce_s, np.where(reduces_once, reduce_s, 0.0))
+    gathers_s = np.where(plans.sharding == SHARD_NONE, 0.0, gather_updated_s)
+    gathers_s = np.where(plans.sharding == SHARD_PARAMETERS, 0.0 if reshards else gather_s, gathers_s)
+    if software.overlaps_data_parallel:
+        # The gradients of the last micro-batch are exchanged while its earlier layers are still computed, and
+        # parameters are gathered while the first layers of the next step are. A split backward pass writes gradients
+        # past the hooks that would start an exchange, so there it comes after the step.
+        last_s = backward_s.max(axis=1)
         if plans.schedule not in SPLIT_BACKWARD:
-            once = roofline.overlapped_s(last, once) - last
-        after = roofline.overlapped_s(last, after) - last
+            gradients_s = roofline.overlapped_s(last_s, gradients_s) - last_s
+        gathers_s = roofline.overlapped_s(last_s, gathers_s) - last_s
 
     # AdamW reads gradient, weight and state and writes the latter two; clipping reads the gradient once more.
-    moved = 2 * implementation.gradient_bytes + 2 * (implementation.weight_bytes + implementation.optimizer_bytes)
-    share = np.where(plans.sharding >= OPTIMIZER, plans.data * plans.context, 1)
-    optimizer = most / share * (moved + implementation.working_bytes) / roofline.memory_rate
-    return once + after, optimizer
+    moved_bytes = 2 * software.gradient_bytes + 2 * (software.weight_bytes + software.optimizer_bytes)
+    shards = np.where(plans.sharding >= SHARD_OPTIMIZER, plans.data * plans.context, 1)
+    optimizer_s = most_trainable / shards * (moved_bytes + software.weight_copy_bytes) / roofline.memory_rate
+    return gradients_s + gathers_s, optimizer_s

@@ -1,4 +1,7 @@
-"""How much of a device's peak is reached: the constants of the time model, one set for each class of devices."""
+"""How much of a device's peak is reached: the constants of the time model, one set for each class of devices.
+
+benchmarks/fit_planner.py fits them to published measurements and writes data/efficiency.json.
+"""
 
 import json
 from dataclasses import dataclass
@@ -9,39 +12,43 @@ from typing import Any
 from moreh.errors import PlanError
 
 _DATA = Path(__file__).parent / "data" / "efficiency.json"
-# With fewer published runs than this, the worst one counts.
+# With fewer published runs than this, a quantile says nothing: the worst run counts.
 MIN_RUNS_FOR_QUANTILE = 10
 
 
 @dataclass(frozen=True)
 class Efficiency:
-    """The constants of one class of devices.
-
-    Fractions of a peak (0 to 1): `matmul` of large matrix products, `float8` the same in float8, `attention` of fused
-    attention kernels, `memory` of memory bandwidth, `node` and `network` of the links inside a node and between nodes.
-    `matmul_depth` is the inner dimension at which a matrix product reaches half its rate; `matmul_waves` the number of
-    rounds of tiles that a product loses to its last, incomplete one.
-    Seconds: `kernel_s` from one kernel to the next, `node_hop_s` and `network_hop_s` for each step of a ring.
-    `skew` is the share of computation that tensor-parallel ranks lose by waiting for the slowest of them at every exchange.
-    `partial_node`: the rate inside a node falls with this power of the share of the node's devices that a group has: 1 where
-    each pair of devices has a link of its own, 0 where all links lead to a switch and are filled by any group.
-    `contention` is how much of the shorter one of two overlapping activities adds to the longer one (0 to 1).
-    """
+    """The constants of one class of devices. Fractions are from 0 to 1."""
 
     matmul: float
+    """Fraction of the FLOP/s peak that large matmuls reach."""
     float8: float
+    """Fraction of the float8 peak that large matmuls in float8 reach."""
     matmul_depth: float
+    """The inner dimension at which a matmul reaches half of its rate."""
     matmul_waves: float
+    """Rounds of tiles that a matmul loses to its last, incomplete round."""
     attention: float
+    """Fraction of the FLOP/s peak that fused attention kernels reach."""
     memory: float
+    """Fraction of the peak memory bandwidth."""
     kernel_s: float
+    """Seconds from one kernel to the next."""
     node: float
+    """Fraction of the peak rate of links inside a node."""
     network: float
+    """Fraction of the peak rate of links between nodes."""
     node_hop_s: float
+    """Seconds of latency for each step of a ring inside a node."""
     network_hop_s: float
+    """Seconds of latency for each step of a ring over several nodes."""
     contention: float
+    """How much of the shorter one of two overlapping activities adds to the longer one (0 to 1)."""
     skew: float
+    """The share of computation that tensor-parallel ranks lose by waiting for the slowest of them at every exchange."""
     partial_node: float
+    """The rate inside a node falls with this power of the share of the node's devices that are in a group: 1 where each
+    pair of devices has a link of its own, 0 where all links lead to a switch and any group can fill them."""
 
 
 @cache
@@ -51,11 +58,11 @@ def _table() -> Any:
 
 def all_efficiencies() -> dict[str, Efficiency]:
     """The constants of every class of devices, by name."""
-    return {name: Efficiency(**row) for name, row in _table()["constants"].items()}
+    return {name: Efficiency(**constants) for name, constants in _table()["constants"].items()}
 
 
 def fitted_rows() -> frozenset[str]:
-    """The published runs that the constants were fitted to, by what they say (`row_digest` in benchmarks/published_runs.py)."""
+    """Digests of the published runs that were used for fitting (`row_digest` in benchmarks/published_runs.py)."""
     return frozenset(_table()["fitted_rows"])
 
 
@@ -73,21 +80,24 @@ def find_efficiency(name: str) -> Efficiency:
 
 @dataclass(frozen=True)
 class Uncertainty:
-    """How far predicted step times were off for a class of devices, in published runs that were not used to fit its constants.
+    """How far predicted step times are off for a class of devices, in published runs that were not used for fitting.
 
-    `runs` is their number, `error` a relative error (a fraction): the one that 4 of 5 runs stay below, or the worst one where
-    there are few runs. `lowest` and `highest` are the extreme errors, below 0 where the prediction was too fast. A class
-    without runs has those of all runs together, predicted with the constants that such a class is given.
+    Errors are relative (fractions). A class without runs has the errors of all runs together, predicted with the
+    constants that such a class is given.
     """
 
     runs: int
+    """Number of published runs."""
     error: float
+    """The absolute error that 4 of 5 runs stay below, or the worst one of fewer than MIN_RUNS_FOR_QUANTILE runs."""
     lowest: float
+    """The lowest error, below 0 if a prediction was too fast."""
     highest: float
+    """The highest error, above 0 if a prediction was too slow."""
 
     @property
     def text(self) -> str:
-        """Continues "Step times came out ..."."""
+        """A continuation of "Step times came out ..."."""
         extremes = f"from {abs(self.lowest):.0%} too fast to {max(0.0, self.highest):.0%} too slow"
         if self.runs == 0:
             return f"within {self.error:.0%} for 4 of 5 published runs on other devices; there is none on these"

@@ -1,16 +1,12 @@
 """What one worker of this machine measures while all others do: `python -m moreh.planner.hardware.microbenchmarks`.
 
-Workers share cores, memory and links, so that a rate that one of them reaches alone means little. Each is a process of its own
-that local_machine.py starts; before every measurement they wait for each other.
+Workers share cores, memory and links, so a rate that one worker reaches alone means little. Each worker is a process of
+its own, started by worker_processes.py. The workers wait for each other before every measurement.
 """
 
 import argparse
 import functools
 import json
-import os
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,33 +18,32 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional
 
-from moreh.errors import PlanError
+from moreh.planner.hardware.worker_processes import FIGURES_FILE
 
-# Rows, inner and outer size of matrix products on a processor: several depths of one result, several results of one depth.
-# Each takes few milliseconds, less than what the system gives another program at a time.
-DEPTHS = ((512, 64, 512), (512, 128, 512), (512, 512, 512), (256, 2048, 256), (256, 1024, 512))
-RESULTS = ((32, 256, 256), (128, 256, 256), (256, 256, 256), (512, 256, 1024))
-# Devices with their own memory are so much faster that those sizes would measure the start of kernels only.
-DEVICE_SCALE = 8
+# Rows, inner and outer size of matmuls on CPU: several depths of one result, and several results of one depth. Each
+# takes a few milliseconds, less than what the system gives another program at a time.
+MATMUL_DEPTHS = ((512, 64, 512), (512, 128, 512), (512, 512, 512), (256, 2048, 256), (256, 1024, 512))
+MATMUL_RESULTS = ((32, 256, 256), (128, 256, 256), (256, 256, 256), (512, 256, 1024))
+# Factor of sizes on GPUs, which are so fast that the sizes above would measure kernel launches only.
+GPU_SCALE = 8
 # Batch, heads, length and head size of attention.
 ATTENTION_SHAPE = (2, 4, 512, 64)
-# More than processors' caches hold.
+# More than the caches of CPUs hold.
 MEMORY_BYTES = 64 * 2**20
 # Bytes of a collective, and how often it is repeated: all workers must agree on the number.
 COLLECTIVES = {4 * 2**10: 15, 64 * 2**10: 11, 2**20: 7, 4 * 2**20: 5, 16 * 2**20: 3}
-CHAIN = 100  # tiny operations in a row
-# Of one measurement in one pass, and of all passes.
+# Tiny operations in a row.
+CHAIN = 100
+# Seconds of one measurement in one pass, and of all passes.
 BUDGET_S = 0.02
 ALL_PASSES_S = 5.0
-FIGURES_FILE = "figures.json"
-TIMEOUT_S = 180.0
 
-# Seconds by what took them: ("product", compute, rows, inner, outer), ("copy",), ...
+# Seconds by what took them: ("matmul", compute, rows, inner, outer), ("copy",), ...
 Figures = dict[tuple[str | int, ...], float]
 
 
 class Worker:
-    """One worker on its device, with the others in a process group if there are any."""
+    """One worker on its device, in a process group with the others if there are any."""
 
     def __init__(self, rank: int, workers: int, rendezvous: Path) -> None:
         self.rank, self.workers = rank, workers
@@ -57,16 +52,16 @@ class Worker:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
             self.half = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-            self.scale = DEVICE_SCALE
+            self.scale = GPU_SCALE
         if workers > 1:
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, init_method=f"file://{rendezvous}", rank=rank, world_size=workers)
 
     def measure(self) -> dict[str, Any]:
-        """Every figure, under the names that LocalProfile has for them; the same for all workers: the mean over them.
+        """Every figure by the name of its field in LocalProfile. All workers return the same: the mean over them.
 
-        Other programs make a measurement slower, never faster: the best of several passes counts. Passes are added until a
-        second one confirms nine tenths of the figures, for some seconds at most.
+        Other programs make a measurement slower, never faster, so the best of several passes counts. Passes are added
+        until a second one confirms 90 % of the figures, for ALL_PASSES_S at most.
         """
         begin = time.perf_counter()
         passes: list[Figures] = []
@@ -79,15 +74,16 @@ class Worker:
             confirmed, elapsed_s = self._means(state).values()
         seconds = self._means({key: values[0] for key, values in ordered.items()})
         batch, heads, length, head_dim = ATTENTION_SHAPE
-        # Only what the causal mask shows is counted.
+        # Only scores that the causal mask shows count.
         attention_flops = 4 * batch * self.scale * heads * length * (length / 2) * head_dim
         moved = (2 + 3) * MEMORY_BYTES * self.scale
         return {
-            "products": _records(seconds, "product", ("compute", "rows", "inner", "outer")),
+            "matmuls": _records(seconds, "matmul", ("compute", "rows", "inner", "outer")),
             "attention_float32_flops_per_second": attention_flops / seconds["attention", "float32"],
             "attention_bf16_flops_per_second": attention_flops / seconds["attention", "half"],
             "memory_bytes_per_second": moved / (seconds["copy",] + seconds["add",]),
-            # A part of what the other figure is of: where it seems longer, another program has disturbed all its passes.
+            # The forward pass is a part of the other figure. Where it seems to take longer, other programs disturbed
+            # it.
             "forward_operation_s": min(seconds["forward",], seconds["autograd",]) / CHAIN,
             "autograd_operation_s": seconds["autograd",] / CHAIN,
             "collectives": _records(seconds, "collective", ("operation", "size_bytes")),
@@ -100,44 +96,44 @@ class Worker:
         """Seconds of everything that is measured, once."""
         figures: Figures = {}
         for compute, dtype in {"float32": torch.float32, "half": self.half}.items():
-            for rows, inner, outer in DEPTHS + RESULTS:
+            for rows, inner, outer in MATMUL_DEPTHS + MATMUL_RESULTS:
                 rows, outer = rows * self.scale, outer * self.scale
-                figures["product", compute, rows, inner, outer] = self._matmul_s(rows, inner, outer, dtype)
+                figures["matmul", compute, rows, inner, outer] = self._matmul_s(rows, inner, outer, dtype)
             figures["attention", compute] = self._attention_s(dtype)
         figures |= self._memory_s() | self._operation_s()
         return figures | self._collectives() | self._overlap() if self.workers > 1 else figures
 
     def _matmul_s(self, rows: int, inner: int, outer: int, dtype: torch.dtype) -> float:
-        """Seconds of the product of a linear layer."""
-        values = torch.randn(rows, inner, device=self.device).to(dtype)
+        """Seconds of the matmul of a linear layer."""
+        x = torch.randn(rows, inner, device=self.device).to(dtype)
         weight = torch.randn(outer, inner, device=self.device).to(dtype)
-        return self._typical_s(lambda: functional.linear(values, weight))
+        return self._typical_s(lambda: functional.linear(x, weight))
 
     def _attention_s(self, dtype: torch.dtype) -> float:
         """Seconds of causal attention, forward."""
         shape = (ATTENTION_SHAPE[0] * self.scale, *ATTENTION_SHAPE[1:])
-        q, k, v = (torch.randn(shape, device=self.device).to(dtype) for _ in range(3))
-        return self._typical_s(lambda: functional.scaled_dot_product_attention(q, k, v, is_causal=True))
+        query, key, value = (torch.randn(shape, device=self.device).to(dtype) for _ in range(3))
+        return self._typical_s(lambda: functional.scaled_dot_product_attention(query, key, value, is_causal=True))
 
     def _memory_s(self) -> Figures:
         """Seconds of a copy, which moves twice MEMORY_BYTES, and of an addition, which moves three times as much."""
         elements = MEMORY_BYTES // 4 * self.scale
-        left, right, result = (torch.ones(elements, device=self.device) for _ in range(3))
+        a, b, out = (torch.ones(elements, device=self.device) for _ in range(3))
         return {
-            ("copy",): self._typical_s(lambda: result.copy_(left)),
-            ("add",): self._typical_s(lambda: torch.add(left, right, out=result)),
+            ("copy",): self._typical_s(lambda: out.copy_(a)),
+            ("add",): self._typical_s(lambda: torch.add(a, b, out=out)),
         }
 
     def _operation_s(self) -> Figures:
-        """Seconds of CHAIN operations of layers on tiny tensors: of a forward pass, and of forward and backward pass."""
+        """Seconds of CHAIN operations of layers on tiny tensors: forward alone, and forward with backward."""
         layer = nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 16), nn.GELU()).to(self.device)
         start = torch.ones(4, 16, device=self.device)
 
         def chain() -> torch.Tensor:
-            values = start
+            x = start
             for _ in range(CHAIN // 4):
-                values = values + layer(values)
-            return values.sum()
+                x = x + layer(x)
+            return x.sum()
 
         def forward() -> None:
             with torch.no_grad():
@@ -149,45 +145,45 @@ class Worker:
         }
 
     def _collectives(self) -> Figures:
-        """Seconds of all-reduces and all-gathers; the size in bytes is that of the whole result."""
+        """Seconds of all-reduces and all-gathers, by the bytes of the whole result."""
         figures: Figures = {}
         for size, repetitions in COLLECTIVES.items():
-            part = torch.ones(-(-size // 4 // self.workers), device=self.device)
-            whole = torch.ones(part.numel() * self.workers, device=self.device)
-            reduce = functools.partial(dist.all_reduce, whole, dist.ReduceOp.MAX)
-            gather = functools.partial(dist.all_gather_single, whole, part)
-            figures["collective", "all-reduce", whole.nbytes] = self._typical_s(reduce, repetitions)
-            figures["collective", "all-gather", whole.nbytes] = self._typical_s(gather, repetitions)
+            shard = torch.ones(-(-size // 4 // self.workers), device=self.device)
+            full = torch.ones(shard.numel() * self.workers, device=self.device)
+            all_reduce = functools.partial(dist.all_reduce, full, dist.ReduceOp.MAX)
+            all_gather = functools.partial(dist.all_gather_single, full, shard)
+            figures["collective", "all-reduce", full.nbytes] = self._typical_s(all_reduce, repetitions)
+            figures["collective", "all-gather", full.nbytes] = self._typical_s(all_gather, repetitions)
         return figures
 
     def _overlap(self) -> Figures:
-        """Seconds of products and of an all-reduce that takes about as long: alone, beside each other, and in a row."""
-        values = torch.randn(256 * self.scale, 256 * self.scale, device=self.device)
-        whole, tiny = torch.ones(2**20 * self.scale**2, device=self.device), torch.ones(1, device=self.device)
+        """Seconds of matmuls and of an all-reduce that takes about as long: alone, overlapped, and in a row."""
+        x = torch.randn(256 * self.scale, 256 * self.scale, device=self.device)
+        large, tiny = torch.ones(2**20 * self.scale**2, device=self.device), torch.ones(1, device=self.device)
 
         def multiply() -> None:
             for _ in range(8):
-                values @ values
+                x @ x
 
-        def multiply_beside() -> None:
-            exchange = dist.all_reduce(whole, dist.ReduceOp.MAX, async_op=True)
+        def multiply_during_exchange() -> None:
+            exchange = dist.all_reduce(large, dist.ReduceOp.MAX, async_op=True)
             multiply()
             exchange.wait()
 
-        def multiply_before() -> None:
+        def multiply_before_exchange() -> None:
             multiply()
             dist.all_reduce(tiny, dist.ReduceOp.MAX)
 
         return {
             ("multiply",): self._typical_s(multiply, 5),
-            ("exchange",): self._typical_s(lambda: dist.all_reduce(whole, dist.ReduceOp.MAX), 5),
+            ("exchange",): self._typical_s(lambda: dist.all_reduce(large, dist.ReduceOp.MAX), 5),
             ("exchange tiny",): self._typical_s(lambda: dist.all_reduce(tiny, dist.ReduceOp.MAX), 9),
-            ("multiply beside",): self._typical_s(multiply_beside, 5),
-            ("multiply before",): self._typical_s(multiply_before, 5),
+            ("multiply during exchange",): self._typical_s(multiply_during_exchange, 5),
+            ("multiply before exchange",): self._typical_s(multiply_before_exchange, 5),
         }
 
     def _means(self, figures: Figures) -> Figures:
-        """The means over the workers, so that all of them go on with the same numbers."""
+        """The means over the workers, so that all of them continue with the same numbers."""
         if self.workers == 1:
             return figures
         values = torch.tensor(list(figures.values()), dtype=torch.float64, device=self.device)
@@ -195,7 +191,11 @@ class Worker:
         return dict(zip(figures, (values / self.workers).tolist(), strict=True))
 
     def _typical_s(self, run: Callable[[], object], repetitions: int | None = None) -> float:
-        """Seconds of `run` at its lower quartile, without the first call: of BUDGET_S, or of `repetitions`."""
+        """The lower quartile of the seconds of `run`, without its first call.
+
+        Args:
+            repetitions: How often to run; None for as often as BUDGET_S allows, and at least 3 times.
+        """
         run()
         self._synchronize()
         if self.workers > 1:
@@ -214,9 +214,9 @@ class Worker:
             torch.cuda.synchronize(self.device)
 
     def _hardware(self) -> dict[str, int]:
-        """Memory that each worker may use, and what works on a tile of a product each.
+        """Memory that each worker may use, and the units that each work on a tile of a matmul.
 
-        Workers on the processor share the memory that is free now; its cores divide every product among them.
+        Workers on CPU share the memory that is free now. The cores share every matmul, so they count as one unit.
         """
         if self.device.type == "cuda":
             properties = torch.cuda.get_device_properties(self.device)
@@ -225,7 +225,7 @@ class Worker:
 
 
 def _records(seconds: Figures, kind: str, names: tuple[str, ...]) -> list[dict[str, Any]]:
-    """The figures of one kind, each with its seconds and the parts of its key under these names."""
+    """The figures of one kind: for each the parts of its key by `names`, and its seconds."""
     return [dict(zip(names, key[1:], strict=True), seconds=value) for key, value in seconds.items() if key[0] == kind]
 
 
@@ -234,56 +234,13 @@ def _overlap_shares(seconds: Figures) -> dict[str, float]:
     if ("multiply",) not in seconds:
         return {"contention": 0.0, "skew": 0.0}
     shorter, longer = sorted((seconds["multiply",], seconds["exchange",]))
-    contention = (seconds["multiply beside",] - longer) / shorter
-    skew = (seconds["multiply before",] - seconds["exchange tiny",]) / seconds["multiply",] - 1
+    contention = (seconds["multiply during exchange",] - longer) / shorter
+    skew = (seconds["multiply before exchange",] - seconds["exchange tiny",]) / seconds["multiply",] - 1
     return {"contention": min(max(contention, 0.0), 1.0), "skew": min(max(skew, 0.0), 1.0)}
 
 
-def run_workers(workers: int, threads: int) -> dict[str, Any]:
-    """Measure in so many processes of so many threads each; returns what `Worker.measure` does.
-
-    Raises:
-        PlanError: one of the processes failed, or they took too long.
-    """
-    with tempfile.TemporaryDirectory(prefix="moreh-measure-") as name:
-        directory = Path(name)
-        # Not multiprocessing, which would run a script without a main guard again.
-        command = [sys.executable, "-m", "moreh.planner.hardware.microbenchmarks", f"--directory={directory}"]
-        command += [f"--workers={workers}", f"--threads={threads}"]
-        path = os.pathsep.join(filter(None, (str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH"))))
-        # Threads that sleep while they wait are disturbed least by other programs.
-        env = {"GOMP_SPINCOUNT": "1000"} | os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": path}
-        env["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
-        processes: list[subprocess.Popen[bytes]] = []
-        try:
-            for rank in range(workers):
-                rank_command = [*command, f"--rank={rank}"]
-                with (directory / f"{rank}.log").open("wb") as log:
-                    processes.append(subprocess.Popen(rank_command, env=env, cwd=directory, stdout=log, stderr=log))
-            _wait(processes, directory)
-        finally:
-            for process in processes:
-                process.kill()
-                process.wait()
-        return json.loads((directory / FIGURES_FILE).read_text(encoding="utf-8"))
-
-
-def _wait(processes: list[subprocess.Popen[bytes]], directory: Path) -> None:
-    """Until all have ended well. Raises PlanError, with the last line that it wrote, as soon as one has failed."""
-    deadline = time.monotonic() + TIMEOUT_S
-    while (codes := [process.poll() for process in processes]) != [0] * len(processes):
-        for rank, code in enumerate(codes):
-            if code:
-                lines = (directory / f"{rank}.log").read_text(encoding="utf-8", errors="replace").splitlines()
-                last = next((line for line in reversed(lines) if line.strip()), f"exit code {code}")
-                raise PlanError(f"this machine could not be measured with {len(processes)} workers: {last.strip()}")
-        if time.monotonic() > deadline:
-            raise PlanError(f"measuring this machine with {len(processes)} workers took more than {TIMEOUT_S:.0f} s")
-        time.sleep(0.02)
-
-
 def main() -> None:
-    """Measure as one of several workers; the first one writes the figures to FIGURES_FILE."""
+    """Measure as one of several workers. Rank 0 writes the figures to FIGURES_FILE."""
     parser = argparse.ArgumentParser(description=__doc__)
     for name, kind in {"rank": int, "workers": int, "threads": int, "directory": Path}.items():
         parser.add_argument(f"--{name}", type=kind, required=True)

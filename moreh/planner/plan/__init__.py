@@ -1,1 +1,1 @@
-"""plan."""
+"""What the planner decides: plans, tables of them, their pipeline schedules, and their notation."""

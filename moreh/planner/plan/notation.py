@@ -1,6 +1,6 @@
 """A plan in one line of text, and back: `tp4 pp8 dp2 mb1x64 interleaved:2 recompute:selective shard:optimizer sp`.
 
-LEGEND describes the pieces.
+LEGEND describes the fields. `plan_text` writes a plan, `parse_plan` reads what users give to `moreh-plan --explain`.
 """
 
 import re
@@ -18,18 +18,18 @@ from moreh.planner.plan.schedules import SPLIT_BACKWARD, is_runnable
 
 # For the help of moreh-plan.
 LEGEND = """\
-The text of a plan has these pieces, in any order:
+The text of a plan has these fields, in any order:
   tp4 pp8 dp2 cp2       sizes of the tensor, pipeline, data and context groups
   mb1x64                micro-batches of 1 row, 64 of them in a step
   interleaved:2         the pipeline's schedule and the chunks of each rank; also 1f1b, zero-bubble:N, zbv
   recompute:selective   what is recomputed; also none, full
-  shard:optimizer       what data-parallel ranks divide; also none, gradients, parameters
+  shard:optimizer       what data-parallel ranks shard; also none, gradients, parameters
   sp                    sequence parallelism
   layers:9,10x6,11      layers of each stage: 9, then 10 in six stages, then 11
-What is left out is filled in: sizes are 1 (dp: what the devices leave; mb: rows of 1, as many as the
-batch needs), the schedule is 1f1b, recompute and shard are none, and layers are divided evenly.
+Fields that are left out are filled in: sizes are 1 (dp: what the devices leave; mb: rows of 1, as many as
+the batch needs), the schedule is 1f1b, recompute and shard are none, and layers are spread evenly.
 """
-# Chunks of a schedule that is named without a number.
+# Chunks of a schedule that is given without a number.
 DEFAULT_CHUNKS: dict[Schedule, int] = {"1f1b": 1, "interleaved": 2, "zero-bubble": 1, "zbv": 2}
 _NUMBER = r"\d{1,7}"
 _PATTERNS = {
@@ -44,7 +44,7 @@ _PATTERNS = {
     "sp": "(sp)",
     "layers": rf"layers:({_NUMBER}(?:x{_NUMBER})?(?:,{_NUMBER}(?:x{_NUMBER})?)*)",
 }
-# What a misspelt piece is compared with, and what the message then shows for it.
+# What an unknown field is compared with, and the example that the error shows for the nearest one.
 _EXAMPLES = {
     **{name: f"{name}4" for name in ("tp", "pp", "dp", "cp")},
     "mb": "mb1x64",
@@ -57,12 +57,12 @@ _EXAMPLES = {
 
 
 def plan_text(plan: Plan) -> str:
-    """The plan in one line; what has its default value is left out, except the sizes that every plan has."""
-    return " ".join(text for text in plan_pieces(plan).values() if text)
+    """The plan in one line. Fields with their default value are left out, except the sizes that every plan has."""
+    return " ".join(text for text in plan_fields(plan).values() if text)
 
 
-def plan_pieces(plan: Plan) -> dict[str, str]:
-    """The pieces of the text by their name; empty where a piece has its default value and is left out."""
+def plan_fields(plan: Plan) -> dict[str, str]:
+    """The text of each field by the field's name; empty where a field has its default value and is left out."""
     chunks = "" if plan.schedule == "zbv" else f":{plan.chunks}"
     even = even_layers(sum(plan.stage_layers), len(plan.stage_layers))
     return {
@@ -80,20 +80,26 @@ def plan_pieces(plan: Plan) -> dict[str, str]:
 
 
 def parse_plan(text: str, training: Training, devices: int) -> Plan:
-    """The plan that a text describes, for a training on so many devices.
+    """The plan that a text describes.
+
+    Accepts plans that torch alone refuses, as long as their order of operations is defined: `torch_refusal` tells.
+
+    Args:
+        training: The training that the plan is for.
+        devices: The devices that the plan has to occupy.
 
     Raises:
-        PlanError: an unknown piece or one given twice; sizes that do not multiply to the devices; a batch that they do not
-            divide; a tensor size that does not divide the heads; layers that do not add up; a schedule whose order is
-            not defined. What torch alone refuses is accepted: `torch_refusal` tells.
+        PlanError: an unknown field or one given twice; sizes whose product is not the number of devices; a batch that
+            does not split into the micro-batches; a tensor-parallel size that does not divide the heads; layers that do
+            not add up; a schedule whose order is not defined.
     """
-    pieces = _pieces(text)
-    tensor, pipeline, context = (_size(pieces, name) for name in ("tp", "pp", "cp"))
-    data = _data(pieces, tensor * pipeline * context, devices)
-    micro_batch_size, micro_batches = _micro_batches(pieces, data, training.global_batch_size)
-    schedule, chunks = _schedule(pieces, pipeline)
+    given = _parse_fields(text)
+    tensor, pipeline, context = (_size(given, name) for name in ("tp", "pp", "cp"))
+    data = _data(given, tensor * pipeline * context, devices)
+    micro_batch_size, micro_batches = _micro_batches(given, data, training.global_batch_size)
+    schedule, chunks = _schedule(given, pipeline)
     plan = Plan(
-        stage_layers=_layers(pieces, len(training.architecture.layers), pipeline * chunks),
+        stage_layers=_layers(given, len(training.architecture.layers), pipeline * chunks),
         tensor=tensor,
         pipeline=pipeline,
         data=data,
@@ -102,61 +108,61 @@ def parse_plan(text: str, training: Training, devices: int) -> Plan:
         micro_batches=micro_batches,
         schedule=schedule,
         chunks=chunks,
-        recomputation=next(value for value in RECOMPUTATIONS if value == pieces.get("recompute", "none")),
-        sharding=next(value for value in SHARDINGS if value == pieces.get("shard", "none")),
-        sequence_parallel="sp" in pieces,
+        recomputation=next(value for value in RECOMPUTATIONS if value == given.get("recompute", "none")),
+        sharding=next(value for value in SHARDINGS if value == given.get("shard", "none")),
+        sequence_parallel="sp" in given,
     )
     _check(plan, training)
     return plan
 
 
 def _run_lengths(numbers: tuple[int, ...]) -> str:
-    """Equal neighbours once, with their number: (9, 10, 10, 11) is 9,10x2,11."""
+    """Runs of equal numbers with their lengths: (9, 10, 10, 11) is "9,10x2,11"."""
     runs = [(number, len(list(group))) for number, group in groupby(numbers)]
     return ",".join(f"{number}x{count}" if count > 1 else str(number) for number, count in runs)
 
 
-def _pieces(text: str) -> dict[str, str]:
-    """What stands behind the name of each piece."""
-    found: dict[str, str] = {}
+def _parse_fields(text: str) -> dict[str, str]:
+    """The value of each field that is given, by the field's name, without its prefix."""
+    fields: dict[str, str] = {}
     for word in text.lower().split():
         matches = {name: re.fullmatch(pattern, word) for name, pattern in _PATTERNS.items()}
         name, match = next(((name, match) for name, match in matches.items() if match), ("", None))
         if match is None:
-            raise _unknown(word)
-        if name in found:
-            raise PlanError(f"plan: there are two pieces for {name}, the second is {word!r}: give one")
-        found[name] = match[1]
-    if not found:
-        raise PlanError("the plan is empty: give pieces such as 'tp4 pp8 dp2 mb1x64'")
-    return found
+            raise _unknown_field(word)
+        if name in fields:
+            raise PlanError(f"plan: the field {name} is given twice, the second time as {word!r}: give one")
+        fields[name] = match[1]
+    if not fields:
+        raise PlanError("the plan is empty: give fields such as 'tp4 pp8 dp2 mb1x64'")
+    return fields
 
 
-def _unknown(word: str) -> PlanError:
+def _unknown_field(word: str) -> PlanError:
     letters = re.split(r"(?<=[a-z])\d", word)[0]
     near = get_close_matches(word, _EXAMPLES, n=1) or get_close_matches(letters, _EXAMPLES, n=1, cutoff=0.4)
     hint = f"did you mean one like {_EXAMPLES[near[0]]}?" if near else f"there are {', '.join(_EXAMPLES.values())}"
-    return PlanError(f"plan: {word[:40]!r} is no piece of a plan: {hint}")
+    return PlanError(f"plan: {word[:40]!r} is not a field of a plan: {hint}")
 
 
-def _size(pieces: dict[str, str], name: str) -> int:
-    size = int(pieces.get(name, "1"))
+def _size(fields: dict[str, str], name: str) -> int:
+    size = int(fields.get(name, "1"))
     if size < 1:
         raise PlanError(f"plan: {name}{size} is not possible: give at least {name}1")
     return size
 
 
-def _data(pieces: dict[str, str], others: int, devices: int) -> int:
-    sizes = " ".join(f"{name}{pieces[name]}" for name in ("tp", "pp", "cp") if name in pieces) or "the plan"
-    if "dp" not in pieces:
+def _data(fields: dict[str, str], others: int, devices: int) -> int:
+    sizes = " ".join(f"{name}{fields[name]}" for name in ("tp", "pp", "cp") if name in fields) or "the plan"
+    if "dp" not in fields:
         if devices % others:
             raise PlanError(
                 f"plan: {sizes} does not divide {devices} devices: give sizes whose product divides {devices}"
             )
         return devices // others
-    data = _size(pieces, "dp")
+    data = _size(fields, "dp")
     if data * others != devices:
-        sizes = " ".join(f"{name}{pieces[name]}" for name in ("tp", "pp", "dp", "cp") if name in pieces)
+        sizes = " ".join(f"{name}{fields[name]}" for name in ("tp", "pp", "dp", "cp") if name in fields)
         instead = (
             f"dp{devices // others}, or leave dp out" if devices % others == 0 else f"sizes with the product {devices}"
         )
@@ -165,13 +171,13 @@ def _data(pieces: dict[str, str], others: int, devices: int) -> int:
     return data
 
 
-def _micro_batches(pieces: dict[str, str], data: int, batch: int) -> tuple[int, int]:
+def _micro_batches(fields: dict[str, str], data: int, batch: int) -> tuple[int, int]:
     if batch % data:
         raise PlanError(
             f"plan: dp{data} does not divide the batch of {batch} rows: give a dp that does, or another batch size"
         )
     rows = batch // data
-    size_text, _, count_text = pieces.get("mb", "1").partition("x")
+    size_text, _, count_text = fields.get("mb", "1").partition("x")
     size = int(size_text)
     if size < 1 or rows % size:
         raise PlanError(
@@ -181,13 +187,13 @@ def _micro_batches(pieces: dict[str, str], data: int, batch: int) -> tuple[int, 
         made = data * size * int(count_text)
         instead = f"mb{size}x{rows // size}"
         raise PlanError(
-            f"plan: dp{data} mb{pieces['mb']} makes a batch of {made} rows, but it has {batch}: give {instead}"
+            f"plan: dp{data} mb{fields['mb']} makes a batch of {made} rows, but it has {batch}: give {instead}"
         )
     return size, rows // size
 
 
-def _schedule(pieces: dict[str, str], pipeline: int) -> tuple[Schedule, int]:
-    name, _, number = pieces.get("schedule", "1f1b").partition(":")
+def _schedule(fields: dict[str, str], pipeline: int) -> tuple[Schedule, int]:
+    name, _, number = fields.get("schedule", "1f1b").partition(":")
     schedule = next(known for known in SCHEDULES if known == name)
     chunks = int(number) if number else DEFAULT_CHUNKS[schedule]
     if pipeline == 1 and schedule != "1f1b":
@@ -197,28 +203,29 @@ def _schedule(pieces: dict[str, str], pipeline: int) -> tuple[Schedule, int]:
     return schedule, chunks
 
 
-def _layers(pieces: dict[str, str], layers: int, stages: int) -> tuple[int, ...]:
+def _layers(fields: dict[str, str], layers: int, stages: int) -> tuple[int, ...]:
     if not 1 <= stages <= layers:
         raise PlanError(
             f"plan: pp and chunks make {stages} stages, but the model has {layers} layers: give 1 to {layers} stages"
         )
-    if "layers" not in pieces:
+    if "layers" not in fields:
         return even_layers(layers, stages)
     runs = [
         (int(number), int(count or 1))
-        for number, _, count in (run.partition("x") for run in pieces["layers"].split(","))
+        for number, _, count in (run.partition("x") for run in fields["layers"].split(","))
     ]
-    given, total = sum(count for _, count in runs), sum(number * count for number, count in runs)
-    if given != stages or total != layers or any(number < 1 for number, _ in runs):
+    run_stages, total = sum(count for _, count in runs), sum(number * count for number, count in runs)
+    if run_stages != stages or total != layers or any(number < 1 for number, _ in runs):
         raise PlanError(
-            f"plan: layers:{pieces['layers']} gives {total} layers to {given} stages, but there are {layers} layers for "
-            f"{stages} stages, at least one each: leave it out, or give {_run_lengths(even_layers(layers, stages))}"
+            f"plan: layers:{fields['layers']} gives {total} layers to {run_stages} stages, but there are {layers} "
+            f"layers for {stages} stages, at least one each: leave it out, or give "
+            f"{_run_lengths(even_layers(layers, stages))}"
         )
     return tuple(number for number, count in runs for _ in range(count))
 
 
 def _check(plan: Plan, training: Training) -> None:
-    """What depends on several pieces: heads, sequence, groups of one, and the schedule."""
+    """Raise PlanError for problems between fields: heads, sequence length, groups of one rank, and the schedule."""
     for problem in _problems(plan, training):
         raise PlanError(f"plan: {problem}")
     refusal = torch_refusal(plan)
@@ -228,53 +235,59 @@ def _check(plan: Plan, training: Training) -> None:
 
 
 def torch_refusal(plan: Plan) -> str:
-    """Why torch does not run the schedule of a plan, in pieces of its text; empty where it does."""
+    """Why torch does not run the schedule of a plan, in terms of the plan's fields; empty if torch runs it."""
     pipeline, count = plan.pipeline, plan.micro_batches
-    if _is_run(plan, count):
+    if _torch_runs(plan, count):
         return ""
-    given = f"pp{pipeline} mb{plan.micro_batch_size}x{count}"
+    fields = f"pp{pipeline} mb{plan.micro_batch_size}x{count}"
     if plan.schedule == "1f1b":
-        return f"1f1b needs at least as many micro-batches as stages, and {given} has {count} for {pipeline}"
+        return f"1f1b needs at least as many micro-batches as stages, and {fields} has {count} for {pipeline}"
     return (
-        f"{plan.schedule} with {given} takes micro-batches in {count // pipeline} rounds, which have to be equal, and "
-        f"{count} cannot be divided so"
+        f"{plan.schedule} with {fields} takes the micro-batches in {count // pipeline} equal rounds, into which "
+        f"{count} micro-batches do not split"
     )
 
 
-def _is_run(plan: Plan, micro_batches: int) -> bool:
-    """Whether torch runs the plan's pipeline with so many micro-batches."""
+def _torch_runs(plan: Plan, micro_batches: int) -> bool:
+    """Whether torch runs the plan's pipeline with this number of micro-batches."""
     return bool(
         is_runnable(plan.schedule, np.asarray(plan.pipeline), np.asarray(micro_batches), np.asarray(plan.chunks))
     )
 
 
 def _nearest_micro_batches(plan: Plan) -> str:
+    """The `mb` field with the nearest number of micro-batches that torch runs."""
     rows = plan.micro_batch_size * plan.micro_batches
-    counts = [count for count in range(1, rows + 1) if rows % count == 0 and _is_run(plan, count)]
+    counts = [count for count in range(1, rows + 1) if rows % count == 0 and _torch_runs(plan, count)]
     count = min(counts, key=lambda count: abs(count - plan.micro_batches))
     return f"mb{rows // count}x{count}"
 
 
 def _problems(plan: Plan, training: Training) -> Iterator[str]:
+    """What contradicts the model, the sequences or another field; each with the remedy."""
     length = training.sequence_length
     heads = gcd(*(number for layer in training.architecture.layers for number in (layer.heads, layer.kv_heads)))
-    if heads % plan.tensor:
-        yield f"tp{plan.tensor} does not divide the attention heads, whose common divisor is {heads}: give a divisor of it"
-    if plan.context > 1 and length % (2 * plan.context):
-        yield f"cp{plan.context} needs sequences of a multiple of {2 * plan.context} tokens, not of {length}: leave cp out"
-    if plan.sequence_parallel and plan.tensor == 1:
-        yield "sp divides sequences over the tensor-parallel ranks, but the plan has tp1: leave it out, or give another tp"
-    if plan.sequence_parallel and length % plan.tensor:
-        yield f"sp with tp{plan.tensor} needs sequences of a multiple of that, but they have {length} tokens: leave sp out"
-    if plan.sharding != "none" and plan.data * plan.context == 1:
-        yield f"shard:{plan.sharding} divides over data-parallel ranks, but the plan has dp1: leave it out, or give another dp"
+    tensor, context, ranks = plan.tensor, plan.context, plan.data * plan.context
+    if heads % tensor:
+        yield f"tp{tensor} does not divide the attention heads, whose common divisor is {heads}: give a divisor of it"
+    if context > 1 and length % (2 * context):
+        yield f"cp{context} needs sequences of a multiple of {2 * context} tokens, not of {length}: leave cp out"
+    if plan.sequence_parallel and tensor == 1:
+        yield "sp splits sequences over tensor-parallel ranks, but the plan has tp1: leave it out, or give another tp"
+    if plan.sequence_parallel and length % tensor:
+        yield f"sp with tp{tensor} needs sequences of a multiple of {tensor} tokens, not of {length}: leave sp out"
+    if plan.sharding != "none" and ranks == 1:
+        yield (
+            f"shard:{plan.sharding} shards over data-parallel ranks, but the plan has dp1: leave it out, or give "
+            "another dp"
+        )
     if plan.sharding != "none" and plan.schedule in SPLIT_BACKWARD:
         yield (
-            f"shard:{plan.sharding} does not go with {plan.schedule}, whose backward pass in two parts leaves the gradients of "
-            "sharded parameters wrong: use interleaved or 1f1b"
+            f"shard:{plan.sharding} does not go with {plan.schedule}, whose split backward pass leaves the gradients "
+            "of sharded parameters wrong: use interleaved or 1f1b"
         )
     if plan.recomputation != "none" and plan.schedule in SPLIT_BACKWARD:
         yield (
-            f"recompute:{plan.recomputation} does not go with {plan.schedule}, whose backward pass in two parts would "
+            f"recompute:{plan.recomputation} does not go with {plan.schedule}, whose split backward pass would "
             "recompute again for the gradient of every matrix: use interleaved or 1f1b"
         )

@@ -8,11 +8,12 @@ from moreh.models.architecture import Architecture
 # The pipeline schedules of torch.distributed.pipelining: Schedule1F1B, ScheduleInterleaved1F1B,
 # ScheduleInterleavedZeroBubble and ScheduleZBVZeroBubble.
 Schedule = Literal["1f1b", "interleaved", "zero-bubble", "zbv"]
-# none keeps every activation; selective recomputes attention's scores (or all that is no matrix product, where attention is
-# fused); full keeps the input of each layer only.
+# none: every activation is kept.
+# selective: attention's scores are recomputed; where attention is fused, everything but matmuls and attention is.
+# full: only the input of each layer is kept.
 Recomputation = Literal["none", "selective", "full"]
-# What is divided over the data-parallel ranks: nothing, optimizer state (ZeRO-1), gradients too (ZeRO-2), and
-# parameters too (ZeRO-3), as in https://arxiv.org/abs/1910.02054.
+# What is sharded over the data-parallel ranks (https://arxiv.org/abs/1910.02054): nothing, optimizer state (ZeRO-1),
+# gradients too (ZeRO-2), and parameters too (ZeRO-3).
 Sharding = Literal["none", "optimizer", "gradients", "parameters"]
 
 SCHEDULES: tuple[Schedule, ...] = ("1f1b", "interleaved", "zero-bubble", "zbv")
@@ -22,45 +23,55 @@ SHARDINGS: tuple[Sharding, ...] = ("none", "optimizer", "gradients", "parameters
 
 @dataclass(frozen=True)
 class Plan:
-    """How one training step is divided over devices.
+    """How one training step is split over devices.
 
-    `tensor * context * data * pipeline` is the number of devices; the tensor-parallel ranks are neighbours, the stages
-    of a pipeline the farthest apart. `micro_batch_size` rows (of one data-parallel rank) are computed at once, `micro_batches`
-    times a step. Each pipeline rank holds `chunks` of the `pipeline * chunks` stages; `stage_layers` gives the number of
-    layers of each stage, from the first to the last.
+    Tensor-parallel ranks are neighbors, then come context-parallel, data-parallel and pipeline ranks: the stages of a
+    pipeline are the farthest apart.
     """
 
     stage_layers: tuple[int, ...]
+    """The number of layers of each of the `pipeline * chunks` stages, in the model's order."""
     tensor: int = 1
+    """Tensor-parallel size."""
     pipeline: int = 1
+    """Pipeline-parallel size: ranks, not stages."""
     data: int = 1
+    """Data-parallel size."""
     context: int = 1
+    """Context-parallel size."""
     micro_batch_size: int = 1
+    """Sequences that one data-parallel rank computes at once."""
     micro_batches: int = 1
+    """Micro-batches of one data-parallel rank in a step."""
     schedule: Schedule = "1f1b"
+    """The pipeline schedule; "1f1b" where there is no pipeline."""
     chunks: int = 1
+    """Stages that each pipeline rank holds (virtual pipeline stages)."""
     recomputation: Recomputation = "none"
     sharding: Sharding = "none"
     sequence_parallel: bool = False
+    """Whether tensor-parallel ranks split norms and residuals along the sequence (https://arxiv.org/abs/2205.05198)."""
 
     @property
     def devices(self) -> int:
-        """The number of devices the plan occupies."""
+        """The number of devices that the plan occupies."""
         return self.tensor * self.context * self.data * self.pipeline
 
     @property
     def global_batch_size(self) -> int:
-        """Rows of one training step."""
+        """Sequences of one training step."""
         return self.data * self.micro_batch_size * self.micro_batches
 
 
 @dataclass(frozen=True)
 class Training:
-    """One training step: `global_batch_size` rows of `sequence_length` tokens through a model."""
+    """One training step of a model."""
 
     architecture: Architecture
     global_batch_size: int
+    """Sequences of one step, over all ranks and micro-batches."""
     sequence_length: int
+    """Tokens of each sequence."""
 
     @property
     def tokens(self) -> int:

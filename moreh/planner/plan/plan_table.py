@@ -5,32 +5,31 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
-from moreh.planner.plan.arrays import Booleans, Floats, Integers
+from moreh.planner.plan.arrays import BoolArray, FloatArray, IntArray
 from moreh.planner.plan.plan import RECOMPUTATIONS, SHARDINGS, Plan, Schedule
+from moreh.planner.plan.stage_layout import stage_to_rank
 
-NONE, SELECTIVE, FULL = range(len(RECOMPUTATIONS))
-WHOLE, OPTIMIZER, GRADIENTS, PARAMETERS = range(len(SHARDINGS))
+# Codes of `PlanTable.recomputation` and `PlanTable.sharding`. A larger sharding code shards more.
+RECOMPUTE_NONE, RECOMPUTE_SELECTIVE, RECOMPUTE_FULL = range(len(RECOMPUTATIONS))
+SHARD_NONE, SHARD_OPTIMIZER, SHARD_GRADIENTS, SHARD_PARAMETERS = range(len(SHARDINGS))
 
 
 @dataclass(frozen=True)
 class PlanTable:
-    """`n` plans with the same pipeline: the fields of `Plan`, [n] each, and `stage_layers` as [n, pipeline * chunks].
-
-    `recomputation` and `sharding` are places in RECOMPUTATIONS and SHARDINGS.
-    """
+    """`n` plans with the same pipeline size, number of chunks and schedule. See `Plan` for what the fields mean."""
 
     pipeline: int
     chunks: int
     schedule: Schedule
-    tensor: Integers
-    context: Integers
-    data: Integers
-    micro_batch_size: Integers
-    micro_batches: Integers
-    recomputation: Integers
-    sharding: Integers
-    sequence_parallel: Booleans
-    stage_layers: Integers
+    tensor: IntArray  # [n]
+    context: IntArray  # [n]
+    data: IntArray  # [n]
+    micro_batch_size: IntArray  # [n]
+    micro_batches: IntArray  # [n]
+    recomputation: IntArray  # [n], a RECOMPUTE_... code: an index into RECOMPUTATIONS
+    sharding: IntArray  # [n], a SHARD_... code: an index into SHARDINGS
+    sequence_parallel: BoolArray  # [n]
+    stage_layers: IntArray  # [n, pipeline * chunks]
 
     def __len__(self) -> int:
         return len(self.tensor)
@@ -40,12 +39,17 @@ class PlanTable:
         """Stages of the pipeline, over all ranks and chunks."""
         return self.pipeline * self.chunks
 
-    def rows(self, places: Integers) -> "PlanTable":
-        """The rows at these places."""
+    @property
+    def stage_ranks(self) -> IntArray:
+        """The pipeline rank that holds each stage, [stages]."""
+        return stage_to_rank(self.schedule, self.pipeline, self.chunks)
+
+    def take(self, rows: IntArray) -> "PlanTable":
+        """The plans at these rows."""
         arrays = {
             f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("pipeline", "chunks", "schedule")
         }
-        return replace(self, **{name: array[places] for name, array in arrays.items()})
+        return replace(self, **{name: array[rows] for name, array in arrays.items()})
 
     def plan(self, row: int) -> Plan:
         """One row as a plan."""
@@ -64,43 +68,35 @@ class PlanTable:
             sequence_parallel=bool(self.sequence_parallel[row]),
         )
 
+    @classmethod
+    def from_plans(cls, plans: Sequence[Plan]) -> "PlanTable":
+        """Plans with the same pipeline size, number of chunks and schedule as a table, one row each."""
+        first = plans[0]
 
-def table_of_plans(plans: Sequence[Plan]) -> PlanTable:
-    """Plans with the same pipeline size, chunks and schedule as a table, a row each."""
-    first = plans[0]
+        def column(values: list[int]) -> IntArray:
+            return np.array(values, dtype=np.int64)
 
-    def column(values: list[int]) -> Integers:
-        return np.array(values, dtype=np.int64)
-
-    return PlanTable(
-        pipeline=first.pipeline,
-        chunks=first.chunks,
-        schedule=first.schedule,
-        tensor=column([p.tensor for p in plans]),
-        context=column([p.context for p in plans]),
-        data=column([p.data for p in plans]),
-        micro_batch_size=column([p.micro_batch_size for p in plans]),
-        micro_batches=column([p.micro_batches for p in plans]),
-        recomputation=column([RECOMPUTATIONS.index(p.recomputation) for p in plans]),
-        sharding=column([SHARDINGS.index(p.sharding) for p in plans]),
-        sequence_parallel=np.array([p.sequence_parallel for p in plans], dtype=np.bool_),
-        stage_layers=np.array([p.stage_layers for p in plans], dtype=np.int64),
-    )
-
-
-def stage_ranks(plans: PlanTable) -> Integers:
-    """The pipeline rank that holds each stage, [stages]: in turn, or there and back with the V-shaped schedule."""
-    stages = np.arange(plans.stages)
-    if plans.schedule == "zbv":
-        return np.minimum(stages, plans.stages - 1 - stages)
-    return stages % plans.pipeline
+        return cls(
+            pipeline=first.pipeline,
+            chunks=first.chunks,
+            schedule=first.schedule,
+            tensor=column([p.tensor for p in plans]),
+            context=column([p.context for p in plans]),
+            data=column([p.data for p in plans]),
+            micro_batch_size=column([p.micro_batch_size for p in plans]),
+            micro_batches=column([p.micro_batches for p in plans]),
+            recomputation=column([RECOMPUTATIONS.index(p.recomputation) for p in plans]),
+            sharding=column([SHARDINGS.index(p.sharding) for p in plans]),
+            sequence_parallel=np.array([p.sequence_parallel for p in plans], dtype=np.bool_),
+            stage_layers=np.array([p.stage_layers for p in plans], dtype=np.int64),
+        )
 
 
-def per_rank(plans: PlanTable, stages: Floats) -> Floats:
+def sum_by_rank(plans: PlanTable, per_stage: FloatArray) -> FloatArray:
     """Sums over the stages that each pipeline rank holds: [n, stages] -> [n, pipeline]."""
     result = np.zeros((len(plans), plans.pipeline))
-    ranks = stage_ranks(plans)
+    ranks = plans.stage_ranks
     for chunk in range(plans.chunks):
-        here = slice(chunk * plans.pipeline, (chunk + 1) * plans.pipeline)
-        result[:, ranks[here]] += stages[:, here]
+        stages = slice(chunk * plans.pipeline, (chunk + 1) * plans.pipeline)
+        result[:, ranks[stages]] += per_stage[:, stages]
     return result

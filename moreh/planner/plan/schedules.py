@@ -1,7 +1,8 @@
-"""The order in which the ranks of a pipeline compute: the schedules of torch.distributed.pipelining, without importing torch.
+"""The order in which the ranks of a pipeline compute: torch's pipeline schedules, without importing torch.
 
-Stages are numbered in the model's order, 0 to ranks * chunks - 1. "1f1b", "interleaved" and "zero-bubble" place stage s on
-rank s % ranks; "zbv" folds the model into a V, so that rank r holds the stages r and 2 * ranks - 1 - r.
+The schedules are those of torch.distributed.pipelining. `operations` gives the order for people and tests,
+`operation_table` the same as arrays for the simulation of a step. The other functions count operations without laying
+out the order. Stages are numbered as in stage_layout.py.
 """
 
 from functools import lru_cache
@@ -11,39 +12,51 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moreh.errors import PlanError
-from moreh.planner.plan.arrays import Integers
+from moreh.planner.plan.arrays import IntArray
 from moreh.planner.plan.plan import SCHEDULES, Schedule
 
-# Forward, full backward, backward for the input only, backward for the weights only.
-Kind = Literal["F", "B", "I", "W"]
-KINDS: tuple[Kind, ...] = ("F", "B", "I", "W")
-F, B, I, W = range(4)  # noqa: E741
+# torch's letters: forward, full backward, backward for the input only, backward for the weights only.
+OperationKind = Literal["F", "B", "I", "W"]
+OPERATION_KINDS: tuple[OperationKind, ...] = ("F", "B", "I", "W")
+# The codes of the kinds in arrays: indices into OPERATION_KINDS.
+FORWARD, FULL_BACKWARD, BACKWARD_INPUT, BACKWARD_WEIGHT = range(4)
 # The schedules that split the backward pass into the gradient of the input and that of the weights.
 SPLIT_BACKWARD: tuple[Schedule, ...] = ("zero-bubble", "zbv")
 
 
 class Operation(NamedTuple):
-    """One computation of a rank: `kind` for one micro-batch through one stage."""
+    """One computation of a rank."""
 
-    kind: Kind
+    kind: OperationKind
     stage: int
+    """Number of the stage in the model's order."""
     micro_batch: int
+    """Number of the micro-batch."""
 
 
-class Order(NamedTuple):
-    """The operations of all ranks as arrays [ranks, operations of a rank], in the order of each rank."""
+class OperationTable(NamedTuple):
+    """The operations of all ranks as arrays [ranks, operations of a rank], each rank's in its own order."""
 
     kind: NDArray[np.int32]
+    """Indices into OPERATION_KINDS."""
     stage: NDArray[np.int32]
+    """Numbers of the stages in the model's order."""
     micro_batch: NDArray[np.int32]
+    """Numbers of the micro-batches."""
 
 
 def check_schedule(schedule: Schedule, ranks: int, micro_batches: int, chunks: int) -> None:
-    """Raise PlanError where torch refuses a pipeline of `ranks` ranks with `chunks` stages each and so many micro-batches.
+    """Check a schedule for `ranks` pipeline ranks with `chunks` stages each and `micro_batches` micro-batches.
 
-    "1f1b" needs one chunk and at least as many micro-batches as ranks. "interleaved" and "zero-bubble" run the micro-batches
-    in max(1, micro_batches // ranks) rounds of equal size. "zbv" needs two chunks. The rest is allowed: fewer
-    micro-batches than ranks, for example, in all schedules except "1f1b".
+    - "1f1b" needs one chunk and at least as many micro-batches as ranks.
+    - "interleaved" and "zero-bubble" need micro-batches that split into max(1, micro_batches // ranks) rounds of equal
+      size.
+    - "zbv" needs two chunks.
+
+    Everything else is allowed, such as fewer micro-batches than ranks in all schedules but "1f1b".
+
+    Raises:
+        PlanError: torch refuses the combination.
     """
     if schedule not in SCHEDULES:
         raise PlanError(f"schedule={schedule!r} is unknown; use one of {', '.join(map(repr, SCHEDULES))}.")
@@ -53,19 +66,19 @@ def check_schedule(schedule: Schedule, ranks: int, micro_batches: int, chunks: i
     if schedule == "1f1b":
         if chunks != 1:
             raise PlanError(
-                f"chunks={chunks} does not go with schedule='1f1b', where each rank holds exactly 1 chunk of the model; "
-                "use chunks=1 or schedule='interleaved'."
+                f"chunks={chunks} does not go with schedule='1f1b', where each rank holds exactly 1 chunk of the "
+                "model; use chunks=1 or schedule='interleaved'."
             )
         if micro_batches < ranks:
             raise PlanError(
-                f"micro_batches={micro_batches} is too few for schedule='1f1b' over {ranks} ranks, which needs at least "
-                f"{ranks}; use smaller micro-batches, fewer ranks or schedule='interleaved'."
+                f"micro_batches={micro_batches} is too few for schedule='1f1b' over {ranks} ranks, which needs at "
+                f"least {ranks}; use smaller micro-batches, fewer ranks or schedule='interleaved'."
             )
     elif schedule == "zbv":
         if chunks != 2:
             raise PlanError(
-                f"chunks={chunks} does not go with schedule='zbv', where each rank holds exactly 2 chunks of the model, "
-                "one of each side of the V; use chunks=2 or schedule='zero-bubble'."
+                f"chunks={chunks} does not go with schedule='zbv', where each rank holds exactly 2 chunks of the "
+                "model, one of each side of the V; use chunks=2 or schedule='zero-bubble'."
             )
     else:
         rounds = max(1, micro_batches // ranks)
@@ -85,7 +98,7 @@ def is_runnable(
     micro_batches: NDArray[np.integer[Any]],
     chunks: NDArray[np.integer[Any]],
 ) -> NDArray[np.bool_]:
-    """Whether `check_schedule` accepts, for arrays of candidates (shapes that broadcast). No error for any values."""
+    """Whether `check_schedule` accepts each candidate. The arrays broadcast. Never raises, whatever the values."""
     ranks, micro_batches, chunks = np.asarray(ranks), np.asarray(micro_batches), np.asarray(chunks)
     positive = (ranks >= 1) & (micro_batches >= 1) & (chunks >= 1)
     if schedule == "1f1b":
@@ -97,148 +110,162 @@ def is_runnable(
     return np.zeros_like(positive)
 
 
-def stages_of_ranks(schedule: Schedule, ranks: int, chunks: int) -> Integers:
-    """The stages each rank holds, [ranks, chunks], ascending within a rank."""
-    rank = np.arange(ranks)
-    if schedule == "zbv":
-        return np.stack([rank, 2 * ranks - 1 - rank], axis=1)
-    return rank[:, None] + ranks * np.arange(chunks)
+def micro_batches_per_round(schedule: Schedule, ranks: int, micro_batches: IntArray, chunks: int) -> IntArray:
+    """How many micro-batches in a row a rank takes through one chunk before it turns to the next chunk.
 
-
-def micro_batches_per_round(schedule: Schedule, ranks: int, micro_batches: Integers, chunks: int) -> Integers:
-    """How many micro-batches in a row a rank takes through one chunk before it turns to the next chunk, [...] as given."""
+    Args:
+        micro_batches: Micro-batches of a step, in any shape. The result has the same shape.
+    """
     if chunks == 1 or schedule == "zbv":
         return np.ones_like(micro_batches)
     return micro_batches // np.maximum(1, micro_batches // ranks)
 
 
-def warmup_forwards(schedule: Schedule, ranks: int, micro_batches: Integers, chunks: int) -> Integers:
-    """Forwards of each rank before it starts to alternate with backwards, [..., ranks]; for all schedules except "zbv".
+def warmup_forwards(schedule: Schedule, ranks: int, micro_batches: IntArray, chunks: int) -> IntArray:
+    """Forwards of each rank before it alternates between forwards and backwards, for all schedules except "zbv".
 
-    All chunks but the last for a whole round, and then one forward for each rank that follows: two in "interleaved"
-    (https://arxiv.org/abs/2104.04473, section 2.2), which keeps a rank busy while its neighbour computes.
+    These are a whole round of micro-batches through all chunks but the last, and then one forward for each rank that
+    follows. "interleaved" has two for each (https://arxiv.org/abs/2104.04473, section 2.2), which keeps a rank busy
+    while its neighbor computes.
+
+    Args:
+        micro_batches: Micro-batches of a step, [...]. The result is [..., ranks].
     """
-    hops = np.arange(ranks - 1, -1, -1)
+    ranks_after = np.arange(ranks - 1, -1, -1)
     per_round = micro_batches_per_round(schedule, ranks, micro_batches, chunks)
-    warmup = (chunks - 1) * per_round[..., None] + (2 if schedule == "interleaved" else 1) * hops
+    warmup = (chunks - 1) * per_round[..., None] + (2 if schedule == "interleaved" else 1) * ranks_after
     return np.minimum(warmup, (micro_batches * chunks)[..., None])
 
 
-def _looped_order(schedule: Schedule, ranks: int, micro_batches: int, chunks: int) -> Order:
-    """1F1B (https://arxiv.org/abs/2104.04473) and zero bubble ZB1P (https://arxiv.org/abs/2401.10241), by chunks in turn."""
-    given = np.asarray(micro_batches)
-    per_round = int(micro_batches_per_round(schedule, ranks, given, chunks))
+def _looped_table(schedule: Schedule, ranks: int, micro_batches: int, chunks: int) -> OperationTable:
+    """Schedules that loop over their chunks: 1F1B, interleaved 1F1B and zero-bubble.
+
+    1F1B is from https://arxiv.org/abs/2104.04473, the zero-bubble schedule ZB1P from https://arxiv.org/abs/2401.10241.
+    """
+    count_array = np.asarray(micro_batches)
+    per_round = int(micro_batches_per_round(schedule, ranks, count_array, chunks))
+    # Forwards of a rank, and as many backwards.
     count = micro_batches * chunks
-    warmup = warmup_forwards(schedule, ranks, given, chunks)[:, None]
-    rank, turn = np.arange(ranks)[:, None], np.arange(count)
-    chunk = turn // per_round % chunks
-    micro_batch = turn // (per_round * chunks) * per_round + turn % per_round
-    # Slot i of the part that alternates: forward number warmup + i, backward number i and, delayed by as many slots
-    # as the rank's number, the backward for the weights.
-    slots = [np.where(turn < warmup, turn - warmup, 3 * (turn - warmup)), np.broadcast_to(3 * turn + 1, (ranks, count))]
-    kinds, stages = [F, B], [chunk * ranks + rank, (chunks - 1 - chunk) * ranks + rank]
+    warmup = warmup_forwards(schedule, ranks, count_array, chunks)[:, None]
+    rank, index = np.arange(ranks)[:, None], np.arange(count)
+    # The chunk and the micro-batch of a rank's forward number `index`; backwards take the chunks in reverse.
+    chunk = index // per_round % chunks
+    micro_batch = index // (per_round * chunks) * per_round + index % per_round
+    # Time slots, three for each step of the part that alternates. Its step i has forward number warmup + i, backward
+    # number i and the backward for the weights of `rank` steps before.
+    slots = [
+        np.where(index < warmup, index - warmup, 3 * (index - warmup)),
+        np.broadcast_to(3 * index + 1, (ranks, count)),
+    ]
+    kinds, stages = [FORWARD, FULL_BACKWARD], [chunk * ranks + rank, (chunks - 1 - chunk) * ranks + rank]
     if schedule in SPLIT_BACKWARD:
-        slots.append(3 * (turn + rank) + 2)
-        kinds, stages = [F, I, W], [*stages, stages[1]]
+        slots.append(3 * (index + rank) + 2)
+        kinds, stages = [FORWARD, BACKWARD_INPUT, BACKWARD_WEIGHT], [*stages, stages[1]]
     sequence = np.argsort(np.concatenate(slots, axis=1), axis=1, kind="stable")
 
-    def arranged(parts: list[Integers]) -> NDArray[np.int32]:
-        return np.take_along_axis(np.concatenate(parts, axis=1).astype(np.int32), sequence, axis=1)
+    def by_slot(columns: list[IntArray]) -> NDArray[np.int32]:
+        return np.take_along_axis(np.concatenate(columns, axis=1).astype(np.int32), sequence, axis=1)
 
     shape = (ranks, count)
-    return Order(
-        arranged([np.full(shape, kind) for kind in kinds]),
-        arranged(stages),
-        arranged([np.broadcast_to(micro_batch, shape)] * len(kinds)),
+    return OperationTable(
+        by_slot([np.full(shape, kind) for kind in kinds]),
+        by_slot(stages),
+        by_slot([np.broadcast_to(micro_batch, shape)] * len(kinds)),
     )
 
 
-def _folded_order(ranks: int, micro_batches: int) -> Order:
-    """ZB-V (https://arxiv.org/abs/2401.10241, section 6), as torch writes it down."""
-    # The schedule is made for a full pipeline; of the micro-batches beyond those there are, nothing is run.
+def _zbv_table(ranks: int, micro_batches: int) -> OperationTable:
+    """ZB-V (https://arxiv.org/abs/2401.10241, section 6), in the order in which torch runs it."""
+    # The schedule is defined for a full pipeline. The operations of micro-batches beyond those that exist are left out.
     full = max(2 * ranks - 1, micro_batches)
     table = np.empty((3, ranks, 6 * micro_batches), dtype=np.int32)
     for rank in range(ranks):
-        low, high, behind = rank, 2 * ranks - 1 - rank, ranks - rank
-        filled = 2 * behind - 1
-        # kind, stage, first micro-batch, the one after the last, and when: phase and place in a turn of this phase. The phases:
-        # 0 fill the descending side, 1 both sides, 2 turn round, 3 steady, 4 to 7 drain.
-        pieces = (
-            (F, low, 0, filled, 0, 0),
-            (F, low, filled, filled + rank, 1, 1),
-            (F, low, filled + rank, full, 3, 0),
-            (F, high, 0, rank, 1, 0),
-            (F, high, rank, ranks, 2, 0),
-            (F, high, ranks, full, 3, 3),
-            (I, low, 0, full - ranks, 3, 1),
-            (I, low, full - ranks, full - behind, 4, 0),
-            (I, low, full - behind, full, 5, 0),
-            (W, low, 0, full - ranks, 3, 2),
-            (W, low, full - ranks, full - rank, 5, 1),
-            (W, low, full - rank, full, 7, 0),
-            (I, high, 0, behind, 2, 1),
-            (I, high, behind, full - rank, 3, 4),
-            (I, high, full - rank, full, 4, 1),
-            (W, high, 0, behind, 2, 2),
-            (W, high, behind, full - rank, 3, 5),
-            (W, high, full - rank, full, 6, 0),
+        # The rank's stages on the descending and the ascending side of the V, and the ranks from this one to the turn.
+        down, up, to_turn = rank, 2 * ranks - 1 - rank, ranks - rank
+        fill = 2 * to_turn - 1
+        # Kind, stage, first micro-batch, end of the micro-batches, phase, and slot in each turn of the phase. The
+        # phases: 0 fill the descending side, 1 both sides, 2 turn round, 3 steady, 4 to 7 drain.
+        runs = (
+            (FORWARD, down, 0, fill, 0, 0),
+            (FORWARD, down, fill, fill + rank, 1, 1),
+            (FORWARD, down, fill + rank, full, 3, 0),
+            (FORWARD, up, 0, rank, 1, 0),
+            (FORWARD, up, rank, ranks, 2, 0),
+            (FORWARD, up, ranks, full, 3, 3),
+            (BACKWARD_INPUT, down, 0, full - ranks, 3, 1),
+            (BACKWARD_INPUT, down, full - ranks, full - to_turn, 4, 0),
+            (BACKWARD_INPUT, down, full - to_turn, full, 5, 0),
+            (BACKWARD_WEIGHT, down, 0, full - ranks, 3, 2),
+            (BACKWARD_WEIGHT, down, full - ranks, full - rank, 5, 1),
+            (BACKWARD_WEIGHT, down, full - rank, full, 7, 0),
+            (BACKWARD_INPUT, up, 0, to_turn, 2, 1),
+            (BACKWARD_INPUT, up, to_turn, full - rank, 3, 4),
+            (BACKWARD_INPUT, up, full - rank, full, 4, 1),
+            (BACKWARD_WEIGHT, up, 0, to_turn, 2, 2),
+            (BACKWARD_WEIGHT, up, to_turn, full - rank, 3, 5),
+            (BACKWARD_WEIGHT, up, full - rank, full, 6, 0),
         )
         columns = []
-        for kind, stage, first, end, phase, place in pieces:
+        for kind, stage, first, end, phase, slot_in_turn in runs:
             micro_batch = np.arange(first, min(end, micro_batches))
-            slot = phase * 6 * full + 6 * (micro_batch - first) + place
+            slot = phase * 6 * full + 6 * (micro_batch - first) + slot_in_turn
             columns.append(np.stack([slot, np.full_like(slot, kind), np.full_like(slot, stage), micro_batch]))
         joined = np.concatenate(columns, axis=1)
         table[:, rank] = joined[1:, np.argsort(joined[0])]
-    return Order(*table)
+    return OperationTable(*table)
 
 
-def order(schedule: Schedule, ranks: int, micro_batches: int, chunks: int) -> Order:
-    """As `operations`, as arrays and without its check. All ranks have the same number of operations."""
+def operation_table(schedule: Schedule, ranks: int, micro_batches: int, chunks: int) -> OperationTable:
+    """`operations` as arrays, and without its check. All ranks have the same number of operations."""
     if schedule == "zbv":
-        return _folded_order(ranks, micro_batches)
-    return _looped_order(schedule, ranks, micro_batches, chunks)
+        return _zbv_table(ranks, micro_batches)
+    return _looped_table(schedule, ranks, micro_batches, chunks)
 
 
 def operations(schedule: Schedule, ranks: int, micro_batches: int, chunks: int) -> tuple[tuple[Operation, ...], ...]:
-    """The operations of each rank in the order in which torch runs them: Schedule1F1B, ScheduleInterleaved1F1B,
-    ScheduleInterleavedZeroBubble and ScheduleZBVZeroBubble of torch.distributed.pipelining.
+    """The operations of each rank in the order in which torch's schedule runs them.
 
     Raises:
         PlanError: torch refuses the combination.
     """
     check_schedule(schedule, ranks, micro_batches, chunks)
-    kinds, stages, micro = (part.tolist() for part in order(schedule, ranks, micro_batches, chunks))
+    table = operation_table(schedule, ranks, micro_batches, chunks)
+    rows_of_ranks = zip(*(column.tolist() for column in table), strict=True)
     return tuple(
-        tuple(Operation(KINDS[kind], stage, index) for kind, stage, index in zip(*row, strict=True))
-        for row in zip(kinds, stages, micro, strict=True)
+        tuple(
+            Operation(OPERATION_KINDS[kind], stage, micro_batch) for kind, stage, micro_batch in zip(*rows, strict=True)
+        )
+        for rows in rows_of_ranks
     )
 
 
 @lru_cache(maxsize=4096)
-def peak_in_flight(schedule: Schedule, ranks: int, micro_batches: int, chunks: int) -> Integers:
+def peak_in_flight(schedule: Schedule, ranks: int, micro_batches: int, chunks: int) -> IntArray:
     """The largest number of (stage, micro-batch) activations that each rank holds at once, [ranks].
 
     An activation is held from its forward to its backward; with a split backward, to the backward for the weights. The
-    array is shared between calls and cannot be written. Without check of what torch refuses.
+    array is shared between calls and read-only. Does not check what torch refuses.
     """
     rank = np.arange(ranks)
     if schedule == "zbv":
-        # All of the ascending side's first micro-batches wait for the turn: at most rank + 1 of them.
+        # On the ascending side, the micro-batches of the fill phase wait for the turn: at most rank + 1 of them.
         peak = np.minimum(2 * ranks, micro_batches + np.minimum(micro_batches, rank + 1))
     else:
         warmup = warmup_forwards(schedule, ranks, np.asarray(micro_batches), chunks)
-        # The forward of the first slot, and those that wait for a delayed backward for the weights.
+        # Besides the warmup, the forward of the first alternating step, and those whose backward for the weights is
+        # delayed.
         waiting = 1 + rank if schedule == "zero-bubble" else 1
         peak = np.minimum(warmup + waiting, micro_batches * chunks)
     peak.flags.writeable = False
-    return cast("Integers", peak)
+    return cast("IntArray", peak)
 
 
 @lru_cache(maxsize=4096)
-def peak_waiting_weights(schedule: Schedule, ranks: int, micro_batches: int, chunks: int) -> Integers:
-    """The largest number of (stage, micro-batch) pairs whose backward for the weights waits while that for the input is done,
-    [ranks]: for each of them the gradients of all matrix products' results are kept. 0 without a split backward.
+def peak_deferred_weight_grads(schedule: Schedule, ranks: int, micro_batches: int, chunks: int) -> IntArray:
+    """The largest number of (stage, micro-batch) pairs at once that wait for their backward for the weights, [ranks].
+
+    Their backward for the input is done, so the gradients of all matmul results are kept for each of them. 0 without a
+    split backward.
     """
     if schedule not in SPLIT_BACKWARD:
         return np.zeros(ranks, dtype=np.int64)
@@ -246,6 +273,6 @@ def peak_waiting_weights(schedule: Schedule, ranks: int, micro_batches: int, chu
         return np.minimum(1 + np.arange(ranks), micro_batches * chunks)
     if micro_batches >= 2 * ranks - 1:
         return 1 + 2 * np.arange(ranks)
-    rows = order(schedule, ranks, micro_batches, chunks)
-    waiting = np.cumsum((rows.kind == I).astype(np.int64) - (rows.kind == W), axis=1)
-    return np.maximum(0, waiting.max(axis=1))
+    kind = operation_table(schedule, ranks, micro_batches, chunks).kind
+    deferred = np.cumsum((kind == BACKWARD_INPUT).astype(np.int64) - (kind == BACKWARD_WEIGHT), axis=1)
+    return np.maximum(0, deferred.max(axis=1))

@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from moreh.planner.cost.prediction import DeviceMemory, Prediction
-from moreh.planner.plan.notation import plan_pieces, torch_refusal
+from moreh.planner.plan.notation import plan_fields, torch_refusal
 from moreh.planner.plan.plan import Plan
 from moreh.planner.report.json_output import Json, prediction_json
 from moreh.planner.report.step_parts import STEP_PARTS
 from moreh.planner.search.candidates import MAX_CHUNKS
 from moreh.planner.search.request import Request
-from moreh.planner.search.search import EQUAL
+from moreh.planner.search.search import TIE_TOLERANCE
 from moreh.planner.units import gib, percent_text, seconds_text
 from moreh.tables import Column, Table
 
@@ -62,7 +62,7 @@ def explanation_sentences(request: Request, asked: Prediction, best: Prediction 
             "This plan fits, but none that the search may choose does." if fits else "No other plan fits either."
         )
     elif asked.plan == best.plan:
-        return ["This is the best plan of the search.", f"Its largest overhead: {asked.parts.limit}."]
+        return ["This is the best plan of the search.", f"Its largest overhead: {asked.parts.largest_overhead}."]
     else:
         sentences += _time_differences(asked, best)
     refusal = torch_refusal(asked.plan)
@@ -93,13 +93,13 @@ def explanation_json(request: Request, asked: Prediction, best: Prediction | Non
 
 
 def _is_faster(asked: Prediction, best: Prediction) -> bool:
-    return asked.step_time_s < best.step_time_s * (1 - EQUAL)
+    return asked.step_time_s < best.step_time_s * (1 - TIE_TOLERANCE)
 
 
 def _time_differences(asked: Prediction, best: Prediction) -> list[str]:
     """How much longer a step takes than with the best plan, and which parts of it do."""
     difference_s, step_s = asked.step_time_s - best.step_time_s, asked.step_time_s
-    if abs(difference_s) <= EQUAL * step_s:
+    if abs(difference_s) <= TIE_TOLERANCE * step_s:
         return [f"A step takes {seconds_text(step_s)}, as long as with the best plan: either will do."]
     share = f"{abs(difference_s) / best.step_time_s:.1%}"
     sentences = [
@@ -120,7 +120,7 @@ def _more_or_less(seconds: float, step_s: float) -> str:
 
 def _cause(asked: Plan, best: Plan, field: str) -> str:
     """The pieces of both plans that a part of the step depends on and in which they differ; empty where they do not."""
-    asked_pieces, best_pieces = plan_pieces(asked), plan_pieces(best)
+    asked_pieces, best_pieces = plan_fields(asked), plan_fields(best)
     names = [name for name in STEP_PARTS[field].pieces if asked_pieces[name] != best_pieces[name]]
     if not names:
         return ""
@@ -150,7 +150,7 @@ def _missing_memory(request: Request, asked: Prediction) -> str:
 
 def _reasons_to_pass_over(plan: Plan, request: Request) -> list[str]:
     """Why a plan is not among the candidates, in terms of moreh-plan's options."""
-    constraints = request.restrictions
+    constraints = request.constraints
     recompute, sharding = f"recompute:{plan.recomputation}", f"shard:{plan.sharding}"
     reasons = {
         f"cp{plan.context} is above --max-context {constraints.max_context}": plan.context > constraints.max_context,

@@ -8,7 +8,7 @@ from moreh.accelerator.flavors import Flavor, all_flavors
 from moreh.errors import PlanError
 from moreh.planner.cost.prediction import Prediction
 from moreh.planner.search.request import Request
-from moreh.planner.search.suggestions import on_flavor, search_plans
+from moreh.planner.search.search import search_plans
 from moreh.planner.units import gib
 
 SECONDS_PER_HOUR = 3600.0
@@ -88,11 +88,11 @@ def fastest(rows: Iterable[FlavorPlan]) -> FlavorPlan | None:
 
 
 def _best_on(flavor: Flavor, request: Request) -> FlavorPlan:
-    flavor_request = on_flavor(request, flavor)
+    flavor_request = request.on_flavor(flavor)
     try:
         outcome = search_plans(flavor_request, count=1)
     except PlanError as error:
         return FlavorPlan(flavor, None, problem=_ADVICE.split(str(error))[0])
     best, smallest = (outcome.result.best or (None,))[0], outcome.result.smallest_bytes
     problem = None if best else f"does not fit: needs {gib(smallest)}"
-    return FlavorPlan(flavor, best, smallest, problem, outcome.setting.cluster.devices, outcome.idle)
+    return FlavorPlan(flavor, best, smallest, problem, outcome.environment.cluster.devices, outcome.idle)

@@ -10,8 +10,8 @@ from moreh.planner.plan.notation import plan_text
 from moreh.planner.report.flavor_comparison import FlavorPlan, bill, cheapest, fastest
 from moreh.planner.report.json_output import Json, prediction_json
 from moreh.planner.report.plan_rows import memory_text, without_percent
-from moreh.planner.search.request import Request, constraints_text
-from moreh.planner.search.suggestions import on_flavor
+from moreh.planner.search.constraints import constraints_text
+from moreh.planner.search.request import Request
 from moreh.planner.units import gib, percent_text
 from moreh.tables import Column, Table
 
@@ -65,7 +65,7 @@ def flavor_table_forms(
 def _plan_cells(request: Request, row: FlavorPlan) -> tuple[str, ...]:
     if row.best is None:
         return ("no", row.problem or "", "-", "-", "-")
-    memory = memory_text(on_flavor(request, row.flavor), row.best)
+    memory = memory_text(request.on_flavor(row.flavor), row.best)
     return ("yes", plan_text(row.best.plan), memory, f"{row.tokens_per_second:,.0f}", percent_text(row.best.mfu))
 
 
@@ -128,7 +128,7 @@ def flavors_json(
                 "fits": row.best is not None,
                 "problem": row.problem,
                 "smallest_bytes": row.smallest_bytes,
-                "best": None if row.best is None else prediction_json(on_flavor(request, row.flavor), row.best),
+                "best": None if row.best is None else prediction_json(request.on_flavor(row.flavor), row.best),
                 "hours": whole and whole.hours,
                 "device_hours": whole and whole.device_hours,
                 "cost": whole and whole.cost,
@@ -156,9 +156,9 @@ def no_flavor_text(request: Request, rows: tuple[FlavorPlan, ...]) -> str:
         [f"--memory-percent {ceil(100 * smallest / device.memory_bytes)}"] if smallest <= device.memory_bytes else []
     )
     remedies.append("a smaller batch or length")
-    if request.restrictions.max_context == 1:
+    if request.constraints.max_context == 1:
         remedies.append("a larger --max-context")
-    if constraints_text(request.restrictions):
+    if constraints_text(request.constraints):
         remedies.append("fewer restrictions")
     return (
         f"no accelerator is large enough: the smallest plan needs {gib(smallest)} on its fullest device, and "

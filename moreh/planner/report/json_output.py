@@ -7,15 +7,14 @@ from moreh.planner.cost.prediction import Prediction
 from moreh.planner.plan.notation import plan_text
 from moreh.planner.report.plan_rows import uncertainty_text
 from moreh.planner.search.request import Request
-from moreh.planner.search.search import SearchResult
-from moreh.planner.search.suggestions import SearchOutcome
+from moreh.planner.search.search import SearchOutcome, SearchResult
 
 Json = dict[str, Any]
 
 
 def request_json(request: Request) -> Json:
     """What was planned."""
-    training, cluster, device = request.training, request.setting.cluster, request.device
+    training, cluster, device = request.training, request.environment.cluster, request.device
     return {
         "model": {
             "name": training.architecture.name,
@@ -35,7 +34,7 @@ def request_json(request: Request) -> Json:
         "batch_size": training.global_batch_size,
         "sequence_length": training.sequence_length,
         "precision": request.precision,
-        "restrictions": asdict(request.restrictions),
+        "restrictions": asdict(request.constraints),
         "limit_bytes": request.limit_bytes,
         "uncertainty": uncertainty_text(device),
     }
@@ -57,7 +56,7 @@ def search_json(request: Request, result: SearchResult) -> Json:
 
 def search_outcome_json(outcome: SearchOutcome, message: str | None) -> Json:
     """The devices in use, why others are idle, and why no plan fits; None where there is nothing to say."""
-    return {"devices_in_use": outcome.setting.cluster.devices, "idle": outcome.idle or None, "message": message}
+    return {"devices_in_use": outcome.environment.cluster.devices, "idle": outcome.idle or None, "message": message}
 
 
 def prediction_json(request: Request, prediction: Prediction) -> Json:
@@ -68,7 +67,7 @@ def prediction_json(request: Request, prediction: Prediction) -> Json:
         "step_time_s": prediction.step_time_s,
         "tokens_per_second": prediction.tokens_per_second,
         "mfu": prediction.mfu,
-        "limit": prediction.parts.limit,
+        "limit": prediction.parts.largest_overhead,
         "parts": asdict(prediction.parts),
         "memory_bytes": prediction.memory_bytes,
         "memory_fraction": prediction.memory_bytes / request.device.memory_bytes,

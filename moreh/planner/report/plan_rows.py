@@ -3,10 +3,11 @@
 from moreh.accelerator.devices import Device
 from moreh.planner.cost.prediction import Prediction
 from moreh.planner.hardware.efficiency import uncertainty
-from moreh.planner.hardware.measured_device import NAME as THIS_MACHINE
+from moreh.planner.hardware.measured_device import THIS_MACHINE
 from moreh.planner.plan.notation import plan_text
 from moreh.planner.report.step_parts import short_overhead
-from moreh.planner.search.request import Request, constraints_text
+from moreh.planner.search.constraints import constraints_text
+from moreh.planner.search.request import Request
 from moreh.planner.search.search import SearchResult
 from moreh.planner.units import gib, percent_text, seconds_text
 from moreh.tables import Column, Table
@@ -37,9 +38,9 @@ def header_pairs(request: Request, result: SearchResult | None = None, idle: str
 
     `idle` says why some devices have nothing to do; empty where all have something to do.
     """
-    architecture, training, cluster = request.training.architecture, request.training, request.setting.cluster
+    architecture, training, cluster = request.training.architecture, request.training, request.environment.cluster
     device_bytes = request.device.memory_bytes
-    percent = f"{100 * request.restrictions.memory_fraction:g}%"
+    percent = f"{100 * request.constraints.memory_fraction:g}%"
     rows = [
         ("Model", f"{architecture.name}, {architecture.parameters:,} parameters"),
         ("Accelerator", f"{request.accelerator} on {cluster.nodes} node{'s' if cluster.nodes > 1 else ''}"),
@@ -49,7 +50,7 @@ def header_pairs(request: Request, result: SearchResult | None = None, idle: str
         ),
         ("Step", f"{training.global_batch_size:,} x {training.sequence_length:,} tokens, {request.precision}"),
     ]
-    decided = constraints_text(request.restrictions)
+    decided = constraints_text(request.constraints)
     if decided:
         rows.append(("Constraints", decided))
     if result is not None:
@@ -70,7 +71,7 @@ def plan_table_forms(request: Request, result: SearchResult) -> list[Table]:
             seconds_text(best.step_time_s),
             f"{best.tokens_per_second:,.0f}",
             percent_text(best.mfu),
-            best.parts.limit,
+            best.parts.largest_overhead,
         )
         for rank, best in enumerate(result.best, start=1)
     )

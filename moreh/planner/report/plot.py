@@ -10,12 +10,12 @@ from moreh.errors import PlanError
 from moreh.planner.cost.pipeline_time import Timeline, simulate
 from moreh.planner.cost.prediction import DeviceMemory, Prediction
 from moreh.planner.plan.notation import plan_text
-from moreh.planner.plan.schedules import KINDS, SPLIT_BACKWARD
+from moreh.planner.plan.schedules import OPERATION_KINDS, SPLIT_BACKWARD
 from moreh.planner.search.request import Request
 from moreh.planner.units import GIB, seconds_text
 
 SUFFIXES = (".png", ".svg", ".pdf")
-# By the kind of an operation: indices into moreh.planner.plan.schedules.KINDS.
+# By the kind of an operation: indices into moreh.planner.plan.schedules.OPERATION_KINDS.
 KIND_NAMES = ("forward", "backward", "backward: inputs", "backward: weights")
 KIND_COLORS = ("#4477aa", "#ee8866", "#ee8866", "#eecc66")
 # What follows the last micro-batch: gradient reduction and the optimizer.
@@ -133,7 +133,7 @@ def _windows(timeline: Timeline, ranks: int, step_s: float) -> list[tuple[float,
 def _draw_window(panel: Any, timeline: Timeline, ranks: int, start: float, end: float, panels: int) -> None:
     """The operations of all ranks between two times, with the number of the micro-batch where there is room."""
     seen = (timeline.end_s > start) & (timeline.start_s < end)
-    for kind in range(len(KINDS)):
+    for kind in range(len(OPERATION_KINDS)):
         for rank in range(ranks):
             operations = seen & (timeline.kind == kind) & (timeline.rank == rank)
             spans = list(

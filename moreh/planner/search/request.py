@@ -1,60 +1,54 @@
-"""What is to be planned: a training, where it runs, and what the user has decided already."""
+"""A request: the training to plan, the devices to plan it for, and the constraints on its plans."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moreh.accelerator.devices import Device
 from moreh.accelerator.flavors import Flavor
-from moreh.planner.cost.prediction import Environment
-from moreh.planner.plan.plan import SCHEDULES, Training
-from moreh.planner.search.candidates import Constraints
+from moreh.planner.hardware.cluster import cluster_for_devices, cluster_for_flavor
+from moreh.planner.hardware.environment import Environment, make_environment
+from moreh.planner.plan.plan import Training
+from moreh.planner.search.constraints import Constraints
 
 
 @dataclass(frozen=True)
 class Request:
-    """A training that plans are searched for."""
+    """What is to be planned. The command line, `--plan-only` and the reports pass it on as a whole."""
 
     training: Training
-    setting: Environment
-    restrictions: Constraints
+    environment: Environment
+    """The devices and the software that the training would run with."""
+    constraints: Constraints
     flavor: Flavor | None = None
-    """The accelerator of the setting; None where the devices are not those of an accelerator."""
+    """The accelerator that the devices make up; None for devices that the user named themselves."""
     precision: str = "bfloat16"
-    """What matmuls are computed in, such as "bfloat16"."""
+    """The precision of arithmetic as users write it: bfloat16, float32 or float8."""
 
     @property
     def accelerator(self) -> str:
-        """Where the training is to run, for people."""
-        devices = f"{self.setting.cluster.devices} x {self.device.name}"
+        """The accelerator or the devices, for people."""
+        devices = f"{self.environment.cluster.devices} x {self.device.name}"
         return devices if self.flavor is None else f"{self.flavor.name} ({devices})"
 
     @property
     def device(self) -> Device:
         """The kind of devices."""
-        return self.setting.cluster.device
+        return self.environment.cluster.device
 
     @property
     def limit_bytes(self) -> float:
         """The bytes of each device that a plan may use."""
-        return self.device.memory_bytes * self.restrictions.memory_fraction
+        return self.device.memory_bytes * self.constraints.memory_fraction
 
+    def on_flavor(self, flavor: Flavor) -> "Request":
+        """The same request for another accelerator."""
+        environment = make_environment(cluster_for_flavor(flavor), self.environment.software)
+        return replace(self, flavor=flavor, environment=environment)
 
-def constraints_text(restrictions: Constraints) -> str:
-    """What the user has decided, without what is so by default; may be empty."""
-    texts = []
-    if restrictions.pipeline is not None:
-        texts.append(f"stages {restrictions.pipeline}")
-    if restrictions.micro_batches is not None:
-        texts.append(f"micro-batches {restrictions.micro_batches}")
-    for name, choice in (
-        ("recomputation", restrictions.recompute),
-        ("sharded parameters", restrictions.shard_parameters),
-    ):
-        if choice is not None:
-            texts.append(name if choice else f"no {name}")
-    if restrictions.max_tensor is not None:
-        texts.append(f"tensor at most {restrictions.max_tensor}")
-    if set(restrictions.schedules) != set(SCHEDULES):
-        texts.append(f"schedules {', '.join(restrictions.schedules)}")
-    if restrictions.max_context != 1:
-        texts.append(f"context at most {restrictions.max_context}")
-    return ", ".join(texts)
+    def on_devices(self, devices: int) -> "Request":
+        """The same request for another number of devices of the same kind, in nodes of their usual size."""
+        cluster = cluster_for_devices(self.device, devices)
+        return replace(self, environment=replace(self.environment, cluster=cluster))
+
+    def with_devices_in_use(self, devices: int) -> "Request":
+        """The same request where only `devices` of the devices are in use."""
+        return replace(self, environment=self.environment.with_devices(devices))

@@ -1,4 +1,4 @@
-"""The best plans of all candidates."""
+"""The search: the fastest plans of all candidates that fit in memory."""
 
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -7,116 +7,164 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from moreh.errors import PlanError
-from moreh.planner.cost.memory import Memory, memory
+from moreh.planner.cost.memory import PeakMemory, peak_memory
 from moreh.planner.cost.pipeline_bounds import makespan_lower_bound
-from moreh.planner.cost.prediction import Environment, Prediction, predict_row, step_seconds
+from moreh.planner.cost.prediction import Prediction, predict_row, step_seconds
 from moreh.planner.cost.stage_time import StageTime, stage_time
-from moreh.planner.plan.arrays import Floats
+from moreh.planner.hardware.environment import Environment
+from moreh.planner.plan.arrays import FloatArray
 from moreh.planner.plan.plan import Training
 from moreh.planner.plan.plan_table import PlanTable
-from moreh.planner.search.candidates import Constraints, candidate_tables
+from moreh.planner.search.candidates import candidate_tables, divisors
+from moreh.planner.search.constraints import Constraints
+from moreh.planner.search.relaxations import helpful_relaxations
+from moreh.planner.search.request import Request
 
-# Two plans whose times differ by less than this, relatively, are equal: the first one found, which is the simpler one, wins.
-EQUAL = 1e-9
+# Plans whose step times differ by less than this, relatively, are tied: the one found first, which is simpler, wins.
+TIE_TOLERANCE = 1e-9
 
 
 @dataclass(frozen=True)
 class SearchResult:
-    """The best plans, fastest first, of `possible` ones that fit in memory among `candidates`; and the seconds it took.
-
-    `smallest_bytes` is the least that any candidate needs on its fullest device, to say by how much nothing fits.
-    """
+    """The best plans, how many candidates there were, and how long the search took."""
 
     best: tuple[Prediction, ...]
+    """The fastest plans that fit in memory, fastest first. Empty if none fits."""
     candidates: int
+    """All plans that satisfy the constraints."""
     possible: int
+    """The candidates that fit in memory."""
     smallest_bytes: float
+    """The least memory that any candidate needs on its fullest device, to say by how much nothing fits."""
     memory_s: float
+    """Seconds spent on making the candidates and computing their memory."""
     search_s: float
+    """Seconds spent on costing the candidates that fit and finding the fastest."""
 
 
 @dataclass(frozen=True)
-class _Costed:
-    """A table of plans that fit, with their costs and lower bounds of their step times, [n]."""
+class SearchOutcome:
+    """The result of a search and the devices that it uses."""
+
+    result: SearchResult
+    environment: Environment
+    """The environment with the devices in use."""
+    idle: str
+    """Why some devices stay idle; empty if none does."""
+
+
+@dataclass(frozen=True)
+class _CostedTable:
+    """A table of plans that fit in memory, with their costs."""
 
     table: PlanTable
     times: StageTime
-    needed: Memory
-    bounds_s: Floats
+    needed: PeakMemory
+    bounds_s: FloatArray
+    """Lower bounds of the step times, [n]; the step times themselves for plans without a pipeline."""
 
 
 def search(
-    training: Training, setting: Environment, restrictions: Constraints | None = None, count: int = 10, threads: int = 1
+    training: Training,
+    environment: Environment,
+    constraints: Constraints | None = None,
+    count: int = 10,
+    threads: int = 1,
 ) -> SearchResult:
-    """The `count` fastest plans that fit in memory; candidates are costed by so many `threads`.
+    """The `count` fastest plans that fit in memory.
 
-    Every candidate has a lower bound of its step time, at once for all of a table; the pipelines of the candidates are then
-    simulated in the order of their bounds, until the next bound is above the slowest of the best `count`: what is left out
-    cannot be among them.
+    1. The memory of all candidates is computed, a table at a time. Those that do not fit are dropped.
+    2. Lower bounds of the step times of the others are computed, a table at a time, in `threads` threads.
+    3. Pipelines are simulated in the order of their bounds, until the next bound is above the slowest of the best
+       `count` so far: no remaining candidate can be among them.
 
     Raises:
-        PlanError: the batch cannot be divided, or nothing satisfies the restrictions.
+        PlanError: the batch cannot be split over the devices, or nothing satisfies the constraints.
     """
-    restrictions = restrictions or Constraints()
-    started = time.perf_counter()
-    limit = setting.cluster.device.memory_bytes * restrictions.memory_fraction
-    tables: list[tuple[PlanTable, Memory]] = []
+    constraints = constraints or Constraints()
+    start = time.perf_counter()
+    limit = environment.cluster.device.memory_bytes * constraints.memory_fraction
+    fitting: list[tuple[PlanTable, PeakMemory]] = []
     candidates, smallest = 0, np.inf
-    for table in candidate_tables(setting.roofline, setting.cluster, training, restrictions):
-        needed = memory(table, training, setting.implementation)
+    for table in candidate_tables(environment.roofline, environment.cluster, training, constraints):
+        needed = peak_memory(table, training, environment.software)
         total = needed.total.max(axis=1)
         candidates += len(table)
         smallest = min(smallest, float(total.min()))
         fits = np.flatnonzero(total <= limit)
         if len(fits):
-            tables.append((table.rows(fits), needed.rows(fits)))
-    checked = time.perf_counter()
+            fitting.append((table.take(fits), needed.take(fits)))
+    memory_checked = time.perf_counter()
 
     if threads == 1:
-        costed = [_cost(table, needed, training, setting) for table, needed in tables]
+        costed = [_cost_table(table, needed, training, environment) for table, needed in fitting]
     else:
         with ThreadPoolExecutor(threads) as pool:
-            costed = list(pool.map(lambda entry: _cost(entry[0], entry[1], training, setting), tables))
+            costed = list(pool.map(lambda entry: _cost_table(entry[0], entry[1], training, environment), fitting))
     best = _fastest(costed, count)
     predictions = tuple(
-        predict_row(costed[i].table, row, costed[i].times, costed[i].needed, training, setting) for _, i, row in best
+        predict_row(costed[i].table, row, costed[i].times, costed[i].needed, training, environment)
+        for _, i, row in best
     )
     return SearchResult(
         best=predictions,
         candidates=candidates,
         possible=sum(len(entry.table) for entry in costed),
         smallest_bytes=smallest,
-        memory_s=checked - started,
-        search_s=time.perf_counter() - checked,
+        memory_s=memory_checked - start,
+        search_s=time.perf_counter() - memory_checked,
     )
 
 
 def search_on_most_devices(
-    training: Training, setting: Environment, restrictions: Constraints | None = None, count: int = 10, threads: int = 1
-) -> tuple[SearchResult, Environment, str]:
-    """`search` on all devices, or on as many as a small batch and model can be divided over; the others stay idle.
-
-    Besides the result: the setting with the devices in use, and why not all of them are (empty where they are).
+    training: Training,
+    environment: Environment,
+    constraints: Constraints | None = None,
+    count: int = 10,
+    threads: int = 1,
+) -> SearchOutcome:
+    """`search` on all devices, or on the largest number of devices that a small batch and model can be split over.
 
     Raises:
-        PlanError: nothing satisfies the restrictions on any number of devices.
+        PlanError: nothing satisfies the constraints on any number of devices.
     """
-    devices = setting.cluster.devices
+    devices = environment.cluster.devices
     reason: PlanError | None = None
-    for used in (number for number in range(devices, 0, -1) if devices % number == 0):
-        smaller = replace(setting, cluster=replace(setting.cluster, devices=used))
+    for used in reversed(divisors(devices)):
+        smaller = environment.with_devices(used)
         try:
-            found = search(training, smaller, restrictions, count, threads)
+            result = search(training, smaller, constraints, count, threads)
         except PlanError as error:
             reason = reason or error
             continue
-        return found, smaller, f"{devices - used} of {devices} devices stay idle: {reason}" if reason else ""
+        idle = f"{devices - used} of {devices} devices stay idle: {reason}" if reason else ""
+        return SearchOutcome(result, smaller, idle)
     assert reason is not None
     raise reason
 
 
-def _cost(table: PlanTable, needed: Memory, training: Training, setting: Environment) -> _Costed:
-    times = stage_time(setting.roofline, setting.cluster, table, training)
+def search_plans(request: Request, count: int) -> SearchOutcome:
+    """The best plans of a request, on all devices or on as many as can be used.
+
+    Raises:
+        PlanError: nothing satisfies the constraints. The message names the constraints without which there would be
+            plans.
+    """
+    try:
+        outcome = search_on_most_devices(request.training, request.environment, request.constraints, count)
+    except PlanError as error:
+        relaxations = helpful_relaxations(request, all_devices=False)
+        raise PlanError(f"{error}; there are plans {relaxations}" if relaxations else str(error)) from None
+    if not outcome.idle:
+        return outcome
+    # What remains of the error is why devices are idle, without its advice.
+    idle = outcome.idle.partition(": give ")[0].removesuffix(" as asked")
+    relaxations = helpful_relaxations(request, all_devices=True)
+    return replace(outcome, idle=f"{idle}; there are plans on all devices {relaxations}" if relaxations else idle)
+
+
+def _cost_table(table: PlanTable, needed: PeakMemory, training: Training, environment: Environment) -> _CostedTable:
+    times = stage_time(environment.roofline, environment.cluster, table, training)
     if table.pipeline == 1:
         pipeline_s = table.micro_batches * (times.forward_s[:, 0] + times.backward_s[:, 0])
     else:
@@ -130,11 +178,11 @@ def _cost(table: PlanTable, needed: Memory, training: Training, setting: Environ
             times.weight_fraction[:, None],
             times.send_s,
         )
-    return _Costed(table, times, needed, pipeline_s + times.tail_s)
+    return _CostedTable(table, times, needed, pipeline_s + times.tail_s)
 
 
-def _fastest(costed: list[_Costed], count: int) -> list[tuple[float, int, int]]:
-    """(seconds, table, row) of the `count` fastest rows."""
+def _fastest(costed: list[_CostedTable], count: int) -> list[tuple[float, int, int]]:
+    """The `count` fastest rows as (step seconds, index into `costed`, row), fastest first."""
     if not costed:
         return []
     bounds = np.concatenate([entry.bounds_s for entry in costed])
@@ -142,14 +190,14 @@ def _fastest(costed: list[_Costed], count: int) -> list[tuple[float, int, int]]:
     rows = np.concatenate([np.arange(len(entry.table)) for entry in costed])
     best: list[tuple[float, int, int]] = []
     # A stable sort: among equal bounds the simpler schedules, which come first, are tried first.
-    for place in np.argsort(bounds, kind="stable"):
-        if len(best) == count and bounds[place] > best[-1][0] * (1 + EQUAL):
+    for index in np.argsort(bounds, kind="stable"):
+        if len(best) == count and bounds[index] > best[-1][0] * (1 + TIE_TOLERANCE):
             break
-        entry, row = costed[tables[place]], int(rows[place])
-        seconds = float(bounds[place]) if entry.table.pipeline == 1 else step_seconds(entry.table, row, entry.times)
+        entry, row = costed[tables[index]], int(rows[index])
+        seconds = float(bounds[index]) if entry.table.pipeline == 1 else step_seconds(entry.table, row, entry.times)
         position = len(best)
-        while position > 0 and seconds < best[position - 1][0] * (1 - EQUAL):
+        while position > 0 and seconds < best[position - 1][0] * (1 - TIE_TOLERANCE):
             position -= 1
-        best.insert(position, (seconds, int(tables[place]), row))
+        best.insert(position, (seconds, int(tables[index]), row))
         del best[count:]
     return best

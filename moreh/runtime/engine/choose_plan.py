@@ -10,13 +10,13 @@ from moreh.accelerator.flavors import Flavor
 from moreh.accelerator.job_status import PredictedUse
 from moreh.errors import PlanError
 from moreh.options import ParallelOptions, PlannerVariables
-from moreh.planner.cost.prediction import DeviceMemory, Prediction, make_environment, measured_environment, predict
+from moreh.planner.cost.prediction import DeviceMemory, Prediction, predict
 from moreh.planner.hardware.cluster import cluster_for_flavor
 from moreh.planner.hardware.efficiency import uncertainty
+from moreh.planner.hardware.environment import make_environment, measured_environment
 from moreh.planner.plan.notation import plan_text
 from moreh.planner.plan.plan import Plan, Recomputation, Training
-from moreh.planner.search.candidates import Constraints
-from moreh.planner.search.constraints import constraints_from_options
+from moreh.planner.search.constraints import Constraints, constraints_from_options
 from moreh.planner.search.search import SearchResult, search, search_on_most_devices
 from moreh.planner.software_profile import TRANSFORMERS, TRANSFORMERS_AUTOCAST, moreh_software
 from moreh.planner.units import gib, seconds_text
@@ -56,7 +56,8 @@ def select_plan(
     setting = make_environment(
         cluster_for_flavor(flavor), moreh_software("half" if options.mixed_precision else "float32")
     )
-    found, _, idle = search_on_most_devices(training, setting, restrictions, count=DETAILED, threads=variables.threads)
+    outcome = search_on_most_devices(training, setting, restrictions, count=DETAILED, threads=variables.threads)
+    found, idle = outcome.result, outcome.idle
     if idle:
         say(f"Simulated: {idle}")
     _say_search(found, say)

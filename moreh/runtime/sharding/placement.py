@@ -6,6 +6,7 @@ from torch import nn
 
 from moreh.models.parts import ModelParts
 from moreh.planner.plan.plan import Plan
+from moreh.planner.plan.stage_layout import stage_to_rank
 from moreh.runtime.sharding.local_weights import target_dtypes
 from moreh.runtime.sharding.spec import ParamSpec, TPSplit
 
@@ -25,12 +26,10 @@ class StagePlacement:
 
 
 def stage_placements(plan: Plan) -> tuple[StagePlacement, ...]:
-    """The stages in the order of the model. The zbv schedule folds them into a V, the others go round the ranks."""
+    """The stages in the order of the model, on the ranks that `stage_to_rank` gives them."""
+    ranks = stage_to_rank(plan.schedule, plan.pipeline, plan.chunks).tolist()
     placements, first = [], 0
-    for index, layers in enumerate(plan.stage_layers):
-        rank = index % plan.pipeline
-        if plan.schedule == "zbv" and index >= plan.pipeline:
-            rank = 2 * plan.pipeline - 1 - index
+    for index, (rank, layers) in enumerate(zip(ranks, plan.stage_layers, strict=True)):
         placements.append(StagePlacement(index, rank, first, first + layers))
         first += layers
     return tuple(placements)

@@ -1,0 +1,141 @@
+"""This machine's profile: what is measured, and that it is measured once and kept."""
+
+import dataclasses
+import json
+import threading
+
+import pytest
+
+from moreh.errors import PlanError
+from moreh.planner.hardware import local_profile as module
+from moreh.planner.hardware.local_profile import local_profile, measure
+from moreh.planner.hardware.measured_device import measured_device, ring_latency_and_rate
+from moreh.planner.hardware.microbenchmarks import CHAIN, Worker
+from tests.helpers.synthetic_profile import roofline_of, synthetic_profile
+
+
+def test_one_worker_is_measured_once_and_kept(state_directory, monkeypatch):
+    profile = local_profile()
+    assert profile.workers == 1
+    assert profile.collectives == ()
+    assert {matmul.compute for matmul in profile.matmuls} == {"float32", "half"}
+    assert 1e8 < profile.best_rate("half") < 1e17
+    assert 1e8 < profile.best_rate("float32") < 1e17
+    assert 1e8 < profile.memory_bytes_per_second < 1e13
+    assert 0 < profile.forward_operation_s < 0.1
+    assert 0 < profile.autograd_operation_s < 0.1
+    assert profile.memory_mib > 0
+    for compute in ("float32", "half"):
+        assert roofline_of(profile, compute).matmul_s(256, 256, 256) > 0
+
+    assert len(list(state_directory.glob("this-machine-*.json"))) == 1
+    monkeypatch.setattr(module, "measure", lambda workers: pytest.fail("measured again"))
+    assert local_profile() == profile
+
+
+def test_damaged_and_outdated_files_are_measured_again(state_directory, monkeypatch):
+    monkeypatch.setattr(module, "measure", lambda workers: synthetic_profile(depth=1.0))
+    local_profile()
+    (path,) = state_directory.glob("this-machine-*.json")
+    good = json.loads(path.read_text(encoding="utf-8"))
+    outdated = good | {"key": good["key"] | {"torch": "1.0"}}
+    partial = good | {"profile": {key: value for key, value in good["profile"].items() if key != "contention"}}
+    negative = good | {"profile": good["profile"] | {"memory_bytes_per_second": -1.0}}
+    other = synthetic_profile()
+    monkeypatch.setattr(module, "measure", lambda workers: other)
+    for content in ("", "{", "[]", "null", '{"key": 1}', *(json.dumps(c) for c in (outdated, partial, negative))):
+        path.write_text(content, encoding="utf-8")
+        assert local_profile() == other
+        assert local_profile() == other
+        assert json.loads(path.read_text(encoding="utf-8"))["key"] == good["key"]
+
+
+def test_forward_pass_takes_no_longer_than_with_its_backward_pass(monkeypatch, tmp_path):
+    worker = Worker(0, 1, tmp_path / "rendezvous")
+    measured = worker._one_pass()
+    # In the second pair, another program disturbed the forward pass.
+    for forward_s, expected_s in ((0.1, 0.1), (0.9, 0.3)):
+        one_pass = {**measured, ("forward",): forward_s, ("autograd",): 0.3}
+        monkeypatch.setattr(worker, "_one_pass", lambda one_pass=one_pass: one_pass)
+        figures = worker.measure()
+        assert figures["forward_operation_s"] == pytest.approx(expected_s / CHAIN)
+        assert figures["autograd_operation_s"] == pytest.approx(0.3 / CHAIN)
+
+
+def test_each_number_of_threads_has_a_profile_of_its_own(state_directory, monkeypatch):
+    measured = []
+    monkeypatch.setattr(module, "measure", lambda workers: measured.append(workers) or synthetic_profile(workers))
+    monkeypatch.setattr(module, "available_cores", lambda: 8)
+    monkeypatch.setattr(module.psutil, "cpu_count", lambda logical: 8)
+    for limit, expected in ((None, 1), ("2", 2), ("4", 3), ("4", 3), ("16", 3), ("nonsense", 3)):
+        if limit is None:
+            monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        else:
+            monkeypatch.setenv("OMP_NUM_THREADS", limit)
+        local_profile(1)
+        local_profile(4)
+        # Four workers have two of the eight cores each, however many threads the variable allows.
+        assert len(measured) == expected + 1, limit
+
+
+def test_concurrent_processes_wait_for_one_measurement(state_directory, monkeypatch):
+    measured = []
+    begun, resume = threading.Event(), threading.Event()
+
+    def slow_measure(workers):
+        measured.append(workers)
+        begun.set()
+        assert resume.wait(30)
+        return synthetic_profile(workers)
+
+    monkeypatch.setattr(module, "measure", slow_measure)
+    profiles = []
+    threads = [threading.Thread(target=lambda: profiles.append(local_profile(2))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    assert begun.wait(30)
+    resume.set()
+    for thread in threads:
+        thread.join(30)
+    assert measured == [2]
+    assert profiles == [synthetic_profile(2)] * 3
+
+
+def test_disturbed_measurement_is_logged_once(state_directory, monkeypatch, caplog):
+    monkeypatch.setattr(module, "measure", lambda workers: dataclasses.replace(synthetic_profile(), confirmed=0.3))
+    monkeypatch.setattr(module.logger, "propagate", True)
+    local_profile()
+    local_profile()
+    (path,) = state_directory.glob("this-machine-*.json")
+    # pytest sees a record twice if the logger has a handler of its own by now.
+    (message,) = {id(record): record.getMessage() for record in caplog.records}.values()
+    assert message.endswith(f"delete {path}")
+
+
+def test_two_workers_are_measured_together(state_directory):
+    profile = local_profile(2)
+    assert profile.workers == 2
+    assert {collective.operation for collective in profile.collectives} == {"all-reduce", "all-gather"}
+    latency_s, rate = ring_latency_and_rate(profile)
+    assert 0 <= latency_s < 10
+    assert 1e5 < rate < 1e13
+    assert 0 <= profile.contention <= 1
+    assert 0 <= profile.skew <= 1
+    assert measured_device(profile).devices_per_node == 2
+    assert list(state_directory.glob("this-machine-*.json"))
+
+
+@pytest.mark.parametrize("workers", [0, -1])
+@pytest.mark.parametrize("function", [measure, local_profile])
+def test_no_workers_are_refused(function, workers):
+    with pytest.raises(PlanError, match=f"^workers={workers}: this machine can have 1 or more$"):
+        function(workers)
+
+
+def test_error_of_a_failing_worker_is_its_last_line(monkeypatch, tmp_path):
+    script = tmp_path / "python"
+    script.write_text("#!/bin/sh\necho first\necho no memory left\nexit 3\n", encoding="utf-8")
+    script.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(script))
+    with pytest.raises(PlanError, match=r"could not be measured with 2 workers: no memory left$"):
+        measure(2)
