@@ -16,7 +16,7 @@ from transformers.models.llama import modeling_llama
 from moreh.models.compatibility import unsupported_reason
 from moreh.options import DEFAULT_OPTIONS
 from moreh.runtime.engine.fast_path import FastPath
-from moreh.runtime.kernels.attention import use_block_attention
+from moreh.runtime.kernels.attention_dispatch import attention_layers, use_block_attention
 from moreh.runtime.kernels.faster_kernels import FasterKernels
 from tests.helpers import sharded_cases as cases
 from tests.helpers.float64 import exact_float64
@@ -320,14 +320,16 @@ def test_functions_of_the_script_stay_in_their_places(module):
 
 
 def test_attention_of_the_script_stays_in_its_place():
+    layers = attention_layers(llama())
     ALL_ATTENTION_FUNCTIONS["sdpa"] = own_sdpa
     try:
-        with use_block_attention():
+        with use_block_attention(layers):
             assert ALL_ATTENTION_FUNCTIONS["sdpa"] is own_sdpa
+            assert {layer.config._attn_implementation for layer in layers} == {"sdpa"}
     finally:
         del ALL_ATTENTION_FUNCTIONS["sdpa"]
-    with use_block_attention():
-        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is not own_sdpa
+    with use_block_attention(layers):
+        assert {layer.config._attn_implementation for layer in layers} == {"moreh_block"}
 
 
 def test_attention_that_may_make_no_mask_gets_no_packed_rows():

@@ -137,7 +137,7 @@ class _Runtime:
 
     def _uses_bfloat16(self, device: torch.device) -> bool:
         if device not in self._low_precision:
-            self._low_precision[device] = choose_bfloat16(device, asked=self.options.mixed_precision)
+            self._low_precision[device] = choose_bfloat16(device, requested=self.options.mixed_precision)
         return self._low_precision[device]
 
 

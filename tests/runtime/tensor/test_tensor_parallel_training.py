@@ -97,7 +97,6 @@ def test_ranks_drop_the_same_of_what_they_share_and_recompute_it(family, sequenc
 
 def recompute_selectively(family, sequence_parallel):
     """Recomputation that keeps matrix products, which the collectives follow."""
-    from moreh.models.parts import split_into_parts
     from moreh.runtime.kernels.recomputation import recompute_activations
 
     group = tensor_group(2)
@@ -105,7 +104,7 @@ def recompute_selectively(family, sequence_parallel):
     ids, mask, labels = padded_batch(97)
     with exact_float64():
         local, division, _ = divided_copy(whole, group, sequence_parallel)
-        recompute_activations(split_into_parts(local), "selective")
+        recompute_activations(local, "selective")
         mean_loss(whole(input_ids=ids, attention_mask=mask).logits, labels).backward()
         mean_loss(local(input_ids=ids, attention_mask=mask, use_cache=False).logits, labels, group, 97).backward()
     return max(gradient_differences(local, division, whole, group).values())
