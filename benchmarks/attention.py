@@ -2,8 +2,8 @@
 
 python benchmarks/attention.py
 
-Forward and backward pass of 1,024 tokens with heads of size 64, as a batch of rows and as one packed row. All three take
-turns; times are medians.
+Forward and backward pass of 1,024 tokens with heads of size 64, as a batch of rows and as one packed row. All three
+take turns; times are medians.
 """
 
 import statistics

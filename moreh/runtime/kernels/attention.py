@@ -6,6 +6,7 @@ use them.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -83,7 +84,8 @@ def _causal_attention(
     queries = rows.index_select(0, block_query_index(sequences, layout)).mul_(scale)
     keys, values = _gather_keys(key, sequences), _gather_keys(value, sequences)
     outputs = query.new_empty(queries.shape[0], value.shape[-1])
-    probabilities = query.new_empty(_num_saved(shapes, query.dtype))
+    scores = sum(shape.blocks * shape.queries * shape.keys for shape in shapes)
+    probabilities = query.new_empty(scores if _saves_probabilities(scores, query.dtype) else 0)
     for q, k, v, out, p in zip(
         _query_views(queries, shapes),
         _key_views(keys, shapes),
@@ -109,11 +111,12 @@ def _(
     batch, heads, length, head_dim = query.shape
     # The sequences determine the blocks: tracing specializes on them.
     sequences = PackedSequences(tuple(int(boundary) for boundary in cu_seqlens), int(prefix_len))
-    shapes = _matmul_shapes(sequences, batch * key.shape[1], heads // key.shape[1])
+    shapes = block_shapes(sequences)
+    scores = batch * heads * sum(shape.blocks * shape.queries * shape.keys for shape in shapes)
     return (
         query.new_empty(batch, length, heads, value.shape[-1]),
-        query.new_empty(sum(shape.blocks * shape.queries for shape in shapes), head_dim),
-        query.new_empty(_num_saved(shapes, query.dtype)),
+        query.new_empty(batch * heads * sum(shape.blocks * shape.queries for shape in shapes), head_dim),
+        query.new_empty(scores if _saves_probabilities(scores, query.dtype) else 0),
     )
 
 
@@ -200,6 +203,8 @@ def _backward(ctx: Any, grad_output: torch.Tensor | None, *_: None) -> tuple[tor
 _causal_attention.register_autograd(_backward, setup_context=_setup_context)
 
 
+# All layers of a micro-batch have the same.
+@lru_cache(maxsize=4)
 def _matmul_shapes(sequences: PackedSequences, batch_heads: int, group_size: int) -> list[BlockShape]:
     """The shape of the batched matmul of each group of blocks.
 
@@ -212,10 +217,8 @@ def _matmul_shapes(sequences: PackedSequences, batch_heads: int, group_size: int
     ]
 
 
-def _num_saved(shapes: list[BlockShape], dtype: torch.dtype) -> int:
-    """How many probabilities the forward pass saves: all, or none."""
-    scores = sum(shape.blocks * shape.queries * shape.keys for shape in shapes)
-    return scores if scores * dtype.itemsize <= MAX_SAVED_BYTES else 0
+def _saves_probabilities(scores: int, dtype: torch.dtype) -> bool:
+    return scores * dtype.itemsize <= MAX_SAVED_BYTES
 
 
 def _gather_keys(key: torch.Tensor, sequences: PackedSequences) -> torch.Tensor:
@@ -233,20 +236,20 @@ def _probabilities(q: torch.Tensor, k: torch.Tensor, group_size: int, out: torch
 
 
 def _query_views(tensor: torch.Tensor, shapes: list[BlockShape]) -> list[torch.Tensor]:
-    """A tensor `[queries of all blocks, head_dim]` as one matrix batch `[n, queries, head_dim]` for each group."""
-    groups = tensor.split([shape.blocks * shape.queries for shape in shapes])
-    return [group.view(shape.blocks, shape.queries, -1) for group, shape in zip(groups, shapes, strict=True)]
+    """A tensor `[queries of all blocks, head_dim]` as one batch of matrices `[n, queries, head_dim]` for each group."""
+    groups = torch.split_with_sizes(tensor, [n * queries for n, queries, _ in shapes])
+    return [group.view(n, queries, -1) for group, (n, queries, _) in zip(groups, shapes, strict=True)]
 
 
 def _key_views(tensor: torch.Tensor, shapes: list[BlockShape]) -> list[torch.Tensor]:
-    """A tensor `[keys of all blocks, head_dim]` as one matrix batch `[n, keys, head_dim]` for each group."""
-    groups = tensor.split([shape.blocks * shape.keys for shape in shapes])
-    return [group.view(shape.blocks, shape.keys, -1) for group, shape in zip(groups, shapes, strict=True)]
+    """A tensor `[keys of all blocks, head_dim]` as one batch of matrices `[n, keys, head_dim]` for each group."""
+    groups = torch.split_with_sizes(tensor, [n * keys for n, _, keys in shapes])
+    return [group.view(n, keys, -1) for group, (n, _, keys) in zip(groups, shapes, strict=True)]
 
 
 def _probability_views(tensor: torch.Tensor, shapes: list[BlockShape]) -> list[torch.Tensor | None]:
-    """The saved probabilities as one matrix batch `[n, queries, keys]` for each group; None if they are not saved."""
+    """The saved probabilities as one batch of matrices `[n, queries, keys]` for each group; None if none are saved."""
     if not len(tensor):
         return [None] * len(shapes)
-    groups = tensor.split([shape.blocks * shape.queries * shape.keys for shape in shapes])
+    groups = torch.split_with_sizes(tensor, [n * queries * keys for n, queries, keys in shapes])
     return [group.view(shape) for group, shape in zip(groups, shapes, strict=True)]

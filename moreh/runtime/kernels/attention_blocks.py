@@ -98,7 +98,7 @@ class SegmentSum:
 
 
 def block_shapes(sequences: PackedSequences) -> list[BlockShape]:
-    """The shape of each group of blocks, in the order of `block_groups`. Makes no tensor, so tracing may call it.
+    """The shape of each group of blocks, in the order of `block_groups`. Makes no tensors, so tracing may call it.
 
     >>> block_shapes(PackedSequences((0, 160, 200)))
     [BlockShape(blocks=1, queries=128, keys=128), BlockShape(blocks=1, queries=32, keys=160), \
