@@ -31,6 +31,7 @@ the indices of both: `block_*` for the way to the blocks, `token_*` for the way 
 
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -57,6 +58,17 @@ class BlockShape(NamedTuple):
     blocks: int
     queries: int
     keys: int
+
+
+class _BlockRange(NamedTuple):
+    """Positions in the row that define a block."""
+
+    origin: int
+    """Where the sequence would begin if it had its prefix: the block's keys are counted from here."""
+    start: int
+    """The first query."""
+    stop: int
+    """After the last query that is not padding."""
 
 
 @dataclass(frozen=True)
@@ -100,14 +112,13 @@ class SegmentSum:
 def block_shapes(sequences: PackedSequences) -> list[BlockShape]:
     """The shape of each group of blocks, in the order of `block_groups`. Makes no tensors, so tracing may call it.
 
-    >>> block_shapes(PackedSequences((0, 160, 200)))
-    [BlockShape(blocks=1, queries=128, keys=128), BlockShape(blocks=1, queries=32, keys=160), \
-BlockShape(blocks=1, queries=64, keys=64)]
+    >>> [tuple(shape) for shape in block_shapes(PackedSequences((0, 160, 200)))]
+    [(1, 128, 128), (1, 32, 160), (1, 64, 64)]
     """
     return [BlockShape(len(ranges), *shape) for shape, ranges in _block_ranges(sequences).items()]
 
 
-# In this module: all layers of a micro-batch have the same sequences, so few entries suffice.
+# The caches of this module are small: all layers of a micro-batch have the same sequences.
 @lru_cache(maxsize=4)
 def block_groups(sequences: PackedSequences) -> list[BlockGroup]:
     """The blocks of all sequences of a row, grouped by their shapes."""
@@ -123,22 +134,17 @@ def block_groups(sequences: PackedSequences) -> list[BlockGroup]:
 
 
 @lru_cache(maxsize=4)
-def _block_ranges(sequences: PackedSequences) -> dict[tuple[int, int], list[tuple[int, int, int]]]:
-    """The blocks by `(queries, keys)`: each one's origin, the position of its first query, and that after its last
-    query.
-
-    The origin is the position in the row at which the sequence would begin if its prefix were not taken from the first
-    one.
-    """
-    ranges: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
-    for sequence_start, sequence_stop in zip(sequences.cu_seqlens, sequences.cu_seqlens[1:], strict=False):
+def _block_ranges(sequences: PackedSequences) -> dict[tuple[int, int], list[_BlockRange]]:
+    """The blocks by their numbers of queries and keys, padding included."""
+    ranges: dict[tuple[int, int], list[_BlockRange]] = {}
+    for sequence_start, sequence_stop in pairwise(sequences.cu_seqlens):
         origin = sequence_start - sequences.prefix_len if sequence_start > 0 else 0
         for block_start in range(origin, sequence_stop, BLOCK_QUERIES):
             start, stop = max(block_start, sequence_start), min(block_start + BLOCK_QUERIES, sequence_stop)
-            if start < stop:  # else all of it is prefix
+            if start < stop:  # else the block has tokens of the prefix only
                 padded_stop = block_start + -(-(stop - block_start) // QUERY_MULTIPLE) * QUERY_MULTIPLE
                 shape = padded_stop - start, padded_stop - origin
-                ranges.setdefault(shape, []).append((origin, start, stop))
+                ranges.setdefault(shape, []).append(_BlockRange(origin, start, stop))
     return ranges
 
 

@@ -1,5 +1,7 @@
 """The block layout, beside the picture in its module docstring and beside a mask of all pairs of tokens."""
 
+import doctest
+
 import pytest
 import torch
 
@@ -64,6 +66,11 @@ def test_each_query_is_in_one_block_and_sees_its_sequence_and_the_prefix(sequenc
     sequence = sum((torch.arange(length) >= start).int() for start in sequences.cu_seqlens[:-1])
     allowed = (sequence[:, None] == sequence[None]) | (torch.arange(length) < sequences.prefix_len)
     assert torch.equal(count, allowed.tril().int())
+
+
+def test_example_of_the_docstring_is_true():
+    result = doctest.testmod(blocks)
+    assert (result.attempted, result.failed) == (1, 0)
 
 
 @pytest.mark.parametrize("sequences", LAYOUTS)
