@@ -120,7 +120,7 @@ def _(
     )
 
 
-# An operator of its own: tracing must not see the indices that its blocks are cached with.
+# An operator of its own: traced, its body would fill the caches of attention_blocks.py with fake tensors.
 @torch.library.custom_op("moreh::causal_attention_backward", mutates_args=(), device_types="cpu")
 def _causal_attention_backward(
     grad_output: torch.Tensor,
