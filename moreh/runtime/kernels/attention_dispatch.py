@@ -5,10 +5,13 @@ An attention layer of transformers looks up by name, in its own `forward`, which
     ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
 
 `block_attention` is registered there under a name of its own. `use_block_attention` lets the layers of a model see
-their config through a view that has this name. The config itself keeps "sdpa": masks are made, and rows packed, as for
-torch's attention; models that share the config are not affected; nothing is left in what a script copies or saves
-meanwhile. Switching the config instead would break families that compare its name with "sdpa" themselves: Falcon would
-take its eager path, which relies on a mask that "sdpa" leaves out.
+their config through a view that has this name. The config itself keeps "sdpa":
+- masks are made, and rows are packed, as for torch's attention;
+- other models with the same config are not affected;
+- copies that a script makes meanwhile, and configs that it saves, have "sdpa".
+
+Switching the name in the config would break families that compare it with "sdpa" themselves. Falcon would take its
+eager path, which relies on a mask that is not made for "sdpa".
 """
 
 import inspect
@@ -25,8 +28,8 @@ from moreh.runtime.kernels import attention
 
 NAME = "moreh_block"
 """The name under which transformers knows `block_attention`."""
-_TORCH = "sdpa"
-# Computed by other attention functions of transformers in addition; block attention has none of them.
+_SDPA = "sdpa"
+# What other attention functions of transformers support in addition.
 _EXTRA_ARGUMENTS = ("softcap", "position_bias", "cache", "s_aux")
 
 
@@ -54,18 +57,17 @@ def block_attention(
     length = query.shape[2]
     longest = max(kwargs.get("max_length_q", 0), kwargs.get("max_length_k", 0)) or length
     window = kwargs.get("sliding_window")
-    packed = cu_seqlens is not None and query.shape[0] == 1 and int(cu_seqlens[-1]) == length
     if not (
         causal
-        and (attention_mask is None or packed)
         and dropout == 0.0
         and query.device.type == "cpu"
         and 1 < length == key.shape[2]
         and longest <= attention.MAX_SEQUENCE_LENGTH
+        and (attention_mask is None or _is_packed_row(cu_seqlens, query.shape[0], length))
         and (window is None or window >= longest)
         and all(kwargs.get(name) is None for name in _EXTRA_ARGUMENTS)
     ):
-        return ALL_ATTENTION_FUNCTIONS[_TORCH](
+        return ALL_ATTENTION_FUNCTIONS[_SDPA](
             module,
             query,
             key,
@@ -93,16 +95,16 @@ def attention_layers(model: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def use_block_attention(layers: Sequence[nn.Module]) -> Iterator[None]:
-    """Let attention layers of a model compute in blocks; those with another attention than torch's keep it.
+    """Let attention layers of a model compute in blocks. Those with another attention than torch's keep theirs.
 
-    So do all if a script has registered its own function as "sdpa".
+    If a script has replaced "sdpa" by a function of its own, all layers keep it.
     """
     configs: list[tuple[nn.Module, Any]] = []
     try:
-        if is_stock_transformers(ALL_ATTENTION_FUNCTIONS[_TORCH]):
+        if is_stock_transformers(ALL_ATTENTION_FUNCTIONS[_SDPA]):
             for layer in layers:
                 config: Any = layer.config
-                if config._attn_implementation == _TORCH:
+                if config._attn_implementation == _SDPA:
                     configs.append((layer, config))
                     vars(layer)["config"] = _BlockAttentionConfig(config)
         yield
@@ -136,11 +138,17 @@ def _looks_up_attention(module: nn.Module) -> bool:
     code = getattr(forward, "__code__", None)
     if code is None or "config" not in vars(module) or "ALL_ATTENTION_FUNCTIONS" not in code.co_names:
         return False
-    # A family may have an interface of its own, with other functions under the same names.
+    # A family may have an interface of its own, with other functions under the same names (Doge).
     if forward.__globals__.get("ALL_ATTENTION_FUNCTIONS") is not ALL_ATTENTION_FUNCTIONS:
         return False
-    constants = [name for const in code.co_consts for name in (const if isinstance(const, tuple) else (const,))]
-    return _TORCH not in constants
+    # Or it compares the name with "sdpa" itself, to choose another computation (DeepSeek's sparse attention).
+    collections = [constant for constant in code.co_consts if isinstance(constant, tuple | frozenset)]
+    return not any(_SDPA in constants for constants in (code.co_consts, *collections))
+
+
+def _is_packed_row(cu_seqlens: torch.Tensor | None, batch: int, length: int) -> bool:
+    """Whether the boundaries are those of the sequences in one row of this length."""
+    return cu_seqlens is not None and batch == 1 and int(cu_seqlens[-1]) == length
 
 
 def _shared_prefix_len(cu_seqlens: torch.Tensor, cu_seqlens_k: torch.Tensor | None) -> int:

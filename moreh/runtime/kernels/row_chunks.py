@@ -20,7 +20,7 @@ _buffers = threading.local()
 def chunks(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
     """Tensors `[..., size]` as `[rows, size]`, a few rows of all of them at a time.
 
-    So many that those of the first tensor have at most `CHUNK_ELEMENTS` elements, but at least one.
+    A chunk of the first tensor has at most `CHUNK_ELEMENTS` elements, or one row.
     """
     flat = [tensor.flatten(0, -2) for tensor in tensors]
     # A narrow layer may be split over more tensor-parallel ranks than it has columns: size is then 0 on some.
