@@ -142,8 +142,8 @@ def _looks_up_attention(module: nn.Module) -> bool:
     if forward.__globals__.get("ALL_ATTENTION_FUNCTIONS") is not ALL_ATTENTION_FUNCTIONS:
         return False
     # Or it compares the name with "sdpa" itself, to choose another computation (DeepSeek's sparse attention).
-    collections = [constant for constant in code.co_consts if isinstance(constant, tuple | frozenset)]
-    return not any(_SDPA in constants for constants in (code.co_consts, *collections))
+    nested = [constant for constant in code.co_consts if isinstance(constant, tuple | frozenset)]
+    return not any(_SDPA in constants for constants in (code.co_consts, *nested))
 
 
 def _is_packed_row(cu_seqlens: torch.Tensor | None, batch: int, length: int) -> bool:
