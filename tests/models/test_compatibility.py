@@ -16,7 +16,7 @@ from transformers.models.llama import modeling_llama
 from moreh.models.compatibility import unsupported_reason
 from moreh.options import DEFAULT_OPTIONS
 from moreh.runtime.engine.fast_path import FastPath
-from moreh.runtime.kernels.attention import use_block_attention
+from moreh.runtime.kernels.attention_dispatch import attention_layers, use_block_attention
 from moreh.runtime.kernels.faster_kernels import FasterKernels
 from tests.helpers.compare import worst
 from tests.helpers.fast_path_cases import LENGTH, MAX_TOKENS, batch, differences
@@ -214,15 +214,17 @@ def test_functions_of_the_script_are_not_replaced_by_kernels(module):
                 assert "forward" not in module.__dict__
 
 
-def test_attention_of_the_script_is_not_replaced_by_block_attention():
+def test_attention_of_the_script_stays_in_its_place():
+    layers = attention_layers(llama())
     ALL_ATTENTION_FUNCTIONS["sdpa"] = own_sdpa
     try:
-        with use_block_attention():
+        with use_block_attention(layers):
             assert ALL_ATTENTION_FUNCTIONS["sdpa"] is own_sdpa
+            assert {layer.config._attn_implementation for layer in layers} == {"sdpa"}
     finally:
         del ALL_ATTENTION_FUNCTIONS["sdpa"]
-    with use_block_attention():
-        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is not own_sdpa
+    with use_block_attention(layers):
+        assert {layer.config._attn_implementation for layer in layers} == {"moreh_block"}
 
 
 def test_attention_of_the_script_gets_no_packed_rows():

@@ -26,6 +26,7 @@ from moreh.runtime.engine.choose_plan import predicted_use, select_local_plan, s
 from moreh.runtime.engine.optimizer_patches import on_optimizer_created
 from moreh.runtime.kernels.fused_adam import use_fused_kernels
 from moreh.runtime.kernels.precision import autocast_if, choose_bfloat16, in_float32, inside_autocast
+from moreh.runtime.kernels.recomputation import recompute_activations
 from moreh.runtime.launch.world import current_world
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ class _Runtime:
         if self.job.simulated and not any(parameter.is_meta for parameter in model.parameters()):
             self.job.ledger.add_module(model)
         if self.options.activation_recomputation is True:
-            _recompute_activations(model)
+            recompute_activations(model, "full")
 
     def _plan(self, model: torch.nn.Module, batch_size: int, sequence_length: int, *, bfloat16: bool) -> float:
         """Plan the training for the accelerator and for this machine; the tokens of the largest batch that this holds for.
@@ -122,7 +123,7 @@ class _Runtime:
             self.job.use_prediction(model, predicted_use(selection.prediction, accelerator.flavor.devices))
         local = select_local_plan(training, self.options, bfloat16=bfloat16)
         if local.plan.recomputation == "full" and self.options.activation_recomputation == "auto":
-            _recompute_activations(model)  # for good: a smaller batch later is not worth another change
+            recompute_activations(model, "full")  # for good: a smaller batch later is not worth another change
         self._micro_batch_tokens[model] = local.plan.micro_batch_size * sequence_length
         logger.info(
             "This machine: 1 worker, micro-batches of at most %s tokens, recomputation : %s; "
@@ -137,7 +138,7 @@ class _Runtime:
 
     def _uses_bfloat16(self, device: torch.device) -> bool:
         if device not in self._low_precision:
-            self._low_precision[device] = choose_bfloat16(device, asked=self.options.mixed_precision)
+            self._low_precision[device] = choose_bfloat16(device, requested=self.options.mixed_precision)
         return self._low_precision[device]
 
 
@@ -172,33 +173,3 @@ def _tokens_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, i
     if isinstance(embeddings, torch.Tensor) and embeddings.dim() == 3:
         return embeddings.shape[0], embeddings.shape[1]
     return None
-
-
-def _recompute_activations(model: torch.nn.Module) -> None:
-    """Switch recomputation on in a model of transformers, or in those that a module of the user's contains.
-
-    A module without layers of its own kind to recompute, such as an embedding or a head that is called by itself, has
-    nothing to gain and is left alone.
-
-    Raises:
-        OptionError: a model of transformers does not support it, or a module with several layers is none of theirs.
-    """
-    from transformers import PreTrainedModel
-
-    candidates = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
-    outermost = [m for m in candidates if not any(m is not other and m in other.modules() for other in candidates)]
-    if not outermost and len(list(model.children())) > 0:
-        raise OptionError(
-            f"activation_recomputation=True: {type(model).__name__} is no model of transformers, whose layers could be "
-            'recomputed; use False or "auto"'
-        )
-    for pretrained in outermost:
-        if not pretrained.supports_gradient_checkpointing:
-            raise OptionError(
-                f'activation_recomputation=True: {type(pretrained).__name__} does not support it; use False or "auto"'
-            )
-        # Older releases of transformers 5 call it gradient_checkpointing_enable.
-        enable: Any = (
-            getattr(pretrained, "activation_checkpointing_enable", None) or pretrained.gradient_checkpointing_enable
-        )
-        enable({"use_reentrant": False})

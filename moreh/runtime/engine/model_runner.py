@@ -143,7 +143,7 @@ class ModelRunner:
         earlier = self._stash_grads()
         with self._computing(), self._own_draws():
             losses = run_forward_backward(self.model, len(self._micro_batches), shape)
-            self._tied_embedding.add_rows()
+            self._tied_embedding.add_gradient()
             gradients = collect_grads(self.model)
         self._micro_batches = []
         for parameter, gradient in earlier:
@@ -291,7 +291,7 @@ class ModelRunner:
         install_compute_params(self.model)
         try:
             by_rows = self._options.uses("sparse_embedding") and self.plan.devices == 1
-            with self._kernels.bound(), self._tied_embedding.by_rows() if by_rows else nullcontext():
+            with self._kernels.bound(), self._tied_embedding.deferred_gradient() if by_rows else nullcontext():
                 yield
         finally:
             for module in self.model.sharded_modules():

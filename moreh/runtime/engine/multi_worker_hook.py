@@ -143,7 +143,7 @@ class MultiWorkerHook:
     def _uses_bfloat16(self) -> bool:
         if self._bfloat16 is None:
             self._bfloat16 = self._on_first_worker(
-                lambda: choose_bfloat16(self._device, asked=self.options.mixed_precision)
+                lambda: choose_bfloat16(self._device, requested=self.options.mixed_precision)
             )
         return self._bfloat16
 

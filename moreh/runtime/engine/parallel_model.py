@@ -100,7 +100,7 @@ def build_sharded(
         if place.pipeline_rank == here
     )
     if plan.recomputation != "none":
-        recompute_activations(decoder, plan.recomputation)
+        recompute_activations(decoder.causal, plan.recomputation)
     if plan.tensor > 1:
         # Before FSDP gives the layers of this rank's stages another class than the others have.
         install_tensor_parallel(root, mesh.group("tensor"), sequence_parallel=plan.sequence_parallel)

@@ -1,19 +1,25 @@
-"""Memory that a training step has freed, on processors: the C library keeps it for the next step.
+"""Lets glibc keep the memory that a training step frees on the CPU, for the next step.
 
-By default glibc gives the upper end of what is free back to the system, and every piece of more than 32 MiB, such as the
-gradient of a large vocabulary. The system clears every page of it when it is wanted again.
-Source of the settings: https://man7.org/linux/man-pages/man3/mallopt.3.html.
+By default glibc returns the free top of the heap to the kernel, and every freed block of more than 32 MiB, such as the
+gradient of a large vocabulary's embedding. The kernel clears each page again when the next step asks for it.
 """
 
 import ctypes
 import os
 import sys
 
-_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
-_NEVER = 2**31 - 1
-# glibc's own: so many pieces at most, each of so many bytes at least, lie by themselves and are given back when freed.
+# Parameters of mallopt. Source: https://man7.org/linux/man-pages/man3/mallopt.3.html; numbers as in glibc's <malloc.h>.
+_M_TRIM_THRESHOLD = -1
+"""How many bytes the free top of the heap must have before glibc returns it to the kernel."""
+_M_MMAP_THRESHOLD = -3
+"""From how many bytes on a block is mapped by itself (mmap), outside the heap. Freeing it returns it to the kernel."""
+_M_MMAP_MAX = -4
+"""How many blocks may be mapped by themselves at a time."""
+
+_INT_MAX = 2**31 - 1
+# The values that glibc starts with.
 _MMAP_MAX_DEFAULT, _MMAP_THRESHOLD_DEFAULT_BYTES = 2**16, 2**17
-# By which somebody has chosen settings of their own.
+# Whoever sets one of these has tuned glibc already.
 _VARIABLES = (
     "MALLOC_TRIM_THRESHOLD_",
     "MALLOC_MMAP_THRESHOLD_",
@@ -23,32 +29,34 @@ _VARIABLES = (
 )
 
 
-def before_training_step(steps: int) -> None:
-    """Keep what is freed from the first step on. `steps` are those before; nothing happens without glibc.
+def before_training_step(steps_done: int) -> None:
+    """From the first step on, keep freed memory: allocate all of it on the heap, and never trim the heap.
 
-    What is free between the first two steps is given back, once: little of it lies where the second one wants it.
+    Between the first and the second step the heap is trimmed once: little of what is free then lies where the second
+    step can use it. Does nothing without glibc.
     """
-    library = _library() if steps < 2 else None
-    if library is not None:
-        library.mallopt(_MMAP_MAX, 0)
-        library.mallopt(_TRIM_THRESHOLD, _NEVER)
-        if steps == 1:
-            library.malloc_trim(0)
+    glibc = _glibc() if steps_done < 2 else None
+    if glibc is not None:
+        glibc.mallopt(_M_MMAP_MAX, 0)
+        glibc.mallopt(_M_TRIM_THRESHOLD, _INT_MAX)
+        if steps_done == 1:
+            glibc.malloc_trim(0)
 
 
-def after_training_step(steps: int) -> None:
-    """Let what is made before the second step lie by itself: the optimizer's state, which stays.
+def after_training_step(steps_done: int) -> None:
+    """Between the first and the second step, map large blocks by themselves, as glibc does by default.
 
-    It would lie between pieces that the first step has freed, and leave holes that nothing fits.
+    The optimizer creates its state then, which stays. On the heap it would lie between blocks that the first step has
+    freed, and leave holes that nothing fits.
     """
-    library = _library() if steps == 0 else None
-    if library is not None:
-        library.mallopt(_MMAP_MAX, _MMAP_MAX_DEFAULT)
-        library.mallopt(_MMAP_THRESHOLD, _MMAP_THRESHOLD_DEFAULT_BYTES)
+    glibc = _glibc() if steps_done == 0 else None
+    if glibc is not None:
+        glibc.mallopt(_M_MMAP_MAX, _MMAP_MAX_DEFAULT)
+        glibc.mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_DEFAULT_BYTES)
 
 
-def _library() -> ctypes.CDLL | None:
-    """The C library, if it is glibc and nobody else has settled how it keeps memory."""
+def _glibc() -> ctypes.CDLL | None:
+    """The C library; None if it is not glibc, or if the user has tuned it by environment variables."""
     if not sys.platform.startswith("linux") or any(variable in os.environ for variable in _VARIABLES):
         return None
     library = ctypes.CDLL(None)

@@ -1,240 +1,255 @@
-"""Causal attention on a processor, in blocks of queries: a few matrix products instead of torch's own kernel.
+"""Causal attention on the CPU as a few batched matmuls over blocks of queries: `torch.ops.moreh.causal_attention`.
 
-In bfloat16 torch 2.13's kernel for processors takes two to three times as long at the lengths of fine-tuning
-(benchmarks/attention.py). Texts that follow each other in one packed row are told apart by `cu_seq_lens_q`, the name under
-which transformers passes their beginnings to Flash Attention. Where `cu_seq_lens_k` counts more keys than a text has queries,
-these are the first ones of the row, with which all texts begin.
+In bfloat16, torch 2.13's own CPU kernel takes two to three times as long at the sequence lengths of fine-tuning
+(benchmarks/attention.py). The blocks are those of attention_blocks.py; attention_dispatch.py lets a transformers model
+use them.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
 import torch
 
-from moreh.models.provenance import is_stock_transformers
 from moreh.runtime.kernels.attention_blocks import (
+    BlockShape,
     PackedSequences,
     as_rows,
-    blocks_of,
+    block_grad_sum,
+    block_key_index,
+    block_query_index,
+    block_shapes,
     causal_bias,
-    key_rows,
-    key_scatter_index,
-    num_scores,
-    own_query_rows,
-    query_gather_index,
-    query_rows,
+    token_key_sum,
+    token_query_index,
 )
 
-# Tokens of a text from which on blocks have too many probabilities at a time.
 MAX_SEQUENCE_LENGTH = 1024
-# The most probabilities of a layer that are kept for the backward pass. More are computed again there: a seventh product.
-KEPT_BYTES = 2**23
-_STARTS, _STARTS_OF_KEYS = "cu_seq_lens_q", "cu_seq_lens_k"
-# What other attention functions of transformers compute besides.
-_OTHER_ARGUMENTS = ("softcap", "position_bias", "cache", "s_aux")
-
-
-@contextmanager
-def use_block_attention() -> Iterator[None]:
-    """Let the models of transformers that use torch's attention compute it in blocks where that is the same."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    original = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    if not is_stock_transformers(original):
-        yield
-        return
-    ALL_ATTENTION_FUNCTIONS["sdpa"] = _block_attention_or(original)
-    try:
-        yield
-    finally:
-        del ALL_ATTENTION_FUNCTIONS["sdpa"]
+"""Longer sequences are left to torch's kernel: their blocks have too many probabilities at a time."""
+MAX_SAVED_BYTES = 2**23
+"""A layer's probabilities are saved for the backward pass up to this size; larger ones cost it a seventh matmul."""
 
 
 def causal_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, starts: tuple[int, ...], shared: int = 0
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    cu_seqlens: tuple[int, ...] | None = None,
+    prefix_len: int = 0,
 ) -> torch.Tensor:
-    """softmax(scale * query @ key^T) @ value over the keys up to each query: `[batch, sequence, heads, size]`.
+    """softmax(scale * query @ key^T) @ value, where a query sees the keys of its sequence up to its own position.
 
-    `query` is `[batch, heads, sequence, size]`; `key` and `value` may have fewer heads, each for as many neighbours of the
-    query's. `starts` are the first positions of the texts in a row, 0 among them: a query sees those of its own text only,
-    and the first `shared` of the row.
+    Args:
+        query: `[batch, heads, sequence, head_dim]`.
+        key: `[batch, kv_heads, sequence, head_dim]`; `heads` is a multiple of `kv_heads` (grouped-query attention).
+        value: `[batch, kv_heads, sequence, head_dim]`.
+        scale: The factor of the scores.
+        cu_seqlens: The boundaries of the sequences packed into each row, from 0 to the row's length; None for one
+        sequence. prefix_len: All sequences see the first `prefix_len` tokens of the row, too.
+
+    Returns:
+        `[batch, sequence, heads, head_dim]`, contiguous; under autocast in autocast's dtype.
     """
-    if torch.is_autocast_enabled(query.device.type):
-        # As autocast does for torch's own attention; rotary embeddings leave float32.
-        dtype = torch.get_autocast_dtype(query.device.type)
+    if torch.is_autocast_enabled("cpu"):
+        # As autocast does for torch's own attention. Rotary embeddings leave queries and keys in float32.
+        dtype = torch.get_autocast_dtype("cpu")
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    with torch.autocast(query.device.type, enabled=False):
-        output: torch.Tensor = _attend(query, key, value, scale, list(starts), shared)[0]
+    boundaries = [0, query.shape[2]] if cu_seqlens is None else list(cu_seqlens)
+    with torch.autocast("cpu", enabled=False):
+        output: torch.Tensor = _causal_attention(query, key, value, scale, boundaries, prefix_len)[0]
     return output
 
 
-@lru_cache(maxsize=2)
-def _block_attention_or(original: Callable[..., Any]) -> Callable[..., Any]:
-    def attention(
-        module: torch.nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        dropout: float = 0.0,
-        scaling: float | None = None,
-        is_causal: bool | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        # Without a mask the row is one text, whatever the caller of the model says: torch's own attention does not read it.
-        starts = None if attention_mask is None else kwargs.get(_STARTS)
-        causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-        window = kwargs.get("sliding_window")
-        longest = max(kwargs.get("max_length_q", 0), kwargs.get("max_length_k", 0)) or query.shape[2]
-        same = (
-            causal
-            and longest <= MAX_SEQUENCE_LENGTH
-            and dropout == 0.0
-            and query.device.type == "cpu"
-            and query.shape[2] == key.shape[2]
-            and query.shape[2] > 1
-            and (
-                attention_mask is None if starts is None else query.shape[0] == 1 and int(starts[-1]) == query.shape[2]
-            )
-            and (window is None or window >= longest)
-            and all(kwargs.get(name) is None for name in _OTHER_ARGUMENTS)
-        )
-        if not same:
-            return original(
-                module,
-                query,
-                key,
-                value,
-                attention_mask,
-                dropout=dropout,
-                scaling=scaling,
-                is_causal=is_causal,
-                **kwargs,
-            )
-        firsts = (0,) if starts is None else tuple(starts[:-1].tolist())
-        shared = (
-            _shared_prefix_len(starts, kwargs.get(_STARTS_OF_KEYS)) if starts is not None and len(firsts) > 1 else 0
-        )
-        scale = scaling if scaling is not None else float(query.shape[-1] ** -0.5)
-        return causal_attention(query, key, value, scale, firsts, shared), None
-
-    return attention
-
-
-def _shared_prefix_len(starts: torch.Tensor, starts_of_keys: torch.Tensor | None) -> int:
-    """How many more keys than queries the texts after the first one have."""
-    return 0 if starts_of_keys is None else int((starts_of_keys[2] - starts_of_keys[1]) - (starts[2] - starts[1]))
-
-
-# An operation of its own, so that selective recomputation keeps what it gives and nothing of what happens within.
-@torch.library.custom_op("moreh::causal_attention", mutates_args=())
-def _attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, starts: Sequence[int], shared: int
+# A custom operator, so that selective recomputation can save its result and nothing that is computed within.
+@torch.library.custom_op("moreh::causal_attention", mutates_args=(), device_types="cpu")
+def _causal_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    cu_seqlens: Sequence[int],
+    prefix_len: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The output `[batch, sequence, heads, size]`, and for the backward pass the queries of all blocks, scaled, `[queries,
-    size]` and their probabilities in one tensor, which is empty where they are to be computed again.
+    """The output `[batch, sequence, heads, head_dim]`, and what the backward pass needs of all blocks.
+
+    These are the scaled queries `[queries, head_dim]`, and the probabilities `[queries * keys]`, or an empty tensor if
+    they are to be recomputed.
     """
     batch, heads, length, _ = query.shape
-    texts = PackedSequences(length, tuple(starts), shared)
-    rows, lying = as_rows(query)
-    all_queries = rows.index_select(0, query_rows(texts, lying)).mul_(scale)
-    keys, values = _keys(key, texts), _keys(value, texts)
-    folded, groups = batch * key.shape[1], heads // key.shape[1]
-    pairs = batch * heads * num_scores(texts)
-    probabilities = query.new_empty(pairs if pairs * query.element_size() <= KEPT_BYTES else 0)
-    output = query.new_empty(all_queries.shape[0], value.shape[-1])
-    parts = _blocks(texts, folded, groups, probabilities, [all_queries, output], [keys, values])
-    for part, [of_query, of_output], [of_key, of_value] in parts:
-        torch.bmm(_probabilities(of_query, of_key, groups, part), of_value, out=of_output)
-    output = output.index_select(0, query_gather_index(texts, batch, heads)).view(batch, length, heads, -1)
-    return output, all_queries, probabilities
+    sequences = PackedSequences(tuple(cu_seqlens), prefix_len)
+    group_size = heads // key.shape[1]
+    shapes = _matmul_shapes(sequences, batch * key.shape[1], group_size)
+    rows, layout = as_rows(query)
+    queries = rows.index_select(0, block_query_index(sequences, layout)).mul_(scale)
+    keys, values = _gather_keys(key, sequences), _gather_keys(value, sequences)
+    outputs = query.new_empty(queries.shape[0], value.shape[-1])
+    scores = sum(shape.blocks * shape.queries * shape.keys for shape in shapes)
+    probabilities = query.new_empty(scores if _saves_probabilities(scores, query.dtype) else 0)
+    for q, k, v, out, p in zip(
+        _query_views(queries, shapes),
+        _key_views(keys, shapes),
+        _key_views(values, shapes),
+        _query_views(outputs, shapes),
+        _probability_views(probabilities, shapes),
+        strict=True,
+    ):
+        torch.bmm(_probabilities(q, k, group_size, out=p), v, out=out)
+    output = outputs.index_select(0, token_query_index(sequences, batch, heads)).view(batch, length, heads, -1)
+    return output, queries, probabilities
 
 
-def _probabilities(queries: torch.Tensor, keys: torch.Tensor, groups: int, out: torch.Tensor | None) -> torch.Tensor:
-    """Those of blocks of one shape, given queries `[n, groups * queries, size]`, scaled, and keys `[n, keys, size]`."""
-    scores = torch.bmm(queries, keys.transpose(1, 2))
-    own = queries.shape[1] // groups
-    scores.view(-1, groups, own, scores.shape[2])[..., -own:].add_(causal_bias(own, scores.dtype))
-    return torch.softmax(scores, -1, out=out)
+@_causal_attention.register_fake
+def _(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    cu_seqlens: Sequence[int],
+    prefix_len: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    batch, heads, length, head_dim = query.shape
+    # The sequences determine the blocks: tracing specializes on them.
+    sequences = PackedSequences(tuple(int(boundary) for boundary in cu_seqlens), int(prefix_len))
+    shapes = block_shapes(sequences)
+    scores = batch * heads * sum(shape.blocks * shape.queries * shape.keys for shape in shapes)
+    return (
+        query.new_empty(batch, length, heads, value.shape[-1]),
+        query.new_empty(batch * heads * sum(shape.blocks * shape.queries for shape in shapes), head_dim),
+        query.new_empty(scores if _saves_probabilities(scores, query.dtype) else 0),
+    )
 
 
-def _keys(key: torch.Tensor, texts: PackedSequences) -> torch.Tensor:
-    """The keys or values of all blocks: `[keys, size]`."""
-    rows, heads = as_rows(key)
-    return rows.index_select(0, key_rows(texts, heads))
-
-
-def _blocks(
-    texts: PackedSequences,
-    folded: int,
-    groups: int,
+# An operator of its own: traced, its body would fill the caches of attention_blocks.py with fake tensors.
+@torch.library.custom_op("moreh::causal_attention_backward", mutates_args=(), device_types="cpu")
+def _causal_attention_backward(
+    grad_output: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    queries: torch.Tensor,
     probabilities: torch.Tensor,
-    of_queries: list[torch.Tensor],
-    of_keys: list[torch.Tensor],
-) -> Iterator[tuple[torch.Tensor | None, list[torch.Tensor], list[torch.Tensor]]]:
-    """What blocks of one shape have of each tensor, for batch and key-value heads folded into one, one shape after the other.
+    scale: float,
+    cu_seqlens: Sequence[int],
+    prefix_len: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of query, key and value, from that of the output and what `_causal_attention` has saved."""
+    batch, length, heads, _ = grad_output.shape
+    kv_heads = key.shape[1]
+    sequences = PackedSequences(tuple(cu_seqlens), prefix_len)
+    group_size = heads // kv_heads
+    shapes = _matmul_shapes(sequences, batch * kv_heads, group_size)
+    keys, values = _gather_keys(key, sequences), _gather_keys(value, sequences)
+    rows, layout = as_rows(grad_output.transpose(1, 2))
+    grad_outputs = block_grad_sum(sequences, layout).apply(rows)
+    grad_queries, grad_keys, grad_values = torch.empty_like(queries), torch.empty_like(keys), torch.empty_like(values)
+    for q, k, v, p, grad_out, grad_q, grad_k, grad_v in zip(
+        _query_views(queries, shapes),
+        _key_views(keys, shapes),
+        _key_views(values, shapes),
+        _probability_views(probabilities, shapes),
+        _query_views(grad_outputs, shapes),
+        _query_views(grad_queries, shapes),
+        _key_views(grad_keys, shapes),
+        _key_views(grad_values, shapes),
+        strict=True,
+    ):
+        p = _probabilities(q, k, group_size) if p is None else p
+        torch.bmm(p.transpose(1, 2), grad_out, out=grad_v)
+        grad_p = torch.bmm(grad_out, v.transpose(1, 2))
+        grad_scores = torch._softmax_backward_data(grad_p, p, -1, p.dtype)
+        torch.bmm(grad_scores, k, out=grad_q)
+        torch.bmm(grad_scores.transpose(1, 2), q, out=grad_k)
+    grad_query = grad_queries.mul_(scale).index_select(0, token_query_index(sequences, batch, heads))
+    to_tokens = token_key_sum(sequences, batch, kv_heads)
+    return (
+        grad_query.view(batch, length, heads, -1).transpose(1, 2),
+        to_tokens.apply(grad_keys).view(batch, length, kv_heads, -1).transpose(1, 2),
+        to_tokens.apply(grad_values).view(batch, length, kv_heads, -1).transpose(1, 2),
+    )
 
-    Probabilities are `[blocks * folded, groups * queries, keys]`, None if they are not kept, queries `[blocks * folded, groups
-    * queries, size]` and keys `[blocks * folded, keys, size]`.
-    """
-    first = first_query = first_key = 0
-    for blocks in blocks_of(texts):
-        products = blocks.queries.shape[0] * folded
-        queries, keys = groups * blocks.queries.shape[1], blocks.keys.shape[1]
-        part = probabilities[first : first + products * queries * keys]
-        yield (
-            part.view(products, queries, keys) if len(probabilities) else None,
-            [one[first_query : first_query + products * queries].view(products, queries, -1) for one in of_queries],
-            [one[first_key : first_key + products * keys].view(products, keys, -1) for one in of_keys],
-        )
-        first += products * queries * keys
-        first_query += products * queries
-        first_key += products * keys
+
+@_causal_attention_backward.register_fake
+def _(
+    grad_output: torch.Tensor, key: torch.Tensor, value: torch.Tensor, queries: torch.Tensor, *_: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    batch, length, heads, _head_dim = grad_output.shape
+    return (
+        queries.new_empty(batch, length, heads, queries.shape[-1]).transpose(1, 2),
+        key.new_empty(batch, length, key.shape[1], key.shape[-1]).transpose(1, 2),
+        value.new_empty(batch, length, value.shape[1], value.shape[-1]).transpose(1, 2),
+    )
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
-    _, key, value, ctx.scale, ctx.starts, ctx.shared = inputs
-    ctx.save_for_backward(key, value, *output[1:])
-    ctx.mark_non_differentiable(*output[1:])
-    # Nothing arrives for them: no zeros of their size.
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
+    _, key, value, ctx.scale, ctx.cu_seqlens, ctx.prefix_len = inputs
+    _, queries, probabilities = output
+    ctx.save_for_backward(key, value, queries, probabilities)
+    ctx.mark_non_differentiable(queries, probabilities)
+    # They get no gradients: do not make zeros of their sizes.
     ctx.set_materialize_grads(False)
 
 
-def _attend_backward(
-    ctx: Any, gradient: torch.Tensor | None, *_: None
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, None, None, None]:
-    if gradient is None:
+def _backward(ctx: Any, grad_output: torch.Tensor | None, *_: None) -> tuple[torch.Tensor | None, ...]:
+    if grad_output is None:
         return None, None, None, None, None, None
-    key, value, queries, probabilities = ctx.saved_tensors
-    batch, length, heads, _size = gradient.shape
-    texts = PackedSequences(length, tuple(ctx.starts), ctx.shared)
-    keys, values = _keys(key, texts), _keys(value, texts)
-    rows, lying = as_rows(gradient.transpose(1, 2))
-    arrived = own_query_rows(texts, lying).sums(rows)
-    of_queries, of_keys, of_values = torch.empty_like(queries), torch.empty_like(keys), torch.empty_like(values)
-    folded, groups = batch * key.shape[1], heads // key.shape[1]
-    parts = _blocks(
-        texts, folded, groups, probabilities, [queries, arrived, of_queries], [keys, values, of_keys, of_values]
-    )
-    for kept, [block_query, block_arrived, of_query], [block_key, block_value, of_key, of_value] in parts:
-        part = _probabilities(block_query, block_key, groups, None) if kept is None else kept
-        torch.bmm(part.transpose(1, 2), block_arrived, out=of_value)
-        of_part = torch.bmm(block_arrived, block_value.transpose(1, 2))
-        of_scores = torch._softmax_backward_data(of_part, part, -1, part.dtype)
-        torch.bmm(of_scores, block_key, out=of_query)
-        torch.bmm(of_scores.transpose(1, 2), block_query, out=of_key)
-    of_queries = of_queries.mul_(ctx.scale).index_select(0, query_gather_index(texts, batch, heads))
-    places = key_scatter_index(texts, batch, key.shape[1])
-    return (
-        of_queries.view(batch, length, heads, -1).transpose(1, 2),
-        places.sums(of_keys).view(batch, length, key.shape[1], -1).transpose(1, 2),
-        places.sums(of_values).view(batch, length, key.shape[1], -1).transpose(1, 2),
-        None,
-        None,
-        None,
-    )
+    # The script may call backward() under an autocast that forward was not under.
+    with torch.autocast("cpu", enabled=False):
+        grads: tuple[torch.Tensor, ...] = _causal_attention_backward(
+            grad_output, *ctx.saved_tensors, ctx.scale, ctx.cu_seqlens, ctx.prefix_len
+        )
+    return *grads, None, None, None
 
 
-_attend.register_autograd(_attend_backward, setup_context=_keep)
+_causal_attention.register_autograd(_backward, setup_context=_setup_context)
+
+
+# All layers of a micro-batch have the same.
+@lru_cache(maxsize=4)
+def _matmul_shapes(sequences: PackedSequences, batch_heads: int, group_size: int) -> list[BlockShape]:
+    """The shape of the batched matmul of each group of blocks.
+
+    Its batch is `[blocks, batch, kv_heads]`; `batch_heads` is `batch * kv_heads`. The `group_size` query heads that
+    share a key-value head stand below each other in one matrix of `group_size * queries` rows.
+    """
+    return [
+        BlockShape(shape.blocks * batch_heads, group_size * shape.queries, shape.keys)
+        for shape in block_shapes(sequences)
+    ]
+
+
+def _saves_probabilities(scores: int, dtype: torch.dtype) -> bool:
+    return scores * dtype.itemsize <= MAX_SAVED_BYTES
+
+
+def _gather_keys(key: torch.Tensor, sequences: PackedSequences) -> torch.Tensor:
+    """The keys (or values) of all blocks, `[keys, head_dim]`."""
+    rows, layout = as_rows(key)
+    return rows.index_select(0, block_key_index(sequences, layout))
+
+
+def _probabilities(q: torch.Tensor, k: torch.Tensor, group_size: int, out: torch.Tensor | None = None) -> torch.Tensor:
+    """The probabilities `[n, group_size * queries, keys]` of a group of blocks, from its scaled queries and keys."""
+    scores = torch.bmm(q, k.transpose(1, 2))
+    queries = q.shape[1] // group_size
+    scores.view(-1, group_size, queries, scores.shape[2])[..., -queries:].add_(causal_bias(queries, scores.dtype))
+    return torch.softmax(scores, -1, out=out)
+
+
+def _query_views(tensor: torch.Tensor, shapes: list[BlockShape]) -> list[torch.Tensor]:
+    """A tensor `[queries of all blocks, head_dim]` as one batch of matrices `[n, queries, head_dim]` for each group."""
+    groups = torch.split_with_sizes(tensor, [n * queries for n, queries, _ in shapes])
+    return [group.view(n, queries, -1) for group, (n, queries, _) in zip(groups, shapes, strict=True)]
+
+
+def _key_views(tensor: torch.Tensor, shapes: list[BlockShape]) -> list[torch.Tensor]:
+    """A tensor `[keys of all blocks, head_dim]` as one batch of matrices `[n, keys, head_dim]` for each group."""
+    groups = torch.split_with_sizes(tensor, [n * keys for n, _, keys in shapes])
+    return [group.view(n, keys, -1) for group, (n, _, keys) in zip(groups, shapes, strict=True)]
+
+
+def _probability_views(tensor: torch.Tensor, shapes: list[BlockShape]) -> list[torch.Tensor | None]:
+    """The saved probabilities as one batch of matrices `[n, queries, keys]` for each group; None if none are saved."""
+    if not len(tensor):
+        return [None] * len(shapes)
+    groups = torch.split_with_sizes(tensor, [n * queries * keys for n, queries, keys in shapes])
+    return [group.view(shape) for group, shape in zip(groups, shapes, strict=True)]

@@ -1,170 +1,227 @@
-"""The blocks that causal attention is computed in: which queries and keys they have, and where those lie in memory.
+"""The blocks of causal attention: which queries meet which keys, and in which rows of memory they lie.
 
-The operands of the blocks' products must be contiguous. One operation copies them all, by the numbers of their rows, and
-another puts back what the blocks give: that is several times as fast as a copy for each block.
+A row of a batch is one sequence, or several that are packed one after the other. Each sequence is cut into blocks of
+`BLOCK_QUERIES` queries. A block sees the keys from the beginning of its sequence up to its own last query, so the
+scores above the diagonal, which causal attention throws away, are computed within blocks only. Blocks with equal
+numbers of queries and keys form a group, which is one batched matmul.
+
+The row below packs sequence A = p0 p1 a2 a3 a4 and sequence B = p0 p1 b2 b3 b4, which share the prefix p0 p1. The
+prefix is in the row once, at the beginning of A, and B sees it there: `cu_seqlens=(0, 5, 8)`, `prefix_len=2`. With
+blocks of 4 queries:
+
+    query   keys: p0 p1 a2 a3 a4 b2 b3 b4
+    p0            x  .  .  .                 A, block 1: 4 queries, 4 keys
+    p1            x  x  .  .
+    a2            x  x  x  .
+    a3            x  x  x  x
+    a4            x  x  x  x  x              A, block 2: 1 query, 5 keys
+    b2            x  x           x  .        B, block 1: 2 queries, 4 keys
+    b3            x  x           x  x
+    b4            x  x           x  x  x     B, block 2: 1 query, 5 keys
+
+    x  a key that the query sees
+    .  a score that is computed and masked; blank ones are never computed
+
+The last blocks of A and of B form a group. B's blocks are counted from where its prefix would begin.
+
+The operands of a matmul must be contiguous. One operation gathers the rows of all blocks, and another one puts the
+results back into the order of the tokens, which is several times as fast as a copy for each block. This module computes
+the indices of both: `block_*` for the way to the blocks, `token_*` for the way back.
 """
 
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 
-# Queries of a block: its scores fit the cache of a core, and few keys behind a query are multiplied in vain.
-BLOCK = 128
-# Texts are filled up to multiples of this with what follows them: oneDNN compiles a kernel for each shape in bfloat16.
-TEXT_MULTIPLE = 32
+BLOCK_QUERIES = 128
+"""Queries of a block: its scores fit the cache of a core, and few masked scores are computed."""
+QUERY_MULTIPLE = 32
+"""A sequence's last block is padded to a multiple of this: in bfloat16 oneDNN compiles a kernel for each shape."""
 
 
 @dataclass(frozen=True)
 class PackedSequences:
-    """A row of `length` tokens; `starts` are the first positions of the texts in it, 0 among them.
+    """The sequences of a row."""
 
-    All texts begin with the same `shared` tokens, which only the first one has here: the others see them there.
-    """
+    cu_seqlens: tuple[int, ...]
+    """Their boundaries: 0, then the end of each sequence. The last one is the length of the row."""
+    prefix_len: int = 0
+    """Tokens that all sequences begin with. The row has them once, in the first sequence; the others lack them."""
 
-    length: int
-    starts: tuple[int, ...]
-    shared: int = 0
+
+class BlockShape(NamedTuple):
+    """The shape of a group of blocks."""
+
+    blocks: int
+    queries: int
+    keys: int
+
+
+class _BlockRange(NamedTuple):
+    """Positions in the row that define a block."""
+
+    origin: int
+    """Where the sequence would begin if it had its prefix: the block's keys are counted from here."""
+    start: int
+    """The first query."""
+    stop: int
+    """After the last query that is not padding."""
+
+
+@dataclass(frozen=True)
+class BlockGroup:
+    """Blocks of one shape. Their last query is at their last key, so all of them have the same causal mask."""
+
+    query_positions: torch.Tensor
+    """`[blocks, queries]`, positions in the row; those of padding may lie beyond its end."""
+    key_positions: torch.Tensor
+    """`[blocks, keys]`, likewise."""
+    query_mask: torch.Tensor
+    """`[blocks, queries]`, False for padding: another block computes this query, or there is none."""
+    key_mask: torch.Tensor
+    """`[blocks, keys]`, False for keys that only padding queries see."""
 
 
 @dataclass(frozen=True)
 class HeadLayout:
-    """How `[batch, heads, sequence, size]` lies in memory: the steps of its first three dimensions, in rows of `size`."""
+    """Where a tensor `[batch, heads, sequence, head_dim]` lies in memory, seen as rows of `head_dim` elements."""
 
     batch: int
     heads: int
-    steps: tuple[int, int, int]
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """Blocks of as many queries that see as many keys, which are multiplied together.
-
-    `queries` `[blocks, queries]` and `keys` `[blocks, keys]` are positions in the row; those behind its end stand for nothing.
-    `own` are the queries that a block is for (the others belong to other blocks), `seen` the keys that one of those sees. The
-    last query is at the last key and sees all of them: what the others do not see is the same in all blocks.
-    """
-
-    queries: torch.Tensor
-    keys: torch.Tensor
-    own: torch.Tensor
-    seen: torch.Tensor
+    row_strides: tuple[int, int, int]
+    """The strides of batch, heads and sequence, in rows."""
 
 
 @dataclass(frozen=True)
 class SegmentSum:
-    """Rows that are added up: those from each of `offsets` to the next, of which `rows` are the numbers."""
+    """Sums of rows: output row i sums the input rows `index[offsets[i]:offsets[i + 1]]`; zeros if there are none."""
 
-    rows: torch.Tensor
+    index: torch.Tensor
     offsets: torch.Tensor
 
-    def sums(self, tensor: torch.Tensor) -> torch.Tensor:
-        """`[rows, size]` -> `[bags, size]`; zeros where a bag is empty."""
-        # The functional form would need a gradient of its weights.
-        total: torch.Tensor = torch._embedding_bag_forward_only(tensor, self.rows, self.offsets, False, 0)[0]
-        return total
+    def apply(self, rows: torch.Tensor) -> torch.Tensor:
+        """`[input rows, size]` -> `[output rows, size]`."""
+        # The public functional.embedding_bag would ask for a gradient of its weights.
+        out: torch.Tensor = torch._embedding_bag_forward_only(rows, self.index, self.offsets, False, 0)[0]
+        return out
 
 
-# All layers of a micro-batch have the same.
-@lru_cache(maxsize=4)
-def blocks_of(texts: PackedSequences) -> list[Blocks]:
-    """The blocks that the queries of each text are cut into, those of one shape together.
+def block_shapes(sequences: PackedSequences) -> list[BlockShape]:
+    """The shape of each group of blocks, in the order of `block_groups`. Makes no tensors, so tracing may call it.
 
-    Two texts of 160 and 40 tokens are blocks of 128 queries x 128 keys, of 32 x 160 and of 64 x 64. If they share the first 10,
-    the second one has 54 queries x 64 keys.
+    >>> [tuple(shape) for shape in block_shapes(PackedSequences((0, 160, 200)))]
+    [(1, 128, 128), (1, 32, 160), (1, 64, 64)]
     """
-    alike: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
-    for start, stop in zip(texts.starts, (*texts.starts[1:], texts.length), strict=True):
-        # Where the text's first token would be if it had all of them.
-        origin = start - texts.shared if start > 0 else 0
-        for block in range(origin, stop, BLOCK):
-            begin, end = max(block, start), min(block + BLOCK, stop)
-            if begin < end:
-                last = block + -(-(end - block) // TEXT_MULTIPLE) * TEXT_MULTIPLE
-                alike.setdefault((last - begin, last - origin), []).append((origin, begin, end))
-    found = []
-    for (queries, keys), places in alike.items():
-        origin, begin, end = torch.tensor(places).T.unsqueeze(-1)
-        query, number = begin + torch.arange(queries), torch.arange(keys)
-        key = torch.where(number < texts.shared, number, origin + number)
-        found.append(Blocks(query, key, query < end, key < end))
-    return found
+    return [BlockShape(len(ranges), *shape) for shape, ranges in _block_ranges(sequences).items()]
 
 
-def num_scores(texts: PackedSequences) -> int:
-    """Queries times keys of all blocks."""
-    return sum(blocks.queries.numel() * blocks.keys.shape[1] for blocks in blocks_of(texts))
+# The caches of this module are small: all layers of a micro-batch have the same sequences.
+@lru_cache(maxsize=4)
+def block_groups(sequences: PackedSequences) -> list[BlockGroup]:
+    """The blocks of all sequences of a row, grouped by their shapes."""
+    groups = []
+    for (queries, keys), ranges in _block_ranges(sequences).items():
+        origin, start, stop = torch.tensor(ranges, device="cpu").T.unsqueeze(-1)
+        query = start + torch.arange(queries, device="cpu")
+        offset = torch.arange(keys, device="cpu")
+        # The prefix of later sequences is that of the first one.
+        key = torch.where(offset < sequences.prefix_len, offset, origin + offset)
+        groups.append(BlockGroup(query, key, query < stop, key < stop))
+    return groups
 
 
-@lru_cache(maxsize=2 * BLOCK // TEXT_MULTIPLE)
+@lru_cache(maxsize=4)
+def _block_ranges(sequences: PackedSequences) -> dict[tuple[int, int], list[_BlockRange]]:
+    """The blocks by their numbers of queries and keys, padding included."""
+    ranges: dict[tuple[int, int], list[_BlockRange]] = {}
+    for sequence_start, sequence_stop in pairwise(sequences.cu_seqlens):
+        origin = sequence_start - sequences.prefix_len if sequence_start > 0 else 0
+        for block_start in range(origin, sequence_stop, BLOCK_QUERIES):
+            start, stop = max(block_start, sequence_start), min(block_start + BLOCK_QUERIES, sequence_stop)
+            if start < stop:  # else the block has tokens of the prefix only
+                padded_stop = block_start + -(-(stop - block_start) // QUERY_MULTIPLE) * QUERY_MULTIPLE
+                shape = padded_stop - start, padded_stop - origin
+                ranges.setdefault(shape, []).append(_BlockRange(origin, start, stop))
+    return ranges
+
+
+@lru_cache(maxsize=2 * BLOCK_QUERIES // QUERY_MULTIPLE)
 def causal_bias(queries: int, dtype: torch.dtype) -> torch.Tensor:
-    """What is added to the scores of a block's queries and of as many last keys: -inf for keys behind the query."""
-    return torch.full((queries, queries), float("-inf"), dtype=dtype).triu_(1)
+    """What is added to the scores of a block's queries and as many last keys: -inf where the key is after the query."""
+    return torch.full((queries, queries), float("-inf"), dtype=dtype, device="cpu").triu_(1)
 
 
 def as_rows(tensor: torch.Tensor) -> tuple[torch.Tensor, HeadLayout]:
-    """`[batch, heads, sequence, size]` as the rows `[n, size]` that it is in memory; a copy only where it is none."""
-    batch, heads, length, size = tensor.shape
-    if tensor.stride(3) != 1 or any(step % size for step in tensor.stride()[:3]):
+    """A tensor `[batch, heads, sequence, head_dim]` as the rows `[n, head_dim]` of its memory.
+
+    Copied only where its memory has no such rows.
+    """
+    batch, heads, length, head_dim = tensor.shape
+    if tensor.stride(3) != 1 or any(stride % head_dim for stride in tensor.stride()[:3]):
         tensor = tensor.contiguous()
-    of_batch, of_head, of_position = (step // size for step in tensor.stride()[:3])
-    last = (batch - 1) * of_batch + (heads - 1) * of_head + (length - 1) * of_position
-    return tensor.as_strided((last + 1, size), (size, 1)), HeadLayout(batch, heads, (of_batch, of_head, of_position))
+    batch_stride, head_stride, token_stride = (stride // head_dim for stride in tensor.stride()[:3])
+    last = (batch - 1) * batch_stride + (heads - 1) * head_stride + (length - 1) * token_stride
+    rows = tensor.as_strided((last + 1, head_dim), (head_dim, 1))
+    return rows, HeadLayout(batch, heads, (batch_stride, head_stride, token_stride))
 
 
 @lru_cache(maxsize=16)
-def query_rows(texts: PackedSequences, heads: HeadLayout) -> torch.Tensor:
-    """The rows of the queries of all blocks, in the order `[blocks, batch, heads, queries]` for each shape of block."""
-    return torch.cat([_numbers(blocks.queries, texts, heads) for blocks in blocks_of(texts)])
+def block_query_index(sequences: PackedSequences, layout: HeadLayout) -> torch.Tensor:
+    """The row in memory of each query of the blocks, ordered `[blocks, batch, heads, queries]` within a group."""
+    return torch.cat([_row_index(group.query_positions, sequences, layout) for group in block_groups(sequences)])
 
 
 @lru_cache(maxsize=16)
-def key_rows(texts: PackedSequences, heads: HeadLayout) -> torch.Tensor:
-    """As `query_rows`, of the keys."""
-    return torch.cat([_numbers(blocks.keys, texts, heads) for blocks in blocks_of(texts)])
+def block_key_index(sequences: PackedSequences, layout: HeadLayout) -> torch.Tensor:
+    """The row in memory of each key of the blocks, ordered `[blocks, batch, heads, keys]` within a group."""
+    return torch.cat([_row_index(group.key_positions, sequences, layout) for group in block_groups(sequences)])
 
 
 @lru_cache(maxsize=16)
-def own_query_rows(texts: PackedSequences, heads: HeadLayout) -> SegmentSum:
-    """As `query_rows`, with nothing for queries that the blocks are not for."""
-    own = _for_all_heads([blocks.own for blocks in blocks_of(texts)], heads)
-    counts = own.long()
-    return SegmentSum(query_rows(texts, heads)[own], counts.cumsum(0) - counts)
+def block_grad_sum(sequences: PackedSequences, layout: HeadLayout) -> SegmentSum:
+    """Gathers the gradients of the blocks' outputs: rows in the order of `block_query_index`, zeros for padding."""
+    is_query = _expand_to_heads([group.query_mask for group in block_groups(sequences)], layout)
+    counts = is_query.long()
+    return SegmentSum(block_query_index(sequences, layout)[is_query], counts.cumsum(0) - counts)
 
 
 @lru_cache(maxsize=16)
-def query_gather_index(texts: PackedSequences, batch: int, heads: int) -> torch.Tensor:
-    """Where among the blocks' queries those of `[batch, sequence, heads]` are."""
-    target = _side_by_side(texts, batch, heads)
-    own = _for_all_heads([blocks.own for blocks in blocks_of(texts)], target)
-    places = torch.empty(batch * texts.length * heads, dtype=torch.long)
-    places[query_rows(texts, target)[own]] = own.nonzero().squeeze(1)
-    return places
+def token_query_index(sequences: PackedSequences, batch: int, heads: int) -> torch.Tensor:
+    """For each `[batch, sequence, heads]`, its row among the queries of the blocks. Padding is left out."""
+    layout = _contiguous_layout(sequences, batch, heads)
+    is_query = _expand_to_heads([group.query_mask for group in block_groups(sequences)], layout)
+    index = torch.empty(batch * sequences.cu_seqlens[-1] * heads, dtype=torch.long, device="cpu")
+    index[block_query_index(sequences, layout)[is_query]] = is_query.nonzero().squeeze(1)
+    return index
 
 
 @lru_cache(maxsize=16)
-def key_scatter_index(texts: PackedSequences, batch: int, heads: int) -> SegmentSum:
-    """Where among the blocks' keys those of `[batch, sequence, heads]` are, as often as they are seen."""
-    target = _side_by_side(texts, batch, heads)
-    seen = _for_all_heads([blocks.seen for blocks in blocks_of(texts)], target)
-    keys = key_rows(texts, target)[seen]
-    counts = keys.bincount(minlength=batch * texts.length * heads)
-    return SegmentSum(seen.nonzero().squeeze(1)[keys.argsort(stable=True)], counts.cumsum(0) - counts)
+def token_key_sum(sequences: PackedSequences, batch: int, heads: int) -> SegmentSum:
+    """For each `[batch, sequence, heads]`, the sum of its rows among the keys of the blocks: one for each block."""
+    layout = _contiguous_layout(sequences, batch, heads)
+    is_key = _expand_to_heads([group.key_mask for group in block_groups(sequences)], layout)
+    tokens = block_key_index(sequences, layout)[is_key]
+    counts = tokens.bincount(minlength=batch * sequences.cu_seqlens[-1] * heads)
+    return SegmentSum(is_key.nonzero().squeeze(1)[tokens.argsort(stable=True)], counts.cumsum(0) - counts)
 
 
-def _side_by_side(texts: PackedSequences, batch: int, heads: int) -> HeadLayout:
-    """`[batch, sequence, heads, size]`, contiguous."""
-    return HeadLayout(batch, heads, (texts.length * heads, 1, heads))
+def _contiguous_layout(sequences: PackedSequences, batch: int, heads: int) -> HeadLayout:
+    """The layout of a contiguous tensor `[batch, sequence, heads, head_dim]`."""
+    return HeadLayout(batch, heads, (sequences.cu_seqlens[-1] * heads, 1, heads))
 
 
-def _numbers(positions: torch.Tensor, texts: PackedSequences, heads: HeadLayout) -> torch.Tensor:
-    """The rows of positions `[blocks, n]`: `[blocks * batch * heads * n]`."""
-    of_batch, of_head, of_position = heads.steps
-    each = torch.arange(heads.batch).unsqueeze(1) * of_batch + torch.arange(heads.heads) * of_head
-    steps = positions.clamp(max=texts.length - 1) * of_position
-    return (each.unsqueeze(-1) + steps.unsqueeze(1).unsqueeze(1)).flatten()
+def _row_index(positions: torch.Tensor, sequences: PackedSequences, layout: HeadLayout) -> torch.Tensor:
+    """The rows in memory of positions `[blocks, n]`: `[blocks * batch * heads * n]`."""
+    batch_stride, head_stride, token_stride = layout.row_strides
+    heads = torch.arange(layout.heads, device="cpu") * head_stride
+    first_tokens = torch.arange(layout.batch, device="cpu").unsqueeze(1) * batch_stride + heads
+    tokens = positions.clamp(max=sequences.cu_seqlens[-1] - 1) * token_stride
+    return (first_tokens.unsqueeze(-1) + tokens[:, None, None]).flatten()
 
 
-def _for_all_heads(of_positions: list[torch.Tensor], heads: HeadLayout) -> torch.Tensor:
-    """`[blocks, n]` each, repeated in the order of `_numbers`."""
-    return torch.cat([one[:, None, None].expand(-1, heads.batch, heads.heads, -1).flatten() for one in of_positions])
+def _expand_to_heads(masks: list[torch.Tensor], layout: HeadLayout) -> torch.Tensor:
+    """Masks `[blocks, n]` of all groups, repeated for batch and heads in the order of `_row_index`."""
+    return torch.cat([mask[:, None, None].expand(-1, layout.batch, layout.heads, -1).flatten() for mask in masks])

@@ -1,7 +1,7 @@
 """The kernels that stand in for operations of a transformers model while the model computes.
 
-Kernels are bound to the instances of one model: `forward` of a module is set when a computation begins and removed when it
-ends, so that classes, other models, and copies or pickles of this one never see it.
+Kernels are bound to the instances of one model when a computation begins, and removed when it ends. Classes, other
+models, and copies or pickles of this one that a script makes between its calls never see them.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,14 +14,14 @@ from torch import nn
 from moreh.models.provenance import is_stock_transformers
 from moreh.options import ParallelOptions
 from moreh.runtime.kernels import gelu, rms_norm
-from moreh.runtime.kernels.attention import use_block_attention
+from moreh.runtime.kernels.attention_dispatch import attention_layers, use_block_attention
 
 
 class FasterKernels:
     """The kernels for the modules of one model."""
 
     def __init__(self, root: nn.Module, options: ParallelOptions) -> None:
-        self._uses_block_attention = options.uses("block_attention")
+        self._attention_layers = attention_layers(root) if options.uses("block_attention") else []
         self._bindings: list[tuple[nn.Module, Callable[..., Any], Callable[..., Any]]] = []
         for optimization, kernel in (("fused_activation", gelu), ("fused_norm", rms_norm)):
             original = kernel.replaced_class().forward
@@ -35,16 +35,10 @@ class FasterKernels:
     @contextmanager
     def bound(self) -> Iterator[None]:
         """Let the model compute with its kernels; modules whose `forward` a script has replaced keep the script's."""
-        bound: list[nn.Module] = []
         with ExitStack() as stack:
-            if self._uses_block_attention:
-                stack.enter_context(use_block_attention())
-            try:
-                for module, original, fused in self._bindings:
-                    if type(module).forward is original and "forward" not in module.__dict__:
-                        module.__dict__["forward"] = fused
-                        bound.append(module)
-                yield
-            finally:
-                for module in bound:
-                    del module.__dict__["forward"]
+            stack.enter_context(use_block_attention(self._attention_layers))
+            for module, original, fused in self._bindings:
+                if type(module).forward is original and "forward" not in module.__dict__:
+                    stack.callback(module.__dict__.pop, "forward", None)
+                    module.__dict__["forward"] = fused
+            yield

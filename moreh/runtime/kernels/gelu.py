@@ -1,4 +1,7 @@
-"""The tanh-GELU of GPT-2 in one operation; transformers' NewGELUActivation writes it out in eight, each of which rounds."""
+"""GPT-2's tanh-GELU in one operation.
+
+transformers' `NewGELUActivation` computes it in eight, each of which rounds.
+"""
 
 import math
 from typing import Any
@@ -32,10 +35,10 @@ def fused_forward(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 class _Gelu(torch.autograd.Function):
-    """bfloat16 on the CPU, where torch's kernel is dominated by tanh, evaluated in forward and backward.
+    """GELU in bfloat16 on the CPU, where torch's kernel spends most of its time on tanh, in forward and in backward.
 
-    The derivative, which has the size of the input, is saved in forward, where the sigmoid is already available; backward is
-    one multiplication.
+    The forward pass, which has the sigmoid at hand, saves the derivative instead of the input, a tensor of the same
+    size. The backward pass is one multiplication.
     """
 
     @staticmethod

@@ -1,4 +1,7 @@
-"""Whether computing in bfloat16 pays on a device. A processor without bfloat16 units is slower with it."""
+"""Mixed precision: whether bfloat16 pays on a device, and the context to compute in it.
+
+A CPU without bfloat16 units is slower in bfloat16 than in float32.
+"""
 
 import contextlib
 import statistics
@@ -10,15 +13,15 @@ import torch
 
 from moreh.log import logger
 
-# A smaller gain is lost again to the casts between the two types.
 MIN_SPEEDUP = 1.2
+"""bfloat16 is used from this speedup of matmuls on: the casts between the two dtypes eat up a smaller gain."""
 _MATRIX_SIZE = 512
 _TIMED_MATMULS = 5
 
 
-def choose_bfloat16(device: torch.device, *, asked: bool) -> bool:
-    """Whether to compute in bfloat16 on a device: only if it was asked for, and is faster. Says so in the log."""
-    if not asked or device.type == "meta":
+def choose_bfloat16(device: torch.device, *, requested: bool) -> bool:
+    """Whether to compute in bfloat16: if it is requested, and faster on this device. The choice is logged."""
+    if not requested or device.type == "meta":
         return False
     speedup = bfloat16_speedup(device)
     faster = speedup >= MIN_SPEEDUP
@@ -31,16 +34,16 @@ def choose_bfloat16(device: torch.device, *, asked: bool) -> bool:
 
 
 def autocast_if(bfloat16: bool, device_type: str) -> AbstractContextManager[object]:
-    """A context that computes in bfloat16, or one that changes nothing."""
+    """Autocast to bfloat16, or a context that changes nothing."""
     return torch.autocast(device_type, dtype=torch.bfloat16) if bfloat16 else contextlib.nullcontext()
 
 
 def in_float32(outputs: Any) -> Any:
-    """What a model returns, with tensors of bfloat16 converted: what the script computes of them is to be exact."""
+    """A model's outputs with bfloat16 tensors cast to float32, so that what the script computes from them is exact."""
     if isinstance(outputs, torch.Tensor):
         return outputs.float() if outputs.dtype == torch.bfloat16 else outputs
     if hasattr(outputs, "to_tuple"):
-        # transformers' outputs; of those that are computed when somebody asks for them, what there is.
+        # A ModelOutput of transformers. dict.items leaves out what is computed only when the script asks for it.
         for name, value in list(dict.items(outputs)):
             converted = in_float32(value)
             if converted is not value:
@@ -54,27 +57,24 @@ def in_float32(outputs: Any) -> Any:
 
 
 def inside_autocast() -> bool:
-    """Whether the script has opened an autocast context, be it one that switches autocast off."""
+    """Whether the script is in an autocast context of its own, even one that switches autocast off."""
     nesting = torch.autocast_increment_nesting() - 1
     torch.autocast_decrement_nesting()
     return nesting > 0
 
 
 def bfloat16_speedup(device: torch.device) -> float:
-    """How many times as fast as float32 this machine multiplies bfloat16 matrices: the ratio of two median times.
-
-    Takes some hundredths of a second.
-    """
+    """How many times as fast bfloat16 matmuls are as float32 ones: a ratio of medians. Takes tens of milliseconds."""
     return _matmul_seconds(torch.float32, device) / _matmul_seconds(torch.bfloat16, device)
 
 
 def _matmul_seconds(dtype: torch.dtype, device: torch.device) -> float:
-    """Median time of the product of two square matrices, in seconds. The first one, which sets things up, is not timed."""
-    left = torch.ones(_MATRIX_SIZE, _MATRIX_SIZE, dtype=dtype, device=device)
+    """Median time of a matmul of two square matrices, in seconds, without the first one, which sets things up."""
+    matrix = torch.ones(_MATRIX_SIZE, _MATRIX_SIZE, dtype=dtype, device=device)
     seconds = []
     for _ in range(_TIMED_MATMULS + 1):
         start = time.perf_counter()
         # Reading one element waits for the device.
-        torch.mm(left, left)[0, 0].item()
+        torch.mm(matrix, matrix)[0, 0].item()
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds[1:])

@@ -1,18 +1,19 @@
-"""Activation recomputation: the layers of a model keep little in the forward pass and compute the rest again."""
+"""Activation recomputation: layers save little in the forward pass and compute the rest again in the backward pass."""
 
 import functools
 from typing import Any, Literal
 
 import torch
+from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 import moreh.runtime.kernels.attention  # noqa: F401  defines torch.ops.moreh.causal_attention
 from moreh.errors import OptionError
-from moreh.models.parts import ModelParts
 
 _aten = torch.ops.aten
-# What selective recomputation keeps: results of matrix products and of attention, which cost the most to compute again.
-_KEPT = frozenset(
+# What selective recomputation saves: the results of matmuls and of attention, which are the most expensive to compute
+# again.
+_SAVED = frozenset(
     {
         _aten.mm.default,
         _aten.addmm.default,
@@ -27,15 +28,36 @@ _KEPT = frozenset(
 )
 
 
-def recompute_activations(decoder: ModelParts, kind: Literal["selective", "full"]) -> None:
-    """Let a model's layers recompute: "full" keeps a layer's input only, "selective" results of matrix products too.
+def recompute_activations(module: nn.Module, kind: Literal["selective", "full"]) -> None:
+    """Let the layers of a transformers model, or of those that a module contains, recompute their activations.
+
+    "full" saves a layer's input only, "selective" the results of its matmuls and its attention too. A module without
+    layers, such as an embedding or a head that is called by itself, has nothing to recompute and is left alone.
 
     Raises:
-        OptionError: the model does not support it.
+        OptionError: a transformers model does not support it, or a module with submodules contains no transformers
+        model.
     """
-    model: Any = decoder.causal
+    from transformers import PreTrainedModel
+
+    pretrained = [part for part in module.modules() if isinstance(part, PreTrainedModel)]
+    if not pretrained and len(list(module.children())) > 0:
+        raise OptionError(
+            f"activation_recomputation=True: {type(module).__name__} is no model of transformers, whose layers could "
+            'be recomputed; use False or "auto"'
+        )
+    nested = {part for model in pretrained for part in model.modules() if part is not model}
+    for model in pretrained:
+        if model not in nested:
+            _enable_checkpointing(model, kind)
+
+
+def _enable_checkpointing(model: Any, kind: Literal["selective", "full"]) -> None:
     if not model.supports_gradient_checkpointing:
-        raise OptionError(f"activation_recomputation=True: {type(model).__name__} does not support it; use False")
+        raise OptionError(
+            f"activation recomputation: {type(model).__name__} does not support gradient checkpointing; "
+            "use activation_recomputation=False"
+        )
     settings: dict[str, Any] = {"use_reentrant": False}
     if kind == "selective":
         settings["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _policy)
@@ -45,4 +67,4 @@ def recompute_activations(decoder: ModelParts, kind: Literal["selective", "full"
 
 
 def _policy(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operation in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if operation in _SAVED else CheckpointPolicy.PREFER_RECOMPUTE

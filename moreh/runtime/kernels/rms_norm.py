@@ -1,4 +1,4 @@
-"""The RMSNorm of Llama on the CPU: few passes over its tensors, and one tensor saved for the backward pass.
+"""Llama's RMSNorm on the CPU: few passes over memory, and one activation saved for the backward pass.
 
 Source: Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467.
 """
@@ -21,7 +21,10 @@ def replaced_class() -> type[nn.Module]:
 
 
 def fused_forward(module: Any, hidden_states: torch.Tensor) -> torch.Tensor:
-    """The norm of `hidden_states` `[..., size]`; under autocast in autocast's dtype, to which linear layers would convert it."""
+    """The norm of `hidden_states` `[..., size]`.
+
+    Under autocast in autocast's dtype, to which the linear layers that read it would convert it anyway.
+    """
     if hidden_states.device.type != "cpu":
         output: torch.Tensor = type(module).forward(module, hidden_states)
         return output
@@ -32,15 +35,17 @@ def fused_forward(module: Any, hidden_states: torch.Tensor) -> torch.Tensor:
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float, dtype: torch.dtype) -> torch.Tensor:
-    """weight * x / sqrt(mean(x^2) + epsilon) over the last dimension, `[..., size]` of type `dtype`.
+    """weight * x / sqrt(mean(x^2) + epsilon) over the last dimension, `[..., size]` in `dtype`.
 
-    Computed in float32 at least. `weight` is `[size]`.
+    Computed in float32 or a wider dtype. `weight` is `[size]`.
     """
     output: torch.Tensor = _RmsNorm.apply(x, weight, epsilon, dtype)  # type: ignore[no-untyped-call]
     return output
 
 
 class _RmsNorm(torch.autograd.Function):
+    """RMSNorm that saves its output, from which the backward pass computes the normalized input."""
+
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float, dtype: torch.dtype) -> torch.Tensor:
         x_fp32 = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -50,26 +55,27 @@ class _RmsNorm(torch.autograd.Function):
         output = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
         for chunk, scale_chunk, out in chunks(x_fp32, scale, output):
             out.copy_(torch.mul(chunk, scale_chunk, out=scratch(0, chunk.shape, chunk.dtype)).mul_(weight))
-        # The linear layers that read it keep the output anyway. A weight of almost zero leaves too little in it.
-        ctx.output_is_kept = bool(weight.abs().min() > torch.finfo(dtype).tiny ** 0.5)
-        ctx.save_for_backward(output if ctx.output_is_kept else x, weight, scale)
+        # The linear layers that read the output save it anyway. Where a weight is almost zero, too little is left in it
+        # to compute the normalized input from.
+        ctx.saves_output = bool(weight.abs().min() > torch.finfo(dtype).tiny ** 0.5)
+        ctx.save_for_backward(output if ctx.saves_output else x, weight, scale)
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
-        kept, weight, scale = ctx.saved_tensors
+        saved, weight, scale = ctx.saved_tensors
         weight_fp32 = weight.to(scale.dtype)
         inverse_weight = weight_fp32.reciprocal()
-        # autograd converts them to the types of the inputs
-        grad_x = torch.empty_like(kept, dtype=scale.dtype, memory_format=torch.contiguous_format)
+        # autograd casts the gradients to the dtypes of the inputs.
+        grad_x = torch.empty_like(saved, dtype=scale.dtype, memory_format=torch.contiguous_format)
         grad_weight = torch.zeros_like(weight_fp32)
-        for chunk, scale_chunk, grad_output_chunk, grad_x_chunk in chunks(kept, scale, grad_output, grad_x):
+        for chunk, scale_chunk, grad_output_chunk, grad_x_chunk in chunks(saved, scale, grad_output, grad_x):
             # d(x * scale) = scale * (dx - normed * mean(normed * dx))
             normed = (
                 scratch(0, chunk.shape, scale.dtype)
                 .copy_(chunk)
-                .mul_(inverse_weight if ctx.output_is_kept else scale_chunk)
+                .mul_(inverse_weight if ctx.saves_output else scale_chunk)
             )
             product = torch.mul(grad_x_chunk.copy_(grad_output_chunk), normed, out=scratch(1, chunk.shape, scale.dtype))
             grad_weight += product.sum(0)

@@ -1,7 +1,7 @@
-"""Rows of tensors a few at a time, and memory for what a kernel makes of them and drops: both stay in the cache.
+"""Loops over tensors a few rows at a time, and reusable buffers for the intermediate results: both stay in the cache.
 
-A new tensor of a megabyte lies wherever the C library finds a hole for it, most likely in none of the cache's lines: the first
-pass over it takes several times as long.
+A new tensor of a megabyte lies wherever the C library finds a hole for it, most likely in memory that is not in the
+cache. The first pass over it takes several times as long.
 """
 
 import math
@@ -10,34 +10,37 @@ from collections.abc import Iterator
 
 import torch
 
-# Elements that are worked on at a time.
-CHUNK = 2**19
-# The most that is kept of what `scratch` gives for one number and type.
-KEPT_BYTES = 2**22
-_kept = threading.local()
+CHUNK_ELEMENTS = 2**19
+"""Elements of the first tensor that are processed at a time."""
+MAX_SCRATCH_BYTES = 2**22
+"""The largest buffer that `scratch` keeps for a slot and dtype."""
+_buffers = threading.local()
 
 
 def chunks(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Tensors `[..., size]` as `[rows, size]`, so many rows at a time that the first one's have `CHUNK` elements at most."""
+    """Tensors `[..., size]` as `[rows, size]`, a few rows of all of them at a time.
+
+    A chunk of the first tensor has at most `CHUNK_ELEMENTS` elements, or one row.
+    """
     flat = [tensor.flatten(0, -2) for tensor in tensors]
-    # A tensor-parallel rank may have no part of a narrow layer.
-    rows = max(1, CHUNK // max(1, flat[0].shape[1]))
+    # A narrow layer may be split over more tensor-parallel ranks than it has columns: size is then 0 on some.
+    rows = max(1, CHUNK_ELEMENTS // max(1, flat[0].shape[1]))
     if len(flat[0]) <= rows:
         yield tuple(flat)
     else:
-        yield from zip(*(one.split(rows) for one in flat), strict=True)
+        yield from zip(*(tensor.split(rows) for tensor in flat), strict=True)
 
 
-def scratch(number: int, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
-    """Memory of a processor with any content, the same for each call with this number: valid until the next one."""
+def scratch(slot: int, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    """An uninitialized CPU tensor in reused memory, valid until this thread calls again with this slot and dtype."""
     size = math.prod(shape)
-    if size * dtype.itemsize > KEPT_BYTES:
+    if size * dtype.itemsize > MAX_SCRATCH_BYTES:
         return torch.empty(shape, dtype=dtype, device="cpu")
-    buffers = _kept.__dict__
-    key = f"{number} {dtype}"
+    buffers = _buffers.__dict__
+    key = f"{slot} {dtype}"
     if key not in buffers or len(buffers[key]) < size:
-        # Made in inference mode, it could not be written to outside of it.
+        # A tensor that is made in inference mode cannot be written to outside of it.
         with torch.inference_mode(False):
             buffers[key] = torch.empty(size, dtype=dtype, device="cpu")
-    found: torch.Tensor = buffers[key][:size].view(shape)
-    return found
+    buffer: torch.Tensor = buffers[key]
+    return buffer[:size].view(shape)

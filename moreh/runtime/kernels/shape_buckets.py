@@ -1,16 +1,18 @@
-"""Sizes that come again: for each new shape of a product in bfloat16 oneDNN compiles a kernel, which takes longer than the
-product, and keeps 0.6 MB with each of the last thousand.
+"""Rounds sizes up to a few values that recur.
+
+oneDNN compiles a kernel for each new shape of a bfloat16 matmul. This takes longer than the matmul, and each of the
+last thousand kernels keeps 0.6 MB.
 """
 
-# Beyond so many multiples, one twice as large adds 3 % more at most in the mean.
-_FEW = 16
+# Beyond so many multiples the step doubles, which adds at most 3 % to a size on average.
+_FINE_STEPS = 16
 
 
 def bucket_size(size: int, multiple: int) -> int:
-    """The next multiple of `multiple`, and of twice as much where there are more than a few.
+    """The next multiple of `multiple`, or of twice that where `size` is more than 16 multiples.
 
     >>> bucket_size(130, 64), bucket_size(1025, 64)
     (192, 1152)
     """
-    step = multiple if size <= _FEW * multiple else 2 * multiple
+    step = multiple if size <= _FINE_STEPS * multiple else 2 * multiple
     return -(-size // step) * step

@@ -86,7 +86,7 @@ def test_evaluation():
     [
         # One token more than the rows have in common; the others' first keys forgotten; only in the mask of pairs forgotten.
         (f"{MODEL_RUNNER}.shared_prefix", lambda *given: PREFIX + 1),
-        ("moreh.runtime.kernels.attention._shared_prefix_len", lambda *given: 0),
+        ("moreh.runtime.kernels.attention_dispatch._shared_prefix_len", lambda *given: 0),
         ("moreh.runtime.batch.packing._with_pairwise_mask", lambda one, shared: one),
     ],
 )

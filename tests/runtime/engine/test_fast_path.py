@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from moreh.errors import OptionError
-from moreh.models.parts import split_into_parts
 from moreh.options import DEFAULT_OPTIONS, ParallelOptions
 from moreh.runtime.batch import micro_batches
 from moreh.runtime.batch.loss_output import LazyLogitsOutput
@@ -125,7 +124,7 @@ def test_mlp_of_the_last_layer_at_label_positions_only():
     assert len(set(earlier)) == 1
     assert last < earlier[0]
     # What recomputation repeats is the layer as it is.
-    recompute_activations(split_into_parts(model), "full")
+    recompute_activations(model, "full")
     model.train()
     assert len(set(tokens_of_mlps(model, worker))) == 1
     assert max(differences(model, batch(model))) < 1e-9

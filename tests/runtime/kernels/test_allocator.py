@@ -1,4 +1,4 @@
-"""Memory that a step has freed."""
+"""glibc keeps the memory that a training step has freed."""
 
 import os
 import platform
@@ -11,52 +11,55 @@ import pytest
 
 from moreh.runtime.kernels import allocator
 
-# Pieces that are made and freed again and again, of so many floats each; the page faults of the last four of twelve rounds.
-# Where pieces lie depends on what else is on the heap: they find places that all of them fit in after two to four rounds.
-FAULTS = """
+# Prints the page faults of the last four of twelve rounds that allocate and free tensors of so many floats each.
+# Where tensors lie depends on what else is on the heap: they find places that all of them fit in after two to four
+# rounds.
+COUNT_PAGE_FAULTS = """
 import resource
 import sys
 import torch
 from moreh.runtime.kernels.allocator import before_training_step
 before_training_step(0)
 size = int(sys.argv[1])
-for turn in range(12):
-    if turn == 8:
+for round in range(12):
+    if round == 8:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    pieces = [torch.zeros(size) for _ in range(5 * 2**23 // size)]
-    del pieces
+    tensors = [torch.zeros(size) for _ in range(5 * 2**23 // size)]
+    del tensors
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library decides by itself what it keeps")
 @pytest.mark.parametrize("size", [2**19, 5 * 2**21])
-def test_kept_memory_is_not_cleared_again(size):
+def test_memory_that_is_kept_is_not_cleared_again(size):
     pages = 4 * 5 * 2**25 // resource.getpagesize()
-    own = {name: value for name, value in os.environ.items() if name not in allocator._VARIABLES}
-    # What glibc gives back by itself depends on what else lies at the top; with this setting, which is respected, everything.
-    given_back = own | {"MALLOC_MMAP_THRESHOLD_": "131072"}
-    command = [sys.executable, "-c", FAULTS, str(size)]
-    faults = [
-        int(subprocess.run(command, env=env, capture_output=True, check=True).stdout) for env in (given_back, own)
-    ]
-    assert faults[0] > pages / 2
-    assert faults[1] < pages / 20
+    untuned = {name: value for name, value in os.environ.items() if name not in allocator._VARIABLES}
+    # What glibc returns by default depends on what else lies at the top of the heap. With this variable, which is
+    # respected, it returns everything.
+    returning = untuned | {"MALLOC_MMAP_THRESHOLD_": "131072"}
+    command = [sys.executable, "-c", COUNT_PAGE_FAULTS, str(size)]
+
+    def page_faults(env):
+        return int(subprocess.run(command, env=env, capture_output=True, check=True).stdout)
+
+    assert page_faults(returning) > pages / 2
+    assert page_faults(untuned) < pages / 20
 
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The calls of the C library, and no variables that belong to the machine."""
+    """The calls of the C library, without environment variables of the machine that runs the tests."""
     for variable in allocator._VARIABLES:
         monkeypatch.delenv(variable, raising=False)
     seen = []
-    library = SimpleNamespace(mallopt=lambda *given: seen.append(given), malloc_trim=lambda pad: seen.append("trim"))
+    library = SimpleNamespace(mallopt=lambda *args: seen.append(args), malloc_trim=lambda pad: seen.append("trim"))
     monkeypatch.setattr(allocator.ctypes, "CDLL", lambda name: library)
     monkeypatch.setattr(allocator.sys, "platform", "linux")
     return seen
 
 
-def test_what_happens_when(calls):
+def test_memory_is_kept_from_the_first_step_on_but_not_between_the_first_two(calls):
     allocator.before_training_step(0)
     keep = [(-4, 0), (-1, 2**31 - 1)]
     assert calls == keep
@@ -69,7 +72,7 @@ def test_what_happens_when(calls):
     assert len(calls) == 7
 
 
-def test_settings_of_the_user_are_left(calls, monkeypatch):
+def test_nothing_is_changed_when_the_user_has_tuned_glibc(calls, monkeypatch):
     monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "0")
     allocator.before_training_step(0)
     allocator.after_training_step(0)
@@ -77,7 +80,7 @@ def test_settings_of_the_user_are_left(calls, monkeypatch):
 
 
 @pytest.mark.parametrize("library", [SimpleNamespace(), SimpleNamespace(mallopt=None)])
-def test_without_glibc(calls, monkeypatch, library):
+def test_nothing_is_changed_without_glibc(calls, monkeypatch, library):
     monkeypatch.setattr(allocator.ctypes, "CDLL", lambda name: library)
     allocator.before_training_step(0)
     allocator.after_training_step(0)

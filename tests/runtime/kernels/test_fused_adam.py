@@ -1,4 +1,4 @@
-"""Optimizers that the script makes get torch's fused kernels, and the same results."""
+"""Optimizers of the script use torch's fused kernels, with the same results."""
 
 import copy
 
@@ -8,7 +8,7 @@ import torch
 from moreh.runtime.kernels.fused_adam import use_fused_kernels
 
 
-def trained(make, *, fuse):
+def train(make, *, fuse):
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.LayerNorm(5), torch.nn.Linear(5, 3)).double()
     optimizer = make(model.parameters())
@@ -30,12 +30,12 @@ def trained(make, *, fuse):
         lambda parameters: torch.optim.AdamW(parameters, lr=torch.tensor(0.01, dtype=torch.float64), weight_decay=0.3),
         lambda parameters: torch.optim.Adam([{"params": list(parameters), "lr": 0.1}], amsgrad=True, maximize=True),
     ],
-    ids=["AdamW", "learning rate in a tensor", "Adam"],
+    ids=["AdamW", "tensor learning rate", "Adam"],
 )
-def test_same_weights(make):
-    optimizer, weights = trained(make, fuse=True)
+def test_fused_kernels_give_the_same_weights(make):
+    optimizer, weights = train(make, fuse=True)
     assert all(group["fused"] for group in optimizer.param_groups)
-    plain, expected = trained(make, fuse=False)
+    plain, expected = train(make, fuse=False)
     assert not any(group["fused"] for group in plain.param_groups)
     for name, weight in weights.items():
         torch.testing.assert_close(weight, expected[name], rtol=1e-9, atol=1e-12)
@@ -49,11 +49,11 @@ def test_same_weights(make):
         lambda parameters: torch.optim.AdamW(parameters, lr=0.01, foreach=True),
         lambda parameters: torch.optim.AdamW(parameters, lr=0.01, fused=False),
         lambda parameters: torch.optim.Adam(parameters, lr=0.01, differentiable=True),
-        type("Own", (torch.optim.AdamW,), {}),
+        type("CustomAdamW", (torch.optim.AdamW,), {}),
     ],
-    ids=["SGD", "a loop", "foreach", "not fused", "differentiable", "a class of the script's"],
+    ids=["SGD", "for-loop", "foreach", "not fused", "differentiable", "subclass"],
 )
-def test_choices_of_the_script_hold(make):
+def test_implementation_that_the_script_has_chosen_stays(make):
     optimizer = make([torch.nn.Parameter(torch.ones(2))])
     before = copy.deepcopy(optimizer.defaults)
     use_fused_kernels(optimizer)

@@ -1,32 +1,32 @@
-"""Rows a few at a time, and the memory that kernels work in."""
+"""Loops over a few rows at a time, and the reusable buffers of kernels."""
 
 import threading
 
 import pytest
 import torch
 
-from moreh.runtime.kernels import row_chunks as chunks
-from moreh.runtime.kernels.row_chunks import scratch
+from moreh.runtime.kernels import row_chunks
+from moreh.runtime.kernels.row_chunks import chunks, scratch
 
 SHAPE = torch.Size([3, 5])
 
 
 @pytest.fixture(autouse=True)
-def _nothing_kept(monkeypatch):
-    monkeypatch.setattr(chunks, "_kept", threading.local())
+def _no_buffers(monkeypatch):
+    monkeypatch.setattr(row_chunks, "_buffers", threading.local())
 
 
-@pytest.mark.parametrize("elements", [1, 10, 1000])
-def test_every_row_once(monkeypatch, elements):
-    monkeypatch.setattr(chunks, "CHUNK", elements)
+@pytest.mark.parametrize("chunk_elements", [1, 10, 1000])
+def test_chunks_have_every_row_once_and_few_elements(monkeypatch, chunk_elements):
+    monkeypatch.setattr(row_chunks, "CHUNK_ELEMENTS", chunk_elements)
     wide, narrow = torch.arange(35).view(1, 7, 5), torch.arange(7).view(1, 7, 1)
-    parts = list(chunks.chunks(wide, narrow))
-    assert max(part.numel() for part, _ in parts) <= max(elements, 5)
-    assert torch.equal(torch.cat([part for part, _ in parts]), wide[0])
-    assert torch.equal(torch.cat([part for _, part in parts]), narrow[0])
+    pairs = list(chunks(wide, narrow))
+    assert max(chunk.numel() for chunk, _ in pairs) <= max(chunk_elements, 5)
+    assert torch.equal(torch.cat([chunk for chunk, _ in pairs]), wide[0])
+    assert torch.equal(torch.cat([chunk for _, chunk in pairs]), narrow[0])
 
 
-def test_a_number_and_type_have_one_memory():
+def test_scratch_reuses_memory_for_a_slot_and_dtype_only():
     first = scratch(0, SHAPE, torch.float32)
     assert scratch(0, torch.Size([2, 2]), torch.float32).data_ptr() == first.data_ptr()
     others = [
@@ -34,30 +34,30 @@ def test_a_number_and_type_have_one_memory():
         scratch(0, SHAPE, torch.float64),
         scratch(0, torch.Size([9, 9]), torch.float32),
     ]
-    assert len({one.data_ptr() for one in (first, *others)}) == 4
+    assert len({buffer.data_ptr() for buffer in (first, *others)}) == 4
 
 
-def test_threads_have_their_own():
-    found = [scratch(0, SHAPE, torch.float32)]
-    thread = threading.Thread(target=lambda: found.append(scratch(0, SHAPE, torch.float32)))
+def test_scratch_of_threads_is_not_shared():
+    buffers = [scratch(0, SHAPE, torch.float32)]
+    thread = threading.Thread(target=lambda: buffers.append(scratch(0, SHAPE, torch.float32)))
     thread.start()
     thread.join()
-    assert found[0].data_ptr() != found[1].data_ptr()
+    assert buffers[0].data_ptr() != buffers[1].data_ptr()
 
 
-def test_large_tensors_are_not_kept(monkeypatch):
-    monkeypatch.setattr(chunks, "KEPT_BYTES", 4 * SHAPE.numel() - 1)
+def test_scratch_keeps_no_large_buffers(monkeypatch):
+    monkeypatch.setattr(row_chunks, "MAX_SCRATCH_BYTES", 4 * SHAPE.numel() - 1)
     assert scratch(0, SHAPE, torch.float32).shape == SHAPE
-    assert not vars(chunks._kept)
+    assert not vars(row_chunks._buffers)
 
 
-def test_usable_after_inference():
+def test_scratch_of_inference_mode_is_writable_afterwards():
     with torch.inference_mode():
         scratch(0, SHAPE, torch.float32)
     scratch(0, SHAPE, torch.float32).zero_()
 
 
-def test_on_the_processor_whatever_the_default_is():
+def test_scratch_is_on_the_cpu_whatever_the_default_device_is():
     with torch.device("meta"):
         scratch(0, SHAPE, torch.float32)
     assert scratch(0, SHAPE, torch.float32).device.type == "cpu"

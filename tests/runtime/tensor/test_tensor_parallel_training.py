@@ -104,7 +104,7 @@ def recompute_selectively(family, sequence_parallel):
     ids, mask, labels = padded_batch(97)
     with exact_float64():
         local, partition, _ = tensor_parallel_copy(whole, group, sequence_parallel)
-        recompute_activations(split_into_parts(local), "selective")
+        recompute_activations(local, "selective")
         mean_loss(whole(input_ids=ids, attention_mask=mask).logits, labels).backward()
         mean_loss(local(input_ids=ids, attention_mask=mask, use_cache=False).logits, labels, group, 97).backward()
     return worst(gradient_differences(local, partition, whole, group).values())

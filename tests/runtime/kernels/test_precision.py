@@ -1,0 +1,51 @@
+"""When bfloat16 is chosen, and what of a model's outputs is cast back to float32."""
+
+import pytest
+import torch
+from transformers.modeling_outputs import CausalLMOutput
+
+from moreh.runtime.kernels import precision
+from moreh.runtime.kernels.precision import autocast_if, choose_bfloat16, in_float32, inside_autocast
+
+CPU = torch.device("cpu")
+LOW = torch.ones(2, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(("speedup", "chosen"), [(precision.MIN_SPEEDUP, True), (1.19, False), (0.4, False)])
+def test_bfloat16_is_chosen_where_it_is_faster_by_a_margin(monkeypatch, speedup, chosen):
+    monkeypatch.setattr(precision, "bfloat16_speedup", lambda device: speedup)
+    assert choose_bfloat16(CPU, requested=True) is chosen
+
+
+@pytest.mark.parametrize(("device", "requested"), [(CPU, False), (torch.device("meta"), True)])
+def test_nothing_is_measured_unless_bfloat16_is_requested_on_a_real_device(monkeypatch, device, requested):
+    monkeypatch.setattr(precision, "bfloat16_speedup", None)
+    assert not choose_bfloat16(device, requested=requested)
+
+
+def test_speedup_is_measured():
+    assert 0.01 < precision.bfloat16_speedup(CPU) < 100
+
+
+def test_outputs_are_cast_to_float32_wherever_they_are():
+    nested = {"a": (LOW, [LOW]), "b": 3, "c": torch.ones(1, dtype=torch.float64)}
+    outputs = in_float32(CausalLMOutput(loss=LOW.sum(), logits=nested))
+    first, (second,) = outputs.logits["a"]
+    assert {tensor.dtype for tensor in (outputs.loss, first, second)} == {torch.float32}
+    assert outputs.logits["b"] == 3
+    assert outputs.logits["c"].dtype == torch.float64
+    assert in_float32(None) is None
+
+
+def test_autocast_of_the_script_is_seen_even_if_it_is_off():
+    assert not inside_autocast()
+    with torch.autocast("cpu", enabled=False):
+        assert inside_autocast()
+    assert not inside_autocast()
+
+
+def test_autocast_only_if_bfloat16_is_chosen():
+    with autocast_if(True, "cpu"):
+        assert torch.is_autocast_enabled("cpu")
+    with autocast_if(False, "cpu"):
+        assert not torch.is_autocast_enabled("cpu")
