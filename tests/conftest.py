@@ -134,6 +134,15 @@ def read_metrics():
 
 
 @pytest.fixture
+def few_label_positions():
+    """Only label positions reach the output layer, in short rows too: their number is rounded up to a multiple of 4."""
+    from tests.helpers.batches import label_positions_rounded_to
+
+    with label_positions_rounded_to(4):
+        yield
+
+
+@pytest.fixture
 def make_gpt2():
     """Build a tiny GPT-2 with random weights."""
 

@@ -18,20 +18,21 @@ from moreh.options import DEFAULT_OPTIONS
 from moreh.runtime.engine.fast_path import FastPath
 from moreh.runtime.kernels.attention import use_block_attention
 from moreh.runtime.kernels.faster_kernels import FasterKernels
-from tests.helpers import sharded_cases as cases
+from tests.helpers.families import make_model
+from tests.helpers.fast_path_cases import LENGTH, MAX_TOKENS, ROWS, batch, differences
 from tests.helpers.float64 import exact_float64
-from tests.helpers.tensor_cases import whole_model
-from tests.runtime.engine.test_fast_path import LENGTH, ROWS, TOKENS, batch, differences
+
+pytestmark = pytest.mark.usefixtures("few_label_positions")
 
 ALL = DEFAULT_OPTIONS
 
 
 def llama(**settings):
-    return whole_model("llama", cases.FAMILY_SETTINGS.get("llama", {}) | settings)
+    return make_model("llama", **settings)
 
 
 def call(model, worker=None, **changes):
-    return (worker or FastPath(ALL)).call(model, (), batch(model, **changes), TOKENS)
+    return (worker or FastPath(ALL)).call(model, (), batch(model, **changes), MAX_TOKENS)
 
 
 def test_what_is_known_is_computed_in_parts():
@@ -167,12 +168,12 @@ def test_wrapper_of_accelerate(precision, known, adapters):
         prepared = accelerator.prepare_model(model)
     assert prepared is model
     assert "forward" in model.__dict__
-    assert (FastPath(ALL).call(model, (), given, TOKENS) is not NotImplemented) == known
+    assert (FastPath(ALL).call(model, (), given, MAX_TOKENS) is not NotImplemented) == known
 
 
 def test_wrapper_of_the_script():
     model = llama()
-    assert FastPath(ALL).call(Wrapper(model).train(), (), batch(model), TOKENS) is NotImplemented
+    assert FastPath(ALL).call(Wrapper(model).train(), (), batch(model), MAX_TOKENS) is NotImplemented
 
 
 @pytest.mark.parametrize(
@@ -187,7 +188,7 @@ def test_wrapper_of_the_script():
 )
 def test_calls(changes):
     model = llama()
-    assert FastPath(ALL).call(model, (), {**batch(model), **changes}, TOKENS) is NotImplemented
+    assert FastPath(ALL).call(model, (), {**batch(model), **changes}, MAX_TOKENS) is NotImplemented
 
 
 def test_losses_that_are_scaled_for_float16():
@@ -239,7 +240,7 @@ def test_adapters_that_do_more():
     ids=["positions that jump", "cache by default", "several texts", "mask of pairs"],
 )
 def test_what_tokens_see(family, changes):
-    model = whole_model(family, cases.FAMILY_SETTINGS.get(family, {}))
+    model = make_model(family)
     given = {name: value for name, value in batch(model, **changes).items() if value is not None}
     assert max(differences(model, given)) < 1e-9
 
@@ -284,13 +285,13 @@ def test_labels_that_are_no_tokens(label):
     given = batch(model)
     given["labels"][0, 2] = label
     with pytest.raises(IndexError, match=f"Target {label} is out of bounds"):
-        FastPath(ALL).call(model, (), given, TOKENS)
+        FastPath(ALL).call(model, (), given, MAX_TOKENS)
 
 
 def test_logits_of_inputs_that_have_changed():
     model = llama()
     given = batch(model)
-    outputs = FastPath(ALL).call(model, (), given, TOKENS)
+    outputs = FastPath(ALL).call(model, (), given, MAX_TOKENS)
     given["input_ids"].zero_()
     with pytest.raises(Exception, match="weights or inputs have changed"):
         _ = outputs.logits

@@ -14,9 +14,9 @@ import sys
 import time
 
 from moreh.errors import PlanError
-from tests.helpers.plan_cases import MODELS, all_plans, plan_of
-from tests.helpers.plan_faults import FAULTS
-from tests.helpers.plan_runs import TOLERANCE, Differences, verify
+from tests.helpers.plans.cases import MODELS, all_plans, plan_of
+from tests.helpers.plans.faults import FAULTS
+from tests.helpers.plans.runs import TOLERANCE, Differences, verify
 
 PLANS_PER_LINE = 20
 

@@ -68,6 +68,10 @@ class ModelRunner:
         if plan.devices > 1 and has_gradient_hooks(root):
             raise OptionError(f"hooks on gradients would not see those of all workers: {ONE_WORKER}")
         causal: Any = unwrapped(root)
+        # Asked before sharding changes classes. A module of the script's own may see more than one token, or more than
+        # one row.
+        is_token_wise = unsupported_module(root) is None
+        skip_padding = options.uses("skip_padding") and is_causal_model(causal)
         self.plan = plan
         # Tokens of a micro-batch at most; None for as many as the plan's rows have.
         self.max_tokens: int | None = None
@@ -81,9 +85,6 @@ class ModelRunner:
         )
         self._kernels = FasterKernels(root, options)
         self._tied_embedding = TiedEmbedding(causal)
-        # A module of the script's own may see more than one token, or more than one row.
-        is_token_wise = unsupported_module(root) is None
-        skip_padding = options.uses("skip_padding") and is_causal_model(causal)
         self._cutter = BatchCutter(
             self.model.parts,
             plan,

@@ -12,7 +12,10 @@ from moreh.runtime.batch import packing
 from moreh.runtime.batch.micro_batches import useful_lengths
 from moreh.runtime.batch.model_inputs import read_inputs
 from moreh.runtime.sharding.mesh import mesh_of_one
-from tests.runtime.engine.test_fast_path import LENGTH, TOKENS, batch, differences, make
+from tests.helpers.families import make_model
+from tests.helpers.fast_path_cases import LENGTH, MAX_TOKENS, batch, differences
+
+pytestmark = pytest.mark.usefixtures("few_label_positions")
 
 CPU = mesh_of_one(torch.device("cpu"))
 
@@ -25,8 +28,8 @@ def packed(model, parts=2, sequence_multiple=1):
 
 @pytest.mark.parametrize("family", sorted(packing.PACKABLE_FAMILIES))
 def test_families(family):
-    model = make(family)
-    with mock.patch("moreh.runtime.engine.model_runner.pack_micro_batches", wraps=packing.pack_micro_batches) as used:
+    model = make_model(family)
+    with mock.patch("moreh.runtime.batch.batch_cutter.pack_micro_batches", wraps=packing.pack_micro_batches) as used:
         assert max(differences(model, batch(model))) < 1e-9
     assert used.called
 
@@ -34,14 +37,14 @@ def test_families(family):
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mistral"])
 def test_without_attention_in_blocks(family):
     """Then transformers' mask tells the texts apart."""
-    model = make(family)
+    model = make_model(family)
     assert max(differences(model, batch(model), ParallelOptions(disable=("block_attention",)))) < 1e-9
 
 
 @pytest.mark.parametrize("given", [True, False])
 def test_a_window_smaller_than_a_text(given):
     """A mask of whole texts would be taken as it is, and the window be forgotten."""
-    model = make("mistral")
+    model = make_model("mistral")
     model.config.sliding_window = 3
     with mock.patch("moreh.runtime.batch.packing.accepts_pairwise_mask", return_value=True) if given else nullcontext():
         found = differences(model, batch(model))
@@ -73,17 +76,17 @@ def texts_begin_late(*given):
 
 @pytest.mark.parametrize("broken", [one_text, texts_begin_late])
 def test_comparison_finds_texts_that_see_each_other(broken):
-    model = make("llama")
-    with mock.patch("moreh.runtime.engine.model_runner.pack_micro_batches", broken):
+    model = make_model("llama")
+    with mock.patch("moreh.runtime.batch.batch_cutter.pack_micro_batches", broken):
         assert min(differences(model, batch(model))) > 1e-6
 
 
 def test_every_label_is_somewhere_once():
-    model = make("llama")
+    model = make_model("llama")
     inputs, cut = packed(model)
     assert len(cut) == 2
     for one in cut:
-        assert one.rows == 1
+        assert one.batch_size == 1
         assert one.sequence_length == packing.LENGTH_MULTIPLE
         starts = one.others["cu_seq_lens_q"]
         assert starts[0] == 0
@@ -98,8 +101,8 @@ def test_every_label_is_somewhere_once():
 
 def test_number_of_packed_rows():
     lengths = torch.tensor([30, 20, 10])
-    assert packing.num_packed_rows(lengths, TOKENS, 1) == 2
-    assert packing.num_packed_rows(lengths, TOKENS, 4) == 4
+    assert packing.num_packed_rows(lengths, MAX_TOKENS, 1) == 2
+    assert packing.num_packed_rows(lengths, MAX_TOKENS, 4) == 4
     assert packing.num_packed_rows(lengths, 1000, 1) == 1
     assert packing.num_packed_rows(lengths * 100, 10**6, 1) == 2
 
@@ -113,13 +116,13 @@ def test_number_of_packed_rows():
     ],
 )
 def test_what_is_not_packed(family, changes):
-    model = make(family)
+    model = make_model(family)
     inputs = read_inputs(model, (), batch(model, **changes))
     assert not packing.can_pack(model, inputs, useful_lengths(inputs), 1, CPU)
 
 
 def test_long_texts_and_rows_are_not_packed():
-    model = make("llama")
+    model = make_model("llama")
     inputs = read_inputs(model, (), batch(model, attention_mask=None))
     assert packing.can_pack(model, inputs, torch.full((7,), 500), 1, CPU)
     assert not packing.can_pack(model, inputs, torch.full((8,), 500), 1, CPU)
@@ -129,7 +132,7 @@ def test_long_texts_and_rows_are_not_packed():
 
 
 def test_left_padding_is_not_packed():
-    model = make("llama")
+    model = make_model("llama")
     given = batch(model)
     inputs = read_inputs(model, (), given | {"attention_mask": given["attention_mask"].flip(1)})
     assert not packing.can_pack(model, inputs, useful_lengths(inputs), 1, CPU)

@@ -11,12 +11,15 @@ from moreh.runtime.batch.micro_batches import useful_lengths
 from moreh.runtime.batch.model_inputs import read_inputs
 from moreh.runtime.engine.fast_path import FastPath
 from moreh.runtime.sharding.mesh import mesh_of_one
+from tests.helpers.families import make_model
+from tests.helpers.fast_path_cases import LENGTH, MAX_TOKENS, ROWS, batch, differences
 from tests.helpers.float64 import exact_float64
-from tests.runtime.engine.test_fast_path import LENGTH, ROWS, TOKENS, batch, differences, make
+
+pytestmark = pytest.mark.usefixtures("few_label_positions")
 
 CPU = mesh_of_one(torch.device("cpu"))
 PREFIX = 5
-MODEL_RUNNER = "moreh.runtime.engine.model_runner"
+BATCH_CUTTER = "moreh.runtime.batch.batch_cutter"
 
 
 def rows(model, prefix=PREFIX):
@@ -45,8 +48,8 @@ def packed(model, given, parts):
 
 @pytest.mark.parametrize("family", sorted(packing.PACKABLE_FAMILIES))
 def test_families(family):
-    model = make(family)
-    with mock.patch(f"{MODEL_RUNNER}.pack_micro_batches", wraps=packing.pack_micro_batches) as used:
+    model = make_model(family)
+    with mock.patch(f"{BATCH_CUTTER}.pack_micro_batches", wraps=packing.pack_micro_batches) as used:
         assert max(differences(model, rows(model))) < 1e-9
     assert used.call_args.args[-1] == (PREFIX if takes_mask(model) else 0)
 
@@ -56,26 +59,26 @@ def takes_mask(model):
 
 
 def test_most_families_share():
-    assert sum(takes_mask(make(family)) for family in packing.PACKABLE_FAMILIES) > 20
+    assert sum(takes_mask(make_model(family)) for family in packing.PACKABLE_FAMILIES) > 20
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-@pytest.mark.parametrize("tokens", [1, TOKENS, 1000])
+@pytest.mark.parametrize("tokens", [1, MAX_TOKENS, 1000])
 def test_without_attention_in_blocks(family, tokens):
     """Then the mask says which tokens see each other."""
-    model = make(family)
-    with mock.patch("tests.runtime.engine.test_fast_path.TOKENS", tokens):
-        assert max(differences(model, rows(model), ParallelOptions(disable=("block_attention",)))) < 1e-9
+    model = make_model(family)
+    options = ParallelOptions(disable=("block_attention",))
+    assert max(differences(model, rows(model), options, max_tokens=tokens)) < 1e-9
 
 
 @torch.no_grad()
 def test_evaluation():
-    model = make("llama").eval()
+    model = make_model("llama").eval()
     with (
         exact_float64(),
-        mock.patch(f"{MODEL_RUNNER}.pack_micro_batches", wraps=packing.pack_micro_batches) as used,
+        mock.patch(f"{BATCH_CUTTER}.pack_micro_batches", wraps=packing.pack_micro_batches) as used,
     ):
-        seen = FastPath(DEFAULT_OPTIONS).call(model, (), rows(model), TOKENS).loss
+        seen = FastPath(DEFAULT_OPTIONS).call(model, (), rows(model), MAX_TOKENS).loss
         assert seen.item() == pytest.approx(model(**rows(model)).loss.item(), rel=1e-9)
     assert used.call_args.args[-1] == PREFIX
 
@@ -84,20 +87,20 @@ def test_evaluation():
     ("name", "broken"),
     [
         # One token more than the rows have in common; the others' first keys forgotten; only in the mask of pairs forgotten.
-        (f"{MODEL_RUNNER}.shared_prefix", lambda *given: PREFIX + 1),
+        (f"{BATCH_CUTTER}.shared_prefix", lambda *given: PREFIX + 1),
         ("moreh.runtime.kernels.attention._shared_prefix_len", lambda *given: 0),
         ("moreh.runtime.batch.packing._with_pairwise_mask", lambda one, shared: one),
     ],
 )
 def test_comparison_finds_another_prefix(name, broken):
-    model = make("llama")
+    model = make_model("llama")
     options = ParallelOptions(disable=("block_attention",) if "mask" in name else ())
     with mock.patch(name, broken):
         assert min(differences(model, rows(model), options)) > 1e-6
 
 
 def test_long_prefixes_are_packed():
-    model = make("llama")
+    model = make_model("llama")
     inputs = read_inputs(model, (), batch(model, attention_mask=None))
     lengths = torch.full((ROWS,), 1000)
     assert not packing.can_pack(model, inputs, lengths, 1, CPU)
@@ -107,7 +110,7 @@ def test_long_prefixes_are_packed():
 
 @pytest.mark.parametrize("parts", [2, ROWS + 1])
 def test_prefix_is_in_each_packed_row_once(parts):
-    model = make("llama")
+    model = make_model("llama")
     given = rows(model)
     cut = packed(model, given, parts)
     prefix = given["input_ids"][0, :PREFIX]
@@ -131,13 +134,13 @@ def test_prefix_is_in_each_packed_row_once(parts):
 def test_tokens_of_a_packed_row():
     lengths = torch.tensor([30, 30, 30, 1])
     assert packing.num_packed_rows(lengths, 70, 1) == 2
-    assert packing.num_packed_rows(lengths, 70, 1, shared=20) == 1
+    assert packing.num_packed_rows(lengths, 70, 1, prefix_len=20) == 1
     # Of one text each, however many tokens a micro-batch may have.
-    assert packing.num_packed_rows(lengths, 20, 1, shared=25) == packing.num_packed_rows(lengths, 20, 3, shared=25) == 3
+    assert packing.num_packed_rows(lengths, 20, 1, prefix_len=25) == packing.num_packed_rows(lengths, 20, 3, prefix_len=25) == 3
 
 
 def test_what_rows_have_in_common():
-    model = make("llama")
+    model = make_model("llama")
     assert shared(model, rows(model)) == PREFIX
     assert shared(model, rows(model, 3)) == 0
     early = rows(model)
@@ -154,7 +157,7 @@ def test_what_rows_have_in_common():
 
 @pytest.mark.parametrize(("family", "rate"), [("gpt2", "resid_pdrop"), ("mixtral", "router_jitter_noise")])
 def test_rows_that_something_random_happens_to_are_not_alike(family, rate):
-    model = make(family)
+    model = make_model(family)
     model.config.sliding_window = None
     setattr(model.config, rate, 0.1)
     assert shared(model.train(), rows(model)) == 0
@@ -162,14 +165,14 @@ def test_rows_that_something_random_happens_to_are_not_alike(family, rate):
 
 
 def test_dropout_of_an_adapter():
-    model = make("llama").train()
+    model = make_model("llama").train()
     model.model.layers[0].mlp.up_proj = torch.nn.Sequential(torch.nn.Dropout(0.1), model.model.layers[0].mlp.up_proj)
     assert shared(model, rows(model)) == 0
 
 
 @pytest.mark.parametrize(("name", "value"), [("sliding_window", 3), ("_attn_implementation", "eager")])
 def test_attention_that_takes_no_mask_of_pairs(name, value):
-    model = make("mistral")
+    model = make_model("mistral")
     setattr(model.config, name, value)
     assert shared(model, rows(model)) == 0
     assert max(differences(model, rows(model))) < 1e-9

@@ -8,8 +8,8 @@ import re
 import pytest
 
 from moreh.planner.plan.notation import plan_text
-from tests.helpers.plan_cases import all_plans, covering_plans, plan_of
-from tests.helpers.plan_runs import verify
+from tests.helpers.plans.cases import all_plans, covering_plans, plan_of
+from tests.helpers.plans.runs import verify
 
 WORKERS = 4
 STEPS = 2
