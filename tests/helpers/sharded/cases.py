@@ -118,8 +118,7 @@ def gradients_after_freezing(plan):
 def backward_variants(family, plan, nan_on_rank=None):
     """Weights after what scripts do with a loss: scaled, summed with another, left unused, used twice.
 
-    Returns the difference and the error of the second use. `nan_on_rank` makes the gradient of a split parameter NaN
-    there.
+    Returns the difference and the error of the second use. `nan_on_rank` makes the gradient of a matrix NaN there.
     """
     whole, sharded, runner = sharded_copy(family, plan)
     ids, mask, labels = batch(0, whole.config.vocab_size)
@@ -135,8 +134,7 @@ def backward_variants(family, plan, nan_on_rank=None):
             third.backward()
             twice = error_of(third.backward)
             if model is sharded and nan_on_rank == dist.get_rank():
-                name = next(name for name in runner.model.user_params if runner.model.specs[name].division is not None)
-                runner.model.user_params[name].grad.mul_(float("nan"))
+                model.transformer.h[-1].mlp.c_fc.weight.grad.mul_(float("nan"))
             torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
             torch.optim.SGD(model.parameters(), lr=1.0).step()
     return weight_difference(runner.model, whole), twice
