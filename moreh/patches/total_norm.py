@@ -17,6 +17,12 @@ TOTAL_NORM = Patch(
     "FSDP, but knows nothing of the gradients of other pipeline stages.",
     tested=("torch 2.13",),
 )
+PUBLIC_TOTAL_NORM = Patch(
+    target="torch.nn.utils.get_total_norm",
+    why="The public name of the same function, which is bound when torch is imported.",
+    no_public_way=TOTAL_NORM.no_public_way,
+    tested=("torch 2.13",),
+)
 
 _functions: list[TotalNorm] = []
 
@@ -24,11 +30,12 @@ _functions: list[TotalNorm] = []
 def on_total_norm(function: TotalNorm) -> None:
     """Ask a function first whenever the total norm of gradients is computed from now on.
 
-    `clip_grad_norm_` and `get_total_norm` look up the patched helper by its name when they are called, so scripts that
-    have imported them already are served too.
+    `clip_grad_norm_` looks the helper up by its name when it is called, so a script that has imported it already is
+    served too. One that has imported `get_total_norm` by name is not.
     """
-    if not TOTAL_NORM.is_active:
-        TOTAL_NORM.install(_make_total_norm)
+    for patch in (TOTAL_NORM, PUBLIC_TOTAL_NORM):
+        if not patch.is_active:
+            patch.install(_make_total_norm)
     _functions.append(function)
 
 
