@@ -301,7 +301,7 @@ def test_models_are_let_go_of():
     worker = FastPath(ALL)
     for _ in range(6):
         call(llama(), worker)
-    assert len(worker._known) == 4
+    assert len(worker._runners) == 4
 
 
 def own_sdpa(*args, **kwargs):
