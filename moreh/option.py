@@ -3,11 +3,16 @@
 import inspect
 import multiprocessing
 import os
+import textwrap
+from collections.abc import Callable
 from dataclasses import fields
-from typing import Any
+from typing import Any, ParamSpec
 
 from moreh.errors import OptionError
 from moreh.options import MAX_WORKERS, ParallelOptions, is_switched_off, parse_options, planner_variables
+from moreh.trace import check_variable
+
+Options = ParamSpec("Options")
 
 # This file is read while torch is imported, which comes before most of what changes the directory.
 try:
@@ -18,31 +23,60 @@ except OSError:
 _enabled: ParallelOptions | None = None
 
 
-def enable_advanced_parallelization(**options: Any) -> None:
+def _with_options_of(declaration: Callable[Options, Any]) -> Callable[[Callable[..., None]], Callable[Options, None]]:
+    """Give a function the parameters of the options' declaration, and their documentation.
+
+    Type checkers and editors take the parameters from the types here, `help()` from what is set on the function.
+    """
+
+    def decorate(function: Callable[..., None]) -> Callable[Options, None]:
+        signature = inspect.signature(declaration).replace(return_annotation=None)
+        function.__signature__ = signature  # type: ignore[attr-defined]
+        if function.__doc__ is not None:  # it is None under python -OO
+            function.__doc__ = function.__doc__.replace("    Raises:\n", _documentation() + "\n\n    Raises:\n", 1)
+        return function
+
+    return decorate
+
+
+def _documentation() -> str:
+    """The "Args:" section of a docstring."""
+    lines = ["    Args:"]
+    for option in fields(ParallelOptions):
+        text = f"{option.name}: {option.metadata['doc']} Allowed: {option.metadata['allowed']}."
+        lines += textwrap.wrap(text, 96, initial_indent=" " * 8, subsequent_indent=" " * 12, break_long_words=False)
+    return "\n".join(lines)
+
+
+@_with_options_of(ParallelOptions)
+def enable_advanced_parallelization(*args: Any, **options: Any) -> None:
     """Plan and run the models of this process on all devices of the accelerator. Call it once, before a model is made.
 
-    With several workers (MOREH_WORKERS; by default the number of GPUs, else one) the script is started again in each worker,
-    and this process waits for them and ends as they did: nothing after this line runs in it. A process that was started as
-    a worker, by this function or by torchrun, joins the others here.
+    The plan is made for the accelerator. The options restrict it; each is given by name. With
+    MOREH_ENABLE_ADVANCED_PARALLELIZATION=0 in the environment the call does nothing, for a comparison without it.
 
-    With MOREH_ENABLE_ADVANCED_PARALLELIZATION=0 in the environment it does nothing, for a comparison without it.
-
-    The plan is made for the accelerator. The options, all by keyword, restrict it:
-
-    {options}
+    With several workers (MOREH_WORKERS; by default the number of GPUs, else one), the script is started again in each
+    worker. This process waits for them and ends as they did: nothing after this line runs in it. A process that was
+    started as a worker, by this function or by torchrun, joins the others here.
 
     Raises:
-        OptionError: an option is unknown, its value or that of an environment variable is not allowed, or several workers
-            are wanted in a session that has no script to start again.
+        OptionError: an option is unknown, its value or that of an environment variable is not allowed, or several
+            workers are wanted in a session that has no script to start again.
         AcceleratorError: another process is using the accelerator.
     """
     global _enabled
-    asked = parse_options(options)
+    if args:
+        raise OptionError(
+            f"enable_advanced_parallelization({', '.join(map(repr, args))}): options are given by name, such as "
+            f"num_stages=4. The options are: {', '.join(option.name for option in fields(ParallelOptions))}"
+        )
+    parsed = parse_options(options)
     if is_switched_off():
         return
     variables = planner_variables()
+    check_variable()
     workers = _workers_to_start()
-    if _enabled == asked:
+    if _enabled == parsed:
         return
     if _enabled is not None:
         raise OptionError(f"advanced parallelization is already enabled, with {_enabled}: call it once for a process")
@@ -55,28 +89,8 @@ def enable_advanced_parallelization(**options: Any) -> None:
     from moreh.runtime.launch.world import join_world
 
     join_world()
-    install_hook(asked, variables)
-    _enabled = asked
-
-
-def _describe_options() -> None:
-    """Give the public function the signature and the documentation of the options, which are declared in one place."""
-    declared = fields(ParallelOptions)
-    enable_advanced_parallelization.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        [
-            inspect.Parameter(
-                option.name, inspect.Parameter.KEYWORD_ONLY, default=option.default, annotation=option.type
-            )
-            for option in declared
-        ],
-        return_annotation=None,
-    )
-    lines = [f"    {option.name}: {option.metadata['doc']}" for option in declared]
-    text = enable_advanced_parallelization.__doc__ or ""  # None under python -OO
-    enable_advanced_parallelization.__doc__ = text.replace("    {options}", "\n".join(lines))
-
-
-_describe_options()
+    install_hook(parsed, variables)
+    _enabled = parsed
 
 
 def _workers_to_start() -> int:
@@ -88,17 +102,18 @@ def _workers_to_start() -> int:
     import torch
 
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    text = os.environ.get("MOREH_WORKERS", str(max(gpus, 1))).strip()
-    if not (text.isascii() and text.isdecimal() and 1 <= int(text) <= MAX_WORKERS):
+    value = os.environ.get("MOREH_WORKERS", str(max(gpus, 1))).strip()
+    if not (value.isascii() and value.isdecimal() and 1 <= int(value) <= MAX_WORKERS):
         raise OptionError(
-            f"MOREH_WORKERS={text!r}: allowed is a whole number from 1 to {MAX_WORKERS}; the number of GPUs, else 1, if unset"
+            f"MOREH_WORKERS={value!r}: allowed is a whole number from 1 to {MAX_WORKERS}; the number of GPUs, else 1, "
+            "if unset"
         )
     # Started by torchrun or by this package; or by multiprocessing, to help a process that is a worker already.
     if {"RANK", "WORLD_SIZE"} & os.environ.keys() or multiprocessing.parent_process() is not None:
         return 1
-    if int(text) > gpus > 0:
+    if int(value) > gpus > 0:
         raise OptionError(
-            f"MOREH_WORKERS={text}: this machine has {gpus} GPU(s), and allowed is one worker for each; set "
+            f"MOREH_WORKERS={value}: this machine has {gpus} GPU(s), and allowed is one worker for each; set "
             "CUDA_VISIBLE_DEVICES to nothing to compute on the CPU"
         )
-    return int(text)
+    return int(value)

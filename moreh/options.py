@@ -1,6 +1,6 @@
-"""The options of the hook and the planner's environment variables: each declared once, with what it allows and what it does.
+"""The options of the hook and the planner's environment variables, each declared once: what it allows and does.
 
-Nothing here imports torch, so a settings file that is wrong is refused before torch is loaded.
+Nothing here imports torch, so a wrong YAML file is refused before torch is loaded.
 """
 
 import difflib
@@ -12,7 +12,7 @@ from typing import Any, Literal
 from moreh.errors import OptionError
 
 Auto = Literal["auto"]
-# Workers of one machine. Each is a process that imports torch.
+# Workers of one machine at most. Each is a process that imports torch.
 MAX_WORKERS = 256
 _VARIABLE_PREFIX = "MOREH_ADVANCED_PARALLELIZATION_"
 ENABLE_VARIABLE = "MOREH_ENABLE_ADVANCED_PARALLELIZATION"
@@ -28,8 +28,8 @@ OPTIMIZATIONS: Mapping[str, str] = {
     "pack_rows": "Sequences are packed into rows of equal length instead of being padded to the longest one (CPU).",
     "share_prefix": "Tokens that every sequence of a batch begins with are computed once per packed row (CPU).",
     "logits_at_labels": "The output layer and the last layer's MLP are computed only at positions with labels.",
-    "sparse_embedding": "With tied embeddings on one worker, the input embedding's gradient is scatter-added into the output "
-    "layer's instead of materializing a second dense [vocabulary, hidden] gradient.",
+    "sparse_embedding": "With tied embeddings on one worker, the input embedding's gradient is scatter-added into the "
+    "output layer's instead of materializing a second dense [vocabulary, hidden] gradient.",
     "block_attention": "Causal attention is computed as batched matmuls over blocks of queries (CPU).",
     "fused_activation": "GPT-2's tanh-GELU is one operation with one rounding instead of eight.",
     "fused_norm": "Llama's RMSNorm is one operation that saves only its input (CPU).",
@@ -43,7 +43,7 @@ def _option(default: Any, allowed: str, doc: str) -> Any:
     return field(default=default, metadata={"allowed": allowed, "doc": doc})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ParallelOptions:
     """The options of `enable_advanced_parallelization`; each field's metadata says what it allows and what it does."""
 
@@ -79,7 +79,7 @@ class ParallelOptions:
 DEFAULT_OPTIONS = ParallelOptions()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PlannerVariables:
     """The planner's environment variables, checked."""
 
@@ -88,46 +88,46 @@ class PlannerVariables:
     memory_percent: int
     """How much of a device's memory a plan may use, in percent."""
     threads: int
-    """The most threads that compute costs of candidates at the same time."""
+    """Threads that compute costs of candidates, at most."""
 
 
-def parse_options(given: Mapping[str, Any]) -> ParallelOptions:
-    """The options of a call, checked.
+def parse_options(options: Mapping[str, Any]) -> ParallelOptions:
+    """Check the options of a call.
 
     Raises:
         OptionError: an option does not exist, its value is not allowed, or two options contradict each other.
     """
     known = {option.name: option for option in fields(ParallelOptions)}
-    for name, value in given.items():
+    for name, value in options.items():
         if name not in known:
             raise OptionError(
                 f"unknown option {name}={value!r}{did_you_mean(name, known) or '.'} The options are: {', '.join(known)}"
                 + (f'. To switch an optimization off, give disable=("{name}",)' if name in OPTIMIZATIONS else "")
             )
-    values = {name: _checked(name, value, known[name].metadata["allowed"]) for name, value in given.items()}
-    options = ParallelOptions(**values)
-    if not options.pipeline_parallel and options.num_stages not in ("auto", 1):
+    values = {name: _checked(name, value, known[name].metadata["allowed"]) for name, value in options.items()}
+    parsed = ParallelOptions(**values)
+    if not parsed.pipeline_parallel and parsed.num_stages not in ("auto", 1):
         raise OptionError(
-            f"num_stages={options.num_stages!r} with pipeline_parallel=False: stages need pipeline_parallel=True"
+            f"num_stages={parsed.num_stages!r} with pipeline_parallel=False: stages need pipeline_parallel=True"
         )
-    return options
+    return parsed
 
 
 def _checked(name: str, value: Any, allowed: str) -> Any:
     if allowed == NAMES:
         return _checked_names(name, value)
-    auto = isinstance(value, str) and value == "auto"
+    is_auto = isinstance(value, str) and value == "auto"
     if allowed == COUNT_OR_AUTO:
-        valid = auto or (isinstance(value, int) and not isinstance(value, bool) and value >= 1)
+        is_valid = is_auto or (isinstance(value, int) and not isinstance(value, bool) and value >= 1)
     else:
-        valid = isinstance(value, bool) or (allowed == SWITCH_OR_AUTO and auto)
-    if not valid:
+        is_valid = isinstance(value, bool) or (allowed == SWITCH_OR_AUTO and is_auto)
+    if not is_valid:
         raise OptionError(f"{name}={value!r}: allowed is {allowed}")
     return value
 
 
 def _checked_names(name: str, value: Any) -> tuple[str, ...]:
-    """The optimizations of a list, in the order of their declaration, so that equal sets are equal options."""
+    """The optimizations of a list, in the order in which they are declared, so that equal sets are equal options."""
     if not isinstance(value, list | tuple | set | frozenset):
         raise OptionError(f"{name}={value!r}: allowed is {NAMES}, such as ({next(iter(OPTIMIZATIONS))!r},)")
     for item in value:
@@ -139,9 +139,9 @@ def _checked_names(name: str, value: Any) -> tuple[str, ...]:
     return tuple(optimization for optimization in OPTIMIZATIONS if optimization in value)
 
 
-def did_you_mean(given: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The known name that an unknown one is close to, as the end of a sentence; empty if there is none."""
-    close = difflib.get_close_matches(given, list(known), n=1)
+    close = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {close[0]}?" if close else ""
 
 
@@ -151,10 +151,10 @@ def is_switched_off() -> bool:
 
 
 def planner_variables() -> PlannerVariables:
-    """The planner's settings from the environment.
+    """Read the planner's environment variables.
 
     Raises:
-        OptionError: one of them is no number, or out of range.
+        OptionError: one of them is no whole number, or out of range.
     """
     return PlannerVariables(
         detailed_log=_number_in_environment("DETAILED_LOG", default=0, minimum=0, maximum=2),
@@ -164,9 +164,10 @@ def planner_variables() -> PlannerVariables:
 
 
 def _number_in_environment(name: str, *, default: int, minimum: int, maximum: int) -> int:
-    text = os.environ.get(_VARIABLE_PREFIX + name, str(default)).strip()
-    if not (text.isascii() and text.isdecimal() and minimum <= int(text) <= maximum):
+    value = os.environ.get(_VARIABLE_PREFIX + name, str(default)).strip()
+    if not (value.isascii() and value.isdecimal() and minimum <= int(value) <= maximum):
         raise OptionError(
-            f"{_VARIABLE_PREFIX}{name}={text!r}: allowed is a whole number from {minimum} to {maximum}; {default} if unset"
+            f"{_VARIABLE_PREFIX}{name}={value!r}: allowed is a whole number from {minimum} to {maximum}; "
+            f"{default} if unset"
         )
-    return int(text)
+    return int(value)

@@ -1,16 +1,97 @@
-"""Spans of the life of a step for torch.profiler: one for each phase and each collective.
+"""The life of a step, made visible: profiler spans, and with `MOREH_TRACE=1` a log line for each phase and collective.
 
-No torch is imported with this module: the command-line tools read the package without it.
+    with span("reduce_gradients", tensor.nbytes):
+        dist.all_reduce(tensor, group=group)
+
+A `torch.profiler` trace shows the span as `moreh::reduce_gradients`. With `MOREH_TRACE=1` each rank logs
+
+    [info] trace rank 1:   reduce_gradients 0.412 ms, 65,536 bytes
+
+when the span ends, indented by the number of spans around it. A phase's line therefore follows those of its parts. The
+time is the host's. On a GPU the span ends when the work is enqueued; the profiler's trace shows when it was done.
+
+Nothing here imports torch. Where torch is not loaded there is no profiler to tell.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import os
+import sys
+import threading
+import time
+from contextlib import AbstractContextManager, nullcontext
+from types import TracebackType
+from typing import Any
+
+from moreh.errors import OptionError
+from moreh.log import logger
+
+VARIABLE = "MOREH_TRACE"
+PREFIX = "moreh::"
+# A child of the log's logger: a filter that silences the info lines of ranks other than 0 does not apply to it.
+_logger = logger.getChild("trace")
+_logs_spans = os.environ.get(VARIABLE, "").strip() == "1"
+_nesting = threading.local()
 
 
-@contextmanager
-def span(name: str, bytes: int | None = None) -> Iterator[None]:
-    """A span "moreh::NAME" in the trace of torch.profiler; `bytes` is the size of what a collective moves."""
-    from torch.profiler import record_function
+def span(name: str, bytes: int | None = None) -> AbstractContextManager[Any]:
+    """A context for one phase of a step, or one collective that moves `bytes` bytes from or to this rank."""
+    recorded = _profiler_span(name)
+    return _LoggedSpan(name, bytes, recorded) if _logs_spans else recorded
 
-    with record_function(f"moreh::{name}", None if bytes is None else f"{bytes} bytes"):
-        yield
+
+def check_variable() -> None:
+    """Check the environment variable.
+
+    Raises:
+        OptionError: MOREH_TRACE is neither 0 nor 1.
+    """
+    value = os.environ.get(VARIABLE, "").strip()
+    if value not in ("", "0", "1"):
+        raise OptionError(
+            f"{VARIABLE}={value!r}: allowed is 1, which logs each phase of a step, or 0, which is the default"
+        )
+
+
+def _profiler_span(name: str) -> AbstractContextManager[Any]:
+    torch: Any = sys.modules.get("torch")
+    if torch is None:
+        return nullcontext()
+    # What torch.profiler.record_function shows, in a twentieth of its time: half a microsecond where no profiler runs.
+    recorded: AbstractContextManager[Any] = torch._C._profiler._RecordFunctionFast(PREFIX + name)
+    return recorded
+
+
+class _LoggedSpan:
+    """A span that logs its time."""
+
+    __slots__ = ("_bytes", "_name", "_recorded", "_start")
+
+    def __init__(self, name: str, bytes: int | None, recorded: AbstractContextManager[Any]) -> None:
+        self._name = name
+        self._bytes = bytes
+        self._recorded = recorded
+        self._start = 0.0
+
+    def __enter__(self) -> None:
+        _nesting.depth = getattr(_nesting, "depth", 0) + 1
+        self._recorded.__enter__()
+        self._start = time.perf_counter()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        milliseconds = (time.perf_counter() - self._start) * 1000
+        self._recorded.__exit__(kind, error, traceback)
+        _nesting.depth -= 1
+        moved = "" if self._bytes is None else f", {self._bytes:,} bytes"
+        failed = "" if kind is None else f", ended by {kind.__name__}"
+        indent = "  " * _nesting.depth
+        _logger.info("trace rank %d: %s%s %.3f ms%s%s", _rank(), indent, self._name, milliseconds, moved, failed)
+
+
+def _rank() -> int:
+    """This process's rank; 0 where it computes alone."""
+    distributed: Any = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        return 0
+    rank: int = distributed.get_rank()
+    return rank

@@ -134,9 +134,12 @@ def read_metrics():
 
 
 @pytest.fixture
-def few_label_positions(monkeypatch):
+def few_label_positions():
     """Only label positions reach the output layer, in short rows too: their number is rounded up to a multiple of 4."""
-    monkeypatch.setattr("moreh.runtime.batch.micro_batches.POSITIONS_MULTIPLE", 4)
+    from tests.helpers.batches import label_positions_rounded_to
+
+    with label_positions_rounded_to(4):
+        yield
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from moreh.models.introspection import unwrapped, wrappers
+from moreh.models.losses import is_known_loss
 from moreh.models.provenance import (
     LIBRARIES,
     first_custom_module,
@@ -34,8 +35,6 @@ _KNOWN_LOSSES = re.compile(
 
 def unsupported_reason(root: Any) -> str | None:
     """What a model computes that its parts one by one would not, as a clause for messages; None if nothing."""
-    from transformers.loss.loss_utils import ForCausalLMLoss
-
     causal: Any = unwrapped(root)
     name = type(causal).__name__
     if (adapters := _unsupported_adapters(root)) is not None:
@@ -67,7 +66,7 @@ def unsupported_reason(root: Any) -> str | None:
         return f"the output layer of {name} is no single matrix"
     if getattr(config, "output_router_logits", False):
         return f"{name} adds a loss of its router (output_router_logits=True)"
-    if causal.loss_function is not ForCausalLMLoss or not _has_mean_loss(forward):
+    if not is_known_loss(causal.loss_function) or not _has_mean_loss(forward):
         return f"{name} has a loss of its own"
     return None
 

@@ -53,7 +53,7 @@ PROCESS_CHANGES = (
     ),
     ProcessChange(
         "warnings.filterwarnings",
-        "moreh/runtime/checkpoint/training_state.py",
+        "moreh/runtime/checkpoint/dcp_io.py",
         "When one worker reads or writes a training state: hides torch's warning that there is no process group.",
     ),
     ProcessChange(

@@ -1,1 +1,5 @@
-"""Carries out, on the workers that there are, what was decided for a model."""
+"""The runtime: carries out a plan for a model on the workers that there are.
+
+`engine` is what the hook calls. It uses, from the top down: `batch` (micro-batches), `tensor` and `pipeline`
+(parallelism), `checkpoint`, `launch` (the workers), `sharding` (who holds which part of a parameter) and `kernels`.
+"""

@@ -1,7 +1,7 @@
-"""Every command of README, CONTRIBUTING and docs runs in a copy of the checkout; those that take long are marked slow.
+"""Every command of README, CONTRIBUTING and docs runs in a copy of the checkout; slow ones are marked so.
 
-A block that begins with three backticks and `bash` is run page by page in its order, one that begins with `bash slow` in
-`make docs-check` only.
+A block that begins with three backticks and `bash` is run page by page in its order, one that begins with `bash slow`
+in `make docs-check` only.
 """
 
 import os

@@ -1,7 +1,7 @@
 """Comparisons of numbers that a NaN cannot pass.
 
-`max(0.0, nan)` is 0.0 in Python, so a comparison that reduces with the built-in `max` reports a NaN as equal. The functions
-here report it as infinitely different. `tests/helpers/test_compare.py` shows that each of them does.
+`max(0.0, nan)` is 0.0 in Python, so a comparison that reduces with the built-in `max` reports a NaN as equal. The
+functions here report it as infinitely different. `tests/helpers/test_compare.py` shows that each of them does.
 """
 
 from collections.abc import Iterable, Mapping
@@ -12,7 +12,7 @@ import torch
 
 
 def worst(differences: Any) -> float:
-    """The largest of some differences: numbers, arrays or tensors. Infinite if one of them is NaN, 0.0 if there are none."""
+    """The largest of some differences: numbers, arrays or tensors. Infinite if one is NaN, 0.0 if there are none."""
     if isinstance(differences, torch.Tensor | np.ndarray) or not isinstance(differences, Iterable):
         differences = [differences]
     largest = 0.0
@@ -35,7 +35,7 @@ def relative_difference(actual: Any, expected: Any, *, floor: float = 1e-30) -> 
 
 
 def worst_of_names(actual: Mapping[str, Any], expected: Mapping[str, Any], *, floor: float = 1e-30) -> float:
-    """`relative_difference` of the worst entry of two mappings, such as gradients by parameter name; names must agree."""
+    """`relative_difference` of the worst entry of two mappings, such as gradients by name; the names must agree."""
     assert actual.keys() == expected.keys(), f"names differ: {sorted(actual.keys() ^ expected.keys())[:5]}"
     return worst(relative_difference(actual[name], expected[name], floor=floor) for name in expected)
 

@@ -10,8 +10,8 @@ import torch
 def exact_float64():
     """In this context, code that asks torch for float32 gets float64, in recomputations during a backward pass as well.
 
-    transformers computes norms, rotary angles and softmax in float32 whatever the type of a model, which leaves differences of
-    1e-7 between two ways to compute the same.
+    transformers computes norms, rotary angles and softmax in float32 whatever the type of a model, which leaves
+    differences of 1e-7 between two ways to compute the same.
     """
     with ExitStack() as patches:
         for name in ("float32", "float"):

@@ -10,6 +10,7 @@ _ATTENTION = "Recomputation keeps the outputs of this operator, if it is the one
 
 INTERNALS: dict[str, str] = {
     # torch: autograd and tensors
+    "torch._C._profiler._RecordFunctionFast": "A span that torch.profiler shows.",
     "torch._C._current_graph_task_id": "It is -1 outside of a backward pass.",
     "torch._C._autograd._saved_tensors_hooks_is_enabled": "It is False within disable_saved_tensors_hooks.",
     "torch._C._autograd._top_saved_tensors_default_hooks": (

@@ -2,8 +2,8 @@
 
     results = run_on_workers(function, [arguments, arguments, ...], size=4)
 
-calls `function(*arguments)` on all ranks for one case after the other and returns the ranks' results of each case. The function
-is one of a module that can be imported; arguments and results are pickled.
+calls `function(*arguments)` on all ranks for one case after the other and returns the ranks' results of each case.
+The function is one of a module that can be imported. Arguments and results are pickled.
 """
 
 import atexit

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 
 from moreh.accelerator.job import local_job
 from moreh.errors import AcceleratorError
+from tests.helpers.tutorial import TUTORIAL, VOCABULARY_SIZE, save_tutorial_model
 
 
 def on_device(tensor):
@@ -246,13 +247,7 @@ def test_torch_compile_works_under_the_face(function):
 
 def test_tutorial_loop_runs_unchanged(run, tmp_path, make_gpt2):
     """The tutorial's loop in a file that imports torch, transformers and copy, and knows of no other package."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    make_gpt2(vocab_size=5).save_pretrained(tmp_path / "model")
-    words = Tokenizer(models.WordLevel({"<|endoftext|>": 0, "a": 1, "b": 2, "c": 3, "?": 4}, unk_token="?"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|endoftext|>").save_pretrained(tmp_path / "model")
+    save_tutorial_model(make_gpt2(vocab_size=VOCABULARY_SIZE), tmp_path / "model")
     script = tmp_path / "tutorial.py"
     script.write_text(TUTORIAL, encoding="utf-8")
     finished = run(sys.executable, script, cwd=tmp_path)
@@ -262,49 +257,3 @@ def test_tutorial_loop_runs_unchanged(run, tmp_path, make_gpt2):
     assert sum(losses[-10:]) < 0.7 * sum(losses[:5]) * 2
     assert (tmp_path / "finetuned" / "model.safetensors").exists()
     assert "[info] MoAI Accelerator is ready to use." in finished.stdout
-
-
-TUTORIAL = """
-import copy
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-torch.manual_seed(0)
-torch.moreh.option.enable_advanced_parallelization()
-
-
-def create_mask(input_ids, tokenizer):
-    pad_token_ids = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return (input_ids != pad_token_ids).long()
-
-
-def mask_pads(input_ids, tokenizer, ignore_index=-100):
-    idx_mask = create_mask(input_ids, tokenizer)
-    labels = copy.deepcopy(input_ids)
-    labels[~idx_mask.bool()] = ignore_index
-    return labels
-
-
-model = AutoModelForCausalLM.from_pretrained("model")
-tokenizer = AutoTokenizer.from_pretrained("model")
-model.cuda()
-model.train()
-if tokenizer.pad_token is None:
-    tokenizer.pad_token = tokenizer.eos_token
-texts = ["a b c a b c", "b c a b", "c a b c a", "a b c"] * 10
-dataset = tokenizer(texts, padding="max_length", truncation=True, max_length=8, return_tensors="pt")["input_ids"]
-loader = torch.utils.data.DataLoader(dataset, batch_size=4, shuffle=True, drop_last=True)
-optim = torch.optim.AdamW(model.parameters(), lr=1e-2)
-for epoch in range(5):
-    for input_ids in loader:
-        inputs, labels = input_ids, mask_pads(input_ids, tokenizer)
-        attn_mask = create_mask(inputs, tokenizer)
-        outputs = model(input_ids.cuda(), attention_mask=attn_mask.cuda(), labels=labels.cuda(), use_cache=False)
-        loss = outputs[0]
-        loss.backward()
-        optim.step()
-        model.zero_grad(set_to_none=True)
-        print("Loss:", loss.item())
-model.save_pretrained("finetuned")
-tokenizer.save_pretrained("finetuned")
-"""

@@ -14,13 +14,6 @@ from tests.helpers.library_changes import library_changes
 from tests.helpers.process_changes import process_changes
 from tests.helpers.source_tree import ROOT, Source, sources
 
-# Being moved to moreh/patches: a file is taken out of the list with its last patch.
-STILL_ELSEWHERE = {
-    "moreh/runtime/checkpoint/hf_save_plan.py",
-    "moreh/runtime/engine/optimizer_patches.py",
-    "moreh/runtime/kernels/attention.py",
-    "moreh/runtime/sharding/local_weights.py",
-}
 # Changes of single objects, not of the process: what is changed, by file.
 OF_SINGLE_OBJECTS = {
     # A parameter that a script keeps in a list stands for the one that took its place.
@@ -32,7 +25,7 @@ def test_libraries_are_patched_in_the_package_of_patches_only():
     changes = [
         f"{source.place(node)}: {change}"
         for source in sources("moreh", "utils", "scripts", ".")
-        if not source.path.startswith("moreh/patches/") and source.path not in STILL_ELSEWHERE
+        if not source.path.startswith("moreh/patches/")
         for node, change in library_changes(source)
         if change not in OF_SINGLE_OBJECTS.get(source.path, ())
     ]

@@ -1,4 +1,4 @@
-"""Every family that tensor parallelism knows, and some that it does not, under plans of each kind, beside a whole model.
+"""Compare families under plans of each kind with a whole model: those that tensor parallelism knows, and some others.
 
 python -m tests.verify.families [FAMILY ...]
 """
@@ -6,27 +6,28 @@ python -m tests.verify.families [FAMILY ...]
 import sys
 
 from moreh.models.families import tensor_parallel_families
-from tests.helpers import sharded_cases as cases
+from tests.helpers.families import NOT_TENSOR_PARALLEL, PLANS
+from tests.helpers.sharded import cases
 from tests.helpers.workers import WorkerError, run_on_workers
-from tests.runtime.engine.test_family_plans import NOT_TENSOR_PARALLEL, PLANS
 
 TOLERANCE = 1e-9
 
 
 def main(families):
-    """Print the greatest difference of each family and plan; the exit code is 1 if any is too large."""
+    """Print the largest difference of each family and plan; the exit code is 1 if any is too large."""
     failed = 0
     for family in families or [*tensor_parallel_families(), *NOT_TENSOR_PARALLEL]:
         for name, plan in PLANS.items():
             if family in NOT_TENSOR_PARALLEL and plan.get("tensor", 1) > 1:
                 continue
             try:
+                # Each difference is infinite where there is a NaN.
                 difference = max(max(result) for result in run_on_workers(cases.compare, [(family, plan)], size=4)[0])
-                told = f"{difference:.1e}"
+                result = f"{difference:.1e}"
                 failed += not difference < TOLERANCE
             except WorkerError as error:
-                told, failed = f"failed: {str(error).strip().splitlines()[-1][:200]}", failed + 1
-            print(f"{family:20} {name:16} {told}", flush=True)
+                result, failed = f"failed: {str(error).strip().splitlines()[-1][:200]}", failed + 1
+            print(f"{family:20} {name:16} {result}", flush=True)
     print(f"{failed} failed")
     return 1 if failed else 0
 

@@ -1,11 +1,15 @@
-"""Prove every plan of the planner on eight processes: a training with it must be that of a single process.
+"""Verify every plan of the planner on eight processes: a training with it must be that of a single process.
 
     python -m tests.verify.plans [--model gpt2] [--sample 40] [--only 'tp2 pp2 dp2 mb1x4'] [--broken no-tied-sum]
 
-Each plan that the planner enumerates for eight devices and tiny models runs a short training as a script writes it, in float64
-on gloo. Its losses, gradient norms, an evaluation, the first step's gradients and the weights in the end are compared with the
-plain loop of transformers, the latter two element by element. The numbers of calls of layers and of elements that each process
-holds show that the plan was really carried out.
+Each plan that the planner enumerates for eight devices and tiny models runs a short training as a script writes it, in
+float64 on gloo. Compared with the plain loop of transformers are
+
+- the losses, the gradient norms and an evaluation,
+- the first step's gradients and the weights in the end, element by element.
+
+That layers are called as often, and processes hold as many elements, as the plan says shows that it was really
+carried out.
 """
 
 import argparse
@@ -14,9 +18,9 @@ import sys
 import time
 
 from moreh.errors import PlanError
-from tests.helpers.plan_cases import MODELS, all_plans, plan_of
-from tests.helpers.plan_faults import FAULTS
-from tests.helpers.plan_runs import TOLERANCE, Differences, verify
+from tests.helpers.plans.cases import MODELS, all_plans, plan_of
+from tests.helpers.plans.faults import FAULTS
+from tests.helpers.plans.runs import TOLERANCE, Differences, verify
 
 PLANS_PER_LINE = 20
 
@@ -30,20 +34,20 @@ def main():
     print(f"{len(cases)} plans: {counts}", flush=True)
     started = time.monotonic()
     verdicts = []
-    for number, (family, plan) in enumerate(cases, start=options.first):
+    for index, (family, plan) in enumerate(cases, start=options.first):
         verdict = verify(family, plan, options.broken)
         verdicts.append(verdict)
         if options.verbose:
             worst = "failed" if verdict.differences is None else f"{verdict.differences.worst:.1e}"
             print(
-                f"{worst} {verdict.seconds:.1f} s ({verdict.processor_s:.1f} s of processors)  {verdict.text}",
+                f"{worst} {verdict.seconds:.1f} s ({verdict.cpu_s:.1f} s of CPU time)  {verdict.text}",
                 flush=True,
             )
         for problem in verdict.problems:
             print(f"WRONG  {verdict.text}\n    {problem}", flush=True)
-        if number % PLANS_PER_LINE == 0:
+        if index % PLANS_PER_LINE == 0:
             minutes = (time.monotonic() - started) / 60
-            print(f"{number} of {len(cases) + options.first - 1} plans after {minutes:.0f} min", flush=True)
+            print(f"{index} of {len(cases) + options.first - 1} plans after {minutes:.0f} min", flush=True)
     summarize(verdicts, time.monotonic() - started)
     return 1 if any(verdict.problems for verdict in verdicts) else 0
 
@@ -51,14 +55,16 @@ def main():
 def parse_options():
     parser = argparse.ArgumentParser(description="Run every plan of the planner and compare it with a single process.")
     parser.add_argument("--model", choices=MODELS, help="one of the models; both if left out")
-    parser.add_argument("--sample", type=int, metavar="N", help="so many plans of each model, the same ones each time")
+    parser.add_argument("--sample", type=int, metavar="N", help="N plans of each model, the same ones each time")
     parser.add_argument(
         "--first", type=int, default=1, metavar="N", help="begin with plan number N, where a run was interrupted"
     )
     parser.add_argument(
         "--only", metavar="PLAN", help="this plan, as moreh-plan writes it, for example 'tp2 pp2 dp2 mb1x4'"
     )
-    parser.add_argument("--broken", choices=[name for name in FAULTS if name], help="with a fault that must be found")
+    parser.add_argument(
+        "--broken", choices=[name for name in FAULTS if name], help="run with a fault that must be found"
+    )
     parser.add_argument("--verbose", action="store_true", help="a line for each plan")
     return parser.parse_args()
 
@@ -67,15 +73,15 @@ def selected_cases(options):
     """Pairs of a model and a plan."""
     families = [options.model] if options.model else list(MODELS)
     if options.only is not None:
-        found, refusals = [], []
+        cases, errors = [], []
         for family in families:
             try:
-                found.append((family, plan_of(family, options.only)))
-            except PlanError as refusal:
-                refusals.append(f"{family}: {refusal}")
-        if not found:
-            sys.exit("\n".join(refusals))
-        return found
+                cases.append((family, plan_of(family, options.only)))
+            except PlanError as error:
+                errors.append(f"{family}: {error}")
+        if not cases:
+            sys.exit("\n".join(errors))
+        return cases
     cases = []
     for family in families:
         plans = list(all_plans(family))
@@ -89,7 +95,8 @@ def summarize(verdicts, seconds):
     """Print how many plans ran, the worst difference of each kind, and the plans that failed."""
     failed = [verdict for verdict in verdicts if verdict.problems]
     print(
-        f"\n{len(verdicts)} plans in {seconds / 60:.1f} min, {len(failed)} of them wrong. The worst relative differences:"
+        f"\n{len(verdicts)} plans in {seconds / 60:.1f} min, {len(failed)} of them wrong. "
+        "The worst relative differences:"
     )
     ran = [verdict for verdict in verdicts if verdict.differences is not None]
     for kind in Differences.__dataclass_fields__ if ran else ():

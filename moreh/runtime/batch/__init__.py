@@ -1,1 +1,1 @@
-"""batch."""
+"""The batch: a script's call is read, cut into micro-batches without padding, and answered with a loss."""

@@ -1,4 +1,4 @@
-"""What a model returns for a batch with labels: the loss, and what else the model has if there is one worker."""
+"""What a model returns for a batch with labels: the loss, and on one worker its other outputs when asked for."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -9,22 +9,24 @@ from torch import nn
 from transformers.utils.generic import ModelOutput
 
 from moreh.errors import OptionError
+from moreh.trace import span
 
 BACKWARD_TWICE_MESSAGE = (
-    "Trying to backward through the loss a second time: its gradients were handed over. Call the model again"
+    "Trying to backward through the loss a second time: its gradients are gone. Call the model again"
 )
 
 
 @dataclass
 class LossOutput(ModelOutput):
-    """What a divided model returns for a batch with labels: the loss. The logits exist only in pieces, on different workers."""
+    """What a sharded model returns for a batch with labels. The logits exist only in parts, on different ranks."""
 
     loss: torch.Tensor | None = None
+    """The mean loss over the label tokens of the whole batch, a scalar."""
 
     def __getattr__(self, name: str) -> Any:
         if name == "logits":
             raise OptionError(
-                "logits of a batch with labels: a model that is divided over workers does not keep them; "
+                "logits of a batch with labels: a model that is sharded over workers does not keep them; "
                 "call it without labels, under torch.no_grad(), for logits"
             )
         raise AttributeError(f"{type(self).__name__} has no {name}: it has the loss")
@@ -35,9 +37,10 @@ class LazyLogitsOutput(ModelOutput):
     """The loss; the model's other outputs, such as logits, are computed when somebody asks for them."""
 
     loss: torch.Tensor | None = None
+    """The mean loss over the label tokens of the batch, a scalar."""
 
     def with_lazy(self, compute: Callable[[], ModelOutput]) -> "LazyLogitsOutput":
-        """Set what gives the model's outputs."""
+        """Set the function that computes the model's outputs; called once at most."""
         self.__dict__["_compute"] = compute
         return self
 
@@ -87,31 +90,32 @@ class LazyLogitsOutput(ModelOutput):
         return super().values()
 
 
-def loss_with_computed_grads(loss: torch.Tensor, gradients: list[tuple[nn.Parameter, torch.Tensor]]) -> torch.Tensor:
-    """The loss as a result of parameters whose gradients are computed already. They are used up by the backward pass."""
-    parameters = [parameter for parameter, _ in gradients]
-    loss_of_parameters: torch.Tensor = _Computed.apply(loss, [gradient for _, gradient in gradients], *parameters)  # type: ignore[no-untyped-call]
+def loss_with_computed_grads(loss: torch.Tensor, grads: list[tuple[nn.Parameter, torch.Tensor]]) -> torch.Tensor:
+    """The loss as a function of parameters whose gradients exist already; its backward pass uses them up."""
+    parameters = [parameter for parameter, _ in grads]
+    loss_of_parameters: torch.Tensor = _LossWithComputedGrads.apply(loss, [grad for _, grad in grads], *parameters)  # type: ignore[no-untyped-call]
     return loss_of_parameters
 
 
-class _Computed(torch.autograd.Function):
+class _LossWithComputedGrads(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, loss: torch.Tensor, gradients: list[torch.Tensor], *parameters: torch.Tensor) -> torch.Tensor:
-        ctx.gradients = gradients
+    def forward(ctx: Any, loss: torch.Tensor, grads: list[torch.Tensor], *parameters: torch.Tensor) -> torch.Tensor:
+        ctx.grads = grads
         return loss.clone()
 
     @staticmethod
-    def backward(ctx: Any, *scales: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        if ctx.gradients is None:
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        if ctx.grads is None:
             raise RuntimeError(BACKWARD_TWICE_MESSAGE)
         if torch.is_grad_enabled():
             raise OptionError(
-                "create_graph=True: the gradients of a batch with labels are computed in the call and have none themselves; "
-                "call the model without labels for a loss of your own"
+                "create_graph=True: the gradients of a batch with labels are computed in the call and have none "
+                "themselves; call the model without labels for a loss of your own"
             )
-        gradients, ctx.gradients = ctx.gradients, None
-        factor = scales[0].item()
-        if factor != 1.0:
-            for gradient in gradients:
-                gradient.mul_(factor)
-        return None, None, *gradients
+        grads, ctx.grads = ctx.grads, None
+        with span("accumulate_grads"):
+            scale = grad_outputs[0].item()
+            if scale != 1.0:
+                for grad in grads:
+                    grad.mul_(scale)
+        return None, None, *grads

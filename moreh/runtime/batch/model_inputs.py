@@ -1,4 +1,4 @@
-"""What a script calls a model with, checked and cut into the rows of each rank and micro-batch."""
+"""The arguments that a script calls a model with: read, checked, padded, and sliced into rows."""
 
 import inspect
 import zlib
@@ -9,136 +9,152 @@ import torch
 import torch.distributed as dist
 
 from moreh.errors import OptionError, WorkerError
+from moreh.models.losses import IGNORED_LABEL
+from moreh.trace import span
 
-IGNORED = -100
-# Switched on, these ask for what exists only in pieces, on different workers.
+# Switched on, these ask for tensors of all layers, which exist only in parts on different ranks.
 WHOLE_MODEL_OUTPUTS = ("output_attentions", "output_hidden_states", "output_router_logits")
-_MASK, _POSITIONS = "attention_mask", "position_ids"
+LOGITS_TO_KEEP = "logits_to_keep"
 ONE_WORKER = "run on 1 worker for that (MOREH_WORKERS=1)"
+_MASK, _POSITIONS = "attention_mask", "position_ids"
 
 
 @dataclass(frozen=True)
 class ModelInputs:
-    """The arguments of a call of a causal language model, by name.
-
-    `tensors` have a row for each row of the batch; `others` are the same for all rows. `labels` `[batch, sequence]` are
-    those of the next tokens, already shifted to the positions that predict them, -100 where there is none. `loss_divisor` is
-    the number that the sum of the tokens' losses is divided by.
-    """
+    """The arguments of a call of a causal language model, by name: of a batch, or of a micro-batch."""
 
     tensors: dict[str, torch.Tensor]
+    """The arguments with a row for each sequence of the batch, such as `input_ids` `[batch, sequence]`."""
     others: dict[str, Any]
+    """The arguments that are the same for all sequences."""
     labels: torch.Tensor | None
+    """The labels `[batch, sequence]` of the next tokens, already shifted to the positions that predict them; -100 where
+    there is none. None for a call without labels."""
     loss_divisor: float
+    """What the sum of the tokens' losses is divided by: the label tokens of the whole batch, unless the script says
+    otherwise. NaN without labels."""
 
     @property
-    def rows(self) -> int:
+    def batch_size(self) -> int:
         """Rows of the batch."""
-        return self._first.shape[0]
+        return self._tokens.shape[0]
 
     @property
     def sequence_length(self) -> int:
         """Tokens of a row, padding included."""
-        return self._first.shape[1]
+        return self._tokens.shape[1]
 
     @property
-    def _first(self) -> torch.Tensor:
+    def _tokens(self) -> torch.Tensor:
+        """`[batch, sequence]` or `[batch, sequence, hidden]`."""
         return self.tensors["input_ids" if "input_ids" in self.tensors else "inputs_embeds"]
 
 
 def read_inputs(causal: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ModelInputs:
-    """The arguments by name.
+    """The arguments of a call of a model of transformers, by name.
 
     Raises:
-        OptionError: an argument asks for what a divided model cannot give.
+        OptionError: an argument asks for what a sharded model cannot give.
     """
-    given = dict(inspect.signature(causal.forward).bind_partial(*args, **kwargs).arguments)
-    given.update(given.pop("kwargs", {}))
-    given = {name: value for name, value in given.items() if value is not None}
+    inputs = dict(inspect.signature(causal.forward).bind_partial(*args, **kwargs).arguments)
+    inputs.update(inputs.pop("kwargs", {}))
+    inputs = {name: value for name, value in inputs.items() if value is not None}
     for name in WHOLE_MODEL_OUTPUTS:
-        if given.pop(name, getattr(causal.config, name, False)):
-            raise OptionError(f"{name}=True: a model that is divided over workers does not give them: {ONE_WORKER}")
-    if given.pop("ignore_index", IGNORED) != IGNORED:
+        if inputs.pop(name, getattr(causal.config, name, False)):
+            raise OptionError(f"{name}=True: a model that is sharded over workers does not give them: {ONE_WORKER}")
+    if inputs.pop("ignore_index", IGNORED_LABEL) != IGNORED_LABEL:
         raise OptionError(
-            f"ignore_index: the label that counts for nothing is {IGNORED}, so put it in place of the other one"
+            f"ignore_index: the only label that is ignored is {IGNORED_LABEL}, so put it in place of the other one"
         )
-    if "adapter_names" in given:
+    if "adapter_names" in inputs:
         raise OptionError(f"adapter_names: all rows of a batch are computed with the active adapters: {ONE_WORKER}")
-    if "input_ids" not in given and "inputs_embeds" not in given:
-        raise OptionError(f"the model was called with {', '.join(given) or 'nothing'}: give input_ids or inputs_embeds")
-    given.pop("return_dict", None)
-    labels, shifted = given.pop("labels", None), given.pop("shift_labels", None)
-    if labels is not None and shifted is None:
-        shifted = torch.nn.functional.pad(labels[..., 1:], (0, 1), value=IGNORED)
-    items = given.pop("num_items_in_batch", None)
-    first = given["input_ids"] if "input_ids" in given else given["inputs_embeds"]
-    rows = first.shape[0]
-    _settle_mask(causal, given, first)
+    if "input_ids" not in inputs and "inputs_embeds" not in inputs:
+        raise OptionError(
+            f"the model was called with {', '.join(inputs) or 'nothing'}: give input_ids or inputs_embeds"
+        )
+    inputs.pop("return_dict", None)
+    labels, shifted_labels = inputs.pop("labels", None), inputs.pop("shift_labels", None)
+    if labels is not None and shifted_labels is None:
+        shifted_labels = torch.nn.functional.pad(labels[..., 1:], (0, 1), value=IGNORED_LABEL)
+    num_items = inputs.pop("num_items_in_batch", None)
+    tokens = inputs["input_ids"] if "input_ids" in inputs else inputs["inputs_embeds"]
+    batch_size = tokens.shape[0]
+    _normalize_mask(causal, inputs, tokens)
     tensors = {
-        name: value.expand(rows, *value.shape[1:]) if name == _POSITIONS else value
-        for name, value in given.items()
-        if isinstance(value, torch.Tensor) and value.dim() > 0 and (value.shape[0] == rows or name == _POSITIONS)
+        name: value.expand(batch_size, *value.shape[1:]) if name == _POSITIONS else value
+        for name, value in inputs.items()
+        if isinstance(value, torch.Tensor) and value.dim() > 0 and (value.shape[0] == batch_size or name == _POSITIONS)
     }
-    others = {name: value for name, value in given.items() if name not in tensors}
-    if labels is not None and given.get("logits_to_keep"):
+    others = {name: value for name, value in inputs.items() if name not in tensors}
+    if labels is not None and inputs.get(LOGITS_TO_KEEP):
         raise OptionError(
             "logits_to_keep with labels: the loss needs the logits of all positions; leave one of them out"
         )
-    divisor = float("nan")
-    if shifted is not None:
-        divisor = float((shifted != IGNORED).sum() if items is None else items)
-    return ModelInputs(tensors, others, shifted, divisor)
+    loss_divisor = float("nan")
+    if shifted_labels is not None:
+        loss_divisor = float((shifted_labels != IGNORED_LABEL).sum() if num_items is None else num_items)
+    return ModelInputs(tensors, others, shifted_labels, loss_divisor)
 
 
-def _settle_mask(causal: Any, given: dict[str, Any], first: torch.Tensor) -> None:
-    """Give the mask a row for each row of the batch, where that says what it meant.
+def _normalize_mask(causal: Any, inputs: dict[str, Any], tokens: torch.Tensor) -> None:
+    """Give the mask a row for each row of the batch, and make one where leaving it out would change its meaning.
 
-    transformers looks in the positions for texts that follow each other in a row, but only if there is no mask and no cache;
-    here there is never a cache. A mask of ones says that there is one text.
+    transformers looks for several sequences in a row, which it tells apart by their positions, only if there is
+    neither a mask nor a cache. Here there is never a cache, so where the script would have had one, a mask of ones
+    says that each row is one sequence.
     """
-    mask, rows = given.get(_MASK), first.shape[0]
+    mask, batch_size = inputs.get(_MASK), tokens.shape[0]
     if mask is not None:
-        if not isinstance(mask, torch.Tensor) or mask.shape[0] not in (1, rows):
+        if not isinstance(mask, torch.Tensor) or mask.shape[0] not in (1, batch_size):
             shape = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
             raise OptionError(
-                f"attention_mask is {shape}: allowed is a tensor with a row for each of the {rows} of the batch"
+                f"attention_mask is {shape}: allowed is a tensor with a row for each of the {batch_size} of the batch"
             )
-        given[_MASK] = mask.expand(rows, *mask.shape[1:])
-    elif _POSITIONS in given and given.get("use_cache", getattr(causal.config.get_text_config(), "use_cache", False)):
+        inputs[_MASK] = mask.expand(batch_size, *mask.shape[1:])
+    elif _POSITIONS in inputs and inputs.get("use_cache", getattr(causal.config.get_text_config(), "use_cache", False)):
         if causal.training and any(getattr(module, "gradient_checkpointing", False) for module in causal.modules()):
             raise OptionError(
-                "position_ids without attention_mask: with activation recomputation, families take them for one text or for "
-                "several; pass an attention_mask, or use_cache=False for several texts in a row"
+                "position_ids without attention_mask: with activation recomputation, some model families take them for "
+                "one sequence and others for several; pass an attention_mask, or use_cache=False for several sequences "
+                "in a row"
             )
-        given[_MASK] = torch.ones(first.shape[:2], dtype=torch.long, device=first.device)
+        inputs[_MASK] = torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)
 
 
-def padded(inputs: ModelInputs, rows: int, sequence_multiple: int) -> ModelInputs:
-    """The batch with as many rows as asked, the first one repeated without labels, and its sequences padded on the right.
+def kept_positions(inputs: ModelInputs) -> torch.Tensor:
+    """The positions `[positions]` whose logits a call asks for: all of them, the last ones, or a list."""
+    kept = inputs.others.get(LOGITS_TO_KEEP, 0)
+    positions = torch.arange(inputs.sequence_length)
+    return positions[kept] if isinstance(kept, torch.Tensor) else positions[-kept:]
 
-    What is added has no label and is not attended to: positions before it do not see it.
+
+def pad_inputs(inputs: ModelInputs, batch_size: int, sequence_multiple: int) -> ModelInputs:
+    """Pad a batch to `batch_size` rows by repeating the first one, and on the right to a multiple of tokens.
+
+    What is added has no labels. Padding on the right is not attended to: the positions before it do not see it.
     """
-    extra_rows = rows - inputs.rows
+    extra_rows = batch_size - inputs.batch_size
     extra_tokens = -inputs.sequence_length % sequence_multiple
     if extra_rows == extra_tokens == 0:
         return inputs
     length = inputs.sequence_length
     tensors = {
-        name: _grown(tensor, extra_rows, extra_tokens if tensor.dim() > 1 and tensor.shape[1] == length else 0, 0)
+        name: _pad(tensor, extra_rows, extra_tokens if tensor.dim() > 1 and tensor.shape[1] == length else 0, 0)
         for name, tensor in inputs.tensors.items()
     }
     labels = inputs.labels
     if labels is not None:
-        labels = _grown(labels, extra_rows, extra_tokens, IGNORED).clone()
-        labels[inputs.rows :] = IGNORED
+        labels = _pad(labels, extra_rows, extra_tokens, IGNORED_LABEL).clone()
+        labels[inputs.batch_size :] = IGNORED_LABEL
     return ModelInputs(tensors, inputs.others, labels, inputs.loss_divisor)
 
 
-def _grown(tensor: torch.Tensor, rows: int, tokens: int, fill: int) -> torch.Tensor:
-    if tokens:
-        shape = (tensor.shape[0], tokens, *tensor.shape[2:])
-        tensor = torch.cat([tensor, tensor.new_full(shape, fill)], dim=1)
-    return torch.cat([tensor, tensor[:1].expand(rows, *tensor.shape[1:])]) if rows else tensor
+def _pad(tensor: torch.Tensor, extra_rows: int, extra_tokens: int, value: int) -> torch.Tensor:
+    """`[batch, sequence, ...]` with more tokens of a value, then with more rows like the first."""
+    if extra_tokens:
+        shape = (tensor.shape[0], extra_tokens, *tensor.shape[2:])
+        tensor = torch.cat([tensor, tensor.new_full(shape, value)], dim=1)
+    return torch.cat([tensor, tensor[:1].expand(extra_rows, *tensor.shape[1:])]) if extra_rows else tensor
 
 
 def slice_rows(inputs: ModelInputs, first: int, last: int, device: torch.device) -> ModelInputs:
@@ -149,31 +165,32 @@ def slice_rows(inputs: ModelInputs, first: int, last: int, device: torch.device)
 
 
 def check_same_on_all_ranks(inputs: ModelInputs, device: torch.device) -> None:
-    """Check that every worker was given the same batch; collective.
+    """Check that every rank was given the same batch; collective.
 
     Raises:
-        WorkerError: they differ.
+        WorkerError: the batches differ.
     """
     checksum = 0
     for name, tensor in sorted(
         [*inputs.tensors.items(), *([("labels", inputs.labels)] if inputs.labels is not None else [])]
     ):
         checksum = zlib.crc32(f"{name} {tuple(tensor.shape)} {_checksum(tensor)}".encode(), checksum)
-    extremes = torch.tensor([checksum, -checksum], dtype=torch.int64, device=device)
-    dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
-    if int(extremes[0]) != -int(extremes[1]):
+    largest_and_smallest = torch.tensor([checksum, -checksum], dtype=torch.int64, device=device)
+    with span("all_reduce_batch_checksum", largest_and_smallest.nbytes):
+        dist.all_reduce(largest_and_smallest, op=dist.ReduceOp.MAX)
+    if int(largest_and_smallest[0]) != -int(largest_and_smallest[1]):
         raise WorkerError(
             "the workers were given different batches: each of them runs the whole script and must draw the same rows. "
-            "Seed every generator that data passes (torch, numpy, random) with one number that does not depend on the worker, "
-            "and do not divide the data by rank: the batch is divided for you"
+            "Seed every generator that data passes (torch, numpy, random) with one number that does not depend on the "
+            "worker, and do not split the data by rank: the batch is split for you"
         )
 
 
 def _checksum(tensor: torch.Tensor) -> int:
-    """A number that changes with any element or its place."""
+    """A number that changes with any element or its position."""
     flat = tensor.detach().reshape(-1)
     if flat.dtype.is_floating_point:
         flat = flat.to(torch.float64).view(torch.int64)
     flat = flat.to(torch.int64)
-    places = torch.arange(1, flat.numel() + 1, dtype=torch.int64, device=flat.device)
-    return int(((flat + places) * (places * 2654435761 + 97) % 4294967291).sum())
+    positions = torch.arange(1, flat.numel() + 1, dtype=torch.int64, device=flat.device)
+    return int(((flat + positions) * (positions * 2654435761 + 97) % 4294967291).sum())

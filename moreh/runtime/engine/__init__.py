@@ -1,1 +1,5 @@
-"""engine."""
+"""The engine: plans a model, shards it, and computes what the script calls it for.
+
+A call of a model goes from `hook` (one worker) or `multi_worker_hook` (several) through `registry` or `fast_path` to
+`model_runner`, which cuts the batch and lets `schedule` compute it on a `parallel_model`.
+"""

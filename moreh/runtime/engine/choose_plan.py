@@ -1,4 +1,7 @@
-"""The plan of a training: searched for the accelerator with the documented log lines, and for this machine."""
+"""Chooses the plan of a training: for the accelerator, with the platform's log lines and files, and for this machine.
+
+Called by the hook before the first training batch of a model. The search itself is the planner's.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -25,160 +28,169 @@ from moreh.runtime.tensor.partition import max_tensor_parallel, sequence_paralle
 SELECTED_CONFIG = "advanced_parallelization_selected_config.dump"
 DETAILED_LOG = "autoconfig_log.dump"
 # Plans that the detailed log lists.
-DETAILED = 50
-# Tokens of a micro-batch that matrix products and kernels need to be worth their start.
+NUM_DETAILED_PLANS = 50
+# With fewer tokens in a micro-batch, starting a matmul or another kernel costs more than it computes.
 MIN_MICROBATCH_TOKENS = 4096
-# What a smaller micro-batch may cost: it needs less memory.
+# How much slower than the fastest a plan with smaller micro-batches may be: it needs less memory.
 MAX_SLOWDOWN = 1.05
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The plan that was selected for an accelerator; None where none fits, and then what the smallest one needs in bytes."""
+    """What was selected for an accelerator."""
 
     prediction: Prediction | None
+    """The best plan with its prediction; None if no plan fits the memory."""
     smallest_bytes: float
+    """What the smallest plan needs on its fullest device, in bytes."""
 
 
 def select_plan(
     training: Training,
     flavor: Flavor,
-    restrictions: Constraints,
+    constraints: Constraints,
     options: ParallelOptions,
     variables: PlannerVariables,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> Selection:
-    """Search the best plan for an accelerator, say the documented lines, and write the files into the current directory.
+    """Search the best plan for an accelerator; log the platform's lines and write its files to the current directory.
 
     Raises:
-        PlanError: no plan divides the batch under the restrictions.
+        PlanError: no plan divides the batch under the constraints.
     """
-    setting = make_environment(
+    environment = make_environment(
         cluster_for_flavor(flavor), moreh_software("half" if options.mixed_precision else "float32")
     )
-    outcome = search_on_most_devices(training, setting, restrictions, count=DETAILED, threads=variables.threads)
-    found, idle = outcome.result, outcome.idle
-    if idle:
-        say(f"Simulated: {idle}")
-    _say_search(found, say)
+    outcome = search_on_most_devices(
+        training, environment, constraints, count=NUM_DETAILED_PLANS, threads=variables.threads
+    )
+    result = outcome.result
+    if outcome.idle:
+        log(f"Simulated: {outcome.idle}")
+    _log_search(result, log)
     if variables.detailed_log:
-        lines = [_detail(place, prediction) for place, prediction in enumerate(found.best, start=1)]
+        lines = [_detailed_line(rank, prediction) for rank, prediction in enumerate(result.best, start=1)]
         if variables.detailed_log == 1:
             for line in lines:
-                say(line)
+                log(line)
         else:
-            _write(Path(DETAILED_LOG), lines, say)
-    if not found.best:
-        return Selection(None, found.smallest_bytes)
-    best = found.best[0]
+            _write(Path(DETAILED_LOG), lines, log)
+    if not result.best:
+        return Selection(None, result.smallest_bytes)
+    best = result.best[0]
     line = selected_config(best.plan)
-    _write(Path(SELECTED_CONFIG), [line], say)
-    say("Configuration for parallelism is selected.")
-    say(line)
-    say("train: true")
-    known = uncertainty(flavor.device.efficiency_class)
-    say(
+    _write(Path(SELECTED_CONFIG), [line], log)
+    log("Configuration for parallelism is selected.")
+    log(line)
+    log("train: true")
+    errors = uncertainty(flavor.device.efficiency_class)
+    log(
         f"Simulated: on {flavor.name} ({flavor.devices} x {flavor.device.name}) the plan '{plan_text(best.plan)}' is "
-        f"predicted to take {seconds_text(best.step_time_s)} a step, {best.tokens_per_second:,.0f} tokens/s, {best.mfu:.1%} "
-        f"of the peak, and {gib(best.memory_bytes)} of {gib(flavor.device.memory_bytes)} on the fullest device. "
-        f"Step times came out {known.text}."
+        f"predicted to take {seconds_text(best.step_time_s)} a step, {best.tokens_per_second:,.0f} tokens/s, "
+        f"{best.mfu:.1%} of the peak, and {gib(best.memory_bytes)} of {gib(flavor.device.memory_bytes)} on the fullest "
+        f"device. Step times came out {errors.text}."
     )
-    return Selection(best, found.smallest_bytes)
+    return Selection(best, result.smallest_bytes)
 
 
-def _write(path: Path, lines: list[str], say: Callable[[str], None]) -> None:
+def _write(path: Path, lines: list[str], log: Callable[[str], None]) -> None:
     """Write a file of the log. A directory that cannot be written does not end a training."""
     try:
         path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     except OSError as error:
-        say(f"{path.name} is not written: {error}")
+        log(f"{path.name} is not written: {error}")
 
 
-def _say_search(found: SearchResult, say: Callable[[str], None]) -> None:
-    say(f"The number of candidates is {found.candidates}.")
-    say("Parallel Graph Compile start...")
-    say(f"Elapsed Time to compile all candidates = {found.memory_s * 1000:.0f} [ms]")
-    say("Parallel Graph Compile finished.")
-    say(f"The number of possible candidates is {found.possible}.")
-    say("SelectBestGraphFromCandidates start...")
-    say(f"Elapsed Time to compute cost for survived candidates = {found.search_s * 1000:.0f} [ms]")
-    say("SelectBestGraphFromCandidates finished.")
+def _log_search(result: SearchResult, log: Callable[[str], None]) -> None:
+    log(f"The number of candidates is {result.candidates}.")
+    log("Parallel Graph Compile start...")
+    log(f"Elapsed Time to compile all candidates = {result.memory_s * 1000:.0f} [ms]")
+    log("Parallel Graph Compile finished.")
+    log(f"The number of possible candidates is {result.possible}.")
+    log("SelectBestGraphFromCandidates start...")
+    log(f"Elapsed Time to compute cost for survived candidates = {result.search_s * 1000:.0f} [ms]")
+    log("SelectBestGraphFromCandidates finished.")
 
 
 def selected_config(plan: Plan) -> str:
     """A plan in the platform's words.
 
-    >>> selected_config(Plan((10,) * 8, pipeline=8, data=8, micro_batches=64, recomputation="full", sharding="parameters"))
-    'num_stages : 8, num_micro_batches : 64, batch_per_device : 1, No TP, recomputation : full(2), distribute_param : true, \
-distribute_low_prec_param : false'
+    >>> plan = Plan((10,) * 8, pipeline=8, data=8, micro_batches=64, recomputation="full", sharding="parameters")
+    >>> selected_config(plan)
+    'num_stages : 8, num_micro_batches : 64, batch_per_device : 1, No TP, recomputation : full(2), \
+distribute_param : true, distribute_low_prec_param : false'
     """
     recomputation = {"none": "none(0)", "selective": "selective(1)", "full": "full(2)"}[plan.recomputation]
     return (
-        f"num_stages : {plan.pipeline}, num_micro_batches : {plan.micro_batches}, batch_per_device : {plan.micro_batch_size}, "
-        f"{f'TP {plan.tensor}' if plan.tensor > 1 else 'No TP'}, recomputation : {recomputation}, "
+        f"num_stages : {plan.pipeline}, num_micro_batches : {plan.micro_batches}, "
+        f"batch_per_device : {plan.micro_batch_size}, {f'TP {plan.tensor}' if plan.tensor > 1 else 'No TP'}, "
+        f"recomputation : {recomputation}, "
         f"distribute_param : {str(plan.sharding == 'parameters').lower()}, distribute_low_prec_param : false"
     )
 
 
-def _detail(place: int, prediction: Prediction) -> str:
+def _detailed_line(rank: int, prediction: Prediction) -> str:
+    """A line of the detailed log. Candidate 1 is the best."""
     plan = prediction.plan
     parts = ", ".join(
         f"{name.removesuffix('_s')} {getattr(prediction.parts, name):.3f} s"
         for name in prediction.parts.__dataclass_fields__
     )
     return (
-        f"candidate {place}: {selected_config(plan)}, schedule : {plan.schedule}({plan.chunks}), sharding : {plan.sharding}, "
-        f"data_parallel : {plan.data}, stage_layers : {list(plan.stage_layers)}; "
+        f"candidate {rank}: {selected_config(plan)}, schedule : {plan.schedule}({plan.chunks}), "
+        f"sharding : {plan.sharding}, data_parallel : {plan.data}, stage_layers : {list(plan.stage_layers)}; "
         f"simulated step {prediction.step_time_s:.3f} s ({parts}), {gib(prediction.memory_bytes)}"
     )
 
 
 def predicted_use(prediction: Prediction, devices: int) -> PredictedUse:
-    """What moreh-smi shows of a plan: memory of all devices together and of each, and how busy they are."""
-    per_rank = prediction.plan.devices // prediction.plan.pipeline
+    """What moreh-smi shows of a plan: the memory of all devices together and of each, and their utilization."""
+    devices_per_rank = prediction.plan.devices // prediction.plan.pipeline
     names = DeviceMemory.__dataclass_fields__
-    total = {name: round(per_rank * sum(getattr(rank, name) for rank in prediction.memory)) for name in names}
-    # Pipeline ranks are the farthest apart: the devices of a stage follow each other.
-    used = [round(rank.total) for rank in prediction.memory for _ in range(per_rank)]
+    total = {name: round(devices_per_rank * sum(getattr(rank, name) for rank in prediction.memory)) for name in names}
+    # Pipeline ranks are the farthest apart, so the devices of a stage follow each other.
+    used = [round(rank.total) for rank in prediction.memory for _ in range(devices_per_rank)]
     device_bytes = (*used, *[0] * (devices - len(used)))
-    busy = (prediction.parts.computation_s + prediction.parts.recomputation_s) / prediction.step_time_s
+    utilization = (prediction.parts.computation_s + prediction.parts.recomputation_s) / prediction.step_time_s
     return PredictedUse(
         plan_text(prediction.plan),
         {name: value for name, value in total.items() if value},
         device_bytes,
-        min(1.0, busy),
+        min(1.0, utilization),
     )
 
 
 def select_local_plan(training: Training, options: ParallelOptions, *, bfloat16: bool) -> Prediction:
-    """The plan for this machine's one worker: rows of a micro-batch, and recomputation or none.
+    """The plan for this machine's one worker: the rows of a micro-batch, and recomputation or none.
 
-    Of those that fit in memory and are hardly slower than the fastest, the one that needs the least; where nothing fits, too.
+    Of the plans that fit the memory and are hardly slower than the fastest, the one that needs the least memory. If
+    none fits, the one that needs the least of all.
     """
-    setting = measured_environment(1, TRANSFORMERS_AUTOCAST if bfloat16 else TRANSFORMERS)
+    environment = measured_environment(1, TRANSFORMERS_AUTOCAST if bfloat16 else TRANSFORMERS)
     layers = (len(training.architecture.layers),)
-    rows = training.global_batch_size
-    # Selective recomputation is none that a model of transformers has a switch for.
+    batch_size = training.global_batch_size
+    # Models of transformers have no switch for selective recomputation.
     choices: dict[bool | str, tuple[Recomputation, ...]] = {True: ("full",), False: ("none",), "auto": ("none", "full")}
     plans = [
-        Plan(layers, micro_batch_size=size, micro_batches=rows // size, recomputation=recomputation)
+        Plan(layers, micro_batch_size=size, micro_batches=batch_size // size, recomputation=recomputation)
         for recomputation in choices[options.activation_recomputation]
-        for size in range(1, rows + 1)
-        if rows % size == 0 and size * training.sequence_length >= min(MIN_MICROBATCH_TOKENS, training.tokens)
+        for size in range(1, batch_size + 1)
+        if batch_size % size == 0 and size * training.sequence_length >= min(MIN_MICROBATCH_TOKENS, training.tokens)
     ]
-    predictions = [predict(plan, training, setting) for plan in plans]
-    fitting = [one for one in predictions if one.memory_bytes <= setting.cluster.device.memory_bytes]
+    predictions = [predict(plan, training, environment) for plan in plans]
+    fitting = [p for p in predictions if p.memory_bytes <= environment.cluster.device.memory_bytes]
     if not fitting:
-        return min(predictions, key=lambda one: one.memory_bytes)
-    enough = MAX_SLOWDOWN * min(one.step_time_s for one in fitting)
-    return min((one for one in fitting if one.step_time_s <= enough), key=lambda one: one.memory_bytes)
+        return min(predictions, key=lambda prediction: prediction.memory_bytes)
+    max_step_time_s = MAX_SLOWDOWN * min(prediction.step_time_s for prediction in fitting)
+    fast_enough = [prediction for prediction in fitting if prediction.step_time_s <= max_step_time_s]
+    return min(fast_enough, key=lambda prediction: prediction.memory_bytes)
 
 
-def within_runtime_limits(restrictions: Constraints, model: nn.Module) -> Constraints:
-    """Constraints with those besides that the model puts on what workers can carry out."""
-    largest = max_tensor_parallel(model)
-    possible = largest > 1 and sequence_parallel_refusal(model, largest) is None
-    return replace(restrictions, max_tensor=largest, sequence_parallel=None if possible else False)
+def within_runtime_limits(constraints: Constraints, model: nn.Module) -> Constraints:
+    """The constraints, and those that the model's tensor parallelism puts on what workers can carry out."""
+    max_tensor = max_tensor_parallel(model)
+    has_sequence_parallel = max_tensor > 1 and sequence_parallel_refusal(model, max_tensor) is None
+    return replace(constraints, max_tensor=max_tensor, sequence_parallel=None if has_sequence_parallel else False)
 
 
 def select_worker_plan(
@@ -190,27 +202,28 @@ def select_worker_plan(
     *,
     bfloat16: bool,
 ) -> Prediction:
-    """The fastest plan that so many workers of this machine can carry out for a model, among those that fit their memory.
+    """The fastest plan that this machine's workers can carry out for a model and that fits their memory.
 
     A batch with too few rows is filled up with empty ones.
 
     Raises:
         PlanError: no plan divides the model under the options, or none fits the memory of the machine.
     """
-    setting = measured_environment(workers, moreh_software("half" if bfloat16 else "float32"))
-    restrictions = replace(
+    environment = measured_environment(workers, moreh_software("half" if bfloat16 else "float32"))
+    constraints = replace(
         within_runtime_limits(constraints_from_options(options, variables, workers), model), memory_fraction=1.0
     )
     try:
-        found = search(training, setting, restrictions, count=1)
+        result = search(training, environment, constraints, count=1)
     except PlanError:
-        rows = -(-training.global_batch_size // workers) * workers
-        if rows == training.global_batch_size:
+        batch_size = -(-training.global_batch_size // workers) * workers
+        if batch_size == training.global_batch_size:
             raise
-        found = search(replace(training, global_batch_size=rows), setting, restrictions, count=1)
-    if not found.best:
+        result = search(replace(training, global_batch_size=batch_size), environment, constraints, count=1)
+    if not result.best:
         raise PlanError(
-            f"the smallest plan for {workers} workers needs {gib(found.smallest_bytes)} in one of them, and each has "
-            f"{gib(setting.cluster.device.memory_bytes)}: use fewer or larger machines' workers, or a smaller batch"
+            f"the smallest plan for {workers} workers needs {gib(result.smallest_bytes)} on one of them, and each has "
+            f"{gib(environment.cluster.device.memory_bytes)}: use fewer workers, a machine with more memory, or a "
+            "smaller batch"
         )
-    return found.best[0]
+    return result.best[0]

@@ -1,7 +1,7 @@
-"""What the hook adds to a forward pass: the plan, mixed precision, and activation recomputation.
+"""What the hook adds to the calls of models on one worker: the plan, mixed precision, and activation recomputation.
 
-It is attached to no model: it holds for models made before and after, for copies, and for parts of models that are called
-by themselves.
+It is attached to no model. It holds for models made before and after, for copies, and for parts of models that are
+called by themselves. Each call comes from `moreh/patches/module_call.py`; batches with labels go on to `FastPath`.
 """
 
 import math
@@ -14,30 +14,31 @@ import torch
 
 from moreh.accelerator.job import LocalJob, local_job
 from moreh.accelerator.memory.out_of_memory import nothing_fits_error
-from moreh.errors import OptionError, PlanError
+from moreh.errors import PlanError
 from moreh.log import logger
 from moreh.models.describe.from_module import describe_module
 from moreh.options import ParallelOptions, PlannerVariables
 from moreh.patches.module_call import around_model_calls, instead_of_model_calls
+from moreh.patches.optimizer_creation import on_optimizer_created
 from moreh.planner.plan.plan import Training
 from moreh.planner.search.constraints import constraints_from_options
 from moreh.planner.units import gib, seconds_text
 from moreh.runtime.engine.choose_plan import predicted_use, select_local_plan, select_plan
-from moreh.runtime.engine.optimizer_patches import on_optimizer_created
 from moreh.runtime.kernels.fused_adam import use_fused_kernels
 from moreh.runtime.kernels.precision import autocast_if, choose_bfloat16, in_float32, inside_autocast
 from moreh.runtime.kernels.recomputation import recompute_activations
 from moreh.runtime.launch.world import current_world
+from moreh.trace import span
 
 if TYPE_CHECKING:
     from moreh.runtime.engine.fast_path import FastPath
 
-# In a micro-batch of an evaluation before the first training batch.
+# Tokens of a micro-batch at most, in an evaluation before the first training batch has been planned.
 UNPLANNED_TOKENS = 1024
 
 
-class _Runtime:
-    """The options that are in force and the models that they have been applied to."""
+class SingleWorkerHook:
+    """The options that are in force on one worker, and the models that they have been applied to."""
 
     def __init__(self, options: ParallelOptions, variables: PlannerVariables, job: LocalJob) -> None:
         self.options = options
@@ -45,34 +46,38 @@ class _Runtime:
         self.job = job
         self._prepared: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
         # The tokens of the largest batch that each model was planned for.
-        self._planned: weakref.WeakKeyDictionary[torch.nn.Module, float] = weakref.WeakKeyDictionary()
+        self._planned_tokens: weakref.WeakKeyDictionary[torch.nn.Module, float] = weakref.WeakKeyDictionary()
         self._micro_batch_tokens: weakref.WeakKeyDictionary[torch.nn.Module, int] = weakref.WeakKeyDictionary()
-        self._low_precision: dict[torch.device, bool] = {}
-        # The call that is going on.
+        # Whether bfloat16 was chosen for a device.
+        self._bfloat16_by_device: dict[torch.device, bool] = {}
+        # Whether the call that is going on computes in bfloat16.
         self._in_bfloat16 = False
-        self._one_worker: FastPath | None = None
+        self._fast_path: FastPath | None = None
 
     @contextmanager
     def around_call(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
-        """Prepare a model before its first forward pass, plan its training before the first one with gradients and before
-        larger batches than it was planned for, and compute each pass in the precision that was chosen.
+        """The context of a call of a model: it is prepared, planned where needed, and computed in the chosen precision.
+
+        A model is prepared before its first call. Its training is planned before the first call with gradients, and
+        again before a larger batch than it was planned for.
         """
         if model not in self._prepared:
             self._prepare(model)
             self._prepared.add(model)
         parameter = next(model.parameters())
-        # A model of another type, or one that the script runs under an autocast of its own, is left as it is.
+        # A model of another dtype, or one that the script runs under an autocast of its own, is left as it is.
         bfloat16 = parameter.dtype == torch.float32 and not inside_autocast() and self._uses_bfloat16(parameter.device)
         if torch.is_grad_enabled() and model.training and not parameter.is_meta:
             shape = _tokens_shape(args, kwargs)
-            if shape is not None and shape[0] * shape[1] > self._planned.get(model, 0):
-                self._planned[model] = self._plan(model, *shape, bfloat16=bfloat16)
+            if shape is not None and shape[0] * shape[1] > self._planned_tokens.get(model, 0):
+                with span("choose_plan"):
+                    self._planned_tokens[model] = self._plan(model, *shape, bfloat16=bfloat16)
         self._in_bfloat16 = bfloat16
         with autocast_if(bfloat16, parameter.device.type):
             yield
 
     def after_call(self, model: torch.nn.Module, outputs: Any) -> Any:
-        """Report to moreh-smi; the outputs, in the model's own precision."""
+        """The outputs in the model's own precision. Reports to moreh-smi."""
         self.job.report()
         return in_float32(outputs) if self._in_bfloat16 else outputs
 
@@ -80,12 +85,12 @@ class _Runtime:
         """The loss of a batch of a language model; NotImplemented for what its own forward pass is to compute."""
         if kwargs.get("labels") is None:
             return NotImplemented
-        if self._one_worker is None:
-            # transformers takes seconds to import: whoever calls a model with labels has most likely done so.
+        if self._fast_path is None:
+            # transformers takes seconds to import. A script that calls a model with labels has most likely done so.
             from moreh.runtime.engine.fast_path import FastPath
 
-            self._one_worker = FastPath(self.options)
-        return self._one_worker.call(model, args, kwargs, self._micro_batch_tokens.get(model, UNPLANNED_TOKENS))
+            self._fast_path = FastPath(self.options)
+        return self._fast_path.call(model, args, kwargs, self._micro_batch_tokens.get(model, UNPLANNED_TOKENS))
 
     def _prepare(self, model: torch.nn.Module) -> None:
         if self.job.simulated and not any(parameter.is_meta for parameter in model.parameters()):
@@ -94,7 +99,9 @@ class _Runtime:
             recompute_activations(model, "full")
 
     def _plan(self, model: torch.nn.Module, batch_size: int, sequence_length: int, *, bfloat16: bool) -> float:
-        """Plan the training for the accelerator and for this machine; the tokens of the largest batch that this holds for.
+        """Plan the training for the accelerator and for this machine.
+
+        Returns the tokens of the largest batch that the plan holds for.
 
         Raises:
             PlanError: no plan divides the batch under the options.
@@ -107,12 +114,12 @@ class _Runtime:
             return math.inf
         accelerator = self.job.accelerator
         try:
-            restrictions = constraints_from_options(self.options, self.variables, accelerator.flavor.devices)
+            constraints = constraints_from_options(self.options, self.variables, accelerator.flavor.devices)
             selection = select_plan(
-                training, accelerator.flavor, restrictions, self.options, self.variables, logger.info
+                training, accelerator.flavor, constraints, self.options, self.variables, logger.info
             )
         except PlanError as reason:
-            if model not in self._planned:
+            if model not in self._planned_tokens:
                 raise
             # A larger batch in the middle of a training does not end it.
             logger.info("A batch of %d x %d is not planned: %s", batch_size, sequence_length, reason)
@@ -137,19 +144,24 @@ class _Runtime:
         return training.tokens
 
     def _uses_bfloat16(self, device: torch.device) -> bool:
-        if device not in self._low_precision:
-            self._low_precision[device] = choose_bfloat16(device, requested=self.options.mixed_precision)
-        return self._low_precision[device]
+        if device not in self._bfloat16_by_device:
+            self._bfloat16_by_device[device] = choose_bfloat16(device, requested=self.options.mixed_precision)
+        return self._bfloat16_by_device[device]
 
 
 def install_hook(options: ParallelOptions, variables: PlannerVariables) -> None:
     """Apply the options to every model from now on, and let this process use all devices of the accelerator.
+
+    One object decides about every call of a model: a `SingleWorkerHook`, or a `MultiWorkerHook` where there are several
+    workers.
 
     Raises:
         AcceleratorError: another process is using the accelerator.
     """
     job = local_job()
     job.uses_all_devices = True
+    if options.uses("fused_optimizer"):
+        on_optimizer_created(use_fused_kernels)
     world = current_world()
     if world.size > 1:
         # torch.distributed and transformers take seconds to import, which one worker does not need yet.
@@ -157,15 +169,13 @@ def install_hook(options: ParallelOptions, variables: PlannerVariables) -> None:
 
         install_multi_worker_hook(options, variables, job, world)
         return
-    if options.uses("fused_optimizer"):
-        on_optimizer_created(use_fused_kernels)
-    runtime = _Runtime(options, variables, job)
-    around_model_calls(runtime.around_call, runtime.after_call)
-    instead_of_model_calls(runtime.instead_of_call)
+    hook = SingleWorkerHook(options, variables, job)
+    around_model_calls(hook.around_call, hook.after_call)
+    instead_of_model_calls(hook.instead_of_call)
 
 
 def _tokens_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int] | None:
-    """Batch size and sequence length of the token ids or embeddings that a model is called with; None if there are none."""
+    """Batch size and sequence length of the token ids or embeddings that a model is called with; None without them."""
     ids = kwargs.get("input_ids", args[0] if args else None)
     if isinstance(ids, torch.Tensor) and ids.dim() == 2 and not ids.is_floating_point():
         return ids.shape[0], ids.shape[1]

@@ -1,4 +1,4 @@
-"""A model divided over the workers as a plan says: its local parameters, its stages, and what the script sees of it."""
+"""A model sharded over the ranks as a plan says: this rank's parameters and stages, and what the script sees."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -25,142 +25,149 @@ from moreh.runtime.tensor.apply import install_tensor_parallel
 from moreh.runtime.tensor.collectives import reduce_scatter
 from moreh.runtime.tensor.partition import TensorPartition, describe_partition
 
-# A module's `_parameters` and a key of it.
-Slot = tuple[dict[str, nn.Parameter | None], str]
+# Given the index of a micro-batch, the keyword arguments that the model is called with.
+MicroBatchInputs = Callable[[int], dict[str, Any]]
+# The `_parameters` of a module and a key of it: where a parameter hangs.
+ParamSlot = tuple[dict[str, nn.Parameter | None], str]
 
 
 @dataclass(frozen=True)
 class ParallelModel:
-    """A divided model.
+    """A model and what this rank computes of it."""
 
-    `compute_params` are the parameters of this rank that its stages compute with: plain tensors, or sharded by FSDP over the
-    data-parallel ranks. `user_params` are those that the script and its optimizer see, in the coordinates of the whole tensors; where
-    they are the same objects nothing is exchanged. `slots` are the places in modules of each. `pipelines` are made
-    when they are needed, by their numbers of micro-batches.
-    """
-
-    decoder: ModelParts
+    parts: ModelParts
+    """The whole model: its wrappers, embeddings, layers and output layer."""
     plan: Plan
+    """How the model is sharded."""
     mesh: Mesh
-    layouts: dict[str, ParamSpec]
-    partial_gradients: frozenset[str]
+    """This rank among the ranks of the plan."""
+    specs: dict[str, ParamSpec]
+    """How each parameter of the whole model is sharded, by its name; also those that this rank does not hold."""
+    partial_grads: frozenset[str]
+    """Replicated parameters of which each tensor-parallel rank computes a part of the gradient."""
     stages: tuple[Stage, ...]
+    """This rank's pipeline stages, in the order of the layers; a single one without a pipeline."""
     compute_params: dict[str, nn.Parameter]
+    """This rank's parameters as the stages compute with them: plain tensors, or FSDP's DTensors over the data ranks."""
     user_params: dict[str, nn.Parameter]
-    slots: dict[str, list[Slot]]
+    """The same parameters as the script and its optimizer see them: with tensor parallelism, DTensors with the whole
+    shape that share memory with the compute parameters; else the compute parameters themselves."""
+    param_slots: dict[str, list[ParamSlot]]
+    """Where each parameter hangs in the modules; a tied one in several places. Empty where nothing was replaced."""
     pipelines: dict[int, Pipeline] = field(default_factory=dict)
+    """The schedules made so far, by their number of micro-batches."""
 
     @property
-    def sharded(self) -> bool:
+    def uses_fsdp(self) -> bool:
         """Whether FSDP shards the parameters over the data-parallel ranks."""
-        return self.plan.sharding != "none" and self.plan.data > 1
+        return _uses_fsdp(self.plan)
 
-    def sharded_modules(self) -> list[FSDPModule]:
-        """The modules that FSDP gathers and shards as one."""
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the parameters. Hidden states between stages have it too, also under autocast."""
+        return next(iter(self.compute_params.values())).dtype
+
+    def fsdp_modules(self) -> list[FSDPModule]:
+        """The modules whose parameters FSDP gathers and reshards together."""
         return [module for stage in self.stages for module in stage.modules() if isinstance(module, FSDPModule)]
 
     def local_tensors(self) -> dict[str, torch.Tensor]:
-        """This rank's part of each parameter that it holds, sharing memory with it."""
+        """This rank's shard of each parameter that it holds, sharing memory with the parameter."""
         return {name: local_tensor(parameter).detach() for name, parameter in self.compute_params.items()}
 
 
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """What this rank holds of a tensor that may be distributed."""
+    """The local shard of a DTensor; any other tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def build_sharded(
-    root: nn.Module,
-    plan: Plan,
-    inputs: Callable[[int], dict[str, Any]],
-    finish: OutputFn,
-    wanted: LogitPositions,
+    root: nn.Module, plan: Plan, inputs: MicroBatchInputs, output_fn: OutputFn, logit_positions: LogitPositions
 ) -> ParallelModel:
-    """Divide a model over all workers; collective. Its parameters are replaced by this rank's parts.
+    """Shard a model over all ranks; collective. Its parameters are replaced by this rank's shards.
 
-    `inputs`, `finish` and `wanted` are those of `Stage`. Parameters that this rank does not hold stay in the model without
-    data, on the meta device, so that names and counts remain those of the whole model.
+    `inputs`, `output_fn` and `logit_positions` are those of `Stage`. Parameters that this rank does not hold stay in
+    the model without data, on the meta device, so that names and counts remain those of the whole model.
     """
     mesh = make_mesh(plan.pipeline, plan.data, plan.tensor)
-    decoder = split_into_parts(root)
-    division = TensorPartition({}, frozenset())
+    parts = split_into_parts(root)
+    partition = TensorPartition({}, frozenset())
     if plan.tensor > 1:
-        division = describe_partition(root, plan.tensor, sequence_parallel=plan.sequence_parallel)
-    layouts = parameter_specs(decoder, plan, division.splits)
-    original = dict(root.named_parameters())
-    slots = _slots(root, original)
-    here = mesh.rank("pipeline")
-    parts = materialize_local_shards(root, layouts, mesh)
-    for name, parameter in original.items():
-        _fill(slots[name], _without_data(parameter, layouts[name], layouts[name].shape))
-    sharded = plan.sharding != "none" and plan.data > 1
+        partition = describe_partition(root, plan.tensor, sequence_parallel=plan.sequence_parallel)
+    specs = parameter_specs(parts, plan, partition.splits)
+    originals = dict(root.named_parameters())
+    slots = _param_slots(root, originals)
+    pipeline_rank = mesh.rank("pipeline")
+    local_shards = materialize_local_shards(root, specs, mesh)
+    for name, original in originals.items():
+        _fill(slots[name], _without_data(original, specs[name], specs[name].shape))
     stages = tuple(
-        Stage(decoder, place.first_layer, place.end_layer, inputs, finish, wanted)
-        for place in stage_placements(plan)
-        if place.pipeline_rank == here
+        Stage(parts, placement.first_layer, placement.end_layer, inputs, output_fn, logit_positions)
+        for placement in stage_placements(plan)
+        if placement.pipeline_rank == pipeline_rank
     )
     if plan.recomputation != "none":
-        recompute_activations(decoder.causal, plan.recomputation)
+        recompute_activations(parts.causal, plan.recomputation)
     if plan.tensor > 1:
         # Before FSDP gives the layers of this rank's stages another class than the others have.
         install_tensor_parallel(root, mesh.group("tensor"), sequence_parallel=plan.sequence_parallel)
-    if sharded:
-        # FSDP sees parameters of the right shapes without data; then each rank puts its own parts in their places.
-        for name, part_shape in _shapes_before_sharding(layouts, here, mesh).items():
-            _fill(slots[name], _without_data(original[name], layouts[name], part_shape))
+    if _uses_fsdp(plan):
+        # FSDP sees parameters of the right shapes without data. Their data is filled in afterwards.
+        for name, shape in _shapes_before_fsdp(specs, pipeline_rank, mesh).items():
+            _fill(slots[name], _without_data(originals[name], specs[name], shape))
         for stage in stages:
-            _shard(stage, plan, mesh)
+            _fully_shard(stage, plan, mesh)
     compute_params = {}
-    for name in list(parts):
-        part = parts.pop(name)  # let go one by one: a copy and its source exist for one parameter at a time
-        if sharded:
-            compute_params[name] = _sharded_parameter(slots[name])
-            local_tensor(compute_params[name]).detach().copy_(part)
+    for name in list(local_shards):
+        shard = local_shards.pop(name)  # freed one by one: only one parameter exists twice at a time
+        if _uses_fsdp(plan):
+            compute_params[name] = _fsdp_parameter(slots[name])
+            local_tensor(compute_params[name]).detach().copy_(shard)
         else:
-            compute_params[name] = nn.Parameter(part, requires_grad=original[name].requires_grad)
+            compute_params[name] = nn.Parameter(shard, requires_grad=originals[name].requires_grad)
         _fill(slots[name], compute_params[name])
-    user_params = {name: user_param(parameter, layouts[name], plan, mesh) for name, parameter in compute_params.items()}
+    user_params = {name: user_param(parameter, specs[name], plan, mesh) for name, parameter in compute_params.items()}
     model = ParallelModel(
-        decoder, plan, mesh, layouts, division.partial_gradients, stages, compute_params, user_params, slots
+        parts, plan, mesh, specs, partition.partial_gradients, stages, compute_params, user_params, slots
     )
     install_user_params(model)
     return model
 
 
 def build_unsharded(
-    root: nn.Module,
-    plan: Plan,
-    inputs: Callable[[int], dict[str, Any]],
-    finish: OutputFn,
-    wanted: LogitPositions,
+    root: nn.Module, plan: Plan, inputs: MicroBatchInputs, output_fn: OutputFn, logit_positions: LogitPositions
 ) -> ParallelModel:
-    """A model on one worker: what `build_sharded` gives, but nothing of the model is replaced."""
-    decoder = split_into_parts(root)
+    """A model on one worker: the same as `build_sharded` gives, but nothing of the model is replaced."""
+    parts = split_into_parts(root)
     parameters = dict(root.named_parameters())
-    stage = Stage(decoder, 0, len(decoder.layers), inputs, finish, wanted)
+    stage = Stage(parts, 0, len(parts.layers), inputs, output_fn, logit_positions)
     mesh = single_rank_mesh(next(iter(parameters.values())).device)
-    layouts = parameter_specs(decoder, plan, {})
-    return ParallelModel(decoder, plan, mesh, layouts, frozenset(), (stage,), parameters, parameters, {})
+    specs = parameter_specs(parts, plan, {})
+    return ParallelModel(parts, plan, mesh, specs, frozenset(), (stage,), parameters, parameters, {})
 
 
 def install_user_params(model: ParallelModel) -> None:
-    """Put what the script sees into the modules."""
+    """Put the parameters that the script sees into the modules."""
     for name, parameter in model.user_params.items():
         if parameter is not model.compute_params[name]:
-            _fill(model.slots[name], parameter)
+            _fill(model.param_slots[name], parameter)
 
 
 def install_compute_params(model: ParallelModel) -> None:
-    """Put what the stages compute with into the modules."""
+    """Put the parameters that the stages compute with into the modules."""
     for name, parameter in model.compute_params.items():
         if parameter is not model.user_params[name]:
-            _fill(model.slots[name], parameter)
+            _fill(model.param_slots[name], parameter)
 
 
-def _slots(root: nn.Module, parameters: dict[str, nn.Parameter]) -> dict[str, list[Slot]]:
-    """All places of each parameter, of which a tied one has several."""
+def _uses_fsdp(plan: Plan) -> bool:
+    return plan.sharding != "none" and plan.data > 1
+
+
+def _param_slots(root: nn.Module, parameters: dict[str, nn.Parameter]) -> dict[str, list[ParamSlot]]:
+    """All slots of each parameter, by its name."""
     names = {id(parameter): name for name, parameter in parameters.items()}
-    slots: dict[str, list[Slot]] = {name: [] for name in parameters}
+    slots: dict[str, list[ParamSlot]] = {name: [] for name in parameters}
     for module in root.modules():
         for key, parameter in module._parameters.items():
             if parameter is not None:
@@ -168,49 +175,49 @@ def _slots(root: nn.Module, parameters: dict[str, nn.Parameter]) -> dict[str, li
     return slots
 
 
-def _fill(slots: list[Slot], parameter: nn.Parameter) -> None:
+def _fill(slots: list[ParamSlot], parameter: nn.Parameter) -> None:
     for parameters, key in slots:
         parameters[key] = parameter
 
 
-def _sharded_parameter(slots: list[Slot]) -> nn.Parameter:
-    """What FSDP has put in the places of a parameter that this rank's stages use; a tied one has others."""
-    found = [parameters[key] for parameters, key in slots]
-    return next(parameter for parameter in found if parameter is not None and isinstance(parameter, DTensor))
+def _fsdp_parameter(slots: list[ParamSlot]) -> nn.Parameter:
+    """The DTensor that FSDP has put into the slots in this rank's stages; a tied parameter has other slots, too."""
+    parameters = [module_parameters[key] for module_parameters, key in slots]
+    return next(parameter for parameter in parameters if parameter is not None and isinstance(parameter, DTensor))
 
 
-def _without_data(original: nn.Parameter, layout: ParamSpec, shape: tuple[int, ...]) -> nn.Parameter:
-    return nn.Parameter(torch.empty(shape, dtype=layout.dtype, device="meta"), requires_grad=original.requires_grad)
+def _without_data(original: nn.Parameter, spec: ParamSpec, shape: tuple[int, ...]) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape, dtype=spec.dtype, device="meta"), requires_grad=original.requires_grad)
 
 
-def _shapes_before_sharding(layouts: dict[str, ParamSpec], here: int, mesh: Mesh) -> dict[str, tuple[int, ...]]:
-    """The shape that each parameter of this rank has after tensor parallelism has divided it."""
+def _shapes_before_fsdp(specs: dict[str, ParamSpec], pipeline_rank: int, mesh: Mesh) -> dict[str, tuple[int, ...]]:
+    """The shape of each parameter of this rank after tensor parallelism has split it, before FSDP does."""
     return {
-        name: tp_shard_shape(layout, mesh.rank("tensor"), mesh.size("tensor"))
-        for name, layout in layouts.items()
-        if here in layout.pipeline_ranks
+        name: tp_shard_shape(spec, mesh.rank("tensor"), mesh.size("tensor"))
+        for name, spec in specs.items()
+        if pipeline_rank in spec.pipeline_ranks
     }
 
 
-def _shard(stage: Stage, plan: Plan, mesh: Mesh) -> None:
-    """Shard the parameters of each part of a stage: each layer by itself, what is before and after the layers together."""
-    data = mesh.submesh("data")
+def _fully_shard(stage: Stage, plan: Plan, mesh: Mesh) -> None:
+    """Let FSDP shard a stage: each layer by itself, what comes before and after the layers together."""
+    data_mesh = mesh.submesh("data")
     # In a pipeline the schedule gathers parameters once for all micro-batches.
     reshard = plan.sharding == "parameters" and plan.pipeline == 1
     for layer in stage.layers:
-        fully_shard(layer, mesh=data, reshard_after_forward=reshard)
-    fully_shard(stage, mesh=data, reshard_after_forward=reshard)
+        fully_shard(layer, mesh=data_mesh, reshard_after_forward=reshard)
+    fully_shard(stage, mesh=data_mesh, reshard_after_forward=reshard)
     stage._apply(lambda tensor: torch.empty_like(tensor, device=mesh.device) if tensor.is_meta else tensor)  # type: ignore[no-untyped-call]
     for module in stage.modules():
         if isinstance(module, FSDPModule):
-            # Losses are divided by the number of all label tokens: gradients are sums.
+            # Losses are divided by the number of all label tokens, so gradients are summed and not averaged.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-            module.set_custom_reduce_scatter(_ReduceScatter())
+            module.set_custom_reduce_scatter(_FsdpReduceScatter())
 
 
-class _ReduceScatter(ReduceScatter):
-    """FSDP's interface to the reduce-scatter of this package."""
+class _FsdpReduceScatter(ReduceScatter):
+    """Lets FSDP use this package's reduce-scatter, which moves half as much on CPUs."""
 
     def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         return torch.empty(*size, dtype=dtype, device=device)
@@ -225,6 +232,7 @@ class _ReduceScatter(ReduceScatter):
     ) -> None:
         if op != dist.ReduceOp.SUM or async_op:
             raise RuntimeError(
-                f"FSDP asked for a reduce-scatter with {op}, async_op={async_op}; this one only sums, at once"
+                f"FSDP asked for a reduce-scatter with op={op}, async_op={async_op}: this one supports op=SUM, "
+                "async_op=False; run with the torch release that this package was tested with"
             )
         reduce_scatter(output_tensor, input_tensor, group)

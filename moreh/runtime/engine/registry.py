@@ -1,4 +1,4 @@
-"""The models of a script that are divided over the workers: they are called, clipped and optimized as if they were whole."""
+"""The sharded models of this process: a script calls, clips and optimizes them as if they were whole."""
 
 import weakref
 from typing import Any
@@ -9,109 +9,125 @@ from torch import nn
 from moreh.errors import OptionError
 from moreh.options import DEFAULT_OPTIONS, ParallelOptions
 from moreh.patches.module_call import instead_of_model_calls
+from moreh.patches.optimizer_creation import on_optimizer_created, revisit_optimizers
+from moreh.patches.total_norm import on_total_norm
 from moreh.planner.plan.plan import Plan
 from moreh.runtime.engine.gradients import global_grad_norm
 from moreh.runtime.engine.model_methods import replace_methods
 from moreh.runtime.engine.model_runner import ModelRunner
-from moreh.runtime.engine.optimizer_patches import (
-    forbid_pickling_state,
-    on_optimizer_created,
-    patch_total_norm,
-    replace_params,
-    revisit_optimizers,
-)
 from moreh.runtime.engine.parallel_model import local_tensor
+from moreh.runtime.engine.user_parameters import forbid_pickling_state, replace_params
+from moreh.trace import span
 
-_KEY = "_moreh_worker_model"
-_PART = "_moreh_part_of_divided_model"
-_divided: weakref.WeakSet[ModelRunner] = weakref.WeakSet()
-_ready = False
+# In the `__dict__` of a sharded model, its runner; and in that of the model and each of its modules, a mark.
+_RUNNER = "_moreh_runner"
+_IS_SHARDED = "_moreh_is_sharded"
+_runners: weakref.WeakSet[ModelRunner] = weakref.WeakSet()
+_supports_optimizers = False
+_answers_calls = False
+
+
+def support_optimizers_and_clipping() -> None:
+    """Let optimizers and gradient clipping work on sharded models. Call it before the script makes its optimizer.
+
+    A second call does nothing.
+    """
+    global _supports_optimizers
+    if not _supports_optimizers:
+        _supports_optimizers = True
+        on_optimizer_created(_check_supported)
+        on_total_norm(_total_norm)
 
 
 def install_sharding_support() -> None:
-    """Install what divided models need; before the script makes its model and optimizer. A second call does nothing."""
-    global _ready
-    if not _ready:
-        _ready = True
-        on_optimizer_created(_check_supported)
-        patch_total_norm(_norm_of)
+    """Let `shard_model` be used without the hook: calls of sharded models are answered, too.
+
+    Under the hook, `MultiWorkerHook.call` decides about every call and asks `call_sharded` itself, because it chooses
+    the precision first. This must not be installed besides. A second call does nothing.
+    """
+    global _answers_calls
+    support_optimizers_and_clipping()
+    if not _answers_calls:
+        _answers_calls = True
         instead_of_model_calls(call_sharded)
 
 
 def shard_model(root: nn.Module, plan: Plan, options: ParallelOptions = DEFAULT_OPTIONS) -> ModelRunner:
-    """Divide a model over all workers as the plan says, and its optimizers with it; collective."""
-    originals = dict(root.named_parameters())
-    model_runner = ModelRunner(root, plan, options)
-    now = dict(root.named_parameters())
-    replace_params({id(p): now[name] for name, p in originals.items()}, list(originals.values()))
-    revisit_optimizers()
-    _divided.add(model_runner)
-    replace_methods(model_runner.model)
-    root.__dict__[_KEY] = model_runner
-    for module in root.modules():
-        module.__dict__[_PART] = True
-    return model_runner
-
-
-def _check_supported(optimizer: torch.optim.Optimizer) -> None:
-    """Refuse an optimizer of a divided model that would be wrong on its parts, of torch's those that see more than elements.
-
-    Adafactor's means of rows and columns are not implemented for distributed tensors; L-BFGS takes products of all parameters
-    together, of which a stage has its own only. The state of others must not be saved as if it were whole.
-
-    Raises:
-        OptionError: says so.
-    """
-    own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    models = [w.model for w in _divided if any(id(parameter) in own for parameter in w.model.user_params.values())]
-    if not models:
-        return
-    forbid_pickling_state(optimizer)
-    divided = any(model.plan.tensor > 1 or model.sharded for model in models)
-    if isinstance(optimizer, torch.optim.LBFGS) and (divided or any(model.plan.pipeline > 1 for model in models)):
-        raise OptionError("LBFGS looks at all parameters together, which are divided over workers: use AdamW or SGD")
-    if isinstance(optimizer, torch.optim.Adafactor) and divided:
-        raise OptionError(
-            "Adafactor looks at rows and columns of matrices, which are divided over workers: use AdamW or SGD"
-        )
+    """Shard a model over all ranks as the plan says, and its optimizers with it; collective."""
+    with span("shard_model"):
+        originals = dict(root.named_parameters())
+        runner = ModelRunner(root, plan, options)
+        parameters = dict(root.named_parameters())
+        replace_params({id(p): parameters[name] for name, p in originals.items()}, list(originals.values()))
+        revisit_optimizers()
+        _runners.add(runner)
+        replace_methods(runner.model)
+        root.__dict__[_RUNNER] = runner
+        for module in root.modules():
+            module.__dict__[_IS_SHARDED] = True
+    return runner
 
 
 def runner_of(root: nn.Module) -> ModelRunner | None:
-    """What `shard_model` made of a model; None if it is whole."""
-    return root.__dict__.get(_KEY)
+    """What `shard_model` made of a model; None if the model is not sharded."""
+    return root.__dict__.get(_RUNNER)
 
 
 def is_submodule_of_sharded(module: nn.Module) -> bool:
-    """Whether a module is inside of a divided model, and not the model itself."""
-    return _PART in module.__dict__ and _KEY not in module.__dict__
+    """Whether a module is inside of a sharded model, and not the model itself."""
+    return _IS_SHARDED in module.__dict__ and _RUNNER not in module.__dict__
 
 
 def call_sharded(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What a divided model returns for a batch; NotImplemented for a module that is not divided.
+    """What a sharded model returns for a batch; NotImplemented for a module that is not sharded.
 
     Raises:
-        OptionError: the module is a part of a divided model.
+        OptionError: the module is a part of a sharded model.
     """
-    model_runner = runner_of(module)
-    if model_runner is not None:
-        return model_runner.call(args, kwargs)
+    runner = runner_of(module)
+    if runner is not None:
+        return runner.call(args, kwargs)
     if is_submodule_of_sharded(module):
         raise OptionError(
-            f"a {type(module).__name__} inside of a model that is divided over workers was called by itself: "
+            f"a {type(module).__name__} inside of a model that is sharded over workers was called by itself: "
             "call the whole model"
         )
     return NotImplemented
 
 
-def _norm_of(tensors: list[torch.Tensor], norm_type: float) -> torch.Tensor | None:
-    """The norm over all workers of gradients of one divided model; None if these are no such gradients.
+def _check_supported(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse an optimizer that would be wrong on shards: of torch's, those that look at more than single elements.
 
-    A worker that has none of them, because they are parameters of other stages, takes part with an empty list.
+    Adafactor's means of rows and columns are not implemented for DTensors. L-BFGS takes dot products of all parameters
+    together, of which a stage has its own only. No optimizer's state may be pickled as if it were whole.
+
+    Raises:
+        OptionError: the optimizer is one of these.
     """
-    for model_runner in _divided:
-        by_id = {id(p.grad): name for name, p in model_runner.model.user_params.items() if p.grad is not None}
-        names = [by_id.get(id(tensor)) for tensor in tensors]
+    own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    models = [r.model for r in _runners if any(id(parameter) in own for parameter in r.model.user_params.values())]
+    if not models:
+        return
+    forbid_pickling_state(optimizer)
+    has_shards = any(model.plan.tensor > 1 or model.uses_fsdp for model in models)
+    if isinstance(optimizer, torch.optim.LBFGS) and (has_shards or any(model.plan.pipeline > 1 for model in models)):
+        raise OptionError("LBFGS looks at all parameters together, which are sharded over workers: use AdamW or SGD")
+    if isinstance(optimizer, torch.optim.Adafactor) and has_shards:
+        raise OptionError(
+            "Adafactor looks at rows and columns of matrices, which are sharded over workers: use AdamW or SGD"
+        )
+
+
+def _total_norm(grads: list[torch.Tensor], norm_type: float) -> torch.Tensor | None:
+    """The norm over all ranks of gradients of one sharded model; None if they are not gradients of one.
+
+    A rank that has none of them, because the parameters belong to other stages, takes part with an empty list.
+    """
+    for runner in _runners:
+        name_by_id = {id(p.grad): name for name, p in runner.model.user_params.items() if p.grad is not None}
+        names = [name_by_id.get(id(grad)) for grad in grads]
         if all(name is not None for name in names):
-            gradients = {name: local_tensor(t) for name, t in zip(names, tensors, strict=True) if name is not None}
-            return global_grad_norm(model_runner.model, gradients, norm_type)
+            named = {name: local_tensor(grad) for name, grad in zip(names, grads, strict=True) if name is not None}
+            with span("clip_total_norm"):
+                return global_grad_norm(runner.model, named, norm_type)
     return None

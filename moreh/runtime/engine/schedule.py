@@ -1,10 +1,8 @@
-"""The forward and backward passes of all micro-batches of a batch, in the order of the plan's schedule."""
-
-from collections.abc import Callable
-from typing import Any
+"""The forward and backward passes of all micro-batches of a batch, in the order of the plan's pipeline schedule."""
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import (
     Schedule1F1B,
@@ -16,8 +14,9 @@ from torch.distributed.pipelining import (
 from moreh.runtime.engine.parallel_model import ParallelModel
 from moreh.runtime.pipeline.lean_stage import LeanPipelineStage, Pipeline
 from moreh.runtime.sharding.placement import stage_placements
+from moreh.trace import span
 
-_SCHEDULES: dict[str, Any] = {
+_SCHEDULES = {
     "1f1b": Schedule1F1B,
     "interleaved": ScheduleInterleaved1F1B,
     "zero-bubble": ScheduleInterleavedZeroBubble,
@@ -26,112 +25,118 @@ _SCHEDULES: dict[str, Any] = {
 
 
 def run_forward_backward(
-    model: ParallelModel, micro_batches: int, hidden_shape: tuple[int, int, int]
+    model: ParallelModel, num_micro_batches: int, hidden_shape: tuple[int, int, int]
 ) -> list[torch.Tensor]:
-    """Compute the gradients of the sum of all micro-batches' losses; they are left on the computing parameters.
+    """Compute the gradients of the sum of all micro-batches' losses, and leave them on the compute parameters.
 
-    `hidden_shape` is that of hidden states between stages, `[rows, sequence, hidden]`. Returns the micro-batches' losses,
-    none on ranks without the last stage.
+    `hidden_shape` is that of the hidden states between stages: `[batch, sequence, hidden]`. Returns the loss of each
+    micro-batch; nothing on ranks without the last stage.
     """
     if model.plan.pipeline > 1:
-        return _run_pipeline(model, micro_batches, hidden_shape)
+        return _run_pipeline(model, num_micro_batches, hidden_shape)
     stage = model.stages[0]
     losses = []
-    for number in range(micro_batches):
-        if model.sharded:
-            _set_fsdp_sync(stage, model, is_last=number == micro_batches - 1)
-        loss = stage(micro_batch=torch.tensor([number]))
-        if number == micro_batches - 1:
-            # Autocast would keep its copies of the weights to the end: without it the backward pass frees each after its use.
+    for index in range(num_micro_batches):
+        is_last = index == num_micro_batches - 1
+        if model.uses_fsdp:
+            _set_fsdp_sync(stage, model, is_last=is_last)
+        with span("forward"):
+            loss = stage(micro_batch=torch.tensor([index]))
+        if is_last:
+            # Autocast would keep its copies of the weights to the end. Without it, the backward pass frees each after
+            # use.
             torch.clear_autocast_cache()
-        loss.backward()
+        with span("backward"):
+            loss.backward()
         losses.append(loss.detach())
     return losses
 
 
-def _set_fsdp_sync(stage: Any, model: ParallelModel, *, is_last: bool) -> None:
-    """What FSDP does after the backward pass of a micro-batch, by what the plan shards."""
+def run_forward(model: ParallelModel, num_micro_batches: int, hidden_shape: tuple[int, int, int]) -> list[torch.Tensor]:
+    """The outputs of the last stage for all micro-batches, without gradients; nothing on ranks without the last stage.
+
+    `schedule.eval()` of torch does not serve: a 1F1B schedule takes no fewer micro-batches than it has stages, where an
+    evaluation has as few as it can, and each stage keeps the hidden states of all micro-batches until its next step.
+    """
+    placements = stage_placements(model.plan)
+    own_stages = iter(model.stages)
+    pipeline_rank = model.mesh.rank("pipeline")
+    stages = {p.index: next(own_stages) for p in placements if p.pipeline_rank == pipeline_rank}
+    outputs: list[torch.Tensor] = []
+    sends: list[tuple[dist.Work | None, torch.Tensor]] = []
+    for index in range(num_micro_batches):
+        micro_batch = torch.tensor([index])
+        hidden: torch.Tensor | None = None
+        for number, stage in stages.items():
+            if not stage.is_first and placements[number - 1].pipeline_rank != pipeline_rank:
+                hidden = torch.empty(hidden_shape, dtype=model.dtype, device=model.mesh.device)
+                with span("recv_hidden_states", hidden.nbytes):
+                    dist.recv(hidden, _peer(model, placements[number - 1].pipeline_rank))
+            with span("forward"):
+                hidden = stage(*(() if stage.is_first else (hidden,)), micro_batch=micro_batch)
+            if stage.is_last:
+                outputs.append(hidden)
+            elif placements[number + 1].pipeline_rank != pipeline_rank:
+                hidden = hidden.contiguous()
+                # The buffer must live until it has been sent.
+                sends.append((dist.isend(hidden, _peer(model, placements[number + 1].pipeline_rank)), hidden))
+    with span("send_hidden_states", sum(hidden.nbytes for _, hidden in sends)):
+        for work, _ in sends:
+            assert work is not None
+            work.wait()
+    for module in model.fsdp_modules():
+        module.reshard()
+    return outputs
+
+
+def _set_fsdp_sync(stage: nn.Module, model: ParallelModel, *, is_last: bool) -> None:
+    """Set what FSDP does after the backward pass of a micro-batch, by what the plan shards."""
     assert isinstance(stage, FSDPModule)
     stage.set_is_last_backward(is_last)
     stage.set_reshard_after_backward(is_last or model.plan.sharding == "parameters")
     stage.set_requires_gradient_sync(is_last or model.plan.sharding != "optimizer")
 
 
-def _run_pipeline(model: ParallelModel, micro_batches: int, hidden_shape: tuple[int, int, int]) -> list[torch.Tensor]:
-    if micro_batches not in model.pipelines:
-        model.pipelines[micro_batches] = _make_pipeline(model, micro_batches, hidden_shape)
-    pipeline = model.pipelines[micro_batches]
+def _run_pipeline(
+    model: ParallelModel, num_micro_batches: int, hidden_shape: tuple[int, int, int]
+) -> list[torch.Tensor]:
+    if num_micro_batches not in model.pipelines:
+        model.pipelines[num_micro_batches] = _make_pipeline(model, num_micro_batches, hidden_shape)
+    pipeline = model.pipelines[num_micro_batches]
     for stage in pipeline.stages:
         stage.hidden_shape = hidden_shape
-    numbers = torch.arange(micro_batches)
+    indices = torch.arange(num_micro_batches)
     losses: list[torch.Tensor] = []
-    pipeline.schedule.step(micro_batch=numbers, target=numbers, losses=losses, return_outputs=False)
+    pipeline.schedule.step(micro_batch=indices, target=indices, losses=losses, return_outputs=False)
     return [loss.detach() for loss in losses]
 
 
-def hidden_dtype(model: ParallelModel) -> torch.dtype:
-    """The type of hidden states between stages: that of the weights, also under autocast."""
-    return next(iter(model.compute_params.values())).dtype
-
-
-def _make_pipeline(model: ParallelModel, micro_batches: int, hidden_shape: tuple[int, int, int]) -> Pipeline:
-    """The schedule of torch for so many micro-batches. A shape is given, so that none is found out by computing."""
-    mesh, plan, dtype = model.mesh, model.plan, hidden_dtype(model)
+def _make_pipeline(model: ParallelModel, num_micro_batches: int, hidden_shape: tuple[int, int, int]) -> Pipeline:
+    """torch's schedule for a number of micro-batches. It gets the shapes, or it would compute once to find them out."""
+    mesh, plan, dtype = model.mesh, model.plan, model.dtype
     hidden = torch.empty(hidden_shape, dtype=dtype, device="meta", requires_grad=True)
     loss = torch.empty((), dtype=dtype, device="meta", requires_grad=True)
-    places = [place for place in stage_placements(plan) if place.pipeline_rank == mesh.rank("pipeline")]
+    placements = [p for p in stage_placements(plan) if p.pipeline_rank == mesh.rank("pipeline")]
     stages = [
         LeanPipelineStage(
             stage,
-            place.index,
+            placement.index,
             len(plan.stage_layers),
             mesh.device,
             input_args=() if stage.is_first else hidden,
             output_args=loss if stage.is_last else hidden,
             group=mesh.group("pipeline"),
         )
-        for stage, place in zip(model.stages, places, strict=True)
+        for stage, placement in zip(model.stages, placements, strict=True)
     ]
-    make = _SCHEDULES[plan.schedule]
     stages_or_stage = stages[0] if plan.schedule == "1f1b" else stages
-    # The loss is a sum already, divided by all label tokens.
-    schedule = make(stages_or_stage, micro_batches, loss_fn=lambda output, target: output, scale_grads=False)
+    # The loss is a sum already, divided by the number of all label tokens.
+    schedule = _SCHEDULES[plan.schedule](
+        stages_or_stage, num_micro_batches, loss_fn=lambda output, target: output, scale_grads=False
+    )
     return Pipeline(schedule, stages)
 
 
-def forward(
-    model: ParallelModel, micro_batches: int, hidden_shape: Callable[[int], tuple[int, ...]], device: torch.device
-) -> list[torch.Tensor]:
-    """The outputs of the last stage for all micro-batches without gradients, none on ranks without the last stage."""
-    places = stage_placements(model.plan)
-    own = iter(model.stages)
-    stages = {place.index: next(own) for place in places if place.pipeline_rank == model.mesh.rank("pipeline")}
-    outputs: list[torch.Tensor] = []
-    sent = []
-    for number in range(micro_batches):
-        index = torch.tensor([number])
-        hidden: torch.Tensor | None = None
-        for place in places:
-            stage = stages.get(place.index)
-            if stage is None:
-                continue
-            if not stage.is_first and places[place.index - 1].pipeline_rank != place.pipeline_rank:
-                hidden = torch.empty(hidden_shape(number), dtype=hidden_dtype(model), device=device)
-                dist.recv(hidden, _peer(model, places[place.index - 1].pipeline_rank))
-            hidden = stage(*(() if stage.is_first else (hidden,)), micro_batch=index)
-            if stage.is_last:
-                outputs.append(hidden)
-            elif places[place.index + 1].pipeline_rank != place.pipeline_rank:
-                sent.append(
-                    (dist.isend(hidden.contiguous(), _peer(model, places[place.index + 1].pipeline_rank)), hidden)
-                )
-    for work, _ in sent:
-        assert work is not None
-        work.wait()
-    for module in model.sharded_modules():
-        module.reshard()
-    return outputs
-
-
 def _peer(model: ParallelModel, pipeline_rank: int) -> int:
+    """The global rank at a place of the pipeline that works on the same rows and shards as this rank."""
     return model.mesh.global_rank(pipeline_rank, model.mesh.rank("data"), model.mesh.rank("tensor"))

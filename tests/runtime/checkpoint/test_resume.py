@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import ROOT
-from tests.helpers import sharded_cases as cases
+from tests.helpers.sharded import resume as cases
 from tests.helpers.workers import run_on_workers
 from utils.errors import UserError
 from utils.training.checkpoint import checkpoint_to_resume

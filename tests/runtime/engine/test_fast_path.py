@@ -1,4 +1,4 @@
-"""One worker's micro-batches, without padding and with logits only at labels: the losses and gradients of the whole batch."""
+"""One worker's micro-batches, without padding and with logits only at labels: the loss and gradients of the batch."""
 
 import copy
 from unittest import mock
@@ -15,110 +15,99 @@ from moreh.runtime.engine.fast_path import FastPath
 from moreh.runtime.kernels.recomputation import recompute_activations
 from moreh.runtime.pipeline.stubs import LastMlpAtPositions
 from moreh.runtime.sharding.mesh import single_rank_mesh
-from tests.helpers import sharded_cases as cases
+from tests.helpers.families import FAMILIES, NOT_TENSOR_PARALLEL, make_model
+from tests.helpers.fast_path_cases import LENGTH, MAX_TOKENS, ROWS, batch, differences, gradients
 from tests.helpers.float64 import exact_float64
-from tests.helpers.tensor_cases import whole_model
-from tests.runtime.engine.test_family_plans import FAMILIES, NOT_TENSOR_PARALLEL
 
-ALL = DEFAULT_OPTIONS
 VARIANTS = [
-    ALL,
+    DEFAULT_OPTIONS,
     ParallelOptions(disable=("skip_padding",)),
     ParallelOptions(disable=("logits_at_labels",)),
-    ParallelOptions(
-        disable=(
-            "skip_padding",
-            "logits_at_labels",
-        )
-    ),
+    ParallelOptions(disable=("skip_padding", "logits_at_labels")),
     ParallelOptions(disable=("fused_norm",)),
 ]
-ROWS, LENGTH = 7, 12
-# Of a micro-batch.
-TOKENS = 30
+short_rows = pytest.mark.usefixtures("few_label_positions")
+useful_lengths, label_positions = micro_batches.useful_lengths, micro_batches.label_positions
 
 
-def make(family):
-    return whole_model(family, cases.FAMILY_SETTINGS.get(family, {}))
-
-
-def batch(model, **changes):
-    """Rows of different lengths with prompts that are no labels, one without any label."""
-    ids, mask, labels = cases.batch(0, model.config.get_text_config().vocab_size, ROWS, LENGTH)
-    labels[3] = -100
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels, "use_cache": False} | changes
-
-
-def gradients(model):
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def differences(model, given, options=ALL, scale=0.5):
-    """Of the loss and of the gradients, between a whole forward pass and what the hook computes."""
-    with exact_float64():
-        whole = model(**given).loss
-        (whole * scale).backward()
-        expected = gradients(model)
-        model.zero_grad()
-        outputs = FastPath(options).call(model, (), given, TOKENS)
-        assert isinstance(outputs, LazyLogitsOutput)
-        (outputs.loss * scale).backward()
-    seen = gradients(model)
-    model.zero_grad()
-    assert seen.keys() == expected.keys()
-    # Those of keys' biases are mathematically 0.
-    least = 1e-6 * max(float(gradient.abs().max()) for gradient in expected.values())
-    worst = max(
-        float((seen[name] - expected[name]).abs().max()) / max(least, float(expected[name].abs().max()))
-        for name in seen
-    )
-    return abs(outputs.loss.item() / whole.item() - 1), worst
-
-
+@short_rows
 @pytest.mark.parametrize("family", ["llama", "gpt2", *FAMILIES, *NOT_TENSOR_PARALLEL])
-def test_families(family):
-    model = make(family)
+def test_loss_and_gradients_are_those_of_a_whole_pass(family):
+    model = make_model(family)
     assert max(differences(model, batch(model))) < 1e-9
 
 
-@pytest.mark.parametrize("options", VARIANTS)
-def test_options_one_by_one(options):
-    model = make("gpt2")
+@short_rows
+@pytest.mark.parametrize("options", VARIANTS, ids=lambda options: "+".join(options.disable) or "all on")
+def test_equal_with_optimizations_switched_off(options):
+    model = make_model("gpt2")
     assert max(differences(model, batch(model), options)) < 1e-9
 
 
-useful_lengths = micro_batches.useful_lengths
+@pytest.mark.parametrize(
+    ("family", "settings"), [("llama", {"max_position_embeddings": 128}), ("gpt2", {"n_positions": 128})]
+)
+def test_long_rows_with_the_position_multiple_of_production(family, settings):
+    model = make_model(family, **settings)
+    inputs = batch(model, length=96)
+    # So few labels that positions are left out.
+    inputs["labels"] = inputs["labels"].masked_fill(torch.arange(96) % 3 > 0, -100)
+    positions = []
+
+    def recorded(micro_batch):
+        positions.append(label_positions(micro_batch))
+        return positions[-1]
+
+    with mock.patch("moreh.runtime.engine.model_runner.label_positions", recorded):
+        assert max(differences(model, inputs, max_tokens=300)) < 1e-9
+    assert {len(chosen) % 64 for chosen in positions} == {0}
 
 
+@short_rows
 @pytest.mark.parametrize(
     ("name", "broken"),
     [
-        ("useful_lengths", lambda inputs: useful_lengths(inputs).clamp(max=LENGTH - 2)),
-        ("label_positions", lambda given: (given.labels != -100).flatten().nonzero().squeeze(1)[:-1]),
+        ("batch.batch_cutter.useful_lengths", lambda inputs: useful_lengths(inputs).clamp(max=LENGTH - 2)),
+        (
+            "engine.model_runner.label_positions",
+            lambda micro_batch: (micro_batch.labels != -100).flatten().nonzero().squeeze(1)[:-1],
+        ),
     ],
+    ids=["useful tokens", "labels"],
 )
-def test_comparison_finds_what_is_left_out(name, broken):
-    model = make("llama")
-    with mock.patch(f"moreh.runtime.engine.model_runner.{name}", broken):
+def test_comparison_finds_tokens_that_are_left_out(name, broken):
+    model = make_model("llama")
+    with mock.patch(f"moreh.runtime.{name}", broken):
         assert min(differences(model, batch(model))) > 1e-6
 
 
-def tokens_of_mlps(model, worker):
+@short_rows
+@pytest.mark.parametrize("index", [0, 5, -1])
+def test_comparison_finds_a_gradient_that_is_not_a_number(index):
+    def to_nan(grads):
+        list(grads.values())[index].view(-1)[0] = float("nan")
+
+    model = make_model("llama")
+    assert differences(model, batch(model), change_grads=to_nan)[1] == float("inf")
+
+
+def tokens_of_mlps(model, fast_path):
     """How many tokens the MLP of each layer is called with for the whole batch."""
-    seen = []
+    tokens = []
     hooks = [
-        layer.mlp.register_forward_pre_hook(lambda _, given: seen.append(given[0].shape[0] * given[0].shape[1]))
+        layer.mlp.register_forward_pre_hook(lambda _, inputs: tokens.append(inputs[0].shape[0] * inputs[0].shape[1]))
         for layer in model.get_decoder().layers
     ]
-    assert isinstance(worker.call(model, (), batch(model), ROWS * LENGTH), LazyLogitsOutput)
+    assert isinstance(fast_path.call(model, (), batch(model), ROWS * LENGTH), LazyLogitsOutput)
     for hook in hooks:
         hook.remove()
-    return seen
+    return tokens
 
 
-def test_mlp_of_the_last_layer_at_label_positions_only():
-    model, worker = make("llama"), FastPath(ALL)
-    *earlier, last = tokens_of_mlps(model, worker)
+@short_rows
+def test_mlp_of_the_last_layer_is_computed_at_label_positions_only():
+    model, fast_path = make_model("llama"), FastPath(DEFAULT_OPTIONS)
+    *earlier, last = tokens_of_mlps(model, fast_path)
     labels = int((batch(model)["labels"][:, 1:] != -100).sum())
     assert labels <= last < labels + micro_batches.POSITIONS_MULTIPLE
     assert len(set(earlier)) == 1
@@ -126,67 +115,71 @@ def test_mlp_of_the_last_layer_at_label_positions_only():
     # What recomputation repeats is the layer as it is.
     recompute_activations(model, "full")
     model.train()
-    assert len(set(tokens_of_mlps(model, worker))) == 1
+    assert len(set(tokens_of_mlps(model, fast_path))) == 1
     assert max(differences(model, batch(model))) < 1e-9
 
 
+@short_rows
 def test_comparison_finds_a_wrong_position_in_the_last_mlp():
-    model = make("llama")
-    computed = LastMlpAtPositions.forward
+    model = make_model("llama")
+    forward = LastMlpAtPositions.forward
 
-    def shifted(self, given):
-        return computed(self, given).roll(1, 1)
+    def shifted(self, hidden_states):
+        return forward(self, hidden_states).roll(1, 1)
 
     with mock.patch.object(LastMlpAtPositions, "forward", shifted):
         assert min(differences(model, batch(model))) > 1e-6
 
 
-def left_padded(given):
+def left_padded(inputs):
     """The rows of a batch pushed to the right."""
-    lengths = given["attention_mask"].sum(1)
+    lengths = inputs["attention_mask"].sum(1)
     order = (torch.arange(LENGTH)[None] - (LENGTH - lengths)[:, None]) % LENGTH
-    return {name: tensor.gather(1, order) if torch.is_tensor(tensor) else tensor for name, tensor in given.items()}
+    return {name: tensor.gather(1, order) if torch.is_tensor(tensor) else tensor for name, tensor in inputs.items()}
 
 
+@short_rows
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "bloom"])
 @pytest.mark.parametrize(
     "change",
     [
         left_padded,
-        # Whoever forgets to mask the labels of padding trains on it, and attends to no padding.
-        lambda given: given | {"labels": given["input_ids"]},
-        lambda given: given | {"attention_mask": None},
-        lambda given: given | {"num_items_in_batch": torch.tensor(17)},
-        lambda given: given | {"labels": torch.full_like(given["labels"], -100).index_fill(1, torch.tensor([5]), 3)},
-        lambda given: {name: tensor[:1] if torch.is_tensor(tensor) else tensor for name, tensor in given.items()},
+        # A script that forgets to mask the labels of padding trains on it, and attends to no padding.
+        lambda inputs: inputs | {"labels": inputs["input_ids"]},
+        lambda inputs: inputs | {"attention_mask": None},
+        lambda inputs: inputs | {"num_items_in_batch": torch.tensor(17)},
+        lambda inputs: inputs | {"labels": torch.full_like(inputs["labels"], -100).index_fill(1, torch.tensor([5]), 3)},
+        lambda inputs: {name: tensor[:1] if torch.is_tensor(tensor) else tensor for name, tensor in inputs.items()},
     ],
     ids=["left-padded", "labels on padding", "no mask", "loss divisor", "one label", "one row"],
 )
-def test_batches(family, change):
-    model = make(family)
+def test_equal_for_every_kind_of_batch(family, change):
+    model = make_model(family)
     assert max(differences(model, change(batch(model)))) < 1e-9
 
 
-def test_position_ids():
-    model = make("llama")
-    given = batch(model, position_ids=torch.arange(LENGTH)[None] * 2)
-    assert max(differences(model, given)) < 1e-9
+@short_rows
+def test_equal_with_position_ids():
+    model = make_model("llama")
+    inputs = batch(model, position_ids=torch.arange(LENGTH)[None] * 2)
+    assert max(differences(model, inputs)) < 1e-9
 
 
 def test_model_that_sees_the_future_is_not_shortened():
-    """Bidirectional attention: what stands behind the labels counts."""
-    model = make("gemma")
+    """Bidirectional attention: tokens after the labels count."""
+    model = make_model("gemma")
     model.config.use_bidirectional_attention = True
     assert not micro_batches.is_causal_model(model)
-    assert micro_batches.is_causal_model(make("llama"))
+    assert micro_batches.is_causal_model(make_model("llama"))
 
 
-def test_evaluation_and_later_outputs():
-    model = make("llama").eval()
-    given = batch(model)
+@short_rows
+def test_evaluation_gives_the_loss_and_other_outputs_later():
+    model = make_model("llama").eval()
+    inputs = batch(model)
     with exact_float64(), torch.no_grad():
-        whole = model(**given)
-        outputs = FastPath(ALL).call(model, (), given, TOKENS)
+        whole = model(**inputs)
+        outputs = FastPath(DEFAULT_OPTIONS).call(model, (), inputs, MAX_TOKENS)
         assert outputs.loss.item() == pytest.approx(whole.loss.item(), rel=1e-9)
         assert outputs[0] is outputs.loss is outputs["loss"]
         assert "logits" not in outputs.__dict__
@@ -197,16 +190,16 @@ def test_evaluation_and_later_outputs():
         _ = outputs.nothing
 
 
-def test_logits_of_a_training_batch():
-    """They can be read until the weights change, and give no gradient."""
-    model = make("llama")
-    given = batch(model)
-    worker = FastPath(ALL)
-    outputs = worker.call(model, (), given, TOKENS)
+def test_logits_of_a_training_batch_can_be_read_until_the_weights_change():
+    """They give no gradient."""
+    model = make_model("llama")
+    inputs = batch(model)
+    fast_path = FastPath(DEFAULT_OPTIONS)
+    outputs = fast_path.call(model, (), inputs, MAX_TOKENS)
     assert outputs.logits.shape[:2] == (ROWS, LENGTH)
     with pytest.raises(OptionError, match="without labels for a loss of your own"):
         outputs.logits.sum().backward()
-    outputs = worker.call(model, (), given, TOKENS)
+    outputs = fast_path.call(model, (), inputs, MAX_TOKENS)
     outputs.loss.backward()
     torch.optim.SGD(model.parameters(), lr=0.1).step()
     with pytest.raises(OptionError, match="before the optimizer's step"):
@@ -214,63 +207,61 @@ def test_logits_of_a_training_batch():
 
 
 @pytest.mark.parametrize(
-    "asked",
+    "arguments",
     [{"output_hidden_states": True}, {"return_dict": False}, {"labels": None}],
     ids=["hidden states", "tuple", "no labels"],
 )
-def test_what_only_the_whole_pass_gives(asked):
-    model = make("llama")
-    assert FastPath(ALL).call(model, (), batch(model) | asked, TOKENS) is NotImplemented
+def test_call_for_more_than_the_loss_is_left_to_the_model(arguments):
+    model = make_model("llama")
+    assert FastPath(DEFAULT_OPTIONS).call(model, (), batch(model) | arguments, MAX_TOKENS) is NotImplemented
 
 
 def test_gradient_hooks_see_whole_gradients():
-    model = make("llama")
+    model = make_model("llama")
     model.lm_head.weight.register_hook(lambda gradient: gradient.clamp(-1e-3, 1e-3))
-    assert FastPath(ALL).call(model, (), batch(model), TOKENS) is NotImplemented
+    assert FastPath(DEFAULT_OPTIONS).call(model, (), batch(model), MAX_TOKENS) is NotImplemented
 
 
-def test_models_that_change():
-    """Frozen parameters, layers of another model in its place."""
-    model = make("llama")
-    worker = FastPath(ALL)
-    worker.call(model, (), batch(model), TOKENS).loss.backward()
+@short_rows
+def test_frozen_parameters_and_exchanged_layers_are_noticed():
+    model = make_model("llama")
+    fast_path = FastPath(DEFAULT_OPTIONS)
+    fast_path.call(model, (), batch(model), MAX_TOKENS).loss.backward()
     model.zero_grad()
     model.model.embed_tokens.weight.requires_grad_(False)
     other = copy.deepcopy(model)
     model.model.layers[0] = copy.deepcopy(model.model.layers[1])
     other.model.layers[0] = copy.deepcopy(other.model.layers[1])
     with exact_float64():
-        worker.call(model, (), batch(model), TOKENS).loss.backward()
+        fast_path.call(model, (), batch(model), MAX_TOKENS).loss.backward()
         other(**batch(other)).loss.backward()
-    for (name, a), b in zip(model.named_parameters(), other.parameters(), strict=True):
-        assert (a.grad is None) == (b.grad is None) == (name == "model.embed_tokens.weight")
-        if a.grad is not None:
-            torch.testing.assert_close(a.grad, b.grad)
+    actual, expected = gradients(model), gradients(other)
+    trainable = {name for name, _ in model.named_parameters()} - {"model.embed_tokens.weight"}
+    assert actual.keys() == expected.keys() == trainable
+    for name, gradient in actual.items():
+        torch.testing.assert_close(gradient, expected[name])
 
 
 def test_dropout_is_drawn_anew_in_each_call():
-    model = whole_model("gpt2", {"resid_pdrop": 0.3})
-    worker = FastPath(ALL)
+    model = make_model("gpt2", resid_pdrop=0.3)
+    fast_path = FastPath(DEFAULT_OPTIONS)
     torch.manual_seed(0)
-    losses = [worker.call(model, (), batch(model), TOKENS).loss.item() for _ in range(2)]
+    losses = [fast_path.call(model, (), batch(model), MAX_TOKENS).loss.item() for _ in range(2)]
     torch.manual_seed(0)
-    assert worker.call(model, (), batch(model), TOKENS).loss.item() == losses[0] != losses[1]
+    assert fast_path.call(model, (), batch(model), MAX_TOKENS).loss.item() == losses[0] != losses[1]
 
 
 @pytest.mark.parametrize("multiple", [1, 8])
 def test_micro_batches_have_similar_rows(multiple):
-    """No micro-batch has more tokens than allowed; the longest rows come first; nothing behind the last label is left, but what
-    makes a multiple.
-    """
-    model = make("llama")
+    """None has more tokens than allowed, the longest rows come first, and nothing after the last label is left."""
+    model = make_model("llama")
     inputs = read_inputs(model, (), batch(model))
     lengths = useful_lengths(inputs)
-    cut = micro_batches.micro_batches_by_length(
-        inputs, lengths, TOKENS, 1, single_rank_mesh(torch.device("cpu")), multiple
-    )
-    widths = [one.sequence_length for one in cut]
+    device = torch.device("cpu")
+    cut = micro_batches.micro_batches_by_length(inputs, lengths, MAX_TOKENS, 1, single_rank_mesh(device), multiple)
+    widths = [micro_batch.sequence_length for micro_batch in cut]
     assert widths == sorted(widths, reverse=True)
-    assert all(one.rows * one.sequence_length <= TOKENS for one in cut)
-    assert sum(one.rows for one in cut) == ROWS
+    assert all(micro_batch.batch_size * micro_batch.sequence_length <= MAX_TOKENS for micro_batch in cut)
+    assert sum(micro_batch.batch_size for micro_batch in cut) == ROWS
     assert widths[0] == -(-int(lengths.max()) // multiple) * multiple
-    assert sum(int((one.labels != -100).sum()) for one in cut) == int((inputs.labels != -100).sum())
+    assert sum(int((micro_batch.labels != -100).sum()) for micro_batch in cut) == int((inputs.labels != -100).sum())

@@ -1,11 +1,10 @@
-"""enable_advanced_parallelization: its options, and that what it adds to a model changes no loss and no gradient."""
+"""The hook on one worker: what it adds to a model changes no loss and no gradient, and it says what it does."""
 
 import re
 
 import pytest
 
-from moreh import option
-from moreh.errors import OptionError
+from tests.helpers.compare import curve_difference
 
 # Trains three ways in one process and prints the losses, each as a line of numbers.
 COMPARE = """
@@ -19,7 +18,7 @@ def losses(before_step=None):
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3)  # AdamW would not see a gradient of another length
     ids = torch.arange(64).repeat(8).reshape(16, 32).cuda()
-    found = []
+    curve = []
     torch.manual_seed(1)
     for _ in range(5):
         loss = model(ids, labels=ids, use_cache=False).loss
@@ -28,13 +27,13 @@ def losses(before_step=None):
             before_step(model)
         optimizer.step()
         optimizer.zero_grad()
-        found.append(loss.item())
+        curve.append(loss.item())
     peak = torch.cuda.max_memory_allocated()
     model.eval()
     with torch.no_grad():
-        found.append(model(ids, labels=ids).loss.item())
+        curve.append(model(ids, labels=ids).loss.item())
     print(model(ids).logits.dtype, peak)
-    return found
+    return curve
 
 def break_one_gradient(model):
     model.transformer.h[1].mlp.c_fc.weight.grad.mul_(1.01)
@@ -48,44 +47,41 @@ print(losses())
 
 
 def compare(run_python, options):
-    """Losses of the plain loop, of a plain loop with one gradient slightly wrong, and under the hook; and what was said."""
+    """The losses of the plain loop, with one gradient slightly wrong, and under the hook; memory peaks; the console."""
     finished = run_python(COMPARE, repr(options))
     assert finished.returncode == 0, finished.stderr
     lines = finished.stdout.splitlines()
-    plain, broken, hooked = (eval(line) for line in lines if line.startswith("[") and not line.startswith("[info]"))
+    curves = [line for line in lines if line.startswith("[") and not line.startswith("[info]")]
+    plain, broken, hooked = (eval(curve, {"nan": float("nan")}) for curve in curves)
     peaks = [int(line.split()[1]) for line in lines if line.startswith("torch.")]
     return plain, broken, hooked, peaks, finished.stdout
 
 
-def largest_difference(a, b):
-    return max(abs(x - y) / abs(x) for x, y in zip(a, b, strict=True))
-
-
-def test_float32_gives_the_plain_loops_losses(run_python):
+def test_float32_gives_the_losses_of_the_plain_loop(run_python):
     hooked_peaks = {}
     for recompute in (False, True):
         options = {"mixed_precision": False, "activation_recomputation": recompute}
-        plain, broken, hooked, peaks, said = compare(run_python, options)
-        assert largest_difference(plain, hooked) < 1e-6
-        assert largest_difference(plain, broken) > 1e-6  # so the comparison sees an error of 1 % in one of 38 gradients
-        assert f"recomputation : {'full' if recompute else 'none'}; predicted are" in said  # on this machine
-        chosen = re.search(r"recomputation : (\w+)\(\d\), distribute_param", said)[1]  # on the accelerator
+        plain, broken, hooked, peaks, console = compare(run_python, options)
+        assert curve_difference(hooked, plain) < 1e-6
+        assert curve_difference(broken, plain) > 1e-6  # so the comparison sees an error of 1 % in one of 38 gradients
+        assert f"recomputation : {'full' if recompute else 'none'}; predicted are" in console  # on this machine
+        chosen = re.search(r"recomputation : (\w+)\(\d\), distribute_param", console)[1]  # on the accelerator
         assert (chosen != "none") == recompute
         hooked_peaks[recompute] = peaks[2]
     assert hooked_peaks[True] < hooked_peaks[False]  # it was really active
 
 
-def test_bfloat16_gives_nearly_the_plain_loops_losses(run_python, monkeypatch):
-    plain, _, hooked, _, said = compare(run_python, {})
-    assert largest_difference(plain, hooked) < 0.02
-    computed_in_bfloat16 = "mixed_precision : bfloat16" in said
-    assert computed_in_bfloat16 != ("mixed_precision : off, float32" in said)
-    assert (largest_difference(plain, hooked) > 1e-6) == computed_in_bfloat16
+def test_bfloat16_gives_nearly_the_losses_of_the_plain_loop(run_python):
+    plain, _, hooked, _, console = compare(run_python, {})
+    assert curve_difference(hooked, plain) < 0.02
+    computed_in_bfloat16 = "mixed_precision : bfloat16" in console
+    assert computed_in_bfloat16 != ("mixed_precision : off, float32" in console)
+    assert (curve_difference(hooked, plain) > 1e-6) == computed_in_bfloat16
 
 
-def test_documented_log_lines(run_python, tmp_path):
-    *_, said = compare(run_python, {"mixed_precision": False})
-    said = [line.removeprefix("[info] ") for line in said.splitlines() if line.startswith("[info] ")]
+def test_console_has_the_log_lines_of_the_platform(run_python, tmp_path):
+    *_, console = compare(run_python, {"mixed_precision": False})
+    logged = [line.removeprefix("[info] ") for line in console.splitlines() if line.startswith("[info] ")]
     patterns = [
         r"MoAI Accelerator is ready to use\.",
         r"Moreh Version: .+",
@@ -108,11 +104,11 @@ def test_documented_log_lines(run_python, tmp_path):
         r"This machine: 1 worker, micro-batches of at most [\d,]+ tokens, recomputation : none; predicted are .+",
         r"Optimizations : all",
     ]
-    assert len(said) == len(patterns)  # once for each model, and one of the two was trained under the hook
-    matches = [re.fullmatch(pattern, line) for pattern, line in zip(patterns, said, strict=True)]
-    assert all(matches), said
+    assert len(logged) == len(patterns)  # once for each model, and one of the two was trained under the hook
+    matches = [re.fullmatch(pattern, line) for pattern, line in zip(patterns, logged, strict=True)]
+    assert all(matches), logged
     assert int(matches[4][1]) >= int(matches[8][1]) > 0
-    assert (tmp_path / "advanced_parallelization_selected_config.dump").read_text() == said[13] + "\n"
+    assert (tmp_path / "advanced_parallelization_selected_config.dump").read_text() == logged[13] + "\n"
 
 
 def test_machine_without_bfloat16_units_computes_in_float32(run_python):
@@ -125,72 +121,14 @@ torch.moreh.option.enable_advanced_parallelization()
 model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=64)).cuda()
 print(model(torch.zeros(1, 4, dtype=torch.long).cuda()).logits.dtype)
 """
-    said = run_python(source).stdout
-    assert "[info] mixed_precision : off, float32 (bfloat16 matrix products are 0.4 x as fast as float32 here)" in said
-    assert "torch.float32" in said
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"num_stage": 4}, r"unknown option num_stage=4; did you mean num_stages\?"),
-        ({"pipeline_parallel": 1}, "pipeline_parallel=1: allowed is True or False"),
-        ({"pipeline_parallel": "auto"}, "pipeline_parallel='auto': allowed is True or False"),
-        ({"mixed_precision": None}, "mixed_precision=None: allowed is True or False"),
-        ({"num_stages": 0}, 'num_stages=0: allowed is a whole number from 1, or "auto"'),
-        ({"num_stages": True}, "num_stages=True: allowed is a whole number"),
-        ({"num_stages": 2.0}, "num_stages=2.0: allowed is a whole number"),
-        ({"num_micro_batches": "many"}, "num_micro_batches='many': allowed is"),
-        ({"activation_recomputation": "full"}, "activation_recomputation='full': allowed is True, False or \"auto\""),
-        ({"distribute_parameter": 1}, "distribute_parameter=1: allowed is"),
-        ({"pipeline_parallel": False, "num_stages": 4}, "stages need pipeline_parallel=True"),
-        ({"pack_rows": False}, r'unknown option pack_rows=False\. .* give disable=\("pack_rows",\)'),
-        (
-            {"disable": "pack_rows"},
-            r"disable='pack_rows': allowed is a list of optimizations, such as \('skip_padding',\)",
-        ),
-        (
-            {"disable": ["pack_row"]},
-            r"there is no optimization 'pack_row'; did you mean pack_rows\? The optimizations are: ",
-        ),
-    ],
-)
-def test_options_are_checked(options, message):
-    with pytest.raises(OptionError, match=message):
-        option.enable_advanced_parallelization(**options)
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "allowed"),
-    [
-        ("DETAILED_LOG", "3", "from 0 to 2; 0 if unset"),
-        ("DETAILED_LOG", "yes", "from 0 to 2"),
-        ("MEMORY_USAGE_CORRECTION_RATIO", "0", "from 1 to 100; 80 if unset"),
-        ("MEMORY_USAGE_CORRECTION_RATIO", "0.8", "from 1 to 100"),
-        ("MAX_PARALLEL_COMPILE_THREADS", "-1", "from 1 to 1024; 16 if unset"),
-    ],
-)
-def test_environment_is_checked(monkeypatch, name, value, allowed):
-    monkeypatch.setenv(f"MOREH_ADVANCED_PARALLELIZATION_{name}", value)
-    with pytest.raises(OptionError, match=f"{name}='{value}': allowed is a whole number {allowed}"):
-        option.enable_advanced_parallelization()
-
-
-def test_second_call_must_agree(run_python):
-    source = (
-        "import torch\n"
-        "enable = torch.moreh.option.enable_advanced_parallelization\n"
-        "enable(mixed_precision=False)\n"
-        "enable(mixed_precision=False)\n"
-        "print('agreed')\n"
-        "enable()\n"
+    console = run_python(source).stdout
+    assert (
+        "[info] mixed_precision : off, float32 (bfloat16 matrix products are 0.4 x as fast as float32 here)" in console
     )
-    finished = run_python(source)
-    assert "agreed" in finished.stdout
-    assert "already enabled" in finished.stderr
+    assert "torch.float32" in console
 
 
-def test_model_without_recomputation_is_told(run_python):
+def test_model_that_cannot_recompute_is_refused(run_python):
     source = (
         "import torch\n"
         "torch.moreh.option.enable_advanced_parallelization(activation_recomputation=True)\n"
@@ -258,12 +196,12 @@ show(compiled(inputs))
 def test_precision_that_the_script_chose_is_kept(run_python):
     """Outputs are float32 where the weights are: what the script computes of them is not rounded."""
     finished = run_python(OTHER_PRECISIONS)
-    found = [line.removeprefix("torch.").strip() for line in finished.stdout.splitlines() if line.startswith("torch.")]
+    dtypes = [line.removeprefix("torch.").strip() for line in finished.stdout.splitlines() if line.startswith("torch.")]
     half = "float32 from bfloat16"
-    assert found == [half, "float32", "float16", "float64", "float16", half], finished.stderr
+    assert dtypes == [half, "float32", "float16", "float64", "float16", half], finished.stderr
 
 
-def test_parts_of_a_model_called_by_themselves(run_python):
+def test_parts_of_a_model_can_be_called_by_themselves(run_python):
     source = """
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel

@@ -1,4 +1,4 @@
-"""What the hook plans for the accelerator, from the first training batch on: options, environment, files, and refusals."""
+"""What the hook plans for the accelerator at the first training batch: options, environment, files, refusals."""
 
 from tests.conftest import ROOT
 
@@ -28,7 +28,7 @@ def test_options_restrict_the_plan_of_the_accelerator(run_python):
     assert "distribute_param : true" in after
 
 
-def test_environment_of_the_planner(run_python, tmp_path):
+def test_detailed_log_goes_to_the_console_or_to_a_file(run_python, tmp_path):
     prefix = "MOREH_ADVANCED_PARALLELIZATION_"
     console = run_python(PLAN_ONE.format(options={}, batch=16), **{prefix + "DETAILED_LOG": "1"})
     listed = [line for line in console.stdout.splitlines() if line.startswith("[info] candidate ")]
@@ -40,8 +40,8 @@ def test_environment_of_the_planner(run_python, tmp_path):
         PLAN_ONE.format(options={}, batch=16), **{prefix + name: value for name, value in variables.items()}
     )
     assert "candidate 1:" not in in_file.stdout
-    written = (tmp_path / "autoconfig_log.dump").read_text().splitlines()
-    assert [line.split("; simulated")[0] for line in written] == [
+    lines = (tmp_path / "autoconfig_log.dump").read_text().splitlines()
+    assert [line.split("; simulated")[0] for line in lines] == [
         line.removeprefix("[info] ").split("; simulated")[0] for line in listed
     ]
 
@@ -49,10 +49,10 @@ def test_environment_of_the_planner(run_python, tmp_path):
 def test_training_that_no_plan_fits_is_refused(run_python):
     source = """
 import torch
-import moreh.runtime.engine.hook as forward
+from moreh.runtime.engine import hook
 from moreh.models.describe.from_source import describe
 from transformers import GPT2Config, GPT2LMHeadModel
-forward.describe_module = lambda model: describe("MODEL")
+hook.describe_module = lambda model: describe("MODEL")
 torch.moreh.option.enable_advanced_parallelization()
 model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=64)).cuda().train()
 ids = torch.zeros(8, 8, dtype=torch.long).cuda()
@@ -62,12 +62,12 @@ except torch.cuda.OutOfMemoryError as error:
     print(error)
 """
     model = ROOT / "configs" / "models" / "llama3_405b.json"
-    said = run_python(source.replace("MODEL", str(model))).stdout
-    assert "OUT_OF_MEMORY (simulated). No plan fits accelerator 0 (xLarge.512GB): the smallest one requested" in said
-    assert "moreh-switch-model" in said
+    console = run_python(source.replace("MODEL", str(model))).stdout
+    assert "OUT_OF_MEMORY (simulated). No plan fits accelerator 0 (xLarge.512GB): the smallest one requested" in console
+    assert "moreh-switch-model" in console
 
 
-def test_batch_that_no_plan_divides_is_told(run_python):
+def test_batch_that_no_plan_divides_is_refused(run_python):
     finished = run_python(PLAN_ONE.format(options={"num_stages": 3}, batch=16))
     assert (
         "PlanError: 3 stages: the number must divide 8 devices and be at most the model's 4 layers" in finished.stderr
@@ -118,6 +118,6 @@ torch.moreh.option.enable_advanced_parallelization()
 model = torch.nn.Sequential(torch.nn.Embedding(8, 4), torch.nn.Linear(4, 2)).cuda().train()
 print(model(torch.zeros(2, 3, dtype=torch.long)).shape)
 """
-    said = run_python(source).stdout
-    assert "[info] This model is not planned for the accelerator, and is trained as it is: " in said
-    assert said.endswith("torch.Size([2, 3, 2])\n")
+    console = run_python(source).stdout
+    assert "[info] This model is not planned for the accelerator, and is trained as it is: " in console
+    assert console.endswith("torch.Size([2, 3, 2])\n")

@@ -1,4 +1,4 @@
-"""Runs on several workers, as a user starts them: the GPT script, the tutorial's loop, a worker that dies while saving."""
+"""Runs on several workers, as a user starts them: the GPT script, the tutorial, a worker that dies while saving."""
 
 import json
 import re
@@ -12,7 +12,8 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.conftest import ROOT
-from tests.patches.test_cuda_face import TUTORIAL
+from tests.helpers.compare import max_difference, worst
+from tests.helpers.tutorial import TUTORIAL, VOCABULARY_SIZE, save_tutorial_model
 
 SECONDS_TO_BE_GONE = 15
 
@@ -28,10 +29,10 @@ def train_gpt(config, environment, *overrides):
     )
 
 
-def run_script(text, workers, directory, environment):
-    """The console of a script of one's own on so many workers."""
+def run_script(source, workers, directory, environment):
+    """The console of a script on a number of workers."""
     script = directory / "script.py"
-    script.write_text(text, encoding="utf-8")
+    script.write_text(source, encoding="utf-8")
     finished = subprocess.run(
         [sys.executable, script],
         cwd=directory,
@@ -58,8 +59,8 @@ def hook_config(tiny_config):
     return tiny_config
 
 
-def test_script_on_two_workers(hook_config, environment, tmp_path):
-    """The losses, norms and the saved model of one worker; files and console as of one program; resumed by one worker."""
+def test_script_on_two_workers_gives_what_one_worker_gives(hook_config, environment, tmp_path):
+    """Losses, norms and the saved model; files and console as of one program; one worker can resume."""
     runs = tmp_path / "runs"
     one = train_gpt(hook_config, environment, "run.name=one")
     assert one.returncode == 0, one.stderr
@@ -68,14 +69,14 @@ def test_script_on_two_workers(hook_config, environment, tmp_path):
     assert "2 workers carry out the plan" in two.stdout
     assert two.stdout.count("[Step 4/4] | Loss") == 1
     expected = metrics_of(runs / "one")
-    for seen in (metrics_of(runs / "two"),):
-        assert [line["step"] for line in seen] == [line["step"] for line in expected]
-        for line, other in zip(seen, expected, strict=True):
-            for key in {"loss", "eval_loss", "grad_norm", "lr"} & other.keys():
-                assert line[key] == pytest.approx(other[key], rel=1e-4)
+    metrics = metrics_of(runs / "two")
+    assert [line["step"] for line in metrics] == [line["step"] for line in expected]
+    for line, other in zip(metrics, expected, strict=True):
+        for key in {"loss", "eval_loss", "grad_norm", "lr"} & other.keys():
+            assert line[key] == pytest.approx(other[key], rel=1e-4)
     weights, others = (load_file(runs / name / "model" / "model.safetensors") for name in ("two", "one"))
     assert weights.keys() == others.keys()
-    assert max(float((weights[name] - others[name]).abs().max()) for name in weights) < 1e-3
+    assert worst(max_difference(weights[name], others[name]) for name in weights) < 1e-3
 
     resumed = train_gpt(
         hook_config, environment, "run.name=resumed", "--resume", str(runs / "two" / "checkpoints" / "step-2")
@@ -86,15 +87,9 @@ def test_script_on_two_workers(hook_config, environment, tmp_path):
         assert line["loss"] == pytest.approx(other["loss"], rel=1e-4)
 
 
-def test_tutorial_loop_on_four_workers(environment, tmp_path, make_gpt2):
-    """The tutorial's unchanged script, with only a variable in the environment."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    make_gpt2(vocab_size=5).save_pretrained(tmp_path / "model")
-    words = Tokenizer(models.WordLevel({"<|endoftext|>": 0, "a": 1, "b": 2, "c": 3, "?": 4}, unk_token="?"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<|endoftext|>").save_pretrained(tmp_path / "model")
+def test_tutorial_script_learns_on_four_workers(environment, tmp_path, make_gpt2):
+    """The script is unchanged; there is only a variable in the environment."""
+    save_tutorial_model(make_gpt2(vocab_size=VOCABULARY_SIZE), tmp_path / "model")
     console = run_script(TUTORIAL, 4, tmp_path, environment)
     losses = [float(line.split()[1]) for line in console.splitlines() if line.startswith("Loss:")]
     assert len(losses) == 50
@@ -111,36 +106,36 @@ torch.moreh.option.enable_advanced_parallelization(num_stages=NUM_STAGES)
 from transformers import GPT2Config, GPT2LMHeadModel
 torch.manual_seed(0)
 model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=64, n_head=2, vocab_size=100, n_positions=32))
-seen = []
-model.transformer.h[0].mlp.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+dtypes = []
+model.transformer.h[0].mlp.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
 ids = torch.arange(64).view(4, 16)
 model.train()
 for _ in range(3):
     model(input_ids=ids, labels=ids).loss.backward()
-    print("trained", *set(seen))
-    seen.clear()
+    print("trained", *set(dtypes))
+    dtypes.clear()
 model.eval()
 with torch.no_grad():
     model(input_ids=ids, labels=ids)
-    print("evaluated", *set(seen))
-    seen.clear()
+    print("evaluated", *set(dtypes))
+    dtypes.clear()
     model(input_ids=ids)
-    print("called", *set(seen))
-    seen.clear()
+    print("called", *set(dtypes))
+    dtypes.clear()
     with torch.autocast("cpu", enabled=False):
         model(input_ids=ids, labels=ids)
-    print("own precision", *set(seen))
+    print("own precision", *set(dtypes))
 """
 
 
 @pytest.mark.parametrize("stages", [1, 2])
-def test_every_step_in_bfloat16_on_two_workers(environment, tmp_path, stages):
-    """Each call, not only the one that divides the model; and float32 where the script says so."""
+def test_every_call_on_two_workers_computes_in_bfloat16(environment, tmp_path, stages):
+    """Not only the call that shards the model; and in float32 where the script says so."""
     console = run_script(PRECISION.replace("NUM_STAGES", str(stages)), 2, tmp_path, environment)
     assert f"carry out the plan 'tp1 pp{stages} dp{2 // stages} " in console
-    said = [line for line in console.splitlines() if not line.startswith("[")]
+    printed = [line for line in console.splitlines() if not line.startswith("[")]
     half = "torch.bfloat16"
-    assert said == [*[f"trained {half}"] * 3, f"evaluated {half}", f"called {half}", "own precision torch.float32"]
+    assert printed == [*[f"trained {half}"] * 3, f"evaluated {half}", f"called {half}", "own precision torch.float32"]
 
 
 SAVING = """
@@ -161,8 +156,8 @@ for number in range(100000):
 """
 
 
-def test_worker_killed_while_it_saves(environment, tmp_path):
-    """All are gone within seconds and the cause is told; what is on the disk is complete."""
+def test_worker_killed_while_it_saves_leaves_complete_files(environment, tmp_path):
+    """All workers are gone within seconds, and the cause is told."""
     (tmp_path / "script.py").write_text(SAVING)
     process = subprocess.Popen(
         [sys.executable, "script.py"],
@@ -180,9 +175,9 @@ def test_worker_killed_while_it_saves(environment, tmp_path):
     children = psutil.Process(process.pid).children()
     victim = next(child for child in children if child.environ().get("RANK") == "1")
     victim.send_signal(signal.SIGKILL)
-    begun = time.monotonic()
+    killed = time.monotonic()
     errors = process.communicate(timeout=60)[1]
-    assert time.monotonic() - begun < SECONDS_TO_BE_GONE
+    assert time.monotonic() - killed < SECONDS_TO_BE_GONE
     assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children)
     assert process.returncode == 137
     assert "worker 1 of 2" in errors

@@ -1,15 +1,20 @@
 """A fixed sample of `make verify-plans`, on four processes: any two traits that go together in some plan, in two steps.
 
-Beware of passing vacuously: the comparison must find known faults.
+A comparison could pass vacuously, so each must find known faults.
 """
 
 import re
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from moreh.planner.plan.notation import plan_text
-from tests.helpers.plan_cases import all_plans, covering_plans, plan_of
-from tests.helpers.plan_runs import verify
+from tests.helpers.plans import runs
+from tests.helpers.plans.cases import all_plans, covering_plans, plan_of
+from tests.helpers.plans.runs import verify
+from tests.helpers.plans.training import reference
+from tests.helpers.workers import run_on_workers
 
 WORKERS = 4
 STEPS = 2
@@ -28,7 +33,7 @@ def test_sample_has_every_kind():
 @pytest.mark.parametrize(
     ("family", "plan"), CASES, ids=lambda value: value if isinstance(value, str) else plan_text(value)
 )
-def test_plan(family, plan):
+def test_training_under_plan_is_that_of_one_process(family, plan):
     verdict = verify(family, plan, steps=STEPS)
     assert not verdict.problems, verdict.text
 
@@ -42,6 +47,7 @@ FAULTS = {
     "ignored-scale": ("gpt2", "dp4 mb2x1", "norms"),
     "lost-accumulation": ("gpt2", "tp2 pp2 mb2x4", "gradients"),
     "norm-of-own-part": ("llama", "dp4 mb2x1 shard:parameters", "norms"),
+    "not-a-number": ("gpt2", "tp2 pp2 mb2x4", "norms"),
     "old-parameters": ("gpt2", "tp2 dp2 mb2x2", "weights"),
 }
 
@@ -52,6 +58,51 @@ def test_fault_is_found(fault):
     verdict = verify(family, plan_of(family, text, WORKERS), fault, STEPS)
     assert verdict.differences is not None, verdict.problems
     assert any(problem.startswith(kind) for problem in verdict.problems)
+
+
+@pytest.fixture(scope="module")
+def results():
+    """The ranks' results under a plan in which each matrix is held twice, and the reference."""
+    plan = plan_of("llama", "tp2 dp2 mb4x1", WORKERS)
+    run_on_workers(runs.get_ready, [("llama",)], size=WORKERS, timeout=runs.START_TIMEOUT_S)
+    (ranks,) = run_on_workers(runs.train_with_plan, [("llama", plan, None, STEPS)], size=WORKERS)
+    return ranks, reference("llama", STEPS)
+
+
+def changed(rank, kind):
+    """The results of a rank with a NaN in one of their parts."""
+    curves, shards = rank.curves, dict(rank.shards)
+    name = list(shards)[-1]
+    if kind in ("losses", "norms"):
+        return replace(rank, curves=replace(curves, **{kind: [*getattr(curves, kind)[:-1], np.nan]}))
+    if kind == "evaluation":
+        return replace(rank, curves=replace(curves, evaluation=np.nan))
+    if kind == "logits":
+        return replace(rank, curves=replace(curves, logits=with_nan(curves.logits)))
+    part = "gradient" if kind == "gradients" else "weight"
+    shards[name] = replace(shards[name], **{part: with_nan(getattr(shards[name], part))})
+    return replace(rank, shards=shards)
+
+
+def with_nan(array):
+    array = array.copy()
+    array.flat[-1] = np.nan
+    return array
+
+
+@pytest.mark.parametrize("rank", [0, WORKERS - 1])
+@pytest.mark.parametrize("kind", ["losses", "norms", "evaluation", "logits", "gradients", "weights"])
+def test_nan_in_one_number_of_one_rank_is_found(results, kind, rank):
+    ranks, expected = results
+    assert not runs.compare(ranks, expected, STEPS)[1]
+    differences, problems = runs.compare(
+        [changed(result, kind) if index == rank else result for index, result in enumerate(ranks)], expected, STEPS
+    )
+    assert differences.worst == np.inf
+    # The last rank's matrices are those of another rank, too.
+    kinds = (kind, "replicas") if kind in ("gradients", "weights") else (kind,)
+    assert problems
+    assert all(problem.startswith(kinds) for problem in problems)
 
 
 def test_plan_without_end_is_named_and_the_next_one_runs():

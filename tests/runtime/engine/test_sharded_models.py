@@ -1,12 +1,13 @@
-"""A script's own loop on a model that is divided over workers: it means what it means on one device."""
+"""A script's own loop on a model that is sharded over workers: it means what it means on one device."""
 
 import pytest
 
-from tests.helpers import sharded_cases as cases
-from tests.helpers.plan_cases import plan_of
+from tests.helpers.batches import PREFIX_LEN, long_batch
+from tests.helpers.families import PP_TP
+from tests.helpers.plans.cases import plan_of
+from tests.helpers.sharded import cases, loop
 from tests.helpers.workers import run_on_workers
 
-PP_TP = {"stage_layers": (1, 2), "pipeline": 2, "tensor": 2, "micro_batches": 2, "micro_batch_size": 4}
 PP_SHARDED = {
     "stage_layers": (2, 1),
     "pipeline": 2,
@@ -32,98 +33,114 @@ def on_workers(function, *arguments):
     return run_on_workers(function, [arguments], size=4)[0]
 
 
-def assert_equal(results, tolerance=1e-9):
-    for seen, weights in results:
-        assert seen < tolerance
-        assert weights < tolerance
+def compare(family, plan, changes):
+    """On each rank: `cases.compare` with changes of the training, all of which can be pickled."""
+    return cases.compare(family, plan, **changes)
+
+
+def assert_equal_on_all_ranks(family, plan, **changes):
+    for curve_difference, weight_difference in on_workers(compare, family, PLANS[plan], changes):
+        assert curve_difference < 1e-9
+        assert weight_difference < 1e-9
 
 
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_loop(family, plan):
-    assert_equal(on_workers(cases.compare, family, PLANS[plan]))
+def test_training_is_that_of_a_whole_model(family, plan):
+    assert_equal_on_all_ranks(family, plan)
+
+
+@pytest.mark.parametrize("plan", ["pp-tp", "tp-sharded"])
+@pytest.mark.parametrize(
+    ("family", "settings"), [("llama", {"max_position_embeddings": 96}), ("gpt2", {"n_positions": 96})]
+)
+def test_training_on_long_rows_with_the_position_multiple_of_production(family, settings, plan):
+    assert_equal_on_all_ranks(family, plan, settings=settings, positions_multiple=64, make_batch=long_batch, steps=2)
 
 
 @pytest.mark.parametrize("plan", PLANS)
-def test_rows_that_begin_alike(plan):
-    """What they have in common is computed once; one token more would be found."""
-    for losses, weights, shared in on_workers(cases.compare_rows_that_begin_alike, "llama", PLANS[plan]):
-        assert max(losses, weights) < 1e-9
-        assert shared == {5}
-    for losses, weights, _ in on_workers(cases.compare_rows_that_begin_alike, "llama", PLANS[plan], 6):
-        assert min(losses, weights) > 1e-6
+def test_comparison_finds_a_gradient_that_is_not_a_number(plan):
+    for curve_difference, weight_difference in on_workers(compare, "llama", PLANS[plan], {"fault": "not-a-number"}):
+        assert curve_difference == weight_difference == float("inf")
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_shared_prefix_is_computed_once(plan):
+    """One token more than the rows share would be found."""
+    results = on_workers(cases.compare_with_shared_prefix, "llama", PLANS[plan])
+    for curve_difference, weight_difference, prefix_lens in results:
+        assert max(curve_difference, weight_difference) < 1e-9
+        assert prefix_lens == {PREFIX_LEN}
+    results = on_workers(cases.compare_with_shared_prefix, "llama", PLANS[plan], PREFIX_LEN + 1)
+    for curve_difference, weight_difference, _ in results:
+        assert min(curve_difference, weight_difference) > 1e-6
 
 
 @pytest.mark.parametrize("plan", ["pp-tp", "tp-sharded"])
-@pytest.mark.parametrize("optimizer", [cases.sgd_with_momentum, cases.two_groups, cases.fused_adamw])
-def test_optimizers(optimizer, plan):
-    assert_equal(run_on_workers(_compare_with_optimizer, [(PLANS[plan], optimizer)], size=4)[0])
-
-
-def _compare_with_optimizer(plan, optimizer):
-    return cases.compare("llama", plan, optimizer_of=optimizer)
+@pytest.mark.parametrize("optimizer", [loop.sgd_with_momentum, loop.two_groups, loop.fused_adamw])
+def test_optimizers_of_single_elements(optimizer, plan):
+    assert_equal_on_all_ranks("llama", plan, make_optimizer=optimizer)
 
 
 @pytest.mark.parametrize("plan", ["pp-tp", "tp-sharded"])
-def test_optimizer_of_whole_matrices(plan):
-    """Its norms are those of the whole matrices."""
-    assert_equal(run_on_workers(_compare_with_optimizer, [(PLANS[plan], cases.Layerwise)], size=4)[0])
+def test_optimizer_of_whole_matrices_sees_whole_matrices(plan):
+    assert_equal_on_all_ranks("llama", plan, make_optimizer=loop.Layerwise)
 
 
 @pytest.mark.parametrize("plan", ["pp-tp", "pp-sharded"])
-@pytest.mark.parametrize("clip", [cases.clip_listed, cases.clip_largest, cases.clip_output_layer])
-def test_clipping(clip, plan):
-    assert_equal(run_on_workers(_compare_with_clipping, [(PLANS[plan], clip)], size=4)[0])
-
-
-def _compare_with_clipping(plan, clip):
-    return cases.compare("llama", plan, clip=clip)
+@pytest.mark.parametrize("clip", [loop.clip_listed, loop.clip_largest, loop.clip_output_layer])
+def test_gradients_are_clipped_by_the_norm_over_all_ranks(clip, plan):
+    assert_equal_on_all_ranks("llama", plan, clip=clip)
 
 
 @pytest.mark.parametrize("plan", ["pp-tp", "tp-sharded"])
-def test_frozen_parameters(plan):
-    assert_equal(run_on_workers(_compare_frozen, [(PLANS[plan],)], size=4)[0])
-
-
-def _compare_frozen(plan):
-    return cases.compare("llama", plan, change=cases.freeze_some)
+def test_frozen_parameters_keep_their_weights(plan):
+    assert_equal_on_all_ranks("llama", plan, change=loop.freeze_some)
 
 
 @pytest.mark.parametrize("plan", PLANS)
-def test_what_scripts_do_with_a_loss(plan):
-    for difference, twice in on_workers(cases.backward_variants, "gpt2", PLANS[plan]):
+def test_loss_can_be_scaled_summed_and_left_unused(plan):
+    for difference, error_of_second_use in on_workers(cases.backward_variants, "gpt2", PLANS[plan]):
         assert difference < 1e-9
-        assert "second time" in twice
+        assert "second time" in error_of_second_use
 
 
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_logits_evaluation_and_generation(family, plan):
-    for difference, same_text, training in on_workers(cases.outputs_without_labels, family, PLANS[plan]):
+def test_logits_evaluation_and_generation_are_those_of_a_whole_model(family, plan):
+    for difference, same_tokens, training in on_workers(cases.outputs_without_gradients, family, PLANS[plan]):
         assert difference < 1e-9
-        assert same_text
+        assert same_tokens
         assert not training
 
 
+def test_comparisons_of_weights_and_logits_find_a_nan_on_the_last_rank():
+    weight_differences = [result[0] for result in on_workers(cases.backward_variants, "gpt2", PP_TP, 3)]
+    assert weight_differences == [float("inf")] * 4
+    logit_differences = [result[0] for result in on_workers(cases.outputs_without_gradients, "gpt2", PP_TP, 3)]
+    assert logit_differences[3] == float("inf")
+    assert max(logit_differences[:3]) < 1e-9
+
+
 @pytest.mark.parametrize("plan", ["pp-tp", "tp-sharded"])
-def test_refusals(plan):
-    for told in on_workers(cases.refusals, PLANS[plan]):
-        assert "pass labels" in told["no labels"]
-        assert "call it without labels" in told["logits"]
-        assert "output_hidden_states=True" in told["hidden states"]
-        assert "call the whole model" in told["part"]
-        assert "WorkerError: the workers were given different batches" in told["batches"]
-        assert "give input_ids" in told["nothing"]
-        assert "save_pretrained" in told["pickle"]
-        assert "leave it out" in told["cache"]
-        assert "AdamW" in told["adafactor"]
-        assert "AdamW" in told["lbfgs"]
-        assert "the label that counts for nothing is -100" in told["ignored label"]
-        assert "with the active adapters" in told["adapters of rows"]
-        assert "attention_mask is (2, 12): allowed is a tensor with a row for each of the 8" in told["mask"]
-        assert "IndexError: Target -1 is out of bounds" in told["no token"]
-        assert "use bfloat16" in told["float16"]
-        assert "a forward hook on the whole model" in told["hook"]
+def test_calls_that_a_sharded_model_cannot_answer_are_refused(plan):
+    for errors in on_workers(cases.refusals, PLANS[plan]):
+        assert "pass labels" in errors["no labels"]
+        assert "call it without labels" in errors["logits"]
+        assert "output_hidden_states=True" in errors["hidden states"]
+        assert "call the whole model" in errors["part"]
+        assert "WorkerError: the workers were given different batches" in errors["batches"]
+        assert "give input_ids" in errors["nothing"]
+        assert "save_pretrained" in errors["pickle"]
+        assert "leave it out" in errors["cache"]
+        assert "AdamW" in errors["adafactor"]
+        assert "AdamW" in errors["lbfgs"]
+        assert "the only label that is ignored is -100" in errors["ignored label"]
+        assert "with the active adapters" in errors["adapters of rows"]
+        assert "attention_mask is (2, 12): allowed is a tensor with a row for each of the 8" in errors["mask"]
+        assert "IndexError: Target -1 is out of bounds" in errors["no token"]
+        assert "use bfloat16" in errors["float16"]
+        assert "a forward hook on the whole model" in errors["hook"]
 
 
 def test_hooks_on_gradients_are_refused():
@@ -132,51 +149,51 @@ def test_hooks_on_gradients_are_refused():
 
 
 def test_loss_of_a_router_is_refused():
-    arguments = ("mixtral", PP_SHARDED)
-    for error in run_on_workers(_router_loss, [arguments], size=4)[0]:
+    for error in on_workers(_router_loss_error, "mixtral", PP_SHARDED):
         assert "output_router_logits=True" in error
 
 
-def _router_loss(family, plan):
-    return cases.division_error(family, plan, output_router_logits=True)
+def _router_loss_error(family, plan):
+    return cases.sharding_error(family, plan, output_router_logits=True)
 
 
-def test_other_computations_are_refused():
+def test_models_that_compute_more_are_refused():
     pytest.importorskip("peft")
     for own_forward, learned_prompts in on_workers(cases.errors_of_other_computations, PP_TP):
-        assert "OwnForward has a forward pass of its own (tests.helpers.sharded_cases)" in own_forward
+        assert "OwnForward has a forward pass of its own (tests.helpers.sharded.cases)" in own_forward
         assert "learned prompts of PEFT, which is not computed on several workers" in learned_prompts
 
 
 @pytest.mark.parametrize("plan", ["pp-tp", "pp-sharded"])
-def test_parameters_frozen_after_the_division(plan):
-    assert on_workers(cases.frozen_later, PLANS[plan]) == [1, 1, 1, 1]
+def test_parameters_frozen_after_sharding_get_no_gradient(plan):
+    assert on_workers(cases.gradients_after_freezing, PLANS[plan]) == [1, 1, 1, 1]
 
 
-@pytest.mark.parametrize("lets_go", [True, False])
-def test_pipeline_has_room_for_what_is_on_its_way(lets_go):
+@pytest.mark.parametrize("frees_buffers", [True, False])
+def test_pipeline_has_buffers_only_for_micro_batches_on_their_way(frees_buffers):
     """And not for each of eight micro-batches, in each of two shapes."""
     plan = plan_of("llama", "pp4 mb1x8", workers=4)
-    for rank, (received, most, lengths) in enumerate(on_workers(cases.received_at_once, "llama", plan, lets_go)):
+    results = on_workers(cases.received_at_once, "llama", plan, frees_buffers)
+    for rank, (received, most, lengths) in enumerate(results):
         assert received == 2 * 8 * (2 if 0 < rank < 3 else 1)
         assert len(lengths) == 2
-        # Hidden states of as many micro-batches as stages follow, the gradient of one, and what torch's loop still names.
-        assert (most <= 4 - rank + 2) == lets_go
+        # Hidden states of as many micro-batches as stages follow, one gradient, and what torch's loop still refers to.
+        assert (most <= 4 - rank + 2) == frees_buffers
 
 
-def test_random_numbers_of_ranks():
-    """Ranks that share rows draw the same numbers, others different ones; the script's generator stays in step."""
-    by_place = {}
-    after = set()
-    for draws, next_of_script, (pipeline, data, _) in on_workers(cases.dropout_draws, TP_SHARDED):
-        by_place.setdefault((pipeline, data), set()).add(tuple(draws))
-        after.add(next_of_script)
+def test_ranks_that_share_rows_draw_the_same_random_numbers():
+    """Others draw different ones, and the script's generator stays in step."""
+    draws_by_place = {}
+    next_of_script = set()
+    for draws, drawn_afterwards, (pipeline, data, _) in on_workers(cases.dropout_draws, TP_SHARDED):
+        draws_by_place.setdefault((pipeline, data), set()).add(tuple(draws))
+        next_of_script.add(drawn_afterwards)
         assert draws[0] != draws[1]
-    assert len(after) == 1
-    assert [len(draws) for draws in by_place.values()] == [1, 1]
-    assert len(set.union(*by_place.values())) == 2
+    assert len(next_of_script) == 1
+    assert [len(draws) for draws in draws_by_place.values()] == [1, 1]
+    assert len(set.union(*draws_by_place.values())) == 2
 
 
-def test_dropout_is_reproducible():
-    for first, again, other in on_workers(cases.dropout_loss, PP_SHARDED):
-        assert first == again != other
+def test_training_with_dropout_is_reproducible():
+    for first, again, other_seed in on_workers(cases.dropout_loss, PP_SHARDED):
+        assert first == again != other_seed

@@ -11,21 +11,20 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from moreh.models.families import packable_families
 from moreh.options import DEFAULT_OPTIONS, ParallelOptions
-from moreh.runtime.batch.packing import PACKABLE_FAMILIES
 from moreh.runtime.kernels import attention, attention_dispatch
 from moreh.runtime.kernels.attention_dispatch import NAME, attention_layers, use_block_attention
 from moreh.runtime.kernels.faster_kernels import FasterKernels
 from moreh.runtime.kernels.recomputation import recompute_activations
 from tests.helpers.compare import worst_of_names
-from tests.helpers.family_settings import FAMILY_SETTINGS
-from tests.helpers.tensor_cases import whole_model
+from tests.helpers.families import make_model
 
 IDS = torch.arange(20).view(2, 10) + 4
 
 
 def tiny(family="llama", **settings):
-    return whole_model(family, FAMILY_SETTINGS.get(family, {}) | settings)
+    return make_model(family, **settings)
 
 
 def bound(model, options=DEFAULT_OPTIONS):
@@ -76,7 +75,7 @@ def test_computes_in_blocks_only_where_torch_computes_the_same(calls, changes, i
     assert len(calls) == in_blocks
 
 
-@pytest.mark.parametrize("family", sorted(PACKABLE_FAMILIES - {"gptj"}))
+@pytest.mark.parametrize("family", sorted(set(packable_families()) - {"gptj"}))
 def test_finds_the_attention_layer_of_each_layer(family):
     model = tiny(family)
     assert len(attention_layers(model)) == model.config.get_text_config().num_hidden_layers

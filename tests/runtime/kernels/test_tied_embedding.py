@@ -8,14 +8,15 @@ from torch import nn
 
 from moreh.options import DEFAULT_OPTIONS, ParallelOptions
 from moreh.runtime.kernels.tied_embedding import TiedEmbedding
-from tests.helpers.family_settings import FAMILY_SETTINGS
 from tests.helpers.compare import worst
-from tests.helpers.tensor_cases import whole_model
-from tests.runtime.engine.test_fast_path import batch, differences, make
+from tests.helpers.families import make_model
+from tests.helpers.fast_path_cases import batch, differences
+
+pytestmark = pytest.mark.usefixtures("few_label_positions")
 
 
 def tied(family="llama"):
-    model = whole_model(family, {**FAMILY_SETTINGS.get(family, {}), "tie_word_embeddings": True})
+    model = make_model(family, tie_word_embeddings=True)
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
     return model
 
@@ -130,4 +131,4 @@ def test_forward_hooks_see_the_embedding():
 
 
 def test_untied_model_of_the_other_tests_is_left_to_autograd():
-    assert not adds_rows(make("llama"))
+    assert not adds_rows(make_model("llama"))

@@ -7,7 +7,6 @@ import torch
 import torch.distributed as dist
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 
-from moreh.models.parts import split_into_parts
 from moreh.runtime.kernels.recomputation import recompute_activations
 from moreh.runtime.tensor.partition import tensor_parallel_refusal
 from moreh.runtime.tensor.vocab_parallel import gather_logits

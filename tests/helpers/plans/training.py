@@ -1,4 +1,4 @@
-"""A training as a script writes it, on a model that is whole or divided, and what is kept of it for comparison."""
+"""A training as a script writes it, on a model that is sharded or whole, and what is kept of it for comparison."""
 
 import copy
 import functools
@@ -9,40 +9,45 @@ import numpy as np
 import torch
 
 from tests.helpers.float64 import exact_float64
-from tests.helpers.plan_cases import CALLS, STEPS, batch, build_model, evaluation_batch
+from tests.helpers.plans.cases import CALLS, STEPS, batch, build_model, evaluation_batch
 
 MAX_NORM = 0.5
-# Adam divides each gradient by its own size: what is mathematically 0, as the gradients of keys' biases are, would become
-# weights made of rounding with the usual 1e-8.
+# Adam divides each gradient by its own size. With the usual 1e-8, gradients that are mathematically 0, as those of
+# the keys' biases are, would become weights made of rounding.
 EPSILON = 1e-6
-# Before the weights of this step change, and not in the last one: neither the gradients that wait nor the weights that an
-# evaluation has gathered may reach the next step in another state.
+# The evaluation comes before the weights of this step change, and not in the last step: neither pending gradients nor
+# weights that an evaluation has gathered may reach the next step in another state.
 EVALUATED_STEP = 0
 
 
 @dataclass
 class Curves:
-    """What a script sees of its training, and the logits of the evaluation `[row, token, vocabulary]`."""
+    """What a script sees of its training."""
 
     losses: list[float] = field(default_factory=list)
+    """Of each step."""
     norms: list[float] = field(default_factory=list)
+    """Of each step's gradients, before they are clipped."""
     evaluation: float = float("nan")
+    """The loss of the evaluation."""
     logits: np.ndarray | None = None
+    """Of the evaluation, `[row, token, vocabulary]`; 0 where there is padding."""
 
 
 @dataclass(frozen=True)
 class Training:
-    """A finished training. `gradients` are those that the first step was clipped from, by parameter."""
+    """A finished training."""
 
     curves: Curves
     gradients: dict[str, torch.Tensor | None]
+    """Those of the first step before they were clipped, by parameter."""
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
 
 
 def train(model, prepare=lambda model: None, steps=STEPS):
     """Train a model. `prepare` is called with it when the optimizer has been made."""
-    numbers = itertools.count()
+    batch_indices = itertools.count()
     curves = Curves()
     gradients = {}
     with exact_float64():
@@ -51,7 +56,7 @@ def train(model, prepare=lambda model: None, steps=STEPS):
         for step in range(steps):
             total = 0.0
             for _ in range(CALLS[step]):
-                loss = model(**batch(next(numbers)), use_cache=False).loss
+                loss = model(**batch(next(batch_indices)), use_cache=False).loss
                 (loss / CALLS[step]).backward()
                 total += loss.item() / CALLS[step]
             if step == 0:
@@ -67,12 +72,12 @@ def train(model, prepare=lambda model: None, steps=STEPS):
 
 
 def _evaluate(model, curves):
-    given = evaluation_batch()
+    inputs = evaluation_batch()
     model.eval()
     with torch.no_grad():
-        curves.evaluation = float(model(**given).loss)
-        logits = model(input_ids=given["input_ids"], attention_mask=given["attention_mask"]).logits
-    curves.logits = logits.masked_fill(given["attention_mask"][..., None] == 0, 0).numpy()
+        curves.evaluation = float(model(**inputs).loss)
+        logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+    curves.logits = logits.masked_fill(inputs["attention_mask"][..., None] == 0, 0).numpy()
     model.train()
 
 
@@ -92,19 +97,21 @@ def new_model(family):
 
 @dataclass(frozen=True)
 class Reference:
-    """What a single process computes: the curves, the first step's gradients and the weights in the end, by parameter."""
+    """What a single process computes."""
 
     curves: Curves
     gradients: dict[str, np.ndarray]
+    """Of the first step, by parameter."""
     weights: dict[str, np.ndarray]
+    """In the end, by parameter."""
 
 
 @functools.cache
 def reference(family, steps=STEPS):
     """The plain loop of transformers in this process."""
-    done = train(new_model(family), steps=steps)
-    # A test of clipping clips.
-    assert min(done.curves.norms) > MAX_NORM
-    gradients = {name: gradient.numpy() for name, gradient in done.gradients.items()}
-    weights = {name: parameter.detach().numpy() for name, parameter in done.model.named_parameters()}
-    return Reference(done.curves, gradients, weights)
+    training = train(new_model(family), steps=steps)
+    # Clipping is tested only where it clips.
+    assert min(training.curves.norms) > MAX_NORM
+    gradients = {name: gradient.numpy() for name, gradient in training.gradients.items()}
+    weights = {name: parameter.detach().numpy() for name, parameter in training.model.named_parameters()}
+    return Reference(training.curves, gradients, weights)

@@ -1,4 +1,4 @@
-"""What plans are proved on: tiny models, the batches of a short training, and every plan that the planner has for them."""
+"""What plans are verified on: tiny models, the batches of a short training, and every plan that the planner has."""
 
 import functools
 from itertools import combinations
@@ -21,9 +21,9 @@ BATCH, LENGTH = 8, 16
 # The calls of the model in each step; with two of them, gradients are accumulated.
 CALLS = (2, 2, 1, 1, 1)
 STEPS = len(CALLS)
-# In the middle of an accumulation, as at the end of an epoch.
+# The batch with this index is smaller: in the middle of an accumulation, as at the end of an epoch.
 SMALLER_BATCH = 3
-# No number of ranks divides it.
+# No number of ranks divides the vocabulary.
 VOCABULARY = 67
 
 # Tied embeddings, query, key and value in one matrix, biases.
@@ -59,7 +59,7 @@ MODELS = {
     # For what pipelines of eight can do with more stages than ranks, and with stages that are not even.
     "deep-gpt2": GPT2 | {"n_layer": 17},
 }
-RESTRICTIONS = {"deep-gpt2": Constraints(pipeline=8)}
+CONSTRAINTS = {"deep-gpt2": Constraints(pipeline=8)}
 
 
 def training_of(family):
@@ -69,15 +69,15 @@ def training_of(family):
 
 @functools.cache
 def all_plans(family, workers=WORKERS):
-    """Every plan that the planner enumerates for so many devices, whatever their memory."""
-    setting = make_environment(cluster_for_devices(find_device("MI250 GCD"), workers))
-    restrictions = RESTRICTIONS.get(family, Constraints())
-    tables = candidate_tables(setting.roofline, setting.cluster, training_of(family), restrictions)
+    """Every plan that the planner enumerates for a number of devices, whatever their memory."""
+    environment = make_environment(cluster_for_devices(find_device("MI250 GCD"), workers))
+    constraints = CONSTRAINTS.get(family, Constraints())
+    tables = candidate_tables(environment.roofline, environment.cluster, training_of(family), constraints)
     return tuple(table.plan(row) for table in tables for row in range(len(table)))
 
 
 def covering_plans(families, workers):
-    """A few plans, as (family, plan), among which any two traits that go together in some plan do so in one of these."""
+    """A few plans, as (family, plan): any two traits that go together in some plan do so in one of these."""
     cases = [(family, plan) for family in families for plan in all_plans(family, workers)]
     pairs = {case: set(combinations(_traits(*case).items(), 2)) for case in cases}
     missing = set().union(*pairs.values())
@@ -90,7 +90,7 @@ def covering_plans(families, workers):
 
 
 def _traits(family, plan):
-    """What a fault may depend on."""
+    """The traits of a plan that a fault may depend on."""
     return {
         "family": family,
         "tensor": plan.tensor,
@@ -125,37 +125,39 @@ def build_model(family):
     return model.train()
 
 
-def batch(number):
-    """Rows of different lengths, padded on the right, one of them on the left; the labels of each row begin behind a prompt of
-    its own length, and one row has none.
+def batch(index):
+    """Rows of different lengths, padded on the right, one of them on the left.
+
+    The labels of each row begin after a prompt of its own length. One row has none.
     """
-    rows, length = rows_of_batch(number), LENGTH - 3 if number == SMALLER_BATCH else LENGTH
-    generator = torch.Generator().manual_seed(number)
+    batch_size, length = batch_size_of(index), LENGTH - 3 if index == SMALLER_BATCH else LENGTH
+    generator = torch.Generator().manual_seed(index)
 
     def draw(low, high, *shape):
         return torch.randint(low, high, shape, generator=generator)
 
-    ids, lengths, prompts = draw(0, VOCABULARY, rows, length), draw(5, length + 1, rows, 1), draw(1, 4, rows, 1)
-    places = torch.arange(length)[None]
-    places = torch.where(torch.arange(rows)[:, None] == 1, places - length + lengths, places)
-    mask = ((places >= 0) & (places < lengths)).long()
-    labels = ids.masked_fill((mask == 0) | (places < prompts), -100)
-    labels[number % rows] = -100
+    ids = draw(0, VOCABULARY, batch_size, length)
+    lengths, prompt_lengths = draw(5, length + 1, batch_size, 1), draw(1, 4, batch_size, 1)
+    positions = torch.arange(length)[None]
+    positions = torch.where(torch.arange(batch_size)[:, None] == 1, positions - length + lengths, positions)
+    mask = ((positions >= 0) & (positions < lengths)).long()
+    labels = ids.masked_fill((mask == 0) | (positions < prompt_lengths), -100)
+    labels[index % batch_size] = -100
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-def can_be_packed(number):
-    """Whether nothing is masked in front of the labels of a batch; a packed row is longer than any other."""
-    given = batch(number)
-    labelled = given["labels"] != -100
-    behind = labelled.flip(1).cumsum(1).flip(1) > 0
+def can_be_packed(index):
+    """Whether nothing is masked before the labels of a batch. A packed row is longer than any other."""
+    inputs = batch(index)
+    has_label = inputs["labels"] != -100
+    is_useful = has_label.flip(1).cumsum(1).flip(1) > 0
     # Of a row without labels the first token is left.
-    behind[:, 0] = True
-    return bool(given["attention_mask"][behind].all())
+    is_useful[:, 0] = True
+    return bool(inputs["attention_mask"][is_useful].all())
 
 
-def rows_of_batch(number):
-    return BATCH - 1 if number == SMALLER_BATCH else BATCH
+def batch_size_of(index):
+    return BATCH - 1 if index == SMALLER_BATCH else BATCH
 
 
 def evaluation_batch():

@@ -1,0 +1,133 @@
+"""Faults that a runtime could have, each a context in which it has the fault: comparisons must find them."""
+
+import contextlib
+import itertools
+import time
+from dataclasses import replace
+from unittest import mock
+
+import torch.distributed as dist
+
+from moreh.runtime.batch.batch_cutter import BatchCutter
+from moreh.runtime.engine import gradients, registry
+from moreh.runtime.engine.parallel_model import ParallelModel, local_tensor
+from tests.helpers.plans.cases import CALLS
+
+_cut = BatchCutter.cut
+_reduce, _accumulate_grads, _global_grad_norm = (
+    gradients._reduce,
+    gradients.accumulate_grads,
+    gradients.global_grad_norm,
+)
+_shard_model = registry.shard_model
+
+
+def no_tied_sum():
+    """Each end of the pipeline trains its own copy of tied embeddings."""
+    return mock.patch.object(gradients, "_reduce_tied_grad", return_value=None)
+
+
+def no_data_reduction():
+    """Each data-parallel rank trains on its own rows."""
+    return mock.patch.object(
+        gradients, "_reduce", lambda model, grads: _reduce(replace(model, plan=replace(model.plan, data=1)), grads)
+    )
+
+
+def partial_gradient():
+    """The part of a shared parameter's gradient that a tensor-parallel rank computes is taken for all of it."""
+    return mock.patch.object(
+        gradients, "_reduce", lambda model, grads: _reduce(replace(model, partial_grads=frozenset()), grads)
+    )
+
+
+def mean_of_means():
+    """Micro-batches count the same, however many tokens they have."""
+
+    def cut(self, inputs, num_micro_batches, max_tokens):
+        micro_batches = _cut(self, inputs, num_micro_batches, max_tokens)
+        parts = self.plan.data * len(micro_batches)
+        return [replace(m, loss_divisor=max(1, int((m.labels != -100).sum())) * parts) for m in micro_batches]
+
+    return mock.patch.object(BatchCutter, "cut", cut)
+
+
+def stale_weights():
+    """Weights that an evaluation has gathered are used for the next step."""
+    return mock.patch.object(ParallelModel, "fsdp_modules", return_value=[])
+
+
+def ignored_scale():
+    """The script's loss / 2 has no effect on the gradients, which Adam does not see."""
+    return mock.patch.object(
+        gradients,
+        "accumulate_grads",
+        lambda model, grads, grad_output: _accumulate_grads(model, grads, grad_output / grad_output),
+    )
+
+
+def lost_accumulation():
+    """The second call of a step replaces the gradients of the first."""
+
+    def accumulate_grads(model, grads, grad_output):
+        for parameter in model.user_params.values():
+            parameter.grad = None
+        _accumulate_grads(model, grads, grad_output)
+
+    return mock.patch.object(gradients, "accumulate_grads", accumulate_grads)
+
+
+def norm_of_own_part():
+    """Each rank clips by the norm of the gradients that it holds."""
+
+    def global_grad_norm(model, grads, norm_type):
+        whole = _global_grad_norm(model, grads, norm_type)
+        return sum(local_tensor(grad).norm() ** 2 for grad in grads.values()) ** 0.5 + 0 * whole
+
+    return mock.patch.object(registry, "global_grad_norm", global_grad_norm)
+
+
+def not_a_number():
+    """After the first step, the gradient of one matrix is NaN on the last rank."""
+    calls = itertools.count()
+
+    def accumulate_grads(model, grads, grad_output):
+        _accumulate_grads(model, grads, grad_output)
+        if next(calls) >= CALLS[0] and dist.get_rank() == dist.get_world_size() - 1:
+            # No tied one: its gradient counts in the norm on another stage.
+            name = next(n for n in grads if len(model.specs[n].pipeline_ranks) == 1 and len(model.specs[n].shape) == 2)
+            local_tensor(model.user_params[name].grad).fill_(float("nan"))
+
+    return mock.patch.object(gradients, "accumulate_grads", accumulate_grads)
+
+
+def no_end():
+    """One rank never comes to its part."""
+
+    def shard_model(root, plan):
+        while dist.get_rank() == 0:
+            time.sleep(1)
+        return _shard_model(root, plan)
+
+    return mock.patch.object(registry, "shard_model", shard_model)
+
+
+def old_parameters():
+    """The optimizer goes on with the parameters that the model had before."""
+    return mock.patch.object(registry, "replace_params")
+
+
+FAULTS = {
+    None: contextlib.nullcontext,
+    "no-tied-sum": no_tied_sum,
+    "no-data-reduction": no_data_reduction,
+    "partial-gradient": partial_gradient,
+    "mean-of-means": mean_of_means,
+    "stale-weights": stale_weights,
+    "ignored-scale": ignored_scale,
+    "lost-accumulation": lost_accumulation,
+    "norm-of-own-part": norm_of_own_part,
+    "not-a-number": not_a_number,
+    "old-parameters": old_parameters,
+    "no-end": no_end,
+}
