@@ -6,7 +6,6 @@ from unittest import mock
 
 import pytest
 import torch
-from moreh.patches.patch import Patch
 
 from moreh.patches import optimizer_creation
 from moreh.patches.optimizer_creation import (
@@ -15,6 +14,7 @@ from moreh.patches.optimizer_creation import (
     on_optimizer_created,
     revisit_optimizers,
 )
+from moreh.patches.patch import Patch
 
 
 @pytest.fixture

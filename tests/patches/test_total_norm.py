@@ -4,10 +4,10 @@ from unittest import mock
 
 import pytest
 import torch
-from moreh.patches.patch import Patch
 from torch.nn.utils import clip_grad_norm_
 
 from moreh.patches import total_norm
+from moreh.patches.patch import Patch
 from moreh.patches.total_norm import PUBLIC_TOTAL_NORM, TOTAL_NORM, on_total_norm
 
 PATCHES = (TOTAL_NORM, PUBLIC_TOTAL_NORM)
