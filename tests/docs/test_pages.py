@@ -1,4 +1,4 @@
-"""The pages of the documentation: short lines, links that lead somewhere, code blocks' languages, settings that load."""
+"""The pages of the documentation: short lines, working links, languages of code blocks, settings that load."""
 
 import re
 
