@@ -47,7 +47,7 @@ SYSTEMS := trl litgpt torchtune
 bench: $(VENV)/installed-dev models/smollm2-135m/config.json $(SYSTEMS:%=build/systems/%/installed)
 	$(BIN)/python benchmarks/one_line.py --rounds 1 --steps 100
 	$(BIN)/python benchmarks/compare_systems.py gpt smollm2 llama > benchmarks/data/systems.md
-	$(BIN)/python benchmarks/draw_systems.py benchmarks/data/systems.md benchmarks/data/systems.png
+	$(BIN)/python benchmarks/systems/draw.py benchmarks/data/systems.md benchmarks/data/systems.png
 	$(BIN)/python benchmarks/compare_systems.py gpt smollm2 llama --ablation --rounds 3 > benchmarks/data/ablation.md
 	$(BIN)/python benchmarks/growth.py --rounds 1 > benchmarks/data/growth.md
 

@@ -116,7 +116,7 @@ def moreh_software(compute: str) -> SoftwareProfile:
 
 
 # A plain loop over a model of transformers on CPU in float32, with `use_cache=False` and sequences without padding.
-# Memory is measured in tests/planner/test_planner_memory.py.
+# Memory is measured in tests/planner/cost/test_planner_memory.py.
 TRANSFORMERS = SoftwareProfile(
     "transformers",
     # Everything is float32, so there are no copies in another precision.

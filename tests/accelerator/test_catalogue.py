@@ -11,7 +11,7 @@ from moreh.accelerator.devices import all_devices, find_device
 from moreh.accelerator.flavors import all_flavors, find_flavor
 from moreh.accelerator.registry import switch_model
 from moreh.errors import AcceleratorError
-from tests.helpers.plan_tool import STEP, runner, write_model
+from tests.helpers.planner.plan_tool import STEP, runner, write_model
 
 # https://www.amd.com/en/products/accelerators/instinct/mi350/mi355x.html
 MI355X = {

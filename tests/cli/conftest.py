@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.helpers.plan_tool import runner, write_model
+from tests.helpers.planner.plan_tool import runner, write_model
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from moreh.planner.hardware.environment import make_environment
 from moreh.planner.plan.notation import parse_plan, plan_text
 from moreh.planner.plan.plan import Training
 from moreh.planner.report.step_parts import STEP_PARTS, short_overhead
-from tests.helpers.plan_tool import LLAMA, STEP, plan_of, search_result, sentences_below_table, table_rows
+from tests.helpers.planner.plan_tool import LLAMA, STEP, plan_of, search_result, sentences_below_table, table_rows
 
 
 def test_slower_plan_is_compared_with_the_best_one_by_the_parts_of_a_step(plan, plan_json, model):

@@ -9,7 +9,7 @@ import pytest
 from moreh.accelerator.flavors import all_flavors, find_flavor
 from moreh.planner.report.flavor_comparison import FlavorPlan
 from moreh.planner.report.flavor_report import recommendation
-from tests.helpers.plan_tool import STEP, plan_of, search_result, sentences_below_table, table_rows
+from tests.helpers.planner.plan_tool import STEP, plan_of, search_result, sentences_below_table, table_rows
 
 
 def test_every_accelerator_has_its_best_plan_and_the_cheapest_is_recommended(plan, plan_json, model):

@@ -19,7 +19,7 @@ from moreh.planner.plan.plan import Training
 from moreh.planner.report.plan_rows import PLAN_COLUMNS
 from moreh.planner.search.search import search
 from moreh.planner.software_profile import moreh_software
-from tests.helpers.plan_tool import LLAMA, STEP, plan_of, search_result, table_rows
+from tests.helpers.planner.plan_tool import LLAMA, STEP, plan_of, search_result, table_rows
 
 PLATFORM_PLAN = "tp1 pp8 dp8 mb1x64 recompute:full shard:parameters"
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.helpers.plan_tool import STEP
+from tests.helpers.planner.plan_tool import STEP
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from moreh.planner.hardware.cluster import cluster_for_flavor
 from moreh.planner.hardware.environment import make_environment
 from moreh.planner.plan.plan import Training
 from moreh.planner.search.search import search
-from tests.helpers.plan_tool import LLAMA, STEP
+from tests.helpers.planner.plan_tool import LLAMA, STEP
 
 
 @pytest.mark.parametrize(

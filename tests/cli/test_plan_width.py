@@ -17,7 +17,7 @@ from moreh.planner.search.constraints import Constraints
 from moreh.planner.search.request import Request
 from moreh.planner.search.search import search
 from moreh.tables import draw_widest
-from tests.helpers.plan_tool import LLAMA, STEP, sentences_below_table, table_rows
+from tests.helpers.planner.plan_tool import LLAMA, STEP, sentences_below_table, table_rows
 
 MODES = {
     "list": (),

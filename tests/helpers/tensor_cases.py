@@ -15,7 +15,7 @@ from moreh.runtime.tensor.partition import describe_partition
 from moreh.runtime.tensor.vocab_parallel import gather_logits, vocab_parallel_cross_entropy
 from tests.helpers.compare import max_difference, relative_difference, worst
 from tests.helpers.float64 import exact_float64
-from tests.helpers.tiny_models import build, tiny_config_of
+from tests.helpers.models.tiny_models import build, tiny_config_of
 
 BATCH, LENGTH = 3, 8
 

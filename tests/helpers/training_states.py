@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor, Shard
 from moreh.runtime.checkpoint.dcp_io import save_state_async
 from moreh.runtime.checkpoint.training_state import collect_training_state, load_training_state, unsharded_specs
 from moreh.runtime.sharding.local_weights import materialize_local_shards
-from tests.helpers.checkpoint_models import build_model, specs_of
+from tests.helpers.models.checkpoint_models import build_model, specs_of
 
 FAMILY = "gpt2"
 EXTRA = {

@@ -1,7 +1,7 @@
 """Adding a family takes one record and one line that registers it: shown by doing it, and by doing it wrong.
 
-The record and the line are in tests/helpers/made_up_family.py. A wrong record is found by the comparisons that every
-family of the registry goes through.
+The record and the line are in tests/helpers/models/made_up_family.py. A wrong record is found by the comparisons that
+every family of the registry goes through.
 """
 
 from dataclasses import replace
@@ -18,11 +18,11 @@ from moreh.models.families.tp_blocks import SEPARATE_QKV, mlp_block, split_gate_
 from moreh.runtime.batch import packing
 from moreh.runtime.tensor.partition import max_tensor_parallel, tensor_parallel_refusal
 from tests.helpers.compare import worst
-from tests.helpers.family_settings import HEADS
 from tests.helpers.fast_path_cases import batch, differences
-from tests.helpers.made_up_family import MADE_UP, MODEL_TYPE, add_to_transformers, compare_registered, registered
+from tests.helpers.models.family_settings import HEADS
+from tests.helpers.models.made_up_family import MADE_UP, MODEL_TYPE, add_to_transformers, compare_registered, registered
+from tests.helpers.models.tiny_models import build, described_counts, module_counts, same, tiny_config_of
 from tests.helpers.tensor_cases import whole_model
-from tests.helpers.tiny_models import build, described_counts, module_counts, same, tiny_config_of
 from tests.helpers.workers import run_on_workers
 
 TOLERANCE = 1e-9

@@ -10,8 +10,8 @@ from moreh.models.describe.from_module import describe_module
 from moreh.models.describe.from_source import describe
 from moreh.models.families import FAMILIES, planned_families
 from tests.conftest import ROOT
-from tests.helpers.family_settings import FAMILY_CASES
-from tests.helpers.tiny_models import (
+from tests.helpers.models.family_settings import FAMILY_CASES
+from tests.helpers.models.tiny_models import (
     build,
     described_counts,
     first_module_list,

@@ -10,7 +10,7 @@ from moreh.models.describe.from_config import architecture_from_config
 from moreh.models.describe.from_source import describe, describe_config
 from moreh.models.families import planned_families
 from tests.conftest import ROOT
-from tests.helpers.tiny_models import (
+from tests.helpers.models.tiny_models import (
     build,
     described_counts,
     first_module_list,

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from moreh.errors import PlanError
 from moreh.models.describe.from_config import architecture_from_config
 from moreh.models.describe.from_module import describe_module
-from tests.helpers.tiny_models import (
+from tests.helpers.models.tiny_models import (
     build,
     described_counts,
     first_module_list,

@@ -17,7 +17,7 @@ from moreh.models.families import (
 )
 from moreh.models.families.__main__ import table
 from tests.conftest import ROOT
-from tests.helpers.family_settings import FAMILY_CASES
+from tests.helpers.models.family_settings import FAMILY_CASES
 
 
 def test_every_family_has_its_test_cases():

@@ -6,9 +6,9 @@ import torch
 from moreh.options import DEFAULT_OPTIONS
 from moreh.runtime.engine.fast_path import FastPath
 from tests.helpers.compare import worst
-from tests.helpers.family_settings import FAMILY_SETTINGS
 from tests.helpers.fast_path_cases import LENGTH, MAX_TOKENS, ROWS, batch, differences
 from tests.helpers.float64 import exact_float64
+from tests.helpers.models.family_settings import FAMILY_SETTINGS
 from tests.helpers.tensor_cases import whole_model
 
 pytestmark = pytest.mark.usefixtures("few_label_positions")

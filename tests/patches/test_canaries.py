@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from moreh.patches.catalog import declared
-from tests.helpers import canaries
-from tests.helpers.library_internals import INTERNALS
-from tests.helpers.private_names import is_covered, private_names_of_libraries
-from tests.helpers.source_tree import ROOT, Source, sources
+from tests.helpers.source import canaries
+from tests.helpers.source.library_internals import INTERNALS
+from tests.helpers.source.private_names import is_covered, private_names_of_libraries
+from tests.helpers.source.source_tree import ROOT, Source, sources
 
 TORCH = {"torch": (2, 13)}
 STORED = {"torch 2.13": {"torch.load": {"signature": "(f)", "source": "1"}}}
@@ -23,7 +23,7 @@ STORED = {"torch 2.13": {"torch.load": {"signature": "(f)", "source": "1"}}}
 @pytest.fixture(scope="module")
 def installed():
     """The fingerprints of the installed versions, from a process in which nothing else has replaced anything."""
-    source = "import json; from tests.helpers.canaries import fingerprints; print(json.dumps(fingerprints()))"
+    source = "import json; from tests.helpers.source.canaries import fingerprints; print(json.dumps(fingerprints()))"
     finished = subprocess.run([sys.executable, "-c", source], cwd=ROOT, capture_output=True, text=True, check=True)
     return json.loads(finished.stdout.splitlines()[-1])
 
@@ -54,14 +54,15 @@ def test_private_names_in_the_source_are_listed():
         if not is_covered(name, listed)
     ]
     assert not missing, (
-        f"private names of libraries without a canary: {missing}. Add them to tests/helpers/library_internals.py, with "
-        f"what is relied on, and store them with {canaries.COMMAND}"
+        f"private names of libraries without a canary: {missing}. Add them to "
+        "tests/helpers/source/library_internals.py, with what is relied on, and "
+        f"store them with {canaries.COMMAND}"
     )
 
 
 def test_listed_names_are_still_in_the_source():
     unused = [name for name in INTERNALS if not canaries.users(name)]
-    assert not unused, f"nothing in moreh uses {unused}: delete them from tests/helpers/library_internals.py"
+    assert not unused, f"nothing in moreh uses {unused}: delete them from tests/helpers/source/library_internals.py"
 
 
 @pytest.mark.parametrize(
@@ -110,7 +111,7 @@ def test_public_or_own_name_is_no_private_name_of_a_library(text):
 def test_change_says_which_patch_what_changed_and_what_to_look_at(now, parts):
     versions = {"torch": (2, 14)}
     (message,) = canaries.changes({"torch.load": now}, STORED, versions).values()
-    for part in [*parts, "stored is torch 2.13, installed is torch 2.14", "python -m tests.helpers.canaries"]:
+    for part in [*parts, "stored is torch 2.13, installed is torch 2.14", "python -m tests.helpers.source.canaries"]:
         assert part in message
 
 

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from moreh.accelerator.job import local_job
 from moreh.errors import AcceleratorError
-from tests.helpers.tutorial import TUTORIAL, VOCABULARY_SIZE, save_tutorial_model
+from tests.helpers.scripts.tutorial import TUTORIAL, VOCABULARY_SIZE, save_tutorial_model
 
 
 def on_device(tensor):

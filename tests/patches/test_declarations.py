@@ -10,9 +10,9 @@ from moreh.patches import active
 from moreh.patches.catalog import declared, markdown
 from moreh.patches.patch import Patch, original_of, resolve
 from moreh.patches.process_changes import PROCESS_CHANGES
-from tests.helpers.library_changes import library_changes
-from tests.helpers.process_changes import process_changes
-from tests.helpers.source_tree import ROOT, Source, sources
+from tests.helpers.source.library_changes import library_changes
+from tests.helpers.source.process_changes import process_changes
+from tests.helpers.source.source_tree import ROOT, Source, sources
 
 # Changes of single objects, not of the process: what is changed, by file.
 OF_SINGLE_OBJECTS = {

@@ -5,7 +5,7 @@ import torch
 from transformers import modeling_utils
 
 from moreh.patches.save_pretrained import SAFE_SAVE_FILE, SPLIT_INTO_SHARDS, recording_weight_files
-from tests.helpers.checkpoint_models import build_model
+from tests.helpers.models.checkpoint_models import build_model
 
 
 def test_files_are_recorded_instead_of_written(tmp_path):

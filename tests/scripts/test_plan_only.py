@@ -10,8 +10,8 @@ import pytest
 from moreh.accelerator.registry import read_registry, start_job, switch_model
 from moreh.errors import PlanError
 from tests.conftest import ROOT
-from tests.helpers.plan_tool import LLAMA, runner, table_rows
-from tests.helpers.tiny_runs import prepare
+from tests.helpers.planner.plan_tool import LLAMA, runner, table_rows
+from tests.helpers.scripts.tiny_runs import prepare
 from utils.config.yaml_file import load_config
 from utils.errors import UserError
 from utils.plan_only import ARCHITECTURE_FILES, ARCHITECTURES, plan_request, print_plan

@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import load_file
 
 import train_gpt
-from tests.helpers.tiny_runs import prepare
+from tests.helpers.scripts.tiny_runs import prepare
 from utils.config.schema import DataSection
 from utils.config.yaml_file import load_config
 from utils.data.batches import training_loader

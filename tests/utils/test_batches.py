@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.helpers.tiny_runs import prepare
+from tests.helpers.scripts.tiny_runs import prepare
 from utils.config.yaml_file import load_config
 from utils.data.batches import collate_padded, evaluation_loader, iter_steps, training_loader
 from utils.data.labels import count_labels

@@ -8,7 +8,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from tests.helpers.tiny_runs import texts_of
+from tests.helpers.scripts.tiny_runs import texts_of
 from utils.config.schema import DataSection
 from utils.config.yaml_file import load_config
 from utils.data.docstring_pairs import read_docstring_pairs

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import train_gpt
-from tests.helpers.tiny_runs import prepare
+from tests.helpers.scripts.tiny_runs import prepare
 from utils.config.yaml_file import load_config
 from utils.data.batches import training_loader
 from utils.data.cache import make_once, write_atomically

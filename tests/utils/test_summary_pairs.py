@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from tests.helpers.tiny_runs import prepare, texts_of
+from tests.helpers.scripts.tiny_runs import prepare, texts_of
 from utils.config.schema import DataSection
 from utils.config.yaml_file import load_config
 from utils.data.summary_pairs import PASSAGE_WORDS, read_summary_pairs

@@ -4,7 +4,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from tests.helpers.tiny_runs import encode
+from tests.helpers.scripts.tiny_runs import encode
 from utils.config.schema import DataSection
 from utils.data.records import Pair
 from utils.data.tokenization import encode_prompts, train_tokenizer

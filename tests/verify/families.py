@@ -6,7 +6,7 @@ python -m tests.verify.families [FAMILY ...]
 import sys
 
 from moreh.models.families import tensor_parallel_families
-from tests.helpers.families import NOT_TENSOR_PARALLEL, PLANS
+from tests.helpers.models.families import NOT_TENSOR_PARALLEL, PLANS
 from tests.helpers.sharded import cases
 from tests.helpers.workers import WorkerError, run_on_workers
 

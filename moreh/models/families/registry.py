@@ -5,7 +5,7 @@ transformers builds it where a plan is made for its configuration.
 
 To add a family, add a line to `_BUILT_IN`. If it splits its layers in a way of its own, or is to be planned without
 transformers, give it a file next to this one, named like its model type, with the record `FAMILY`. Then add it to
-tests/helpers/family_settings.py: tests compare each fact with the model's own forward pass on one process.
+tests/helpers/models/family_settings.py: tests compare each fact with the model's own forward pass on one process.
 """
 
 from collections.abc import Mapping

@@ -18,8 +18,8 @@ from moreh.runtime.sharding.gather import full_tensor
 from moreh.runtime.sharding.rng import rank_local_rng
 from tests.helpers.batches import LENGTH, ROWS, batch, batch_with_shared_prefix, label_positions_rounded_to
 from tests.helpers.compare import curve_difference, max_difference, worst
-from tests.helpers.families import make_model
 from tests.helpers.float64 import exact_float64
+from tests.helpers.models.families import make_model
 from tests.helpers.plans.faults import FAULTS
 from tests.helpers.plans.training import new_model
 from tests.helpers.sharded.loop import train

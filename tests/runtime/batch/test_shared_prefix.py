@@ -12,9 +12,9 @@ from moreh.runtime.batch.micro_batches import useful_lengths
 from moreh.runtime.batch.model_inputs import read_inputs
 from moreh.runtime.engine.fast_path import FastPath
 from moreh.runtime.sharding.mesh import single_rank_mesh
-from tests.helpers.families import make_model
 from tests.helpers.fast_path_cases import LENGTH, MAX_TOKENS, ROWS, batch, differences
 from tests.helpers.float64 import exact_float64
+from tests.helpers.models.families import make_model
 
 pytestmark = pytest.mark.usefixtures("few_label_positions")
 

@@ -13,7 +13,7 @@ from moreh.patches.save_pretrained import SAFE_SAVE_FILE, SPLIT_INTO_SHARDS
 from moreh.runtime.checkpoint.hf_save import save_sharded_model
 from moreh.runtime.checkpoint.safetensors_writer import SafetensorsWriter
 from moreh.runtime.sharding.local_weights import materialize_local_shards
-from tests.helpers.checkpoint_models import GRIDS, Grid, build_model, keep_only_local, specs_of
+from tests.helpers.models.checkpoint_models import GRIDS, Grid, build_model, keep_only_local, specs_of
 from tests.helpers.workers import run_on_workers
 
 

@@ -8,7 +8,7 @@ import torch
 from moreh.errors import WorkerError
 from moreh.runtime.checkpoint.state_dict import ShardedStateDict, load_into_local_tensors, local_state_dict
 from moreh.runtime.sharding.local_weights import materialize_local_shards
-from tests.helpers.checkpoint_models import GRIDS, Grid, build_model, keep_only_local, specs_of
+from tests.helpers.models.checkpoint_models import GRIDS, Grid, build_model, keep_only_local, specs_of
 from tests.helpers.workers import run_on_workers
 
 

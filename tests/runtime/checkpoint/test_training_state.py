@@ -11,7 +11,7 @@ from moreh.errors import WorkerError
 from moreh.runtime.checkpoint import dcp_io
 from moreh.runtime.checkpoint.dcp_io import save_state_async
 from moreh.runtime.checkpoint.training_state import collect_training_state, load_extra, load_training_state
-from tests.helpers.checkpoint_models import Grid
+from tests.helpers.models.checkpoint_models import Grid
 from tests.helpers.training_states import (
     EXTRA,
     assert_same_state,

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from moreh.errors import CheckpointError, WorkerError
 from moreh.runtime.checkpoint.dcp_io import save_state_async
 from moreh.runtime.checkpoint.training_state import collect_training_state, load_extra, load_training_state
-from tests.helpers.checkpoint_models import Grid, build_model
+from tests.helpers.models.checkpoint_models import Grid, build_model
 from tests.helpers.training_states import FAMILY, load_alone, save_alone, shard_training, train
 from tests.helpers.workers import run_on_workers
 

@@ -20,9 +20,9 @@ from moreh.runtime.engine.registry import install_sharding_support, shard_model
 from moreh.runtime.tensor.vocab_parallel import vocab_parallel_cross_entropy
 from tests.helpers.batches import batch as ids_mask_and_labels
 from tests.helpers.compare import relative_difference
-from tests.helpers.families import PP_TP, make_model
 from tests.helpers.fast_path_cases import MAX_TOKENS, batch, differences
 from tests.helpers.float64 import exact_float64
+from tests.helpers.models.families import PP_TP, make_model
 from tests.helpers.sharded import cases
 from tests.helpers.workers import run_on_workers
 

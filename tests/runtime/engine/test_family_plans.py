@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.helpers.families import FAMILIES, NOT_TENSOR_PARALLEL, PLANS
+from tests.helpers.models.families import FAMILIES, NOT_TENSOR_PARALLEL, PLANS
 from tests.helpers.sharded import cases
 from tests.helpers.workers import run_on_workers
 

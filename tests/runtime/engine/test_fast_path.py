@@ -15,9 +15,9 @@ from moreh.runtime.engine.fast_path import FastPath
 from moreh.runtime.kernels.recomputation import recompute_activations
 from moreh.runtime.pipeline.stubs import LastMlpAtPositions
 from moreh.runtime.sharding.mesh import single_rank_mesh
-from tests.helpers.families import FAMILIES, NOT_TENSOR_PARALLEL, make_model
 from tests.helpers.fast_path_cases import LENGTH, MAX_TOKENS, ROWS, batch, differences, gradients
 from tests.helpers.float64 import exact_float64
+from tests.helpers.models.families import FAMILIES, NOT_TENSOR_PARALLEL, make_model
 
 VARIANTS = [
     DEFAULT_OPTIONS,

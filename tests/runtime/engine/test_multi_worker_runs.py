@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from tests.conftest import ROOT
 from tests.helpers.compare import max_difference, worst
-from tests.helpers.tutorial import TUTORIAL, VOCABULARY_SIZE, save_tutorial_model
+from tests.helpers.scripts.tutorial import TUTORIAL, VOCABULARY_SIZE, save_tutorial_model
 
 SECONDS_TO_BE_GONE = 15
 

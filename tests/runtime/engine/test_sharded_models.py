@@ -3,7 +3,7 @@
 import pytest
 
 from tests.helpers.batches import PREFIX_LEN, long_batch
-from tests.helpers.families import PP_TP
+from tests.helpers.models.families import PP_TP
 from tests.helpers.plans.cases import plan_of
 from tests.helpers.sharded import cases, loop
 from tests.helpers.workers import run_on_workers

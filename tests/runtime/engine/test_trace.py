@@ -15,8 +15,8 @@ from moreh.log import logger
 from moreh.options import DEFAULT_OPTIONS
 from moreh.runtime.engine.fast_path import FastPath
 from tests.helpers.batches import batch as ids_mask_and_labels
-from tests.helpers.families import PP_TP, make_model
 from tests.helpers.fast_path_cases import MAX_TOKENS, batch
+from tests.helpers.models.families import PP_TP, make_model
 from tests.helpers.sharded.cases import sharded_copy
 from tests.helpers.workers import run_on_workers
 

@@ -18,7 +18,7 @@ from moreh.runtime.kernels.attention_dispatch import NAME, attention_layers, use
 from moreh.runtime.kernels.faster_kernels import FasterKernels
 from moreh.runtime.kernels.recomputation import recompute_activations
 from tests.helpers.compare import worst_of_names
-from tests.helpers.families import make_model
+from tests.helpers.models.families import make_model
 
 IDS = torch.arange(20).view(2, 10) + 4
 

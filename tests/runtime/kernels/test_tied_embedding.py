@@ -9,8 +9,8 @@ from torch import nn
 from moreh.options import DEFAULT_OPTIONS, ParallelOptions
 from moreh.runtime.kernels.tied_embedding import TiedEmbedding
 from tests.helpers.compare import worst
-from tests.helpers.families import make_model
 from tests.helpers.fast_path_cases import batch, differences
+from tests.helpers.models.families import make_model
 
 pytestmark = pytest.mark.usefixtures("few_label_positions")
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.helpers.launched_scripts import START, WITHOUT_MODELS, processes_of
+from tests.helpers.scripts.launched_scripts import START, WITHOUT_MODELS, processes_of
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 
 from moreh import option
 from moreh.errors import OptionError
-from tests.helpers.launched_scripts import (
+from tests.helpers.scripts.launched_scripts import (
     MAX_SECONDS_TO_END,
     START,
     WITHOUT_MODELS,

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from tests.helpers.launched_scripts import MAX_SECONDS_TO_END, finish, wait_for_line, wait_for_worker
+from tests.helpers.scripts.launched_scripts import MAX_SECONDS_TO_END, finish, wait_for_line, wait_for_worker
 
 STOPPED = """
 counted = []

@@ -5,7 +5,7 @@ import torch
 from moreh.runtime.sharding.gather import full_tensor
 from moreh.runtime.sharding.local_weights import materialize_local_shards
 from moreh.runtime.sharding.spec import ParamSpec
-from tests.helpers.checkpoint_models import GRIDS, build_model, specs_of
+from tests.helpers.models.checkpoint_models import GRIDS, build_model, specs_of
 from tests.helpers.workers import run_on_workers
 
 

@@ -21,7 +21,7 @@ from moreh.runtime.sharding.local_weights import (
     target_dtypes,
 )
 from moreh.runtime.sharding.spec import ParamSpec, shard_boxes
-from tests.helpers.checkpoint_models import GRIDS, Grid, build_model, specs_of
+from tests.helpers.models.checkpoint_models import GRIDS, Grid, build_model, specs_of
 from tests.helpers.tensor_cases import local_part
 from tests.helpers.workers import run_on_workers
 

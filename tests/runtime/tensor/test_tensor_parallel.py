@@ -20,7 +20,8 @@ from moreh.runtime.tensor.partition import (
 from moreh.runtime.tensor.vocab_parallel import gather_logits
 from tests.helpers import tensor_cases
 from tests.helpers.compare import worst
-from tests.helpers.family_settings import FAMILY_CASES, HEADS
+from tests.helpers.models.family_settings import FAMILY_CASES, HEADS
+from tests.helpers.models.tiny_models import build, tiny_config_of
 from tests.helpers.tensor_cases import (
     compare_with_one_process,
     gathered_parts,
@@ -28,7 +29,6 @@ from tests.helpers.tensor_cases import (
     tensor_group,
     tensor_parallel_copy,
 )
-from tests.helpers.tiny_models import build, tiny_config_of
 from tests.helpers.workers import WorkerError, run_on_workers
 
 # Float64 leaves 1e-14; a sum left out, or taken twice, is off by 1e-3 and more.

@@ -12,6 +12,7 @@ from moreh.runtime.tensor.partition import tensor_parallel_refusal
 from moreh.runtime.tensor.vocab_parallel import gather_logits
 from tests.helpers.compare import relative_difference, worst, worst_of_names
 from tests.helpers.float64 import exact_float64
+from tests.helpers.models.tiny_models import build, tiny_config_of
 from tests.helpers.tensor_cases import (
     gradient_differences,
     mean_loss,
@@ -20,7 +21,6 @@ from tests.helpers.tensor_cases import (
     tensor_parallel_copy,
     whole_model,
 )
-from tests.helpers.tiny_models import build, tiny_config_of
 from tests.helpers.workers import run_on_workers
 
 TOLERANCE = 1e-10

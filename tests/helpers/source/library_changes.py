@@ -3,7 +3,7 @@
 import ast
 from collections.abc import Iterator
 
-from tests.helpers.source_tree import Source, assigned
+from tests.helpers.source.source_tree import Source, assigned
 
 # Methods that change a list, dictionary or set in place.
 _MUTATORS = {

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.helpers.published_rows import make_row, planner_accuracy, published_programs, published_runs
+from tests.helpers.planner.published_rows import make_row, planner_accuracy, published_programs, published_runs
 
 NASTY_CELLS = [
     "",

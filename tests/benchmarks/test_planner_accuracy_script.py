@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from tests.conftest import ROOT
-from tests.helpers.published_rows import make_row, planner_accuracy, published_runs
+from tests.helpers.planner.published_rows import make_row, planner_accuracy, published_runs
 
 
 def test_prediction_that_fails_is_reported_as_a_reason(monkeypatch):

@@ -8,7 +8,7 @@ from moreh.planner.plan.schedules import check_schedule
 from moreh.planner.search.candidates import candidate_tables
 from moreh.planner.search.constraints import Constraints
 from moreh.planner.search.search import search
-from tests.helpers.planner_cases import GPT, LLAMA, environment_of
+from tests.helpers.planner.cases import GPT, LLAMA, environment_of
 
 
 def test_all_candidates_can_be_run():

@@ -8,7 +8,7 @@ from moreh.planner.plan.plan import SCHEDULES
 from moreh.planner.plan.schedules import SPLIT_BACKWARD, operations, peak_in_flight
 from moreh.planner.plan.stage_layout import rank_to_stages
 from tests.helpers.compare import curve_difference
-from tests.helpers.schedule_cases import lower_bound, random_cases, runnable_cases
+from tests.helpers.planner.schedule_cases import lower_bound, random_cases, runnable_cases
 
 
 def test_peak_in_flight_and_counts_at_both_ends_are_those_of_the_order():

@@ -17,7 +17,7 @@ from moreh.planner.plan.plan import Training
 from moreh.planner.search.candidates import candidate_tables
 from moreh.planner.search.constraints import Constraints
 from moreh.planner.search.search import search
-from tests.helpers.planner_cases import GPT, LLAMA, MODELS, environment_of, random_trainings, with_memory
+from tests.helpers.planner.cases import GPT, LLAMA, MODELS, environment_of, random_trainings, with_memory
 
 
 def search_exhaustively(training, environment, constraints):

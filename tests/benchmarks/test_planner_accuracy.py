@@ -8,7 +8,7 @@ import pytest
 
 from moreh.planner.hardware.efficiency import fitted_rows
 from tests.helpers.compare import worst
-from tests.helpers.published_rows import PUBLISHED_RUNS, planner_accuracy, published_runs
+from tests.helpers.planner.published_rows import PUBLISHED_RUNS, planner_accuracy, published_runs
 
 # The platform's own speeds are shown beside the predictions, and neither fitted nor tested.
 REFERENCE = "Moreh docs MI250"

@@ -22,7 +22,7 @@ from moreh.planner.plan.schedules import (
 )
 from moreh.planner.plan.stage_layout import stage_to_rank
 from tests.helpers.compare import worst
-from tests.helpers.schedule_cases import equal_stages, lower_bound, random_cases, runnable_cases
+from tests.helpers.planner.schedule_cases import equal_stages, lower_bound, random_cases, runnable_cases
 
 
 def simulated_slowly(case: tuple[Any, ...]) -> dict[Operation, tuple[float, float]]:

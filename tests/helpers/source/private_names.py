@@ -3,7 +3,7 @@
 import ast
 from collections.abc import Iterable, Iterator
 
-from tests.helpers.source_tree import LIBRARIES, Source
+from tests.helpers.source.source_tree import LIBRARIES, Source
 
 # Private names of Python's own library.
 _PYTHON = {"_asdict", "_exit", "_getframe", "_replace"}

@@ -7,7 +7,7 @@ import pytest
 
 from moreh.planner.hardware.cluster import ring_links
 from moreh.planner.hardware.measured_device import measured_cluster, ring_latency_and_rate
-from tests.helpers.synthetic_profile import MATMUL_SIZES, roofline_of, synthetic_profile
+from tests.helpers.planner.synthetic_profile import MATMUL_SIZES, roofline_of, synthetic_profile
 
 
 @pytest.mark.parametrize("compute", ["float32", "half"])

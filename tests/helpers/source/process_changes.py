@@ -3,7 +3,7 @@
 import ast
 from collections.abc import Iterator
 
-from tests.helpers.source_tree import Source, assigned
+from tests.helpers.source.source_tree import Source, assigned
 
 _CALLS = {
     *(f"os.{name}" for name in ("_exit", "abort", "chdir", "dup2", "execv", "execve", "execvp", "execvpe")),

@@ -1,6 +1,6 @@
 """Draw the tables of compare_systems.py: label tokens per second and peak memory of each system and workload.
 
-python benchmarks/draw_systems.py benchmarks/data/systems.md benchmarks/data/systems.png
+python benchmarks/systems/draw.py benchmarks/data/systems.md benchmarks/data/systems.png
 """
 
 import sys

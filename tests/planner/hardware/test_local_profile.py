@@ -11,7 +11,7 @@ from moreh.planner.hardware import local_profile as module
 from moreh.planner.hardware.local_profile import local_profile, measure
 from moreh.planner.hardware.measured_device import measured_device, ring_latency_and_rate
 from moreh.planner.hardware.microbenchmarks import CHAIN, Worker
-from tests.helpers.synthetic_profile import roofline_of, synthetic_profile
+from tests.helpers.planner.synthetic_profile import roofline_of, synthetic_profile
 
 
 def test_one_worker_is_measured_once_and_kept(state_directory, monkeypatch):

@@ -22,7 +22,7 @@ from moreh.planner.plan.schedules import (
     peak_deferred_weight_grads,
     peak_in_flight,
 )
-from tests.helpers.schedule_cases import runnable_cases
+from tests.helpers.planner.schedule_cases import runnable_cases
 
 MULTI_STAGE = {
     "interleaved": torch_schedules.ScheduleInterleaved1F1B,

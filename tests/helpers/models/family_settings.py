@@ -6,7 +6,7 @@ A test fails for a family without an entry (tests/models/test_families.py).
 from dataclasses import dataclass, field
 from typing import Any
 
-# Changes of the tiny configuration of tests/helpers/tiny_models.py.
+# Changes of the tiny configuration of tests/helpers/models/tiny_models.py.
 Changes = dict[str, Any]
 
 # As many key-value heads as tensor-parallel ranks.

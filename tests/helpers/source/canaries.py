@@ -1,7 +1,7 @@
 """Fingerprints of what the package replaces or uses of libraries, compared with those that it was written for.
 
-`python -m tests.helpers.canaries` stores the fingerprints of the installed versions in tests/patches/canaries.json,
-beside those of other versions. Do it after you have looked at what has changed.
+`python -m tests.helpers.source.canaries` stores the fingerprints of the installed versions in
+tests/patches/canaries.json, beside those of other versions. Do it after you have looked at what has changed.
 """
 
 import dataclasses
@@ -17,11 +17,11 @@ from typing import Any
 
 from moreh.patches.catalog import declared
 from moreh.patches.patch import Patch, original_of, resolve
-from tests.helpers.library_internals import INTERNALS, WORDS
-from tests.helpers.source_tree import ROOT
+from tests.helpers.source.library_internals import INTERNALS, WORDS
+from tests.helpers.source.source_tree import ROOT
 
 STORE = ROOT / "tests" / "patches" / "canaries.json"
-COMMAND = "python -m tests.helpers.canaries"
+COMMAND = "python -m tests.helpers.source.canaries"
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 Fingerprint = dict[str, str]

@@ -14,7 +14,7 @@ from moreh.planner.search.candidates import candidate_tables
 from moreh.planner.search.constraints import Constraints
 from moreh.planner.search.search import search
 from moreh.planner.software_profile import MOREH, moreh_software
-from tests.helpers.planner_cases import LLAMA, MODELS, environment_of, random_trainings
+from tests.helpers.planner.cases import LLAMA, MODELS, environment_of, random_trainings
 
 
 def test_no_prediction_exceeds_the_peak():

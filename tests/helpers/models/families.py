@@ -1,6 +1,6 @@
 """Tiny models of the families that tests run on several workers, and the plans that they run under."""
 
-from tests.helpers.family_settings import FAMILY_SETTINGS
+from tests.helpers.models.family_settings import FAMILY_SETTINGS
 from tests.helpers.tensor_cases import whole_model
 
 # One of each kind of attention, of positions, of norms, of fused matrices, of output layers.

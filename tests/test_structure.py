@@ -1,0 +1,51 @@
+"""Files and folders stay small enough to be read."""
+
+from collections import Counter
+from pathlib import PurePath
+
+import pytest
+
+from tests.helpers.source.source_tree import ROOT
+
+MAX_LINES = 300
+MAX_FILES = 14
+# Folders of like things: one file for each family of transformers.
+FOLDERS_OF_LIKE_THINGS = {"moreh/models/families"}
+
+
+def python_files():
+    """The lines of each Python file of the checkout, by path."""
+    folders = ["moreh", "utils", "scripts", "benchmarks", "examples", "tests"]
+    paths = [*ROOT.glob("*.py"), *(path for folder in folders for path in (ROOT / folder).rglob("*.py"))]
+    return {path.relative_to(ROOT).as_posix(): path.read_text().count("\n") for path in paths}
+
+
+def long_files(lines_by_path):
+    return {path: lines for path, lines in lines_by_path.items() if lines > MAX_LINES}
+
+
+def full_folders(paths):
+    folders = Counter(PurePath(path).parent.as_posix() for path in paths)
+    return {
+        folder: files for folder, files in folders.items() if files > MAX_FILES and folder not in FOLDERS_OF_LIKE_THINGS
+    }
+
+
+def test_files_are_short():
+    long = long_files(python_files())
+    assert not long, f"files of more than {MAX_LINES} lines: {long}. Split them by purpose"
+
+
+def test_folders_have_few_files():
+    full = full_folders(python_files())
+    assert not full, f"folders of more than {MAX_FILES} Python files: {full}. Make packages of them"
+
+
+@pytest.mark.parametrize(("lines", "is_long"), [(MAX_LINES, False), (MAX_LINES + 1, True)])
+def test_long_file_is_seen(lines, is_long):
+    assert bool(long_files({"moreh/x.py": lines})) == is_long
+
+
+@pytest.mark.parametrize(("files", "is_full"), [(MAX_FILES, False), (MAX_FILES + 1, True)])
+def test_full_folder_is_seen(files, is_full):
+    assert bool(full_folders([f"moreh/x/{number}.py" for number in range(files)])) == is_full
