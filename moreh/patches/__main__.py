@@ -1,4 +1,4 @@
-"""`python -m moreh.patches` prints the table of all patches as Markdown, for docs/architecture.md."""
+"""`python -m moreh.patches` prints the list of all patches as Markdown, for docs/architecture.md."""
 
 from moreh.patches.catalog import markdown
 

@@ -1,4 +1,4 @@
-"""The list of all declared patches, and its table in Markdown for docs/architecture.md (`python -m moreh.patches`)."""
+"""The list of all declared patches, also as Markdown for docs/architecture.md (`python -m moreh.patches`)."""
 
 import importlib
 import pkgutil
@@ -38,15 +38,10 @@ def _patches_in(value: Any) -> Iterator[Patch]:
 
 
 def markdown() -> str:
-    """The table of the declared patches, the reasons for each, and the list of process changes."""
-    patches = declared()
+    """The declared patches with their files and reasons, and the list of process changes."""
     return "\n".join(
         [
-            "| Replaced | Declared in | Tested with |",
-            "|---|---|---|",
-            *(f"| {_short(patch)} | `{patch.file}` | {', '.join(patch.tested)} |" for patch in patches),
-            "",
-            *(line for patch in patches for line in _reasons(patch)),
+            *(line for patch in declared() for line in _reasons(patch)),
             "",
             "Changes of the process that replace no attribute of a library:",
             "",
@@ -55,14 +50,10 @@ def markdown() -> str:
     )
 
 
-def _short(patch: Patch) -> str:
-    """The name of a patch's target, or how many names of it are replaced."""
-    return f"{len(patch.names)} names of `{patch.target}`" if patch.names else f"`{patch.target}`"
-
-
 def _reasons(patch: Patch) -> list[str]:
     """A list item that says what a patch is for, and why there is no public way."""
-    lines = _item(f"`{patch.target}`: {patch.why}")
+    lines = _item(f"`{patch.target}` in `{patch.file}`, tested with {', '.join(patch.tested)}:")
+    lines += _continued(patch.why)
     if patch.names:
         listed = ", ".join(f"`{name}`" for name in patch.names[:_MAX_LISTED_NAMES])
         more = len(patch.names) - _MAX_LISTED_NAMES

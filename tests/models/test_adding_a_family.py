@@ -42,7 +42,7 @@ def test_without_a_record_little_is_known_of_a_family():
     assert "which tensor parallelism is not known to compute right" in tensor_parallel_refusal(model, 2)
     with pytest.raises(PlanError, match="model_type is 'made_up': give one of bloom"):
         architecture_from_config(tiny_config_of(MODEL_TYPE, {}), "tiny")
-    with mock.patch("moreh.runtime.engine.model_runner.pack_micro_batches") as pack:
+    with mock.patch("moreh.runtime.batch.batch_cutter.pack_micro_batches") as pack:
         model = whole_model(MODEL_TYPE, {})
         assert worst(differences(model, batch(model))) < TOLERANCE
     assert not pack.called
@@ -83,7 +83,7 @@ def test_comparison_finds_wrong_blocks():
 def test_record_packs_the_family():
     with (
         registered(MADE_UP),
-        mock.patch("moreh.runtime.engine.model_runner.pack_micro_batches", wraps=packing.pack_micro_batches) as pack,
+        mock.patch("moreh.runtime.batch.batch_cutter.pack_micro_batches", wraps=packing.pack_micro_batches) as pack,
     ):
         model = whole_model(MODEL_TYPE, {"num_key_value_heads": 2})
         assert worst(differences(model, batch(model))) < TOLERANCE

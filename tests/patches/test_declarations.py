@@ -244,7 +244,7 @@ def test_dotted_names_are_resolved():
         resolve("torch.nn.Module.no_such_method")
 
 
-def test_table_of_patches_names_every_patch_in_narrow_lines():
+def test_list_of_patches_names_every_patch_in_narrow_lines():
     text = markdown()
     assert max(map(len, text.splitlines())) <= 120
     for patch in declared():

@@ -34,7 +34,7 @@ def test_runtime_and_plan_tables_use_the_map(schedule):
         expected = stage_to_rank(schedule, ranks, chunks).tolist()
         placements = stage_placements(plan)
         assert [placement.pipeline_rank for placement in placements] == expected
-        assert [placement.last - placement.first for placement in placements] == list(plan.stage_layers)
+        assert [placement.end_layer - placement.first_layer for placement in placements] == list(plan.stage_layers)
         table = PlanTable.from_plans([plan])
         assert table.stage_ranks.tolist() == expected
         layers = np.bincount(expected, plan.stage_layers, minlength=ranks)
