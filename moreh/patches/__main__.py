@@ -1,4 +1,4 @@
-"""`python -m moreh.patches` prints the list of all patches as Markdown, for docs/architecture.md."""
+"""`python -m moreh.patches` prints the list of all patches as Markdown, for docs/patches.md."""
 
 from moreh.patches.catalog import markdown
 

@@ -1,4 +1,4 @@
-"""The list of all declared patches, also as Markdown for docs/architecture.md (`python -m moreh.patches`)."""
+"""The list of all declared patches, also as Markdown for docs/patches.md (`python -m moreh.patches`)."""
 
 import importlib
 import pkgutil

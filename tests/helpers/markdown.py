@@ -8,6 +8,7 @@ from tests.conftest import ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 _FENCE = re.compile(r"^```(.*)$")
+_GENERATED = re.compile(r"^<!-- (\w+): (generated|end) -->$")
 
 
 @dataclass(frozen=True)
@@ -48,14 +49,22 @@ def commands(block: Block) -> list[str]:
 
 
 def prose_lines(page: Path) -> list[tuple[int, str]]:
-    """The numbered lines of a page outside of code blocks."""
+    """The numbered lines of a page outside of code blocks and of what a command has written."""
     result, inside = [], False
     for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), start=1):
-        if _FENCE.match(line):
+        if _FENCE.match(line) or _GENERATED.match(line):
             inside = not inside
         elif not inside:
             result.append((number, line))
     return result
+
+
+def generated(page: Path, name: str) -> str:
+    """What a command has written into a page, between two comments that name it."""
+    text = page.read_text(encoding="utf-8")
+    start, end = f"<!-- {name}: generated -->", f"<!-- {name}: end -->"
+    assert start in text, f"{page.name} has no line {start}"
+    return text.partition(start)[2].partition(end)[0].strip()
 
 
 def links(page: Path) -> list[str]:
