@@ -1,11 +1,11 @@
 """The life of a step, made visible: profiler spans, and with `MOREH_TRACE=1` a log line for each phase and collective.
 
-    with span("reduce_gradients", tensor.nbytes):
+    with span("all_reduce_loss", tensor.nbytes):
         dist.all_reduce(tensor, group=group)
 
-A `torch.profiler` trace shows the span as `moreh::reduce_gradients`. With `MOREH_TRACE=1` each rank logs
+A `torch.profiler` trace shows the span as `moreh::all_reduce_loss`. With `MOREH_TRACE=1` each rank logs
 
-    [info] trace rank 1:   reduce_gradients 0.412 ms, 65,536 bytes
+    [info] trace rank 1:   all_reduce_loss 0.412 ms, 65,536 bytes
 
 when the span ends, indented by the number of spans around it. A phase's line therefore follows those of its parts. The
 time is the host's. On a GPU the span ends when the work is enqueued; the profiler's trace shows when it was done.

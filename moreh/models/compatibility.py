@@ -67,7 +67,7 @@ def unsupported_reason(root: Any) -> str | None:
     if getattr(config, "output_router_logits", False):
         return f"{name} adds a loss of its router (output_router_logits=True)"
     if not is_known_loss(causal.loss_function) or not _has_mean_loss(forward):
-        return f"{name} has a loss of its own"
+        return f"{name} has a loss of its own (moreh.models.losses.register_token_loss makes one known)"
     return None
 
 

@@ -1,9 +1,10 @@
-"""The losses that the runtime can compute from shards of the logits. Adding one is one function.
+"""The losses that the runtime can compute from shards of the logits. docs/adding-a-loss.md adds one.
 
 A causal language model of transformers computes its loss with `model.loss_function(logits, labels, vocab_size=...,
 ...)`. The runtime computes the same loss from one micro-batch at a time, with the vocabulary sharded over
 tensor-parallel ranks, so it needs the loss as a function of single tokens, a `TokenLoss`. The loss of the batch is
-the sum over all label tokens, divided by their number, or by the `num_items_in_batch` that the script passes.
+the sum over all label tokens, divided by their number, or by the `num_items_in_batch` that the script passes. A loss
+with another reduction cannot be registered.
 
 transformers' own `ForCausalLMLoss` is known: the runtime computes it with `vocab_parallel_cross_entropy`. For another
 loss:
@@ -17,7 +18,7 @@ loss:
     register_token_loss(my_loss, my_token_loss)
     model.loss_function = my_loss
 
-`tests/runtime/engine/test_custom_loss.py` does so with a z-loss.
+docs/adding-a-loss.md does so with a z-loss, tests/runtime/engine/test_custom_loss.py compares it with the plain loop.
 """
 
 from collections.abc import Callable
@@ -31,12 +32,17 @@ TokenLoss = Callable[[torch.Tensor, torch.Tensor, Any, int], torch.Tensor]
 """The loss of each token `[...]`, in float32 at least, differentiable with respect to the logits.
 
 Called with:
-- the logits `[..., local vocabulary]` of this rank's part of the vocabulary,
-- the labels `[...]`, which belong to the logits at the same positions; where they are -100 the loss has to be 0,
+- the logits `[..., local vocabulary]` of this rank's part of the vocabulary, which may be empty,
+- the labels `[...]`, already shifted: each is the token to predict from the logits at its position, or -100, where the
+  loss has to be 0,
 - the `torch.distributed.ProcessGroup` of the ranks that hold the other parts, None where this rank holds them all,
 - the size of the whole vocabulary.
 
-The ranks of the group call it together, and each must return the same losses.
+The ranks of the group call it together. Each returns the same losses, and the backward pass gives each the gradient
+with respect to its own logits. `vocab_parallel_cross_entropy` and `vocab_parallel_logsumexp`
+(moreh/runtime/tensor/vocab_parallel.py) do both. A sum over ranks goes through `reduce_from_tp`
+(moreh/runtime/tensor/collectives.py): its backward pass is the identity, where that of
+`torch.distributed.nn.functional.all_reduce` would sum the gradients once more.
 """
 
 _token_losses: list[tuple[Callable[..., Any], TokenLoss]] = []

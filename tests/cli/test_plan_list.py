@@ -32,7 +32,7 @@ def test_wide_table_shows_the_best_plans_of_the_search(plan, model):
     assert headers == [column.header for column in PLAN_COLUMNS]
     assert [row[0] for row in rows] == [str(rank) for rank in range(1, 11)]
     assert [row[1] for row in rows] == [plan_text(best.plan) for best in result.best]
-    assert [row[6] for row in rows] == [best.parts.limit for best in result.best]
+    assert [row[6] for row in rows] == [best.parts.largest_overhead for best in result.best]
     for row in rows:
         assert re.fullmatch(r"[\d.]+ GiB \(\d+%\)", row[2])
         assert re.fullmatch(r"[\d,.]+ m?s", row[3])

@@ -123,4 +123,4 @@ def test_only_the_last_models_are_kept_in_memory():
     fast_path = FastPath(DEFAULT_OPTIONS)
     for _ in range(6):
         call(llama(), fast_path)
-    assert len(fast_path._known) == 4
+    assert len(fast_path._runners) == 4

@@ -10,7 +10,7 @@ FAMILY = Family(
             "self_attn",
             "q_proj k_proj v_proj",
             "o_proj",
-            cross_head_norms=("self_attn.q_norm", "self_attn.k_norm"),
+            cross_rank_norms=("self_attn.q_norm", "self_attn.k_norm"),
         ),
         GATED_MLP,
     ),

@@ -3,15 +3,16 @@
 A decoder whose family is not here trains too, under pipelines and sharding; it is not tensor parallel or packed, and
 transformers builds it where a plan is made for its configuration.
 
-To add a family, add a line to `_BUILT_IN`. If it splits its layers in a way of its own, or is to be planned without
-transformers, give it a file next to this one, named like its model type, with the record `FAMILY`. Then add it to
-tests/helpers/models/family_settings.py: tests compare each fact with the model's own forward pass on one process.
+docs/adding-a-family.md adds one: a line of `_BUILT_IN`, or, if the family splits its layers in a way of its own or is
+to be planned without transformers, a file next to this one, named like its model type, with the record `FAMILY`. Each
+has an entry in tests/helpers/models/family_settings.py: tests compare each fact with the model's own forward pass on one process.
 """
 
 from collections.abc import Mapping
 from types import MappingProxyType
 
 from moreh.models.families import (
+    bitnet,
     bloom,
     codegen,
     falcon,
@@ -40,6 +41,7 @@ from moreh.models.families.tp_blocks import FUSED_GATED_MLP, GATED_MLP, SEPARATE
 _BUILT_IN = (
     Family("apertus", FROM_TRANSFORMERS, packable=True),
     Family("arcee", FROM_TRANSFORMERS, packable=True),
+    bitnet.FAMILY,
     bloom.FAMILY,
     codegen.FAMILY,
     Family("cohere", FROM_TRANSFORMERS, packable=True),

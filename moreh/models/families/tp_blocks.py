@@ -75,8 +75,8 @@ class TPBlock:
     """Keyword arguments of the attention module that have a part for each head, with how to slice them."""
     head_groups: int = 1
     """The number of groups of heads that are each split over the ranks: the ranks must divide a group's heads."""
-    cross_head_norms: tuple[str, ...] = ()
-    """RMS norms over the features of all heads together, of which each rank has a part only."""
+    cross_rank_norms: tuple[str, ...] = ()
+    """RMS norms like Llama's over split features: those of all heads together, or a feed-forward network's inner ones."""
 
 
 def attention_block(module: str, columns: str, row: str, chunks: ChunkSizes = split_none, **options: Any) -> TPBlock:
@@ -93,10 +93,16 @@ def attention_block(module: str, columns: str, row: str, chunks: ChunkSizes = sp
     )
 
 
-def mlp_block(module: str, columns: str, row: str, chunks: ChunkSizes = split_none) -> TPBlock:
-    """A feed-forward network in `module`; `columns` (separated by spaces) and `row` are names within it."""
+def mlp_block(module: str, columns: str, row: str, chunks: ChunkSizes = split_none, **options: Any) -> TPBlock:
+    """A feed-forward network in `module`; `columns` (separated by spaces) and `row` are names within it.
+
+    `options` are further fields of TPBlock.
+    """
     return TPBlock(
-        entry=module, columns={f"{module}.{name}": chunks for name in columns.split()}, row=f"{module}.{row}"
+        entry=module,
+        columns={f"{module}.{name}": chunks for name in columns.split()},
+        row=f"{module}.{row}",
+        **options,
     )
 
 

@@ -235,4 +235,4 @@ class _FsdpReduceScatter(ReduceScatter):
                 f"FSDP asked for a reduce-scatter with op={op}, async_op={async_op}: this one supports op=SUM, "
                 "async_op=False; run with the torch release that this package was tested with"
             )
-        reduce_scatter(output_tensor, input_tensor, group)
+        reduce_scatter(output_tensor, input_tensor, group, "fsdp_reduce_scatter")

@@ -99,9 +99,9 @@ def _install_block(
         _split_heads(entry, block, decoder, state)
         if dropout:
             entry.register_forward_pre_hook(_enter_attention(state))
-    for name in block.cross_head_norms:
+    for name in block.cross_rank_norms:
         norm = layer.get_submodule(name)
-        norm.forward = MethodType(_cross_head_norm_forward(state), norm)
+        norm.forward = MethodType(_cross_rank_norm_forward(state), norm)
     for name in block.columns:
         matrix = base_matrix(layer.get_submodule(name))
         if not isinstance(matrix, nn.Linear):
@@ -187,14 +187,21 @@ def _row_forward(
     return forward
 
 
-def _cross_head_norm_forward(state: TensorParallelState) -> Callable[[Any, torch.Tensor], torch.Tensor]:
+def _cross_rank_norm_forward(state: TensorParallelState) -> Callable[[Any, torch.Tensor], torch.Tensor]:
     """Llama's RMSNorm over the features of all ranks, in float32 as in transformers, of which each rank has a part."""
+    num_features: int | None = None
 
     def forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+        nonlocal num_features
+        if num_features is None:
+            # Ranks may have different numbers of features.
+            count = torch.tensor(hidden_states.shape[-1], device=hidden_states.device)
+            dist.all_reduce(count, group=state.group)
+            num_features = int(count)
         x_fp32 = hidden_states.to(torch.float32)
-        local_variance = x_fp32.pow(2).mean(-1, keepdim=True) / state.group.size()
+        sum_of_squares = reduce_from_tp(x_fp32.pow(2).sum(-1, keepdim=True), state.group)
         # Each rank normalizes its own features with the sum: the gradients of these uses are summed in turn.
-        variance = copy_to_tp(reduce_from_tp(local_variance, state.group), state.group)
+        variance = copy_to_tp(sum_of_squares, state.group) / num_features
         return (self.weight * (x_fp32 * torch.rsqrt(variance + self.variance_epsilon))).to(hidden_states.dtype)
 
     return forward

@@ -11,9 +11,13 @@
 The first two are those of tensor parallelism, https://arxiv.org/abs/1909.08053: ranks that compute with the same
 tensor have partial gradients of it. The others do the same to parts of a sequence, https://arxiv.org/abs/2205.05198.
 
-Ranks must call them in the same order. All of them work on gloo and NCCL, with tensors of any memory layout. Each is a
-span of moreh/trace.py with the bytes of this rank's whole tensor: the input of an all-reduce and a reduce-scatter, the
-output of an all-gather.
+moreh/runtime/tensor/apply.py calls them for the matrices of a layer and after the final norm, vocab_parallel.py for
+the embedding.
+
+Ranks must call them in the same order. All of them work on gloo and NCCL, with tensors of any memory layout. Each
+collective is a span of moreh/trace.py, named after its function (`reduce_from_tp`, or `copy_to_tp_backward` in the
+backward pass), with the bytes of this rank's whole tensor: the input of an all-reduce and a reduce-scatter, the output
+of an all-gather.
 """
 
 from typing import Any
@@ -49,13 +53,13 @@ def scatter_to_sp(x: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.
     return _ScatterToSP.apply(x, dim, group)  # type: ignore[no-untyped-call]
 
 
-def reduce_scatter(out: torch.Tensor, parts: torch.Tensor, group: dist.ProcessGroup) -> None:
-    """Write to `out` the sum over the ranks of their `parts` for this rank, without autograd.
+def reduce_scatter(out: torch.Tensor, parts: torch.Tensor, group: dist.ProcessGroup, span_name: str) -> None:
+    """Write to `out` the sum over the ranks of their `parts` for this rank, without autograd, in a span of that name.
 
     `parts` has the shape of `out` for each rank, in order and contiguous. gloo's reduce-scatter is an all-reduce of all
     parts, which moves twice as much: on CPUs an all-to-all sends each rank its parts, and the rank sums them.
     """
-    with trace.span("reduce_scatter", bytes=parts.nbytes):
+    with trace.span(span_name, bytes=parts.nbytes):
         if parts.device.type != "cpu":
             dist.reduce_scatter_single(out, parts.view(-1, *out.shape[1:]), group=group)
             return
@@ -64,19 +68,19 @@ def reduce_scatter(out: torch.Tensor, parts: torch.Tensor, group: dist.ProcessGr
         torch.sum(received.view(group.size(), *out.shape), 0, out=out)
 
 
-def _all_reduce(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+def _all_reduce(x: torch.Tensor, group: dist.ProcessGroup, span_name: str) -> torch.Tensor:
     """The sum over the ranks as a new tensor."""
     out = x.clone(memory_format=torch.contiguous_format)
-    with trace.span("all_reduce", bytes=out.nbytes):
+    with trace.span(span_name, bytes=out.nbytes):
         dist.all_reduce(out, group=group)
     return out
 
 
-def _all_gather(x: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Tensor:
+def _all_gather(x: torch.Tensor, dim: int, group: dist.ProcessGroup, span_name: str) -> torch.Tensor:
     """The parts of all ranks concatenated along `dim`: [..., n, ...] -> [..., world_size * n, ...]."""
     size, dim = group.size(), dim % x.dim()
     gathered = x.new_empty(size * x.shape[0], *x.shape[1:])
-    with trace.span("all_gather", bytes=gathered.nbytes):
+    with trace.span(span_name, bytes=gathered.nbytes):
         dist.all_gather_single(gathered, x.contiguous(), group=group)
     if dim == 0:
         return gathered
@@ -85,12 +89,12 @@ def _all_gather(x: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Te
     return gathered.unflatten(0, (size, x.shape[0])).movedim(0, dim).flatten(dim, dim + 1).contiguous()
 
 
-def _reduce_scatter(x: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Tensor:
+def _reduce_scatter(x: torch.Tensor, dim: int, group: dist.ProcessGroup, span_name: str) -> torch.Tensor:
     """This rank's part along `dim` of the sum over the ranks: [..., world_size * n, ...] -> [..., n, ...]."""
     size, dim = group.size(), dim % x.dim()
     parts = x.unflatten(dim, (size, -1)).movedim(dim, 0).contiguous()
     out = parts.new_empty(parts.shape[1:])
-    reduce_scatter(out, parts, group)
+    reduce_scatter(out, parts, group, span_name)
     return out
 
 
@@ -108,14 +112,14 @@ class _CopyToTP(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor, None]:
         # Not in place: autograd may have given the same tensor to another user of `x`.
-        return _all_reduce(grad_output, ctx.group), None
+        return _all_reduce(grad_output, ctx.group, "copy_to_tp_backward"), None
 
 
 class _ReduceFromTP(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
         # Not in place: selective recomputation saves the matmul's result `x` and sums it again.
-        return _all_reduce(x, group)
+        return _all_reduce(x, group, "reduce_from_tp")
 
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor, None]:
@@ -126,22 +130,22 @@ class _GatherFromSP(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Tensor:
         ctx.dim, ctx.group = dim, group
-        return _all_gather(x, dim, group)
+        return _all_gather(x, dim, group, "gather_from_sp")
 
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return _reduce_scatter(grad_output, ctx.dim, ctx.group), None, None
+        return _reduce_scatter(grad_output, ctx.dim, ctx.group, "gather_from_sp_backward"), None, None
 
 
 class _ReduceScatterToSP(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.Tensor:
         ctx.dim, ctx.group = dim, group
-        return _reduce_scatter(x, dim, group)
+        return _reduce_scatter(x, dim, group, "reduce_scatter_to_sp")
 
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return _all_gather(grad_output, ctx.dim, ctx.group), None, None
+        return _all_gather(grad_output, ctx.dim, ctx.group, "reduce_scatter_to_sp_backward"), None, None
 
 
 class _ScatterToSP(torch.autograd.Function):
@@ -152,4 +156,4 @@ class _ScatterToSP(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return _all_gather(grad_output, ctx.dim, ctx.group), None, None
+        return _all_gather(grad_output, ctx.dim, ctx.group, "scatter_to_sp_backward"), None, None

@@ -186,7 +186,7 @@ def _split_block(layer: nn.Module, block: TPBlock, shape: AttentionShape, names:
     for lora_a, lora_b in lora_pairs(row):
         splits[id(lora_a.weight)] = TPSplit(1, split.chunk_sizes)
         summed.add(id(lora_b.weight))
-    for name in block.cross_head_norms:
+    for name in block.cross_rank_norms:
         weight = layer.get_parameter(f"{name}.weight")
         splits[id(weight)] = TPSplit(0, (weight.shape[0],))
     for name, parameter in layer.get_submodule(block.entry).named_parameters():

@@ -31,6 +31,20 @@ def vocab_parallel_cross_entropy(
     return _VocabParallelCrossEntropy.apply(local_logits, labels, group, vocabulary_size)  # type: ignore[no-untyped-call]
 
 
+def vocab_parallel_logsumexp(local_logits: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """log(sum(exp(logits))) over the whole vocabulary, in float32 at least, with a gradient: [...].
+
+    `local_logits` [..., local_vocabulary] and `group` are those of `vocab_parallel_cross_entropy`.
+    """
+    logits = _at_least_fp32(local_logits)
+    if group is None:
+        return torch.logsumexp(logits, -1)
+    largest = logits.detach().amax(-1) if logits.shape[-1] > 0 else logits.new_full(logits.shape[:-1], float("-inf"))
+    with trace.span("all_reduce_max_logit", bytes=largest.nbytes):
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+    return largest + reduce_from_tp(torch.exp(logits - largest.unsqueeze(-1)).sum(-1), group).log()
+
+
 def gather_logits(local_logits: torch.Tensor, group: dist.ProcessGroup | None, vocabulary_size: int) -> torch.Tensor:
     """The logits of the whole vocabulary on every rank, without a gradient: [..., vocabulary]."""
     if group is None:
@@ -39,7 +53,7 @@ def gather_logits(local_logits: torch.Tensor, group: dist.ProcessGroup | None, v
     longest = shard_range(vocabulary_size, group.size(), 0)[1]
     padded = functional.pad(local_logits.detach(), (0, longest - local_logits.shape[-1])).contiguous()
     gathered = padded.new_empty(group.size() * padded.numel())
-    with trace.span("all_gather", bytes=gathered.nbytes):
+    with trace.span("all_gather_logits", bytes=gathered.nbytes):
         dist.all_gather_single(gathered, padded.view(-1), group=group)
     return gathered.view(group.size(), *padded.shape).movedim(0, -2).flatten(-2)[..., :vocabulary_size]
 
@@ -91,10 +105,10 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         logsumexp, local_share = local_logsumexp, None
         if group is not None:
             largest = local_logsumexp.clone()
-            with trace.span("all_reduce", bytes=largest.nbytes):
+            with trace.span("all_reduce_max_logit", bytes=largest.nbytes):
                 dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
             sums = torch.stack([torch.exp(local_logsumexp - largest), label_logits])
-            with trace.span("all_reduce", bytes=sums.nbytes):
+            with trace.span("all_reduce_cross_entropy", bytes=sums.nbytes):
                 dist.all_reduce(sums, group=group)
             logsumexp, label_logits = largest + sums[0].log(), sums[1]
             # The probability of this rank's rows together.

@@ -30,6 +30,14 @@ class FamilyCases:
 FAMILY_CASES = {
     "apertus": FamilyCases(),
     "arcee": FamilyCases(),
+    "bitnet": FamilyCases(
+        # Four ranks have unequal parts of 30 inner features, over which a norm goes.
+        tensor_parallel=(HEADS, HEADS | {"intermediate_size": 30}),
+        architecture=(
+            {"num_key_value_heads": 2},
+            {"num_key_value_heads": 4, "attention_bias": True, "tie_word_embeddings": True, "attention_dropout": 0.1},
+        ),
+    ),
     "bloom": FamilyCases(
         architecture=(
             {},

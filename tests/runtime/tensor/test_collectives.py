@@ -99,11 +99,11 @@ def spans_of(name, *args):
 
 # A tensor [4, 6] in float32 has 96 bytes, twice as many gathered from two ranks.
 SPANS = {
-    ("copy_to_tp",): [("all_reduce", 96)],
-    ("reduce_from_tp",): [("all_reduce", 96)],
-    ("gather_from_sp", 1): [("all_gather", 192), ("reduce_scatter", 192)],
-    ("reduce_scatter_to_sp", 1): [("reduce_scatter", 96), ("all_gather", 96)],
-    ("scatter_to_sp", 1): [("all_gather", 96)],
+    ("copy_to_tp",): [("copy_to_tp_backward", 96)],
+    ("reduce_from_tp",): [("reduce_from_tp", 96)],
+    ("gather_from_sp", 1): [("gather_from_sp", 192), ("gather_from_sp_backward", 192)],
+    ("reduce_scatter_to_sp", 1): [("reduce_scatter_to_sp", 96), ("reduce_scatter_to_sp_backward", 96)],
+    ("scatter_to_sp", 1): [("scatter_to_sp_backward", 96)],
 }
 
 

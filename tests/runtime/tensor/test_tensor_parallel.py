@@ -132,7 +132,9 @@ def compare_broken(breakage, sequence_parallel):
         "gradients of partial results summed": lambda: mock.patch.object(
             collectives._ReduceFromTP,
             "backward",
-            staticmethod(lambda ctx, grad_output: (collectives._all_reduce(grad_output, tensor_group(2)), None)),
+            staticmethod(
+                lambda ctx, grad_output: (collectives._all_reduce(grad_output, tensor_group(2), "twice"), None)
+            ),
         ),
         "bias added on every rank": lambda: mock.patch.object(
             tensor_parallel,
