@@ -38,6 +38,11 @@ def span(name: str, bytes: int | None = None) -> AbstractContextManager[Any]:
     return _LoggedSpan(name, bytes, recorded) if _logs_spans else recorded
 
 
+def logs_spans() -> bool:
+    """Whether spans are logged, as MOREH_TRACE=1 asks for."""
+    return _logs_spans
+
+
 def check_variable() -> None:
     """Check the environment variable.
 

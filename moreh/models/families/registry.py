@@ -5,7 +5,8 @@ transformers builds it where a plan is made for its configuration.
 
 docs/adding-a-family.md adds one: a line of `_BUILT_IN`, or, if the family splits its layers in a way of its own or is
 to be planned without transformers, a file next to this one, named like its model type, with the record `FAMILY`. Each
-has an entry in tests/helpers/models/family_settings.py: tests compare each fact with the model's own forward pass on one process.
+has an entry in tests/helpers/models/family_settings.py: tests compare each fact with the model's own forward pass on
+one process.
 """
 
 from collections.abc import Mapping

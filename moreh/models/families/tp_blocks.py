@@ -76,7 +76,7 @@ class TPBlock:
     head_groups: int = 1
     """The number of groups of heads that are each split over the ranks: the ranks must divide a group's heads."""
     cross_rank_norms: tuple[str, ...] = ()
-    """RMS norms like Llama's over split features: those of all heads together, or a feed-forward network's inner ones."""
+    """RMS norms like Llama's over split features: of all heads together, or of a feed-forward network."""
 
 
 def attention_block(module: str, columns: str, row: str, chunks: ChunkSizes = split_none, **options: Any) -> TPBlock:

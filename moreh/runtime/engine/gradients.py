@@ -31,7 +31,12 @@ def collect_grads(model: ParallelModel) -> dict[str, torch.Tensor]:
 
 
 def _reduce(model: ParallelModel, grads: dict[str, torch.Tensor]) -> None:
-    """Sum gradients in place: partial ones over tensor-parallel ranks, all over data-parallel ranks, tied ones."""
+    """Sum gradients in place.
+
+    - Over tensor-parallel ranks: partial ones, of parameters that every rank has whole and uses for a part of its input.
+    - Over data-parallel ranks: all, unless FSDP has done so in the backward pass.
+    - Over pipeline stages: those of tied parameters.
+    """
     local = {name: local_tensor(grad) for name, grad in grads.items()}
     if model.plan.tensor > 1:
         partial = [local[name] for name in local if name in model.partial_grads]

@@ -16,10 +16,12 @@ import psutil
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but not for mypy
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, SubprocessContext, start_processes
 
+from moreh import trace
 from moreh.accelerator.job import local_job
 from moreh.accelerator.registry import end_job, read_registry
 from moreh.accelerator.state_files import state_directory
 from moreh.errors import MorehError, OptionError, RegistryError
+from moreh.log import logger
 from moreh.runtime.launch import bootstrap
 from moreh.runtime.launch.exit_report import error_path, joined_path, log_path, make_report, print_errors
 from moreh.runtime.launch.supervisor import LaunchResult, SignalQueue, supervise
@@ -37,8 +39,8 @@ def launch(workers: int, start_directory: str) -> NoReturn:
     """Run the command line of this process in several workers, with the variables that torchrun sets as well.
 
     Worker 0 has this process's console. What the others write goes to a log each, in a directory that is kept if a
-    worker fails. This process stays the accelerator's job, passes signals on to the workers, says which one failed,
-    and ends with their exit code, without returning to the script.
+    worker fails, or with MOREH_TRACE=1. This process stays the accelerator's job, passes signals on to the workers,
+    says which one failed, and ends with their exit code, without returning to the script.
 
     Raises:
         OptionError: there is no script that could be started again.
@@ -53,7 +55,9 @@ def launch(workers: int, start_directory: str) -> NoReturn:
         result = _run(command, workers, start_directory, logs, signals)
         lines, exit_code = make_report(result, logs)
         print_errors(lines)
-        if exit_code == 0:
+        if exit_code == 0 and trace.logs_spans():
+            logger.info("The traces of the other workers are in %s.", logs)
+        elif exit_code == 0:
             shutil.rmtree(logs, ignore_errors=True)
         with contextlib.suppress(MorehError):
             end_job(job.id)

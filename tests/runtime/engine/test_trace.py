@@ -3,6 +3,7 @@
 import logging
 import re
 from contextlib import nullcontext
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -73,10 +74,15 @@ def test_other_values_of_the_variable_are_refused(monkeypatch):
         torch.moreh.option.enable_advanced_parallelization()
 
 
-def test_two_workers_log_on_the_console_of_the_first(run_python):
-    lines = lines_of(run_python(SCRIPT, MOREH_TRACE="1", MOREH_WORKERS="2").stdout)
+def test_two_workers_log_on_the_console_of_the_first_and_in_a_file(run_python):
+    finished = run_python(SCRIPT, MOREH_TRACE="1", MOREH_WORKERS="2")
+    lines = lines_of(finished.stdout)
     names = [name for _, _, name, _ in lines]
     assert {rank for rank, *_ in lines} == {0}
+    (directory,) = re.findall(r"The traces of the other workers are in (\S+)\.$", finished.stdout, re.M)
+    other_lines = lines_of(Path(directory, "rank1.log").read_text())
+    assert {rank for rank, *_ in other_lines} == {1}
+    assert "shard_model" in [name for _, _, name, _ in other_lines]
     assert names.count("choose_plan") == names.count("shard_model") == 1
     assert names.count("check_inputs") == names.count("accumulate_grads") == 2
 
