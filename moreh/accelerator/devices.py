@@ -3,11 +3,11 @@
 A new kind of device is one more entry of that file; the planner and the tools find it there.
 """
 
-import json
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from moreh.accelerator.catalog import check_entry, declared_fields, read_catalog
 from moreh.errors import AcceleratorError
 
 _DATA = Path(__file__).parent / "data" / "devices.json"
@@ -58,9 +58,31 @@ class Device:
 
 @cache
 def all_devices() -> dict[str, Device]:
-    """Every kind of device, by name."""
-    table = json.loads(_DATA.read_text(encoding="utf-8"))
-    return {name: Device(name=name, **row) for name, row in table.items()}
+    """Every kind of device, by name.
+
+    Raises:
+        AcceleratorError: an entry of `data/devices.json` cannot be right.
+    """
+    devices = {}
+    for name, entry in read_catalog(_DATA).items():
+        check_entry(_DATA, name, entry, declared_fields(Device, "name"))
+        devices[name] = Device(name=name, **entry)
+        _check_packages(devices[name])
+    return devices
+
+
+def _check_packages(device: Device) -> None:
+    where = f"{_DATA.name}, entry {device.name!r}"
+    if (device.devices_per_package > 1) != (device.package_bytes_per_second is not None):
+        raise AcceleratorError(
+            f"{where}: package_bytes_per_second is {device.package_bytes_per_second} with devices_per_package "
+            f"{device.devices_per_package}; allowed is a rate where a package has several devices, else null"
+        )
+    if device.devices_per_node % device.devices_per_package:
+        raise AcceleratorError(
+            f"{where}: devices_per_node is {device.devices_per_node}; allowed is a multiple of devices_per_package, "
+            f"{device.devices_per_package}"
+        )
 
 
 def find_device(name: str) -> Device:

@@ -62,8 +62,11 @@ class Bill:
 
 
 def compare_flavors(request: Request) -> tuple[FlavorPlan, ...]:
-    """The best plan of the request's training on each accelerator."""
-    return tuple(_best_on(flavor, request) for flavor in all_flavors())
+    """The best plan of the request's training on each accelerator of the request's kind of device.
+
+    Device-hours of other devices would be no measure of cost.
+    """
+    return tuple(_best_on(flavor, request) for flavor in all_flavors() if flavor.device == request.device)
 
 
 def bill(row: FlavorPlan, dataset_tokens: float, price: float | None) -> Bill | None:

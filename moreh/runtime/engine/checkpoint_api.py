@@ -1,4 +1,4 @@
-"""Checkpoints of a script's training, whether its model is sharded or not: `training_state` saves and loads them."""
+"""Checkpoints of a training run, whether its model is sharded or not: `training_state` saves and loads them."""
 
 import os
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from moreh.runtime.engine.registry import runner_of
 from moreh.runtime.launch.world import current_world
 from moreh.trace import span
 
-# In the `__dict__` of a model that several workers have not sharded yet: the checkpoint to read once they do.
+# A key in the `__dict__` of a model that is not sharded yet: the checkpoint to read when it is sharded.
 _PENDING = "_moreh_pending_checkpoint"
 
 
@@ -30,10 +30,12 @@ def save_training(
 ) -> Future[None]:
     """Write weights, optimizer states and `extra` while training goes on; collective.
 
-    The directory gets its name once everything is in it. The future's result raises what went wrong.
+    The directory gets its name once it is complete. `result()` of the future raises the error of a failed write.
 
     Raises:
-        OptionError: several workers have not sharded the model yet, so there is no training to save.
+        OptionError: several workers have not sharded the model yet, so there is no training state to save.
+        CheckpointError: an optimizer has state that cannot be sharded as its parameter is.
+        TypeError: `extra` has something in it that is no number, string or tensor, nor a list, tuple or dict of these.
     """
     with span("save_training"):  # the part that the training waits for; the files are written in the background
         runner = runner_of(model)
@@ -55,11 +57,11 @@ def save_training(
 def load_training(model: nn.Module, optimizers: Sequence[Optimizer], directory: str | os.PathLike[str]) -> Any:
     """Read what `save_training` wrote, under any plan and number of workers, and return `extra`; collective.
 
-    Several workers that have not sharded the model yet read weights and optimizer states when they do, each its own
-    shards.
+    If several workers have not sharded the model yet, the weights and optimizer states are read when they do. Each
+    worker then reads its own shards.
 
     Raises:
-        CheckpointError: there is no complete checkpoint, or it is of another model or optimizer.
+        CheckpointError: there is no complete checkpoint, or the checkpoint is of another model or optimizer.
     """
     with span("load_training"):
         runner = runner_of(model)
@@ -76,7 +78,7 @@ def load_training(model: nn.Module, optimizers: Sequence[Optimizer], directory: 
 
 
 def load_pending(model: nn.Module) -> None:
-    """Read the checkpoint that `load_training` has put off into a model that was just sharded."""
+    """Load the checkpoint that `load_training` deferred, if any, into a model that was just sharded; collective."""
     pending = model.__dict__.pop(_PENDING, None)
     if pending is not None:
         directory, optimizers = pending
@@ -84,7 +86,7 @@ def load_pending(model: nn.Module) -> None:
 
 
 def is_waiting_for_state(model: nn.Module) -> bool:
-    """Whether a model that is not sharded yet lacks the weights of the checkpoint that its training resumes from."""
+    """Whether `load_training` has deferred a model's checkpoint until the model is sharded."""
     return _PENDING in model.__dict__
 
 

@@ -1,6 +1,6 @@
-"""Chooses the plan of a training: for the accelerator, with the platform's log lines and files, and for this machine.
+"""Chooses two plans for a training run: the accelerator's, with the platform's log and files, and this machine's.
 
-Called by the hook before the first training batch of a model. The search itself is the planner's.
+The hook calls this module before a model's first training batch. The planner does the search.
 """
 
 from collections.abc import Callable
@@ -27,11 +27,11 @@ from moreh.runtime.tensor.partition import max_tensor_parallel, sequence_paralle
 
 SELECTED_CONFIG = "advanced_parallelization_selected_config.dump"
 DETAILED_LOG = "autoconfig_log.dump"
-# Plans that the detailed log lists.
+# How many plans the detailed log lists.
 NUM_DETAILED_PLANS = 50
-# With fewer tokens in a micro-batch, starting a matmul or another kernel costs more than it computes.
+# In a smaller micro-batch, launching a kernel takes longer than the kernel computes.
 MIN_MICROBATCH_TOKENS = 4096
-# How much slower than the fastest a plan with smaller micro-batches may be: it needs less memory.
+# How many times the fastest plan's step time a plan with smaller micro-batches may take, because it needs less memory.
 MAX_SLOWDOWN = 1.05
 
 
@@ -53,7 +53,7 @@ def select_plan(
     variables: PlannerVariables,
     log: Callable[[str], None],
 ) -> Selection:
-    """Search the best plan for an accelerator; log the platform's lines and write its files to the current directory.
+    """Search for an accelerator's best plan; log the platform's lines and write its files to the current directory.
 
     Raises:
         PlanError: no plan divides the batch under the constraints.
@@ -94,7 +94,7 @@ def select_plan(
 
 
 def _write(path: Path, lines: list[str], log: Callable[[str], None]) -> None:
-    """Write a file of the log. A directory that cannot be written does not end a training."""
+    """Write a file of the log. A file that cannot be written is logged and does not stop the training run."""
     try:
         path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     except OSError as error:
@@ -144,11 +144,11 @@ def _detailed_line(rank: int, prediction: Prediction) -> str:
 
 
 def predicted_use(prediction: Prediction, devices: int) -> PredictedUse:
-    """What moreh-smi shows of a plan: the memory of all devices together and of each, and their utilization."""
+    """What moreh-smi shows of a plan: the memory of all devices together and of each in bytes, and the utilization."""
     devices_per_rank = prediction.plan.devices // prediction.plan.pipeline
     names = DeviceMemory.__dataclass_fields__
     total = {name: round(devices_per_rank * sum(getattr(rank, name) for rank in prediction.memory)) for name in names}
-    # Pipeline ranks are the farthest apart, so the devices of a stage follow each other.
+    # Pipeline ranks are the outermost dimension, so the devices of one pipeline rank are consecutive.
     used = [round(rank.total) for rank in prediction.memory for _ in range(devices_per_rank)]
     device_bytes = (*used, *[0] * (devices - len(used)))
     utilization = (prediction.parts.computation_s + prediction.parts.recomputation_s) / prediction.step_time_s
@@ -163,8 +163,8 @@ def predicted_use(prediction: Prediction, devices: int) -> PredictedUse:
 def select_local_plan(training: Training, options: ParallelOptions, *, bfloat16: bool) -> Prediction:
     """The plan for this machine's one worker: the rows of a micro-batch, and recomputation or none.
 
-    Of the plans that fit the memory and are hardly slower than the fastest, the one that needs the least memory. If
-    none fits, the one that needs the least of all.
+    Of the plans that fit the memory and take at most `MAX_SLOWDOWN` times the fastest plan's time, it is the one that
+    needs the least memory. If no plan fits, it is the one that needs the least memory of all.
     """
     environment = measured_environment(1, TRANSFORMERS_AUTOCAST if bfloat16 else TRANSFORMERS)
     layers = (len(training.architecture.layers),)
@@ -187,7 +187,7 @@ def select_local_plan(training: Training, options: ParallelOptions, *, bfloat16:
 
 
 def within_runtime_limits(constraints: Constraints, model: nn.Module) -> Constraints:
-    """The constraints, and those that the model's tensor parallelism puts on what workers can carry out."""
+    """The constraints, narrowed to the tensor and sequence parallelism that the runtime supports for the model."""
     max_tensor = max_tensor_parallel(model)
     has_sequence_parallel = max_tensor > 1 and sequence_parallel_refusal(model, max_tensor) is None
     return replace(constraints, max_tensor=max_tensor, sequence_parallel=None if has_sequence_parallel else False)
@@ -204,7 +204,7 @@ def select_worker_plan(
 ) -> Prediction:
     """The fastest plan that this machine's workers can carry out for a model and that fits their memory.
 
-    A batch with too few rows is filled up with empty ones.
+    If no plan divides the batch, it is planned with empty rows up to a multiple of the number of workers.
 
     Raises:
         PlanError: no plan divides the model under the options, or none fits the memory of the machine.

@@ -1,4 +1,4 @@
-"""The loss of a model that is whole on every worker: each worker computes a part of the rows."""
+"""The loss of a model that is not sharded: every worker has the whole model and computes a part of the rows."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ from moreh.trace import span
 
 
 def evaluate_unsharded(model: Any, inputs: ModelInputs, world: World) -> LossOutput:
-    """The mean loss of a batch, without gradients; collective.
+    """The mean loss of a batch, without gradients: a scalar in the logits' dtype, float32 at least; collective.
 
     Raises:
         WorkerError: the workers were given different batches.

@@ -1,7 +1,7 @@
 """Computes a batch on one worker as each of several workers computes its rows: in micro-batches, without padding.
 
-`SingleWorkerHook` asks it about every call with labels. Calls that it does not know to be equal, and models that it
-does not know how to split, are left to the model's own forward pass, as without the hook.
+`SingleWorkerHook` asks it about every call with labels. As without the hook, the model's own forward pass computes a
+call whose loss might come out different here, and a model that cannot be split into parts.
 """
 
 from typing import Any
@@ -31,16 +31,16 @@ from moreh.trace import span
 
 # Arguments that only the model's own forward pass takes.
 _WHOLE_INPUTS = ("past_key_values", "logits_to_keep", "inputs_embeds")
-# A runner keeps its model in memory, so only those of the last models are kept.
+# A runner keeps its model in memory, so only the most recent runners are kept.
 _MAX_RUNNERS = 4
 
 
 class FastPath:
-    """The runners of the last models that this process has computed; None for a model that is computed as it is."""
+    """The runners of the most recent models; None for a model that its own forward pass computes."""
 
     def __init__(self, options: ParallelOptions) -> None:
         self._options = options
-        # Each with the ids of the modules and parameters that the model had.
+        # With each runner, the ids of the modules and parameters that its model had.
         self._runners: dict[nn.Module, tuple[list[int], ModelRunner | None]] = {}
 
     def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], max_tokens: int) -> Any:
@@ -69,7 +69,7 @@ class FastPath:
             if _versions(module, args, kwargs) != versions:
                 raise OptionError(
                     "outputs other than the loss are computed when they are asked for, and the weights or inputs have "
-                    "changed since the call: read them before the optimizer's step"
+                    "changed since the call: read these outputs before the optimizer's step"
                 )
             with torch.no_grad():
                 outputs: Any = module(*args, **{**kwargs, "labels": None})
@@ -80,7 +80,7 @@ class FastPath:
         return LazyLogitsOutput(loss=loss).with_lazy(compute_other_outputs)
 
     def _runner_for(self, module: nn.Module) -> ModelRunner | None:
-        """The model's runner, a new one if its modules have changed; None if the model is computed as it is."""
+        """The model's runner, a new one if its modules have changed; None if the model has to compute itself."""
         ids = [id(submodule) for submodule in module.modules()] + [id(parameter) for parameter in module.parameters()]
         known = self._runners.pop(module, None)
         if known is None or known[0] != ids:
@@ -108,7 +108,7 @@ def _make_runner(module: nn.Module, options: ParallelOptions) -> ModelRunner | N
 
 
 def _asks_for_the_loss(kwargs: dict[str, Any]) -> bool:
-    """Whether the call asks for nothing that only the model's own forward pass gives."""
+    """Whether the call asks for the loss only, and for no argument or output of the model's own forward pass."""
     if kwargs.get("return_dict") is False or any(kwargs.get(name) for name in WHOLE_MODEL_OUTPUTS):
         return False
     return all(kwargs.get(name) is None for name in _WHOLE_INPUTS)
@@ -117,7 +117,7 @@ def _asks_for_the_loss(kwargs: dict[str, Any]) -> bool:
 def _does_more_than_the_loss(module: nn.Module) -> bool:
     """Whether a call has effects that computing its loss from micro-batches would not have.
 
-    Only what a script may change at any time is looked at here. The rest was looked at when the model was split.
+    Only what a script may change at any time is checked here. The rest was checked when the runner was made.
     """
     if (
         unsupported_reason(module) is not None
@@ -140,7 +140,7 @@ def _versions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 
 class _NoGradient(torch.autograd.Function):
-    """Outputs that were computed after the backward pass: a loss made of them would silently lack its gradient."""
+    """Refuses a gradient through outputs that were computed after the batch's gradients: it would silently be lost."""
 
     @staticmethod
     def forward(ctx: Any, leaf: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
@@ -149,6 +149,6 @@ class _NoGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[None, None]:
         raise OptionError(
-            "a gradient through the logits of a call with labels: its gradients were computed with the loss; "
-            "call the model without labels for a loss of your own"
+            "a gradient through the logits of a call with labels: the call has computed its gradients together with "
+            "the loss; call the model without labels for a loss of your own"
         )

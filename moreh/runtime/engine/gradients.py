@@ -11,14 +11,14 @@ from moreh.runtime.engine.parallel_model import ParallelModel, local_tensor
 from moreh.runtime.sharding.dtensor_view import as_user_tensor
 from moreh.trace import span
 
-# The largest buffer that gradients are reduced in.
+# The largest buffer in which several gradients are reduced together.
 BUFFER_BYTES = 64 * 2**20
 
 
 def collect_grads(model: ParallelModel) -> dict[str, torch.Tensor]:
     """Take the gradients off the compute parameters, summed over ranks where FSDP has not done so. Collective.
 
-    Returns them by parameter name, as tensors of the kind that the rank computes with.
+    Returns the gradients by parameter name: plain tensors, or FSDP's DTensors, as the compute parameters are.
     """
     with span("collect_grads"):
         grads = {}
@@ -33,9 +33,10 @@ def collect_grads(model: ParallelModel) -> dict[str, torch.Tensor]:
 def _reduce(model: ParallelModel, grads: dict[str, torch.Tensor]) -> None:
     """Sum gradients in place.
 
-    - Over tensor-parallel ranks: partial ones, of parameters that every rank has whole and uses for a part of its input.
-    - Over data-parallel ranks: all, unless FSDP has done so in the backward pass.
-    - Over pipeline stages: those of tied parameters.
+    - Over tensor-parallel ranks: the partial gradients, of parameters that each rank has whole but uses for its own
+      heads, features or part of the sequence.
+    - Over data-parallel ranks: all gradients, unless FSDP has summed them in the backward pass.
+    - Over pipeline ranks: the gradients of tied parameters.
     """
     local = {name: local_tensor(grad) for name, grad in grads.items()}
     if model.plan.tensor > 1:
@@ -97,7 +98,7 @@ def _reduce_tied_grad(grad: torch.Tensor, model: ParallelModel, pipeline_ranks: 
 
 
 def loss_with_deferred_grads(loss: torch.Tensor, model: ParallelModel, grads: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The loss of a batch whose gradients exist already: its backward pass adds them to the script's parameters."""
+    """The loss of a batch whose gradients exist already: its backward pass adds these to the script's parameters."""
     leaf = torch.zeros((), dtype=loss.dtype, device=loss.device, requires_grad=True)
     loss_with_grads: torch.Tensor = _LossWithDeferredGrads.apply(leaf, loss, model, grads)  # type: ignore[no-untyped-call]
     return loss_with_grads
@@ -121,7 +122,7 @@ class _LossWithDeferredGrads(torch.autograd.Function):
 
 
 def accumulate_grads(model: ParallelModel, grads: dict[str, torch.Tensor], grad_output: torch.Tensor) -> None:
-    """Add gradients, times `grad_output`, to those of the parameters that the script sees. They are scaled in place."""
+    """Add `grads`, scaled in place by `grad_output`, to the gradients of the parameters that the script sees."""
     with span("accumulate_grads"):
         scale = grad_output.item()
         for name, grad in grads.items():
@@ -137,7 +138,10 @@ def accumulate_grads(model: ParallelModel, grads: dict[str, torch.Tensor], grad_
 
 
 def global_grad_norm(model: ParallelModel, grads: dict[str, torch.Tensor], norm_type: float) -> torch.Tensor:
-    """The norm of the gradients of all ranks together, each element counted once: a scalar, the same on every rank."""
+    """The norm of all ranks' gradients together, each element counted once; collective.
+
+    Returns a scalar in the model's dtype, float32 at least, with the same bits on every rank.
+    """
     mesh = model.mesh
     counted = []
     for name, grad in grads.items():
@@ -147,7 +151,7 @@ def global_grad_norm(model: ParallelModel, grads: dict[str, torch.Tensor], norm_
         is_first &= spec.fsdp_dim is not None or mesh.rank("data") == 0
         if is_first:
             counted.append(local_tensor(grad))
-    # Ranks that count nothing must return the same bits as the others.
+    # The model's dtype, not a gradient's: a rank that counts no gradient must return the same dtype as the others.
     dtype = torch.promote_types(model.dtype, torch.float32)
     norms = [torch.linalg.vector_norm(tensor, norm_type, dtype=dtype).double() for tensor in counted if tensor.numel()]
     total = torch.zeros((), dtype=torch.float64, device=mesh.device)

@@ -1,7 +1,7 @@
 """What the hook adds to the calls of models on one worker: the plan, mixed precision, and activation recomputation.
 
-It is attached to no model. It holds for models made before and after, for copies, and for parts of models that are
-called by themselves. Each call comes from `moreh/patches/module_call.py`; batches with labels go on to `FastPath`.
+The hook is attached to no model. It applies to models made before and after it, to copies, and to parts of models that
+are called on their own. Each call comes from `moreh/patches/module_call.py`. Batches with labels go on to `FastPath`.
 """
 
 import math
@@ -33,7 +33,7 @@ from moreh.trace import span
 if TYPE_CHECKING:
     from moreh.runtime.engine.fast_path import FastPath
 
-# Tokens of a micro-batch at most, in an evaluation before the first training batch has been planned.
+# The maximum number of tokens in a micro-batch of an evaluation that comes before the first training batch.
 UNPLANNED_TOKENS = 1024
 
 
@@ -50,13 +50,13 @@ class SingleWorkerHook:
         self._micro_batch_tokens: weakref.WeakKeyDictionary[torch.nn.Module, int] = weakref.WeakKeyDictionary()
         # Whether bfloat16 was chosen for a device.
         self._bfloat16_by_device: dict[torch.device, bool] = {}
-        # Whether the call that is going on computes in bfloat16.
+        # Whether the current call computes in bfloat16.
         self._in_bfloat16 = False
         self._fast_path: FastPath | None = None
 
     @contextmanager
     def around_call(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
-        """The context of a call of a model: it is prepared, planned where needed, and computed in the chosen precision.
+        """The context of a call: the model is prepared, planned where needed, and computed in the chosen precision.
 
         A model is prepared before its first call. Its training is planned before the first call with gradients, and
         again before a larger batch than it was planned for.
@@ -65,7 +65,7 @@ class SingleWorkerHook:
             self._prepare(model)
             self._prepared.add(model)
         parameter = next(model.parameters())
-        # A model of another dtype, or one that the script runs under an autocast of its own, is left as it is.
+        # A model of another dtype, or one that the script runs under an autocast of its own, keeps its precision.
         bfloat16 = parameter.dtype == torch.float32 and not inside_autocast() and self._uses_bfloat16(parameter.device)
         if torch.is_grad_enabled() and model.training and not parameter.is_meta:
             shape = _tokens_shape(args, kwargs)
@@ -77,16 +77,16 @@ class SingleWorkerHook:
             yield
 
     def after_call(self, model: torch.nn.Module, outputs: Any) -> Any:
-        """The outputs in the model's own precision. Reports to moreh-smi."""
+        """The outputs, cast to float32 if the call computed in bfloat16. Also reports the job to moreh-smi."""
         self.job.report()
         return in_float32(outputs) if self._in_bfloat16 else outputs
 
     def instead_of_call(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The loss of a batch of a language model; NotImplemented for what its own forward pass is to compute."""
+        """The loss of a batch of a language model; NotImplemented for calls that its own forward pass is to compute."""
         if kwargs.get("labels") is None:
             return NotImplemented
         if self._fast_path is None:
-            # transformers takes seconds to import. A script that calls a model with labels has most likely done so.
+            # transformers takes seconds to import. A script that calls a model with labels has most likely imported it.
             from moreh.runtime.engine.fast_path import FastPath
 
             self._fast_path = FastPath(self.options)
@@ -121,7 +121,7 @@ class SingleWorkerHook:
         except PlanError as reason:
             if model not in self._planned_tokens:
                 raise
-            # A larger batch in the middle of a training does not end it.
+            # A larger batch must not stop a training run that has begun.
             logger.info("A batch of %d x %d is not planned: %s", batch_size, sequence_length, reason)
             return training.tokens
         if selection.prediction is None:
@@ -134,7 +134,7 @@ class SingleWorkerHook:
         self._micro_batch_tokens[model] = local.plan.micro_batch_size * sequence_length
         logger.info(
             "This machine: 1 worker, micro-batches of at most %s tokens, recomputation : %s; "
-            "predicted are %s a step and %s for rows without padding.",
+            "predicted: %s a step and %s, for rows without padding.",
             f"{self._micro_batch_tokens[model]:,}",
             local.plan.recomputation,
             seconds_text(local.step_time_s),

@@ -22,7 +22,7 @@ def replace_methods(model: ParallelModel) -> None:
     root: Any = model.parts.root
 
     def save(directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        # transformers' Trainer gives None, or what `state_dict` below has returned: the model's own weights.
+        # transformers' Trainer passes None, or what `state_dict` below has returned: the model's own weights.
         if isinstance(kwargs.get("state_dict"), ShardedStateDict | None):
             kwargs.pop("state_dict", None)
         with span("save_pretrained"):
@@ -49,7 +49,7 @@ def replace_methods(model: ParallelModel) -> None:
 
 
 def _save_adapters(root: Any, model: ParallelModel) -> Any:
-    """PEFT's own `save_pretrained`, given the adapters as whole tensors: they are small."""
+    """PEFT's own `save_pretrained`, with the adapters gathered into whole tensors, because adapters are small."""
     original = root.save_pretrained
 
     def save(directory: str | os.PathLike[str], **kwargs: Any) -> None:
@@ -69,7 +69,7 @@ def _save_adapters(root: Any, model: ParallelModel) -> Any:
 
 
 def _generate_without_cache(module: nn.Module) -> Any:
-    """Generation that computes each token from the whole sequence: other ranks have the keys of earlier tokens."""
+    """Generation that computes each token from the whole sequence: each rank has some keys of earlier tokens only."""
     original: Any = module.generate
 
     def generate(*args: Any, **kwargs: Any) -> Any:

@@ -1,8 +1,8 @@
 """A sharded model as a script calls it: a training step, an evaluation, or logits.
 
-The script's call goes here from the hook (`MultiWorkerHook`, `FastPath`). With labels and gradients it runs the
-forward and the backward passes of all micro-batches, and returns a loss whose own backward pass hands the gradients
-over to the script.
+The hook (`MultiWorkerHook`, `FastPath`) passes the script's call on to a `ModelRunner`. With labels and gradients, the
+runner does the forward and backward passes of all micro-batches. It returns a loss whose own backward pass adds the
+gradients to the script's parameters.
 """
 
 from collections.abc import Iterator
@@ -59,7 +59,7 @@ from moreh.trace import span
 
 
 class ModelRunner:
-    """This rank's part in computing a model: the model, and the micro-batches of the call that is going on."""
+    """This rank's part in computing a model: the model, and the micro-batches of the current call."""
 
     def __init__(self, root: nn.Module, plan: Plan, options: ParallelOptions) -> None:
         reason = unsupported_reason(root)
@@ -68,12 +68,11 @@ class ModelRunner:
         if plan.devices > 1 and has_gradient_hooks(root):
             raise OptionError(f"hooks on gradients would not see those of all workers: {ONE_WORKER}")
         causal: Any = unwrapped(root)
-        # Asked before sharding changes classes. A module of the script's own may see more than one token, or more than
-        # one row.
+        # Checked before sharding changes classes. A module of the script's own may mix tokens or rows.
         is_token_wise = unsupported_module(root) is None
         skip_padding = options.uses("skip_padding") and is_causal_model(causal)
         self.plan = plan
-        # Tokens of a micro-batch at most; None for as many as the plan's rows have.
+        # The maximum number of tokens in a micro-batch; None for as many as the plan's rows have.
         self.max_tokens: int | None = None
         self._options = options
         self._micro_batches: list[ModelInputs] = []
@@ -93,23 +92,23 @@ class ModelRunner:
             pack_rows=skip_padding and options.uses("pack_rows") and is_token_wise,
             share_prefix=options.uses("share_prefix"),
         )
-        # An output layer inside of another module, as BERT's, gets what that module makes of all positions.
+        # An output layer inside another module, such as BERT's, gets that module's results for all positions.
         head = causal.get_output_embeddings()
         self._chooses_positions = any(slot.module is head for slot in self.model.parts.post_layers)
         self._chooses_positions &= options.uses("logits_at_labels") and is_token_wise and not plan.sequence_parallel
 
     def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What the model returns for the whole batch, which every rank is called with; collective.
+        """What the model returns for the whole batch; collective. Every rank passes the same whole batch.
 
-        With labels and gradients switched on, this computes the gradients too. They reach the parameters when the
-        script calls `loss.backward()`, times what the script has made of the loss.
+        With labels and with gradients enabled, the call computes the gradients too. `loss.backward()` adds them to the
+        parameters, multiplied by the gradient that reaches the loss.
 
         Raises:
             OptionError: the call asks for what a sharded model cannot give.
             WorkerError: the ranks were called with different batches.
         """
         if has_call_hooks(self.model.parts.root):
-            raise OptionError(f"a forward hook on the whole model would see no worker's call of it: {ONE_WORKER}")
+            raise OptionError(f"a forward hook on the whole model would not see the whole batch: {ONE_WORKER}")
         as_tuple = kwargs.get("return_dict") is False
         with span("check_inputs"):
             inputs = read_inputs(self.model.parts.causal, args, kwargs)
@@ -125,16 +124,16 @@ class ModelRunner:
         if torch.is_grad_enabled() and uses_fp16_loss_scaling(self.model.mesh.device):
             raise OptionError(
                 "training in float16: gradients are computed in the call, before the script scales the loss, and most "
-                f"would vanish; use bfloat16, or {ONE_WORKER}"
+                f"would underflow; use bfloat16, or {ONE_WORKER}"
             )
         loss = self.loss(inputs)
         return (loss,) if as_tuple else LossOutput(loss=loss)
 
     def loss(self, inputs: ModelInputs) -> torch.Tensor:
-        """The loss of a batch with labels; computes the gradients as `call` does.
+        """The loss of a batch with labels, a scalar; computes the gradients as `call` does.
 
         Raises:
-            IndexError: a label is no token, as in torch.
+            IndexError: a label is not a token id, as in torch.
             OptionError: the script has given the model a loss function that was not registered.
         """
         assert inputs.labels is not None
@@ -174,7 +173,7 @@ class ModelRunner:
 
     def _evaluate(self, inputs: ModelInputs) -> torch.Tensor:
         with span("evaluate"):
-            # As few micro-batches as there can be, none larger than in training.
+            # As few micro-batches as possible, none with more rows than in training.
             hidden_shape = self._cut_batch(
                 inputs, -(-inputs.batch_size // (self.plan.data * self.plan.micro_batch_size))
             )
@@ -189,7 +188,7 @@ class ModelRunner:
         kept = kept_positions(inputs)
         padded = pad_inputs(inputs, inputs.batch_size, self._cutter.sequence_multiple)
         if self.plan.sequence_parallel:
-            # The output layer sees a part of the positions only: they are chosen afterwards.
+            # The padding on the right would count as the last positions: they are chosen from all logits afterwards.
             padded = replace(padded, others={k: v for k, v in padded.others.items() if k != LOGITS_TO_KEEP})
         self._micro_batches = [slice_rows(padded, 0, padded.batch_size, mesh.device)]
         with span("logits"), self._computing(), self._evaluation_rng():
@@ -218,9 +217,9 @@ class ModelRunner:
         return token_loss(outputs.logits, labels, group, self._vocabulary_size).sum() / micro_batch.loss_divisor
 
     def _logit_positions(self, index: int) -> torch.Tensor | None:
-        """The positions of a micro-batch that reach the output layer; None for all.
+        """The positions of a micro-batch that reach the last MLP and the output layer; None for all.
 
-        Sequence-parallel ranks have a part of each row there, and choose none.
+        With sequence parallelism these are all positions: the last MLP has only a part of each row.
         """
         micro_batch = self._micro_batches[index]
         if micro_batch.labels is None or not self._chooses_positions:
@@ -228,7 +227,7 @@ class ModelRunner:
         return label_positions(micro_batch)
 
     def _cut_batch(self, inputs: ModelInputs, num_micro_batches: int) -> tuple[int, int, int]:
-        """Cut a batch into this rank's micro-batches; the shape of the hidden states between stages."""
+        """Cut a batch into this rank's micro-batches; returns the shape of the hidden states between stages."""
         with span("cut_batch"):
             self._micro_batches = self._cutter.cut(inputs, num_micro_batches, self.max_tokens)
         return self._hidden_shape(self._micro_batches[0])
@@ -266,7 +265,7 @@ class ModelRunner:
         return logits
 
     def _rank_local_rng(self) -> AbstractContextManager[None]:
-        """Ranks draw dropout from generators of their own. One worker draws from the script's, as without the hook."""
+        """Each of several ranks draws dropout from its own generator. One worker draws from the script's generator."""
         return rank_local_rng(self.model.mesh) if self.plan.devices > 1 else nullcontext()
 
     def _evaluation_rng(self) -> AbstractContextManager[None]:
@@ -274,7 +273,7 @@ class ModelRunner:
         return self._rank_local_rng() if self.model.parts.root.training else nullcontext()
 
     def _stash_grads(self) -> list[tuple[nn.Parameter, torch.Tensor | None]]:
-        """Take off the gradients of earlier calls, which must not mix with those that this call computes."""
+        """Set aside the gradients of earlier calls, which must not mix with those that this call computes."""
         stashed: list[tuple[nn.Parameter, torch.Tensor | None]] = []
         for parameter in self.model.compute_params.values():
             if parameter.grad is not None:

@@ -49,15 +49,15 @@ class MultiWorkerHook:
         self.variables = variables
         self.job = job
         self.world = world
-        # None until it has been measured.
+        # Whether bfloat16 is used; None until its speed has been measured.
         self._bfloat16: bool | None = None
         self._logged_as_unsharded: set[type] = set()
 
     def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What a call of the script's returns; NotImplemented for what the module's own forward pass is to compute.
+        """What the script's call returns; NotImplemented for calls that the module's own forward pass is to compute.
 
-        Until its first training batch a model is whole on every worker. Then it is sharded, and called through the
-        registry, in the precision that is chosen here.
+        Until its first training batch a model is whole on every worker. From then on the model is sharded and called
+        through the registry, in the precision that is chosen here.
 
         Raises:
             OptionError: the call asks for what a model on several workers cannot give.
@@ -80,10 +80,10 @@ class MultiWorkerHook:
         return in_float32(outputs) if bfloat16 else outputs
 
     def _must_be_sharded(self, module: nn.Module, inputs: ModelInputs) -> bool:
-        """Whether a whole model has to be sharded for this call: for training, and to load weights that are not here.
+        """Whether a whole model has to be sharded for this call: for training, or to get its weights onto the device.
 
         Raises:
-            OptionError: the call is no training, but the weights are read when the model is sharded.
+            OptionError: the call is not a training step, but needs weights that are read when the model is sharded.
         """
         if torch.is_grad_enabled() and module.training and inputs.labels is not None:
             return True
@@ -107,7 +107,7 @@ class MultiWorkerHook:
         load_pending(module)
 
     def _plan(self, module: nn.Module, inputs: ModelInputs, *, bfloat16: bool) -> Plan:
-        """The plan that the workers carry out. Logs that of the accelerator, too.
+        """The plan that the workers carry out. Also plans for the accelerator, and logs both plans.
 
         Raises:
             PlanError: no plan divides the batch or the model.
@@ -129,7 +129,7 @@ class MultiWorkerHook:
             return selection.prediction.plan
         local = select_worker_plan(module, training, self.options, self.variables, workers, bfloat16=bfloat16)
         logger.info(
-            "This machine: %d workers carry out the plan '%s'; predicted are %s a step and %s on the fullest worker "
+            "This machine: %d workers carry out the plan '%s'; predicted: %s a step and %s on the fullest worker, "
             "for rows without padding.",
             workers,
             plan_text(local.plan),
@@ -140,7 +140,7 @@ class MultiWorkerHook:
         return local.plan
 
     def _decide_on_first_worker(self, decide: Callable[[], Decision]) -> Decision:
-        """What worker 0 decides, on all workers; collective. An error of worker 0 is raised on all of them."""
+        """Worker 0's decision, on all workers; collective. An error of worker 0 is raised on all workers."""
         decision_or_error: list[Any] = [None, None]
         if self.world.rank == 0:
             try:
@@ -165,7 +165,7 @@ class MultiWorkerHook:
         return self._bfloat16
 
     def _target_dtype(self, module: nn.Module) -> torch.dtype:
-        """The dtype of the parameters, also of those whose data has not been loaded yet."""
+        """The dtype of the parameters, including those whose data has not been loaded yet."""
         runner = runner_of(module)
         return next(iter(target_dtypes(module).values())) if runner is None else runner.model.dtype
 
@@ -173,7 +173,7 @@ class MultiWorkerHook:
         if type(module) not in self._logged_as_unsharded:
             self._logged_as_unsharded.add(type(module))
             logger.info(
-                "%s is no causal language model of transformers: each worker computes it whole, on the same data.",
+                "%s is not a causal language model of transformers: each worker computes the whole model on all data.",
                 type(module).__name__,
             )
 

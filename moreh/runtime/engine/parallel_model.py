@@ -27,7 +27,7 @@ from moreh.runtime.tensor.partition import TensorPartition, describe_partition
 
 # Given the index of a micro-batch, the keyword arguments that the model is called with.
 MicroBatchInputs = Callable[[int], dict[str, Any]]
-# The `_parameters` of a module and a key of it: where a parameter hangs.
+# A module's `_parameters` and a key in it: the place of a parameter.
 ParamSlot = tuple[dict[str, nn.Parameter | None], str]
 
 
@@ -53,7 +53,7 @@ class ParallelModel:
     """The same parameters as the script and its optimizer see them: with tensor parallelism, DTensors with the whole
     shape that share memory with the compute parameters; else the compute parameters themselves."""
     param_slots: dict[str, list[ParamSlot]]
-    """Where each parameter hangs in the modules; a tied one in several places. Empty where nothing was replaced."""
+    """The places of each parameter in the modules: several for a tied one. Empty where no parameter was replaced."""
     pipelines: dict[int, Pipeline] = field(default_factory=dict)
     """The schedules made so far, by their number of micro-batches."""
 
@@ -64,7 +64,7 @@ class ParallelModel:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the parameters. Hidden states between stages have it too, also under autocast."""
+        """The dtype of the parameters, and of the hidden states between stages, even under autocast."""
         return next(iter(self.compute_params.values())).dtype
 
     def fsdp_modules(self) -> list[FSDPModule]:
@@ -109,10 +109,10 @@ def build_sharded(
     if plan.recomputation != "none":
         recompute_activations(parts.causal, plan.recomputation)
     if plan.tensor > 1:
-        # Before FSDP gives the layers of this rank's stages another class than the others have.
+        # Before FSDP, which changes the class of the layers in this rank's stages.
         install_tensor_parallel(root, mesh.group("tensor"), sequence_parallel=plan.sequence_parallel)
     if _uses_fsdp(plan):
-        # FSDP sees parameters of the right shapes without data. Their data is filled in afterwards.
+        # FSDP gets parameters that have the right shapes but no data. The data is filled in afterwards.
         for name, shape in _shapes_before_fsdp(specs, pipeline_rank, mesh).items():
             _fill(slots[name], _without_data(originals[name], specs[name], shape))
         for stage in stages:
@@ -137,7 +137,7 @@ def build_sharded(
 def build_unsharded(
     root: nn.Module, plan: Plan, inputs: MicroBatchInputs, output_fn: OutputFn, logit_positions: LogitPositions
 ) -> ParallelModel:
-    """A model on one worker: the same as `build_sharded` gives, but nothing of the model is replaced."""
+    """A model on one worker: the result of `build_sharded`, but with the model's own parameters."""
     parts = split_into_parts(root)
     parameters = dict(root.named_parameters())
     stage = Stage(parts, 0, len(parts.layers), inputs, output_fn, logit_positions)
@@ -181,7 +181,7 @@ def _fill(slots: list[ParamSlot], parameter: nn.Parameter) -> None:
 
 
 def _fsdp_parameter(slots: list[ParamSlot]) -> nn.Parameter:
-    """The DTensor that FSDP has put into the slots in this rank's stages; a tied parameter has other slots, too."""
+    """The DTensor that FSDP has put into this rank's stages; a tied parameter has slots in other stages too."""
     parameters = [module_parameters[key] for module_parameters, key in slots]
     return next(parameter for parameter in parameters if parameter is not None and isinstance(parameter, DTensor))
 
@@ -200,7 +200,7 @@ def _shapes_before_fsdp(specs: dict[str, ParamSpec], pipeline_rank: int, mesh: M
 
 
 def _fully_shard(stage: Stage, plan: Plan, mesh: Mesh) -> None:
-    """Let FSDP shard a stage: each layer by itself, what comes before and after the layers together."""
+    """Let FSDP shard a stage: each layer is one group of parameters, the rest of the stage another."""
     data_mesh = mesh.submesh("data")
     # In a pipeline the schedule gathers parameters once for all micro-batches.
     reshard = plan.sharding == "parameters" and plan.pipeline == 1
@@ -217,7 +217,7 @@ def _fully_shard(stage: Stage, plan: Plan, mesh: Mesh) -> None:
 
 
 class _FsdpReduceScatter(ReduceScatter):
-    """Lets FSDP use this package's reduce-scatter, which moves half as much on CPUs."""
+    """Lets FSDP use this package's reduce-scatter, which moves half as many bytes on CPUs."""
 
     def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         return torch.empty(*size, dtype=dtype, device=device)

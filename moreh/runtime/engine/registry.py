@@ -19,7 +19,7 @@ from moreh.runtime.engine.parallel_model import local_tensor
 from moreh.runtime.engine.user_parameters import forbid_pickling_state, replace_params
 from moreh.trace import span
 
-# In the `__dict__` of a sharded model, its runner; and in that of the model and each of its modules, a mark.
+# Keys in a `__dict__`: of the runner, in a sharded model; of a mark, in a sharded model and in each of its modules.
 _RUNNER = "_moreh_runner"
 _IS_SHARDED = "_moreh_is_sharded"
 _runners: weakref.WeakSet[ModelRunner] = weakref.WeakSet()
@@ -42,8 +42,8 @@ def support_optimizers_and_clipping() -> None:
 def install_sharding_support() -> None:
     """Let `shard_model` be used without the hook: calls of sharded models are answered, too.
 
-    Under the hook, `MultiWorkerHook.call` decides about every call and asks `call_sharded` itself, because it chooses
-    the precision first. This must not be installed besides. A second call does nothing.
+    A second call does nothing. Do not call it under the hook: there `MultiWorkerHook.call` decides about every call and
+    asks `call_sharded` itself, because it chooses the precision first.
     """
     global _answers_calls
     support_optimizers_and_clipping()
@@ -53,7 +53,12 @@ def install_sharding_support() -> None:
 
 
 def shard_model(root: nn.Module, plan: Plan, options: ParallelOptions = DEFAULT_OPTIONS) -> ModelRunner:
-    """Shard a model over all ranks as the plan says, and its optimizers with it; collective."""
+    """Shard a model over all ranks as the plan says, and its optimizers with it; collective.
+
+    Raises:
+        OptionError: the model cannot be computed on several workers, or an optimizer has state already.
+        PlanError: tensor parallelism cannot split the model as the plan says.
+    """
     with span("shard_model"):
         originals = dict(root.named_parameters())
         runner = ModelRunner(root, plan, options)
@@ -74,7 +79,7 @@ def runner_of(root: nn.Module) -> ModelRunner | None:
 
 
 def is_submodule_of_sharded(module: nn.Module) -> bool:
-    """Whether a module is inside of a sharded model, and not the model itself."""
+    """Whether a module is a part of a sharded model, and not the model itself."""
     return _IS_SHARDED in module.__dict__ and _RUNNER not in module.__dict__
 
 
@@ -89,20 +94,20 @@ def call_sharded(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         return runner.call(args, kwargs)
     if is_submodule_of_sharded(module):
         raise OptionError(
-            f"a {type(module).__name__} inside of a model that is sharded over workers was called by itself: "
+            f"a {type(module).__name__} inside a model that is sharded over workers was called by itself: "
             "call the whole model"
         )
     return NotImplemented
 
 
 def _check_supported(optimizer: torch.optim.Optimizer) -> None:
-    """Refuse an optimizer that would be wrong on shards: of torch's, those that look at more than single elements.
+    """Refuse torch's optimizers that are wrong on shards, and forbid pickling the state of the others.
 
     Adafactor's means of rows and columns are not implemented for DTensors. L-BFGS takes dot products of all parameters
-    together, of which a stage has its own only. No optimizer's state may be pickled as if it were whole.
+    together, of which a stage has only its own. A rank's state, pickled, would be taken for the whole state.
 
     Raises:
-        OptionError: the optimizer is one of these.
+        OptionError: the optimizer is an L-BFGS or Adafactor of a sharded model.
     """
     own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     models = [r.model for r in _runners if any(id(parameter) in own for parameter in r.model.user_params.values())]
@@ -121,7 +126,7 @@ def _check_supported(optimizer: torch.optim.Optimizer) -> None:
 def _total_norm(grads: list[torch.Tensor], norm_type: float) -> torch.Tensor | None:
     """The norm over all ranks of gradients of one sharded model; None if they are not gradients of one.
 
-    A rank that has none of them, because the parameters belong to other stages, takes part with an empty list.
+    A rank that has no such gradient, because the parameters belong to other stages, takes part with an empty list.
     """
     for runner in _runners:
         name_by_id = {id(p.grad): name for name, p in runner.model.user_params.items() if p.grad is not None}

@@ -29,8 +29,8 @@ def run_forward_backward(
 ) -> list[torch.Tensor]:
     """Compute the gradients of the sum of all micro-batches' losses, and leave them on the compute parameters.
 
-    `hidden_shape` is that of the hidden states between stages: `[batch, sequence, hidden]`. Returns the loss of each
-    micro-batch; nothing on ranks without the last stage.
+    `hidden_shape` is the shape of the hidden states between stages: `[batch, sequence, hidden]`. Returns the loss of
+    each micro-batch, a scalar; an empty list on ranks without the last stage.
     """
     if model.plan.pipeline > 1:
         return _run_pipeline(model, num_micro_batches, hidden_shape)
@@ -43,8 +43,8 @@ def run_forward_backward(
         with span("forward"):
             loss = stage(micro_batch=torch.tensor([index]))
         if is_last:
-            # Autocast would keep its copies of the weights to the end. Without it, the backward pass frees each after
-            # use.
+            # Autocast's cache would keep the bfloat16 copies of all weights. With the cache cleared, the backward pass
+            # frees each copy after use.
             torch.clear_autocast_cache()
         with span("backward"):
             loss.backward()
@@ -53,10 +53,11 @@ def run_forward_backward(
 
 
 def run_forward(model: ParallelModel, num_micro_batches: int, hidden_shape: tuple[int, int, int]) -> list[torch.Tensor]:
-    """The outputs of the last stage for all micro-batches, without gradients; nothing on ranks without the last stage.
+    """The last stage's outputs for all micro-batches, without gradients; an empty list on ranks without that stage.
 
-    `schedule.eval()` of torch does not serve: a 1F1B schedule takes no fewer micro-batches than it has stages, where an
-    evaluation has as few as it can, and each stage keeps the hidden states of all micro-batches until its next step.
+    torch's `schedule.eval()` is not used for two reasons. A 1F1B schedule needs at least as many micro-batches as
+    stages, while an evaluation has as few as possible. And each stage would keep the hidden states of all micro-batches
+    until its next step.
     """
     placements = stage_placements(model.plan)
     own_stages = iter(model.stages)
@@ -90,7 +91,7 @@ def run_forward(model: ParallelModel, num_micro_batches: int, hidden_shape: tupl
 
 
 def _set_fsdp_sync(stage: nn.Module, model: ParallelModel, *, is_last: bool) -> None:
-    """Set what FSDP does after the backward pass of a micro-batch, by what the plan shards."""
+    """Set what FSDP does after the backward pass of a micro-batch. It depends on what the plan shards."""
     assert isinstance(stage, FSDPModule)
     stage.set_is_last_backward(is_last)
     stage.set_reshard_after_backward(is_last or model.plan.sharding == "parameters")
@@ -112,7 +113,7 @@ def _run_pipeline(
 
 
 def _make_pipeline(model: ParallelModel, num_micro_batches: int, hidden_shape: tuple[int, int, int]) -> Pipeline:
-    """torch's schedule for a number of micro-batches. It gets the shapes, or it would compute once to find them out."""
+    """torch's schedule for a number of micro-batches. Without the shapes, it would compute once to find them out."""
     mesh, plan, dtype = model.mesh, model.plan, model.dtype
     hidden = torch.empty(hidden_shape, dtype=dtype, device="meta", requires_grad=True)
     loss = torch.empty((), dtype=dtype, device="meta", requires_grad=True)
@@ -130,7 +131,7 @@ def _make_pipeline(model: ParallelModel, num_micro_batches: int, hidden_shape: t
         for stage, placement in zip(model.stages, placements, strict=True)
     ]
     stages_or_stage = stages[0] if plan.schedule == "1f1b" else stages
-    # The loss is a sum already, divided by the number of all label tokens.
+    # The losses of the micro-batches are divided by the label tokens of the whole batch: their gradients just add up.
     schedule = _SCHEDULES[plan.schedule](
         stages_or_stage, num_micro_batches, loss_fn=lambda output, target: output, scale_grads=False
     )
@@ -138,5 +139,5 @@ def _make_pipeline(model: ParallelModel, num_micro_batches: int, hidden_shape: t
 
 
 def _peer(model: ParallelModel, pipeline_rank: int) -> int:
-    """The global rank at a place of the pipeline that works on the same rows and shards as this rank."""
+    """The global rank with this pipeline rank, and with the data-parallel and tensor-parallel rank of this process."""
     return model.mesh.global_rank(pipeline_rank, model.mesh.rank("data"), model.mesh.rank("tensor"))

@@ -1,4 +1,4 @@
-"""What a script keeps of its model's parameters when the model is sharded: in optimizers, and in lists of its own."""
+"""Replaces the parameters that a script holds, in optimizers and in lists of its own, when its model is sharded."""
 
 import weakref
 from typing import Any
@@ -17,8 +17,8 @@ _optimizers_without_pickling: weakref.WeakSet[torch.optim.Optimizer] = weakref.W
 class _ReplacedParameter(nn.Parameter):
     """A parameter of a model before it was sharded, which a script may still have in a list.
 
-    Every torch function that gets it uses the parameter that took its place. `torch.utils.swap_tensors` would keep the
-    object instead, but refuses to swap a parameter with a DTensor, which tensor parallelism and sharding need.
+    Every torch function that is called with it uses its replacement. `torch.utils.swap_tensors` would keep the object
+    instead, but refuses to swap a parameter with a DTensor, which tensor parallelism and sharding need.
     """
 
     @classmethod
@@ -58,7 +58,7 @@ def replace_params(replacements: dict[int, nn.Parameter], originals: list[nn.Par
 def forbid_pickling_state(optimizer: torch.optim.Optimizer) -> None:
     """Make the optimizer's `state_dict()` refuse to be pickled: each rank has the state of its own shards only.
 
-    Written by `torch.save`, the state would be taken for that of the whole model.
+    A file that `torch.save` wrote of it would be taken for the state of the whole model.
     """
     if optimizer not in _optimizers_without_pickling:
         _optimizers_without_pickling.add(optimizer)

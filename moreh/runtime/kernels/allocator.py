@@ -12,14 +12,14 @@ import sys
 _M_TRIM_THRESHOLD = -1
 """How many bytes the free top of the heap must have before glibc returns it to the kernel."""
 _M_MMAP_THRESHOLD = -3
-"""From how many bytes on a block is mapped by itself (mmap), outside the heap. Freeing it returns it to the kernel."""
+"""Blocks of at least so many bytes are mapped by themselves (mmap), outside the heap. The kernel gets them back freed."""
 _M_MMAP_MAX = -4
 """How many blocks may be mapped by themselves at a time."""
 
 _INT_MAX = 2**31 - 1
 # The values that glibc starts with.
 _MMAP_MAX_DEFAULT, _MMAP_THRESHOLD_DEFAULT_BYTES = 2**16, 2**17
-# Whoever sets one of these has tuned glibc already.
+# A user who sets one of these variables has tuned glibc already.
 _VARIABLES = (
     "MALLOC_TRIM_THRESHOLD_",
     "MALLOC_MMAP_THRESHOLD_",
@@ -30,10 +30,10 @@ _VARIABLES = (
 
 
 def before_training_step(steps_done: int) -> None:
-    """From the first step on, keep freed memory: allocate all of it on the heap, and never trim the heap.
+    """From the first step on, keep freed memory: allocate every block on the heap, and never trim the heap.
 
-    Between the first and the second step the heap is trimmed once: little of what is free then lies where the second
-    step can use it. Does nothing without glibc.
+    The one exception is a trim between the first and the second step, when little of the free memory lies where the
+    second step can use it. Does nothing without glibc.
     """
     glibc = _glibc() if steps_done < 2 else None
     if glibc is not None:
@@ -46,8 +46,8 @@ def before_training_step(steps_done: int) -> None:
 def after_training_step(steps_done: int) -> None:
     """Between the first and the second step, map large blocks by themselves, as glibc does by default.
 
-    The optimizer creates its state then, which stays. On the heap it would lie between blocks that the first step has
-    freed, and leave holes that nothing fits.
+    In between, the optimizer creates its state, which is never freed. On the heap the state would lie between blocks
+    that the first step has freed, and leave holes that no block fits.
     """
     glibc = _glibc() if steps_done == 0 else None
     if glibc is not None:
@@ -56,7 +56,7 @@ def after_training_step(steps_done: int) -> None:
 
 
 def _glibc() -> ctypes.CDLL | None:
-    """The C library; None if it is not glibc, or if the user has tuned it by environment variables."""
+    """The C library; None if it is not glibc, or if environment variables of the user tune it."""
     if not sys.platform.startswith("linux") or any(variable in os.environ for variable in _VARIABLES):
         return None
     library = ctypes.CDLL(None)

@@ -25,9 +25,9 @@ from moreh.runtime.kernels.attention_blocks import (
 )
 
 MAX_SEQUENCE_LENGTH = 1024
-"""Longer sequences are left to torch's kernel: their blocks have too many probabilities at a time."""
+"""torch's kernel computes longer sequences: their blocks would have too many probabilities in memory at a time."""
 MAX_SAVED_BYTES = 2**23
-"""A layer's probabilities are saved for the backward pass up to this size; larger ones cost it a seventh matmul."""
+"""A layer's probabilities are saved for the backward pass up to this size. Larger ones are computed again there."""
 
 
 def causal_attention(
@@ -46,13 +46,14 @@ def causal_attention(
         value: `[batch, kv_heads, sequence, head_dim]`.
         scale: The factor of the scores.
         cu_seqlens: The boundaries of the sequences packed into each row, from 0 to the row's length; None for one
-        sequence. prefix_len: All sequences see the first `prefix_len` tokens of the row, too.
+            sequence.
+        prefix_len: The length of the shared prefix: all sequences see the first `prefix_len` tokens of the row too.
 
     Returns:
         `[batch, sequence, heads, head_dim]`, contiguous; under autocast in autocast's dtype.
     """
     if torch.is_autocast_enabled("cpu"):
-        # As autocast does for torch's own attention. Rotary embeddings leave queries and keys in float32.
+        # Autocast does the same for torch's own attention. Rotary embeddings leave queries and keys in float32.
         dtype = torch.get_autocast_dtype("cpu")
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     boundaries = [0, query.shape[2]] if cu_seqlens is None else list(cu_seqlens)
@@ -61,7 +62,7 @@ def causal_attention(
     return output
 
 
-# A custom operator, so that selective recomputation can save its result and nothing that is computed within.
+# A custom operator, so that selective recomputation can save its result without its intermediate results.
 @torch.library.custom_op("moreh::causal_attention", mutates_args=(), device_types="cpu")
 def _causal_attention(
     query: torch.Tensor,
@@ -71,10 +72,10 @@ def _causal_attention(
     cu_seqlens: Sequence[int],
     prefix_len: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The output `[batch, sequence, heads, head_dim]`, and what the backward pass needs of all blocks.
+    """The output `[batch, sequence, heads, head_dim]`, and two tensors of all blocks for the backward pass.
 
-    These are the scaled queries `[queries, head_dim]`, and the probabilities `[queries * keys]`, or an empty tensor if
-    they are to be recomputed.
+    These are the scaled queries `[queries, head_dim]`, and the probabilities `[queries * keys]`. The probabilities are
+    an empty tensor if the backward pass is to compute them again.
     """
     batch, heads, length, _ = query.shape
     sequences = PackedSequences(tuple(cu_seqlens), prefix_len)
@@ -120,7 +121,7 @@ def _(
     )
 
 
-# An operator of its own: traced, its body would fill the caches of attention_blocks.py with fake tensors.
+# A custom operator too: if its body were traced, it would fill the caches of attention_blocks.py with fake tensors.
 @torch.library.custom_op("moreh::causal_attention_backward", mutates_args=(), device_types="cpu")
 def _causal_attention_backward(
     grad_output: torch.Tensor,
@@ -132,7 +133,10 @@ def _causal_attention_backward(
     cu_seqlens: Sequence[int],
     prefix_len: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The gradients of query, key and value, from that of the output and what `_causal_attention` has saved."""
+    """The gradients of query, key and value, each in the shape of its tensor.
+
+    `grad_output` is `[batch, sequence, heads, head_dim]`; `queries` and `probabilities` are those of `_causal_attention`.
+    """
     batch, length, heads, _ = grad_output.shape
     kv_heads = key.shape[1]
     sequences = PackedSequences(tuple(cu_seqlens), prefix_len)
@@ -185,7 +189,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
     _, queries, probabilities = output
     ctx.save_for_backward(key, value, queries, probabilities)
     ctx.mark_non_differentiable(queries, probabilities)
-    # They get no gradients: do not make zeros of their sizes.
+    # Without this, autograd would allocate zeros as the gradients of queries and probabilities.
     ctx.set_materialize_grads(False)
 
 
@@ -203,13 +207,13 @@ def _backward(ctx: Any, grad_output: torch.Tensor | None, *_: None) -> tuple[tor
 _causal_attention.register_autograd(_backward, setup_context=_setup_context)
 
 
-# All layers of a micro-batch have the same.
+# All layers of a micro-batch have the same shapes.
 @lru_cache(maxsize=4)
 def _matmul_shapes(sequences: PackedSequences, batch_heads: int, group_size: int) -> list[BlockShape]:
     """The shape of the batched matmul of each group of blocks.
 
     Its batch is `[blocks, batch, kv_heads]`; `batch_heads` is `batch * kv_heads`. The `group_size` query heads that
-    share a key-value head stand below each other in one matrix of `group_size * queries` rows.
+    share a key-value head are stacked in one matrix of `group_size * queries` rows.
     """
     return [
         BlockShape(shape.blocks * batch_heads, group_size * shape.queries, shape.keys)

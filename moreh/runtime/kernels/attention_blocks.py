@@ -37,7 +37,7 @@ from typing import NamedTuple
 import torch
 
 BLOCK_QUERIES = 128
-"""Queries of a block: its scores fit the cache of a core, and few masked scores are computed."""
+"""Queries of a block: few enough that its scores fit a core's cache and that few masked scores are computed."""
 QUERY_MULTIPLE = 32
 """A sequence's last block is padded to a multiple of this: in bfloat16 oneDNN compiles a kernel for each shape."""
 
@@ -56,8 +56,11 @@ class BlockShape(NamedTuple):
     """The shape of a group of blocks."""
 
     blocks: int
+    """Blocks in the group."""
     queries: int
+    """Queries of each block, padding included."""
     keys: int
+    """Keys of each block, padding included."""
 
 
 class _BlockRange(NamedTuple):
@@ -90,7 +93,9 @@ class HeadLayout:
     """Where a tensor `[batch, heads, sequence, head_dim]` lies in memory, seen as rows of `head_dim` elements."""
 
     batch: int
+    """Size of the batch dimension."""
     heads: int
+    """Size of the heads dimension."""
     row_strides: tuple[int, int, int]
     """The strides of batch, heads and sequence, in rows."""
 
@@ -100,7 +105,9 @@ class SegmentSum:
     """Sums of rows: output row i sums the input rows `index[offsets[i]:offsets[i + 1]]`; zeros if there are none."""
 
     index: torch.Tensor
+    """`[summands]`, the input rows of all sums, one sum after the other."""
     offsets: torch.Tensor
+    """`[output rows]`, where the summands of each output row begin in `index`."""
 
     def apply(self, rows: torch.Tensor) -> torch.Tensor:
         """`[input rows, size]` -> `[output rows, size]`."""
@@ -118,7 +125,7 @@ def block_shapes(sequences: PackedSequences) -> list[BlockShape]:
     return [BlockShape(len(ranges), *shape) for shape, ranges in _block_ranges(sequences).items()]
 
 
-# The caches of this module are small: all layers of a micro-batch have the same sequences.
+# The caches of this module are small, because all layers of a micro-batch have the same sequences.
 @lru_cache(maxsize=4)
 def block_groups(sequences: PackedSequences) -> list[BlockGroup]:
     """The blocks of all sequences of a row, grouped by their shapes."""

@@ -1,6 +1,6 @@
 """Block attention in the attention layers of one transformers model, while that model computes.
 
-An attention layer of transformers looks up by name, in its own `forward`, which function to call:
+The `forward` of an attention layer of transformers looks up by name which function to call:
 
     ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
 
@@ -29,7 +29,7 @@ from moreh.runtime.kernels import attention
 NAME = "moreh_block"
 """The name under which transformers knows `block_attention`."""
 _SDPA = "sdpa"
-# What other attention functions of transformers support in addition.
+# Arguments that only other attention functions of transformers support.
 _EXTRA_ARGUMENTS = ("softcap", "position_bias", "cache", "s_aux")
 
 
@@ -44,14 +44,13 @@ def block_attention(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """An attention function of transformers: attention in blocks where that is the same, else torch's ("sdpa").
+    """An attention function of transformers: attention in blocks where the result is the same, else torch's ("sdpa").
 
     Packed sequences are those of `cu_seq_lens_q`, the argument through which transformers passes their boundaries to
     Flash Attention. Where `cu_seq_lens_k` counts more keys of a sequence than queries, the additional ones are the
     shared prefix.
     """
-    # Without a mask a row is one sequence, whatever the caller of the model says: torch's attention ignores the
-    # boundaries.
+    # Without a mask a row is one sequence, even if boundaries are passed: torch's attention ignores them.
     cu_seqlens = None if attention_mask is None else kwargs.get("cu_seq_lens_q")
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     length = query.shape[2]
@@ -95,9 +94,9 @@ def attention_layers(model: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def use_block_attention(layers: Sequence[nn.Module]) -> Iterator[None]:
-    """Let attention layers of a model compute in blocks. Those with another attention than torch's keep theirs.
+    """Let attention layers of a model compute in blocks. Layers that do not use torch's attention keep their own.
 
-    If a script has replaced "sdpa" by a function of its own, all layers keep it.
+    If a script has replaced "sdpa" by a function of its own, all layers keep that function.
     """
     configs: list[tuple[nn.Module, Any]] = []
     try:

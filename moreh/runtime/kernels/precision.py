@@ -14,7 +14,7 @@ import torch
 from moreh.log import logger
 
 MIN_SPEEDUP = 1.2
-"""bfloat16 is used from this speedup of matmuls on: the casts between the two dtypes eat up a smaller gain."""
+"""The smallest speedup of matmuls for which bfloat16 is used: casts between the two dtypes eat up a smaller one."""
 _MATRIX_SIZE = 512
 _TIMED_MATMULS = 5
 
@@ -26,7 +26,7 @@ def choose_bfloat16(device: torch.device, *, requested: bool) -> bool:
     speedup = bfloat16_speedup(device)
     faster = speedup >= MIN_SPEEDUP
     logger.info(
-        "mixed_precision : %s (bfloat16 matrix products are %.1f x as fast as float32 here)",
+        "mixed_precision : %s (bfloat16 matmuls are %.1f x as fast as float32 here)",
         "bfloat16" if faster else "off, float32",
         speedup,
     )
@@ -43,7 +43,7 @@ def in_float32(outputs: Any) -> Any:
     if isinstance(outputs, torch.Tensor):
         return outputs.float() if outputs.dtype == torch.bfloat16 else outputs
     if hasattr(outputs, "to_tuple"):
-        # A ModelOutput of transformers. dict.items leaves out what is computed only when the script asks for it.
+        # A ModelOutput of transformers. dict.items leaves out the outputs that are computed only on demand.
         for name, value in list(dict.items(outputs)):
             converted = in_float32(value)
             if converted is not value:
@@ -69,7 +69,7 @@ def bfloat16_speedup(device: torch.device) -> float:
 
 
 def _matmul_seconds(dtype: torch.dtype, device: torch.device) -> float:
-    """Median time of a matmul of two square matrices, in seconds, without the first one, which sets things up."""
+    """Median time of a matmul of two square matrices, in seconds, without the first matmul, which does the set-up."""
     matrix = torch.ones(_MATRIX_SIZE, _MATRIX_SIZE, dtype=dtype, device=device)
     seconds = []
     for _ in range(_TIMED_MATMULS + 1):

@@ -29,10 +29,10 @@ _SAVED = frozenset(
 
 
 def recompute_activations(module: nn.Module, kind: Literal["selective", "full"]) -> None:
-    """Let the layers of a transformers model, or of those that a module contains, recompute their activations.
+    """Let the layers of each transformers model in a module recompute their activations.
 
-    "full" saves a layer's input only, "selective" the results of its matmuls and its attention too. A module without
-    layers, such as an embedding or a head that is called by itself, has nothing to recompute and is left alone.
+    "full" saves only the input of a layer. "selective" also saves the results of its matmuls and its attention. A
+    module without submodules, such as an embedding that is called by itself, has nothing to recompute.
 
     Raises:
         OptionError: a transformers model does not support it, or a module with submodules contains no transformers
@@ -43,8 +43,8 @@ def recompute_activations(module: nn.Module, kind: Literal["selective", "full"])
     pretrained = [part for part in module.modules() if isinstance(part, PreTrainedModel)]
     if not pretrained and len(list(module.children())) > 0:
         raise OptionError(
-            f"activation_recomputation=True: {type(module).__name__} is no model of transformers, whose layers could "
-            'be recomputed; use False or "auto"'
+            f"activation_recomputation=True: {type(module).__name__} is not a transformers model, so it has no layers "
+            'to recompute; use False or "auto"'
         )
     nested = {part for model in pretrained for part in model.modules() if part is not model}
     for model in pretrained:
@@ -61,7 +61,7 @@ def _enable_checkpointing(model: Any, kind: Literal["selective", "full"]) -> Non
     settings: dict[str, Any] = {"use_reentrant": False}
     if kind == "selective":
         settings["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _policy)
-    # Older releases of transformers 5 call it gradient_checkpointing_enable.
+    # Older releases of transformers 5 call the method gradient_checkpointing_enable.
     enable: Any = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable(settings)
 

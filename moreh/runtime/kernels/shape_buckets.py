@@ -4,12 +4,12 @@ oneDNN compiles a kernel for each new shape of a bfloat16 matmul. This takes lon
 last thousand kernels keeps 0.6 MB.
 """
 
-# Beyond so many multiples the step doubles, which adds at most 3 % to a size on average.
+# Beyond this many multiples the step doubles, which adds at most 3 % to a size on average.
 _FINE_STEPS = 16
 
 
 def bucket_size(size: int, multiple: int) -> int:
-    """The next multiple of `multiple`, or of twice that where `size` is more than 16 multiples.
+    """`size` rounded up to a multiple of `multiple`, or of twice that where `size` is more than 16 multiples.
 
     >>> bucket_size(130, 64), bucket_size(1025, 64)
     (192, 1152)

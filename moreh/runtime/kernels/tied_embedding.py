@@ -1,8 +1,8 @@
 """The gradient of tied embeddings without a second dense tensor (the optimization `sparse_embedding`).
 
 Where the input embedding and the output layer share their weight, autograd makes two gradients `[vocabulary, hidden]`
-and adds them. In that of the input embedding, all rows but those of the batch's tokens are zeros. Here these rows are
-added to the output layer's gradient instead. On SmolLM2-135M this saves 0.12 GiB.
+and adds them. In the gradient of the input embedding, all rows but those of the batch's tokens are zeros. Here the rows
+of the tokens are added to the output layer's gradient instead. On SmolLM2-135M this saves 0.12 GiB.
 """
 
 from collections.abc import Iterator
@@ -40,7 +40,7 @@ class TiedEmbedding:
             del self._embedding.forward
 
     def add_gradient(self) -> None:
-        """Add the gradients that have been kept to the rows of the weight's gradient."""
+        """Add the kept gradients to the rows of the weight's gradient."""
         weight, padding_idx = self._embedding.weight, self._embedding.padding_idx
         for ids, grad_output in self._pending:
             if weight.grad is None:

@@ -8,8 +8,8 @@
    torchrun, a run begins here.
 4. `supervisor`: meanwhile the launcher waits. It passes signals on, and decides when workers that do not end have to be
    killed. `worker_errors`: a worker that ends with an exception leaves a record of it in a file.
-5. `exit_report`: from exit codes and records, the launcher says which worker failed first, unless worker 0 has shown
-   that error on the console already, and ends with that worker's exit code.
+5. `exit_report`: from exit codes and records, the launcher finds the worker that failed first and ends with its exit
+   code. It names that worker, unless worker 0 has shown the same error on the console already.
 
 The agent of torch.distributed.elastic, which torchrun uses, would do 4 and 5 differently: it ends all workers at the
 first failure, before worker 0 can print an error that all ranks hit, and reports failures as a table after all

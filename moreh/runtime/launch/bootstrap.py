@@ -1,11 +1,11 @@
 """What a new worker process does before it becomes the user's command.
 
-It is a script, and uses neither this package nor site-packages, so that it takes no time:
+This file is a script that uses neither this package nor site-packages, so that it starts at once:
 
     python -I -S bootstrap.py PARENT_PID DIRECTORY console|log COMMAND...
 
-The worker dies with the process that started it, however that one ends (on Linux; elsewhere `world.py` sees to it).
-With `log`, stderr goes where stdout goes and there is no input: only one process of a program can read the terminal.
+The worker dies with its parent, however the parent ends (on Linux; elsewhere `world.py` makes sure of it). With `log`,
+stderr goes where stdout goes, and stdin is empty because only one process of a program can read the terminal.
 """
 
 import os
@@ -18,7 +18,7 @@ PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 def exec_command(parent_pid: int, directory: str, output: str, command: list[str]) -> None:
     """Turn this process into the command, in a directory (empty: the current one)."""
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of these lines
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C must not show a traceback of this file
     if sys.platform == "linux":
         import ctypes
 

@@ -1,4 +1,4 @@
-"""Errors in what all ranks do together: if one rank fails, all raise, and none is left waiting in a collective."""
+"""Errors in work that all ranks share: if one rank fails, all ranks raise, and none waits in a collective forever."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,8 +17,8 @@ def failing_together(
 
     Args:
         action: what is being done, for the message, such as "saving the model".
-        device: where the group's tensors must be; by default the CPU.
-        group: by default all ranks.
+        device: the device of tensors that the group can reduce; by default the CPU.
+        group: the ranks that take part; by default all ranks.
 
     Raises:
         Exception: on a rank that failed, its own error.

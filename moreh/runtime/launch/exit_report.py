@@ -1,4 +1,4 @@
-"""What the user reads when workers have ended, and the exit code: those of the error that came first."""
+"""The error report and the exit code after all workers have ended. Both are those of the error that came first."""
 
 import signal
 import sys
@@ -8,7 +8,7 @@ from pathlib import Path
 from moreh.runtime.launch.supervisor import STOP_SIGNALS, LaunchResult, WorkerExit
 from moreh.runtime.launch.worker_errors import WorkerErrorRecord, read_error_record
 
-# How many bytes from the end of a log its last line is looked for.
+# The last line of a log is searched in this many bytes at its end.
 LOG_TAIL_BYTES = 4096
 _OUT_OF_MEMORY = ", which is often the system's answer to a machine that has no memory left"
 
@@ -24,7 +24,7 @@ class FailedWorker:
 
     @property
     def is_consequence(self) -> bool:
-        """Whether it failed only because another worker had. NCCL's watchdog aborts when a connection is lost."""
+        """Whether it failed only because another worker failed. NCCL's watchdog aborts when a connection is lost."""
         return self.exit.exit_code == -signal.SIGABRT if self.error is None else self.error.lost_connection
 
     @property
@@ -34,7 +34,7 @@ class FailedWorker:
 
 
 def log_path(logs: Path, rank: int) -> Path:
-    """The log of a worker. That of worker 0, which has the console, only has an error that was kept off the console."""
+    """The log of a worker. Worker 0 has the console; its log has only an error that was kept off the console."""
     return logs / f"rank{rank}.log"
 
 
@@ -49,9 +49,9 @@ def joined_path(logs: Path) -> Path:
 
 
 def make_report(result: LaunchResult, logs: Path) -> tuple[list[str], int]:
-    """The lines for the console, and the exit code; a negative one is that of a signal to end this process with.
+    """The lines for the console, and the exit code. A negative code is the number of a signal to end this process with.
 
-    What worker 0 has already shown is not repeated.
+    An error that worker 0 has already shown is not repeated.
     """
     failed = _failed_workers(result, logs)
     first = min(failed, key=lambda f: (f.is_consequence, f.time, f.exit.exit_code > 0), default=None)
@@ -88,7 +88,7 @@ def _report_after_signal(
 
 
 def _exit_code_like(exit_code: int) -> int:
-    """This process's exit code for a worker's. It dies of no signal that it did not get, but says which one it was."""
+    """This process's exit code for a worker's. Only a stop signal ends this process; others become 128 + signal."""
     return exit_code if exit_code >= 0 or -exit_code in STOP_SIGNALS else 128 - exit_code
 
 
@@ -98,7 +98,7 @@ def _failed_workers(result: LaunchResult, logs: Path) -> list[FailedWorker]:
 
 
 def _has_shown(rank0: FailedWorker, first: FailedWorker) -> bool:
-    """Whether worker 0 has shown the error that came first: it is worker 0's own, or the same in another worker."""
+    """Whether worker 0 has shown the first error: its own error, or another worker's error of the same kind."""
     if rank0.exit.exit_code < 0 or (rank0.error is not None and rank0.is_consequence):
         return False
     if rank0.error is None or first.error is None:

@@ -1,4 +1,4 @@
-"""Starts the script again in several workers, waits for them, and ends as a program of one process would have ended."""
+"""Starts the script again in several workers, waits for them, and ends as a program of one process would end."""
 
 import builtins
 import contextlib
@@ -30,20 +30,20 @@ from moreh.system import available_cores
 
 LOCALHOST = "127.0.0.1"
 KEPT_LOG_DIRECTORIES = 10
-# From asking workers to end, after another one has failed, until they are killed.
+# After a worker has failed, the others are asked to end. Those that still run after this time are killed.
 TERMINATION_GRACE_S = 3
 _ELASTIC_SIGNALS = "TORCHELASTIC_SIGNALS_TO_HANDLE"
 
 
 def launch(workers: int, start_directory: str) -> NoReturn:
-    """Run the command line of this process in several workers, with the variables that torchrun sets as well.
+    """Run the command line of this process in several workers, with the environment variables that torchrun sets.
 
-    Worker 0 has this process's console. What the others write goes to a log each, in a directory that is kept if a
-    worker fails, or with MOREH_TRACE=1. This process stays the accelerator's job, passes signals on to the workers,
-    says which one failed, and ends with their exit code, without returning to the script.
+    Worker 0 has this process's console. Each other worker writes to its own log. The directory of the logs is kept if a
+    worker fails, or with MOREH_TRACE=1. This process stays the accelerator's job and passes signals on to the workers.
+    It names the worker that failed and ends with its exit code, without returning to the script.
 
     Raises:
-        OptionError: there is no script that could be started again.
+        OptionError: there is no script that can be started again, or the call is not in the main thread.
         AcceleratorError: another process is using the accelerator.
     """
     command = _command_line(workers)
@@ -68,7 +68,7 @@ def _command_line(workers: int) -> list[str]:
     """The command line that this process was started with.
 
     Raises:
-        OptionError: starting it again would not run the same program.
+        OptionError: starting it again would not run the same program, or this is not the main thread.
     """
     main = sys.modules["__main__"]
     rerunnable = sys.argv[:1] == ["-c"] or getattr(main, "__spec__", None) is not None or Path(_file_of(main)).is_file()
@@ -89,8 +89,8 @@ def _file_of(module: Any) -> str:
 
 
 def _run(command: list[str], workers: int, start_directory: str, logs: Path, signals: SignalQueue) -> LaunchResult:
-    """Start the workers, wait for them, and leave none."""
-    # The library logs each signal that it sends, and would handle signals in its own way.
+    """Start the workers, wait for them, and leave none running."""
+    # torch.distributed.elastic logs each signal that it sends, and would handle signals in its own way.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     elastic_signals = os.environ.get(_ELASTIC_SIGNALS, "SIGTERM,SIGINT,SIGHUP,SIGQUIT")
     os.environ[_ELASTIC_SIGNALS] = ""
@@ -116,10 +116,10 @@ def _run(command: list[str], workers: int, start_directory: str, logs: Path, sig
     assert isinstance(context, SubprocessContext)
     processes = {rank: handler.proc for rank, handler in context.subprocess_handlers.items()}
     result = supervise(processes, {rank: error_path(logs, rank) for rank in processes}, joined_path(logs), signals)
-    # Workers that have got a signal already, and have had their time, are killed.
+    # After a signal, the workers have had their time to end: those that still run are killed.
     context.close(signal.SIGTERM if result.stopped_by is None else signal.SIGKILL, TERMINATION_GRACE_S)
     if any(worker_exit.exit_code != 0 for worker_exit in result.exits.values()) or len(result.exits) < workers:
-        # Processes that a killed worker had started.
+        # Kill the processes that a killed worker had started.
         for process in processes.values():
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -134,7 +134,7 @@ def _start_store() -> Any:
 
 
 def _default_variables(workers: int) -> dict[str, str]:
-    """Variables that the user has not set: the workers' share of the cores, and the loopback interface for gloo."""
+    """Variables that the user has not set: each worker's share of the cores, and the loopback interface for gloo."""
     loopback = [
         name for name, addresses in psutil.net_if_addrs().items() if any(a.address == LOCALHOST for a in addresses)
     ]
@@ -156,7 +156,7 @@ class _WorkerLogs(LogsSpecs):
         return str(self._directory)
 
     def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
-        """The paths, by rank. Adds that of its error file to each worker's environment. The name is the library's."""
+        """The paths, by rank. Adds the path of the error file to each worker's environment. torch calls this method."""
         outputs, error_files = {0: ""}, {}
         for rank, environment in envs.items():
             error_files[rank] = environment["TORCHELASTIC_ERROR_FILE"] = str(error_path(self._directory, rank))
@@ -168,10 +168,10 @@ class _WorkerLogs(LogsSpecs):
 
 
 def _make_log_directory(job_id: int) -> Path:
-    """An empty directory for the logs of a job. Those of older jobs are deleted, except the last ones.
+    """An empty directory for the logs of a job. Logs of older jobs are deleted, except the most recent ones.
 
     Raises:
-        RegistryError: it cannot be made.
+        RegistryError: the directory cannot be made.
     """
     parent = state_directory() / "logs"
     directory = parent / str(job_id)

@@ -17,16 +17,16 @@ POLL_INTERVAL_S = 0.05
 # Grace periods, after which workers that are still running are killed.
 # After a signal: the workers may want to save what they have.
 SIGNAL_GRACE_S = 60.0
-# After a signal, once worker 0 has ended: what it saves alone is saved by then.
+# After a signal, once worker 0 has ended and so has saved what it alone saves.
 SIGNAL_GRACE_AFTER_RANK0_S = 15.0
-# After a signal, while no worker has joined the others, so that there is nothing to save. Python loses an interrupt
-# that comes during an import: it cannot raise KeyboardInterrupt out of a callback. Such a worker would go on, or wait
-# for one that ended.
+# After a signal, while no worker has joined the others, so that there is nothing to save. Python may lose an interrupt
+# that comes during an import, because it cannot raise KeyboardInterrupt out of a callback. Such a worker would go on, or
+# wait for a worker that has ended.
 SIGNAL_GRACE_BEFORE_JOIN_S = 5.0
 # After the first failure. Other ranks often hit the same error moments later; waiting lets worker 0 print it as a
 # program of one process would.
 FAILURE_GRACE_S = 5.0
-# The same if a worker was killed or worker 0 itself failed: then nothing is to be learnt from the others.
+# The same if a worker was killed or worker 0 itself failed: the other workers cannot add anything then.
 CLEAR_FAILURE_GRACE_S = 1.0
 # From the moment when a worker has recorded the error that ends it, until it counts as ended.
 ERROR_TO_EXIT_S = 3.0
@@ -44,7 +44,7 @@ class WorkerExit:
     exit_code: int
     """Its exit code, or the negative number of the signal that killed it."""
     time: float
-    """When that was noticed, in seconds since the epoch."""
+    """When its end was noticed, in seconds since the epoch."""
 
 
 @dataclass(frozen=True)
@@ -58,14 +58,14 @@ class LaunchResult:
     stopped_by: signal.Signals | None = None
     """The first stop signal that this process got, if it got one."""
     stopped_twice: bool = False
-    """Whether it got a second one, which ends the waiting at once."""
+    """Whether this process got a second stop signal, which ends the waiting at once."""
     joined: bool = True
     """Whether any worker had joined the others."""
 
 
 @dataclass
 class SignalQueue:
-    """The signals that this process got. As a context manager it catches them, unless they are ignored, as by nohup."""
+    """The signals that this process got. As a context manager it catches signals, except ignored ones (nohup)."""
 
     pending: list[signal.Signals] = field(default_factory=list)
     """Those that have not been passed on yet."""
@@ -95,10 +95,10 @@ class SignalQueue:
 def supervise(
     workers: dict[int, subprocess.Popen[bytes]], error_files: dict[int, Path], joined_file: Path, signals: SignalQueue
 ) -> LaunchResult:
-    """Wait until all workers have ended, or until those that are left have to be killed, which is up to the caller.
+    """Wait until all workers have ended, or until the caller has to kill those that are left.
 
-    A worker that has left an error and does not end counts as failed, too: it waits for the others, in a collective
-    that it began before.
+    A worker that has recorded an error and does not end counts as failed too: it waits in a collective that it began
+    before the error.
 
     Args:
         workers: the processes, by rank.
@@ -155,7 +155,7 @@ def _pass_on(caught: signal.Signals, workers: dict[int, subprocess.Popen[bytes]]
         os.kill(os.getpid(), signal.SIGSTOP)
         _for_each(workers, lambda pid: os.killpg(pid, signal.SIGCONT))
     else:
-        # Not to the processes that a worker has started: it needs those that load its data until it has saved.
+        # Not to the whole process group: a worker needs the processes that load its data until it has saved.
         _for_each(workers, lambda pid: os.kill(pid, caught))
 
 

@@ -34,11 +34,11 @@ class WorkerErrorRecord:
     """The exception that ended a worker."""
 
     message: str
-    """Its class and the first line of its text, as in "ValueError: bad row 17"."""
+    """The exception's class and the first line of its text, as in "ValueError: bad row 17"."""
     time: float
-    """When it was raised to the top, in seconds since the epoch."""
+    """When the exception ended the worker, in seconds since the epoch."""
     lost_connection: bool
-    """Whether it only says that another worker could not be reached any more."""
+    """Whether the exception says only that another worker could not be reached any more."""
 
     @property
     def type_name(self) -> str:
@@ -68,7 +68,7 @@ def record_errors(*, lost_connection_log: Path | None) -> None:
 
 
 def is_lost_connection(error: BaseException) -> bool:
-    """Whether an exception, or one that led to it, is that another worker could not be reached any more."""
+    """Whether an exception, or one that led to it, says that another worker could not be reached any more."""
     return any(
         isinstance(e, (dist.DistNetworkError, dist.DistStoreError))
         or (isinstance(e, RuntimeError) and _LOST_CONNECTION.search(str(e)) is not None)
@@ -87,7 +87,7 @@ def read_error_record(path: Path) -> WorkerErrorRecord | None:
 
 
 def _write_record(error: BaseException, lost_connection: bool) -> None:
-    """Write in the format of torch.distributed.elastic, with two entries more."""
+    """Write the record in the format of torch.distributed.elastic, with two more entries."""
     path = os.environ.get(ERROR_FILE)
     if not path:
         return

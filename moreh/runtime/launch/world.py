@@ -1,4 +1,4 @@
-"""The world: the workers that compute together, and which of them this process is. Each joins it once, early."""
+"""The world: the workers that compute together, and which of them this process is. Each worker joins once, early."""
 
 import atexit
 import contextlib
@@ -22,14 +22,14 @@ from moreh.runtime.launch.worker_errors import ERROR_FILE, record_errors
 
 # The variable with the process id of the launcher that started this worker; torchrun does not set it.
 LAUNCHER_PID = "MOREH_LAUNCHER"
-# For a worker that hangs; one that dies is noticed at once by the process that started it. Longer than one worker may
-# take alone, while the others wait, to download or tokenize.
+# The timeout of collectives ends workers that wait for one that hangs. A worker that dies is noticed at once by the
+# process that started it. One worker may download or tokenize for a long time while the others wait.
 TIMEOUT = timedelta(hours=1)
 PARENT_POLL_INTERVAL_S = 1.0
 # How long the process group's threads may take to end.
 THREADS_END_S = 2.0
 _REQUIRED_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-# Removed from the environment once the world is known.
+# Variables that are removed from the environment once the world is known.
 _WORLD_VARIABLES = (
     *_REQUIRED_VARIABLES,
     LAUNCHER_PID,
@@ -61,7 +61,7 @@ _world: World | None = None
 
 
 def current_world() -> World:
-    """The world that this process has joined; that of a single worker if it has joined none."""
+    """The world that this process has joined; a world of a single worker if it has joined none."""
     return SINGLE_WORKER if _world is None else _world
 
 
@@ -70,8 +70,8 @@ def join_world() -> World:
 
     - If there are several workers, torch.distributed's process group exists afterwards, and the accelerator has one
       job for all of them.
-    - The variables that describe the world are removed from the environment: libraries that find them start a
-      distributed training of their own, and so would programs that this process starts.
+    - The variables that describe the world are removed from the environment: libraries that find them, here or in a
+      program that this process starts, would set up distributed training of their own.
 
     Raises:
         OptionError: the environment does not describe a world, or this machine has too few GPUs for it.
@@ -97,7 +97,7 @@ def join_world() -> World:
 
 
 def started_in_world() -> bool:
-    """Whether this process was started as one of several workers, by the launcher, torchrun or the like."""
+    """Whether the launcher, torchrun or the like started this process as one of several workers."""
     return "RANK" in os.environ or os.environ.get("WORLD_SIZE", "1") != "1"
 
 
@@ -171,13 +171,13 @@ def _is_gloo_busy() -> bool:
 def _act_as_part_of_one_program(world: World) -> None:
     """Record errors for the launcher, write logs line by line, and end with the launcher.
 
-    Worker 0 has the console; what the others write goes to their logs, which the launcher has seen to.
+    Worker 0 has the console. The launcher has directed the output of the other workers to their logs.
     """
     error_file = Path(os.environ[ERROR_FILE])
     record_errors(lost_connection_log=error_file.with_name("rank0.log") if world.rank == 0 else None)
     if world.rank > 0 and hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(line_buffering=True)  # the log of a worker that is killed has all that it printed
-    if sys.platform != "linux":  # there, the system does it
+    if sys.platform != "linux":  # on Linux, the kernel ends the worker (bootstrap.py)
         threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
 
 
@@ -190,8 +190,8 @@ def _end_with_parent(parent_pid: int) -> None:
 def _register_as_one_job(world: World) -> None:
     """Make the workers that torchrun started one job of each machine's accelerator.
 
-    One worker registers the job, the others join it. Two torchruns on one machine, as two nodes, are one run, too:
-    both have the same address.
+    One worker registers the job, the others join it. Two torchruns on one machine that act as two nodes are one run
+    too, because both have the same master address.
 
     Raises:
         AcceleratorError: another process is using the accelerator of one of the machines.
@@ -210,7 +210,7 @@ def _register_as_one_job(world: World) -> None:
                 refusal = str(error)
         refusals: list[str | None] = [None] * world.size
         dist.all_gather_object(refusals, refusal)
-        # All workers raise it: if one ended alone, the others would wait for it.
+        # All workers raise the error: if one worker ended alone, the others would wait for it.
         for message in refusals:
             if message is not None:
                 raise AcceleratorError(message)

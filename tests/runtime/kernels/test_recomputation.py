@@ -48,7 +48,7 @@ def test_module_without_layers_is_left_alone():
 
 
 def test_module_without_a_transformers_model_is_refused():
-    with pytest.raises(OptionError, match="Sequential is no model of transformers"):
+    with pytest.raises(OptionError, match="Sequential is not a transformers model"):
         recompute_activations(nn.Sequential(nn.Linear(2, 2)), "full")
 
 

@@ -29,9 +29,10 @@ MI355X = {
     "efficiency_class": "CDNA3",
     "source": "AMD Instinct MI355X data sheet, "
     "https://www.amd.com/en/products/accelerators/instinct/mi350/mi355x.html (288 GB HBM3E, dense rates; 7 Infinity "
-    "Fabric links of 76.8 GB/s a direction); usable memory and a network of 400 Gb/s a device assumed",
+    "Fabric links of 76.8 GB/s a direction); usable memory, a network of 400 Gb/s a device and "
+    "the efficiency of CDNA 3 assumed",
 }
-FLAVOR = {"name": "MI355X.2304GB", "device": "MI355X", "devices": 8, "nodes": 1}
+FLAVOR = {"name": "8xMI355X.2304GB", "device": "MI355X", "devices": 8, "nodes": 1}
 
 
 @pytest.fixture
@@ -65,8 +66,8 @@ def with_mi355x(edit_data):
 
 @pytest.mark.usefixtures("with_mi355x")
 def test_new_device_and_flavor_are_found():
-    flavor = find_flavor("mi355x.2304gb")
-    assert find_flavor("14") is flavor
+    flavor = find_flavor("8xmi355x.2304gb")
+    assert find_flavor(str(len(all_flavors()))) is flavor
     assert flavor.device is find_device("mi355x")
     assert flavor.memory_mib == 8 * 294_896
     assert find_flavor("xLarge.512GB").device.name == "MI250 GCD"
@@ -81,14 +82,15 @@ def test_planner_plans_for_a_new_flavor(state_directory, monkeypatch, capsys, tm
         assert (code, err) == (0, "")
         return json.loads(out)["plans"][0]
 
-    switch_model("MI355X.2304GB")
+    switch_model("8xMI355X.2304GB")
     new, old = best(), best("--accelerator", "xLarge.512GB")
     assert new == best("--device", "MI355X", "--devices", "8")
     assert 0 < new["step_time_s"] < old["step_time_s"]
     assert best("--precision", "float8")["step_time_s"] < new["step_time_s"]
     code, out, err = plan(model, *STEP, "--flavors")
     assert (code, err) == (0, "")
-    assert "MI355X.2304GB" in out
+    assert "8xMI355X.2304GB" in out
+    assert "xLarge.512GB" not in out  # device-hours of other devices would be no measure
 
 
 @pytest.mark.usefixtures("with_mi355x")
@@ -100,8 +102,73 @@ def test_tools_offer_a_new_device(monkeypatch, capsys):
 
 def test_flavor_of_an_unknown_device_is_refused(edit_data):
     edit_data("flavors.json", lambda table: table["flavors"].append({**FLAVOR, "device": "MI999"}))
-    with pytest.raises(AcceleratorError, match="no device 'MI999': known devices are MI250 GCD, "):
+    with pytest.raises(
+        AcceleratorError, match=r"entry '8xMI355X\.2304GB': no device 'MI999': known devices are MI250 GCD, "
+    ):
         all_flavors()
+
+
+def change(**values):
+    return lambda table: table["MI250 GCD"].update(values)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda table: table["MI250 GCD"].pop("compute_units"), "missing are compute_units; the keys are memory_mib, "),
+        (change(tflops=3), "unknown are tflops; the keys are"),
+        (change(memory_mib="64 GiB"), "memory_mib is '64 GiB'; allowed is a whole number from 1"),
+        (change(devices_per_node=0), "devices_per_node is 0; allowed is a whole number from 1"),
+        (change(bf16_flops_per_second=2500), r"bf16_flops_per_second is 2500; allowed is a number from 1e\+12 "),
+        (change(float8_flops_per_second=True), r"float8_flops_per_second is True; allowed is .* or null"),
+        (change(network_bytes_per_second=None), "network_bytes_per_second is None; allowed is a number from"),
+        (change(package_bytes_per_second=None), "allowed is a rate where a package has several devices, else null"),
+        (change(devices_per_node=7), "devices_per_node is 7; allowed is a multiple of devices_per_package, 2"),
+        (change(source=""), "source is ''; allowed is a text"),
+        (lambda table: table.update({"MI250 GCD": 3}), "3 is no object"),
+    ],
+)
+def test_wrong_entry_of_a_device_is_refused_by_its_key(edit_data, edit, message):
+    edit_data("devices.json", edit)
+    with pytest.raises(AcceleratorError, match=rf"^devices\.json, entry 'MI250 GCD': .*{message}"):
+        all_devices()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"devices": 12}, "12 devices on 1 nodes; allowed are equally many on each node, at most 8 of MI355X"),
+        ({"devices": 9, "nodes": 2}, "9 devices on 2 nodes"),
+        ({"memory": 3}, "unknown are memory; the keys are name, device, devices, nodes"),
+        ({"nodes": 0}, "nodes is 0; allowed is a whole number from 1"),
+    ],
+)
+@pytest.mark.usefixtures("with_mi355x")
+def test_wrong_entry_of_a_flavor_is_refused_by_its_key(edit_data, values, message):
+    edit_data("flavors.json", lambda table: table["flavors"][-1].update(values))
+    with pytest.raises(AcceleratorError, match=rf"^flavors\.json, entry '8xMI355X\.2304GB': {message}"):
+        all_flavors()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{\n  "A": {},\n  "A": {}\n}', "devices.json: 'A' is there twice"),
+        ('{\n  "A": {}\n  "B": {}\n}', "devices.json, line 3: Expecting ',' delimiter; correct the JSON there"),
+    ],
+)
+def test_wrong_file_is_one_line_of_the_tools(edit_data, text, message, monkeypatch, capsys):
+    devices._DATA.write_text(text, encoding="utf-8")
+    all_devices.cache_clear()
+    code, _, err = runner(monkeypatch, capsys)("--help")
+    assert code != 0
+    assert err.startswith(f"error: {message}")
+    assert err.count("\n") == 1
+
+
+def test_device_given_as_an_accelerator_gets_a_hint():
+    with pytest.raises(AcceleratorError, match="H200 is a device, for which moreh-plan has --device and --devices"):
+        find_flavor("H200")
 
 
 @pytest.mark.parametrize("name", all_devices())
