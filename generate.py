@@ -58,11 +58,11 @@ def answer(arguments: argparse.Namespace) -> None:
 
 
 def answer_to_pipe(arguments: argparse.Namespace) -> None:
-    """As `answer`, but exit in silence once the reader of the output has closed the pipe, as `| head` does."""
+    """`answer`, but exit without an error once the reader of the output has closed the pipe, as `| head` does."""
     try:
         answer(arguments)
     except BrokenPipeError:
-        # Otherwise Python would report the error again when it flushes the rest of the output.
+        # Without this, Python would report the error again when it flushes the rest of the output.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_BROKEN_PIPE)
 
@@ -86,7 +86,7 @@ def _read_prompt(arguments: argparse.Namespace) -> str:
 
 
 def _max_new_tokens(model: Any, prompt_length: int, requested: int | None) -> int:
-    """The number of tokens to generate: as requested, by default 128 or what the model's positions leave."""
+    """The number of tokens to generate: `requested`, by default 128 or fewer if the model's positions leave fewer."""
     max_positions = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
     if prompt_length + (requested or 1) > max_positions:
         raise UserError(

@@ -18,7 +18,7 @@ from utils.logging.run_log import RunLog
 
 # A record of `data.docstrings`: {"prompt": 'def add(a, b):\n    """Add."""\n', "response": "    return a + b\n"}
 def make_pair(record: Record, data: DataSection) -> tuple[str, str]:
-    """The prompt, a signature with docstring in the template, and the response, the body. Settings name the fields."""
+    """The prompt, which is a signature with docstring in the template, and the response, which is the body."""
     signature, body = record.text(data.prompt_field), record.text(data.response_field)
     return record.fill(data.template, prompt=signature), body
 
@@ -35,12 +35,12 @@ def make_example(signature: list[int], body: list[int], end_of_text: int, loss_o
 
 
 def show_sample(signature: str, written: str, body: str) -> str:
-    """How the log shows what the model has written: after the signature and a mark. There is no one right body."""
+    """The log's text of what the model has written, after the signature and a mark. Many bodies would be right."""
     return f"{signature}>>>\n{written}"
 
 
 def main(config: Config, log: RunLog) -> None:
-    """Train as the settings say. Libraries are imported here, so that `--plan-only` need not wait for them."""
+    """Train as the settings say. Libraries are imported here, so that `--plan-only` does not wait for them."""
     import torch
 
     from utils.data.batches import iter_steps, total_steps, training_loader
@@ -52,7 +52,7 @@ def main(config: Config, log: RunLog) -> None:
     from utils.training.step_meter import StepMeter
 
     # The one line: from here on, models are planned and run on all devices of the accelerator. With several workers,
-    # this script is started again in each of them, and only they get past the line.
+    # this script is started again in each worker, and only the workers get past the line.
     torch.moreh.option.enable_advanced_parallelization(**config.accelerator.options())
 
     torch.manual_seed(config.train.seed)

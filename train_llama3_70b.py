@@ -18,7 +18,7 @@ from utils.logging.run_log import RunLog
 
 # A record of `data.summaries`: {"prompt": "Both sides are filled alike ...", "response": "Pad a sequence."}
 def make_pair(record: Record, data: DataSection) -> tuple[str, str]:
-    r"""The prompt, a text in the template, and the response, its summary. The settings name the fields.
+    r"""The prompt, which is a text in the template, and the response, which is the text's summary.
 
     The template of configs/*.yaml, "Summarize the following:\n{prompt}\nSummary:\n", says what to do with the text.
     """
@@ -40,12 +40,12 @@ def make_example(prompt: list[int], summary: list[int], end_of_text: int, loss_o
 
 
 def show_sample(prompt: str, written: str, summary: str) -> str:
-    """How the log shows what the model has written: after the prompt, and above the summary in the data."""
+    """The log's text of what the model has written, after the prompt and above the summary in the data."""
     return f"{prompt}{written.strip()}\nSummary in the data:\n{summary.strip()}"
 
 
 def main(config: Config, log: RunLog) -> None:
-    """Train as the settings say. Libraries are imported here, so that `--plan-only` need not wait for them."""
+    """Train as the settings say. Libraries are imported here, so that `--plan-only` does not wait for them."""
     import torch
 
     from utils.data.batches import iter_steps, total_steps, training_loader
@@ -57,7 +57,7 @@ def main(config: Config, log: RunLog) -> None:
     from utils.training.step_meter import StepMeter
 
     # The one line: from here on, models are planned and run on all devices of the accelerator. With several workers,
-    # this script is started again in each of them, and only they get past the line.
+    # this script is started again in each worker, and only the workers get past the line.
     torch.moreh.option.enable_advanced_parallelization(**config.accelerator.options())
 
     torch.manual_seed(config.train.seed)

@@ -14,11 +14,11 @@ from moreh.trace import check_variable
 
 Options = ParamSpec("Options")
 
-# This file is read while torch is imported, which comes before most of what changes the directory.
+# `import torch` runs this file, before most scripts change the working directory.
 try:
     _START_DIRECTORY = os.getcwd()  # noqa: PTH109
 except OSError:
-    _START_DIRECTORY = ""  # it was deleted
+    _START_DIRECTORY = ""  # the working directory was deleted
 
 _enabled: ParallelOptions | None = None
 
@@ -26,7 +26,7 @@ _enabled: ParallelOptions | None = None
 def _with_options_of(declaration: Callable[Options, Any]) -> Callable[[Callable[..., None]], Callable[Options, None]]:
     """Give a function the parameters of the options' declaration, and their documentation.
 
-    Type checkers and editors take the parameters from the types here, `help()` from what is set on the function.
+    Type checkers and editors read the parameters from the types here, `help()` from the attributes of the function.
     """
 
     def decorate(function: Callable[..., None]) -> Callable[Options, None]:
@@ -52,15 +52,15 @@ def _documentation() -> str:
 def enable_advanced_parallelization(*args: Any, **options: Any) -> None:
     """Plan and run the models of this process on all devices of the accelerator. Call it once, before a model is made.
 
-    The plan is made for the accelerator. The options restrict it; each is given by name. With
-    MOREH_ENABLE_ADVANCED_PARALLELIZATION=0 in the environment the call does nothing, for a comparison without it.
+    The options restrict the plan. Each is given by name. With MOREH_ENABLE_ADVANCED_PARALLELIZATION=0 in the
+    environment the call does nothing, so that a script can be compared with and without it.
 
     With several workers (MOREH_WORKERS; by default the number of GPUs, else one), the script is started again in each
-    worker. This process waits for them and ends as they did: nothing after this line runs in it. A process that was
-    started as a worker, by this function or by torchrun, joins the others here.
+    worker. This process waits for the workers and exits with their exit code: nothing after the call runs in it. A
+    process that was started as a worker, by this function or by torchrun, joins the other workers in the call.
 
     Raises:
-        OptionError: an option is unknown, its value or that of an environment variable is not allowed, or several
+        OptionError: an option is unknown, the value of an option or an environment variable is not allowed, or several
             workers are wanted in a session that has no script to start again.
         AcceleratorError: another process is using the accelerator.
     """
@@ -80,7 +80,7 @@ def enable_advanced_parallelization(*args: Any, **options: Any) -> None:
         return
     if _enabled is not None:
         raise OptionError(f"advanced parallelization is already enabled, with {_enabled}: call it once for a process")
-    # These need torch, which is still being imported when this file is read.
+    # These imports need torch, which is not imported yet when this file runs.
     if workers > 1:
         from moreh.runtime.launch.launcher import launch
 
@@ -97,7 +97,7 @@ def _workers_to_start() -> int:
     """How many workers this process has to start: 1 if it is a worker itself, or computes alone.
 
     Raises:
-        OptionError: MOREH_WORKERS is no whole number from 1, or more than there are GPUs, or more than MAX_WORKERS.
+        OptionError: MOREH_WORKERS is not a whole number from 1 to MAX_WORKERS, or exceeds the number of GPUs.
     """
     import torch
 
@@ -108,7 +108,7 @@ def _workers_to_start() -> int:
             f"MOREH_WORKERS={value!r}: allowed is a whole number from 1 to {MAX_WORKERS}; the number of GPUs, else 1, "
             "if unset"
         )
-    # Started by torchrun or by this package; or by multiprocessing, to help a process that is a worker already.
+    # torchrun or this package started this process as a worker, or multiprocessing started it to help a worker.
     if {"RANK", "WORLD_SIZE"} & os.environ.keys() or multiprocessing.parent_process() is not None:
         return 1
     if int(value) > gpus > 0:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from moreh.errors import OptionError
 
 Auto = Literal["auto"]
-# Workers of one machine at most. Each is a process that imports torch.
+# The maximum number of workers on one machine. Each worker is a process that imports torch.
 MAX_WORKERS = 256
 _VARIABLE_PREFIX = "MOREH_ADVANCED_PARALLELIZATION_"
 ENABLE_VARIABLE = "MOREH_ENABLE_ADVANCED_PARALLELIZATION"
@@ -36,7 +36,7 @@ OPTIMIZATIONS: Mapping[str, str] = {
     "fused_optimizer": "Adam and AdamW use torch's fused kernels where the script has chosen no implementation.",
     "keep_freed_memory": "glibc keeps the memory that a step frees for the next step (CPU).",
 }
-"""The optimizations by name. Each computes the same losses and gradients, to rounding; `disable` switches them off."""
+"""The optimizations by name. Each changes losses and gradients by rounding only; the option `disable` turns it off."""
 
 
 def _option(default: Any, allowed: str, doc: str) -> Any:
@@ -88,7 +88,7 @@ class PlannerVariables:
     memory_percent: int
     """How much of a device's memory a plan may use, in percent."""
     threads: int
-    """Threads that compute costs of candidates, at most."""
+    """The maximum number of threads that compute the costs of candidates."""
 
 
 def parse_options(options: Mapping[str, Any]) -> ParallelOptions:
@@ -146,7 +146,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def is_switched_off() -> bool:
-    """Whether MOREH_ENABLE_ADVANCED_PARALLELIZATION=0 runs a script as if it did not call the hook."""
+    """Whether MOREH_ENABLE_ADVANCED_PARALLELIZATION=0 is set, which runs a script as if it did not call the hook."""
     return os.environ.get(ENABLE_VARIABLE, "").strip() == "0"
 
 
@@ -154,7 +154,7 @@ def planner_variables() -> PlannerVariables:
     """Read the planner's environment variables.
 
     Raises:
-        OptionError: one of them is no whole number, or out of range.
+        OptionError: a variable is not a whole number, or is out of range.
     """
     return PlannerVariables(
         detailed_log=_number_in_environment("DETAILED_LOG", default=0, minimum=0, maximum=2),

@@ -1,4 +1,4 @@
-"""The life of a step, made visible: profiler spans, and with `MOREH_TRACE=1` a log line for each phase and collective.
+"""Spans for the phases and the collectives of a step: profiler ranges, and with `MOREH_TRACE=1` log lines as well.
 
     with span("all_reduce_loss", tensor.nbytes):
         dist.all_reduce(tensor, group=group)
@@ -7,10 +7,10 @@ A `torch.profiler` trace shows the span as `moreh::all_reduce_loss`. With `MOREH
 
     [info] trace rank 1:   all_reduce_loss 0.412 ms, 65,536 bytes
 
-when the span ends, indented by the number of spans around it. A phase's line therefore follows those of its parts. The
-time is the host's. On a GPU the span ends when the work is enqueued; the profiler's trace shows when it was done.
+when the span ends, indented by the number of spans around it. A phase's line therefore follows the lines of its parts.
+The time is host time: on a GPU the span ends when the work is enqueued, and the profiler's trace shows when it ran.
 
-Nothing here imports torch. Where torch is not loaded there is no profiler to tell.
+Nothing here imports torch. Without torch there is no profiler.
 """
 
 import os
@@ -33,21 +33,24 @@ _nesting = threading.local()
 
 
 def span(name: str, bytes: int | None = None) -> AbstractContextManager[Any]:
-    """A context for one phase of a step, or one collective that moves `bytes` bytes from or to this rank."""
+    """A context that records one phase or one collective of a step.
+
+    `bytes` is the size of the tensors that a collective communicates, in bytes; None for a phase.
+    """
     recorded = _profiler_span(name)
     return _LoggedSpan(name, bytes, recorded) if _logs_spans else recorded
 
 
 def logs_spans() -> bool:
-    """Whether spans are logged, as MOREH_TRACE=1 asks for."""
+    """Whether spans are logged, because MOREH_TRACE was 1 when this module was imported."""
     return _logs_spans
 
 
 def check_variable() -> None:
-    """Check the environment variable.
+    """Check the environment variable MOREH_TRACE.
 
     Raises:
-        OptionError: MOREH_TRACE is neither 0 nor 1.
+        OptionError: the variable is set to something other than 0 and 1.
     """
     value = os.environ.get(VARIABLE, "").strip()
     if value not in ("", "0", "1"):
@@ -60,7 +63,7 @@ def _profiler_span(name: str) -> AbstractContextManager[Any]:
     torch: Any = sys.modules.get("torch")
     if torch is None:
         return nullcontext()
-    # What torch.profiler.record_function shows, in a twentieth of its time: half a microsecond where no profiler runs.
+    # The range of torch.profiler.record_function in a twentieth of its time: half a microsecond while no profiler runs.
     recorded: AbstractContextManager[Any] = torch._C._profiler._RecordFunctionFast(PREFIX + name)
     return recorded
 

@@ -1,1 +1,1 @@
-"""What the training scripts share and the reader of a loop need not see. Not installed: it belongs to the checkout."""
+"""Code that the training scripts share. It is not installed with moreh: it belongs to the checkout."""

@@ -1,4 +1,4 @@
-"""Prepares what the one line of a script finds: the current accelerator, and the variables that it reads."""
+"""Prepares what a script's one line depends on: the current accelerator, and the environment variables."""
 
 import contextlib
 import os
@@ -13,9 +13,9 @@ WORKERS_VARIABLE = "MOREH_WORKERS"
 
 @contextlib.contextmanager
 def accelerator_of(settings: AcceleratorSection) -> Iterator[None]:
-    """Switch to the accelerator of the settings; while the context is open, the one line obeys them.
+    """Switch to the accelerator of the settings. While the context is open, the one line obeys the settings.
 
-    A variable MOREH_WORKERS that is already set overrides the settings.
+    If the environment variable MOREH_WORKERS is set already, it overrides the settings.
 
     Raises:
         AcceleratorError: there is no such accelerator, or a job is running on the current one.
@@ -28,7 +28,7 @@ def accelerator_of(settings: AcceleratorSection) -> Iterator[None]:
         if settings.advanced_parallelization is None:
             os.environ[ENABLE_VARIABLE] = "0"
         if settings.model is not None:
-            # In a worker process the accelerator is switched already, by the process that started the workers.
+            # In a worker this changes nothing: the process that started the workers has switched the accelerator.
             switch_model(str(settings.model))
         yield
     finally:

@@ -1,4 +1,4 @@
-"""The command line of a training script, and the end of a script that its user has to correct: lines, no traceback."""
+"""The command line of a training script, and its exit: errors that the user has to correct show no traceback."""
 
 import argparse
 import gc
@@ -59,9 +59,9 @@ def run_main(main: Main, config: Config) -> None:
 
 
 def _import_libraries() -> None:
-    """Import what `main` is about to import, without garbage collection.
+    """Import the libraries that `main` is about to import, without garbage collection.
 
-    All that is imported stays, and the collector would search it again and again: a quarter of the time.
+    Imported objects stay, so searching them again and again would be in vain. It takes a quarter of the import time.
     """
     gc.disable()
     import utils.data.dataset
@@ -73,7 +73,7 @@ def _import_libraries() -> None:
 
 
 def exit_code_of(program: Callable[[], None], *, debug: bool) -> int:
-    """Run a program; an error that its user has to correct becomes lines on standard error and exit code 2."""
+    """Run a program; returns its exit code. An error that the user has to correct becomes lines on standard error."""
     try:
         program()
     except (UserError, MorehError) as error:

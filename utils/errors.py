@@ -20,4 +20,4 @@ class UserError(Exception):
 
 
 class Stopped(Exception):
-    """The run was asked to stop, and has saved a checkpoint from which it can be resumed."""
+    """The run was asked to stop, and has saved a checkpoint to resume from."""

@@ -1,4 +1,4 @@
-"""Prints how the accelerator would run a training, for --plan-only. It imports no torch and uses no accelerator."""
+"""Prints how the accelerator would run the training, for --plan-only. It imports no torch and uses no accelerator."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -47,7 +47,7 @@ ARCHITECTURE_FILES = {
 
 
 def print_plan(config: Config) -> None:
-    """Print the best plans for a training on the accelerator of its settings, or on the current one.
+    """Print the best plans for a run on the accelerator of its settings, or on the current one.
 
     Raises:
         UserError: the model has too few positions or an unknown vocabulary, or no plan fits.
@@ -64,7 +64,7 @@ def print_plan(config: Config) -> None:
 
 
 def plan_request(config: Config) -> Request:
-    """What to plan for a training: the same that the hook plans at the first batch."""
+    """The request to the planner for a run: what the hook plans at the first batch."""
     architecture = _architecture(config.model, config.tokenizer)
     max_positions, max_length = architecture.max_positions, config.data.max_length
     if max_positions is not None and max_positions < max_length:
@@ -121,7 +121,7 @@ def _new_architecture(architecture: dict[str, Any], tokenizer: TokenizerSection)
 
 
 def _no_plan_text(request: Request, smallest_bytes: float) -> str:
-    """The error where no plan fits: what the smallest plan needs, and what would help."""
+    """The error if no plan fits: what the smallest plan needs, and what would help."""
     larger = smallest_sufficient(request)
     remedies = (
         [f"give accelerator.model={larger.flavor.name}"] if larger is not None and larger.flavor is not None else []

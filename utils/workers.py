@@ -1,18 +1,18 @@
-"""The worker processes of a run: which rank this one has, and whether any of them has something to tell the others.
+"""The workers of a run: the rank of this process, and whether a condition holds on any rank.
 
-torch is imported where a function needs it, so that importing this file does not take its seconds.
+Each function imports torch by itself, so that importing this file does not take the seconds that torch takes.
 """
 
 
 def rank() -> int:
-    """The rank of this process among the workers of the run; 0 where it is the only one."""
+    """The rank of this process among the workers of the run; 0 if it is the only one."""
     import torch.distributed as dist
 
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def any_rank(condition: bool) -> bool:
-    """Whether a condition holds on any rank. A collective: all ranks have to call it."""
+    """Whether a condition holds on any rank; collective, so all ranks have to call it."""
     import torch
     import torch.distributed as dist
 

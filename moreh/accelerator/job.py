@@ -1,4 +1,4 @@
-"""The job of this process: registered when it first uses the device, reported while it runs, removed at its end."""
+"""The job of this process: registered when the process first uses the device, reported while it runs, then removed."""
 
 import atexit
 import multiprocessing
@@ -29,21 +29,21 @@ SECONDS_BETWEEN_REPORTS = 1.0
 
 
 class LocalJob:
-    """This process on its accelerator: its memory ledger, and what keeps the ledger and moreh-smi up to date."""
+    """This process on its accelerator: its memory ledger, and the hooks that update the ledger and moreh-smi."""
 
     def __init__(self, job: Job, accelerator: Accelerator) -> None:
         self.job = job
         self.accelerator = accelerator
         self.ledger = MemoryLedger()
         self.simulated = not torch.cuda.is_available()
-        # Without advanced parallelization a model is on one physical device.
+        # False without advanced parallelization: a model is then on one physical device.
         self.uses_all_devices = False
-        # What the planner predicts for the simulated devices; None until a training was planned.
+        # What the planner predicts for the simulated devices; None until a training run has been planned.
         self.predicted: PredictedUse | None = None
         self._planned: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
         # Rank and process id of each worker on this machine; empty if there is one worker.
         self.worker_pids: tuple[tuple[int, int], ...] = ()
-        # CPU time is that of the job's process and its descendants; one of these processes makes the reports.
+        # CPU time is counted for the job's process and its descendants. One of these processes makes the reports.
         self._process = psutil.Process(job.pid)
         self._reporting_pid = job.pid
         self._earlier = self._latest = sample_cpu_time(self._process)
@@ -60,10 +60,10 @@ class LocalJob:
         return (flavor.memory_mib if self.uses_all_devices else flavor.device.memory_mib) * 2**20
 
     def require(self, what: str, requested_bytes: int) -> None:
-        """Check that `requested_bytes` more fit the simulated device; `what` names them in the error.
+        """Check that `requested_bytes` more bytes fit the simulated device; `what` names them in the error.
 
         Raises:
-            SimulatedOutOfMemoryError: they do not fit.
+            SimulatedOutOfMemoryError: the bytes do not fit.
         """
         if not self.simulated or self.ledger.estimated_bytes() + requested_bytes <= self.capacity_bytes:
             return
@@ -80,10 +80,10 @@ class LocalJob:
     def admit_module(self, module: torch.nn.Module) -> None:
         """Check that a module fits before it is moved.
 
-        A module on the meta device has no data to move. Whether training it would fit is known, and is checked instead.
+        A module on the meta device has no data to move. The check is then whether training it would fit.
 
         Raises:
-            SimulatedOutOfMemoryError: it does not fit.
+            SimulatedOutOfMemoryError: the module does not fit.
         """
         if any(parameter.is_meta for parameter in module.parameters()):
             self.require("the weights, gradients and AdamW state of the model", adamw_training_bytes(module))
@@ -92,24 +92,24 @@ class LocalJob:
             self.require("the weights of the model", max(weight_bytes(module) - already_there, 0))
 
     def use_prediction(self, model: torch.nn.Module, predicted: PredictedUse) -> None:
-        """Show from now on what a model's plan is predicted to use of the devices; its activations are not counted."""
+        """Show a plan's predicted use of the devices from now on. The model's activations are no longer counted."""
         self.predicted = predicted
         self._planned.add(model)
 
     def peak_bytes(self) -> int:
-        """The most memory that the job has used, in bytes: the counted peak or its plan's predicted use, if larger."""
+        """The most memory that the job has used, in bytes: the counted peak, or the plan's predicted use if larger."""
         predicted = 0 if self.predicted is None else sum(self.predicted.memory_bytes.values())
         return max(self.ledger.peak_bytes(), predicted)
 
     def report(self) -> None:
-        """Write the job's status for moreh-smi, at most once a second. A full disk does not end the training."""
+        """Write the job's status for moreh-smi, at most once a second. A full disk does not stop the training run."""
         now = time.monotonic()
         if now < self._next_report or os.getpid() != self._reporting_pid:
             return
         self._next_report = now + SECONDS_BETWEEN_REPORTS
         self._earlier, self._latest = self._latest, sample_cpu_time(self._process)
         if self.simulated:
-            # As a driver sees it: an allocator keeps what the last steps needed.
+            # A driver sees the peak, because an allocator keeps the memory that the last steps needed.
             peak = self.ledger.activations.take_peak_since_report()
             memory_bytes = {**self.ledger.usage_bytes(), "activations": peak}
         else:
@@ -136,14 +136,14 @@ class LocalJob:
         self._next_report = 0.0
 
     def report_from_here(self) -> None:
-        """Let this process make the reports: a worker, for the launcher's job, which only waits for its workers."""
+        """Let this process make the reports. A worker calls this, because the launcher only waits for its workers."""
         self._reporting_pid = os.getpid()
 
     @contextmanager
     def _count_activations(
         self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Iterator[None]:
-        if self.worker_pids:  # the devices' memory is predicted, and the workers' memory is measured
+        if self.worker_pids:  # several workers: device memory is predicted, and the workers' memory is measured
             yield
             return
         if self.ledger.has_module(model):
@@ -178,7 +178,7 @@ class LocalJob:
     def _may_be_full(self) -> bool:
         """Whether the memory could have filled up since the last count: gradients and optimizer state come all at once.
 
-        With those of AdamW the weights become four times as much; 6 leaves a margin.
+        Gradients and AdamW's state make the weights four times as large; a factor of 6 leaves a margin.
         """
         return 6 * self.ledger.estimated_bytes() > self.capacity_bytes
 
@@ -188,10 +188,10 @@ _local_job: LocalJob | None = None
 
 
 def local_job(run: str = "") -> LocalJob:
-    """The job of this process; the first call registers it on the current accelerator and says so in the log.
+    """The job of this process. The first call registers the job on the current accelerator and logs that.
 
     Args:
-        run: identifies a run of several processes that are one job although none descends from another.
+        run: the id of a run of several processes that are one job although none descends from another.
 
     Raises:
         AcceleratorError: another process is using the accelerator.
@@ -211,7 +211,7 @@ def local_job_if_started() -> LocalJob | None:
 
 
 def _start_own_job(run: str) -> LocalJob:
-    # The workers of a DataLoader work for the process that started them, which may not have used the device itself.
+    # A worker of a DataLoader works for the process that started it, which may not have used the device itself.
     parent = multiprocessing.parent_process()
     owner = psutil.Process(os.getpid() if parent is None else parent.pid)
     job, accelerator = start_job(owner, _command_line(owner), run)
@@ -239,7 +239,7 @@ def _start_own_job(run: str) -> LocalJob:
 
 
 def _join_job_of_ancestor() -> LocalJob | None:
-    """The running job of this process or of an ancestor: what a job starts belongs to it."""
+    """The running job of this process or of an ancestor: a process that a job starts belongs to the job."""
     registry = read_registry()
     if not registry.jobs:
         return None

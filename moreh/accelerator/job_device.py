@@ -1,6 +1,6 @@
 """The device that the CUDA face shows: the accelerator, through the job of this process and its memory ledger.
 
-The process becomes a job when it first puts something on the device, not when it asks about it.
+The process becomes a job when it first puts something on the device, not when it asks about the device.
 """
 
 import torch
@@ -15,7 +15,7 @@ class JobDevice:
     """Implements `moreh.patches.cuda.simulated_device.SimulatedDevice`."""
 
     name = ACCELERATOR_NAME
-    """What `torch.cuda.get_device_name` says."""
+    """What `torch.cuda.get_device_name` returns."""
     capability = (9, 0)
     """What torch for ROCm reports of an MI250."""
 
@@ -48,15 +48,15 @@ class JobDevice:
             job.ledger.reset_peak()
 
     def holds(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor was made on the device or moved there. The results of operations are not known to be."""
+        """Whether a tensor was made on the device or moved there. The results of operations are not tracked."""
         job = local_job_if_started()
         return job is not None and job.ledger.holds(tensor)
 
     def add_tensor(self, tensor: torch.Tensor) -> None:
-        """Put a tensor on the device, unless it is there.
+        """Put a tensor on the device, unless it is there already.
 
         Raises:
-            SimulatedOutOfMemoryError: it does not fit.
+            SimulatedOutOfMemoryError: the tensor does not fit.
             AcceleratorError: another process is using the accelerator.
         """
         job = local_job()
@@ -70,7 +70,7 @@ class JobDevice:
         """Check that a module fits before it is moved.
 
         Raises:
-            SimulatedOutOfMemoryError: it does not fit.
+            SimulatedOutOfMemoryError: the module does not fit.
             AcceleratorError: another process is using the accelerator.
         """
         local_job().admit_module(module)
@@ -80,7 +80,7 @@ class JobDevice:
         local_job().ledger.add_module(module)
 
     def remove_module(self, module: torch.nn.Module) -> None:
-        """Count a module no longer: it has left the device."""
+        """Stop counting a module, which has left the device."""
         job = local_job_if_started()
         if job is not None:
             job.ledger.remove_module(module)

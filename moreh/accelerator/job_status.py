@@ -11,7 +11,7 @@ from moreh.accelerator.registry import Job, job_status_path
 from moreh.accelerator.state_files import read_json, replace_json
 from moreh.errors import RegistryError
 
-# The kernel counts CPU time in hundredths of a second, so a percentage over a shorter time would mean nothing.
+# The kernel counts CPU time in hundredths of a second, so a percentage over a shorter time would be mostly rounding.
 MIN_SAMPLE_SECONDS = 0.5
 
 
@@ -22,12 +22,12 @@ class CpuSample:
     time: float
     """The moment, in seconds since the epoch."""
     cpu_seconds: float
-    """CPU time used until then, of all processes and threads together."""
+    """CPU time used until that moment, by all processes and threads together."""
 
 
 @dataclass(frozen=True)
 class PredictedUse:
-    """What a plan is predicted to use of the simulated devices."""
+    """A plan's predicted use of the simulated devices."""
 
     plan: str
     """The plan in the planner's notation, such as "tp1 pp4 dp2 mb4x4"."""
@@ -50,11 +50,11 @@ class JobStatus:
     cores: int
     """CPU cores that the job may use."""
     earlier: CpuSample
-    """The sample before `latest`: one of the two is always old enough for a percentage."""
+    """The sample before `latest`. One of the two is always old enough for a percentage."""
     latest: CpuSample
     """The last sample of CPU time."""
     predicted: PredictedUse | None = None
-    """What the job's plan is predicted to use; None until a training was planned."""
+    """The predicted use of the job's plan; None until a training run has been planned."""
     worker_pids: tuple[tuple[int, int], ...] = ()
     """Rank and process id of each worker on this machine; empty if there is one worker."""
 
@@ -68,7 +68,7 @@ def sample_cpu_time(process: psutil.Process) -> CpuSample:
     """The CPU time that a process and its running descendants have used until now.
 
     Raises:
-        psutil.NoSuchProcess: it has ended.
+        psutil.NoSuchProcess: the process has ended.
     """
     times = process.cpu_times()
     seconds = times.user + times.system
@@ -112,9 +112,9 @@ def measured_worker_bytes(status: JobStatus) -> list[tuple[int, int, int]]:
 def utilization_percent(job: Job, status: JobStatus) -> int | None:
     """How busy a simulated device is now, in percent.
 
-    This is the share of the cores' time that the job's processes used since a recent sample. Where a plan predicts
-    it, the share of a step in which a device would compute is multiplied in. None if the job has just ended, or runs
-    on real devices, whose utilization this figure does not tell.
+    This is the share of the cores' time that the job's processes used since a recent sample. It is multiplied by the
+    share of a step in which a device would compute, if a plan predicts that share. None if the job has just ended, or
+    if it runs on real devices, whose utilization this figure would not show.
     """
     if not status.simulated:
         return None

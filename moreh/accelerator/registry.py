@@ -1,8 +1,8 @@
 """The registry: which accelerators there are, which one is current, and which job runs on which.
 
-It is one JSON file in the user's state directory. The file is only ever replaced whole, so readers take no lock;
-writers take one. A job is its process, identified by process id *and* start time, because process ids are used again.
-Readers skip a job whose process is gone, and the next writer removes it.
+The registry is one JSON file in the user's state directory. The file is only ever replaced as a whole, so readers take
+no lock; writers take one. A job is a process, identified by process id *and* start time, because process ids are used
+again. Readers skip a job whose process is gone, and the next writer removes it.
 """
 
 import secrets
@@ -33,7 +33,7 @@ class Accelerator:
     model: str
     """The name of its flavor."""
     token: str
-    """Identifies it, as on the platform."""
+    """A random id, as on the platform."""
 
     @property
     def flavor(self) -> Flavor:
@@ -56,10 +56,10 @@ class Job:
     command: str
     """The command line."""
     run: str = ""
-    """The same for all processes that torchrun starts together, the first of which is the job; empty otherwise."""
+    """The id of all processes that torchrun starts together, of which the first is the job; empty otherwise."""
 
     def is_running(self) -> bool:
-        """Whether the very process that registered this job is still there (a zombie is not)."""
+        """Whether the process that registered this job is still running (a zombie is not)."""
         try:
             process = psutil.Process(self.pid)
             same = abs(process.create_time() - self.process_start_time) < START_TIME_TOLERANCE_SECONDS
@@ -85,7 +85,7 @@ class Registry:
         """The accelerator with this index.
 
         Raises:
-            AcceleratorError: there is none.
+            AcceleratorError: there is no accelerator with this index.
         """
         for accelerator in self.accelerators:
             if accelerator.index == index:
@@ -99,7 +99,7 @@ class Registry:
 
 
 def read_registry() -> Registry:
-    """The registry as it is now, with running jobs only. Writes nothing, even if there is no file yet.
+    """The registry as it is now, with running jobs only. Nothing is written, even if there is no file yet.
 
     Raises:
         RegistryError: the file cannot be read, or its content is damaged.
@@ -109,7 +109,7 @@ def read_registry() -> Registry:
 
 
 def ensure_registry() -> Registry:
-    """The registry, written to its file if there is none, so that the first accelerator keeps its token."""
+    """The registry. It is written to its file if there is none yet, so that the first accelerator keeps its token."""
     return _update(lambda registry: (registry, registry))
 
 
@@ -117,7 +117,7 @@ def add_accelerator(model: str) -> Accelerator:
     """Add an accelerator with the lowest free index. It does not become the current one.
 
     Raises:
-        AcceleratorError: unknown model, or there are MAX_ACCELERATORS already.
+        AcceleratorError: the model is unknown, or there are MAX_ACCELERATORS accelerators already.
     """
     flavor = find_flavor(model)
 
@@ -140,7 +140,7 @@ def remove_accelerator(index: int) -> Accelerator:
     """Remove an accelerator that runs no job; if it was the current one, the lowest remaining index becomes current.
 
     Raises:
-        AcceleratorError: unknown index, a job is running on it, or it is the only one.
+        AcceleratorError: the index is unknown, a job is running on the accelerator, or it is the only one.
     """
 
     def change(registry: Registry) -> tuple[Registry, Accelerator]:
@@ -158,10 +158,10 @@ def remove_accelerator(index: int) -> Accelerator:
 
 
 def select_accelerator(index: int) -> Accelerator:
-    """Make an accelerator the current one: the one that the next process will use.
+    """Make an accelerator the current one, which the next process will use.
 
     Raises:
-        AcceleratorError: unknown index.
+        AcceleratorError: the index is unknown.
     """
     return _update(lambda registry: (replace(registry, current=index), registry.accelerator(index)))
 
@@ -170,7 +170,7 @@ def switch_model(model: str) -> Accelerator:
     """Give the current accelerator another model.
 
     Raises:
-        AcceleratorError: unknown model, or a job is running on the accelerator.
+        AcceleratorError: the model is unknown, or a job is running on the accelerator.
     """
     flavor = find_flavor(model)
 
@@ -189,10 +189,10 @@ def switch_model(model: str) -> Accelerator:
 def start_job(process: psutil.Process, command: str, run: str = "") -> tuple[Job, Accelerator]:
     """Register a process as the job of the current accelerator.
 
-    If the process, or one of the same `run`, is the job already, that job is returned.
+    If the process, or another process of the same `run`, is the job already, that job is returned.
 
     Raises:
-        AcceleratorError: another process is using it.
+        AcceleratorError: another process is using the accelerator.
     """
 
     def change(registry: Registry) -> tuple[Registry, tuple[Job, Accelerator]]:
@@ -243,7 +243,7 @@ def _update(change: Callable[[Registry], tuple[Registry, Result]]) -> Result:
 
 
 def _delete_temporary_files(path: Path) -> None:
-    """Delete temporary files of writers that were killed. Only to be called while holding the lock."""
+    """Delete temporary files of writers that were killed. Call it only while holding the lock."""
     for leftover in path.parent.glob(path.name + ".*.tmp"):
         leftover.unlink(missing_ok=True)
 
@@ -277,7 +277,7 @@ def _parse(content: Any) -> Registry:
 
 
 def _check_types(registry: Registry) -> None:
-    """Check what a hand-edited file may have wrong.
+    """Check for mistakes in a file that was edited by hand.
 
     Raises:
         TypeError: a value has another type than the tools write, or a process id is below 1.

@@ -39,7 +39,7 @@ def state_directory() -> Path:
 
 @cache
 def _absolute(directory: str) -> Path:
-    """What a relative path means when it is first used, even if the program changes its directory later."""
+    """The absolute path at the first call, even if the program changes its working directory later."""
     return Path(directory).absolute()
 
 
@@ -50,7 +50,7 @@ def writer_lock() -> Iterator[None]:
     Raises:
         RegistryError: the directory cannot be written, or another process held the lock for LOCK_TIMEOUT_SECONDS.
     """
-    from filelock import FileLock, Timeout  # a third of the tools' start-up time, and readers do without it
+    from filelock import FileLock, Timeout  # a third of the tools' start-up time, and readers do not need it
 
     path = state_directory() / "registry.lock"
     try:
@@ -70,7 +70,7 @@ def read_json(path: Path) -> Any | None:
     """The content of a JSON file, or None if there is no such file.
 
     Raises:
-        RegistryError: the file cannot be read or is not JSON (replacement is atomic, so somebody edited it).
+        RegistryError: the file cannot be read, or is not JSON because somebody edited it (replacement is atomic).
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -85,8 +85,8 @@ def read_json(path: Path) -> Any | None:
 def replace_json(path: Path, content: Any, *, durable: bool) -> None:
     """Write a JSON file so that a reader sees the old content or the new one, never a part of it.
 
-    `durable` waits until the new content is on the disk before it replaces the old one, so that this holds even if the
-    machine goes down.
+    With `durable`, the new content is on the disk before it replaces the old content. So a reader sees one of the two
+    even if the machine goes down.
 
     Raises:
         RegistryError: the file cannot be written.

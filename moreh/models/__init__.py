@@ -1,1 +1,1 @@
-"""What is known of transformers' models: architectures, families, parts, what cannot be computed in parts."""
+"""What is known of transformers' models: architectures, families, parts, and models that cannot be split into parts."""

@@ -43,7 +43,7 @@ class Linear:
 
     @property
     def sharded_parameters(self) -> int:
-        """The parameters that tensor parallelism splits; each rank has all of a row-split matrix's bias."""
+        """The parameters that tensor parallelism splits. The bias of a row-split matrix is whole on each rank."""
         if self.split == "none":
             return 0
         return self.copies * (
@@ -124,13 +124,13 @@ class Architecture:
     tied: bool
     """Whether the token embedding is the weight of the output layer too."""
     gated: bool
-    """Whether feed-forward networks multiply two projections, one of them activated."""
+    """Whether feed-forward networks multiply two projections, one of which has passed the activation."""
     norm: Literal["rms", "layer"]
     """The kind of norm."""
     rotary: bool
     """Whether positions are rotary embeddings."""
     dropout: bool
-    """Whether anything is dropped in training."""
+    """Whether the model has dropout in training."""
     table_parameters: int = 0
     """Parameters before the first layer besides the token embedding: learned positions, a norm."""
     table_tensors: int = 0
@@ -142,11 +142,11 @@ class Architecture:
     head_bias: bool = False
     """Whether the output layer has a bias."""
     embedding_dim: int = 0
-    """Elements of a row of the token embedding where they are not `hidden`; 0 where they are."""
+    """Elements of a row of the token embedding; 0 stands for `hidden`."""
     embedding_frozen: bool = False
     """Whether the token embedding, and so a tied output layer's weight, is not trained."""
     head_frozen: bool = False
-    """Whether the output layer's own tensors are not trained: its bias where tied, else its weight too."""
+    """Whether the output layer's own tensors are frozen: only its bias if tied, else its weight too."""
     frozen_table_parameters: int = 0
     """Those of `table_parameters` that are not trained."""
     frozen_table_tensors: int = 0
@@ -160,17 +160,17 @@ class Architecture:
 
     @property
     def embedding_parameters(self) -> int:
-        """The token embedding."""
+        """Parameters of the token embedding."""
         return self.vocabulary * (self.embedding_dim or self.hidden)
 
     @property
     def head_parameters(self) -> int:
-        """The output layer as the last pipeline stage has it: with a copy of the embedding where it is tied."""
+        """Parameters of the output layer on the last pipeline stage, with its copy of a tied embedding."""
         return self.embedding_parameters + (self.vocabulary if self.head_bias else 0)
 
     @property
     def own_head_parameters(self) -> int:
-        """The output layer without what it shares with the token embedding."""
+        """Parameters of the output layer that it does not share with the token embedding."""
         return self.head_parameters - (self.embedding_parameters if self.tied else 0)
 
     @property
@@ -198,7 +198,7 @@ class Architecture:
 
     def layer_kinds(self) -> Iterator[tuple[DecoderLayer, int]]:
         """The distinct layers with the number of each, in the order in which they first occur."""
-        # Most layers are one object: comparing all of them field by field would take longer than a search of plans.
+        # Most layers are one object. Comparing all layers field by field would take longer than a search for plans.
         objects = {id(layer): layer for layer in self.layers}
         repeats = Counter(map(id, self.layers))
         counts: dict[DecoderLayer, int] = {}

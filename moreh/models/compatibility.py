@@ -1,7 +1,7 @@
 """Whether the runtime knows all that a model computes: its layers, and the mean loss over label tokens.
 
-Computed part by part, a model that computes more would train on something else without any error. On one worker such a
-model runs its own forward pass; on several workers it is refused.
+If a model computes something else, computing it part by part would silently train a different model. So on one worker
+such a model runs its own forward pass, and on several workers it is refused.
 """
 
 import ast
@@ -26,7 +26,7 @@ from moreh.models.provenance import (
 )
 
 # What a forward pass of transformers may assign to `loss`, as source code: the mean over label tokens, and the loss
-# of a router, which is computed only where `output_router_logits` asks for it.
+# of a router, which is computed only if `output_router_logits` is set.
 _KNOWN_LOSSES = re.compile(
     r"None|self\.loss_function\((logits=)?(lm_)?logits, (labels=)?labels, .*"
     r"|self\.\w*aux_loss_coef \* aux_loss\.to\(loss\.device\)"
@@ -34,12 +34,12 @@ _KNOWN_LOSSES = re.compile(
 
 
 def unsupported_reason(root: Any) -> str | None:
-    """What a model computes that its parts one by one would not, as a clause for messages; None if nothing."""
+    """Why computing a model part by part may not give its loss: a clause for messages. None if they do."""
     causal: Any = unwrapped(root)
     name = type(causal).__name__
     if (adapters := _unsupported_adapters(root)) is not None:
         return f"{name} has {adapters}"
-    # The wrapper of torch.compile has a `forward` of its own: nothing that a script has replaced.
+    # The wrapper of torch.compile sets a `forward` of its own, which does not mean that a script has replaced it.
     outer = [module for module in (*wrappers(root), causal) if "_orig_mod" not in module._modules]
     replaced = next(
         (module for module in outer if "forward" in module.__dict__ and not is_accelerate_bf16_forward(module)), None
@@ -48,7 +48,7 @@ def unsupported_reason(root: Any) -> str | None:
         return f"the forward pass of this {type(replaced).__name__} has been replaced"
     custom = next((module for module in outer if not type(module).__module__.startswith(LIBRARIES)), None)
     if custom is not None and custom is not causal:
-        return f"{name} is inside of {type(custom).__name__}, which may compute more than the model"
+        return f"{name} is inside a {type(custom).__name__}, which may compute more than the model"
     forward = type(causal).forward
     if not forward.__module__.startswith("transformers.models.") or not is_stock_transformers(forward):
         return (
@@ -63,7 +63,7 @@ def unsupported_reason(root: Any) -> str | None:
     if has_batch_norm(root):
         return f"{name} has batch normalization, which depends on how a batch is cut"
     if not hasattr(causal.get_output_embeddings(), "weight"):
-        return f"the output layer of {name} is no single matrix"
+        return f"the output layer of {name} is not a single matrix"
     if getattr(config, "output_router_logits", False):
         return f"{name} adds a loss of its router (output_router_logits=True)"
     if not is_known_loss(causal.loss_function) or not _has_mean_loss(forward):
@@ -72,7 +72,7 @@ def unsupported_reason(root: Any) -> str | None:
 
 
 def unsupported_module(root: nn.Module) -> str | None:
-    """A module of the script's own, which may depend on how a batch is split, as a clause for messages."""
+    """A module of the script's own, which may depend on how a batch is split: a clause for messages. None if none."""
     module = first_custom_module(unwrapped(root))
     if module is None:
         return None
@@ -80,12 +80,12 @@ def unsupported_module(root: nn.Module) -> str | None:
 
 
 def has_call_hooks(root: nn.Module) -> bool:
-    """Whether a hook sees, or changes, whole calls of a model."""
+    """Whether a forward hook sees or changes whole calls of a model."""
     return any(module._forward_hooks or module._forward_pre_hooks for module in (*wrappers(root), unwrapped(root)))
 
 
 def has_gradient_hooks(root: nn.Module) -> bool:
-    """Whether a hook sees, or changes, the gradients of whole batches during the backward pass."""
+    """Whether a hook sees or changes the gradients of whole batches in the backward pass."""
     if any(module._backward_hooks or module._backward_pre_hooks for module in root.modules()):
         return True
     return any(parameter._backward_hooks or parameter._post_accumulate_grad_hooks for parameter in root.parameters())
@@ -98,12 +98,12 @@ def uses_neftune(root: nn.Module) -> bool:
 
 
 def uses_fp16_loss_scaling(device: torch.device) -> bool:
-    """Whether autocast computes in float16: gradients are then those of a scaled loss, for others would underflow."""
+    """Whether autocast computes in float16. Gradients then need a scaled loss; unscaled ones would underflow."""
     return torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) == torch.float16
 
 
 def _unsupported_adapters(root: Any) -> str | None:
-    """Adapters of PEFT that do more than the modules that they add to a model, None if there are none."""
+    """Adapters of PEFT that do more than add modules to a model, as a clause for messages; None if there are none."""
     for wrapper in wrappers(root):
         configs = getattr(wrapper, "peft_config", {}).values()
         if any(config.is_prompt_learning for config in configs):

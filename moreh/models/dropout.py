@@ -1,4 +1,4 @@
-"""Whether a model drops anything in training."""
+"""Whether a model has dropout in training."""
 
 from typing import Any
 
@@ -8,8 +8,8 @@ from moreh.models.families.hf_config import DROPOUT_KEYS
 
 
 def has_dropout(config: Any, module: nn.Module) -> bool:
-    """Whether a configuration of transformers, or a Dropout inside of `module`, has a probability other than 0."""
-    # MPT keeps that of its attention in a configuration of its own.
+    """Whether a configuration of transformers, or a Dropout inside `module`, has a probability other than 0."""
+    # MPT keeps the dropout of its attention in a configuration of its own.
     configs = [config, getattr(config, "attn_config", None)]
     if any(getattr(part, key, None) for part in configs for key in DROPOUT_KEYS):
         return True

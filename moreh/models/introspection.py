@@ -1,4 +1,4 @@
-"""Looks into built models of transformers: what wrappers contain, where the layers are, what is around them."""
+"""Looks into built models of transformers: the model in its wrappers, its layers, and the modules around the layers."""
 
 import re
 from typing import Any
@@ -7,8 +7,8 @@ from torch import nn
 
 from moreh.errors import PlanError
 
-# Names of what is used before the layers and after them. The order in which a model registers its modules does not
-# tell: OPT's final norm stands before its layers.
+# Names of modules that are used before the layers and after them. The order in which a model registers its modules is
+# not reliable: OPT registers its final norm before its layers.
 _PRE_LAYER_NAMES = re.compile("embed|wpe|project_in|prompt")
 _POST_LAYER_NAMES = re.compile("norm|ln_f|final|project_out")
 
@@ -40,10 +40,10 @@ def _inside(module: nn.Module) -> nn.Module | None:
 
 
 def text_config(model: nn.Module) -> Any:
-    """The configuration of the language model, which is a part of the model's where it sees images too.
+    """The configuration of the language model. In a model that sees images too, it is a part of the model's own.
 
     Raises:
-        PlanError: there is none, or it is not that of a decoder.
+        PlanError: there is no configuration, or it is not of a decoder.
     """
     name = type(model).__name__
     config: Any = getattr(model, "config", None)
@@ -65,9 +65,9 @@ def text_config(model: nn.Module) -> Any:
 
 
 def layer_list(model: nn.Module) -> nn.ModuleList:
-    """The decoder's layers: the longest list of modules of one class that is not inside such a list.
+    """The decoder's layers: the longest list of modules of one class that is not inside another such list.
 
-    A mixture can have more experts than the model has layers, but they are inside of layers.
+    A mixture can have more experts than the model has layers, but the experts are inside layers.
 
     Raises:
         PlanError: there is no such list.
@@ -94,8 +94,8 @@ def is_matrix(module: nn.Module) -> bool:
 def is_before_layers(name: str, *, layers_seen: bool) -> bool:
     """Whether a module or parameter outside the layers is used before them, rather than after them.
 
-    Its `name` tells, else the order in which the model registers its modules: `layers_seen` says whether the layers
-    came earlier.
+    `name` decides if it is a known one. Else the order of the model's modules decides: `layers_seen` says whether the
+    layers came earlier.
     """
     if _PRE_LAYER_NAMES.search(name):
         return True

@@ -8,7 +8,7 @@ from moreh.errors import PlanError
 
 
 def base_matrix(module: nn.Module) -> Any:
-    """The matrix that an adapter wraps; the module itself where there is no adapter."""
+    """The matrix that an adapter wraps; the module itself if it is not an adapter."""
     return getattr(module, "base_layer", module)
 
 

@@ -1,10 +1,10 @@
-"""The losses that the runtime can compute from shards of the logits. docs/adding-a-loss.md adds one.
+"""The losses that the runtime can compute from shards of the logits.
 
 A causal language model of transformers computes its loss with `model.loss_function(logits, labels, vocab_size=...,
-...)`. The runtime computes the same loss from one micro-batch at a time, with the vocabulary sharded over
-tensor-parallel ranks, so it needs the loss as a function of single tokens, a `TokenLoss`. The loss of the batch is
-the sum over all label tokens, divided by their number, or by the `num_items_in_batch` that the script passes. A loss
-with another reduction cannot be registered.
+...)`. The runtime computes the same loss one micro-batch at a time, with the vocabulary sharded over tensor-parallel
+ranks. So it needs the loss as a function of single tokens, a `TokenLoss`. The loss of the batch is the sum over all
+label tokens, divided by their number, or by the `num_items_in_batch` that the script passes. A loss with another
+reduction cannot be registered.
 
 transformers' own `ForCausalLMLoss` is known: the runtime computes it with `vocab_parallel_cross_entropy`. For another
 loss:
@@ -18,7 +18,7 @@ loss:
     register_token_loss(my_loss, my_token_loss)
     model.loss_function = my_loss
 
-docs/adding-a-loss.md does so with a z-loss, tests/runtime/engine/test_custom_loss.py compares it with the plain loop.
+docs/adding-a-loss.md shows it with a z-loss. tests/runtime/engine/test_custom_loss.py compares it with the plain loop.
 """
 
 from collections.abc import Callable
@@ -35,13 +35,13 @@ Called with:
 - the logits `[..., local vocabulary]` of this rank's part of the vocabulary, which may be empty,
 - the labels `[...]`, already shifted: each is the token to predict from the logits at its position, or -100, where the
   loss has to be 0,
-- the `torch.distributed.ProcessGroup` of the ranks that hold the other parts, None where this rank holds them all,
+- the `torch.distributed.ProcessGroup` of the ranks that share the vocabulary, None if this rank holds all of it,
 - the size of the whole vocabulary.
 
-The ranks of the group call it together. Each returns the same losses, and the backward pass gives each the gradient
-with respect to its own logits. `vocab_parallel_cross_entropy` and `vocab_parallel_logsumexp`
-(moreh/runtime/tensor/vocab_parallel.py) do both. A sum over ranks goes through `reduce_from_tp`
-(moreh/runtime/tensor/collectives.py): its backward pass is the identity, where that of
+All ranks of the group call it together. It returns the same losses on each rank, and its backward pass gives each rank
+the gradient with respect to its own logits. `vocab_parallel_cross_entropy` and `vocab_parallel_logsumexp`
+(moreh/runtime/tensor/vocab_parallel.py) do both. A sum over ranks needs `reduce_from_tp`
+(moreh/runtime/tensor/collectives.py), whose backward pass is the identity. The backward pass of
 `torch.distributed.nn.functional.all_reduce` would sum the gradients once more.
 """
 

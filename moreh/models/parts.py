@@ -1,8 +1,7 @@
-"""The parts of a causal language model of transformers, whatever its family calls them: before, in and after the
-layers.
+"""The parts of a causal language model of transformers, whatever their names: before, in and after the layers.
 
-The runtime computes a model by these parts: a pipeline stage has some layers, the first one what is before them, the
-last one what is after them.
+The runtime computes a model by these parts. Each pipeline stage has some layers. The first stage also has the modules
+before the layers, the last stage those after them.
 """
 
 import re
@@ -18,14 +17,14 @@ from moreh.models.introspection import is_before_layers, layer_list, unwrapped
 
 @dataclass(frozen=True)
 class ModuleSlot:
-    """A module and where it hangs, so that another one can be put there: `parent._modules[key] is module`."""
+    """A module and its place, where another module can be put: `parent._modules[key] is module`."""
 
     parent: nn.Module
-    """The module that has it as a child."""
+    """The module's parent."""
     key: str
     """Its name in the parent."""
     module: nn.Module
-    """The module itself, also while another one is in its slot."""
+    """The module itself, even while another one is in its slot."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Whether functions and modules are those of the libraries, or what a script has put in their place."""
+"""Whether functions and modules are those of the libraries, or a script has replaced them."""
 
 import inspect
 from collections.abc import Callable, Iterator
@@ -43,7 +43,7 @@ def is_accelerate_bf16_forward(module: nn.Module) -> bool:
 def first_custom_module(model: nn.Module) -> nn.Module | None:
     """The first module of a class of the script's own, or whose `forward` the script has replaced; None without any.
 
-    The `forward` of `model` itself is not looked at.
+    The `forward` of `model` itself is not checked.
     """
     for module in model.modules():
         is_custom = not type(module).__module__.startswith(LIBRARIES)
@@ -53,7 +53,7 @@ def first_custom_module(model: nn.Module) -> nn.Module | None:
 
 
 def has_batch_norm(model: nn.Module) -> bool:
-    """Whether what a model computes of a sequence depends on the others of its batch: a script put batch norm there."""
+    """Whether a script has put batch normalization into a model, so that the sequences of a batch affect each other."""
     return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
 
 

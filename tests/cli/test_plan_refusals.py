@@ -75,7 +75,7 @@ def test_refusal_names_the_option_and_what_is_allowed(plan, model, options, code
 def test_model_that_cannot_be_read_is_refused(plan, tmp_path):
     (tmp_path / "broken.json").write_text("{", encoding="utf-8")
     assert "there is no such file" in plan(tmp_path / "none.json", *STEP)[2]
-    assert "it is no JSON" in plan(tmp_path / "broken.json", *STEP)[2]
+    assert "it is not JSON" in plan(tmp_path / "broken.json", *STEP)[2]
     assert plan(*STEP)[0] == 2
 
 

@@ -40,7 +40,7 @@ def test_without_a_record_little_is_known_of_a_family():
     model = build(tiny_config_of(MODEL_TYPE, {}), device="meta")
     assert MODEL_TYPE not in FAMILIES
     assert "which tensor parallelism is not known to compute right" in tensor_parallel_refusal(model, 2)
-    with pytest.raises(PlanError, match="model_type is 'made_up': give one of bloom"):
+    with pytest.raises(PlanError, match="model_type is 'made_up': give one of bitnet"):
         architecture_from_config(tiny_config_of(MODEL_TYPE, {}), "tiny")
     with mock.patch("moreh.runtime.batch.batch_cutter.pack_micro_batches") as pack:
         model = whole_model(MODEL_TYPE, {})

@@ -1,1 +1,1 @@
-"""The settings of a run: what they are (`schema`), how they are read (`yaml_file`) and how they are documented."""
+"""The settings of a run: their declaration (`schema`), reader (`yaml_file`) and documentation (`markdown`)."""

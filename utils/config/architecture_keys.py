@@ -1,6 +1,6 @@
-"""Which keys the architecture of a new model may have: those of its configuration class in transformers.
+"""The keys that the architecture of a new model may have: those of its configuration class in transformers.
 
-transformers accepts any key without a word, so a typing error would train with a default.
+transformers accepts any key without an error, so a mistyped key would train with a default.
 """
 
 import ast
@@ -35,10 +35,10 @@ def check_architecture_keys(architecture: dict[str, Any]) -> None:
 
 
 def _declared_keys(model_type: str) -> set[str]:
-    """The keys that the source of a model type's configuration declares: nearly all that it has; empty where not found.
+    """The keys that the source of a model type's configuration declares, nearly all that it has. Empty if not found.
 
-    The source is read, not imported: importing any configuration of transformers imports torch, which takes seconds. So
-    a plan, or an error elsewhere in the settings, does not wait for torch.
+    The source is read, not imported: importing any configuration of transformers imports torch, which takes seconds.
+    Plans and errors elsewhere in the settings need not wait for torch.
     """
     package = importlib.util.find_spec("transformers")
     if package is None or package.origin is None or not model_type.isidentifier():

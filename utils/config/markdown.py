@@ -1,6 +1,6 @@
 """Writes docs/configuration.md from the declarations: every section and key with its type, default and meaning.
 
-A test compares the page with `settings_markdown()`; `python -m utils.config > docs/configuration.md` renews it.
+A test compares the page with `settings_markdown()`. `python -m utils.config > docs/configuration.md` renews the page.
 """
 
 import json

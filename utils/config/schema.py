@@ -71,7 +71,7 @@ class ModelSection(Section):
     @field_validator("pretrained")
     @classmethod
     def _directory_exists(cls, pretrained: str | None) -> str | None:
-        """A name that can only be a path is not looked up on the hub, whose error would be about repository names."""
+        """Refuse a path that is not there. The hub would answer with an error about repository names."""
         if pretrained is not None and pretrained.startswith((".", "/")) and not Path(pretrained).is_dir():
             raise ValueError(
                 f"there is no directory {pretrained}: give one that holds a model, or the name of one on the hub"

@@ -1,4 +1,4 @@
-"""What all sections of the settings are made of."""
+"""The base class and the types of all sections of the settings."""
 
 from typing import Annotated
 

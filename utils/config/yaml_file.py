@@ -25,7 +25,7 @@ def load_config(path: str, overrides: list[str]) -> Config:
     """The validated settings of a file, changed by overrides such as `train.lr=1e-4`.
 
     Raises:
-        UserError: with one line for each problem.
+        UserError: the settings are not valid; the error has one line for each problem.
     """
     content, locations = _read_yaml(path)
     problems = [problem for text in overrides if (problem := _apply_override(content, locations, text)) is not None]
@@ -91,7 +91,7 @@ def _read_yaml(path: str) -> tuple[dict[str, Any], Locations]:
 
 
 def _record_locations(node: yaml.Node, parent: KeyPath, path: str, locations: Locations) -> list[str]:
-    """Record the line of each key below `node`; returns a problem for each key that is written twice or is no word."""
+    """Record the line of each key below `node`; returns a problem for each key that is given twice or is not a word."""
     problems = []
     if isinstance(node, yaml.MappingNode):
         seen: dict[str, int] = {}
@@ -116,7 +116,7 @@ def _record_locations(node: yaml.Node, parent: KeyPath, path: str, locations: Lo
 
 
 def _apply_override(content: dict[str, Any], locations: Locations, text: str) -> str | None:
-    """Set one `section.key=value` in `content`; returns the problem if that is not possible."""
+    """Set one `section.key=value` in `content`; returns the problem, or None."""
     dotted, equals, value_text = text.partition("=")
     keys = dotted.split(".")
     if not equals or not all(keys):
@@ -153,7 +153,7 @@ def _describe_all(errors: list[ErrorDetails], locations: Locations, path: str) -
         errors_of.setdefault(key_path, []).append(details)
     problems = []
     for key_path, errors_of_key in errors_of.items():
-        # A key that is missing has no line: then the section's is given.
+        # A missing key has no line, so its section's line is given.
         known = next((key_path[:n] for n in range(len(key_path), 0, -1) if key_path[:n] in locations), None)
         prefix = [path if known is None else locations[known], ".".join(map(str, key_path))]
         problems.append(": ".join([*filter(None, prefix), _describe(errors_of_key, key_path)]))
@@ -177,7 +177,7 @@ def _describe(errors: list[ErrorDetails], key_path: KeyPath) -> str:
 
 
 def _is_union_branch(part: str | int) -> bool:
-    """Whether a part of pydantic's location is no key but a branch of a union: `constrained-int`, `literal['auto']`."""
+    """Whether a part of pydantic's location is a branch of a union, not a key: `constrained-int`, `literal['auto']`."""
     return isinstance(part, str) and (part in {"constrained-int", "int", "bool"} or "[" in part)
 
 

@@ -17,9 +17,9 @@ Batch = dict[str, Any]
 
 
 class ShuffledBatches(Sampler[list[int]]):
-    """The rows of each batch, in an order that only the seed and the epoch decide.
+    """The rows of each batch, in an order that depends only on the seed and the epoch.
 
-    So a resumed training continues with the batch after its last one.
+    So a resumed run continues with the batch after its last one.
     """
 
     def __init__(self, num_rows: int, batch_size: int, seed: int) -> None:
@@ -27,7 +27,7 @@ class ShuffledBatches(Sampler[list[int]]):
         self._epoch = self._first_batch = 0
 
     def start_at(self, batch: int) -> None:
-        """Begin the next pass with this batch, counted from the beginning of the training."""
+        """Begin the next pass with this batch, counted from the beginning of the run."""
         self._epoch, self._first_batch = divmod(batch, len(self))
 
     def __len__(self) -> int:
@@ -44,7 +44,7 @@ class ShuffledBatches(Sampler[list[int]]):
 
 
 def training_loader(data: RunData, config: Config) -> DataLoader[Batch]:
-    """Shuffled batches of `train.batch_size` training rows; those left over at the end of an epoch are not used in it.
+    """Shuffled batches of `train.batch_size` training rows. Rows left over at the end of an epoch are skipped in it.
 
     Raises:
         UserError: there are fewer rows than one batch takes.
@@ -69,7 +69,7 @@ def evaluation_loader(data: RunData, config: Config) -> DataLoader[Batch]:
 def _loader_options(data: RunData, config: Config) -> dict[str, Any]:
     return {
         "collate_fn": partial(collate_padded, pad_id=data.tokenizer.pad_token_id, max_length=config.data.max_length),
-        # Each pass over a loader draws a number; it must not come from the generator that the training draws from.
+        # Each pass over a loader draws a number, which must not come from the generator that the training draws from.
         "generator": torch.Generator(),
         "pin_memory": True,
     }
@@ -78,12 +78,12 @@ def _loader_options(data: RunData, config: Config) -> dict[str, Any]:
 def collate_padded(rows: list[dict[str, Any]], pad_id: int, max_length: int) -> Batch:
     """A batch of rows, each padded to `max_length` on the right, so that positions count from the first token.
 
-    With pad token P, and -100 for what is not learned:
+    With pad token P, and -100 for tokens that are not learned:
 
         input_ids       a b P c P P P    attention_mask  1 1 1 1 0 0 0    labels  -100 b P c -100 -100 -100
 
-    Masks come from the lengths of the rows. The ids could not tell padding from a pad token in the text; where the pad
-    token also ends the text, the model would not learn to stop.
+    Masks come from the lengths of the rows. The ids do not tell padding from a pad token in the text. If the pad token
+    also ends the text, a model with masks from the ids would not learn to stop.
     """
     input_ids = torch.full((len(rows), max_length), pad_id)
     attention_mask = torch.zeros_like(input_ids)
@@ -126,7 +126,7 @@ def iter_steps(
 ) -> Iterator[tuple[int, list[Batch]]]:
     """The number of each step after `start_step`, from 1, and the batches whose gradients it sums.
 
-    The loader is gone through as often as it takes.
+    The loader is iterated over as often as it takes.
     """
     assert isinstance(loader.batch_sampler, ShuffledBatches)
     loader.batch_sampler.start_at(start_step * batches_per_step)

@@ -13,8 +13,8 @@ from utils.errors import UserError
 def make_once(directory: Path, write: Callable[[Path], None], info: Callable[[str], None]) -> None:
     """Make a directory with `write`, which fills an empty one, unless it exists.
 
-    Of several processes that want the same directory, such as the workers of a run, the first one makes it and the
-    others wait; `info` gets a line about the waiting.
+    If several processes want the same directory, such as the workers of a run, the first one makes it and the others
+    wait. `info` gets a line about the wait.
 
     Raises:
         UserError: the parent directory cannot be used.

@@ -18,7 +18,7 @@ def read_pairs(data: DataSection, make_pair: MakePair) -> list[Pair]:
         UserError: the source cannot be read, or a record has no text in a field that is needed.
     """
     pairs = (Pair(record.location, *make_pair(record, data)) for record in _read_records(data))
-    # Of two equal pairs one could be held out for evaluation although the other is trained on.
+    # Of two equal pairs, one could be held out for evaluation while the other is trained on.
     return list({(pair.prompt, pair.response): pair for pair in pairs}.values())
 
 

@@ -20,7 +20,7 @@ from utils.data.records import MakePair, Pair
 from utils.data.tokenization import MakeExample, Row, RowCounts, encode_pairs, train_tokenizer
 from utils.errors import UserError, first_line
 
-# Part of each cache key: raise it when the same settings are to give other rows.
+# A part of each cache key. Raise it when a change of the code gives other rows for the same settings.
 _FORMAT = 2
 # 32 bits for ids and labels: half the size on the disk.
 _IDS = datasets.Sequence(datasets.Value("int32"))
@@ -53,10 +53,10 @@ class RunData:
 def prepare_data(
     config: Config, make_pair: MakePair, make_example: MakeExample, info: Callable[[str], None]
 ) -> RunData:
-    """Read, split and tokenize the data of a run, or take all that from the cache; `info` gets lines for the log.
+    """Read, split and tokenize the data of a run, or load the result from the cache; `info` gets lines for the log.
 
-    `make_pair` and `make_example` say what a prompt, a response and a label are. Of several processes that want the
-    same data, such as the workers of a run, one prepares it and the others wait.
+    `make_pair` and `make_example` define what a prompt, a response and a label are. If several processes want the same
+    data, such as the workers of a run, one of them prepares it and the others wait.
 
     Raises:
         UserError: the data or the tokenizer cannot be read, or no rows are left.
@@ -83,7 +83,7 @@ def _prepare(
 ) -> None:
     """Read, split and tokenize the data of a run into an empty directory.
 
-    The split comes before anything is learned from the data: a tokenizer that is trained has seen no held-out row.
+    The split comes before anything is learned from the data, so that a trained tokenizer has seen no held-out row.
     """
     info("Reading and tokenizing the data (later runs take it from the cache).")
     held_out, training = _split(read_pairs(config.data, make_pair), config.data.eval_rows, config.train.seed)
@@ -108,10 +108,10 @@ def _prepare(
 
 
 def load_tokenizer(name: str) -> Any:
-    """The tokenizer of a local directory or of the hub; one without a pad token pads with its end-of-text token.
+    """The tokenizer of a local directory or of the hub. Without a pad token it pads with its end-of-text token.
 
     Raises:
-        UserError: it cannot be loaded or has no end-of-text token.
+        UserError: the tokenizer cannot be loaded, or has no end-of-text token.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
@@ -139,7 +139,7 @@ def _to_dataset(rows: list[Row]) -> datasets.Dataset:
 
 
 def _cache_key(config: Config, make_pair: MakePair, make_example: MakeExample) -> str:
-    """A hash of all that the rows depend on: settings, the script's functions, and the state of the source files."""
+    """A hash of everything that the rows depend on: settings, the script's functions, the state of the source files."""
     files: list[Path] = []
     if config.data.docstrings is not None:
         files = source_files(config.data.docstrings, "data.docstrings")

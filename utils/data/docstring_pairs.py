@@ -61,5 +61,5 @@ def _functions(node: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def _dedent(lines: list[str], width: int) -> str:
-    """The lines without `width` columns of indentation; a line of a string that is indented less keeps its text."""
+    """The lines without `width` columns of indentation. A less indented line of a string loses only its indentation."""
     return "".join(line[width:] if not line[:width].strip() else line.lstrip() for line in lines)

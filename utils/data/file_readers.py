@@ -1,6 +1,6 @@
 """Reads records from JSONL, JSON, CSV and Parquet files, or from the Hugging Face hub.
 
-The readers are this project's own because an error names the file and the line, which those of `datasets` do not.
+The project has its own readers because their errors name the file and the line; those of `datasets` do not.
 """
 
 import csv
@@ -22,7 +22,8 @@ def read_file(path: Path) -> Iterator[Record]:
     """The records of a file, in the format that its extension names.
 
     Raises:
-        UserError: unknown extension, a broken line or file, a row without named fields, or no rows.
+        UserError: the extension is unknown, a line or the file is broken, a row has no named fields, or there are no
+            rows.
     """
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
@@ -46,7 +47,7 @@ def read_hub(name: str, configuration: str | None, split: str) -> Iterator[Recor
     """The records of a dataset of the hub, in one of its configurations where it has several.
 
     Raises:
-        UserError: it cannot be loaded.
+        UserError: the dataset cannot be loaded.
     """
     from datasets import load_dataset
 

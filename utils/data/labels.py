@@ -10,8 +10,8 @@ IGNORED = -100
 
 
 def count_labels(labels: "torch.Tensor") -> int:
-    """The number of tokens that the loss of labels `[batch, sequence]` is the mean of.
+    """The number of label tokens in labels `[batch, sequence]`, over which the loss is the mean.
 
-    The first column does not count: nothing predicts it.
+    The first column does not count, because no position predicts it.
     """
     return int((labels[:, 1:] != IGNORED).sum())

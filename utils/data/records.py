@@ -23,7 +23,7 @@ class Record:
         """The text of a field.
 
         Raises:
-            UserError: there is no such field, or its value is no text.
+            UserError: there is no such field, or its value is not text.
         """
         if field not in self.fields:
             names = ", ".join(map(repr, self.fields)) or "none"
@@ -37,10 +37,10 @@ class Record:
         return value
 
     def fill(self, template: str, *, prompt: str) -> str:
-        """A template such as "Question: {prompt}" with the prompt, and with fields of this record that it names.
+        """A template such as "Question: {prompt}", filled with the prompt and with the fields of this record.
 
         Raises:
-            UserError: there is no such field, or its value is no text.
+            UserError: the template names a field that the record does not have, or whose value is not text.
         """
         fields = {name: self.text(name) for name in _names_in(template) if name != "prompt"}
         return template.format(prompt=prompt, **fields)
@@ -51,7 +51,7 @@ def _names_in(template: str) -> frozenset[str]:
     return frozenset(name for _, name, _, _ in string.Formatter().parse(template) if name)
 
 
-# A training script's function: the prompt and the response of a record, under the settings.
+# A function of the training script: given a record and the settings, the prompt and the response.
 MakePair = Callable[[Record, DataSection], tuple[str, str]]
 
 

@@ -24,8 +24,8 @@ def read_summary_pairs(packages: list[str]) -> Iterator[Record]:
     A docstring gives a pair if it has the form of PEP 257: a summary of one line that ends in a period, an empty line,
     and a text. The text is the prompt, the summary the response.
 
-    A pair is skipped if its summary, or a passage of `PASSAGE_WORDS` words, is in an earlier pair; case, numbers and
-    punctuation do not count. Otherwise a held-out row could be known from training.
+    A pair is skipped if its summary, or a passage of `PASSAGE_WORDS` words, is in an earlier pair. Case, numbers and
+    punctuation are ignored. Without this rule, a held-out row could be known from training.
 
     Raises:
         UserError: a package is not installed, or none of them gives a pair.
@@ -78,6 +78,6 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 def _passages(text: str) -> set[int]:
-    """A hash of each run of words: with runs of two, "a b c" has (a, b) and (b, c). A short text is one run."""
+    """A hash of each passage. With passages of two words, "a b c" has "a b" and "b c". A short text is one passage."""
     words = _words(text)
     return {hash(words[start : start + PASSAGE_WORDS]) for start in range(max(1, len(words) - PASSAGE_WORDS + 1))}

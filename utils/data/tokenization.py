@@ -1,4 +1,4 @@
-"""Token ids of the pairs, with a tokenizer that is trained on them or a given one."""
+"""Token ids of the pairs, from a tokenizer that is trained on them or from a given one."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -15,8 +15,8 @@ from utils.data.records import Pair
 END_OF_TEXT = "<|endoftext|>"
 _PAIRS_PER_CALL = 512
 
-# A training script's function: token ids and labels of a row, from the ids of prompt and response, the id of the
-# end-of-text token and `data.loss_on`.
+# A function of the training script: given the ids of prompt and response, the id of the end-of-text token and
+# `data.loss_on`, the token ids and labels of a row.
 MakeExample = Callable[[list[int], list[int], int, str], tuple[list[int], list[int]]]
 
 
@@ -29,7 +29,7 @@ class Row:
     input_ids: list[int]
     """Token ids of prompt, response and end of text."""
     labels: list[int]
-    """A label for each token: its id, or -100 where none is learned."""
+    """A label for each token: its id, or -100 if it is not learned."""
     prompt_length: int
     """The number of tokens of the prompt, with which a sample begins."""
 
@@ -41,7 +41,7 @@ class RowCounts:
     kept: int = 0
     """Rows to train on or to evaluate."""
     truncated: int = 0
-    """How many of them lost their end."""
+    """How many of the kept rows lost their end."""
     dropped_too_long: int = 0
     """Pairs dropped for their length."""
     dropped_without_label: int = 0
@@ -74,10 +74,10 @@ def train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> PreTrainedTok
 def encode_pairs(
     pairs: list[Pair], tokenizer: Any, data: DataSection, make_example: MakeExample
 ) -> tuple[list[Row], RowCounts]:
-    """Tokenize pairs, and truncate or drop the long ones; pairs that are left without a label are dropped.
+    """Tokenize pairs, and truncate or drop the long ones. Pairs that are left without a label are dropped.
 
-    Prompt and response are tokenized separately. So no token spans their border, and generation, which sees the prompt
-    alone, sees the same ids.
+    Prompt and response are tokenized separately, so that no token spans their border. Generation, which gets only the
+    prompt, then gets the same ids.
     """
     rows = []
     truncated = too_long = without_label = 0
@@ -102,10 +102,10 @@ def encode_pairs(
 
 
 def _encode_responses(texts: list[str], tokenizer: Any) -> list[list[int]]:
-    """Token ids of texts that continue another text. The name of a special token in them is text like any other.
+    """Token ids of texts that continue another text. The name of a special token in a text is text like any other.
 
-    Some tokenizers, such as Llama 2's, put a space before each text. With them a text is encoded after a character that
-    it does not merge with, and the ids of that character are removed.
+    Some tokenizers, such as Llama 2's, put a space before each text. For such a tokenizer, each text is encoded after a
+    character that does not merge with it, and the ids of that character are removed.
     """
 
     def encode(batch: list[str]) -> list[list[int]]:
@@ -125,7 +125,7 @@ def _encode_responses(texts: list[str], tokenizer: Any) -> list[list[int]]:
 
 
 def encode_prompts(prompts: list[str], tokenizer: Any) -> list[list[int]]:
-    """Token ids of prompts, with what the model expects before a text; an end-of-text token after them is removed.
+    """Token ids of prompts, with the tokens that the tokenizer puts before a text but no end-of-text token after it.
 
     An empty prompt becomes the token that begins a text, so that the first token of the response has a predecessor.
     """

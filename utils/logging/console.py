@@ -24,7 +24,7 @@ class LogFileHandler(logging.handlers.MemoryHandler):
         """Write the lines that were kept, and all that follow, to this file.
 
         Raises:
-            OSError: it cannot be made.
+            OSError: the file cannot be made.
         """
         file = logging.FileHandler(path, encoding="utf-8", errors="replace")
         file.setFormatter(_FileFormatter())
@@ -61,7 +61,7 @@ class _ConsoleHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         text = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in self.format(record))
-        # A closed pipe, as after `| head`, does not end the training: train.log goes on.
+        # A closed pipe, as after `| head`, does not end the run: train.log goes on.
         with contextlib.suppress(BrokenPipeError, AttributeError):
             encoding = sys.stdout.encoding
             tqdm.write(text.encode(encoding, "replace").decode(encoding), file=sys.stdout)

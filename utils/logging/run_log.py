@@ -33,11 +33,11 @@ METRIC_KEYS = (
 
 
 class RunLog:
-    """The files of one run in its directory `<run.directory>/<run.name>/`; an earlier run of that name is kept as `.1`.
+    """The files of one run in its directory `<run.directory>/<run.name>/`. An earlier run of that name is kept as `.1`.
 
-    Nothing is written before `start`, so a start that fails leaves an earlier run alone. (One that fails at the first
-    batch, for example because no plan fits, does not; `--plan-only` tells before.) With several workers only rank 0
-    writes: on the other ranks all methods do nothing.
+    Nothing is written before `start`, so that an error before it leaves an earlier run in its place. An error at the
+    first batch, for example because no plan fits, comes after `start`; `--plan-only` finds it earlier. With several
+    workers only rank 0 writes: on the other ranks all methods do nothing.
     """
 
     def __init__(self, config: Config) -> None:
@@ -60,10 +60,10 @@ class RunLog:
         return rank() == 0
 
     def start(self) -> None:
-        """Make the directory of the run and write there from now on; to be called when all is ready to train.
+        """Make the directory of the run, and write there from now on. Call it when everything is ready to train.
 
         Raises:
-            UserError: it cannot be made, or another run of the same name is writing it.
+            UserError: the directory cannot be made, or another run of the same name is writing to it.
         """
         if self.is_writer:
             self._open(lambda: _make_directory(self.directory))
@@ -72,7 +72,7 @@ class RunLog:
         """Continue the files of the run after a step, or start them if there are none.
 
         Raises:
-            UserError: as `start`, or metrics.jsonl is damaged.
+            UserError: for the reasons of `start`, or because metrics.jsonl is damaged.
         """
         if not self.is_writer or not self.directory.exists():
             self.start()
@@ -176,7 +176,7 @@ def _make_directory(directory: Path) -> None:
 
 
 def _disable_progress_bars() -> None:
-    """Those of libraries, which write to files as well as to terminals."""
+    """Disable the progress bars of libraries, which write to files as well as to terminals."""
     import datasets
     import transformers
 

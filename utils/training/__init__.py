@@ -1,1 +1,1 @@
-"""What a training loop takes from elsewhere: the model, evaluation, checkpoints, the learning rate, metrics."""
+"""The parts that a training loop uses: the model, evaluation, checkpoints, the learning rate, metrics."""

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written while the training goes on, complete or absent, the last ones kept; and resuming."""
+"""Checkpoints of a run: written while training goes on, complete or absent, the last ones kept, and resumed from."""
 
 import random
 import re
@@ -20,7 +20,7 @@ from utils.logging.run_log import RunLog
 from utils.training.evaluation import Evaluation
 from utils.workers import any_rank, rank
 
-# Names of checkpoints: step-<steps that are done>.
+# Names of checkpoints: step-<number of steps done>.
 _NAME = re.compile(r"step-(\d+)")
 
 
@@ -52,7 +52,7 @@ class Checkpoints:
         The checkpoint may be from another number of workers.
 
         Raises:
-            CheckpointError: it is of another model or optimizer.
+            CheckpointError: the checkpoint is of another model or optimizer.
             UserError: all steps of the run are done.
         """
         step = 0
@@ -79,10 +79,10 @@ class Checkpoints:
         return int(extra["step"])
 
     def maybe_save(self, step: int, model: Any, optimizer: Any, scheduler: Any) -> None:
-        """Start to write the state after a step if the settings want it; the training goes on meanwhile.
+        """Start to write the state after a step if the settings ask for it. Training goes on meanwhile.
 
         Raises:
-            Stopped: SIGTERM has come to any worker, and the state is saved.
+            Stopped: a worker has got SIGTERM, and the state is saved.
         """
         stop = any_rank(self._stop.is_set())
         if not stop and (self._every is None or step % self._every):
@@ -102,10 +102,10 @@ class Checkpoints:
             raise Stopped(f"stopped by SIGTERM after step {step}: {path} is saved; --resume auto goes on from it")
 
     def flush(self) -> None:
-        """Wait until the checkpoint that is being written is complete, and remove those that are too many then.
+        """Wait until the checkpoint that is being written is complete. Then remove all but the last ones.
 
         Raises:
-            OSError: it could not be written.
+            OSError: the checkpoint could not be written.
         """
         if self._saving is None:
             return

@@ -14,11 +14,11 @@ from utils.data.labels import count_labels
 from utils.errors import UserError
 from utils.logging.run_log import RunLog
 
-# A little below 1, where a small model still varies but seldom strays.
+# A little below 1: a small model's text still varies but seldom turns to noise.
 SAMPLE_TEMPERATURE = 0.6
 SAMPLE_TOP_P = 0.9
 
-# A training script's function: how the log shows the prompt, what the model wrote, and the response in the data.
+# A function of the training script: given the prompt, the model's text and the response in the data, the log's text.
 ShowSample = Callable[[str, str, str], str]
 
 
@@ -37,7 +37,7 @@ class Evaluation:
         self._loader = evaluation_loader(data, config)
 
     def is_due(self, step: int) -> bool:
-        """Whether the settings want an evaluation after a step; after the last one there always is one."""
+        """Whether the settings ask for an evaluation after a step. After the last step there always is one."""
         every = self._config.log.eval_every_steps
         return step == self._total_steps or (every is not None and step % every == 0)
 
@@ -99,7 +99,7 @@ def generate_sample(model: Any, prompt_ids: list[int], tokenizer: Any, max_new_t
     if max_new_tokens < 1:
         return ""
     input_ids = torch.tensor([prompt_ids])
-    # The training draws the same random numbers afterwards as if nothing had been drawn here.
+    # Forked, so that the training draws the same random numbers afterwards as without a sample.
     with _evaluating(model), torch.random.fork_rng():
         torch.manual_seed(0)
         generated = model.generate(
@@ -116,7 +116,7 @@ def generate_sample(model: Any, prompt_ids: list[int], tokenizer: Any, max_new_t
 
 @contextmanager
 def _evaluating(model: Any) -> Iterator[None]:
-    """No gradients and no dropout while the context is open; then training mode again if the model was in it."""
+    """No gradients and no dropout while the context is open. Afterwards the model is in its former mode."""
     was_training = model.training
     model.eval()
     try:

@@ -1,6 +1,6 @@
 """The learning rate over the run.
 
-The schedules of transformers begin a warm-up at 0, so their first step learns nothing; this one begins above 0.
+The schedules of transformers begin a warm-up at 0, so that the first step learns nothing. This one begins above 0.
 """
 
 import math
@@ -30,5 +30,5 @@ def make_scheduler(
     optimizer: torch.optim.Optimizer, total_steps: int, train: TrainSection
 ) -> torch.optim.lr_scheduler.LambdaLR:
     """A scheduler whose `step()` is called after each step of the optimizer."""
-    # LambdaLR counts the steps that were taken, so it is at 0 in step 1.
+    # LambdaLR counts the steps that were taken: its count is 0 in step 1.
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda taken: lr_factor(taken + 1, total_steps, train))

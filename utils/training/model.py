@@ -13,7 +13,7 @@ def load_model(config: Config, tokenizer: Any) -> Any:
     """A causal language model for the tokenizer, in float32, on the CPU.
 
     Raises:
-        UserError: it cannot be loaded, or its vocabulary or positions are too few for the data.
+        UserError: the model cannot be loaded, or has too small a vocabulary or too few positions for the data.
     """
     if config.model.pretrained is not None:
         model = load_pretrained(config.model.pretrained, "model.pretrained", dtype="float32")
@@ -38,10 +38,10 @@ def load_model(config: Config, tokenizer: Any) -> Any:
 
 
 def load_pretrained(name: str, label: str, dtype: str = "auto") -> Any:
-    """A causal language model of a directory or of the hub; `label` is what an error calls it.
+    """A causal language model from a directory or the hub. An error begins with `label`.
 
     Raises:
-        UserError: it cannot be loaded, or only in part: transformers would draw missing weights at random.
+        UserError: the model cannot be loaded, or only in part. transformers would draw the missing weights at random.
     """
     if (reason := _reason_for_no_model(name)) is not None:
         raise UserError(f"{label}: {reason}")
@@ -67,7 +67,7 @@ def load_pretrained(name: str, label: str, dtype: str = "auto") -> Any:
 
 
 def _reason_for_no_model(name: str) -> str | None:
-    """Why a name that can only be a directory holds no model; the hub's errors would be about repository names."""
+    """Why there is no model in a directory. Asked before the hub, whose errors would be about repository names."""
     path = Path(name)
     if path.is_dir() and not (path / "config.json").is_file():
         below = path / "model"  # in the directory of a run
@@ -79,7 +79,7 @@ def _reason_for_no_model(name: str) -> str | None:
 
 
 def _with_loss_type(model: Any) -> Any:
-    """Name the loss of a model whose class name does not tell transformers: it would warn, and use this one."""
+    """Name the loss if transformers cannot tell it from the class name; it would warn, and use the same loss."""
     if model.loss_type is None:
         model.loss_type = "ForCausalLM"
     return model

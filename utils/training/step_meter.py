@@ -1,4 +1,4 @@
-"""Measures the steps of a training: tokens per second, memory, and the line that the console shows."""
+"""Measures the steps of a run: tokens per second, memory, and the line that the console shows."""
 
 import math
 import time
@@ -17,14 +17,14 @@ from utils.logging.run_log import RunLog
 class StepMeter:
     """Times steps, and logs one line for every `log.every_steps` of them.
 
-    The time of a step begins when its batches are loaded and ends when it is finished; evaluation, logging and
-    checkpoints are not part of it. The console counts real tokens, which padding is not.
+    The time of a step begins before its batches are loaded and ends with `finish`. Evaluation, logging and checkpoints
+    are not part of it. The console counts real tokens, without padding.
     """
 
     def __init__(self, config: Config, log: RunLog, total_steps: int) -> None:
         self._every, self._log, self._total_steps = config.log.every_steps, log, total_steps
         self._start = time.perf_counter()
-        # Since the last line on the console.
+        # Totals since the last line on the console.
         self._real_tokens, self._seconds = 0, 0.0
 
     def timed(self, steps: Iterable[tuple[int, list[Batch]]]) -> Iterator[tuple[int, list[Batch]]]:
@@ -41,7 +41,7 @@ class StepMeter:
         """Stop the run at a loss or gradient that is not finite, with the rows of the step in the log.
 
         Raises:
-            UserError: one of them is not finite.
+            UserError: the loss or the gradient norm is not finite.
         """
         if math.isfinite(loss) and math.isfinite(grad_norm):
             return

@@ -1,7 +1,7 @@
 """The memory ledger: what the job's tensors would take on the simulated device, by kind.
 
 Parameters, gradients and optimizer state are exact. Activations are the storages that autograd keeps for the backward
-pass. Not counted are temporary tensors inside an operation and the activations of a compiled model.
+pass. Temporary tensors inside an operation and the activations of a compiled model are not counted.
 
 The ledger keeps weak references, so a tensor counts for as long as it is alive, as on a real device. That includes
 garbage in reference cycles, which Python frees some time later.
@@ -19,26 +19,26 @@ from moreh.accelerator.memory.saved_activations import SavedActivations
 from moreh.storages import storage_address, storage_bytes, storage_of
 
 KINDS = ("parameters", "gradients", "optimizer_state", "activations", "other_tensors")
-# AdamW, which the training scripts use, keeps two values of its own for every parameter.
+# AdamW, which the training scripts use, keeps two values for every element of a parameter.
 ADAMW_VALUES_PER_PARAMETER = 2
-# Counting may take this share of a script's time; in between, the last count is used.
+# Counting may take this share of a script's time. Between counts, the last count is used.
 MAX_SHARE_OF_TIME = 0.005
 
 
 class MemoryLedger:
-    """The tensors on the simulated device, by weak references: what the script drops, the ledger drops."""
+    """The tensors on the simulated device, by weak references: a tensor that the script drops is no longer counted."""
 
     def __init__(self) -> None:
         self._modules: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
         self._optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         # By a storage's address: a weak reference to it and its size in bytes.
         self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
-        self._lock = threading.RLock()  # a thread that fetches batches moves them while the model computes
+        self._lock = threading.RLock()  # a thread may move the next batch while the model computes
         self.activations = SavedActivations(is_counted_elsewhere=self._storages.__contains__)
         self._peak_bytes = 0
         self._static_bytes = 0  # everything but activations, at the last count
         self._static_bytes_after_forward: int | None = None  # the same, at the last count after a forward pass
-        self._added_bytes = 0  # added since the last count
+        self._added_bytes = 0  # tensors added since the last count
         self._next_count = 0.0  # when the next count may be, by time.monotonic()
 
     def add_module(self, module: torch.nn.Module) -> None:
@@ -49,7 +49,7 @@ class MemoryLedger:
                 self.add_tensor(tensor)
 
     def remove_module(self, module: torch.nn.Module) -> None:
-        """Count a module no longer: it has left the device."""
+        """Stop counting a module, which has left the device."""
         with self._lock:
             self._modules.discard(module)
 
@@ -72,7 +72,7 @@ class MemoryLedger:
             self._added_bytes += storage.nbytes()
 
     def holds(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor was made on the device or moved there. The results of operations are not known to be."""
+        """Whether a tensor was made on the device or moved there. The results of operations are not tracked."""
         storage = storage_of(tensor)
         entry = None if storage is None else self._storages.get(storage_address(storage))
         return entry is not None and not entry[0].expired()
@@ -81,7 +81,7 @@ class MemoryLedger:
         """Bytes on the device now, by kind (see `KINDS`). A storage that several tensors share counts once."""
         with self._lock:
             start = time.monotonic()
-            # A weak reference keeps the address of a freed storage from being used again, so an entry never means
+            # A weak reference keeps the address of a freed storage from being used again. So an entry never refers to
             # another storage.
             for address in [address for address, (reference, _) in self._storages.items() if reference.expired()]:
                 del self._storages[address]
@@ -108,14 +108,13 @@ class MemoryLedger:
         return total
 
     def estimated_bytes(self) -> int:
-        """Nearly the total, without counting: the last count, what was added since, and the activations."""
+        """An estimate of the total without a count: the last count, tensors added since, and the activations."""
         return self._static_bytes + self._added_bytes + self.activations.total_bytes
 
     def observe(self, *, after_forward: bool) -> int:
-        """Count, unless the last count was a moment ago, and remember the peak; returns the total, maybe an estimate.
+        """Update the peak; returns the total in bytes. The total is an estimate if the last count was a moment ago.
 
-        The activations are always exact. `after_forward` says that a forward pass has ended: then their peak in it
-        counts.
+        The activations are always exact. With `after_forward`, at the end of a forward pass, their peak in it counts.
         """
         activations = self.activations.take_peak_since_forward() if after_forward else self.activations.total_bytes
         if time.monotonic() >= self._next_count:
@@ -131,7 +130,7 @@ class MemoryLedger:
         return total
 
     def peak_bytes(self) -> int:
-        """The largest total seen: at the ends of forward passes, around optimizer steps and when it was asked for."""
+        """The largest total seen at the ends of forward passes, around optimizer steps and in calls of this method."""
         return max(self._peak_bytes, self.total_bytes())
 
     def reset_peak(self) -> None:
@@ -146,7 +145,7 @@ def weight_bytes(module: torch.nn.Module) -> int:
 
 
 def adamw_training_bytes(module: torch.nn.Module) -> int:
-    """Bytes that training a module with AdamW takes at least: weights, gradients and two optimizer values each.
+    """The least bytes for training a module with AdamW: weights, gradients and two optimizer values per element.
 
     Works on the meta device. Activations are not included.
     """
@@ -155,7 +154,7 @@ def adamw_training_bytes(module: torch.nn.Module) -> int:
 
 
 def _nominal_bytes(tensors: list[torch.Tensor]) -> int:
-    """Bytes of distinct tensors by shape and dtype, with or without data. Lazy ones, without a shape, count nothing."""
+    """Bytes of distinct tensors by shape and dtype, with or without data. Lazy tensors have no shape and count 0."""
     return sum(tensor.nbytes for tensor in {id(t): t for t in tensors if not torch.nn.parameter.is_lazy(t)}.values())
 
 

@@ -13,9 +13,9 @@ class SimulatedOutOfMemoryError(torch.OutOfMemoryError, MorehError):
 def out_of_memory_error(
     *, what: str, requested_bytes: int, used_bytes: int, accelerator: Accelerator, all_devices: bool
 ) -> SimulatedOutOfMemoryError:
-    """The error for `requested_bytes` more of `what`, on one device or on all devices of the accelerator together.
+    """The error for `requested_bytes` more bytes of `what`, on one device or on all devices of the accelerator.
 
-    `used_bytes` are in use already.
+    `used_bytes` bytes are in use already.
     """
     flavor = accelerator.flavor
     memory_mib = flavor.memory_mib if all_devices else flavor.device.memory_mib
@@ -39,10 +39,10 @@ def out_of_memory_error(
 def nothing_fits_error(
     smallest_bytes: float, memory_fraction: float, accelerator: Accelerator
 ) -> SimulatedOutOfMemoryError:
-    """The error for a training of which no plan fits.
+    """The error for a training run without a plan that fits.
 
-    The smallest plan needs `smallest_bytes` on its fullest device; plans may use `memory_fraction` of a device (0 to
-    1).
+    The smallest plan needs `smallest_bytes` bytes on its fullest device. Plans may use the share `memory_fraction` of a
+    device, from 0 to 1.
     """
     flavor = accelerator.flavor
     available_bytes = round(flavor.device.memory_bytes * memory_fraction)

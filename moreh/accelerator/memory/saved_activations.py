@@ -18,14 +18,14 @@ SECONDS_UNTIL_INTERRUPT = 0.01
 
 
 class SavedTensor:
-    """A tensor that autograd saved; while it exists, its storage counts."""
+    """A tensor that autograd saved. While this object exists, the tensor's storage counts."""
 
     __slots__ = ("address", "owner", "tensor", "version")
 
     def __init__(self, owner: "SavedActivations", tensor: torch.Tensor, address: int | None) -> None:
-        """`address` is that of the storage; None for a tensor without one, which counts nothing."""
-        # Detached, since an operation may save its own output: the output would keep the operation alive, and the
-        # operation the output.
+        """`address` is the address of the tensor's storage; None for a tensor without a storage, which counts 0."""
+        # Detached, because an operation may save its own output. The output would keep the operation alive, and the
+        # operation would keep the output alive.
         self.owner, self.tensor, self.address = owner, tensor.detach(), address
         self.version = tensor._version
 
@@ -44,7 +44,7 @@ def _pass_on_interrupts() -> None:
 
     def hook(unraisable: Any) -> None:
         if unraisable.exc_type is KeyboardInterrupt:
-            # Repeated a little later: an interrupt now would arrive in this function, where it is discarded too.
+            # Sent again a little later: an interrupt now would arrive in this function, where it is discarded too.
             timer = threading.Timer(SECONDS_UNTIL_INTERRUPT, _thread.interrupt_main)
             timer.daemon = True
             timer.start()
@@ -58,9 +58,9 @@ class SavedActivations:
     """The storages that saved tensors keep alive, each counted once however many tensors share it."""
 
     def __init__(self, is_counted_elsewhere: Callable[[int], bool]) -> None:
-        """`is_counted_elsewhere` tells by a storage's address that it is a parameter or an input, not an activation."""
+        """`is_counted_elsewhere` tells whether the storage at an address is a parameter or input, not an activation."""
         self._is_counted_elsewhere = is_counted_elsewhere
-        # By a storage's address: how many saved tensors share it, and the bytes that it counts.
+        # By a storage's address: the number of saved tensors that share the storage, and the bytes that it counts.
         self._num_users: dict[int, int] = {}
         self._bytes: dict[int, int] = {}
         self._lock = threading.RLock()  # the autograd engine frees tensors in threads of its own
@@ -72,8 +72,8 @@ class SavedActivations:
     def counting(self) -> AbstractContextManager[Any]:
         """A context in which every tensor that autograd saves is counted.
 
-        It does nothing where gradients are off, and where other hooks on saved tensors are active, such as those of
-        activation recomputation: torch uses only the innermost hooks, so these would disable the others.
+        The context does nothing if gradients are off, or if other hooks on saved tensors are active, such as those of
+        activation recomputation. torch uses only the innermost hooks, so counting would disable the other hooks.
         """
         autograd: Any = torch._C._autograd
         if (
@@ -85,22 +85,22 @@ class SavedActivations:
         return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
 
     def take_peak_since_report(self) -> int:
-        """The highest total since the last call of this method: what an allocator still holds between two steps."""
+        """The highest total in bytes since the last call: what an allocator still holds between two steps."""
         with self._lock:
             peak, self._peak_since_report = self._peak_since_report, self.total_bytes
         return peak
 
     def take_peak_since_forward(self) -> int:
-        """The highest total since the last call of this method, at the end of the last forward pass.
+        """The highest total in bytes since the last call, at the end of the last forward pass.
 
-        A forward pass may contain backward passes of its parts, so the total at its end may be lower.
+        A forward pass may contain backward passes of its parts, so the total at its end may be lower than its peak.
         """
         with self._lock:
             peak, self._peak_since_forward = self._peak_since_forward, self.total_bytes
         return peak
 
     def release(self, address: int) -> None:
-        """Count one saved tensor less on the storage with this address."""
+        """Count one saved tensor less for the storage at an address."""
         with self._lock:
             self._num_users[address] -= 1
             if self._num_users[address] == 0:

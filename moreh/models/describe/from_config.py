@@ -14,11 +14,11 @@ from moreh.models.families import FAMILIES, planned_families
 def architecture_from_config(config: Mapping[str, Any], name: str) -> Architecture:
     """The architecture of the model that transformers' AutoModelForCausalLM builds from `config`.
 
-    `config` is the content of a config.json; what it leaves out has the default of transformers. `name` is for
+    `config` is the content of a config.json. A key that it leaves out has the default of transformers. `name` is for
     messages.
 
     Raises:
-        PlanError: the family (`model_type`) is none of `planned_families`, or a value cannot be meant.
+        PlanError: the family (`model_type`) is not one of `planned_families`, or a value is not allowed.
     """
     family = FAMILIES.get(model_type(config, name))
     if family is None or family.config_keys is None or family.architecture is None:
@@ -31,7 +31,7 @@ def model_type(config: Mapping[str, Any], name: str) -> str:
     """The family of a configuration.
 
     Raises:
-        PlanError: there is none.
+        PlanError: the configuration has no `model_type`, or it is not text.
     """
     if "model_type" not in config:
         raise PlanError(

@@ -27,9 +27,9 @@ class ParameterCount:
     tensors: int = 0
     """The number of tensors."""
     frozen_parameters: int = 0
-    """Elements of those without a gradient."""
+    """Elements of the frozen tensors."""
     frozen_tensors: int = 0
-    """The number of those without a gradient."""
+    """The number of frozen tensors."""
 
     def add(self, parameter: nn.Parameter) -> None:
         """Count a tensor."""
@@ -45,7 +45,7 @@ def describe_layer(layer: nn.Module, config: Any) -> DecoderLayer:
     experts = _expert_counts(config)
     linears: list[Linear] = []
     others = ParameterCount()
-    # The biases that are counted with their matrix, by id.
+    # The ids of the biases that are counted with their matrix.
     counted_biases: set[int] = set()
 
     def add(name: str, shape: tuple[int, int], weight: nn.Parameter, bias: nn.Parameter | None, **copies: Any) -> None:
@@ -108,7 +108,7 @@ def _merge_experts(linears: Iterable[Linear], experts: tuple[int, int] | None) -
 
 
 def _expert_counts(config: Any) -> tuple[int, int] | None:
-    """How many experts there are and how many a token passes through, None without any."""
+    """How many experts there are and how many a token passes through; None without experts."""
     counts: list[int] = []
     for keys in (
         ("num_local_experts", "num_experts", "n_routed_experts"),
@@ -120,10 +120,9 @@ def _expert_counts(config: Any) -> tuple[int, int] | None:
 
 
 def _declared_splits(config: Any) -> Mapping[str, Split]:
-    """How tensor parallelism splits matrices, by their names in a layer: from the family's record, or from
-    transformers.
+    """How tensor parallelism splits matrices, by name: from the family's record, or from transformers' plan.
 
-    Matrices of modules that neither speaks of are left out.
+    Names are relative to the layer. Matrices that are in neither are left out.
     """
     family = FAMILIES.get(config.model_type)
     if family is not None and isinstance(family.tensor_parallel, tuple):
@@ -140,9 +139,9 @@ def _declared_splits(config: Any) -> Mapping[str, Split]:
 
 
 def _with_splits(linears: list[Linear], declared: Mapping[str, Split]) -> list[Linear]:
-    """The matrices with their splits: the declared ones, or by name in modules that no declaration speaks of.
+    """The matrices with their splits: the declared split, or one by name in a module without a declaration.
 
-    Only where a module has both kinds: what a column-split matrix splits, a row-split one sums.
+    A split by name needs a module with both kinds, because a row-split matrix sums what a column-split one splits.
     """
     covered = {_module_of(name) for name in declared}
     columns, rows = _names_by_split()
@@ -159,7 +158,7 @@ def _with_splits(linears: list[Linear], declared: Mapping[str, Split]) -> list[L
         if linear.name in by_name and {"column", "row"} <= kinds[_module_of(linear.name)]:
             split = by_name[linear.name]
         if linear.stacked and split != "none":
-            # The declaration is about the sides of the tensor, which some families store transposed.
+            # A declaration names the sides of the tensor, which some families store transposed.
             split = "row" if "down" in linear.name else "column"
         result.append(replace(linear, split=split))
     return result
@@ -195,7 +194,7 @@ def _last(name: str) -> str:
 
 
 def _head_dim(config: Any) -> int:
-    # Multi-head latent attention has a qk_head_dim, and a head_dim that is its rotary part only.
+    # Multi-head latent attention has a qk_head_dim. Its head_dim is the rotary part only.
     for key in ("qk_head_dim", "head_dim"):
         if isinstance(value := getattr(config, key, None), int):
             return value

@@ -15,12 +15,11 @@ from moreh.models.introspection import is_before_layers, layer_list, text_config
 def describe_module(module: nn.Module) -> Architecture:
     """The architecture of a decoder with an output layer over its vocabulary, exact to the parameter.
 
-    `module` is a model of transformers, or one that is made like these, real or on the meta device. Adapters (LoRA) are
-    matrices of their own that tensor parallelism does not split; parameters with `requires_grad=False` are frozen.
+    `module` is a model of transformers, or one that is built in the same way, real or on the meta device. Adapters
+    (LoRA) count as matrices that tensor parallelism does not split. Parameters with `requires_grad=False` are frozen.
 
     Raises:
-        PlanError: it is no such decoder: an encoder with or without a decoder, a model without attention or with layers
-            of several classes.
+        PlanError: `module` is not such a decoder: it has an encoder, no attention, or layers of several classes.
     """
     model = unwrapped(module)
     config = text_config(model)
@@ -66,7 +65,7 @@ def _vocabulary_weights(model: nn.Module) -> tuple[nn.Parameter, nn.Parameter]:
     """The weights of the token embedding and of the output layer, [vocabulary, embedding_dim]; one object where tied.
 
     Raises:
-        PlanError: one is missing, or they are not of one shape.
+        PlanError: one of the two is missing, or their shapes differ.
     """
     name = type(model).__name__
     try:
@@ -130,7 +129,7 @@ def _check_counts(architecture: Architecture, module: nn.Module) -> None:
     """Check that the architecture counts every parameter of the module.
 
     Raises:
-        PlanError: it does not: layers share parameters, or pack them (quantization).
+        PlanError: the counts differ, because layers share parameters or pack them (quantization).
     """
     parameters = list(module.parameters())
     trainable = [parameter for parameter in parameters if parameter.requires_grad]

@@ -18,9 +18,9 @@ from moreh.models.architecture import Architecture
 from moreh.models.describe.from_config import architecture_from_config, model_type
 from moreh.models.families import planned_families
 
-# The names that the Hugging Face hub allows. Anything else is refused before the hub is asked.
+# The names that the Hugging Face hub allows. Other names are refused without asking the hub.
 _NAME = re.compile(r"\w[\w.-]{0,95}(/\w[\w.-]{0,95})?", re.ASCII)
-# Where this repository has configurations of well-known models: messages suggest one of the same name.
+# The configurations of well-known models in this repository: messages suggest one of the same name.
 _CONFIGURATIONS = Path("configs/models")
 # The environment variables that keep transformers from asking the hub.
 _OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
@@ -33,7 +33,7 @@ def describe(source: str | Path) -> Architecture:
     model, whose configuration transformers takes from its cache or the hub.
 
     Raises:
-        PlanError: there is no configuration, it cannot be read, or it is not that of a decoder-only language model.
+        PlanError: there is no configuration, it cannot be read, or it is not of a decoder-only language model.
     """
     shown = _shown(source)
     if not str(source).strip():
@@ -42,14 +42,14 @@ def describe(source: str | Path) -> Architecture:
     try:
         is_directory, is_file = path.is_dir(), path.is_file()
     except (OSError, ValueError) as error:
-        raise PlanError(f"{shown}: it is no path ({_one_line(error)}): give that of a config.json") from None
+        raise PlanError(f"{shown}: it is not a path ({_one_line(error)}): give that of a config.json") from None
     if is_directory:
         return _describe_file(path / "config.json", path.resolve().name)
     if is_file or isinstance(source, Path) or path.suffix == ".json":
         return _describe_file(path, path.resolve().parent.name if path.name == "config.json" else path.stem)
     if not _NAME.fullmatch(source):
         raise PlanError(
-            f"{shown}: there is no such file or directory, and it is no name of a model, such as gpt2 or "
+            f"{shown}: there is no such file or directory, and it is not the name of a model, such as gpt2 or "
             f"Qwen/Qwen2.5-7B: give {_known_file(path.name) or 'the path of a config.json'}, or check the name"
         )
     return describe_config(_hub_config(source), source)
@@ -64,7 +64,7 @@ def describe_config(config: Mapping[str, Any], name: str) -> Architecture:
     """The architecture of the model with a configuration (the content of a config.json); `name` is for messages.
 
     Raises:
-        PlanError: the configuration is not that of a decoder-only language model.
+        PlanError: the configuration is not of a decoder-only language model.
     """
     family = model_type(config, name)
     if config.get("is_encoder_decoder"):
@@ -88,7 +88,7 @@ def _read_json(path: Path) -> Mapping[str, Any]:
         raise PlanError(f"{shown}: it cannot be read ({error.strerror}): give a file that you may read") from None
     except (ValueError, RecursionError) as error:
         raise PlanError(
-            f"{shown}: it is no JSON ({_one_line(error)}): give a file like a Hugging Face config.json"
+            f"{shown}: it is not JSON ({_one_line(error)}): give a file like a Hugging Face config.json"
         ) from None
     if not isinstance(content, dict):
         raise PlanError(
@@ -120,7 +120,7 @@ def _known_file(name: str) -> Path | None:
     path = _CONFIGURATIONS / f"{name}.json"
     try:
         return path if path.is_file() else None
-    except (OSError, ValueError):  # the name is no name of a file
+    except (OSError, ValueError):  # the name cannot be a file's
         return None
 
 
@@ -140,7 +140,7 @@ def _describe_built(config: Mapping[str, Any], name: str) -> Architecture:
         is_encoder = getattr(built_config, "is_decoder", None) is False and hasattr(built_config, "type_vocab_size")
         if is_encoder or type(built_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             raise _Unsuitable(
-                "is no decoder with an output layer over a vocabulary: give a decoder-only language model"
+                "is not a decoder with an output layer over a vocabulary: give a decoder-only language model"
             )
         if getattr(built_config.get_text_config(decoder=True), "num_attention_heads", None) is None:
             raise _Unsuitable(

@@ -1,9 +1,9 @@
-"""What is known of the families of transformers, in one registry; each fact elsewhere is a view of it.
+"""What is known of the families of transformers, in one registry. Every other list of families is made from it.
 
-- `registry.py`: all families, and what to do to add one.
+- `registry.py`: all families, and how to add one.
 - `family.py`: the record of a family, field by field.
 - `tp_blocks.py`: how tensor-parallel ranks split a layer, in terms that a record can use.
-- `hf_config.py`, `layers.py`: how a record reads a config.json and makes an architecture of it.
+- `hf_config.py`, `layers.py`: how a record makes an architecture from a config.json.
 - Every other file is a family, named like its model type.
 
 Nothing here imports torch or transformers: moreh-plan answers without them. `python -m moreh.models.families` prints

@@ -9,7 +9,7 @@ from moreh.models.families.tp_blocks import attention_block, mlp_block
 
 def _architecture(config: HFConfig) -> Architecture:
     linears = separate_projections(config, config.flag("attention_bias")) + gated_mlp(config)
-    # Both norms of the residual stream and the one over the heads are as long as the hidden states.
+    # The two norms of the residual stream and the norm over the heads are as long as the hidden states.
     return llama_like(config, linears, layer_norms=3, more=norms(1, config.inner, "rms"))
 
 

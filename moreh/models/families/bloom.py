@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def slice_alibi(alibi: "torch.Tensor", heads: int, first: int, last: int) -> "torch.Tensor":
-    """The linear biases of heads `first` to `last - 1`, of [batch * heads, 1, keys] or [batch, heads, 1, keys]."""
+    """The biases of heads `first` to `last - 1`. `alibi` is [batch * heads, 1, keys] or [batch, heads, 1, keys]."""
     if alibi.dim() == 4:
         return alibi[:, first:last]
     return alibi.unflatten(0, (-1, heads))[:, first:last].flatten(0, 1)

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 
 def slice_mask(mask: "torch.Tensor", heads: int, first: int, last: int) -> "torch.Tensor":
-    """The mask of heads `first` to `last - 1`, of [batch, heads, queries, keys] with linear biases in it.
+    """The part of a mask [batch, heads, queries, keys] for heads `first` to `last - 1`.
 
-    A mask [batch, 1, queries, keys] is for all heads.
+    Such a mask has linear biases in it. A mask [batch, 1, queries, keys] is for all heads and is returned as it is.
     """
     return mask[:, first:last] if mask.dim() == 4 and mask.shape[1] == heads > 1 else mask
 
@@ -25,7 +25,7 @@ def slice_mask(mask: "torch.Tensor", heads: int, first: int, last: int) -> "torc
 def _architecture(config: HFConfig) -> Architecture:
     new = config.flag("new_decoder_architecture")
     if not new:
-        # The old ones have one key-value head or as many as query heads, whatever the file says.
+        # The old architecture has one key-value head or as many as query heads, whatever the file says.
         kv_heads = 1 if config.flag("multi_query") else None
         config = replace(config, values={**config.values, "num_key_value_heads": kv_heads})
     bias = config.flag("bias")

@@ -6,7 +6,7 @@ from moreh.models.families.hf_config import ConfigKeys, HFConfig
 from moreh.models.families.layers import decoder, norms, plain_mlp
 from moreh.models.families.tp_blocks import attention_block, mlp_block, split_qkv
 
-# Second names of keys in files of GPT-2 and GPT-J.
+# Other names of keys in files of GPT-2 and GPT-J.
 GPT_ALIASES = {
     "n_embd": "hidden_size",
     "n_layer": "num_hidden_layers",

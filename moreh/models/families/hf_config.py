@@ -1,6 +1,6 @@
-"""A model's config.json, read with the knowledge of its family: other names of keys, defaults, and refusals by name.
+"""A model's config.json, read with what is known of its family: names of keys, defaults, and allowed values.
 
-Needs neither torch nor transformers, whose import takes seconds: moreh-plan answers without them.
+This module imports neither torch nor transformers, which takes seconds: moreh-plan answers without them.
 """
 
 import reprlib
@@ -33,24 +33,23 @@ DROPOUT_KEYS = (
 class ConfigKeys:
     """The keys of a family's config.json that planning needs.
 
-    tests/models/test_architecture.py compares all of it with the family's configuration class in transformers.
+    tests/models/test_architecture.py compares all fields with the family's configuration class in transformers.
     """
 
     defaults: Mapping[str, Default]
-    """By key, what transformers fills in where a file leaves the key out; None where the value follows from others.
+    """By key, the value that transformers uses if a file lacks the key; None if the value follows from other keys.
 
     A family without "head_dim" or "num_key_value_heads" here ignores such a key in its files, as transformers does.
     """
     aliases: Mapping[str, str] = field(default_factory=dict)
-    """Second names of keys, {alias: key}. Where a file has both names, the alias counts."""
+    """Further names of keys, {alias: key}. If a file has both names, the alias counts."""
     renamed: Mapping[str, str | None] = field(default_factory=dict)
-    """The only names of keys in files of this family, {key: name}; None where it has no such key and ignores it."""
+    """Keys that have another name in files of this family, {key: name}; None for a key that the family ignores."""
 
     def read(self, config: Mapping[str, Any], name: str) -> "HFConfig":
-        """The values of `config`, the content of a config.json, with defaults for what is missing; `name` is for
-        errors.
+        """The values of `config`, the content of a config.json, with defaults for missing keys.
 
-        No value is checked yet: the methods of HFConfig do that when they are asked for it.
+        `name` is for errors. No value is checked yet: each method of HFConfig checks the values that it reads.
         """
         file_keys = {key: renamed for key, renamed in self.renamed.items() if renamed is not None}
         ignored = self.renamed.keys() - file_keys.keys()
@@ -69,21 +68,21 @@ class ConfigKeys:
 
 @dataclass(frozen=True)
 class HFConfig:
-    """The configuration of a model of a known family. Reading a value that cannot be meant raises a PlanError."""
+    """The configuration of a model of a known family. Reading a value that is not allowed raises a PlanError."""
 
     name: str
-    """What the user calls the configuration, such as a path: errors begin with it."""
+    """The user's name for the configuration, such as a path. Errors begin with it."""
     family: str
     """The model type of transformers."""
     values: Mapping[str, Any]
-    """By key of the family's ConfigKeys, the value of the file or the default."""
+    """The value of the file, or the default, by key of the family's ConfigKeys."""
     file_keys: Mapping[str, str]
-    """What the file calls those keys that it names otherwise."""
+    """The names in the file of those keys that have another name there."""
     nullable: frozenset[str]
     """The keys whose default is None: null in a file means the same."""
 
     def refuse(self, key: str, allowed: str) -> PlanError:
-        """The error for the value of `key`: what it is and what is allowed instead."""
+        """The error for the value of `key`: it names the value and what is allowed."""
         shown = reprlib.repr(self.values[key])
         return PlanError(f"{self.name}: {self.file_keys.get(key, key)} is {shown}: give {allowed}")
 
@@ -120,7 +119,7 @@ class HFConfig:
         """Whether any probability of dropout is above 0.
 
         Raises:
-            PlanError: one of them is no probability.
+            PlanError: one of them is not a probability.
         """
         has_dropout = False
         for key in DROPOUT_KEYS:

@@ -1,4 +1,4 @@
-"""Pieces of architectures that families have in common, from the values of a configuration.
+"""Parts of architectures that families have in common, from the values of a configuration.
 
 The names and the order of the matrices, and which of them are fused, are those of the modules in transformers: q, k
 and v are three matrices in Llama and one in GPT-2.
@@ -11,7 +11,7 @@ from typing import Any, Literal
 from moreh.models.architecture import Architecture, DecoderLayer, Linear
 from moreh.models.families.hf_config import HFConfig
 
-# How many parameters, and in how many tensors.
+# A number of parameters, and the number of tensors that they are in.
 Count = tuple[int, int]
 
 
@@ -24,7 +24,7 @@ def norms(count: int, size: int, kind: Literal["rms", "layer"]) -> Count:
 def separate_projections(
     config: HFConfig, bias: bool, order: str = "qkv", output: str = "self_attn.o_proj"
 ) -> tuple[Linear, ...]:
-    """Attention with one matrix each for queries, keys, values and the output, in this order of q, k and v."""
+    """Attention with separate matrices for queries, keys and values, in this `order`, and one for the output."""
     kv_width = config.kv_heads * config.head_dim
     widths = {"q": config.heads * config.head_dim, "k": kv_width, "v": kv_width}
     module = output.rpartition(".")[0]
@@ -64,7 +64,7 @@ def decoder(
     windows: list[int | None] | None = None,
     **fields: Any,
 ) -> Architecture:
-    """A decoder whose layers differ in their attention windows only.
+    """A decoder whose layers differ only in their attention windows.
 
     Args:
         config: The values of its configuration.
@@ -110,7 +110,7 @@ def llama_like(
 ) -> Architecture:
     """A decoder like Llama: RMSNorm, rotary positions, gated feed-forward networks.
 
-    A layer has `layer_norms` norms of the hidden size, and `more` parameters besides.
+    A layer has `layer_norms` norms of the hidden size, and `more` parameters in addition.
     """
     parameters, tensors = norms(layer_norms, config.hidden, "rms")
     others = parameters + more[0], tensors + more[1]

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def slice_position_bias(bias: "torch.Tensor", heads: int, first: int, last: int) -> "torch.Tensor":
-    """The linear biases of heads `first` to `last - 1`, of [heads, queries, keys]."""
+    """The linear biases of heads `first` to `last - 1`. `bias` is [heads, queries, keys]."""
     return bias[first:last]
 
 

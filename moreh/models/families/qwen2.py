@@ -9,7 +9,7 @@ from moreh.models.families.layers import gated_mlp, llama_like, separate_project
 
 
 def windows_of_upper_layers(config: HFConfig) -> list[int | None]:
-    """The attention window of each layer: only those from `max_window_layers` on have one, and only if asked for."""
+    """The attention window of each layer. With `use_sliding_window`, layers from `max_window_layers` on have one."""
     if not config.flag("use_sliding_window"):
         return [None] * config.layers
     first = config.values["max_window_layers"]

@@ -1,12 +1,12 @@
-"""The registry of families: everything that is known of a family of transformers beyond what transformers says itself.
+"""The registry of families: all that is known of a family of transformers beyond what transformers itself declares.
 
-A decoder whose family is not here trains too, under pipelines and sharding; it is not tensor parallel or packed, and
-transformers builds it where a plan is made for its configuration.
+A decoder of any other family trains too, with pipelines and sharding, but without tensor parallelism and packing. To
+plan for its configuration, transformers builds the model.
 
-docs/adding-a-family.md adds one: a line of `_BUILT_IN`, or, if the family splits its layers in a way of its own or is
-to be planned without transformers, a file next to this one, named like its model type, with the record `FAMILY`. Each
-has an entry in tests/helpers/models/family_settings.py: tests compare each fact with the model's own forward pass on
-one process.
+docs/adding-a-family.md shows how to add a family. A line in `_BUILT_IN` is enough unless the family splits its layers
+in its own way or has to be planned without transformers. Such a family gets a file next to this one, named like its
+model type, with the record `FAMILY`. Every family has an entry in tests/helpers/models/family_settings.py: tests
+compare each fact with the model's own forward pass on one process.
 """
 
 from collections.abc import Mapping
@@ -54,7 +54,7 @@ _BUILT_IN = (
     gemma.FAMILY,
     gemma2.FAMILY,
     Family("gemma3_text", FROM_TRANSFORMERS, packable=True),
-    # The plans of transformers for these two gather what they have split.
+    # The plans of transformers for these two families gather results between columns and rows.
     Family("glm", (SEPARATE_QKV, FUSED_GATED_MLP), packable=True),
     Family("glm4", (SEPARATE_QKV, FUSED_GATED_MLP), packable=True),
     gpt2.FAMILY,

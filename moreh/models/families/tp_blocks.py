@@ -1,8 +1,9 @@
 """How tensor-parallel ranks split a decoder layer, in terms that a family can declare.
 
-A layer consists of blocks, its attention and its feed-forward network. In each, matrices are split by their outputs
-(columns), then one is split by its inputs (rows), and the partial results of that one are summed over the ranks: the
-scheme of Megatron-LM, https://arxiv.org/abs/1909.08053. Within an attention, ranks have whole heads.
+A layer consists of two blocks: its attention and its feed-forward network. In each block, the first matrices are split
+by their outputs (columns) and the last matrix by its inputs (rows). The partial results of the last matrix are summed
+over the ranks. This is the scheme of Megatron-LM, https://arxiv.org/abs/1909.08053. Within an attention, ranks have
+whole heads.
 
 Nothing here needs torch: the planner reads the registry of families without it.
 """
@@ -27,25 +28,25 @@ class AttentionShape:
     """Elements of a head."""
 
 
-# From the attention's shape and the length of a matrix's split side: the lengths of the consecutive chunks of that
-# side which are each split over the ranks by themselves. Rank r has the r-th part of every chunk.
+# Given the attention's shape and the length of a matrix's split side, the lengths of consecutive chunks of that side.
+# Each chunk is split over the ranks by itself: rank r has the r-th part of every chunk.
 ChunkSizes = Callable[[AttentionShape, int], tuple[int, ...]]
 # An argument of an attention module sliced for this rank: (argument, all heads, first head, last head + 1) -> slice.
 SliceHeads = Callable[["torch.Tensor", int, int, int], "torch.Tensor"]
 
 
 def split_none(shape: AttentionShape, length: int) -> tuple[int, ...]:
-    """One chunk: the side has one part only, such as queries."""
+    """One chunk: the side has only one part, such as queries."""
     return (length,)
 
 
 def split_gate_up(shape: AttentionShape, length: int) -> tuple[int, ...]:
-    """Gate and up projection in one matrix."""
+    """Two chunks: gate and up projection in one matrix."""
     return (length // 2,) * 2
 
 
 def split_qkv(shape: AttentionShape, length: int) -> tuple[int, ...]:
-    """Queries, keys and values in one matrix, one after the other, with as many key-value heads as query heads."""
+    """Three chunks: queries, keys and values in one matrix, with as many key-value heads as query heads."""
     return (length // 3,) * 3
 
 
@@ -65,7 +66,7 @@ class TPBlock:
     row_chunks: ChunkSizes = split_none
     """The chunks of the inputs of `row`."""
     is_attention: bool = False
-    """Whether this is an attention: ranks have whole heads, and its module counts only its rank's heads."""
+    """Whether this is an attention: ranks have whole heads, and the module counts only its rank's heads."""
     head_attributes: tuple[str, ...] = ()
     """Attributes of the attention module that shrink with its heads, besides those that count heads in every family
     (`HEAD_COUNT_ATTRIBUTES` in moreh/runtime/tensor/apply.py)."""
@@ -74,9 +75,9 @@ class TPBlock:
     per_head_args: Mapping[str, SliceHeads] = field(default_factory=dict)
     """Keyword arguments of the attention module that have a part for each head, with how to slice them."""
     head_groups: int = 1
-    """The number of groups of heads that are each split over the ranks: the ranks must divide a group's heads."""
+    """The number of groups of heads. Each group is split over the ranks, whose number must divide the group's heads."""
     cross_rank_norms: tuple[str, ...] = ()
-    """RMS norms like Llama's over split features: of all heads together, or of a feed-forward network."""
+    """RMS norms like Llama's over features that are split: of all heads together, or of a feed-forward network."""
 
 
 def attention_block(module: str, columns: str, row: str, chunks: ChunkSizes = split_none, **options: Any) -> TPBlock:

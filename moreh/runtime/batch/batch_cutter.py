@@ -29,20 +29,20 @@ class BatchCutter:
     skip_padding: bool
     """Drop the tokens after each sequence's last label."""
     pack_rows: bool
-    """Pack sequences into rows of one length where the model computes the same for them."""
+    """Pack sequences into rows of one length where that does not change what the model computes."""
     share_prefix: bool
-    """Compute tokens that all sequences begin with once per packed row."""
+    """Compute the tokens that all sequences begin with only once in each packed row."""
 
     @property
     def sequence_multiple(self) -> int:
-        """What sequence lengths are padded to a multiple of: sequence-parallel ranks have equal parts of each row."""
+        """Sequences are padded to a multiple of this length, so that sequence-parallel ranks have equal parts."""
         return self.plan.tensor if self.plan.sequence_parallel else 1
 
     def cut(self, inputs: ModelInputs, num_micro_batches: int, max_tokens: int | None) -> list[ModelInputs]:
         """This rank's micro-batches, on the device that computes them.
 
         A pipeline gets `num_micro_batches` of one shape. Otherwise a micro-batch has at most `max_tokens` tokens, or
-        one row; None stands for as many tokens as the plan's rows have.
+        one row. If `max_tokens` is None, it is the number of tokens in a micro-batch of the plan.
         """
         seq_lens = useful_lengths(inputs) if self.skip_padding else full_lengths(inputs)
         ranks = self.plan.data, self.mesh, self.sequence_multiple

@@ -34,13 +34,13 @@ class LossOutput(ModelOutput):
 
 @dataclass
 class LazyLogitsOutput(ModelOutput):
-    """The loss; the model's other outputs, such as logits, are computed when somebody asks for them."""
+    """The loss. The model's other outputs, such as logits, are computed when the script asks for them."""
 
     loss: torch.Tensor | None = None
     """The mean loss over the label tokens of the batch, a scalar."""
 
     def with_lazy(self, compute: Callable[[], ModelOutput]) -> "LazyLogitsOutput":
-        """Set the function that computes the model's outputs; called once at most."""
+        """Set the function that computes the model's outputs, which is called at most once; returns `self`."""
         self.__dict__["_compute"] = compute
         return self
 
@@ -109,8 +109,8 @@ class _LossWithComputedGrads(torch.autograd.Function):
             raise RuntimeError(BACKWARD_TWICE_MESSAGE)
         if torch.is_grad_enabled():
             raise OptionError(
-                "create_graph=True: the gradients of a batch with labels are computed in the call and have none "
-                "themselves; call the model without labels for a loss of your own"
+                "create_graph=True: the gradients of a batch with labels are computed in the call and cannot be "
+                "differentiated again; call the model without labels for a loss of your own"
             )
         grads, ctx.grads = ctx.grads, None
         with span("accumulate_grads"):

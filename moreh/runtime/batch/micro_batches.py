@@ -1,8 +1,8 @@
 """Cuts a batch into micro-batches whose rows are padded, without the tokens that no loss depends on.
 
-In a causal model a token sees only those before it. Tokens after a row's last label therefore change no loss and no
-gradient, padding or not, and are dropped. Rows are sorted by the length that is left, so that those of a micro-batch
-are about equally long.
+In a causal model a token sees only the tokens before it. Tokens after a row's last label, padding or not, therefore
+change no loss and no gradient, and are dropped. Rows are sorted by the length that is left, so that the rows of a
+micro-batch are about equally long.
 """
 
 from dataclasses import replace
@@ -19,7 +19,7 @@ from moreh.runtime.sharding.mesh import Mesh
 _MASK = "attention_mask"
 # The number of positions that reach the output layer is rounded up to a multiple of this.
 POSITIONS_MULTIPLE = 64
-# Rotary embeddings whose angles depend on how long a batch is, padding included.
+# Rotary embeddings whose angles depend on the length of a batch's rows, padding included.
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
@@ -31,10 +31,10 @@ def micro_batches_by_length(
     mesh: Mesh,
     sequence_multiple: int,
 ) -> list[ModelInputs]:
-    """This rank's micro-batches of rows of similar length: the first `seq_lens` tokens of each, `max_tokens` together.
+    """This rank's micro-batches, each of rows of similar length with at most `max_tokens` tokens, padding included.
 
-    A row longer than that is a micro-batch by itself. Every rank has the same number of micro-batches, and sequences
-    are padded to a multiple of `sequence_multiple`.
+    A row has the first `seq_lens` `[batch]` tokens of a sequence, padded to a multiple of `sequence_multiple`. A row of
+    more than `max_tokens` tokens is a micro-batch by itself. Every rank has the same number of micro-batches.
     """
     batch_size = -(-inputs.batch_size // data_ranks) * data_ranks
     inputs, seq_lens = _pad_rows(inputs, seq_lens, batch_size)
@@ -56,9 +56,9 @@ def equal_micro_batches(
     mesh: Mesh,
     sequence_multiple: int,
 ) -> list[ModelInputs]:
-    """This rank's micro-batches, all of one shape as pipelines need them: as long as the longest of `seq_lens`.
+    """This rank's micro-batches, all of one shape as pipelines need them.
 
-    Sequences are padded to a multiple of `sequence_multiple`.
+    Rows are as long as the longest of `seq_lens` `[batch]`, padded to a multiple of `sequence_multiple`.
     """
     num_parts = data_ranks * num_micro_batches
     size = -(-inputs.batch_size // num_parts)
@@ -69,7 +69,7 @@ def equal_micro_batches(
 
 
 def is_causal_model(causal: Any) -> bool:
-    """Whether nothing that a model of transformers computes for a token depends on the tokens after it."""
+    """Whether no token's result in a model of transformers depends on the tokens after it."""
     config = causal.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
     ropes = [rope, *(value for value in rope.values() if isinstance(value, dict))]
@@ -78,14 +78,14 @@ def is_causal_model(causal: Any) -> bool:
     if any(rope.get("rope_type") in _LENGTH_DEPENDENT_ROPE for rope in ropes):
         return False
     is_causal = [module.is_causal for module in causal.modules() if hasattr(module, "is_causal")]
-    # The code of these families was read for their architecture: where it says nothing, it is causal.
+    # The attention modules of some families have no `is_causal`. Those of the planned families are known to be causal.
     return all(is_causal) if is_causal else config.model_type in planned_families()
 
 
 def useful_lengths(inputs: ModelInputs) -> torch.Tensor:
-    """The tokens of each row that a loss depends on in a causal model, at least 1: `[batch]`, on the CPU.
+    """How many tokens of each row a loss depends on in a causal model, at least 1: `[batch]`, on the CPU.
 
-    With masks of pairs of tokens, which may let a token see later ones, these are all tokens.
+    A mask of pairs of tokens may let a token see later tokens. With such a mask the loss may depend on all tokens.
     """
     length = inputs.sequence_length
     assert inputs.labels is not None
@@ -96,14 +96,14 @@ def useful_lengths(inputs: ModelInputs) -> torch.Tensor:
 
 
 def full_lengths(inputs: ModelInputs) -> torch.Tensor:
-    """The tokens of each row, padding included: `[batch]`."""
+    """The number of tokens in each row, padding included: `[batch]`, on the CPU."""
     return torch.full((inputs.batch_size,), inputs.sequence_length)
 
 
 def label_positions(micro_batch: ModelInputs) -> torch.Tensor | None:
-    """Where a micro-batch has labels, in its flattened `[batch * sequence]`; None if everywhere.
+    """The positions of labels `[positions]` in a micro-batch's flattened `[batch * sequence]`; None for all positions.
 
-    The number of positions is rounded up. The positions that are added have labels that are ignored.
+    Their number is rounded up by positions whose labels are ignored.
     """
     assert micro_batch.labels is not None
     labels = micro_batch.labels.flatten()
@@ -116,9 +116,9 @@ def label_positions(micro_batch: ModelInputs) -> torch.Tensor | None:
 
 
 def _pad_rows(inputs: ModelInputs, seq_lens: torch.Tensor, batch_size: int) -> tuple[ModelInputs, torch.Tensor]:
-    """Add rows without labels, which are as short as can be.
+    """Add rows without labels, of one token each, up to `batch_size` rows.
 
-    In rows without labels nothing is masked: with everything that is left of them masked, attention would give NaN.
+    Rows without labels get a mask of ones: if the mask hid all tokens that are left in a row, attention would give NaN.
     """
     seq_lens = torch.cat([seq_lens, seq_lens.new_ones(batch_size - inputs.batch_size)])
     inputs = pad_inputs(inputs, batch_size, 1)
@@ -130,7 +130,7 @@ def _pad_rows(inputs: ModelInputs, seq_lens: torch.Tensor, batch_size: int) -> t
 
 
 def _groups(lengths: list[int], max_tokens: int) -> list[tuple[int, int]]:
-    """Split a falling list of lengths into runs that have at most `max_tokens` tokens, padded to the first of each.
+    """Split a falling list of lengths into runs of at most `max_tokens` tokens, each padded to its first length.
 
     >>> _groups([8, 7, 4, 4, 2], 16)
     [(0, 2), (2, 5)]
@@ -154,9 +154,9 @@ def _micro_batch(
 
 
 def _without_needless_mask(inputs: ModelInputs, seq_lens: torch.Tensor) -> ModelInputs:
-    """The inputs without a mask that hides only what comes after the useful tokens of each row."""
+    """The inputs without their mask if it hides only tokens after the useful ones of each row."""
     mask = inputs.tensors.get(_MASK)
-    # Without a mask, transformers takes jumps of `position_ids` for the beginnings of other sequences in the same row.
+    # Without a mask, transformers takes a jump in `position_ids` for the beginning of another sequence in the same row.
     if mask is None or mask.dim() != 2 or "position_ids" in inputs.tensors:
         return inputs
     is_useful = torch.arange(mask.shape[1]) < seq_lens.unsqueeze(1)
@@ -166,7 +166,7 @@ def _without_needless_mask(inputs: ModelInputs, seq_lens: torch.Tensor) -> Model
 
 
 def _with_length(inputs: ModelInputs, length: int, sequence_multiple: int) -> ModelInputs:
-    """The first `length` tokens of each row, and as many more as make a multiple."""
+    """The first `length` tokens of each row, with `length` rounded up to a multiple of `sequence_multiple`."""
     full_length = inputs.sequence_length
     length += -length % sequence_multiple
     if length > full_length:

@@ -12,7 +12,7 @@ from moreh.errors import OptionError, WorkerError
 from moreh.models.losses import IGNORED_LABEL
 from moreh.trace import span
 
-# Switched on, these ask for tensors of all layers, which exist only in parts on different ranks.
+# Arguments that ask for tensors of all layers, which exist only in parts on different ranks.
 WHOLE_MODEL_OUTPUTS = ("output_attentions", "output_hidden_states", "output_router_logits")
 LOGITS_TO_KEEP = "logits_to_keep"
 ONE_WORKER = "run on 1 worker for that (MOREH_WORKERS=1)"
@@ -21,18 +21,18 @@ _MASK, _POSITIONS = "attention_mask", "position_ids"
 
 @dataclass(frozen=True)
 class ModelInputs:
-    """The arguments of a call of a causal language model, by name: of a batch, or of a micro-batch."""
+    """The arguments of a call of a causal language model, by name, for a batch or a micro-batch."""
 
     tensors: dict[str, torch.Tensor]
     """The arguments with a row for each sequence of the batch, such as `input_ids` `[batch, sequence]`."""
     others: dict[str, Any]
     """The arguments that are the same for all sequences."""
     labels: torch.Tensor | None
-    """The labels `[batch, sequence]` of the next tokens, already shifted to the positions that predict them; -100 where
-    there is none. None for a call without labels."""
+    """The labels `[batch, sequence]`, shifted to the positions that predict them; -100 where there is no label. None
+    for a call without labels."""
     loss_divisor: float
-    """What the sum of the tokens' losses is divided by: the label tokens of the whole batch, unless the script says
-    otherwise. NaN without labels."""
+    """The sum of the tokens' losses is divided by this: the script's `num_items_in_batch`, else the number of label
+    tokens in the whole batch. NaN without labels."""
 
     @property
     def batch_size(self) -> int:
@@ -62,9 +62,9 @@ def read_inputs(causal: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> M
     for name in WHOLE_MODEL_OUTPUTS:
         if inputs.pop(name, getattr(causal.config, name, False)):
             raise OptionError(f"{name}=True: a model that is sharded over workers does not give them: {ONE_WORKER}")
-    if inputs.pop("ignore_index", IGNORED_LABEL) != IGNORED_LABEL:
+    if (ignored := inputs.pop("ignore_index", IGNORED_LABEL)) != IGNORED_LABEL:
         raise OptionError(
-            f"ignore_index: the only label that is ignored is {IGNORED_LABEL}, so put it in place of the other one"
+            f"ignore_index={ignored}: the only label that is ignored is {IGNORED_LABEL}; replace {ignored} with it"
         )
     if "adapter_names" in inputs:
         raise OptionError(f"adapter_names: all rows of a batch are computed with the active adapters: {ONE_WORKER}")
@@ -97,18 +97,19 @@ def read_inputs(causal: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> M
 
 
 def _normalize_mask(causal: Any, inputs: dict[str, Any], tokens: torch.Tensor) -> None:
-    """Give the mask a row for each row of the batch, and make one where leaving it out would change its meaning.
+    """Give the mask a row for each row of the batch, and add a mask where a call without one would change its meaning.
 
-    transformers looks for several sequences in a row, which it tells apart by their positions, only if there is
-    neither a mask nor a cache. Here there is never a cache, so where the script would have had one, a mask of ones
-    says that each row is one sequence.
+    Only without a mask and without a cache does transformers tell several sequences in a row apart, by their positions.
+    The runtime never uses a cache. So where the script's call would use one, a mask of ones says that each row is one
+    sequence.
     """
     mask, batch_size = inputs.get(_MASK), tokens.shape[0]
     if mask is not None:
         if not isinstance(mask, torch.Tensor) or mask.shape[0] not in (1, batch_size):
             shape = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
             raise OptionError(
-                f"attention_mask is {shape}: allowed is a tensor with a row for each of the {batch_size} of the batch"
+                f"attention_mask is {shape}: allowed is a tensor with a row for each of the {batch_size} rows of the "
+                "batch, or with one row for all"
             )
         inputs[_MASK] = mask.expand(batch_size, *mask.shape[1:])
     elif _POSITIONS in inputs and inputs.get("use_cache", getattr(causal.config.get_text_config(), "use_cache", False)):
@@ -131,7 +132,7 @@ def kept_positions(inputs: ModelInputs) -> torch.Tensor:
 def pad_inputs(inputs: ModelInputs, batch_size: int, sequence_multiple: int) -> ModelInputs:
     """Pad a batch to `batch_size` rows by repeating the first one, and on the right to a multiple of tokens.
 
-    What is added has no labels. Padding on the right is not attended to: the positions before it do not see it.
+    The added rows and tokens have no labels. Padding on the right changes no result, as no position before it sees it.
     """
     extra_rows = batch_size - inputs.batch_size
     extra_tokens = -inputs.sequence_length % sequence_multiple

@@ -1,8 +1,8 @@
 """Packs sequences of different lengths into rows of one length, so that nothing is padded.
 
-transformers tells the sequences of a row apart by their positions, which begin at 0 with each. `cu_seq_lens_q` and
-the like tell attention functions where each begins. Tokens that all sequences begin with are in a packed row once
-(moreh/runtime/batch/shared_prefix.py).
+transformers tells the sequences of a row apart by their positions, which begin at 0 in each sequence. `cu_seq_lens_q`
+and `cu_seq_lens_k` tell attention functions where each sequence begins. Tokens that all sequences begin with are in a
+packed row only once (moreh/runtime/batch/shared_prefix.py).
 """
 
 from dataclasses import replace
@@ -21,7 +21,7 @@ from moreh.runtime.sharding.mesh import Mesh
 
 # The length of packed rows is rounded up to a multiple of this.
 LENGTH_MULTIPLE = 64
-# Tokens of a packed row at most: where attention is not computed in blocks, transformers masks pairs of them.
+# The maximum length of a packed row: where attention is not computed in blocks, a mask has an entry per pair of tokens.
 MAX_ROW_LENGTH = 4096
 _MASK = "attention_mask"
 _IDS = "input_ids"
@@ -35,8 +35,8 @@ def can_pack(
 
     No useful token may be masked. The first `prefix_len` tokens of the sequences are in each packed row once.
 
-    Only on CPUs, and only for sequences that attention is computed in blocks for: torch's kernels on other devices do
-    better with rows of their own.
+    Sequences are packed on CPUs only, and only if block attention can compute them. On other devices torch's kernels
+    are faster with one sequence per row.
     """
     max_len = int(seq_lens.max())
     num_tokens = int(_lengths_after_prefix(seq_lens, prefix_len).sum()) + prefix_len * num_rows
@@ -46,7 +46,7 @@ def can_pack(
         return False
     if not set(inputs.tensors) <= {_IDS, _MASK}:
         return False
-    # An attention function that a script has registered may use no mask.
+    # An attention function that a script has registered may ignore masks and boundaries.
     if causal.config._attn_implementation not in _ATTENTION_IMPLEMENTATIONS:
         return False
     if _IDS not in inputs.tensors or inputs.labels is None:
@@ -59,7 +59,7 @@ def can_pack(
 
 
 def num_packed_rows(seq_lens: torch.Tensor, max_tokens: int, data_ranks: int, prefix_len: int = 0) -> int:
-    """The number of packed rows for sequences of `seq_lens` tokens: as many for each rank.
+    """The number of packed rows for sequences of `seq_lens` tokens, a multiple of `data_ranks`.
 
     A row has about `max_tokens` tokens at most, or one sequence. The first `prefix_len` tokens of the sequences are
     in each packed row once.
@@ -86,10 +86,10 @@ def pack_micro_batches(
     sequence_multiple: int,
     prefix_len: int = 0,
 ) -> list[ModelInputs]:
-    """This rank's micro-batches, of `num_rows` for all data-parallel ranks: one packed row each, all of one length.
+    """This rank's share of `num_rows` micro-batches, each of which is one packed row, all of one length.
 
-    They have the first `seq_lens` tokens of each sequence of the batch, of which the first `prefix_len` are in each
-    row once. Labels are those of the batch, -100 where a row is filled up.
+    The rows have the first `seq_lens` `[batch]` tokens of each sequence of the batch. The first `prefix_len` of these
+    are in each row once. Labels are those of the batch, and -100 where a row is filled up.
     """
     with_mask = accepts_pairwise_mask(causal.config.get_text_config(), int(seq_lens.max()))
     bins, fullest = _pack_bins(_lengths_after_prefix(seq_lens, prefix_len).tolist(), num_rows)
@@ -101,7 +101,7 @@ def pack_micro_batches(
 
 
 def _with_pairwise_mask(packed: ModelInputs, prefix_len: int) -> ModelInputs:
-    """Add the mask `[1, 1, sequence, sequence]` of tokens that see each other."""
+    """Add the mask `[1, 1, sequence, sequence]`, which is True where a query sees a key."""
     cu_seqlens = packed.others["cu_seq_lens_q"].tolist()
     ids = packed.tensors[_IDS]
     mask = torch.zeros(ids.shape[1], ids.shape[1], dtype=torch.bool)
@@ -143,7 +143,7 @@ def _packed_row(
     if num_free:
         ids.append(inputs.tensors[_IDS].new_zeros(num_free))
         labels.append(inputs.labels.new_full((num_free,), IGNORED_LABEL))
-        # Sequences that no loss depends on, none longer than those of the batch: a model may know no later positions.
+        # Sequences without labels, none longer than those of the batch: a model may have no later positions.
         max_len = int(seq_lens.max()) - prefix_len
         ranges += [(prefix_len, prefix_len + min(max_len, num_free - filled)) for filled in range(0, num_free, max_len)]
     cu_seqlens = _cu_seqlens([stop - start for start, stop in ranges]).to(mesh.device)
@@ -166,5 +166,5 @@ def _packed_row(
 
 
 def _cu_seqlens(seq_lens: list[int]) -> torch.Tensor:
-    """Where sequences begin in a row, and where the last one ends: `[sequences + 1]`."""
+    """The boundaries of sequences in a row, from 0 to the end of the last one: `[sequences + 1]`."""
     return torch.tensor([0, *seq_lens], dtype=torch.int32).cumsum(0, dtype=torch.int32)

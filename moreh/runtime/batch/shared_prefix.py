@@ -1,7 +1,7 @@
 """Finds the tokens that all sequences of a batch begin with, such as an instruction: a packed row has them once.
 
-In a causal model they see nothing of what follows, so all sequences have the same hidden states there, and the
-gradients that reach these states are added up.
+In a causal model these tokens do not see what follows. So all sequences have the same hidden states there, and the
+gradients of these states are summed.
 """
 
 from typing import Any
@@ -13,14 +13,15 @@ from moreh.models.dropout import has_dropout
 from moreh.models.losses import IGNORED_LABEL
 from moreh.runtime.batch.model_inputs import ModelInputs
 
-# A shorter prefix is not worth a shape of its own: now and then sequences begin with the same word.
+# A shorter prefix is not worth a shape of its own: sequences may begin with the same word by chance.
 MIN_SHARED_TOKENS = 4
 
 
 def accepts_pairwise_mask(config: Any, max_len: int) -> bool:
-    """Whether a model takes a mask of pairs of tokens: torch's attention, in which all layers see whole sequences.
+    """Whether a model takes a mask of pairs of tokens: it has torch's attention, and all layers see whole sequences.
 
-    transformers then uses the mask as it is. It would make the same one from the positions, in several times the time.
+    transformers uses such a mask as it is. Without one, it makes the same mask from the positions, in several times the
+    time.
     """
     windows = getattr(config, "sliding_window", None), getattr(config, "attention_chunk_size", None)
     return config._attn_implementation == "sdpa" and all(window is None or window >= max_len for window in windows)
@@ -29,8 +30,8 @@ def accepts_pairwise_mask(config: Any, max_len: int) -> bool:
 def shared_prefix(root: nn.Module, config: Any, inputs: ModelInputs, seq_lens: torch.Tensor) -> int:
     """The number of tokens, without labels, that all sequences with labels begin with.
 
-    0 where computing them once would change anything, as with dropout in training: then each sequence has random hidden
-    states of its own.
+    0 where computing these tokens once would change a result. With dropout in training it would: each sequence has
+    random hidden states of its own there.
 
     Args:
         root: The model with its wrappers.

@@ -1,8 +1,8 @@
-"""Checkpoints of sharded models, in two forms: models as transformers saves them, and trainings to be resumed.
+"""Checkpoints of sharded models, in two forms: models as transformers saves them, and training states to resume from.
 
-- `hf_save` writes a model byte for byte as `save_pretrained` of one worker does. `hf_save_plan` finds out what files
-  and tensors that would be, `safetensors_writer` writes them tensor by tensor.
-- `training_state` saves and resumes a training under any plan. `optimizer_state` is its part for optimizers,
+- `hf_save` writes a model byte for byte as `save_pretrained` of one worker does. `hf_save_plan` finds out the files and
+  tensors, `safetensors_writer` writes them tensor by tensor.
+- `training_state` saves a training run, and resumes it under any plan. `optimizer_state` is its part for optimizers,
   `dcp_tensors` describes shards to torch.distributed.checkpoint, `dcp_io` writes and reads them.
 - `state_dict` is `state_dict` and `load_state_dict` of a sharded model.
 """

@@ -22,10 +22,10 @@ from moreh.runtime.launch.collective_errors import failing_together
 from moreh.runtime.sharding.mesh import Mesh
 from moreh.runtime.sharding.shards import global_rank_of
 
-# What a rank holds of a training, by the names on the disk.
+# What a rank holds of a training state, by the names on the disk.
 State = dict[str, TensorChunks]
 
-# One thread: the collectives of two saves must not meet.
+# One thread, because the collectives of two saves must not interleave.
 _saver = ThreadPoolExecutor(1, thread_name_prefix="moreh-checkpoint")
 _last_save: Future[None] | None = None
 
@@ -33,13 +33,13 @@ _last_save: Future[None] | None = None
 def save_state_async(state: State, directory: str | os.PathLike[str], mesh: Mesh | None) -> Future[None]:
     """Copy a state to CPU memory and write it while training goes on; collective.
 
-    - What is written is the state at the moment of the call. This needs memory for a copy of what the rank holds.
+    - The state at the moment of the call is written. This needs CPU memory for a copy of what the rank holds.
     - The call waits for an earlier save to end.
     - The directory is complete or absent, even if the processes are killed: it is written under another name, and rank
-      0 renames it when all ranks have written and flushed their files. An older directory is replaced then, and stays
-      if a rank fails.
-    - The future's result is there once all ranks are done. Ask for it, which raises what went wrong, before the process
-      group is destroyed.
+      0 renames it when all ranks have written and flushed their files. Only then is an older directory replaced. If a
+      rank fails, the older directory stays.
+    - The future is done once all ranks are. Call its `result()`, which raises the error of a failed save, before the
+      process group is destroyed.
 
     Raises (from the future's result):
         WorkerError: another rank failed. The rank that failed raises its own error, such as OSError.
@@ -60,7 +60,7 @@ def save_state_async(state: State, directory: str | os.PathLike[str], mesh: Mesh
 
 @cache
 def _background_group(world: dist.ProcessGroup) -> dist.ProcessGroup:
-    """A group of all ranks for the thread that saves: the collectives of two threads must not share a group."""
+    """A group of all ranks for the thread that saves, because collectives of two threads must not share a group."""
     return dist.new_group(backend="gloo")
 
 
@@ -109,7 +109,7 @@ def read_state(state: State, directory: Path, mesh: Mesh | None, action: str) ->
 
 
 def read_metadata(directory: Path) -> Metadata:
-    """What a directory has: the tensors' names, sizes and chunks; each rank by itself.
+    """The names, sizes and chunks of a directory's tensors. Each rank reads them by itself.
 
     Raises:
         CheckpointError: there is no complete checkpoint.
@@ -118,9 +118,9 @@ def read_metadata(directory: Path) -> Metadata:
         return FileSystemReader(directory).read_metadata()
     except FileNotFoundError as error:
         raise CheckpointError(
-            f"{directory} has no complete checkpoint of a training: {error}. Give another directory."
+            f"{directory} has no complete checkpoint of a training run: {error}. Give another directory."
         ) from error
-    except Exception as error:  # whatever unpickling a damaged file raises
+    except Exception as error:  # unpickling a damaged file raises errors of many types
         raise _damaged(directory, error) from error
 
 
@@ -134,7 +134,7 @@ def _ignore_no_dist_warning() -> None:
 
 
 def _error_of_this_rank(failure: CheckpointException, rank: int, action: str) -> Exception:
-    """This rank's own error, or a WorkerError about another rank's. DCP's CheckpointException is no Exception."""
+    """This rank's own error, else a WorkerError about another rank's. A CheckpointException is not an Exception."""
     own = failure.failures.get(rank)
     if own is not None and isinstance(own[0], Exception):
         return own[0]

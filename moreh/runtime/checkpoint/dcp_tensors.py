@@ -1,7 +1,7 @@
 """Shards in the form in which torch.distributed.checkpoint (DCP) writes and reads them.
 
-DCP stores chunks in coordinates of full tensors, so what is on the disk is the same under any plan. DCP's own DTensors
-have one chunk a rank. A matrix that tensor parallelism splits in several chunks (`TPSplit`) needs more.
+DCP stores chunks in coordinates of full tensors, so the files fit any plan. For a DTensor, DCP stores one chunk per
+rank. A matrix that tensor parallelism splits in several chunks (`TPSplit`) needs more.
 """
 
 import io
@@ -21,7 +21,7 @@ from moreh.runtime.sharding.spec import ParamSpec
 class TensorChunks:
     """The chunks of a full tensor that a rank holds.
 
-    DCP asks an object through its methods with underscores what is to be written and read.
+    DCP calls the methods with double underscores to learn what to write and where to read to.
     """
 
     def __init__(
@@ -60,13 +60,13 @@ class TensorChunks:
 
 
 def chunks_of_local(spec: ParamSpec, local: torch.Tensor, mesh: Mesh | None) -> TensorChunks:
-    """The chunks in a local tensor that is sharded as `spec` says. Its dtype may be another than the spec's."""
+    """The chunks in a local tensor that is sharded as `spec` says. The tensor's dtype may differ from the spec's."""
     views = {tuple(start for start, _ in shard.box): shard.view_of_local(local) for shard in local_shards(spec, mesh)}
     return TensorChunks(spec.shape, local.dtype, views)
 
 
 def chunks_of_full(tensor: torch.Tensor) -> TensorChunks:
-    """A tensor that a rank holds all of, as one chunk."""
+    """One chunk: a tensor that the rank holds whole."""
     return TensorChunks(tuple(tensor.shape), tensor.dtype, {(0,) * tensor.dim(): tensor})
 
 
@@ -74,8 +74,8 @@ def chunks_of_object(value: Any, name: str) -> TensorChunks:
     """A Python object as the bytes of torch.save.
 
     Raises:
-        TypeError: torch.load cannot read it without running code: it has other things in it than numbers, strings,
-            tensors and lists, tuples and dicts of them.
+        TypeError: torch.load cannot read it without running code, because it has something else in it than numbers,
+            strings, tensors, and lists, tuples and dicts of them.
     """
     buffer = io.BytesIO()
     torch.save(value, buffer)
@@ -115,7 +115,7 @@ class ChunkLoadPlanner(DefaultLoadPlanner):
     def set_up_planner(
         self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
     ) -> None:
-        """Take the state as it is. DCP's own method looks for meta tensors in it, and TensorChunks are no tensors."""
+        """Take the state as it is. DCP's own method looks for meta tensors in it, but TensorChunks are not tensors."""
         self.state_dict = self.original_state_dict = state_dict
         self.metadata, self.is_coordinator = metadata, is_coordinator
 

@@ -35,7 +35,7 @@ _REFUSED = {
     "state_dict": "leave it out: the weights that are saved are the model's own",
     "save_function": "leave it out: the files are written piece by piece",
     "push_to_hub": "save first, then upload the directory with `hf upload`",
-    "distributed_checkpoint": "leave it out, or use torch.distributed.checkpoint to resume a training",
+    "distributed_checkpoint": "leave it out, or use torch.distributed.checkpoint to resume a training run",
 }
 
 
@@ -49,21 +49,21 @@ def save_sharded_model(
 ) -> None:
     """Save a sharded model as `PreTrainedModel.save_pretrained` saves a full one; collective, with equal arguments.
 
-    - Rank 0 needs memory for the largest tensor, or for those that transformers converts together.
-    - The files get their names when all are written. A new directory appears as one. In an existing one the file with
-      which loading begins comes last, and older weights are gone by then.
+    - Rank 0 needs memory for the largest tensor, or for the tensors that transformers converts together.
+    - The files get their names when all files are written. A new directory appears at once with all its files. In an
+      existing directory the files with which loading begins are removed first and moved in last.
     - If a rank fails, nothing has changed and all ranks raise.
 
     Args:
-        model: has the modules of the full model, whatever tensors are in them.
+        model: the modules of the full model. Their tensors do not matter.
         directory: where to save.
-        specs: of the model's parameters, by name; tied ones under their first name.
-        local_tensors: what this rank holds of them.
+        specs: the specs of the model's parameters, by name; tied ones under their first name.
+        local_tensors: the local tensors of the parameters that this rank holds, by the same names.
         mesh: the ranks.
-        save_kwargs: those of `save_pretrained`.
+        save_kwargs: keyword arguments of `save_pretrained`.
 
     Raises:
-        OptionError: an argument that does not work while the model is sharded.
+        OptionError: an argument does not work while the model is sharded.
         WorkerError: another rank failed. The rank that failed raises its own error, such as OSError.
     """
     _check_arguments(save_kwargs)

@@ -1,7 +1,7 @@
-"""What transformers would save of a full model, without its weights: which files, and what their tensors are made from.
+"""The files that transformers would save of a full model, and the tensors that each is made from, without its weights.
 
-transformers' own `save_pretrained` is run on traced tensors without data. So the names, the ties, the conversion of
-weights back to the checkpoint's layout, and the split into files are its own.
+transformers' own `save_pretrained` runs on traced tensors without data. So the names, the ties, the conversion of
+weights back to the checkpoint's layout, and the split into files are those of transformers.
 """
 
 import contextlib
@@ -41,7 +41,7 @@ class Conversion:
     targets: tuple[str, ...]
     """Names in the files."""
     is_identity: bool
-    """Whether the one source is saved as it is under the one target's name. Else transformers converts the sources."""
+    """Whether the one source is saved unchanged under the one target's name. Else transformers converts the sources."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class SavePlan:
 
 
 class _TracedTensor(torch.Tensor):
-    """A tensor without data that knows from which tensors of the model it was made."""
+    """A tensor without data that records the names of the model's tensors from which it was made."""
 
     sources: frozenset[str]
 
@@ -76,7 +76,7 @@ class StateDictEntry:
     """An entry of a model's state dict."""
 
     source: str
-    """The first name of its tensor: its own, or another entry's if the two are tied."""
+    """The first name of its tensor: the entry's own name, or another entry's if the two are tied."""
     module: nn.Module
     """The module that has the tensor."""
     key: str
@@ -106,7 +106,7 @@ def persistent_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
 
 @contextlib.contextmanager
 def with_full_shapes(model: nn.Module, specs: Mapping[str, ParamSpec]) -> Iterator[None]:
-    """A block in which the model's parameters are those of the full model on the meta device; tied ones are one object.
+    """A block in which the model has its full parameters, on the meta device. Tied parameters are one object.
 
     Raises:
         ValueError: the model has a parameter without a spec.
@@ -159,7 +159,7 @@ def plan_save(model: Any, directory: Path, save_kwargs: Mapping[str, Any]) -> Sa
         files.append(WeightFile(Path(filename).name, kinds, metadata))
         saved.extend(tensors.items())
 
-    # transformers' own, also if a sharded model has another.
+    # transformers' own method, even if the sharded model has another.
     save_pretrained = inspect.unwrap(type(model).save_pretrained)
     with recording_weight_files(record):
         save_pretrained(model, directory, state_dict=state_dict, **save_kwargs)
@@ -168,9 +168,9 @@ def plan_save(model: Any, directory: Path, save_kwargs: Mapping[str, Any]) -> Sa
 
 
 def _conversions(saved: list[tuple[str, torch.Tensor]], source_of: Mapping[int, str]) -> tuple[Conversion, ...]:
-    """What makes the saved tensors: each from its own sources, those that share a source together.
+    """The conversions that make the saved tensors. Tensors that share a source are made together.
 
-    `source_of` has the tensors that `save_pretrained` was given, by id.
+    `source_of` has the source of each tensor that `save_pretrained` was given, by the tensor's id.
     """
     conversions: list[Conversion] = []
     groups: list[tuple[set[str], list[str]]] = []

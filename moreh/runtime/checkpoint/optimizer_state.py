@@ -1,4 +1,4 @@
-"""An optimizer's state by the names of its parameters: what it keeps of each parameter, and its groups' settings."""
+"""An optimizer's state by the names of its parameters: the state of each parameter, and the settings of the groups."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -21,7 +21,7 @@ from moreh.runtime.sharding.mesh import Mesh
 from moreh.runtime.sharding.shards import local_shape
 from moreh.runtime.sharding.spec import ParamSpec
 
-# On the disk, before the key of a value that is no tensor, such as a count of steps.
+# The prefix on the disk of a key whose value is not a tensor, such as a count of steps.
 _OBJECT = "value:"
 
 
@@ -35,7 +35,7 @@ def _is_sharded(spec: ParamSpec, mesh: Mesh | None) -> bool:
 def _unshardable_state(optimizer: str, name: str, key: str, size: tuple[int, ...]) -> CheckpointError:
     return CheckpointError(
         f"{optimizer} keeps '{key}' of {name} as a tensor {list(size)}, which cannot be cut as the parameter is. While "
-        "parameters are sharded over workers, checkpoints of a training need an optimizer whose state has the "
+        "parameters are sharded over workers, checkpoints of a training run need an optimizer whose state has the "
         "parameters' shapes, such as AdamW; or train without tensor parallelism and sharding (pipeline and data "
         "parallelism may stay)."
     )
@@ -46,11 +46,11 @@ def collect_optimizer_state(
 ) -> dict[str, TensorChunks]:
     """What this rank has of the optimizer's state, by "parameter/key".
 
-    `names` are the parameters' names by id.
+    `names` has the names of the parameters by their ids.
 
     Raises:
         CheckpointError: there is state of a parameter without a name, or state that cannot be sharded as its parameter
-        is.
+            is.
     """
     kind = type(optimizer).__name__
     chunks: dict[str, TensorChunks] = {}
@@ -91,7 +91,7 @@ def check_param_groups(optimizer: Optimizer, names: Mapping[int, str], saved: li
     """Check that the parameters are in the groups in which they were saved.
 
     Raises:
-        CheckpointError: they are not.
+        CheckpointError: a parameter is in another group, or the number of groups differs.
     """
     kind, groups = type(optimizer).__name__, param_groups_of(optimizer, names)
     if len(groups) != len(saved):
@@ -117,7 +117,7 @@ def allocate_optimizer_state(
 ) -> dict[str, tuple[TensorChunks, torch.Tensor]]:
     """Empty local tensors for the saved state of this rank's parameters, and their chunks to fill, by "parameter/key".
 
-    `saved` is what the checkpoint has of each parameter, by key.
+    `saved` has the tensors of the checkpoint for each parameter, by key.
 
     Raises:
         CheckpointError: saved state cannot be sharded as the parameter is here.
@@ -156,7 +156,7 @@ def restore_optimizer(
 ) -> None:
     """Give an optimizer the saved settings, and the filled local tensors by "parameter/key".
 
-    State of a parameter of which nothing was saved is dropped.
+    The state of a parameter without saved state is dropped.
     """
     by_name: dict[str, dict[str, Any]] = {}
     for path, tensor in tensors.items():
@@ -175,7 +175,7 @@ def restore_optimizer(
 
 
 def _as_dtensor_like(parameter: nn.Parameter, value: Any) -> Any:
-    """A local tensor as a DTensor if its parameter is one and it is sharded likewise; else the value itself."""
+    """A local tensor as a DTensor, if its parameter is a DTensor with a shard of that shape; else the value itself."""
     dtensor: Any = parameter
     if not isinstance(dtensor, DTensor) or not isinstance(value, torch.Tensor):
         return value

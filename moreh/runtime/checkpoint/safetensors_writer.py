@@ -1,6 +1,6 @@
-"""Safetensors files written tensor by tensor. The library's own writer wants all tensors of a file in memory at once.
+"""Safetensors files written tensor by tensor. The library's own writer needs all tensors of a file in memory at once.
 
-The format: 8 bytes with the length of the header, the header as JSON, the elements of all tensors one after the other.
+The format: 8 bytes with the length of the header, the header as JSON, then the elements of all tensors.
 https://huggingface.co/docs/safetensors
 """
 
@@ -50,7 +50,7 @@ class TensorKind:
 
 
 def _header(tensors: Mapping[str, TensorKind], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, tuple[int, int]]]:
-    """The file up to the elements, and the range of each tensor's bytes after that.
+    """The bytes of the file up to the elements, and the range of each tensor's bytes among the elements.
 
     Raises:
         ValueError: the format has no name for a dtype.
@@ -75,7 +75,7 @@ def _header(tensors: Mapping[str, TensorKind], metadata: Mapping[str, str]) -> t
 
 
 class SafetensorsWriter:
-    """Writes a file whose tensors come one by one, in any order. After the last one it is complete and on the disk."""
+    """Writes a file whose tensors come one by one, in any order. The last one completes the file on the disk."""
 
     def __init__(self, path: Path, tensors: Mapping[str, TensorKind], metadata: Mapping[str, str]) -> None:
         """Write the header.
@@ -83,7 +83,7 @@ class SafetensorsWriter:
         Args:
             path: the file.
             tensors: all tensors that the file is to have, by name.
-            metadata: the header's own, such as `{"format": "pt"}`.
+            metadata: the metadata of the header, such as `{"format": "pt"}`.
 
         Raises:
             ValueError: the format has no name for a dtype.
@@ -104,7 +104,8 @@ class SafetensorsWriter:
         kind = TensorKind(tuple(tensor.shape), tensor.dtype)
         if name not in self._missing or kind != self._tensors[name]:
             raise ValueError(
-                f"{self._path.name} awaits {self._tensors.get(name)} as {name} once, and was given {kind}."
+                f"{self._path.name}: {name} was given as {kind}, but has to be written once, as "
+                f"{self._tensors.get(name)}."
             )
         self._file.seek(self._data_start + self._ranges[name][0])
         elements = tensor.detach().cpu().contiguous().reshape(-1)
@@ -117,5 +118,5 @@ class SafetensorsWriter:
             self._file.close()
 
     def close(self) -> None:
-        """Give up a file that is not complete; nothing happens if it is."""
+        """Close a file that is not complete. Does nothing to a complete one."""
         self._file.close()

@@ -17,21 +17,21 @@ from moreh.runtime.sharding.spec import ParamSpec
 
 
 class ShardedStateDict(dict[str, Any]):
-    """What one rank holds of a state dict. It can be copied and loaded again, but not pickled as if it were the whole.
+    """What one rank holds of a state dict. It can be copied and loaded again, but not pickled as if it were whole.
 
     Raises (when it is pickled, as by torch.save):
-        WorkerError: says what saves the whole model.
+        WorkerError: always; the message says how to save the whole model.
     """
 
     def __init__(self, tensors: Mapping[str, Any], rank: int | None = None) -> None:
         super().__init__(tensors)
-        # Libraries make a dict of the same type from a dict, and know nothing of ranks.
+        # Libraries make a dict of the same type from a dict, without a rank.
         self.rank = dist.get_rank() if rank is None else rank
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise WorkerError(
             f"This state dict holds the part of rank {self.rank} only, since the model is sharded over workers. Save "
-            "the model with model.save_pretrained(directory) on all ranks, and a training to be resumed with "
+            "the model with model.save_pretrained(directory) on all ranks, and a training run to resume with "
             "moreh.runtime.engine.checkpoint_api.save_training; a Trainer saves with "
             'save_strategy="no" and trainer.save_model().'
         )
@@ -47,7 +47,7 @@ class ShardedStateDict(dict[str, Any]):
 
 
 def local_state_dict(model: nn.Module, local_tensors: Mapping[str, torch.Tensor], rank: int) -> ShardedStateDict:
-    """The entries that a rank holds, in the order and under the names of the full model's; tied ones share a tensor."""
+    """The entries that a rank holds, with the names and in the order of the full model. Tied entries share a tensor."""
     tensors = {**local_tensors, **persistent_buffers(model)}
     entries = state_dict_entries(model)
     return ShardedStateDict(
@@ -67,12 +67,12 @@ def load_into_local_tensors(
 ) -> _IncompatibleKeys:
     """Load the full model's state dict, or one of `local_state_dict`, into local tensors and the model's buffers.
 
-    As Module.load_state_dict: returns the missing and unexpected keys of the full model. Of the full model's tensors,
-    this rank's shards are taken; those of a ShardedStateDict are taken as they are.
+    Copies this rank's shards of the full model's tensors, or the tensors of a ShardedStateDict as they are. Returns the
+    missing and unexpected keys, as Module.load_state_dict does.
 
     Raises:
         RuntimeError: a tensor has the wrong shape, or with `strict` keys are missing or unexpected. Nothing is loaded
-        then.
+            then.
     """
     check_local_tensors(specs, local_tensors, mesh)
     entries = state_dict_entries(model)

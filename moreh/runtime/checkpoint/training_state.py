@@ -1,19 +1,18 @@
-"""Checkpoints of a training: saved under one plan, resumed under any other.
+"""Checkpoints of a training run: saved under one plan, resumed under any other.
 
-What is on the disk are chunks of full tensors under the parameters' names. Nothing there depends on the plan or the
-number of ranks, and a process that trains alone (`mesh` None, no process group) writes the same. All ranks must reach
-the directory.
+A checkpoint has chunks of full tensors under the parameters' names. Nothing in it depends on the plan or the number of
+ranks: a process that trains alone (`mesh` None, no process group) writes the same. All ranks must reach the directory.
 
 Why not `get_state_dict` and `set_state_dict` of torch.distributed.checkpoint with the DTensors that the script sees
 (checked with torch 2.13):
-- A DTensor has one contiguous range a rank and dimension. A rank's columns of GPT-2's c_attn are three ranges, so the
-  DTensor shows them regrouped, and a checkpoint of it is wrong, silently, under another size of tensor parallelism.
+- A DTensor has one contiguous range per rank and dimension. A rank's columns of GPT-2's c_attn are three ranges, so the
+  DTensor shows them regrouped. Its checkpoint is silently wrong under another size of tensor parallelism.
   `_StridedShard` cannot describe chunks of unequal sizes (grouped-query attention), and DCP writes even equal ones as
   one range.
-- On a pipeline rank the model has the parameters of all stages, those of others as meta tensors. `get_state_dict`
-  returns these too, and DCP fails to copy them.
-- `get_state_dict` makes a step with an optimizer that has no state yet, so that it resumes at step 1 instead of 0.
-- What does not fit is refused here before anything is changed, on all ranks, with a sentence that says what to do.
+- On a pipeline rank the model has the parameters of all stages; those of other stages are meta tensors.
+  `get_state_dict` returns the meta tensors too, and DCP fails to copy them.
+- `get_state_dict` makes a step with an optimizer that has no state yet, so that the optimizer resumes at step 1, not 0.
+- This module refuses a checkpoint that does not fit before anything is changed, on all ranks, and says what to do.
 """
 
 import os
@@ -43,7 +42,7 @@ from moreh.runtime.sharding.mesh import Mesh
 from moreh.runtime.sharding.shards import check_local_tensors, global_rank_of
 from moreh.runtime.sharding.spec import ParamSpec
 
-# Names on the disk: what stands before parameters' names, and the two objects that rank 0 writes.
+# Names on the disk: the prefixes of parameters' names, and the two objects that rank 0 writes.
 _MODEL, _OPTIMIZER = "model/", "optimizer/{}/"
 _GROUPS, _EXTRA = "groups", "extra"
 
@@ -61,20 +60,20 @@ def collect_training_state(
     mesh: Mesh | None,
     extra: Any = None,
 ) -> State:
-    """What this rank holds of a training, as views of its tensors; collective.
+    """What this rank holds of a training state, as views of its tensors; collective.
 
     Args:
-        specs: of the model's parameters, by name.
-        local_tensors: what this rank holds of them.
-        optimizers: whose state belongs to the training.
-        parameters: those that the optimizers have, by the names of the specs.
-        mesh: None in a process that trains alone.
-        extra: rank 0's, such as the scheduler's state, random states, the step and the position in the data. It may
-            consist of numbers, strings, tensors, and lists, tuples and dicts of them.
+        specs: the specs of the model's parameters, by name.
+        local_tensors: the local tensors of the parameters that this rank holds, by the same names.
+        optimizers: the optimizers of the training run.
+        parameters: the parameters that the optimizers have, by the same names.
+        mesh: the ranks; None in a process that trains alone.
+        extra: whatever else rank 0 stores, such as the scheduler's state, random states, the step and the position in
+            the data. It may consist of numbers, strings, tensors, and lists, tuples and dicts of them.
 
     Raises:
-        CheckpointError: an optimizer has state that cannot be sharded as its parameter is (Adafactor's).
-        TypeError: `extra` has other things in it.
+        CheckpointError: an optimizer has state that cannot be sharded as its parameter is, such as row variances.
+        TypeError: `extra` has something else in it.
         WorkerError: another rank failed.
     """
     names = {id(parameter): name for name, parameter in parameters.items()}
@@ -100,12 +99,13 @@ def load_training_state(
     parameters: Mapping[str, nn.Parameter],
     mesh: Mesh | None,
 ) -> Any:
-    """Read what `collect_training_state` collected, under whatever plan, into local tensors and optimizers; collective.
+    """Read what `collect_training_state` collected, under any plan, into local tensors and optimizers; collective.
 
-    The arguments are as there. The optimizers need not have made a step. Returns `extra`, on all ranks.
+    The arguments are those of `collect_training_state`. The optimizers need not have made a step. Returns `extra` on
+    all ranks.
 
     Raises:
-        CheckpointError: there is no complete checkpoint, or it is of another model or of other optimizers.
+        CheckpointError: there is no complete checkpoint, or the checkpoint is of another model or other optimizers.
         WorkerError: another rank failed.
     """
     directory = Path(directory)
@@ -124,13 +124,14 @@ def load_training_state(
             optimizer_tensors.append({path: tensor for path, (_, tensor) in allocated.items()})
         groups_bytes, extra_bytes = (torch.empty(saved[name].size, dtype=torch.uint8) for name in (_GROUPS, _EXTRA))
         state[_EXTRA] = chunks_of_full(extra_bytes)
-    # The groups first: what does not fit is refused before anything is changed.
+    # The groups first, so that optimizers that do not fit are refused before anything is changed.
     read_state({_GROUPS: chunks_of_full(groups_bytes)}, directory, mesh, action)
     groups = object_of_bytes(groups_bytes)
     with _together(action, mesh):
         if len(groups) != len(optimizers):
             raise CheckpointError(
-                f"{directory} has the state of {len(groups)} optimizers, and {len(optimizers)} were given."
+                f"{directory} has the state of {len(groups)} optimizers, and {len(optimizers)} were given. Give the "
+                "optimizers of the training run that wrote the checkpoint."
             )
         for optimizer, saved_groups in zip(optimizers, groups, strict=True):
             check_param_groups(optimizer, names, saved_groups)
@@ -141,7 +142,7 @@ def load_training_state(
 
 
 def load_extra(directory: str | os.PathLike[str]) -> Any:
-    """Read only `extra` of what `collect_training_state` collected; each rank by itself.
+    """Read only `extra` of what `collect_training_state` collected. Each rank reads it by itself.
 
     Raises:
         CheckpointError: there is no complete checkpoint.
@@ -153,7 +154,7 @@ def load_extra(directory: str | os.PathLike[str]) -> Any:
 
 
 def _together(action: str, mesh: Mesh | None) -> AbstractContextManager[None]:
-    """A block that fails on all ranks if it fails on one."""
+    """A block that fails on all ranks if it fails on one of them."""
     return nullcontext() if mesh is None else failing_together(action, device=mesh.device)
 
 
@@ -177,7 +178,7 @@ def _with_names_of_all_ranks(groups: list[dict[str, Any]], mesh: Mesh | None) ->
 
 
 def _saved_tensors(directory: Path) -> dict[str, TensorStorageMetadata]:
-    """What a directory has, by the names on the disk."""
+    """The tensors of a checkpoint, by their names on the disk."""
     metadata = read_metadata(directory).state_dict_metadata
     return {name: entry for name, entry in metadata.items() if isinstance(entry, TensorStorageMetadata)}
 
@@ -185,7 +186,7 @@ def _saved_tensors(directory: Path) -> dict[str, TensorStorageMetadata]:
 def _by_parameter(
     saved: Mapping[str, TensorStorageMetadata], prefix: str
 ) -> dict[str, dict[str, TensorStorageMetadata]]:
-    """What is saved of an optimizer: of each parameter, by key."""
+    """The saved state of an optimizer, by parameter and key."""
     by_parameter: dict[str, dict[str, TensorStorageMetadata]] = {}
     for path, metadata in saved.items():
         if path.startswith(prefix):
@@ -205,4 +206,7 @@ def _check_model(directory: Path, saved: Mapping[str, TensorStorageMetadata], sp
     ]
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise CheckpointError(f"{directory} is a checkpoint of another model: {'; '.join(problems[:5])}{more}.")
+        raise CheckpointError(
+            f"{directory} is a checkpoint of another model: {'; '.join(problems[:5])}{more}. Give a checkpoint of this "
+            "model."
+        )

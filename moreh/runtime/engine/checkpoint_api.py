@@ -35,7 +35,7 @@ def save_training(
     Raises:
         OptionError: several workers have not sharded the model yet, so there is no training state to save.
         CheckpointError: an optimizer has state that cannot be sharded as its parameter is.
-        TypeError: `extra` has something in it that is no number, string or tensor, nor a list, tuple or dict of these.
+        TypeError: `extra` has something else in it than numbers, strings, tensors, and lists, tuples and dicts of them.
     """
     with span("save_training"):  # the part that the training waits for; the files are written in the background
         runner = runner_of(model)

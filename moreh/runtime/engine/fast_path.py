@@ -80,7 +80,7 @@ class FastPath:
         return LazyLogitsOutput(loss=loss).with_lazy(compute_other_outputs)
 
     def _runner_for(self, module: nn.Module) -> ModelRunner | None:
-        """The model's runner, a new one if its modules have changed; None if the model has to compute itself."""
+        """The model's runner, a new one if its modules have changed; None for a model without a fast path."""
         ids = [id(submodule) for submodule in module.modules()] + [id(parameter) for parameter in module.parameters()]
         known = self._runners.pop(module, None)
         if known is None or known[0] != ids:

@@ -33,7 +33,7 @@ def collect_grads(model: ParallelModel) -> dict[str, torch.Tensor]:
 def _reduce(model: ParallelModel, grads: dict[str, torch.Tensor]) -> None:
     """Sum gradients in place.
 
-    - Over tensor-parallel ranks: partial ones. Every rank has such a parameter whole, and uses it for its own part.
+    - Over tensor-parallel ranks: the partial gradients, of parameters that each rank has whole but uses for its own
       heads, features or part of the sequence.
     - Over data-parallel ranks: all gradients, unless FSDP has summed them in the backward pass.
     - Over pipeline ranks: the gradients of tied parameters.

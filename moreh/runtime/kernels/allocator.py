@@ -12,7 +12,7 @@ import sys
 _M_TRIM_THRESHOLD = -1
 """How many bytes the free top of the heap must have before glibc returns it to the kernel."""
 _M_MMAP_THRESHOLD = -3
-"""Blocks of at least so many bytes are mapped by themselves (mmap), outside the heap. The kernel gets them back freed."""
+"""Blocks of at least this size in bytes are mapped (mmap) outside the heap. Freeing one returns it to the kernel."""
 _M_MMAP_MAX = -4
 """How many blocks may be mapped by themselves at a time."""
 

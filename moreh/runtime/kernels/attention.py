@@ -135,7 +135,8 @@ def _causal_attention_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of query, key and value, each in the shape of its tensor.
 
-    `grad_output` is `[batch, sequence, heads, head_dim]`; `queries` and `probabilities` are those of `_causal_attention`.
+    `grad_output` is `[batch, sequence, heads, head_dim]`. `_causal_attention` has returned `queries` and
+    `probabilities`.
     """
     batch, length, heads, _ = grad_output.shape
     kv_heads = key.shape[1]

@@ -55,8 +55,8 @@ class _RmsNorm(torch.autograd.Function):
         output = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
         for chunk, scale_chunk, out in chunks(x_fp32, scale, output):
             out.copy_(torch.mul(chunk, scale_chunk, out=scratch(0, chunk.shape, chunk.dtype)).mul_(weight))
-        # The linear layers that read the output save it anyway. Where a weight is almost zero, the output has too little
-        # precision left to compute the normalized input from.
+        # The linear layers that read the output save it anyway. Where a weight is almost zero, the output has too few
+        # digits left to compute the normalized input from.
         ctx.saves_output = bool(weight.abs().min() > torch.finfo(dtype).tiny ** 0.5)
         ctx.save_for_backward(output if ctx.saves_output else x, weight, scale)
         return output

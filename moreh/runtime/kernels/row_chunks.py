@@ -1,7 +1,7 @@
 """Loops over tensors a few rows at a time, and reusable buffers for the intermediate results: both stay in the cache.
 
-The C library places a new tensor of a megabyte wherever it finds a hole, most likely in memory that is not in the cache.
-The first pass over such a tensor takes several times as long.
+The C library places a new tensor of a megabyte wherever it finds a hole, most likely in memory that is not in the
+cache. The first pass over such a tensor takes several times as long.
 """
 
 import math

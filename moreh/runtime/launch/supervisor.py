@@ -20,8 +20,8 @@ SIGNAL_GRACE_S = 60.0
 # After a signal, once worker 0 has ended and so has saved what it alone saves.
 SIGNAL_GRACE_AFTER_RANK0_S = 15.0
 # After a signal, while no worker has joined the others, so that there is nothing to save. Python may lose an interrupt
-# that comes during an import, because it cannot raise KeyboardInterrupt out of a callback. Such a worker would go on, or
-# wait for a worker that has ended.
+# that comes during an import, because it cannot raise KeyboardInterrupt out of a callback. Such a worker would go on,
+# or wait for a worker that has ended.
 SIGNAL_GRACE_BEFORE_JOIN_S = 5.0
 # After the first failure. Other ranks often hit the same error moments later; waiting lets worker 0 print it as a
 # program of one process would.

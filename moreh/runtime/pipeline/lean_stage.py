@@ -1,19 +1,18 @@
 """torch's PipelineStage with receive buffers only for the micro-batches in flight.
 
-torch allocates buffers for what each micro-batch of a stage receives, hidden states and their gradients, and keeps
-them from step to step and for each shape of batch, with the gradients that were sent beside them. With many
-micro-batches that is more than their activations: 128 of 512 x 8,192 in float32 are 2 GiB, three times for each chunk
-of the model on a rank.
+For each micro-batch of a stage, torch allocates a buffer for the hidden states and one for the gradients that the stage
+receives. It keeps these buffers, and the gradients that the stage sent, from step to step and for each batch shape.
+With many micro-batches they take more memory than the activations: hidden states [512, 8192] of 128 micro-batches in
+float32 are 2 GiB, three times for each chunk of the model on a rank.
 
-Privates of `torch.distributed.pipelining.PipelineStage` that this relies on, there being no public way to own the
-buffers:
+torch has no public way to own the buffers, so this module relies on privates of
+`torch.distributed.pipelining.PipelineStage`:
 
 | private | what for |
 |---|---|
 | `_setup_forward_recv_info`, `_setup_backward_recv_info` | overridden: the only places that allocate the buffers |
 | `args_recv_info`, `grad_recv_info` | by micro-batch, tuples of `_RecvInfo` for hidden states and for gradients |
-| `_RecvInfo.buffer`, `.tensor_meta.dtype`, `.is_root_arg` | the buffer, its type, whether it is an input of the
-script |
+| `_RecvInfo.buffer`, `.tensor_meta.dtype`, `.is_root_arg` | the buffer, its dtype, whether the script passes it |
 | `_runtime_validate` | turned off: it compares shapes with those of the first step |
 
 `get_*_ops`, `forward_one_chunk` and `backward_one_chunk` are public and called by the schedules.
@@ -34,15 +33,15 @@ from moreh import trace
 class LeanPipelineStage(PipelineStage):
     """A stage whose receive buffers exist from the posting of a receive until the computation with what was received.
 
-    A span without length marks each transfer that is posted, with its bytes. The schedule runs it later, with others.
+    An empty span marks each transfer that is posted, with its bytes. The schedule starts the transfer later.
     """
 
     hidden_shape: tuple[int, int, int]
-    """[batch, sequence, hidden] of the hidden states of this step's micro-batches; may change from step to step."""
+    """[batch, sequence, hidden] of this step's hidden states; may change from step to step."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # torch turns it on with TORCH_DISTRIBUTED_DEBUG=DETAIL.
+        # TORCH_DISTRIBUTED_DEBUG=DETAIL would turn it on.
         self._runtime_validate = False
 
     def _setup_forward_recv_info(self, num_microbatches: int, has_backward: bool) -> None:
@@ -77,13 +76,13 @@ class LeanPipelineStage(PipelineStage):
         return _marked("post_send_gradients", super().get_bwd_send_ops(bwd_chunk_id))
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
-        """Compute a micro-batch. From then on autograd has what it needs of the hidden states."""
+        """Compute a micro-batch. Autograd keeps what it needs of the hidden states, so their buffer is freed."""
         output = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
         _free_buffers(self.args_recv_info[fwd_chunk_id])
         return output
 
     def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
-        """Compute a micro-batch's gradients; with a zero-bubble schedule, at first only those of the hidden states."""
+        """Compute a micro-batch's gradients; a zero-bubble schedule computes those of the hidden states first."""
         with trace.span("stage_backward"):
             super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
         if self.has_backward:
@@ -99,7 +98,7 @@ class LeanPipelineStage(PipelineStage):
             self.device = device
 
     def _allocate_buffers(self, infos: tuple[Any, ...]) -> None:
-        """Allocate the buffers of one micro-batch, `infos` being its _RecvInfo."""
+        """Allocate the buffers of one micro-batch, which `infos` describe."""
         for info in infos:
             if not info.is_root_arg:
                 info.buffer = torch.empty(self.hidden_shape, dtype=info.tensor_meta.dtype, device=self.device)
@@ -107,10 +106,10 @@ class LeanPipelineStage(PipelineStage):
 
 @dataclass(frozen=True)
 class Pipeline:
-    """What runs the micro-batches of a step on this rank."""
+    """The schedule that runs the micro-batches of a step on this rank, and its stages."""
 
     schedule: Any
-    """A schedule of torch.distributed.pipelining for a number of micro-batches."""
+    """A schedule of torch.distributed.pipelining for one number of micro-batches."""
     stages: list[LeanPipelineStage]
     """This rank's stages."""
 
@@ -121,7 +120,7 @@ def _free_buffers(infos: tuple[Any, ...]) -> None:
 
 
 def _marked(name: str, ops: list[dist.P2POp]) -> list[dist.P2POp]:
-    """The transfers, marked in the trace; none without transfers."""
+    """The transfers as they are. They are marked in the trace, unless there are none."""
     if ops:
         with trace.span(name, bytes=sum(op.tensor.nbytes for op in ops)):
             pass

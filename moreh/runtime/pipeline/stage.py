@@ -2,7 +2,7 @@
 
 The model's code runs unchanged, so masks, positions and rotary angles are its own. While a stage computes, stubs
 (stubs.py) are in the slots of other stages' modules: embeddings return zeros, layers pass on their input. The first
-layer of the stage takes the hidden states that were received, and what its last layer returns is sent on.
+layer of the stage takes the hidden states that the stage received. The stage sends on what its last layer returns.
 
 A model on one worker is one stage.
 """
@@ -30,18 +30,18 @@ from moreh.runtime.pipeline.stubs import (
     mlp_slots,
 )
 
-# A method of transformers' models that warns of padding without an attention mask.
+# A method of transformers' models. It warns of padding without an attention mask.
 _PADDING_WARNING = "warn_if_padding_and_no_attention_mask"
-# What the last stage returns, from the model's outputs for a micro-batch and the micro-batch's index.
+# Given the model's outputs for a micro-batch and the micro-batch's index, what the last stage returns.
 OutputFn = Callable[[Any, int], torch.Tensor]
-# From a micro-batch's index, the positions in its flattened [batch * sequence] whose logits are needed; None for all.
+# Given a micro-batch's index, the positions in its flattened [batch * sequence] whose logits are needed; None for all.
 LogitPositions = Callable[[int], torch.Tensor | None]
 
 
 class Stage(nn.Module):
-    """The layers `first` to `last - 1` of a model, and what is before or after the layers where it is at an end.
+    """The layers `first` to `last - 1` of a model. The first and the last stage also have what is before or after them.
 
-    Its parameters are those of the modules that it computes.
+    The parameters of a stage are those of the modules that it computes.
     """
 
     def __init__(
@@ -59,11 +59,11 @@ class Stage(nn.Module):
             parts: The model.
             first: Index of the stage's first layer.
             last: Index after the stage's last layer.
-            inputs: From a micro-batch's index, the arguments of the model, token ids among them. Every stage needs them
-                for masks and positions.
-            output_fn: Makes what the last stage returns of the model's outputs.
-            logit_positions: The positions whose logits are needed: the model's logits are then [1, positions,
-            vocabulary].
+            inputs: Given a micro-batch's index, the arguments of the model. Every stage needs the token ids for masks
+                and positions.
+            output_fn: Given the model's outputs and the index, what the last stage returns.
+            logit_positions: Given the index, the positions whose logits are needed, or None for all. With positions,
+                the model's logits are [1, positions, vocabulary].
         """
         super().__init__()
         slots = parts.layer_slots
@@ -105,7 +105,7 @@ class Stage(nn.Module):
         Args:
             received: Hidden states from the previous stage, [batch, sequence, hidden]; None on the first stage.
             micro_batch: The micro-batch's index in a tensor [1], because torch's schedules cut tensors into
-            micro-batches.
+                micro-batches.
 
         Returns:
             Hidden states for the next stage, [batch, sequence, hidden]; on the last stage what `output_fn` returns.
@@ -119,11 +119,11 @@ class Stage(nn.Module):
             state.batch_shape = tuple(tokens.shape[:2])
             state.logit_positions = self._logit_positions(index) if self.is_last else None
             with self._stubs_in_slots():
-                # Other stages have no hidden states for the output layer, which is outside of the base model.
+                # Other stages have no hidden states for the output layer, which is outside the base model.
                 model = self._model.causal if self.is_last else self._model.causal.base_model
                 outputs = model(**inputs)
             sent = state.sent
-            # Nothing of the micro-batch outlives its use.
+            # No tensor of the micro-batch outlives its use.
             state.received = state.sent = None
             if self.is_last:
                 return self._output_fn(outputs, index)
@@ -134,12 +134,12 @@ class Stage(nn.Module):
     def _stubs_in_slots(self) -> Iterator[None]:
         """Put the stubs into the model for the time of a forward pass.
 
-        The swap is in `_modules`, where `nn.Module` looks submodules up, and for each forward pass anew. The stages
-        of a rank share one model, each with stubs of its own. And between forward passes the model is whole: a script
+        The swap is in `_modules`, where `nn.Module` looks submodules up. It is made for each forward pass, because the
+        stages of a rank share one model but have different stubs. Between forward passes the model is whole: a script
         that reads its parameters, saves it or evaluates it sees nothing of the stages.
         """
         base_model = self._model.causal.base_model
-        # The runtime leaves out masks that hide only positions that no loss depends on: no reason for a warning.
+        # The runtime leaves out masks that hide only positions that no loss depends on. The warning would be wrong.
         base_model.__dict__[_PADDING_WARNING] = lambda *args, **kwargs: None
         try:
             for slot, stub in self._model.stubs:
@@ -153,7 +153,7 @@ class Stage(nn.Module):
 
 @dataclass(frozen=True)
 class _Model:
-    """The whole model and the stubs, in an object that is no module: none of them is a submodule of the stage."""
+    """The whole model and the stubs, in an object that is not a module, so that the stage does not register them."""
 
     causal: Any
     """The causal language model of transformers."""

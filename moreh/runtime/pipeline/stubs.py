@@ -1,7 +1,8 @@
 """Stand-ins for modules while a pipeline stage runs the whole model's forward pass.
 
-Modules of other stages compute nothing here. The layers at the borders of the stage take what was received and keep
-what is sent. The output layer and the last MLP compute only the positions whose logits are needed.
+Stubs for modules of other stages compute nothing. The stage's first layer takes the hidden states that the stage
+received, and its last layer keeps those that the stage sends. The output layer and the last MLP compute only the
+positions whose logits are needed.
 """
 
 import re
@@ -32,14 +33,14 @@ class StageState:
 
 
 class Stub(nn.Module):
-    """Is in a module's slot and shows the attributes of that module, which the model's code may read."""
+    """A stand-in in a module's slot. It shows the attributes of the module, which the model's code may read."""
 
     _original: nn.Module
     _state: StageState
 
     def __init__(self, original: nn.Module, state: StageState) -> None:
         super().__init__()
-        # Not registered as a submodule: the parameters of other stages are not this stage's.
+        # Not registered as a submodule, because the parameters of other stages are not this stage's.
         object.__setattr__(self, "_original", original)
         self._state = state
 
@@ -50,7 +51,7 @@ class Stub(nn.Module):
 class EmbeddingStub(Stub):
     """Stands in for an embedding, or another module before the layers: zeros of the shape that it would return.
 
-    The model may make masks and positions by that shape. The first layer of the stage ignores the values.
+    The model may make masks and positions from that shape. The first layer of the stage ignores the zeros.
     """
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -68,7 +69,7 @@ class EmbeddingStub(Stub):
 
 
 class HeadStub(Stub):
-    """Stands in for a module after the layers, such as the final norm. Nothing computes with what it returns."""
+    """Stands in for a module after the layers, such as the final norm. No result depends on what it returns."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Zeros of the shape of whole sequences, [batch, sequence, hidden]."""
@@ -83,8 +84,8 @@ class HeadStub(Stub):
 class TupleTolerantNorm(Stub):
     """A norm without parameters that also takes the tuple of a PassThrough layer.
 
-    Families such as nanochat use such a norm before the layers and after them. Before them it has to compute. After
-    them, on all stages but the last, its argument is a tuple or nothing that is sent on: either may pass through.
+    Families such as nanochat use one such norm before the layers and after them. Before the layers it has to compute.
+    After the layers, on all stages but the last, no result depends on it, and its argument may be a tuple.
     """
 
     def forward(self, x: Any) -> Any:
@@ -106,9 +107,9 @@ class HeadAtPositions(Stub):
 class LastMlpAtPositions(Stub):
     """The MLP of the last layer at the positions whose logits are needed, zeros elsewhere.
 
-    After the last attention no position sees another one, so the other results reach no logits that are needed. Where
-    the layer is recomputed the MLP computes all positions: recomputation happens when the stub is gone, and has to
-    repeat what the forward pass did.
+    After the last attention no position sees another one, so results elsewhere reach no logits that are needed. Where
+    the layer is recomputed, the MLP computes all positions: recomputation has to repeat what the forward pass did, but
+    takes place when the stub is gone.
     """
 
     _layer: Any
@@ -128,7 +129,7 @@ class LastMlpAtPositions(Stub):
 
 
 def mlp_slots(layer: nn.Module) -> list[ModuleSlot]:
-    """The slot of a layer's MLP if that treats each token by itself and the layer says whether it is recomputed."""
+    """The slot of a layer's MLP if the MLP is token-wise and the layer tells whether it is recomputed; else none."""
     mlp = layer._modules.get("mlp")
     if mlp is None or not isinstance(layer, GradientCheckpointingLayer):
         return []
@@ -140,8 +141,8 @@ def mlp_slots(layer: nn.Module) -> list[ModuleSlot]:
 class PassThrough(Stub):
     """Stands in for a layer of another stage: returns its input as a 1-tuple.
 
-    Models that take `outputs[0]` of a layer work with that, and so do those that do not: no layer of this stage
-    computes with the value.
+    A model that takes `outputs[0]` of a layer works with a tuple. A model that takes the outputs works too, because no
+    layer of this stage computes with the value.
     """
 
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
@@ -150,10 +151,10 @@ class PassThrough(Stub):
 
 
 class BoundaryLayer(Stub):
-    """The first or the last layer of a stage, or both: computes with what was received, keeps what is sent.
+    """The first or the last layer of a stage, or both: takes the received hidden states, keeps those to send.
 
-    It wraps the layer instead of hooking into it. Recomputation repeats a layer with its hooks, and by then another
-    micro-batch may have been received.
+    It wraps the layer instead of hooking into it. Recomputation would repeat the hooks of a layer, when the stage may
+    have received another micro-batch already.
     """
 
     def __init__(self, original: nn.Module, state: StageState, *, receives: bool, sends: bool) -> None:

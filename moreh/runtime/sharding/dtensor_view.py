@@ -1,7 +1,7 @@
 """Sharded parameters as the script and its optimizer see them: DTensors with the shape of the full tensor.
 
-Elementwise optimizers could work on the local tensors. Those that look at whole matrices, such as Adafactor and Muon,
-are right with DTensors only.
+An elementwise optimizer would be right on the local tensors too. An optimizer that looks at whole matrices, such as
+Muon, is right on DTensors only. `engine/registry.py` refuses those that are wrong on DTensors, such as Adafactor.
 """
 
 import torch

@@ -10,14 +10,15 @@ from moreh.runtime.sharding.mesh import Mesh
 from moreh.runtime.sharding.shards import LocalShard, all_shards, global_rank_of
 from moreh.runtime.sharding.spec import ParamSpec
 
-# Bytes of one message: what a rank needs besides the full tensor and its own shards.
+# The maximum bytes of one message. A rank needs this much memory beyond the full tensor and its own shards.
 _MESSAGE_BYTES = 1 << 24
 
 
 def gather_to_rank0(spec: ParamSpec, local: torch.Tensor | None, mesh: Mesh | None) -> torch.Tensor | None:
     """The full tensor in CPU memory on rank 0, None on other ranks; collective.
 
-    `local` is this rank's local tensor, None where it holds nothing. Of replicas, only the lowest rank's is sent.
+    `local` is this rank's local tensor; None on a rank without a shard. Of several replicas, the lowest rank sends its
+    own.
     """
     rank = global_rank_of(mesh)
     full = torch.empty(spec.shape, dtype=spec.dtype) if rank == 0 else None
@@ -66,7 +67,7 @@ def _messages(shard: LocalShard, element_bytes: int) -> Iterator[LocalShard]:
 
 
 def _receive(target: torch.Tensor, rank: int, device: torch.device) -> None:
-    """Receive into a tensor that may be a strided view, or on another device than the process group's."""
+    """Receive into a tensor, even if it is a strided view or on another device than `device`, the process group's."""
     if target.is_contiguous() and target.device == device:
         dist.recv(target, rank)
     else:

@@ -20,8 +20,8 @@ from moreh.runtime.sharding.shards import is_owner, local_shape, local_shards
 from moreh.runtime.sharding.spec import ParamSpec
 
 # The attribute of a lazy model with the dtypes that its parameters are to have, by name. Each parameter has its own
-# dtype under the same attribute: names change when modules are wrapped (adapters), and parameters when they are
-# replaced (resized embeddings).
+# dtype in the same attribute. Both are needed: wrapping a module (adapters) changes names, and replacing a parameter
+# (resized embeddings) loses the attribute.
 _TARGET_DTYPES = "_moreh_target_dtypes"
 # Arguments of from_pretrained that say where weights go.
 _PLACING_ARGUMENTS = ("device_map", "tp_plan", "tp_size", "distributed_config", "device_mesh")
@@ -30,10 +30,11 @@ _COPY_ELEMENTS = 1 << 24
 
 
 def patch_lazy_loading() -> None:
-    """From now on `from_pretrained` makes lazy models; for each of several workers, a second call does nothing.
+    """Make `from_pretrained` return lazy models from now on. Call it on each of several workers; again does nothing.
 
-    transformers renames, ties, merges and initializes weights as always, and loads files that cannot be mapped (.bin,
-    gguf, quantized) as always. The model's `config.dtype` is what the script asked for, its tensors what is stored.
+    transformers renames, ties, merges and initializes weights as always. It loads files that cannot be mapped (.bin,
+    gguf, quantized) as always. The model's `config.dtype` is what the script asked for; its tensors have the dtypes of
+    the files.
 
     Raises (from `from_pretrained`):
         OptionError: the script gave `device_map`, or an argument with which transformers distributes a model itself.
@@ -45,14 +46,14 @@ def _check_arguments(kwargs: Mapping[str, Any]) -> None:
     for name in _PLACING_ARGUMENTS:
         if kwargs.get(name) is not None:
             raise OptionError(
-                f"from_pretrained was given {name}={kwargs[name]!r}, but where the weights go is decided by the plan "
-                f"of the parallelization that this script enables. Leave {name} out."
+                f"from_pretrained was given {name}={kwargs[name]!r}, but with several workers the plan decides where "
+                f"the weights go. Leave {name} out."
             )
 
 
 def _begin_loading(model: nn.Module, dtypes: dict[str, torch.dtype]) -> bool:
     if is_lazy_model(model):
-        return False  # It is loaded already, and now gets an adapter.
+        return False  # the model is loaded already, and now gets an adapter
     _set_lazy(model, dtypes)
     return True
 
@@ -62,14 +63,14 @@ def _finish_loading(model: nn.Module) -> None:
 
 
 def _mark_lazy(model: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
-    """Make a full model lazy. `dtypes` are those that its parameters are to have, if not their present ones."""
+    """Make a full model lazy. `dtypes` has the dtype that a parameter is to have, where it is not the present one."""
     _set_lazy(model, dtypes)
     for name, parameter in model.named_parameters():
         setattr(parameter, _TARGET_DTYPES, dtypes.get(name, parameter.dtype))
 
 
 def _set_lazy(model: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
-    # Past Module.__setattr__. Unlike a bound method, a partial is copied and pickled with the model in it.
+    # In `__dict__`, past Module.__setattr__. Unlike a bound method, a partial is copied and pickled with its model.
     model.__dict__[_TARGET_DTYPES] = dtypes
     model.__dict__["_apply"] = functools.partial(_remember_dtypes, model)
 
@@ -77,7 +78,7 @@ def _set_lazy(model: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
 def _remember_dtypes(
     model: nn.Module, function: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
 ) -> nn.Module:
-    """In place of `_apply`, through which torch moves and casts a module: remember what dtypes that would give."""
+    """Replaces `_apply`, through which torch moves and casts a module: remembers the dtypes that a cast would give."""
     dtypes = target_dtypes(model)
     empty = {dtype: torch.empty(0, dtype=dtype) for dtype in dtypes.values()}
     _mark_lazy(model, {name: function(empty[dtype]).dtype for name, dtype in dtypes.items()})
@@ -107,8 +108,8 @@ def materialize_local_shards(
 ) -> dict[str, torch.Tensor]:
     """This rank's local tensors of a full model, by name: contiguous, on its device, in the dtypes of the specs.
 
-    Only what the rank holds is read and converted, box by box. The model's own tensors stay as they are, for the
-    caller to drop. The model is no longer lazy: moves and casts change it again.
+    Only the rank's shards are read and converted, box by box. The model's own tensors stay as they are; the caller
+    replaces them. The model is not lazy afterwards: moves and casts change it again.
 
     Raises:
         ValueError: a parameter has another shape than its spec says.
@@ -132,7 +133,7 @@ def materialize_local_shards(
 
 
 def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
-    """Copy into another dtype or onto another device, with little memory besides."""
+    """Copy into another dtype or onto another device, a few rows at a time, which needs little extra memory."""
     if target.device == source.device or target.dim() == 0:
         target.copy_(source)
         return

@@ -49,13 +49,13 @@ class Mesh:
 
 @cache
 def _submesh(device_mesh: DeviceMesh, dimensions: tuple[str, ...]) -> DeviceMesh:
-    # Slicing a mesh takes milliseconds, and every gradient asks for its slice once.
+    # Cached, because slicing a mesh takes milliseconds and every gradient needs a slice.
     return device_mesh[dimensions]
 
 
 @cache
 def make_mesh(pipeline_size: int, dp_size: int, tp_size: int) -> Mesh:
-    """The grid of all ranks; collective. The same object for the same sizes."""
+    """The grid of all ranks; collective. Calls with the same sizes return the same object."""
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
     device_mesh = init_device_mesh(device_type, (pipeline_size, dp_size, tp_size), mesh_dim_names=DIMENSIONS)
     return Mesh(device_mesh, torch.device("cpu" if device_type == "cpu" else f"cuda:{torch.cuda.current_device()}"))

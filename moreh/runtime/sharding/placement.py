@@ -1,4 +1,4 @@
-"""From the plan: which pipeline rank computes which layers, and the spec of each parameter. All ranks know all."""
+"""The layers of each pipeline rank and the spec of each parameter, from the plan. All ranks compute the same ones."""
 
 from dataclasses import dataclass
 
@@ -38,7 +38,7 @@ def stage_placements(plan: Plan) -> tuple[StagePlacement, ...]:
 def parameter_specs(parts: ModelParts, plan: Plan, tp_splits: dict[str, TPSplit]) -> dict[str, ParamSpec]:
     """The spec of each parameter of a model by name, in the order of `named_parameters`.
 
-    `tp_splits` are those of tensor parallelism by name. FSDP shards along dimension 0.
+    `tp_splits` has the tensor-parallel splits by parameter name. FSDP shards along dimension 0.
     """
     pipeline_ranks = _pipeline_ranks(parts, plan)
     dtypes = target_dtypes(parts.root)

@@ -20,8 +20,8 @@ _SEED_STRIDE = 0x9E3779B97F4A7C15
 def rank_local_rng(mesh: Mesh) -> Iterator[None]:
     """Compute with a generator of this pipeline and data-parallel rank, seeded by the script's generator.
 
-    The script's generator advances by one draw on every rank. So ranks stay in step however many numbers each draws,
-    and the script's seed determines the run.
+    The script's generator advances by one draw on every rank, however many numbers each rank draws inside. So the ranks
+    stay in step, and the script's seed determines the run.
     """
     seed = int(torch.randint(2**62, (1,), device="cpu"))
     index = mesh.rank("pipeline") * mesh.size("data") + mesh.rank("data")
@@ -32,16 +32,17 @@ def rank_local_rng(mesh: Mesh) -> Iterator[None]:
 
 
 class TPRngState:
-    """Switches the default generators between the state that tensor-parallel ranks share and one of this rank's own.
+    """Switches the default generators between the state that tensor-parallel ranks share and this rank's own state.
 
-    The own state is seeded from the shared one and the rank. The shared state advances by that one draw, so that the
-    ranks stay in step, and a recomputation that starts from the same shared state draws the same numbers.
+    A number that is drawn from the shared state, plus the rank, seeds the own state. The shared state advances by that
+    one draw, so that the ranks stay in step. A recomputation that starts from the same shared state draws the same
+    numbers.
     """
 
     def __init__(self, rank: int) -> None:
         self._rank = rank
-        # The shared states while the own one is in use: CPU and, if initialized, CUDA. None while the shared one is in
-        # use.
+        # The shared states of the CPU's and, if initialized, CUDA's generator while the own states are in use; None
+        # while the shared ones are.
         self._before_attention: list[torch.Tensor] | None = None
         self._before_layer: list[torch.Tensor] | None = None
 

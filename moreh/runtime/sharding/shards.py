@@ -1,7 +1,7 @@
 """Which shards of full tensors the ranks hold, and where in their local tensors.
 
-Loading, saving and resuming are built on it. `mesh` is None in a process that trains alone, without a process group;
-it holds everything.
+Loading, saving and resuming are built on this module. `mesh` is None in a process that trains alone, without a process
+group. Such a process holds all of every tensor.
 """
 
 import math
@@ -17,7 +17,7 @@ from moreh.runtime.sharding.spec import Box, ParamSpec, shard_boxes, shard_range
 
 @dataclass(frozen=True)
 class LocalShard:
-    """A box of a full tensor, and where the local tensor of the rank that holds it has the box."""
+    """A box of a full tensor, and its place in the local tensor of the rank that holds it."""
 
     rank: int
     """The global rank."""
@@ -87,7 +87,7 @@ def local_shards(spec: ParamSpec, mesh: Mesh | None) -> list[LocalShard]:
 
 
 def all_shards(spec: ParamSpec, mesh: Mesh | None) -> list[LocalShard]:
-    """Shards that together have every element once, in the order of global ranks. Of replicas, the lowest rank's."""
+    """Shards that have every element once, in the order of global ranks. Of several replicas, the lowest rank's one."""
     if mesh is None:
         return local_shards(spec, None)
     by_box: dict[Box, LocalShard] = {}
@@ -119,7 +119,7 @@ def full_tensor_bytes(spec: ParamSpec) -> int:
 def check_local_tensors(
     specs: Mapping[str, ParamSpec], local_tensors: Mapping[str, torch.Tensor], mesh: Mesh | None
 ) -> None:
-    """Check that this rank has the local tensors that the specs say.
+    """Check that this rank has the local tensors that the specs describe.
 
     Raises:
         ValueError: a local tensor is missing or superfluous, or has another shape or dtype.

@@ -1,7 +1,7 @@
 """How a parameter is sharded, and which boxes of its full tensor each rank holds.
 
 Every rank computes the boxes of all ranks without communication. Loading, saving and resuming therefore read, write and
-move tensors box by box, whatever the plan was and will be.
+move tensors box by box, from any plan to any other.
 """
 
 from dataclasses import dataclass
@@ -20,9 +20,8 @@ class TPSplit:
     dim: int
     """The dimension that is split."""
     chunk_sizes: tuple[int, ...]
-    """The lengths of consecutive chunks along `dim`, each of which is split by itself: rank r holds the r-th part of
-    every chunk, concatenated. A plain matrix is one chunk; GPT-2's c_attn has three, the columns of query, key and
-    value."""
+    """The lengths of consecutive chunks along `dim`. Each chunk is split by itself: rank r holds the r-th part of every
+    chunk, concatenated. A plain matrix is one chunk. GPT-2's c_attn has three: the columns of query, key and value."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class ParamSpec:
 
 
 def shard_range(length: int, ranks: int, rank: int) -> tuple[int, int]:
-    """The range of `length` elements that a rank gets. As in torch.chunk and DTensor, the last ranks may get less.
+    """The range of `length` elements that a rank gets. As in torch.chunk and DTensor, the last ranks may get fewer.
 
     >>> [shard_range(10, 4, rank) for rank in range(4)]
     [(0, 3), (3, 6), (6, 9), (9, 10)]
@@ -64,11 +63,11 @@ def tp_shard_shape(spec: ParamSpec, tp_rank: int, tp_size: int) -> tuple[int, ..
 
 
 def shard_boxes(spec: ParamSpec, tp_rank: int, tp_size: int, dp_rank: int, dp_size: int) -> list[Box]:
-    """The boxes of the full tensor that a rank holds; concatenated along the split dimension they are its local tensor.
+    """The boxes of the full tensor that a rank holds. Concatenated along the split dimension they are its local tensor.
 
     A tensor that is not split in chunks has one box. Empty boxes are left out.
     """
-    # By dimension. Only the split dimension can have several ranges.
+    # The ranges of each dimension. Only the split dimension can have several.
     ranges = [[(0, length)] for length in spec.shape]
     if spec.tp_split is not None:
         ranges[spec.tp_split.dim] = _chunk_ranges(spec.tp_split.chunk_sizes, tp_rank, tp_size)

@@ -1,9 +1,9 @@
 """Lets a model of transformers compute with its rank's part of each matrix, through hooks and head counts.
 
 The forward code of transformers runs unchanged. At the entry of a block every rank gets the whole hidden states
-[batch, sequence, hidden]; after the block's last matrix the partial results are summed. With sequence parallelism,
-each rank has its part of the sequence between blocks, [batch, sequence / ranks, hidden], from before the first layer
-until after the final norm.
+[batch, sequence, hidden]. After the block's last matrix the partial results are summed. With sequence parallelism, each
+rank has only its part of the sequence between blocks: [batch, sequence / ranks, hidden], from before the first layer to
+after the final norm.
 """
 
 from collections.abc import Callable
@@ -45,7 +45,7 @@ class TensorParallelState:
         self.group = group
         """The tensor-parallel ranks."""
         self.sequence_parallel = sequence_parallel
-        """Whether ranks split sequences between blocks. May be turned off for a call, such as a step of generation."""
+        """Whether ranks split sequences between blocks. A caller may turn it off, such as for a step of generation."""
         self.rng = rng
         """The random numbers of this rank for its own heads and its part of the sequence."""
 
@@ -55,9 +55,9 @@ def install_tensor_parallel(
 ) -> TensorParallelState:
     """Let a model compute with the parts of its parameters that describe_partition gives this rank.
 
-    Called once, before or after the parameters are replaced by their parts: each forward pass reads them anew. Logits
-    are then those of the rank's part of the vocabulary, see vocab_parallel.py. With `sequence_parallel` the ranks
-    must divide the length of sequences.
+    Call it once, before or after the parameters are replaced by their parts: each forward pass looks them up again. The
+    model's logits are then those of this rank's part of the vocabulary (vocab_parallel.py). With `sequence_parallel`
+    the number of ranks must divide the length of sequences.
 
     Raises:
         PlanError: the model's family has no tensor-parallel blocks.
@@ -113,7 +113,7 @@ def _install_block(
 
 
 def _split_heads(attention: nn.Module, block: TPBlock, decoder: SplittableDecoder, state: TensorParallelState) -> None:
-    """Let an attention module count this rank's heads, and give it the arguments of these."""
+    """Let an attention module count only this rank's heads, and pass it only the arguments of these heads."""
     size, rank, heads = state.group.size(), state.group.rank(), decoder.shape.heads
     for name in (*HEAD_COUNT_ATTRIBUTES, *block.head_attributes):
         count = getattr(attention, name, None)
@@ -171,7 +171,7 @@ def _enter_block(state: TensorParallelState, dim: int) -> _PreHook:
 def _row_forward(
     state: TensorParallelState, dim: int, *, ends_attention: bool
 ) -> Callable[[Any, torch.Tensor], torch.Tensor]:
-    """The matmul with this rank's inputs, summed over the ranks; the bias is added once, to the sum."""
+    """A forward that sums the ranks' matmuls, each with a rank's own inputs. The bias is added once, to the sum."""
 
     def forward(self: Any, input: torch.Tensor) -> torch.Tensor:
         if ends_attention:
@@ -181,14 +181,14 @@ def _row_forward(
             out = reduce_scatter_to_sp(partial, dim, state.group)
         else:
             out = reduce_from_tp(partial, state.group)
-        # Under autocast the matmul is in bfloat16, and so is the result of the module that this replaces.
+        # Under autocast the matmul is in bfloat16, and so is the result of the module whose forward this replaces.
         return out if self.bias is None else out + self.bias.to(out.dtype)
 
     return forward
 
 
 def _cross_rank_norm_forward(state: TensorParallelState) -> Callable[[Any, torch.Tensor], torch.Tensor]:
-    """Llama's RMSNorm over the features of all ranks, in float32 as in transformers, of which each rank has a part."""
+    """A forward of Llama's RMSNorm over the features of all ranks, of which each has a part. It computes in float32."""
     num_features: int | None = None
 
     def forward(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -200,7 +200,7 @@ def _cross_rank_norm_forward(state: TensorParallelState) -> Callable[[Any, torch
             num_features = int(count)
         x_fp32 = hidden_states.to(torch.float32)
         sum_of_squares = reduce_from_tp(x_fp32.pow(2).sum(-1, keepdim=True), state.group)
-        # Each rank normalizes its own features with the sum: the gradients of these uses are summed in turn.
+        # Each rank normalizes its own features with the sum, so the gradient of the sum is summed over the ranks too.
         variance = copy_to_tp(sum_of_squares, state.group) / num_features
         return (self.weight * (x_fp32 * torch.rsqrt(variance + self.variance_epsilon))).to(hidden_states.dtype)
 
@@ -213,7 +213,7 @@ def _count_conv1d_outputs(module: Any, args: Any) -> None:
 
 
 def _split_sequence(state: TensorParallelState) -> _PreHook:
-    """Before the first layer: what transformers computes for whole sequences, such as masks, is computed already."""
+    """Split before the first layer, when transformers has computed what needs whole sequences, such as masks."""
 
     def split(hidden_states: torch.Tensor) -> torch.Tensor:
         if not state.sequence_parallel:
@@ -229,7 +229,7 @@ def _split_sequence(state: TensorParallelState) -> _PreHook:
 
 
 def _gather_sequence(state: TensorParallelState) -> Callable[[nn.Module, Any, Any], Any]:
-    """After the final norm: the output layer, which is split by its outputs, needs whole hidden states."""
+    """Gather after the final norm: the output layer, which is split by its outputs, needs whole hidden states."""
 
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
         hidden_states = output if isinstance(output, torch.Tensor) else output[0]
@@ -243,7 +243,7 @@ def _gather_sequence(state: TensorParallelState) -> Callable[[nn.Module, Any, An
 
 
 # Dropout draws from this rank's own random numbers where the rank has activations of its own: heads without sequence
-# parallelism, a part of the sequence with it. What all ranks compute alike they drop alike.
+# parallelism, a part of the sequence with it. Where all ranks compute the same, they drop the same elements.
 
 
 def _enter_layer(state: TensorParallelState) -> Callable[[nn.Module, Any], None]:

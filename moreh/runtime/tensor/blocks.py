@@ -14,7 +14,7 @@ _COLUMN, _ROW, _SHARED = "colwise", "rowwise", "replicated_with_grad_allreduce"
 
 
 def tp_blocks(config: Any) -> tuple[TPBlock, ...] | str:
-    """The blocks of each layer of a model with this configuration of transformers, or a sentence why there are none."""
+    """The blocks of each layer of a model with this configuration of transformers, or the reason why there are none."""
     name = str(config.model_type)
     if getattr(config, "slow_but_exact", False) and getattr(config, "pretraining_tp", 1) > 1:
         # A setting of Bloom.
@@ -53,7 +53,7 @@ def attention_shape(config: Any) -> AttentionShape:
     heads = int(config.num_attention_heads)
     kv_heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_kv_heads", None) or heads
     if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
-        # Falcon's old architecture has one, whatever the configuration says.
+        # Falcon's old architecture has one key-value head, whatever the configuration says.
         kv_heads = 1
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     return AttentionShape(heads, int(kv_heads), int(head_dim))

@@ -8,16 +8,17 @@
 | `reduce_scatter_to_sp` | reduce-scatter | all-gather | after a row-split matrix, with sequence parallelism |
 | `scatter_to_sp` | split | all-gather | before the first layer, with sequence parallelism |
 
-The first two are those of tensor parallelism, https://arxiv.org/abs/1909.08053: ranks that compute with the same
-tensor have partial gradients of it. The others do the same to parts of a sequence, https://arxiv.org/abs/2205.05198.
+The first two functions are for tensor parallelism, https://arxiv.org/abs/1909.08053: ranks that compute with the same
+tensor have partial gradients of it. The other three do the same for ranks that each have a part of the sequence,
+https://arxiv.org/abs/2205.05198.
 
-moreh/runtime/tensor/apply.py calls them for the matrices of a layer and after the final norm, vocab_parallel.py for
-the embedding.
+moreh/runtime/tensor/apply.py calls these functions for the matrices of a layer and after the final norm,
+vocab_parallel.py for the embedding and the loss.
 
-Ranks must call them in the same order. All of them work on gloo and NCCL, with tensors of any memory layout. Each
-collective is a span of moreh/trace.py, named after its function (`reduce_from_tp`, or `copy_to_tp_backward` in the
-backward pass), with the bytes of this rank's whole tensor: the input of an all-reduce and a reduce-scatter, the output
-of an all-gather.
+All ranks must call them in the same order. They work on gloo and NCCL, with tensors of any memory layout. Each
+collective is a span of moreh/trace.py, named after its function: `copy_to_tp_backward` is the collective in the
+backward pass of `copy_to_tp`. The bytes of the span are those of the whole tensor: the input of an all-reduce and a
+reduce-scatter, the output of an all-gather.
 """
 
 from typing import Any
@@ -54,10 +55,11 @@ def scatter_to_sp(x: torch.Tensor, dim: int, group: dist.ProcessGroup) -> torch.
 
 
 def reduce_scatter(out: torch.Tensor, parts: torch.Tensor, group: dist.ProcessGroup, span_name: str) -> None:
-    """Write to `out` the sum over the ranks of their `parts` for this rank, without autograd, in a span of that name.
+    """Write to `out` the sum over the ranks of their `parts` for this rank, without autograd, in a span `span_name`.
 
-    `parts` has the shape of `out` for each rank, in order and contiguous. gloo's reduce-scatter is an all-reduce of all
-    parts, which moves twice as much: on CPUs an all-to-all sends each rank its parts, and the rank sums them.
+    `parts` has one part in the shape of `out` for each rank, in the order of ranks and contiguous. gloo's
+    reduce-scatter is an all-reduce of all parts, which moves twice as many bytes. So on CPUs an all-to-all sends each
+    rank its parts, and the rank sums them.
     """
     with trace.span(span_name, bytes=parts.nbytes):
         if parts.device.type != "cpu":
@@ -111,7 +113,7 @@ class _CopyToTP(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor, None]:
-        # Not in place: autograd may have given the same tensor to another user of `x`.
+        # Not in place: autograd may have passed the same tensor to another user of `x`.
         return _all_reduce(grad_output, ctx.group, "copy_to_tp_backward"), None
 
 

@@ -1,6 +1,6 @@
 """Which parameters of a decoder tensor-parallel ranks split, and which models they cannot split.
 
-Names and shapes are enough, so that a model on the meta device will do: the planner asks before there are weights.
+Only names and shapes matter. So a model may be on the meta device, as when the planner asks before there are weights.
 """
 
 import re
@@ -29,7 +29,7 @@ class TensorPartition:
     splits: dict[str, TPSplit]
     """The parameters that are split, and how. All others are the same on every rank."""
     partial_gradients: frozenset[str]
-    """The unsplit parameters of whose gradients each rank computes a part: they are summed over the ranks."""
+    """The unsplit parameters with partial gradients: each rank computes a part, and the parts are summed over ranks."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class _BlockPartition:
     splits: dict[int, TPSplit]
     """Those that are split."""
     shared: set[int]
-    """Those that each rank uses for its own heads or features, so that its gradient is partial."""
+    """Those that each rank uses for its own heads or features only, so that their gradients are partial."""
     summed: set[int]
     """Those that are used after the sum over the ranks: the bias of the row-split matrix, B of its adapters."""
 
@@ -119,12 +119,12 @@ def describe_partition(model: nn.Module, size: int, *, sequence_parallel: bool) 
                     f"{_REMEDY}"
                 )
             if sequence_parallel:
-                # Each rank uses it for its own part of the sequence.
+                # Each rank uses the parameter for its own part of the sequence only.
                 partial.add(id(parameter))
     for module in (decoder.embedding, decoder.head):
         splits |= {id(parameter): TPSplit(0, (parameter.shape[0],)) for parameter in module.parameters()}
     for slot in decoder.parts.post_layers:
-        # What is used after the last module feeds the split output layer: its gradient is partial in either mode.
+        # Modules after `last` feed the split output layer, so that their gradients are partial in either mode.
         if sequence_parallel or slot.module is not decoder.last:
             partial |= {id(parameter) for parameter in slot.module.parameters()}
     partial -= set(splits)
@@ -141,7 +141,7 @@ def _check_sizes(decoder: SplittableDecoder, size: int, *, sequence_parallel: bo
     """
     layerdrop = getattr(decoder.config, "layerdrop", 0.0)
     if sequence_parallel and layerdrop:
-        # The first layer splits the sequences: left out, it would leave them whole.
+        # The first layer splits the sequences. If it were left out, they would stay whole.
         raise PlanError(
             f"layerdrop is {layerdrop}, which leaves layers out: use no sequence parallelism, or set it to 0"
         )
@@ -211,13 +211,13 @@ def _is_for_each_head(name: str, parameter: nn.Parameter, block: TPBlock, shape:
 
 
 def _is_by_head(name: str, parameter: nn.Parameter, block: TPBlock, shape: AttentionShape) -> bool:
-    """Whether a parameter is a row for each head: [heads, head_dim] or [kv_heads, head_dim]."""
+    """Whether a parameter has one row for each head: [heads, head_dim] or [kv_heads, head_dim]."""
     by_head = ((shape.heads, shape.head_dim), (shape.kv_heads, shape.head_dim))
     return not _is_listed(name) and block.is_attention and tuple(parameter.shape) in by_head
 
 
 def _is_listed(name: str) -> bool:
-    """Whether a parameter is in a list of modules, such as one norm a head: a rank would use those of other heads."""
+    """Whether a parameter is in a list of modules, such as one norm a head. A rank would use those of other heads."""
     return any(part.isdigit() for part in name.split("."))
 
 

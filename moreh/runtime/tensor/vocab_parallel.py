@@ -1,4 +1,4 @@
-"""The token embedding, the logits and the loss where each tensor-parallel rank has some rows of the vocabulary."""
+"""The token embedding, the logits and the loss when each tensor-parallel rank has some rows of the vocabulary."""
 
 from typing import Any
 
@@ -22,9 +22,9 @@ def vocab_parallel_cross_entropy(
     Neither the probabilities nor a copy of the logits is saved for the backward pass.
 
     Args:
-        local_logits: The logits of this rank's rows (`spec.shard_range`), of all rows without a group:
-            [..., local_vocabulary].
-        labels: The tokens to predict, [...]. Where they are -100 the loss is 0.
+        local_logits: The logits of this rank's rows of the vocabulary (`spec.shard_range`), or of all rows without a
+            group: [..., local_vocabulary].
+        labels: The tokens to predict, [...]. Where a label is -100 the loss is 0.
         group: The tensor-parallel ranks; None where this rank has the whole vocabulary.
         vocabulary_size: Rows of the whole vocabulary.
     """
@@ -49,7 +49,7 @@ def gather_logits(local_logits: torch.Tensor, group: dist.ProcessGroup | None, v
     """The logits of the whole vocabulary on every rank, without a gradient: [..., vocabulary]."""
     if group is None:
         return local_logits.detach()
-    # Only the last ranks have fewer rows: after the padding of all to one length, the padding is at the end.
+    # Only the last ranks have fewer rows. So if every rank pads to one length, all padding is at the end.
     longest = shard_range(vocabulary_size, group.size(), 0)[1]
     padded = functional.pad(local_logits.detach(), (0, longest - local_logits.shape[-1])).contiguous()
     gathered = padded.new_empty(group.size() * padded.numel())
@@ -61,14 +61,14 @@ def gather_logits(local_logits: torch.Tensor, group: dist.ProcessGroup | None, v
 def vocab_parallel_embedding(
     embedding: nn.Embedding, ids: torch.Tensor, group: dist.ProcessGroup, vocabulary_size: int
 ) -> torch.Tensor:
-    """The embeddings of tokens `ids` [...], of which this rank's `embedding` has some rows: [..., embedding_dim].
+    """The embeddings [..., embedding_dim] of tokens `ids` [...], where this rank's `embedding` has some of the rows.
 
-    The forward of the embedding's class does the lookup, so that one that scales its rows still does. Its
-    `padding_idx` is a row of the whole vocabulary.
+    The forward of the embedding's class does the lookup, because some families scale the rows there. `padding_idx` of
+    `embedding` is a row of the whole vocabulary.
     """
     start, stop = shard_range(vocabulary_size, group.size(), group.rank())
     if start == stop:
-        # This rank has no rows, but the gradient must pass here as on the other ranks.
+        # This rank has no rows, but it must take part in the backward pass as the other ranks do.
         zeros = embedding.weight.new_zeros(*ids.shape, embedding.weight.shape[1]) + embedding.weight.sum()
         return reduce_from_tp(zeros, group)
     elsewhere = (ids < start) | (ids >= stop)
@@ -111,7 +111,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
             with trace.span("all_reduce_cross_entropy", bytes=sums.nbytes):
                 dist.all_reduce(sums, group=group)
             logsumexp, label_logits = largest + sums[0].log(), sums[1]
-            # The probability of this rank's rows together.
+            # The total probability of this rank's rows.
             local_share = torch.exp(local_logsumexp - logsumexp)
         ctx.save_for_backward(logits, local_share, local_labels, is_local, ignored)
         return (logsumexp - label_logits).masked_fill(ignored, 0)
@@ -137,9 +137,9 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
 
 
 def _logsumexp(logits: torch.Tensor) -> torch.Tensor:
-    """logsumexp over the last dimension, by the probability of the largest logit: log p = logit - logsumexp.
+    """logsumexp over the last dimension, from the probability of the largest logit: log p = logit - logsumexp.
 
-    On CPUs torch's softmax takes half the time of its exp.
+    On CPUs torch's softmax takes half the time of torch's exp.
     """
     if logits.shape[-1] == 0:
         return logits.new_full(logits.shape[:-1], float("-inf"))
@@ -149,5 +149,5 @@ def _logsumexp(logits: torch.Tensor) -> torch.Tensor:
 
 
 def _at_least_fp32(tensor: torch.Tensor) -> torch.Tensor:
-    """In float32, or float64 as it is: sums over a vocabulary in bfloat16 would lose most of their digits."""
+    """The tensor in float32, float64 as it is: bfloat16 sums over a vocabulary would lose most of their digits."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()

@@ -33,7 +33,7 @@ def test_files_of_all_dtypes_are_those_of_the_library(tmp_path):
 def test_a_tensor_that_was_not_announced_is_refused(tmp_path):
     writer = SafetensorsWriter(tmp_path / "file", {"a": TensorKind((2,), torch.float32)}, {})
     for name, tensor in (("b", torch.zeros(2)), ("a", torch.zeros(3)), ("a", torch.zeros(2, dtype=torch.float16))):
-        with pytest.raises(ValueError, match=r"file awaits .* once, and was given"):
+        with pytest.raises(ValueError, match=r"file: .* was given as .*, but has to be written once, as"):
             writer.write(name, tensor)
     writer.write("a", torch.zeros(2))
     with pytest.raises(ValueError, match="once"):
