@@ -10,7 +10,7 @@ from typing import Any, ParamSpec
 
 from moreh.errors import OptionError
 from moreh.options import MAX_WORKERS, ParallelOptions, is_switched_off, parse_options, planner_variables
-from moreh.trace import check_variable
+from moreh.trace import read_variable
 
 Options = ParamSpec("Options")
 
@@ -74,7 +74,7 @@ def enable_advanced_parallelization(*args: Any, **options: Any) -> None:
     if is_switched_off():
         return
     variables = planner_variables()
-    check_variable()
+    read_variable()
     workers = _workers_to_start()
     if _enabled == parsed:
         return

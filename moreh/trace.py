@@ -28,7 +28,7 @@ VARIABLE = "MOREH_TRACE"
 PREFIX = "moreh::"
 # A child of the log's logger: a filter that silences the info lines of ranks other than 0 does not apply to it.
 _logger = logger.getChild("trace")
-_logs_spans = os.environ.get(VARIABLE, "").strip() == "1"
+_logs_spans = False
 _nesting = threading.local()
 
 
@@ -42,12 +42,12 @@ def span(name: str, bytes: int | None = None) -> AbstractContextManager[Any]:
 
 
 def logs_spans() -> bool:
-    """Whether spans are logged, because MOREH_TRACE was 1 when this module was imported."""
+    """Whether spans are logged, as MOREH_TRACE=1 asks for."""
     return _logs_spans
 
 
-def check_variable() -> None:
-    """Check the environment variable MOREH_TRACE.
+def read_variable() -> None:
+    """Log spans from now on if the environment variable MOREH_TRACE is 1. Called by the hook.
 
     Raises:
         OptionError: the variable is set to something other than 0 and 1.
@@ -57,6 +57,8 @@ def check_variable() -> None:
         raise OptionError(
             f"{VARIABLE}={value!r}: allowed is 1, which logs each phase of a step, or 0, which is the default"
         )
+    global _logs_spans
+    _logs_spans = value == "1"
 
 
 def _profiler_span(name: str) -> AbstractContextManager[Any]:

@@ -1,5 +1,7 @@
 """The forward and backward passes of all micro-batches of a batch, in the order of the plan's pipeline schedule."""
 
+from contextlib import nullcontext
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -81,7 +83,7 @@ def run_forward(model: ParallelModel, num_micro_batches: int, hidden_shape: tupl
                 hidden = hidden.contiguous()
                 # The buffer must live until it has been sent.
                 sends.append((dist.isend(hidden, _peer(model, placements[number + 1].pipeline_rank)), hidden))
-    with span("send_hidden_states", sum(hidden.nbytes for _, hidden in sends)):
+    with span("send_hidden_states", sum(hidden.nbytes for _, hidden in sends)) if sends else nullcontext():
         for work, _ in sends:
             assert work is not None
             work.wait()
