@@ -18,6 +18,7 @@ from moreh.accelerator.job import local_job
 from moreh.errors import AcceleratorError, MorehError, OptionError
 from moreh.log import logger
 from moreh.runtime.launch.exit_report import joined_path
+from moreh.runtime.launch.random_states import share_random_states
 from moreh.runtime.launch.worker_errors import ERROR_FILE, record_errors
 
 # The variable with the process id of the launcher that started this worker; torchrun does not set it.
@@ -68,14 +69,15 @@ def current_world() -> World:
 def join_world() -> World:
     """Join the workers that were started together with this process; a second call does nothing.
 
-    - If there are several workers, torch.distributed's process group exists afterwards, and the accelerator has one
-      job for all of them.
-    - The variables that describe the world are removed from the environment: libraries that find them start a
-      distributed training of their own, and so would programs that this process starts.
+        - If there are several workers, torch.distributed's process group exists afterwards, and the accelerator has one
+          job for all of them.
+    - Every worker's random generators are in the state of worker 0's.
+        - The variables that describe the world are removed from the environment: libraries that find them start a
+          distributed training of their own, and so would programs that this process starts.
 
-    Raises:
-        OptionError: the environment does not describe a world, or this machine has too few GPUs for it.
-        AcceleratorError: another process is using the accelerator.
+        Raises:
+            OptionError: the environment does not describe a world, or this machine has too few GPUs for it.
+            AcceleratorError: another process is using the accelerator.
     """
     global _world
     if _world is None:
@@ -91,6 +93,7 @@ def join_world() -> World:
                     local_job().report_from_here()
             else:
                 _register_as_one_job(world)
+            share_random_states()
         _remove_world_variables()
         _world = world
     return _world

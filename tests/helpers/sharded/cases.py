@@ -2,10 +2,12 @@
 
 import copy
 import io
+import random
 import weakref
 from contextlib import nullcontext
 from unittest import mock
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -222,9 +224,25 @@ def dropout_draws(plan):
     torch.manual_seed(5)
     draws = []
     for _ in range(2):
-        with rank_local_rng(mesh):
+        with rank_local_rng(mesh, is_random=True):
             draws.append(torch.rand(dist.get_rank() + 1)[0].item())
     return draws, torch.rand(1).item(), (mesh.rank("pipeline"), mesh.rank("data"), mesh.rank("tensor"))
+
+
+def drawn_after_training(family, plan, **settings):
+    """What the script's generators give after a training and an evaluation: of a whole and of a sharded model."""
+    whole, sharded, _ = sharded_copy(family, plan, **settings)
+    draws = []
+    for model in (whole, sharded):
+        torch.manual_seed(5)
+        random.seed(5)
+        np.random.seed(5)
+        train(model, steps=2)
+        ids, mask, labels = batch(0, model.config.vocab_size)
+        with torch.no_grad():
+            model(input_ids=ids, attention_mask=mask, labels=labels)
+        draws.append((torch.rand(1).item(), random.random(), np.random.rand()))
+    return draws
 
 
 @label_positions_rounded_to(4)

@@ -194,6 +194,12 @@ def test_ranks_that_share_rows_draw_the_same_random_numbers():
     assert len(set.union(*draws_by_place.values())) == 2
 
 
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_script_draws_afterwards_what_it_draws_with_a_whole_model(plan):
+    for whole, sharded in on_workers(cases.drawn_after_training, "llama", plan):
+        assert sharded == whole
+
+
 def test_training_with_dropout_is_reproducible():
     for first, again, other_seed in on_workers(cases.dropout_loss, PP_SHARDED):
         assert first == again != other_seed
