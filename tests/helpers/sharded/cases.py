@@ -205,6 +205,28 @@ def refusals(plan):
     return errors | {"hook": error_of(lambda: model(input_ids=ids, labels=labels))}
 
 
+def moves(plan):
+    """What is said to moves and casts of a sharded model, and whether it has kept its tensors and can be trained."""
+    _, model, runner = sharded_copy("llama", plan)
+    train(model, steps=1)
+    before = [id(tensor) for tensor in runner.model.user_params.values()]
+    calls = {
+        "to cpu": lambda: model.to("cpu"),
+        "cpu": lambda: model.cpu(),
+        "cuda": lambda: model.to(torch.device("cpu")).cuda(),
+        "own dtype": lambda: model.double().to(torch.float64).to("cpu", torch.float64),
+        "part": lambda: model.model.layers[0].cpu(),
+        "half": lambda: model.half(),
+        "bfloat16": lambda: model.to("cpu", torch.bfloat16),
+        "part in float": lambda: model.lm_head.float(),
+        "meta": lambda: model.to("meta"),
+    }
+    errors = {name: error_of(call) for name, call in calls.items()}
+    is_same = model.to("cpu") is model and before == [id(tensor) for tensor in runner.model.user_params.values()]
+    train(model, steps=1)
+    return errors, is_same
+
+
 def _in_float16(call):
     with torch.autocast("cpu", dtype=torch.float16):
         return call()

@@ -195,6 +195,17 @@ def test_ranks_that_share_rows_draw_the_same_random_numbers():
 
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_sharded_model_stays_where_it_is_and_keeps_its_dtype(plan):
+    for errors, is_same in on_workers(cases.moves, plan):
+        assert is_same
+        assert [name for name, error in errors.items() if error is not None] == [
+            "half", "bfloat16", "part in float", "meta"
+        ]  # fmt: skip
+        assert "was cast from torch.float64 to torch.bfloat16: cast it before" in errors["bfloat16"]
+        assert "moved to the meta device" in errors["meta"]
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 def test_script_draws_afterwards_what_it_draws_with_a_whole_model(plan):
     for whole, sharded in on_workers(cases.drawn_after_training, "llama", plan):
         assert sharded == whole
