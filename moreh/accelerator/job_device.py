@@ -19,9 +19,12 @@ class JobDevice:
     capability = (9, 0)
     """What torch for ROCm reports of an MI250."""
 
+    def __init__(self) -> None:
+        self._is_in_use = False
+
     def is_in_use(self) -> bool:
-        """Whether this process is a job."""
-        return local_job_if_started() is not None
+        """Whether the script has put anything on the device. A model that is merely trained was not put there."""
+        return self._is_in_use
 
     def capacity_bytes(self) -> int:
         """Memory that the job may use, or may use once it is one, in bytes."""
@@ -52,6 +55,18 @@ class JobDevice:
         job = local_job_if_started()
         return job is not None and job.ledger.holds(tensor)
 
+    def may_hold(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor is on the device or, as the result of an operation, could be.
+
+        A leaf with a gradient is no result. If its module was moved and cast afterwards, its memory is new.
+        """
+        if self.holds(tensor):
+            return True
+        if isinstance(tensor, torch.nn.Parameter) or (tensor.is_leaf and tensor.requires_grad):
+            job = local_job_if_started()
+            return job is not None and job.ledger.has_parameter(tensor)
+        return True
+
     def add_tensor(self, tensor: torch.Tensor) -> None:
         """Put a tensor on the device, unless it is there already.
 
@@ -60,6 +75,7 @@ class JobDevice:
             AcceleratorError: another process is using the accelerator.
         """
         job = local_job()
+        self._is_in_use = True
         if not job.ledger.holds(tensor):
             storage = storage_of(tensor)
             job.require("a tensor", 0 if storage is None else storage.nbytes())
@@ -78,6 +94,7 @@ class JobDevice:
     def add_module(self, module: torch.nn.Module) -> None:
         """Count a module that was moved to the device."""
         local_job().ledger.add_module(module)
+        self._is_in_use = True
 
     def remove_module(self, module: torch.nn.Module) -> None:
         """Stop counting a module, which has left the device."""

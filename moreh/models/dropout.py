@@ -1,10 +1,13 @@
-"""Whether a model has dropout in training."""
+"""Whether a model drops anything in training, and whether it draws random numbers at all."""
 
 from typing import Any
 
 from torch import nn
 
 from moreh.models.families.hf_config import DROPOUT_KEYS
+
+# Of configurations: the noise of a router, and the share of layers that are skipped.
+_RANDOM_KEYS = ("router_jitter_noise", "layerdrop")
 
 
 def has_dropout(config: Any, module: nn.Module) -> bool:
@@ -14,3 +17,9 @@ def has_dropout(config: Any, module: nn.Module) -> bool:
     if any(getattr(part, key, None) for part in configs for key in DROPOUT_KEYS):
         return True
     return any(part.p for part in module.modules() if isinstance(part, nn.modules.dropout._DropoutNd))
+
+
+def draws_random_numbers(config: Any, root: nn.Module) -> bool:
+    """Whether a call of a model draws random numbers now, with its modules in the mode that they are in."""
+    is_random = any(getattr(config, key, None) for key in _RANDOM_KEYS) or has_dropout(config, root)
+    return is_random and any(module.training for module in root.modules())

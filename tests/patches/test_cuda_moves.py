@@ -76,6 +76,58 @@ def test_snapshot_of_a_gradient_and_of_a_result():
     assert snapshot.tolist() == [2, 2, 2]
 
 
+@pytest.mark.parametrize("leave", [lambda t: t.cpu(), lambda t: t.to("cpu"), lambda t: t.to(torch.device("cpu"))])
+def test_leaf_that_is_not_on_the_device_is_returned_itself(leave):
+    torch.ones(1).cuda()
+    leaf, parameter = torch.ones(2, requires_grad=True), torch.nn.Parameter(torch.ones(2))
+    assert leave(leaf) is leaf
+    with torch.no_grad():
+        assert leave(parameter) is parameter
+    frozen = torch.nn.Parameter(torch.ones(2), requires_grad=False)
+    assert leave(frozen) is frozen
+    cast = torch.nn.Linear(2, 2).cuda().double()
+    assert leave(cast.weight) is not cast.weight
+
+
+NOTHING_ON_THE_DEVICE = """
+import torch
+torch.moreh.option.enable_advanced_parallelization()
+model = torch.nn.Linear(2, 2)
+model(torch.ones(1, 2)).sum().backward()
+for tensor in (torch.ones(2), model.weight, model.weight.grad, model.state_dict()["weight"]):
+    print(tensor.cpu() is tensor, tensor.to("cpu") is tensor)
+"""
+
+
+def test_nothing_is_copied_before_something_was_put_on_the_device(run_python):
+    finished = run_python(NOTHING_ON_THE_DEVICE)
+    assert finished.returncode == 0, finished.stderr
+    assert [line for line in finished.stdout.splitlines() if not line.startswith("[")] == ["True True"] * 4
+
+
+LOADED_BY_ACCELERATE = """
+import torch
+torch.moreh.option.enable_advanced_parallelization()
+from accelerate import init_empty_weights, load_checkpoint_and_dispatch
+from transformers import GPT2Config, GPT2LMHeadModel
+config = GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=16, n_positions=8)
+GPT2LMHeadModel(config).save_pretrained("model")
+torch.ones(1).cuda()
+with init_empty_weights():
+    model = GPT2LMHeadModel(config)
+model.tie_weights()
+model = load_checkpoint_and_dispatch(model, "model/model.safetensors", device_map={"": "cpu"})
+print(all(parameter.requires_grad for parameter in model.parameters()))
+"""
+
+
+def test_model_that_accelerate_has_filled_is_trainable(run_python):
+    pytest.importorskip("accelerate")
+    finished = run_python(LOADED_BY_ACCELERATE)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.splitlines()[-1] == "True"
+
+
 def test_array_is_copied_to_the_device():
     array = np.ones(3, "f4")
     moved = [torch.as_tensor(array, device="cuda"), torch.asarray(array, device="cuda")]

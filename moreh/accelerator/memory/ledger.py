@@ -57,6 +57,10 @@ class MemoryLedger:
         """Whether a module is counted."""
         return module in self._modules
 
+    def has_parameter(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor is a parameter of a module that is counted, whatever memory it has now."""
+        return any(parameter is tensor for module in list(self._modules) for parameter in module.parameters())
+
     def add_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Count an optimizer's state from now on."""
         with self._lock:

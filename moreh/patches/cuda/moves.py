@@ -2,9 +2,12 @@
 
 Tensors on the device stay in CPU memory and keep the device `cpu`; the simulated device remembers which they are. As
 with a real GPU, moving a tensor there or back makes a copy, and moving it to where it is does not: code that changes
-a moved tensor in place, or keeps `parameter.cpu()` as a snapshot, means the same as with a GPU. Where it is not known
-on which side a tensor is, as with the result of an operation, it is copied: a needless copy does no harm, a hidden
-alias does.
+a moved tensor in place, or keeps `parameter.cpu()` as a snapshot, means the same as with a GPU.
+
+Leaving the device copies what the device may hold. A parameter, or another leaf with a gradient, is known to be there
+or not: one that is not is returned itself, since a copy would be no leaf, and under no_grad would have no gradient. The
+result of an operation may be on either side, and is copied: a needless copy of it does no harm, a hidden alias does.
+Before the script has put anything on the device, nothing is copied.
 
 The functions that take a device are replaced by ones that look at it. A mode that sees every call of torch could do
 the same, but costs about two microseconds for each call, holds for one thread only, and would have to be taken off
@@ -92,11 +95,15 @@ def _tensor_methods(device: SimulatedDevice) -> dict[str, Callable[..., Any]]:
             return result
         return on_device(result if device.holds(tensor) else _copied(result, tensor))
 
-    def leaves_accelerator(target: Any) -> bool:
-        """Whether a target means the CPU. A library's device object may not: a tensor on the device says `cpu` too."""
+    def leaves_accelerator(tensor: torch.Tensor, target: Any) -> bool:
+        """Whether a move takes a tensor off the device.
+
+        A library's device object may not mean that: a tensor on the device says `cpu` too.
+        """
         if not device.is_in_use() or torch.compiler.is_compiling():
             return False
-        return target == "cpu" or (target == cpu_device and caller_is_user_code(frames_up=2))
+        means_cpu = target == "cpu" or (target == cpu_device and caller_is_user_code(frames_up=2))
+        return means_cpu and device.may_hold(tensor)
 
     @functools.wraps(original_to)
     def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -109,7 +116,7 @@ def _tensor_methods(device: SimulatedDevice) -> dict[str, Callable[..., Any]]:
         if names_accelerator(target):
             return moved(self, *args[1:], **{k: v for k, v in kwargs.items() if k != "device"})
         result = original_to(self, *args, **kwargs)
-        return _copied(result, self) if result is self and leaves_accelerator(target) else result
+        return _copied(result, self) if result is self and leaves_accelerator(self, target) else result
 
     @functools.wraps(torch.Tensor.cuda)
     def cuda(self: torch.Tensor, device: Any = None, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -120,7 +127,7 @@ def _tensor_methods(device: SimulatedDevice) -> dict[str, Callable[..., Any]]:
     @functools.wraps(original_cpu)
     def cpu(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         result = original_cpu(self, *args, **kwargs)
-        return _copied(result, self) if result is self and leaves_accelerator("cpu") else result
+        return _copied(result, self) if result is self and leaves_accelerator(self, "cpu") else result
 
     @functools.wraps(torch.Tensor.pin_memory)
     def pin_memory(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

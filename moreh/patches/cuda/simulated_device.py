@@ -18,7 +18,7 @@ class SimulatedDevice(Protocol):
     """What `torch.cuda.get_device_capability` says: major and minor."""
 
     def is_in_use(self) -> bool:
-        """Whether this process has put anything on the device."""
+        """Whether the script has put anything on the device."""
 
     def capacity_bytes(self) -> int:
         """Memory that this process may use, in bytes."""
@@ -34,6 +34,9 @@ class SimulatedDevice(Protocol):
 
     def holds(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor was made on the device or moved there. The results of operations are not known to be."""
+
+    def may_hold(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor is on the device or, as the result of an operation, could be."""
 
     def add_tensor(self, tensor: torch.Tensor) -> None:
         """Put a tensor on the device, unless it is there."""

@@ -182,8 +182,9 @@ def check_same_on_all_ranks(inputs: ModelInputs, device: torch.device) -> None:
     if int(largest_and_smallest[0]) != -int(largest_and_smallest[1]):
         raise WorkerError(
             "the workers were given different batches: each of them runs the whole script and must draw the same rows. "
-            "Seed every generator that data passes (torch, numpy, random) with one number that does not depend on the "
-            "worker, and do not split the data by rank: the batch is split for you"
+            "From the line on they draw the same numbers from torch, numpy and random: call it before the data is "
+            "shuffled, or seed before that, with one number for all workers. Start torchrun with PYTHONHASHSEED=0 if "
+            "data passes a set, and do not split the data by rank: the batch is split for you"
         )
 
 

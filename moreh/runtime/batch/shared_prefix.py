@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moreh.models.dropout import has_dropout
+from moreh.models.dropout import draws_random_numbers
 from moreh.models.losses import IGNORED_LABEL
 from moreh.runtime.batch.model_inputs import ModelInputs
 
@@ -42,8 +42,7 @@ def shared_prefix(root: nn.Module, config: Any, inputs: ModelInputs, seq_lens: t
     labels, ids = inputs.labels, inputs.tensors.get("input_ids")
     if labels is None or ids is None or not accepts_pairwise_mask(config, int(seq_lens.max())):
         return 0
-    is_random = has_dropout(config, root) or bool(getattr(config, "router_jitter_noise", None))
-    if is_random and any(module.training for module in root.modules()):
+    if draws_random_numbers(config, root):
         return 0
     rows = (labels != IGNORED_LABEL).any(1)
     if int(rows.sum()) < 2:

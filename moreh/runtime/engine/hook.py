@@ -58,7 +58,7 @@ class SingleWorkerHook:
     def around_call(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
         """The context of a call: the model is prepared, planned where needed, and computed in the chosen precision.
 
-        A model is prepared before its first call. Its training is planned before the first call with gradients, and
+        A model is prepared before its first call. Its training is planned before the first call that trains it, and
         again before a larger batch than it was planned for.
         """
         if model not in self._prepared:
@@ -67,7 +67,7 @@ class SingleWorkerHook:
         parameter = next(model.parameters())
         # A model of another dtype, or one that the script runs under an autocast of its own, keeps its precision.
         bfloat16 = parameter.dtype == torch.float32 and not inside_autocast() and self._uses_bfloat16(parameter.device)
-        if torch.is_grad_enabled() and model.training and not parameter.is_meta:
+        if _trains(model, kwargs) and not parameter.is_meta:
             shape = _tokens_shape(args, kwargs)
             if shape is not None and shape[0] * shape[1] > self._planned_tokens.get(model, 0):
                 with span("choose_plan"):
@@ -172,6 +172,17 @@ def install_hook(options: ParallelOptions, variables: PlannerVariables) -> None:
     hook = SingleWorkerHook(options, variables, job)
     around_model_calls(hook.around_call, hook.after_call)
     instead_of_model_calls(hook.instead_of_call)
+
+
+def _trains(model: torch.nn.Module, kwargs: dict[str, Any]) -> bool:
+    """Whether a call trains a model: gradients are on, a parameter wants them, and there are labels.
+
+    A script's loss of its own takes no labels, and is known by the training mode. With labels the mode does not matter:
+    a model can be trained in evaluation mode, without dropout.
+    """
+    if not torch.is_grad_enabled() or not (model.training or kwargs.get("labels") is not None):
+        return False
+    return any(parameter.requires_grad for parameter in model.parameters())
 
 
 def _tokens_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int] | None:

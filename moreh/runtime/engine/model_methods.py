@@ -1,7 +1,8 @@
-"""Methods of a model of transformers that have to work while it is sharded: saving, state dicts and generation."""
+"""Methods of a model of transformers that have to work while it is sharded: saving, state dicts, moves, generation."""
 
+import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,7 +19,10 @@ from moreh.trace import span
 
 
 def replace_methods(model: ParallelModel) -> None:
-    """Give the script's model methods that save, load and generate while it is sharded. They are collective."""
+    """Give the script's model methods that save, load, move and generate while it is sharded.
+
+    All but moves are collective.
+    """
     root: Any = model.parts.root
 
     def save(directory: str | os.PathLike[str], **kwargs: Any) -> None:
@@ -43,9 +47,35 @@ def replace_methods(model: ParallelModel) -> None:
 
     root.state_dict, root.load_state_dict = state_dict, load_state_dict
     root.save_pretrained = save if isinstance(root, PreTrainedModel) else _save_adapters(root, model)
+    for module in root.modules():
+        # Past Module.__setattr__. Unlike a bound method, a partial is copied with the module in it.
+        module.__dict__["_apply"] = functools.partial(_stay, module, model.mesh.device)
     for module in {id(m): m for m in (root, model.parts.causal)}.values():
         if hasattr(module, "generate"):
             module.generate = _generate_without_cache(module)
+
+
+def _stay(
+    module: nn.Module, device: torch.device, function: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
+) -> nn.Module:
+    """In place of `_apply`, through which torch moves and casts a module: the shards stay where they are.
+
+    Raises:
+        OptionError: the parameters would get another dtype, or lose their data.
+    """
+    for dtype in {parameter.dtype for parameter in module.parameters()}:
+        result = function(torch.empty(0, dtype=dtype, device=device))
+        if result.dtype != dtype:
+            raise OptionError(
+                f"a {type(module).__name__} that is sharded over workers was cast from {dtype} to {result.dtype}: cast "
+                f"it before its first training batch, or save it and load it with dtype={result.dtype}"
+            )
+        if result.is_meta:
+            raise OptionError(
+                f"a {type(module).__name__} that is sharded over workers was moved to the meta device, where its data "
+                "would be lost: delete the model instead"
+            )
+    return module
 
 
 def _save_adapters(root: Any, model: ParallelModel) -> Any:

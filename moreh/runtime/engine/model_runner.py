@@ -23,6 +23,7 @@ from moreh.models.compatibility import (
     unsupported_reason,
     uses_fp16_loss_scaling,
 )
+from moreh.models.dropout import draws_random_numbers
 from moreh.models.introspection import unwrapped
 from moreh.models.losses import IGNORED_LABEL, is_known_loss, token_loss_of
 from moreh.options import ParallelOptions
@@ -266,7 +267,10 @@ class ModelRunner:
 
     def _rank_local_rng(self) -> AbstractContextManager[None]:
         """Each of several ranks draws dropout from its own generator. One worker draws from the script's generator."""
-        return rank_local_rng(self.model.mesh) if self.plan.devices > 1 else nullcontext()
+        if self.plan.devices == 1:
+            return nullcontext()
+        parts = self.model.parts
+        return rank_local_rng(self.model.mesh, is_random=draws_random_numbers(parts.causal.config, parts.root))
 
     def _evaluation_rng(self) -> AbstractContextManager[None]:
         """Dropout that a script has left on in an evaluation must not bring the ranks' generators out of step."""

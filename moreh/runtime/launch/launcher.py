@@ -4,6 +4,7 @@ import builtins
 import contextlib
 import logging
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -30,6 +31,7 @@ from moreh.system import available_cores
 
 LOCALHOST = "127.0.0.1"
 KEPT_LOG_DIRECTORIES = 10
+MAX_HASH_SEED = 2**32 - 1
 # After a worker has failed, the others are asked to end. Those that still run after this time are killed.
 TERMINATION_GRACE_S = 3
 _ELASTIC_SIGNALS = "TORCHELASTIC_SIGNALS_TO_HANDLE"
@@ -134,11 +136,18 @@ def _start_store() -> Any:
 
 
 def _default_variables(workers: int) -> dict[str, str]:
-    """Variables that the user has not set: each worker's share of the cores, and the loopback interface for gloo."""
+    """Variables that the user has not set.
+
+    They are each worker's share of the cores, the loopback interface for gloo, and the seed of Python's hashes, which
+    decide the order of sets.
+    """
     loopback = [
         name for name, addresses in psutil.net_if_addrs().items() if any(a.address == LOCALHOST for a in addresses)
     ]
-    variables = {"OMP_NUM_THREADS": str(max(1, available_cores() // workers))}
+    variables = {
+        "OMP_NUM_THREADS": str(max(1, available_cores() // workers)),
+        "PYTHONHASHSEED": str(secrets.randbelow(MAX_HASH_SEED + 1)),
+    }
     if loopback:
         variables["GLOO_SOCKET_IFNAME"] = loopback[0]
     return {name: value for name, value in variables.items() if name not in os.environ}

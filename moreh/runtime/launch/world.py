@@ -18,6 +18,7 @@ from moreh.accelerator.job import local_job
 from moreh.errors import AcceleratorError, MorehError, OptionError
 from moreh.log import logger
 from moreh.runtime.launch.exit_report import joined_path
+from moreh.runtime.launch.random_states import share_random_states
 from moreh.runtime.launch.worker_errors import ERROR_FILE, record_errors
 
 # The variable with the process id of the launcher that started this worker; torchrun does not set it.
@@ -70,6 +71,7 @@ def join_world() -> World:
 
     - If there are several workers, torch.distributed's process group exists afterwards, and the accelerator has one
       job for all of them.
+    - Every worker's random generators are in the state of worker 0's.
     - The variables that describe the world are removed from the environment: libraries that find them, here or in a
       program that this process starts, would set up distributed training of their own.
 
@@ -91,6 +93,7 @@ def join_world() -> World:
                     local_job().report_from_here()
             else:
                 _register_as_one_job(world)
+            share_random_states()
         _remove_world_variables()
         _world = world
     return _world

@@ -5,6 +5,7 @@
   part of the sequence of its own (`TPRngState`).
 """
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,19 +17,36 @@ from moreh.runtime.sharding.mesh import Mesh
 _SEED_STRIDE = 0x9E3779B97F4A7C15
 
 
-@contextmanager
-def rank_local_rng(mesh: Mesh) -> Iterator[None]:
-    """Compute with a generator of this pipeline and data-parallel rank, seeded by the script's generator.
+# For ranks whose model is not known to draw anything; None until the first call of such a model.
+_own_generator: torch.Generator | None = None
 
-    The script's generator advances by one draw on every rank, however many numbers each rank draws inside. So the ranks
-    stay in step, and the script's seed determines the run.
+
+@contextmanager
+def rank_local_rng(mesh: Mesh, *, is_random: bool) -> Iterator[None]:
+    """Compute with a generator of this pipeline and data-parallel rank.
+
+    Args:
+        mesh: the ranks.
+        is_random: whether the model is known to draw random numbers, as it would from the script's generator on one
+            worker. Then the script's generator advances by one draw on every rank: ranks stay in step however many
+            numbers each draws, and the script's seed determines the run. Otherwise it does not advance, since it would
+            not on one worker.
     """
-    seed = int(torch.randint(2**62, (1,), device="cpu"))
+    seed = int(torch.randint(2**62, (1,), device="cpu", generator=None if is_random else _generator_of_the_runtime()))
     index = mesh.rank("pipeline") * mesh.size("data") + mesh.rank("data")
     devices = [mesh.device] if mesh.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         torch.manual_seed((seed + _SEED_STRIDE * index) % 2**63)
         yield
+
+
+def _generator_of_the_runtime() -> torch.Generator:
+    """A generator that no script draws from, seeded once by the state of the script's, which is not changed."""
+    global _own_generator
+    if _own_generator is None:
+        digest = hashlib.sha256(torch.get_rng_state().numpy().tobytes()).digest()
+        _own_generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+    return _own_generator
 
 
 class TPRngState:

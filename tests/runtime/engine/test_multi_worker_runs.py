@@ -98,6 +98,56 @@ def test_tutorial_script_learns_on_four_workers(environment, tmp_path, make_gpt2
     assert (tmp_path / "finetuned" / "model.safetensors").exists()
 
 
+# Nothing is seeded but, before the line, the first worker; from_pretrained leaves the model in evaluation mode.
+AS_PRINTED = """
+import os, random, torch
+if os.environ.get("RANK", "0") == "0":
+    torch.manual_seed(3), random.seed(3)
+torch.moreh.option.enable_advanced_parallelization(mixed_precision=False, num_stages=NUM_STAGES)
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("model")
+data = torch.arange(256).view(32, 8) % 5
+loader = torch.utils.data.DataLoader(data, batch_size=8, shuffle=True, drop_last=True)
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-3)  # gradients of rounding do not become steps
+for epoch in range(2):
+    for ids in loader:
+        loss = model(ids, labels=ids, use_cache=False)[0]
+        loss.backward()
+        optimizer.step()
+        model.zero_grad(set_to_none=True)
+        print("Loss:", loss.item())
+    with torch.no_grad():
+        print("Loss:", model(data[:7], labels=data[:7]).loss.item())
+print("Loss:", torch.rand(1).item())
+model = model.to("cpu")
+model.save_pretrained(os.environ["FINETUNED"])
+"""
+
+
+@pytest.mark.parametrize(("workers", "num_stages"), [(1, '"auto"'), (2, '"auto"'), (4, "2")])
+def test_script_without_seed_or_training_mode_gives_what_it_gives_without_the_line(
+    environment, tmp_path, make_gpt2, workers, num_stages
+):
+    """Unseeded, shuffled, in evaluation mode, moved before it is saved: losses, random numbers and weights."""
+    save_tutorial_model(make_gpt2(vocab_size=VOCABULARY_SIZE), tmp_path / "model")
+    source = AS_PRINTED.replace("NUM_STAGES", num_stages)
+    plain = {**environment, "FINETUNED": "plain", "MOREH_ENABLE_ADVANCED_PARALLELIZATION": "0"}
+    expected = losses_in(run_script(source, 1, tmp_path, plain))
+    console = run_script(source, workers, tmp_path, {**environment, "FINETUNED": "planned"})
+    assert "The number of candidates is" in console
+    losses = losses_in(console)
+    assert len(losses) == len(expected) == 11
+    assert worst(abs(loss - other) for loss, other in zip(losses, expected, strict=True)) < 1e-5
+    assert losses[-1] == expected[-1]
+    weights, others = (load_file(tmp_path / name / "model.safetensors") for name in ("planned", "plain"))
+    assert weights.keys() == others.keys()
+    assert worst(max_difference(weights[name], others[name]) for name in weights) < 1e-5
+
+
+def losses_in(console):
+    return [float(line.split()[1]) for line in console.splitlines() if line.startswith("Loss:")]
+
+
 PRECISION = """
 import torch
 import moreh.runtime.kernels.precision as precision

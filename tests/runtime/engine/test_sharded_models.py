@@ -194,6 +194,23 @@ def test_ranks_that_share_rows_draw_the_same_random_numbers():
     assert len(set.union(*draws_by_place.values())) == 2
 
 
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_sharded_model_stays_where_it_is_and_keeps_its_dtype(plan):
+    for errors, is_same in on_workers(cases.moves, plan):
+        assert is_same
+        assert [name for name, error in errors.items() if error is not None] == [
+            "half", "bfloat16", "part in float", "meta"
+        ]  # fmt: skip
+        assert "was cast from torch.float64 to torch.bfloat16: cast it before" in errors["bfloat16"]
+        assert "moved to the meta device" in errors["meta"]
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_script_draws_afterwards_what_it_draws_with_a_whole_model(plan):
+    for whole, sharded in on_workers(cases.drawn_after_training, "llama", plan):
+        assert sharded == whole
+
+
 def test_training_with_dropout_is_reproducible():
     for first, again, other_seed in on_workers(cases.dropout_loss, PP_SHARDED):
         assert first == again != other_seed

@@ -174,3 +174,30 @@ def test_incomplete_world_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(OptionError, match=r"WORLD_SIZE=2 without RANK, LOCAL_RANK, .*: start the script with torchrun"):
         option.enable_advanced_parallelization()
+
+
+DRAW_BEFORE_THE_LINE = """
+import os, random, numpy, torch
+random.seed(os.getpid()), numpy.random.seed(os.getpid()), torch.manual_seed(os.getpid())
+"""
+DRAW = """
+draws = [torch.rand(1).item(), random.random(), numpy.random.rand(), numpy.random.randn()]
+draws += [batch.item() for batch in torch.utils.data.DataLoader(range(9), shuffle=True)]
+everybody = [None] * world.size
+dist.all_gather_object(everybody, (draws, hash("a")))
+if world.rank == 0:
+    print(world.size, len({str(draws) for draws, _ in everybody}), len({hashed for _, hashed in everybody}))
+"""
+
+
+def test_workers_draw_the_same_numbers_from_the_line_on(start):
+    exit_code, printed, errors, _ = finish(start(DRAW, workers=3, before=DRAW_BEFORE_THE_LINE))
+    assert exit_code == 0, errors
+    assert printed == ["3 1 1"]
+
+
+def test_workers_of_torchrun_draw_the_same_numbers_from_the_line_on(start):
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    exit_code, printed, errors, _ = finish(start(DRAW, command=torchrun, before=DRAW_BEFORE_THE_LINE))
+    assert exit_code == 0, errors
+    assert printed[0].split()[:2] == ["2", "1"]

@@ -1,0 +1,41 @@
+"""The random generators of the workers: from the line on, all of them draw what worker 0 draws."""
+
+import random
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+try:
+    import numpy as np
+except ImportError:  # torch works without it
+    np = None  # type: ignore[assignment]
+
+
+def share_random_states() -> None:
+    """Give every worker the states of worker 0's generators: Python's, NumPy's and torch's; collective.
+
+    A script that seeds nothing, or seeds after the line, then draws the same batches on every worker.
+    """
+    states: list[Any] = [_random_states() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(states, 0)
+    _set_random_states(states[0])
+
+
+def _random_states() -> dict[str, Any]:
+    return {
+        "python": random.getstate(),
+        "numpy": None if np is None else np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        # That of a simulated device is torch's own.
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+
+
+def _set_random_states(states: dict[str, Any]) -> None:
+    random.setstate(states["python"])
+    if np is not None and states["numpy"] is not None:
+        np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] is not None:
+        torch.cuda.set_rng_state(states["cuda"])
