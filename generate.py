@@ -9,17 +9,20 @@ import argparse
 import math
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TextStreamer, logging
+from transformers import logging
 
-from utils.cli import exit_code_of
-from utils.data.dataset import load_tokenizer
-from utils.data.tokenization import encode_prompts
+from utils.cli import exit_code_of, show_any_text
+from utils.config.section import expand_home
 from utils.errors import UserError
-from utils.training.model import load_pretrained
+from utils.text.decoding import AnswerStreamer
+from utils.text.encoding import encode_prompts
+from utils.text.prompt_input import checked_argument, read_prompt
+from utils.text.template import load_template
+from utils.text.tokenizers import load_tokenizer
+from utils.training.model import end_token_ids, load_pretrained
 
 DEFAULT_NEW_TOKENS = 128
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
@@ -31,10 +34,11 @@ def answer(arguments: argparse.Namespace) -> None:
     Raises:
         UserError: the checkpoint or the prompt cannot be used.
     """
-    prompt = _read_prompt(arguments)
+    question = read_prompt(arguments)
     # The model comes before the tokenizer because its error says more about a directory that holds neither.
     model = load_pretrained(arguments.checkpoint, "the checkpoint")
     tokenizer = load_tokenizer(arguments.checkpoint)
+    prompt = _as_trained(question, arguments)
     (prompt_ids,) = encode_prompts([prompt], tokenizer)
     max_new_tokens = _max_new_tokens(model, len(prompt_ids), arguments.max_new_tokens)
     torch.manual_seed(arguments.seed or 0)
@@ -46,15 +50,19 @@ def answer(arguments: argparse.Namespace) -> None:
     # A real GPU if there is one. The simulated accelerator is not needed, and a training job may be using it.
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     input_ids = torch.tensor([prompt_ids], device=device)
+    if arguments.echo:
+        _write(prompt)
     model.to(device).eval().generate(
         input_ids,
         attention_mask=torch.ones_like(input_ids),
         max_new_tokens=max_new_tokens,
         repetition_penalty=arguments.repetition_penalty,
         pad_token_id=tokenizer.pad_token_id,
-        streamer=TextStreamer(tokenizer, skip_prompt=not arguments.echo, skip_special_tokens=True),
+        eos_token_id=sorted({tokenizer.eos_token_id, *end_token_ids(model)}),
+        streamer=AnswerStreamer(tokenizer, _write),
         **sampling,
     )
+    _write("\n")
 
 
 def answer_to_pipe(arguments: argparse.Namespace) -> None:
@@ -67,27 +75,27 @@ def answer_to_pipe(arguments: argparse.Namespace) -> None:
         sys.exit(EXIT_BROKEN_PIPE)
 
 
-def _read_prompt(arguments: argparse.Namespace) -> str:
-    if arguments.prompt is not None and arguments.file is not None:
-        raise UserError("give the prompt on the command line or in --file, not both")
-    if arguments.prompt is not None:
-        # A line break is hard to type in a shell.
-        return arguments.prompt.replace("\\n", "\n")
-    if arguments.file is None:
-        if sys.stdin is None:
-            raise UserError("standard input is closed: give the prompt on the command line or in --file")
-        if sys.stdin.isatty():
-            print("Prompt (end with Ctrl-D):", file=sys.stderr)
-        return sys.stdin.buffer.read().decode(errors="replace")
-    try:
-        return Path(arguments.file).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--file: {arguments.file} cannot be read: {error}") from error
+def _as_trained(question: str, arguments: argparse.Namespace) -> str:
+    """The question in the template that the model was trained with, unless it is in it already or stands for itself."""
+    template = None if arguments.raw else load_template(expand_home(arguments.checkpoint))
+    fields = dict(arguments.field)
+    if template is None:
+        if fields:
+            raise UserError("--field: the checkpoint has no template that is filled: leave it out")
+        return question
+    if template.is_applied_to(question):
+        print("The prompt is in the model's template already, so it is not put there again.", file=sys.stderr)
+        return question
+    return template.fill(question, fields)
+
+
+def _write(text: str) -> None:
+    print(text, end="", flush=True)
 
 
 def _max_new_tokens(model: Any, prompt_length: int, requested: int | None) -> int:
     """The number of tokens to generate: `requested`, by default 128 or fewer if the model's positions leave fewer."""
-    max_positions = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+    max_positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
     if prompt_length + (requested or 1) > max_positions:
         raise UserError(
             f"the prompt has {prompt_length} tokens and {requested or 1} more are asked for, but the model has only "
@@ -108,6 +116,13 @@ def _number(text: str, minimum: float, maximum: float) -> float:
     if not minimum <= number <= maximum:
         raise argparse.ArgumentTypeError(f"{text}: allowed is a number from {minimum:g} to {maximum:g}")
     return number
+
+
+def _field(text: str) -> tuple[str, str]:
+    name, equals, value = checked_argument(text, "--field").partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text}: write NAME=TEXT")
+    return name, value.replace("\\n", "\n")
 
 
 def _seed(text: str) -> int:
@@ -145,8 +160,19 @@ def _parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=_seed, help="seed of the sampling (default: 0)")
     parser.add_argument("--echo", action="store_true", help="print the prompt too")
+    parser.add_argument(
+        "--raw", action="store_true", help="the prompt is the whole text: no template, control tokens are tokens"
+    )
+    parser.add_argument(
+        "--field",
+        type=_field,
+        action="append",
+        default=[],
+        metavar="NAME=TEXT",
+        help="another field of the model's template (default: empty)",
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     if (arguments.max_new_tokens is not None and arguments.max_new_tokens < 1) or arguments.top_k < 0:
         parser.error("--max-new-tokens must be at least 1 and --top-k at least 0")
     if arguments.temperature == 0 and (arguments.top_p != 1.0 or arguments.top_k != 0 or arguments.seed is not None):
@@ -155,6 +181,7 @@ def _parse_arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    show_any_text()
     logging.set_verbosity_error()
     if not sys.stderr.isatty():
         logging.disable_progress_bar()

@@ -14,6 +14,7 @@ from utils.config.schema import Config, DataSection
 from utils.data.labels import IGNORED, count_labels
 from utils.data.records import Record
 from utils.logging.run_log import RunLog
+from utils.text.template import save_template
 
 
 # A record of `data.docstrings`: {"prompt": 'def add(a, b):\n    """Add."""\n', "response": "    return a + b\n"}
@@ -61,7 +62,7 @@ def main(config: Config, log: RunLog) -> None:
     data = prepare_data(config, make_pair, make_example, log.info)
     tokenizer = data.tokenizer
     loader = training_loader(data, config)
-    model = load_model(config, tokenizer)
+    model = load_model(config, tokenizer, log.info)
     log.info(f"Model: {type(model).__name__} with {model.num_parameters():,} parameters, vocabulary {len(tokenizer):,}")
 
     # Prepare the model for training on the accelerator
@@ -107,11 +108,12 @@ def main(config: Config, log: RunLog) -> None:
         log.log_step(metrics)
         checkpoints.maybe_save(step, model, optim, scheduler)
 
-    # Save the model and its tokenizer
+    # Save the model, its tokenizer and the template of its prompts
     checkpoints.flush()
     model.save_pretrained(log.directory / "model")
     if log.is_writer:
         tokenizer.save_pretrained(log.directory / "model")
+        save_template(config.data, log.directory / "model")
     log.finish(evaluation.first_loss, evaluation.last_loss)
 
 

@@ -2,12 +2,14 @@
 
 import argparse
 import gc
+import io
 import sys
 from collections.abc import Callable
 
 from moreh.errors import MorehError
 from utils.accelerator import accelerator_of
 from utils.config.schema import Config
+from utils.config.section import expand_home
 from utils.config.yaml_file import load_config
 from utils.errors import Stopped, UserError
 from utils.logging.run_log import RunLog
@@ -26,6 +28,7 @@ def run_script(main: Main, *, default_config: str, description: str | None) -> i
     A script imports torch in its `main`, so --help, --plan-only and an error in the settings answer in a second.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    show_any_text()
     parser.add_argument("--config", default=default_config, metavar="FILE", help="settings (default: %(default)s)")
     parser.add_argument("--plan-only", action="store_true", help="print how the accelerator would run it, and exit")
     parser.add_argument(
@@ -39,7 +42,7 @@ def run_script(main: Main, *, default_config: str, description: str | None) -> i
     overrides = arguments.overrides + ([f"checkpoint.resume={arguments.resume}"] if arguments.resume else [])
 
     def program() -> None:
-        config = load_config(arguments.config, overrides)
+        config = load_config(expand_home(arguments.config), overrides)
         if arguments.plan_only:
             from utils.plan_only import print_plan
 
@@ -48,6 +51,13 @@ def run_script(main: Main, *, default_config: str, description: str | None) -> i
             run_main(main, config)
 
     return exit_code_of(program, debug=arguments.debug)
+
+
+def show_any_text() -> None:
+    """Let the console show a character that its encoding does not have as its code, instead of ending the program."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # none where it is closed
+            stream.reconfigure(errors="backslashreplace")
 
 
 def run_main(main: Main, config: Config) -> None:

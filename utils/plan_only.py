@@ -116,7 +116,7 @@ def _new_architecture(architecture: dict[str, Any], tokenizer: TokenizerSection)
             f"model.architecture: the vocabulary is that of the tokenizer {tokenizer.pretrained!r}, which a plan does "
             "not load: give model.architecture.vocab_size its number of entries, in the file or on the command line"
         )
-    described = describe_config({"vocab_size": tokenizer.vocabulary_size, **architecture}, "model.architecture")
+    described = describe_config({"vocab_size": tokenizer.entries_to_train(), **architecture}, "model.architecture")
     return replace(described, name=f"a new {architecture['model_type']}")
 
 

@@ -114,7 +114,7 @@ BAD_DATA = {
     "broken JSON": ("d.json", '[{"prompt": "p"\n', "{}:2: not valid JSON: "),
     "not Parquet": ("d.parquet", "PAR1 no", "{}: not a valid Parquet file: "),
     "not UTF-8": ("d.jsonl", GOOD_ROW.encode() + b"\xff\n", "{}: not UTF-8 text: byte "),
-    "unknown extension": ("d.txt", "text", "{}: unknown extension '.txt': give a file that ends in .jsonl, .json, .csv, .parquet"),
+    "unknown extension": ("d.xls", "text", "{}: unknown extension '.xls': give a file that ends in .jsonl, .json, .csv, .parquet"),
     "field of the template": ("d.jsonl", GOOD_ROW, "{}:1: no field 'input': the fields are 'prompt', 'response'"),
     "no row is left": ("d.jsonl", "".join(json.dumps({"prompt": str(i), "response": "".join(chr(33 + (i + j * j) % 90) for j in range(400))}) + "\n" for i in range(20)),
                        "no rows are left for train: of 12 pairs, 12 have more than data.max_length=48 tokens and 0 no label"),
@@ -155,7 +155,7 @@ def test_all_problems_come_at_once(script, tiny_config):
         ("train.lr.x=1", "command line: train.lr.x: train.lr is 0.001, not a section with keys"),
         ("train.int=1", "command line: train.int: unknown key. Allowed here: steps,"),
         ("data.files[0]=x", "command line: data.files[0]: unknown key; did you mean files? Allowed here: docstrings,"),
-        ("run.name=2024-13-45", "command line: run.name: '2024-13-45' is not a valid YAML value"),
+        ("train.lr=2024-13-45", "command line: train.lr: '2024-13-45' is not a valid YAML value"),
         ("train.lr=[1", "command line: train.lr: '[1' is not a valid YAML value"),
     ],
 )

@@ -66,7 +66,7 @@ def test_cache_follows_the_functions_of_the_script(tiny_config):
 
 def test_cache_follows_the_files_of_a_tokenizer(tiny_config, tmp_path):
     train_tokenizer(["abc"] * 5, 300).save_pretrained(tmp_path / "tokenizer")
-    config = load_config(str(tiny_config), [f"tokenizer.pretrained={tmp_path / 'tokenizer'}"])
+    config = load_config(str(tiny_config), [f"tokenizer={{pretrained: {tmp_path / 'tokenizer'}}}"])
     lines = set()
     for content in ("", "b"):
         (tmp_path / "tokenizer" / "merges.txt").write_text(content, encoding="utf-8")

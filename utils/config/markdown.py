@@ -31,6 +31,10 @@ data: {docstrings: [stdlib]}
 train: {steps: 100}
 ```
 
+On the command line a value of a text key is what was typed, line breaks and `#` included; quotes around it are YAML's.
+A value of another key is YAML, whose numbers and words are those of YAML 1.2: `010` is ten, `yes` a text.
+A path may begin with `~`.
+
 An unknown key or a value that is not allowed is an error that names the file and the line.
 All errors of a file are reported at once.
 The settings of a run, defaults included, are in its directory as `config.yaml`.
@@ -66,7 +70,7 @@ def _section(path: str, section: dict[str, Any], schema: dict[str, Any]) -> list
 
 def _item(name: str, first_sentence: str, description: str) -> str:
     lines = [f"- **`{name}`**: {first_sentence}"]
-    for sentence in re.split(r"(?<=\.) (?=[A-Z`])", description):
+    for sentence in re.split(r"(?<=\.) (?=[A-Z`])", " ".join(description.split())):
         lines += textwrap.wrap(sentence, _WIDTH - 2, break_long_words=False, break_on_hyphens=False)
     return "\n  ".join(lines)
 

@@ -3,7 +3,6 @@
 `yaml_file` reads them, and `markdown` writes docs/configuration.md from these declarations and their docstrings.
 """
 
-import string
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,8 +11,9 @@ from typing_extensions import Self
 
 from moreh.options import MAX_WORKERS
 from utils.config.architecture_keys import check_architecture_keys
+from utils.config.data_section import DataSection as DataSection
 from utils.config.hook_section import ParallelizationSection
-from utils.config.section import NonEmpty, NotNegative, Positive, Section
+from utils.config.section import NonEmpty, NotNegative, PathText, Positive, Section
 
 
 class RunSection(Section):
@@ -21,9 +21,9 @@ class RunSection(Section):
 
     name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     """Everything is written to `<directory>/<name>/`; an earlier run of that name is kept as `<name>.1`."""
-    directory: NonEmpty = "runs"
+    directory: PathText = "runs"
     """The directory of all runs."""
-    cache_directory: NonEmpty = ".cache"
+    cache_directory: PathText = ".cache"
     """Tokenizers and tokenized data are kept here and reused by later runs."""
     tensorboard: bool = False
     """Also write TensorBoard event files; needs the package `tensorboard`."""
@@ -57,7 +57,7 @@ class AcceleratorSection(Section):
 class ModelSection(Section):
     """The model: exactly one of the two keys."""
 
-    pretrained: NonEmpty | None = None
+    pretrained: PathText | None = None
     """A model of the Hugging Face hub or a local directory; its own tokenizer is used."""
     architecture: dict[str, Any] | None = None
     """A new model with random weights: `model_type` and the keys of that type's configuration in transformers."""
@@ -89,80 +89,23 @@ class ModelSection(Section):
 class TokenizerSection(Section):
     """The tokenizer of a new model."""
 
-    pretrained: NonEmpty | None = None
+    pretrained: PathText | None = None
     """A tokenizer of the hub or a local directory; null trains a byte-level BPE tokenizer on the data."""
-    vocabulary_size: Annotated[int, Field(ge=300, le=1_000_000)] = 4096
-    """Entries of a tokenizer that is trained, including the 256 bytes and the end-of-text token."""
+    vocabulary_size: Annotated[int, Field(ge=300, le=1_000_000)] | None = None
+    """Entries of a tokenizer that is trained, including the 256 bytes and the end-of-text token; null: 4096."""
 
-
-class DataSection(Section):
-    """The prompt-response pairs to learn: exactly one of docstrings, summaries, files and hub."""
-
-    docstrings: Annotated[list[NonEmpty], Field(min_length=1)] | None = None
-    """Installed packages whose sources give pairs of signature with docstring -> body; `stdlib` is Python's library."""
-    summaries: Annotated[list[NonEmpty], Field(min_length=1)] | None = None
-    """Installed packages whose docstrings give pairs of text -> first line; `stdlib` is Python's library."""
-    files: Annotated[list[NonEmpty], Field(min_length=1)] | None = None
-    """Local JSONL, JSON, CSV or Parquet files."""
-    hub: NonEmpty | None = None
-    """A dataset of the Hugging Face hub."""
-    hub_configuration: NonEmpty | None = None
-    """The configuration of the hub's dataset where it has several, such as a version or a language."""
-    split: NonEmpty = "train"
-    """The split of the hub's dataset."""
-    prompt_field: NonEmpty = "prompt"
-    """The field of a row that is the prompt."""
-    response_field: NonEmpty = "response"
-    """The field of a row that is the response."""
-    template: NonEmpty = "{prompt}"
-    """The text before the response. `{prompt}` is the prompt field; other fields may be named in braces as well."""
-    max_length: Annotated[int, Field(ge=2)] = 1024
-    """Tokens of a row; each row is padded to it."""
-    too_long: Literal["truncate", "drop"] = "truncate"
-    """What happens to pairs with more tokens than `max_length`. A truncated one has no end-of-text token."""
-    loss_on: Literal["response", "all"] = "response"
-    """The tokens that are labels: those of the response and the end of text, or those of the prompt as well."""
-    eval_rows: Positive = 200
-    """Rows held out of training for evaluation, chosen at random with the seed."""
+    def entries_to_train(self) -> int:
+        """`vocabulary_size`, or its default."""
+        return 4096 if self.vocabulary_size is None else self.vocabulary_size
 
     @model_validator(mode="after")
-    def _exactly_one_source(self) -> Self:
-        sources = [name for name in ("docstrings", "summaries", "files", "hub") if getattr(self, name) is not None]
-        if len(sources) != 1:
+    def _size_is_of_a_trained_one(self) -> Self:
+        if self.pretrained is not None and self.vocabulary_size is not None:
             raise ValueError(
-                f"give exactly one of docstrings, summaries, files and hub; given: {', '.join(sources) or 'none'}"
-            )
-        if self.hub_configuration is not None and self.hub is None:
-            raise ValueError(
-                f"hub_configuration is {self.hub_configuration!r}, but there is no hub: give hub, or leave it out"
-            )
-        if self.split != "train" and self.hub is None:
-            raise ValueError(
-                f"split is {self.split!r}, but there is no hub, whose splits it names: give hub, or leave it out"
+                f"pretrained is {self.pretrained!r}, whose vocabulary has the size it has, and vocabulary_size is "
+                f"{self.vocabulary_size}: leave one of them out"
             )
         return self
-
-    @field_validator("template")
-    @classmethod
-    def _names_prompt(cls, template: str) -> str:
-        try:
-            parts = list(string.Formatter().parse(template))
-        except ValueError as error:
-            raise ValueError(f"{template!r} is not a template: {error} (double a brace that is text)") from None
-        for _, name, specification, conversion in parts:
-            if name is not None and (not name.isidentifier() or specification or conversion):
-                raise ValueError(f"{template!r}: only names of fields may be in braces (double a brace that is text)")
-        if "prompt" not in {name for _, name, _, _ in parts}:
-            raise ValueError("the template must contain {prompt}")
-        return template
-
-    @field_validator("files")
-    @classmethod
-    def _files_exist(cls, files: list[str] | None) -> list[str] | None:
-        missing = [name for name in files or [] if not Path(name).is_file()]
-        if missing:
-            raise ValueError(f"there is no file {', '.join(missing)}")
-        return files
 
 
 class TrainSection(Section):
@@ -209,8 +152,9 @@ class CheckpointSection(Section):
     """Save a checkpoint every so many steps; null: only when the run is stopped by SIGTERM."""
     keep_last: Positive = 2
     """The number of checkpoints to keep; older ones are removed."""
-    resume: NonEmpty | None = None
-    """What `--resume` resumes: `auto` (the last checkpoint of the run, if any), or the directory of one or of a run."""
+    resume: PathText | None = None
+    """What `--resume` resumes: `auto` (the last checkpoint of the run, if any), or the directory of one or of a run.
+    The `config.yaml` of a run does not have it, so running that file again starts anew."""
 
 
 class LogSection(Section):

@@ -1,11 +1,23 @@
 """The base class and the types of all sections of the settings."""
 
+from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 from pydantic_core import PydanticCustomError
 
+
+def expand_home(name: str) -> str:
+    """A path whose leading `~` is the user's home, as a shell reads it; a name without it as it is."""
+    try:
+        return str(Path(name).expanduser()) if name.startswith("~") else name
+    except RuntimeError:  # there is no such user
+        return name
+
+
 NonEmpty = Annotated[str, StringConstraints(min_length=1)]
+# A path, or a name on the hub.
+PathText = Annotated[NonEmpty, AfterValidator(expand_home)]
 Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
 

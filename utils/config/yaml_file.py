@@ -3,9 +3,10 @@
 All errors are reported at once, each with its file and line.
 """
 
-import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -13,6 +14,7 @@ from pydantic_core import ErrorDetails
 
 from moreh.options import did_you_mean
 from utils.config.schema import Config
+from utils.config.yaml_12 import Dumper, Loader
 from utils.errors import UserError
 
 # Where a key is nested: ("train", "lr") is train.lr, ("data", "files", 0) the first of data.files.
@@ -38,24 +40,13 @@ def load_config(path: str, overrides: list[str]) -> Config:
 
 
 def save_config(config: Config, path: Path) -> None:
-    """Write all settings, defaults included, as a YAML file that `load_config` reads."""
-    path.write_text(yaml.dump(config.model_dump(), Dumper=_Dumper, sort_keys=False), encoding="utf-8")
+    """Write all settings, defaults included, as a YAML file that `load_config` reads.
 
-
-class _Loader(yaml.SafeLoader):
-    """Loads 1e-4 as a number, as YAML 1.2 does. PyYAML follows YAML 1.1, where it is text."""
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes text that `_Loader` would read as a number."""
-
-
-for _class in (_Loader, _Dumper):
-    _class.add_implicit_resolver(
-        "tag:yaml.org,2002:float",
-        re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-        list("-+.0123456789"),
-    )
+    What was resumed is left out: whoever runs the file has not asked for it.
+    """
+    settings = config.model_dump()
+    settings["checkpoint"]["resume"] = None
+    path.write_text(yaml.dump(settings, Dumper=Dumper, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
 def _read_yaml(path: str) -> tuple[dict[str, Any], Locations]:
@@ -71,7 +62,7 @@ def _read_yaml(path: str) -> tuple[dict[str, Any], Locations]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     try:
-        loader = _Loader(text)
+        loader = Loader(text)
         node = loader.get_single_node()
         locations: Locations = {}
         problems = [] if node is None else _record_locations(node, (), path, locations)
@@ -122,7 +113,7 @@ def _apply_override(content: dict[str, Any], locations: Locations, text: str) ->
     if not equals or not all(keys):
         return f"command line: {text!r} is not a setting: write section.key=value, for example train.lr=1e-4"
     try:
-        value = yaml.load(value_text, Loader=_Loader)
+        value = _override_value(tuple(keys), value_text)
     except (yaml.YAMLError, ValueError, RecursionError):
         return f"command line: {dotted}: {value_text!r} is not a valid YAML value"
     section: Any = content
@@ -138,6 +129,49 @@ def _apply_override(content: dict[str, Any], locations: Locations, text: str) ->
         del locations[replaced]
     locations[tuple(keys)] = "command line"
     return None
+
+
+def _override_value(keys: tuple[str, ...], text: str) -> Any:
+    """A value of the command line: for a key of texts what was typed, for all others YAML.
+
+    A text in quotes is YAML as well, as are null and numbers where the key allows them.
+    """
+    section: Any = Config
+    allowed: set[type] = set()
+    for key in keys:
+        annotation = section.model_fields[key].annotation if key in getattr(section, "model_fields", {}) else None
+        section, allowed = next(_sections_in(annotation), None), set(_scalars_in(annotation))
+    if str not in allowed:
+        return yaml.load(text, Loader=Loader)
+    try:
+        value = yaml.load(text, Loader=Loader)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return text
+    if isinstance(value, str):
+        return value if text[:1] in {"'", '"'} and text[:1] == text[-1:] else text
+    is_null = value is None and text.strip().lower() in {"", "null"}
+    return value if type(value) in allowed and (is_null or value is not None) else text
+
+
+def _scalars_in(annotation: Any) -> Iterator[type]:
+    """The types of single values that a key allows; those within a list or a mapping do not count."""
+    origin = get_origin(annotation)
+    if origin is Literal:
+        yield from map(type, get_args(annotation))
+    elif origin is Annotated:
+        yield from _scalars_in(get_args(annotation)[0])
+    elif origin in (Union, UnionType):
+        for branch in get_args(annotation):
+            yield from _scalars_in(branch)
+    elif origin is None and isinstance(annotation, type):
+        yield annotation
+
+
+def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The sections among the branches of a key's type."""
+    for branch in (annotation, *get_args(annotation)):
+        if isinstance(branch, type) and issubclass(branch, BaseModel):
+            yield branch
 
 
 def _describe_all(errors: list[ErrorDetails], locations: Locations, path: str) -> list[str]:
@@ -185,9 +219,7 @@ def _keys_of(key_path: KeyPath) -> list[str]:
     """The keys that a section allows."""
     section: type[BaseModel] = Config
     for key in key_path:
-        annotation: Any = section.model_fields[str(key)].annotation
-        branches = [annotation, *getattr(annotation, "__args__", ())]
-        section = next(branch for branch in branches if isinstance(branch, type) and issubclass(branch, BaseModel))
+        section = next(_sections_in(section.model_fields[str(key)].annotation))
     return list(section.model_fields)
 
 

@@ -1,25 +1,76 @@
-"""Reads the pairs of a run from the source that its settings name."""
+"""Reads the pairs of a run from the source that its settings name, and counts what becomes of its rows."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
-from utils.config.schema import DataSection
+from utils.config.data_section import DataSection
 from utils.data.docstring_pairs import read_docstring_pairs
-from utils.data.file_readers import read_file, read_hub
-from utils.data.records import MakePair, Pair, Record
+from utils.data.file_readers import read_file
+from utils.data.records import MakePair, Pair, Record, UnusableRow
 from utils.data.summary_pairs import read_summary_pairs
+from utils.data.table_readers import read_hub, read_saved_dataset
+from utils.errors import UserError
+
+_HINT = " (data.unusable=skip leaves such rows out)"
 
 
-def read_pairs(data: DataSection, make_pair: MakePair) -> list[Pair]:
-    """The pairs that `make_pair` makes of the source's records, in their order, without duplicates.
+@dataclass(frozen=True)
+class SourceCounts:
+    """What became of the rows of a source."""
+
+    read: int = 0
+    """Rows of the source."""
+    duplicates: int = 0
+    """Rows that were dropped because an earlier one gave an equal pair."""
+    empty: int = 0
+    """Rows that were dropped because their response is empty."""
+    unusable: int = 0
+    """Rows that were skipped because they lack a text."""
+    first_unusable: str = ""
+    """Why the first of these was skipped."""
+
+    def __str__(self) -> str:
+        left_out = [
+            (self.duplicates, "equal to an earlier one (data.duplicates)"),
+            (self.empty, "with an empty response (data.empty_responses)"),
+            (self.unusable, f"unusable (data.unusable), the first: {self.first_unusable}"),
+        ]
+        texts = [f"{count} {what}" for count, what in left_out if count]
+        return f"{self.read} read" + (f"; left out: {'; '.join(texts)}" if texts else "")
+
+
+def read_pairs(data: DataSection, make_pair: MakePair) -> tuple[list[Pair], SourceCounts]:
+    """The pairs that `make_pair` makes of the source's records, in their order, and what became of the others.
 
     Raises:
         UserError: the source cannot be read, or a record has no text in a field that is needed.
     """
-    pairs = (Pair(record.location, *make_pair(record, data)) for record in _read_records(data))
-    # Of two equal pairs, one could be held out for evaluation while the other is trained on.
-    return list({(pair.prompt, pair.response): pair for pair in pairs}.values())
+    pairs: list[Pair] = []
+    seen: set[tuple[str, str]] = set()
+    read = duplicates = empty = unusable = 0
+    first_unusable = ""
+    for record in _read_records(data):
+        read += 1
+        try:
+            pair = Pair(record.location, *make_pair(replace(record, numbers=data.numbers), data))
+            if not pair.response and data.empty_responses == "refuse":
+                raise UserError(f"{record.location}: the response is empty (data.empty_responses=drop leaves it out)")
+        except UnusableRow as error:
+            if data.unusable == "refuse":
+                raise UserError(f"{error}{_HINT}") from None
+            unusable, first_unusable = unusable + 1, first_unusable or str(error)
+            continue
+        if not pair.response and data.empty_responses == "drop":
+            empty += 1
+        elif (pair.prompt, pair.response) in seen and data.duplicates == "drop":
+            # Of two equal pairs one could be held out for evaluation although the other is trained on.
+            duplicates += 1
+        else:
+            seen.add((pair.prompt, pair.response))
+            pairs.append(pair)
+    return pairs, SourceCounts(read, duplicates, empty, unusable, first_unusable)
 
 
 def _read_records(data: DataSection) -> Iterator[Record]:
@@ -28,6 +79,10 @@ def _read_records(data: DataSection) -> Iterator[Record]:
     if data.summaries is not None:
         return read_summary_pairs(data.summaries)
     if data.files is not None:
-        return chain.from_iterable(read_file(Path(name)) for name in data.files)
+        return chain.from_iterable(_read_path(Path(name), data.split) for name in data.files)
     assert data.hub is not None
     return read_hub(data.hub, data.hub_configuration, data.split)
+
+
+def _read_path(path: Path, split: str) -> Iterator[Record]:
+    return read_saved_dataset(path, split) if path.is_dir() else read_file(path)

@@ -10,18 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-from transformers import AutoTokenizer
 
 from utils.config.schema import Config
 from utils.data.cache import make_once
-from utils.data.data_sources import read_pairs
-from utils.data.python_sources import source_files
+from utils.data.data_sources import SourceCounts, read_pairs
 from utils.data.records import MakePair, Pair
+from utils.data.source_states import state_of_data, state_of_tokenizer
 from utils.data.tokenization import MakeExample, Row, RowCounts, encode_pairs, train_tokenizer
-from utils.errors import UserError, first_line
+from utils.errors import UserError
+from utils.text.chat_template import drop_other_chat_template
+from utils.text.tokenizers import load_tokenizer
 
-# A part of each cache key. Raise it when a change of the code gives other rows for the same settings.
-_FORMAT = 2
+# Part of each cache key: raise it when the same settings are to give other rows.
+_FORMAT = 3
+# Rows held out where the settings do not say how many: a tenth of them, up to this number.
+_MAX_EVAL_ROWS = 200
 # 32 bits for ids and labels: half the size on the disk.
 _IDS = datasets.Sequence(datasets.Value("int32"))
 _FEATURES = datasets.Features(
@@ -73,8 +76,15 @@ def prepare_data(
         train_counts=RowCounts(**counts["train"]),
         evaluation_counts=RowCounts(**counts["evaluation"]),
     )
+    info(f"Rows of the data: {SourceCounts(**counts['source'])}")
     info(f"Training rows: {data.train_counts}")
     info(f"Held-out rows: {data.evaluation_counts}")
+    for note in dict.fromkeys(data.train_counts.notes + data.evaluation_counts.notes):
+        info(f"Texts: {note}")
+    if left_over := len(data.train) % config.train.batch_size:
+        info(f"Each epoch leaves out {left_over} of the training rows, others each time, which fill no batch")
+    if drop_other_chat_template(data.tokenizer, config.data.template):
+        info("The tokenizer's chat template is not saved: training uses data.template, which generate.py applies")
     return data
 
 
@@ -86,14 +96,16 @@ def _prepare(
     The split comes before anything is learned from the data, so that a trained tokenizer has seen no held-out row.
     """
     info("Reading and tokenizing the data (later runs take it from the cache).")
-    held_out, training = _split(read_pairs(config.data, make_pair), config.data.eval_rows, config.train.seed)
+    all_pairs, source_counts = read_pairs(config.data, make_pair)
+    held_out, training = _split(all_pairs, config.data.eval_rows, config.train.seed)
     tokenizer_name = config.model.pretrained or config.tokenizer.pretrained
     if tokenizer_name is not None:
-        tokenizer = load_tokenizer(tokenizer_name)
+        tokenizer = load_tokenizer(tokenizer_name, config.data.end_token)
     else:
         texts = (pair.prompt + pair.response for pair in training)
-        tokenizer = train_tokenizer(texts, config.tokenizer.vocabulary_size)
-    counts = {}
+        end_token = [] if config.data.end_token is None else [config.data.end_token]
+        tokenizer = train_tokenizer(texts, config.tokenizer.entries_to_train(), *end_token)
+    counts = {"source": asdict(source_counts)}
     for name, pairs in (("train", training), ("evaluation", held_out)):
         rows, row_counts = encode_pairs(pairs, tokenizer, config.data, make_example)
         if not rows:
@@ -107,30 +119,25 @@ def _prepare(
     (target / "counts.json").write_text(json.dumps(counts), encoding="utf-8")
 
 
-def load_tokenizer(name: str) -> Any:
-    """The tokenizer of a local directory or of the hub. Without a pad token it pads with its end-of-text token.
-
-    Raises:
-        UserError: the tokenizer cannot be loaded, or has no end-of-text token.
-    """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # transformers raises many types for files that are missing or broken
-        raise UserError(f"the tokenizer of {name!r} cannot be loaded: {first_line(error)}") from error
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"the tokenizer of {name!r} has no end-of-text token, without which no model learns to stop")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def _split(pairs: list[Pair], eval_rows: int, seed: int) -> tuple[list[Pair], list[Pair]]:
-    """The pairs that are held out, and those to train on."""
+def _split(pairs: list[Pair], eval_rows: int | None, seed: int) -> tuple[list[Pair], list[Pair]]:
+    """The pairs that are held out, and those to train on; equal ones, where they are kept, are on the same side."""
+    if eval_rows is None:
+        eval_rows = min(_MAX_EVAL_ROWS, max(1, len(pairs) // 10))
     if eval_rows >= len(pairs):
         raise UserError(f"data.eval_rows: {eval_rows} rows are to be held out, but the data has only {len(pairs)}")
-    shuffled = pairs.copy()
-    random.Random(seed).shuffle(shuffled)
-    return shuffled[:eval_rows], shuffled[eval_rows:]
+    equal: dict[tuple[str, str], list[Pair]] = {}
+    for pair in pairs:
+        equal.setdefault((pair.prompt, pair.response), []).append(pair)
+    groups = list(equal.values())
+    random.Random(seed).shuffle(groups)
+    held_out: list[Pair] = []
+    while len(held_out) < eval_rows:
+        held_out += groups.pop(0)
+    if not groups:
+        raise UserError(
+            f"data.eval_rows: with {eval_rows} rows held out, none are left to train on: equal ones go along"
+        )
+    return held_out, [pair for group in groups for pair in group]
 
 
 def _to_dataset(rows: list[Row]) -> datasets.Dataset:
@@ -139,25 +146,15 @@ def _to_dataset(rows: list[Row]) -> datasets.Dataset:
 
 
 def _cache_key(config: Config, make_pair: MakePair, make_example: MakeExample) -> str:
-    """A hash of everything that the rows depend on: settings, the script's functions, the state of the source files."""
-    files: list[Path] = []
-    if config.data.docstrings is not None:
-        files = source_files(config.data.docstrings, "data.docstrings")
-    elif config.data.summaries is not None:
-        files = source_files(config.data.summaries, "data.summaries")
-    elif config.data.files is not None:
-        files = [Path(name) for name in config.data.files]
+    """A hash of all that the rows depend on: settings, the script's functions, and the state of the source files."""
     tokenizer_name = config.model.pretrained or config.tokenizer.pretrained
-    if tokenizer_name is not None and Path(tokenizer_name).is_dir():
-        files += sorted(p for p in Path(tokenizer_name).iterdir() if p.suffix in {".json", ".txt", ".model", ".jinja"})
-    states = [(str(path), state.st_size, state.st_mtime_ns) for path in files for state in [path.stat()]]
     parts = [
         _FORMAT,
         config.data.model_dump(),
-        tokenizer_name or config.tokenizer.vocabulary_size,
+        config.tokenizer.entries_to_train() if tokenizer_name is None else state_of_tokenizer(tokenizer_name),
         config.train.seed,
         inspect.getsource(make_pair),
         inspect.getsource(make_example),
-        states,
+        state_of_data(config.data),
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

@@ -1,18 +1,25 @@
-"""Reads records from JSONL, JSON, CSV and Parquet files, or from the Hugging Face hub.
+"""Reads records from files of JSON, CSV, plain text and Parquet.
 
 The project has its own readers because their errors name the file and the line; those of `datasets` do not.
 """
 
 import csv
+import gzip
 import json
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from utils.data.records import Record
-from utils.errors import UserError, first_line
+from utils.data.records import Record, SpelledNumber
+from utils.data.table_readers import read_parquet
+from utils.errors import UserError
 
 MAX_FIELD_CHARACTERS = 2**31 - 1
+# The one field of a line of plain text, as in `datasets`.
+TEXT_FIELD = "text"
+_PACKED = ".gz"
 
 # What a reader yields: where a row was read, and its content.
 _Rows = Iterator[tuple[str, Any]]
@@ -25,65 +32,64 @@ def read_file(path: Path) -> Iterator[Record]:
         UserError: the extension is unknown, a line or the file is broken, a row has no named fields, or there are no
             rows.
     """
-    reader = _READERS.get(path.suffix.lower())
-    if reader is None:
-        raise UserError(f"{path}: unknown extension {path.suffix!r}: give a file that ends in {', '.join(_READERS)}")
+    is_packed = path.suffix.lower() == _PACKED
+    extension = path.with_suffix("").suffix if is_packed else path.suffix
+    reader = _READERS.get(extension.lower())
+    if reader is None or (is_packed and reader is read_parquet):
+        raise UserError(
+            f"{path}: unknown extension {extension or path.suffix!r}: give a file that ends in {', '.join(_READERS)}, "
+            f"all but .parquet also with {_PACKED}"
+        )
     empty = True
     try:
         for location, row in reader(path):
-            if not isinstance(row, dict):
+            if not isinstance(row, Mapping):
                 raise UserError(f"{location}: expected an object with named fields, found {type(row).__name__}")
             empty = False
             yield Record(location, row)
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}") from None
-    except OSError as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     if empty:
         raise UserError(f"{path}: has no rows")
 
 
-def read_hub(name: str, configuration: str | None, split: str) -> Iterator[Record]:
-    """The records of a dataset of the hub, in one of its configurations where it has several.
-
-    Raises:
-        UserError: the dataset cannot be loaded.
-    """
-    from datasets import load_dataset
-
-    described = f"split {split!r}" if configuration is None else f"configuration {configuration!r}, split {split!r}"
-    try:
-        rows = load_dataset(name, configuration, split=split)
-    except Exception as error:  # datasets raises many types: no network, no such name, no such split, no access
-        raise UserError(
-            f"data.hub: {name!r} ({described}) cannot be loaded: {first_line(error)} "
-            "Check the name, data.hub_configuration and the network, or give local files in data.files"
-        ) from error
-    for index, row in enumerate(rows):
-        yield Record(f"{name}[{split}]:{index}", row)
+def _open(path: Path, newline: str | None = None) -> TextIO:
+    if path.suffix.lower() == _PACKED:
+        return gzip.open(path, "rt", encoding="utf-8-sig", newline=newline)
+    return path.open(encoding="utf-8-sig", newline=newline)
 
 
 def _read_jsonl(path: Path) -> _Rows:
-    with path.open(encoding="utf-8-sig") as file:
-        for line_number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            location = f"{path}:{line_number}"
-            try:
-                yield location, json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{location}: not valid JSON: {error.msg} at column {error.colno}") from None
-            except (ValueError, RecursionError) as error:  # a number of thousands of digits, or as many brackets
-                raise UserError(f"{location}: cannot be read: {error}") from None
+    with _open(path) as file:
+        yield from _rows_of_lines(path, file)
+
+
+def _rows_of_lines(path: Path, lines: Iterable[str]) -> _Rows:
+    for line_number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        location = f"{path}:{line_number}"
+        try:
+            yield location, _load_json(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{location}: not valid JSON: {error.msg} at column {error.colno}") from None
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits, or as many brackets
+            raise UserError(f"{location}: cannot be read: {error}") from None
 
 
 def _read_json(path: Path) -> _Rows:
+    """The rows of a list of objects; JSON Lines under this name are read as such, as `datasets` does."""
+    with _open(path) as file:
+        text = file.read()
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        content = _load_json(text)
     except json.JSONDecodeError as error:
+        if error.msg == "Extra data" and text.lstrip().startswith("{") and "\n" in text[: error.pos]:
+            yield from _rows_of_lines(path, text.split("\n"))
+            return
         raise UserError(f"{path}:{error.lineno}: not valid JSON: {error.msg} at column {error.colno}") from None
-    except UnicodeDecodeError:
-        raise  # a ValueError, which `read_file` reports
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     if not isinstance(content, list):
@@ -92,10 +98,31 @@ def _read_json(path: Path) -> _Rows:
         yield f"{path}[{index}]", row
 
 
-def _read_csv(path: Path) -> _Rows:
-    with path.open(encoding="utf-8-sig", newline="") as file:
+def _load_json(text: str) -> Any:
+    return json.loads(text, object_pairs_hook=_object, parse_float=SpelledNumber)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose names are all different; Python would take the last of two values without a word."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the name {twice!r} is given twice in an object")
+    return content
+
+
+def _read_text(path: Path) -> _Rows:
+    with _open(path) as file:
+        for line_number, line in enumerate(file, start=1):
+            if line.strip():
+                yield f"{path}:{line_number}", {TEXT_FIELD: line.rstrip("\n")}
+
+
+def _read_csv(path: Path, delimiter: str = ",") -> _Rows:
+    with _open(path, newline="") as file:
         csv.field_size_limit(MAX_FIELD_CHARACTERS)  # by default 131,072, less than a long document
-        reader = csv.reader(file, strict=True)
+        reader = csv.reader(file, strict=True, delimiter=delimiter)
         try:
             header = next(reader, None)
             if header is None:
@@ -112,23 +139,12 @@ def _read_csv(path: Path) -> _Rows:
             raise UserError(f"{path}:{reader.line_num}: not valid CSV: {error}") from None
 
 
-def _read_parquet(path: Path) -> _Rows:
-    import pyarrow
-    import pyarrow.parquet
-
-    index = 0
-    try:
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
-            for row in batch.to_pylist():
-                yield f"{path}[{index}]", row
-                index += 1
-    except pyarrow.ArrowException as error:
-        raise UserError(f"{path}: not a valid Parquet file: {str(error).splitlines()[0]}") from None
-
-
 _READERS: dict[str, Callable[[Path], _Rows]] = {
     ".jsonl": _read_jsonl,
     ".json": _read_json,
     ".csv": _read_csv,
-    ".parquet": _read_parquet,
+    ".parquet": read_parquet,
+    ".ndjson": _read_jsonl,
+    ".tsv": partial(_read_csv, delimiter="\t"),
+    ".txt": _read_text,
 }

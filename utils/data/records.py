@@ -1,13 +1,29 @@
 """Records, the rows of a data source, and pairs, the texts that a training script makes of them."""
 
-import string
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
-from utils.config.schema import DataSection
+from utils.config.data_section import DataSection, template_names
 from utils.errors import UserError
+from utils.text.template import FilledPrompt, fill_template
+
+
+class UnusableRow(UserError):
+    """A row lacks a field, or has something else than a text in it."""
+
+
+class SpelledNumber(float):
+    """A number of a text file with its digits there: 2.50 is not 2.5."""
+
+    text: str
+    """The digits, as the file has them."""
+
+    def __new__(cls, text: str) -> "SpelledNumber":  # noqa: D102
+        number = super().__new__(cls, text)
+        number.text = text
+        return number
 
 
 @dataclass(frozen=True)
@@ -19,36 +35,48 @@ class Record:
     fields: Mapping[str, Any]
     """Values by field name, as the source has them."""
 
-    def text(self, field: str) -> str:
-        """The text of a field.
+    numbers: str = "refuse"
+    """`data.numbers`: whether a number is unusable, or the text of its digits."""
+
+    def text(self, field: str | None) -> str:
+        """The text of a field; none is an empty text.
 
         Raises:
-            UserError: there is no such field, or its value is not text.
+            UnusableRow: there is no such field, or its value is no text.
         """
-        if field not in self.fields:
-            names = ", ".join(map(repr, self.fields)) or "none"
-            raise UserError(f"{self.location}: no field {field!r}: the fields are {names}")
-        value = self.fields[field]
+        if field is None:
+            return ""
+        value = self._value(field)
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+            if self.numbers == "text":
+                return value.text if isinstance(value, SpelledNumber) else repr(value)
+            raise self._unusable(f"field {field!r} is {value!r}, not a text: data.numbers=text reads its digits")
         if not isinstance(value, str):
-            shown = "empty" if value is None else repr(value)[:40]
-            raise UserError(f"{self.location}: field {field!r} is {shown}, not a text")
+            raise self._unusable(f"field {field!r} is {'empty' if value is None else repr(value)[:40]}, not a text")
         if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
-            raise UserError(f"{self.location}: field {field!r} has half of a surrogate pair, which is no character")
+            raise self._unusable(f"field {field!r} has half of a surrogate pair, which is no character")
         return value
 
-    def fill(self, template: str, *, prompt: str) -> str:
-        """A template such as "Question: {prompt}", filled with the prompt and with the fields of this record.
+    def fill(self, template: str, *, prompt: str) -> FilledPrompt:
+        """A template such as "Question: {prompt}" with the prompt, and with fields of this record that it names.
+
+        A field that is null there, as Alpaca's `input` may be, is empty.
 
         Raises:
-            UserError: the template names a field that the record does not have, or whose value is not text.
+            UnusableRow: there is no such field, or its value is no text.
         """
-        fields = {name: self.text(name) for name in _names_in(template) if name != "prompt"}
-        return template.format(prompt=prompt, **fields)
+        names = template_names(template) - {"prompt"}
+        fields = {name: "" if self._value(name) is None else self.text(name) for name in names}
+        return fill_template(template, {**fields, "prompt": prompt})
 
+    def _value(self, field: str) -> Any:
+        if field not in self.fields:
+            names = ", ".join(map(repr, self.fields)) or "none"
+            raise self._unusable(f"no field {field!r}: the fields are {names}")
+        return self.fields[field]
 
-@cache
-def _names_in(template: str) -> frozenset[str]:
-    return frozenset(name for _, name, _, _ in string.Formatter().parse(template) if name)
+    def _unusable(self, reason: str) -> UnusableRow:
+        return UnusableRow(f"{self.location}: {reason}")
 
 
 # A function of the training script: given a record and the settings, the prompt and the response.

@@ -1,19 +1,25 @@
 """Token ids of the pairs, from a tokenizer that is trained on them or from a given one."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from utils.config.schema import DataSection
+from utils.config.data_section import DataSection
 from utils.data.labels import IGNORED
 from utils.data.records import Pair
+from utils.text.encoding import encode_continuations, encode_prompts
+from utils.text.spelled_tokens import SpelledTokens
 
 END_OF_TEXT = "<|endoftext|>"
 _PAIRS_PER_CALL = 512
+# Training takes the square of a word's length: a minute for 100,000 letters in a row. No token is as long as this.
+_MAX_WORD = 256
+_LONG_RUN = re.compile(rf"(?<!\S)\S{{{_MAX_WORD + 1},}}|(?<!\s)\s{{{_MAX_WORD + 1},}}")
 
 # A function of the training script: given the ids of prompt and response, the id of the end-of-text token and
 # `data.loss_on`, the token ids and labels of a row.
@@ -46,6 +52,8 @@ class RowCounts:
     """Pairs dropped for their length."""
     dropped_without_label: int = 0
     """Pairs dropped because all their labels were cut off: they would count as a loss of 0."""
+    notes: list[str] = field(default_factory=list)
+    """What the log says about control tokens in the texts, a line each."""
 
     def __str__(self) -> str:
         return (
@@ -54,20 +62,22 @@ class RowCounts:
         )
 
 
-def train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(
+    texts: Iterable[str], vocabulary_size: int, end_token: str = END_OF_TEXT
+) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer like GPT-2's, trained on the texts. Its end-of-text token also begins and pads."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary_size,
-        special_tokens=[END_OF_TEXT],
+        special_tokens=[end_token],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator((piece for text in texts for piece in _in_pieces(text)), trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT
+        tokenizer_object=tokenizer, bos_token=end_token, eos_token=end_token, pad_token=end_token
     )
 
 
@@ -81,11 +91,13 @@ def encode_pairs(
     """
     rows = []
     truncated = too_long = without_label = 0
+    spelled = SpelledTokens(tokenizer, data)
     chunks = range(0, len(pairs), _PAIRS_PER_CALL)
     for start in tqdm(chunks, desc="tokenizing", unit_scale=_PAIRS_PER_CALL, unit=" pairs", disable=None):
         chunk = pairs[start : start + _PAIRS_PER_CALL]
-        prompts = encode_prompts([pair.prompt for pair in chunk], tokenizer)
-        responses = _encode_responses([pair.response for pair in chunk], tokenizer)
+        prompts = encode_prompts([spelled.in_prompt(pair.prompt) for pair in chunk], tokenizer)
+        texts = [spelled.in_response(pair.response) for pair in chunk]
+        responses = encode_continuations(texts, tokenizer, parse=data.control_tokens == "parse")
         for pair, prompt, response in zip(chunk, prompts, responses, strict=True):
             input_ids, labels = make_example(prompt, response, tokenizer.eos_token_id, data.loss_on)
             is_too_long = len(input_ids) > data.max_length
@@ -98,41 +110,14 @@ def encode_pairs(
                 continue
             truncated += is_too_long
             rows.append(Row(pair.location, input_ids, labels, len(prompt)))
-    return rows, RowCounts(len(rows), truncated, too_long, without_label)
+    return rows, RowCounts(len(rows), truncated, too_long, without_label, spelled.notes())
 
 
-def _encode_responses(texts: list[str], tokenizer: Any) -> list[list[int]]:
-    """Token ids of texts that continue another text. The name of a special token in a text is text like any other.
-
-    Some tokenizers, such as Llama 2's, put a space before each text. For such a tokenizer, each text is encoded after a
-    character that does not merge with it, and the ids of that character are removed.
-    """
-
-    def encode(batch: list[str]) -> list[list[int]]:
-        encoded = tokenizer(batch, add_special_tokens=False, split_special_tokens=True, verbose=False)
-        ids: list[list[int]] = encoded["input_ids"]
-        return ids
-
-    ids_of_texts = encode(texts)
-    if all(encode([first])[0] + encode(["a"])[0] == encode([first + "a"])[0] for first in ("\n", "~")):
-        return ids_of_texts
-    for separator in ("\t", "\n", "~"):
-        (separator_ids,) = encode([separator])
-        for index, ids in enumerate(encode([separator + text for text in texts])):
-            if ids[: len(separator_ids)] == separator_ids:
-                ids_of_texts[index] = ids[len(separator_ids) :]
-    return ids_of_texts
-
-
-def encode_prompts(prompts: list[str], tokenizer: Any) -> list[list[int]]:
-    """Token ids of prompts, with the tokens that the tokenizer puts before a text but no end-of-text token after it.
-
-    An empty prompt becomes the token that begins a text, so that the first token of the response has a predecessor.
-    """
-    encoded = tokenizer(prompts, verbose=False)["input_ids"]
-    has_end = [
-        bool(ids) and ids[-1] == tokenizer.eos_token_id and not prompt.endswith(tokenizer.eos_token)
-        for ids, prompt in zip(encoded, prompts, strict=True)
-    ]
-    begin = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    return [(ids[:-1] if end else ids) or [begin] for ids, end in zip(encoded, has_end, strict=True)]
+def _in_pieces(text: str) -> Iterator[str]:
+    """A text, cut in runs of characters that are longer than any token."""
+    end = 0
+    for match in _LONG_RUN.finditer(text):
+        for cut in range(match.start() + _MAX_WORD, match.end(), _MAX_WORD):
+            yield text[end:cut]
+            end = cut
+    yield text[end:]

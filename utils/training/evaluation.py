@@ -13,6 +13,7 @@ from utils.data.dataset import RunData
 from utils.data.labels import count_labels
 from utils.errors import UserError
 from utils.logging.run_log import RunLog
+from utils.text.decoding import decode_answer
 
 # A little below 1: a small model's text still varies but seldom turns to noise.
 SAMPLE_TEMPERATURE = 0.6
@@ -67,7 +68,7 @@ class Evaluation:
         return self._show_sample(
             tokenizer.decode(prompt_ids),
             generate_sample(self._model, prompt_ids, tokenizer, self._config.log.sample_tokens),
-            tokenizer.decode(response_ids, skip_special_tokens=True),
+            decode_answer(response_ids, tokenizer),
         )
 
 
@@ -93,7 +94,7 @@ def generate_sample(model: Any, prompt_ids: list[int], tokenizer: Any, max_new_t
 
     The same weights give the same continuation each time.
     """
-    max_positions = getattr(model.config, "max_position_embeddings", None)
+    max_positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if max_positions is not None:
         max_new_tokens = min(max_new_tokens, max_positions - len(prompt_ids))
     if max_new_tokens < 1:
@@ -111,7 +112,7 @@ def generate_sample(model: Any, prompt_ids: list[int], tokenizer: Any, max_new_t
             top_p=SAMPLE_TOP_P,
             pad_token_id=tokenizer.pad_token_id,
         )
-    return tokenizer.decode(generated[0, len(prompt_ids) :], skip_special_tokens=True)
+    return decode_answer(generated[0, len(prompt_ids) :].tolist(), tokenizer)
 
 
 @contextmanager

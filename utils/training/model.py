@@ -1,16 +1,21 @@
 """The model of a run: a pretrained one, or a new one of the architecture in the settings."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from utils.config.schema import Config
+from utils.config.section import expand_home
 from utils.errors import UserError, first_line
+from utils.text.tokenizers import vocabulary_size
 
 
-def load_model(config: Config, tokenizer: Any) -> Any:
-    """A causal language model for the tokenizer, in float32, on the CPU.
+def load_model(config: Config, tokenizer: Any, info: Callable[[str], None] = lambda line: None) -> Any:
+    """A causal language model for the tokenizer, in float32, on the CPU; `info` gets lines for the log.
+
+    Its generation stops at the tokenizer's end-of-text token, which training ends the rows with.
 
     Raises:
         UserError: the model cannot be loaded, or has too small a vocabulary or too few positions for the data.
@@ -18,23 +23,61 @@ def load_model(config: Config, tokenizer: Any) -> Any:
     if config.model.pretrained is not None:
         model = load_pretrained(config.model.pretrained, "model.pretrained", dtype="float32")
         _check_fits(model.config, "model.pretrained", tokenizer, config.data.max_length)
-        return _with_loss_type(model)
-    assert config.model.architecture is not None
-    architecture = {
-        "vocab_size": len(tokenizer),
+    else:
+        assert config.model.architecture is not None
+        model = _new_model(config.model.architecture, tokenizer, config.data.max_length)
+    _end_at_trained_token(model, tokenizer, info)
+    return _with_loss_type(model)
+
+
+def _new_model(architecture: dict[str, Any], tokenizer: Any, max_length: int) -> Any:
+    of_tokenizer = {
+        "vocab_size": vocabulary_size(tokenizer),
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
-        **config.model.architecture,
     }
+    if isinstance(text := architecture.get("text_config"), dict):
+        architecture = {**architecture, "text_config": of_tokenizer | text}
+    else:
+        architecture = of_tokenizer | architecture
     try:
         model_config = AutoConfig.for_model(**architecture)
-        _check_fits(model_config, "model.architecture", tokenizer, config.data.max_length)
-        return _with_loss_type(AutoModelForCausalLM.from_config(model_config))
+        _check_fits(model_config, "model.architecture", tokenizer, max_length)
+        return AutoModelForCausalLM.from_config(model_config)
     except UserError:
         raise
     except Exception as error:  # transformers checks some values in many ways, and leaves others to torch
         raise UserError(f"model.architecture: {type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
+
+
+def end_token_ids(model: Any) -> list[int]:
+    """The tokens at which a model's generation stops."""
+    ids = model.generation_config.eos_token_id
+    return [] if ids is None else list(ids) if isinstance(ids, list | tuple) else [ids]
+
+
+def _end_at_trained_token(model: Any, tokenizer: Any, info: Callable[[str], None]) -> None:
+    """Let generation stop at the token that training ends the rows with.
+
+    Other tokens that end it stay where they are control tokens, as with transformers' trainer; a token that the
+    tokenizer uses for text would end answers early.
+    """
+    end, before = tokenizer.eos_token_id, end_token_ids(model)
+    text_config = model.config.get_text_config()
+    if end not in before:
+        control = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+        others = [other for other in before if other in control]
+        model.generation_config.eos_token_id = [end, *others] if others else end
+        named = ", ".join(f"{tokenizer.convert_ids_to_tokens(other)} ({other})" for other in before) or "nothing"
+        info(
+            f"Generation of the model stopped at {named}; it now stops at {tokenizer.eos_token} ({end}), with which "
+            f"training ends the rows{', as well' if others else ''}"
+        )
+    for model_config in (model.config, text_config):
+        allowed = getattr(model_config, "eos_token_id", None)
+        if end not in (allowed if isinstance(allowed, list | tuple) else [allowed]):
+            model_config.eos_token_id = end
 
 
 def load_pretrained(name: str, label: str, dtype: str = "auto") -> Any:
@@ -43,6 +86,7 @@ def load_pretrained(name: str, label: str, dtype: str = "auto") -> Any:
     Raises:
         UserError: the model cannot be loaded, or only in part. transformers would draw the missing weights at random.
     """
+    name = expand_home(name)
     if (reason := _reason_for_no_model(name)) is not None:
         raise UserError(f"{label}: {reason}")
     try:
@@ -86,11 +130,11 @@ def _with_loss_type(model: Any) -> Any:
 
 
 def _check_fits(model_config: Any, key: str, tokenizer: Any, max_length: int) -> None:
-    max_positions = getattr(model_config, "max_position_embeddings", None)
+    text_config, size = model_config.get_text_config(), vocabulary_size(tokenizer)
+    max_positions = getattr(text_config, "max_position_embeddings", None)
     if max_positions is not None and max_positions < max_length:
         raise UserError(f"{key}: the model has {max_positions} positions, fewer than data.max_length={max_length}")
-    if model_config.vocab_size < len(tokenizer):
+    if text_config.vocab_size < size:
         raise UserError(
-            f"{key}: the model's vocabulary has {model_config.vocab_size} entries, fewer than the tokenizer's "
-            f"{len(tokenizer)}"
+            f"{key}: the model's vocabulary has {text_config.vocab_size} entries, fewer than the tokenizer's {size}"
         )

@@ -13,7 +13,7 @@ def prepare(config, info=lambda line: None):
 
 def texts_of(data):
     """The prompts and responses of a section of the settings."""
-    return [(pair.prompt, pair.response) for pair in read_pairs(data, train_gpt.make_pair)]
+    return [(pair.prompt, pair.response) for pair in read_pairs(data, train_gpt.make_pair)[0]]
 
 
 def encode(pairs, tokenizer, data):

@@ -1,0 +1,65 @@
+"""The state of what rows are made of, for the key of the cache: another state, other rows."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from utils.config.data_section import DataSection
+from utils.data.python_sources import source_files
+from utils.data.table_readers import load_hub
+from utils.errors import UserError
+
+# Files up to this size are known by their content: a second for each GB. Larger ones are known by size and times.
+_MAX_HASHED_BYTES = 2**28
+_TOKENIZER_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
+
+
+def state_of_data(data: DataSection) -> Any:
+    """The state of the source of a run's data.
+
+    Raises:
+        UserError: a package is not installed, or a dataset of the hub cannot be loaded.
+    """
+    if data.docstrings is not None:
+        return _states(source_files(data.docstrings, "data.docstrings"))
+    if data.summaries is not None:
+        return _states(source_files(data.summaries, "data.summaries"))
+    if data.files is not None:
+        return [_states(_files_of(Path(name))) for name in data.files]
+    assert data.hub is not None
+    if Path(data.hub).is_dir():
+        return _states(_files_of(Path(data.hub)))
+    rows = load_hub(data.hub, data.hub_configuration, data.split)
+    # datasets keeps each version of a dataset in a directory of its own.
+    return [file["filename"] for file in getattr(rows, "cache_files", [])]
+
+
+def state_of_tokenizer(name: str) -> Any:
+    """The state of a tokenizer: of its files where it is a directory, of its version on the hub where it is not."""
+    directory = Path(name)
+    if directory.is_dir():
+        return [name, _states(sorted(path for path in directory.iterdir() if path.suffix in _TOKENIZER_SUFFIXES))]
+    from transformers.utils.hub import cached_file
+
+    try:
+        return [name, str(cached_file(name, "tokenizer_config.json"))]  # the path names the version
+    except OSError:  # `load_tokenizer` says what is wrong with it
+        return [name]
+
+
+def _files_of(path: Path) -> list[Path]:
+    return sorted(child for child in path.rglob("*") if child.is_file()) if path.is_dir() else [path]
+
+
+def _states(files: list[Path]) -> list[tuple[Any, ...]]:
+    return [(str(path), *_state(path)) for path in files]
+
+
+def _state(path: Path) -> tuple[Any, ...]:
+    try:
+        status = path.stat()
+        if status.st_size > _MAX_HASHED_BYTES:
+            return (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+        return (hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest(),)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None

@@ -1,0 +1,59 @@
+"""What becomes of the control tokens that the texts of a run spell, counted for the log."""
+
+from collections import Counter
+from typing import Any
+
+from utils.config.data_section import DataSection
+from utils.text.control_tokens import control_token_pattern, split_at_spelled, unknown_end_token, without_end_token
+from utils.text.encoding import adds_begin_token
+
+
+class SpelledTokens:
+    """Counts the control tokens that texts spell, and takes end tokens off responses."""
+
+    def __init__(self, tokenizer: Any, data: DataSection) -> None:
+        self._tokenizer, self._data = tokenizer, data
+        self._pattern = control_token_pattern(tokenizer)
+        self._as_text: Counter[str] = Counter()
+        self._ends: Counter[str] = Counter()
+        self._unknown_ends: Counter[str] = Counter()
+
+    def in_prompt(self, prompt: str) -> str:
+        """The prompt as it is to be encoded: without the parts from fields where control tokens are tokens in them."""
+        if self._data.control_tokens == "parse":
+            return str(prompt)
+        self._as_text.update({text for text, is_spelled in split_at_spelled(prompt, self._pattern) if is_spelled})
+        return prompt
+
+    def in_response(self, response: str) -> str:
+        """The response without an end token at its end."""
+        response, end = without_end_token(response, self._tokenizer, self._pattern)
+        if end is not None:
+            self._ends[end] += 1
+        elif (unknown := unknown_end_token(response, self._pattern)) is not None:
+            self._unknown_ends[unknown] += 1
+        if self._data.control_tokens == "text":
+            self._as_text.update(set(self._pattern.findall(response)))
+        return response
+
+    def notes(self) -> list[str]:
+        """Lines for the log."""
+        end, begin = self._tokenizer.eos_token, self._tokenizer.bos_token
+        lines = []
+        for name, count in self._ends.items():
+            other = "" if name == end else f"; to train on {name} itself, give data.end_token"
+            lines.append(f"{count} responses end with {name}: the row's own end token, {end}, takes its place{other}")
+        for name, count in self._unknown_ends.items():
+            lines.append(
+                f"{count} responses end with {name!r}, which is no token of this tokenizer: its letters are learned, "
+                f"and {end} after them"
+            )
+        if self._as_text:
+            names = ", ".join(name for name, _ in self._as_text.most_common(3))
+            lines.append(
+                f"{max(self._as_text.values())} texts spell control tokens ({names}), which are read as text "
+                "(data.control_tokens=parse reads them as the tokens)"
+            )
+        if begin and self._data.template.startswith(begin) and adds_begin_token(self._tokenizer):
+            lines.append(f"data.template begins with {begin}, which the tokenizer adds by itself: one is kept")
+        return lines
