@@ -54,7 +54,7 @@ def test_column_of_texts_needs_no_prompts(tmp_path):
     assert pairs_of(tmp_path / "d.parquet", prompt_field=None, response_field="text") == [("", "a"), ("", "b")]
 
 
-@pytest.mark.parametrize("content", [b"no gzip", gzip.compress(LINES.encode())[:-9]])
+@pytest.mark.parametrize("content", [b"no gzip", gzip.compress(LINES.encode())[:-9]], ids=["not packed", "cut off"])
 def test_damaged_packed_file_is_named(tmp_path, content):
     (tmp_path / "d.jsonl.gz").write_bytes(content)
     with pytest.raises(UserError, match=r"d\.jsonl\.gz: cannot be read: "):
