@@ -2,6 +2,7 @@
 
 import argparse
 import gc
+import os
 import sys
 from collections.abc import Callable
 
@@ -40,6 +41,7 @@ def run_script(main: Main, *, default_config: str, description: str | None) -> i
 
     def program() -> None:
         config = load_config(arguments.config, overrides)
+        os.environ.setdefault("MOREH_WAIT", "0")  # who starts a run by hand wants to know that it does not start
         if arguments.plan_only:
             from utils.plan_only import print_plan
 
