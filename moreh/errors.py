@@ -13,6 +13,10 @@ class AcceleratorError(MorehError, RuntimeError):
     """An accelerator cannot do what was asked: unknown, busy, or too many of them."""
 
 
+class AcceleratorBusyError(AcceleratorError):
+    """Another process is using the accelerator."""
+
+
 class RegistryError(MorehError, RuntimeError):
     """The files of the registry cannot be read or written."""
 

@@ -3,6 +3,7 @@
 import argparse
 import gc
 import io
+import os
 import sys
 from collections.abc import Callable
 
@@ -43,6 +44,7 @@ def run_script(main: Main, *, default_config: str, description: str | None) -> i
 
     def program() -> None:
         config = load_config(expand_home(arguments.config), overrides)
+        os.environ.setdefault("MOREH_WAIT", "0")  # who starts a run by hand wants to know that it does not start
         if arguments.plan_only:
             from utils.plan_only import print_plan
 

@@ -1,6 +1,7 @@
 """The job of this process: registered when the process first uses the device, reported while it runs, then removed."""
 
 import atexit
+import functools
 import multiprocessing
 import os
 import threading
@@ -19,6 +20,7 @@ from moreh.accelerator.job_status import JobStatus, PredictedUse, sample_cpu_tim
 from moreh.accelerator.memory.ledger import MemoryLedger, adamw_training_bytes, weight_bytes
 from moreh.accelerator.memory.out_of_memory import out_of_memory_error
 from moreh.accelerator.registry import Accelerator, Job, end_job, read_registry, start_job
+from moreh.accelerator.waiting import when_free
 from moreh.errors import RegistryError
 from moreh.log import logger, set_up_logger
 from moreh.patches.module_call import around_model_calls
@@ -187,21 +189,24 @@ _lock = threading.RLock()
 _local_job: LocalJob | None = None
 
 
-def local_job(run: str = "") -> LocalJob:
+def local_job(run: str = "", *, may_wait: bool = True) -> LocalJob:
     """The job of this process. The first call registers the job on the current accelerator and logs that.
+
+    It waits until the accelerator is free, unless MOREH_WAIT=0.
 
     Args:
         run: the id of a run of several processes that are one job although none descends from another.
+        may_wait: False if the caller sees to waiting.
 
     Raises:
-        AcceleratorError: another process is using the accelerator.
+        AcceleratorBusyError: another process is using the accelerator, and this one does not wait.
     """
     global _local_job
     if _local_job is None:
         with _lock:
             if _local_job is None:
                 set_up_logger()
-                _local_job = _join_job_of_ancestor() or _start_own_job(run)
+                _local_job = _join_job_of_ancestor() or _start_own_job(run, may_wait)
     return _local_job
 
 
@@ -210,11 +215,12 @@ def local_job_if_started() -> LocalJob | None:
     return _local_job
 
 
-def _start_own_job(run: str) -> LocalJob:
+def _start_own_job(run: str, may_wait: bool) -> LocalJob:
     # A worker of a DataLoader works for the process that started it, which may not have used the device itself.
     parent = multiprocessing.parent_process()
     owner = psutil.Process(os.getpid() if parent is None else parent.pid)
-    job, accelerator = start_job(owner, _command_line(owner), run)
+    start = functools.partial(start_job, owner, _command_line(owner), run)
+    job, accelerator = when_free(start) if may_wait else start()
     if job.pid != owner.pid:
         return LocalJob(job, accelerator)  # another process of the run is the job
     atexit.register(_end_own_job, job)

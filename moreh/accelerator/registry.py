@@ -15,7 +15,7 @@ import psutil
 
 from moreh.accelerator.flavors import Flavor, default_flavor, find_flavor
 from moreh.accelerator.state_files import read_json, replace_json, state_directory, writer_lock
-from moreh.errors import AcceleratorError, RegistryError
+from moreh.errors import AcceleratorBusyError, AcceleratorError, RegistryError
 
 MAX_ACCELERATORS = 5
 # A process's start time is derived from the boot time, which moves by fractions of a second when the clock is set.
@@ -192,7 +192,7 @@ def start_job(process: psutil.Process, command: str, run: str = "") -> tuple[Job
     If the process, or another process of the same `run`, is the job already, that job is returned.
 
     Raises:
-        AcceleratorError: another process is using the accelerator.
+        AcceleratorBusyError: another process is using the accelerator.
     """
 
     def change(registry: Registry) -> tuple[Registry, tuple[Job, Accelerator]]:
@@ -221,7 +221,7 @@ def job_status_path(job_id: int) -> Path:
 def _require_idle(registry: Registry, index: int, verb: str) -> None:
     job = registry.job_on(index)
     if job is not None:
-        raise AcceleratorError(
+        raise AcceleratorBusyError(
             f"accelerator {index} is in use by job {job.id} (process {job.pid}: {job.command}) and cannot be {verb}: "
             "wait until it ends, end it with 'moreh-smi --reset', or add another accelerator with "
             "'moreh-smi device --add' and select it with 'moreh-smi device --switch'"

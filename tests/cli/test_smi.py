@@ -84,13 +84,47 @@ def test_running_job_is_shown_from_another_terminal_and_not_after_kill(run, busy
 
 
 def test_second_process_is_refused_and_told_how_to_add_an_accelerator(run, run_python, busy):
-    refused = run_python("import torch\ntorch.zeros(1).cuda()")
+    refused = run_python("import torch\ntorch.zeros(1).cuda()", MOREH_WAIT="0")
     assert refused.returncode != 0
-    assert re.search(r"AcceleratorError: accelerator 0 is in use by job 1 \(process \d+: .*busy.py", refused.stderr)
+    assert re.search(r"AcceleratorBusyError: accelerator 0 is in use by job 1 \(process \d+: .*busy.py", refused.stderr)
     assert "moreh-smi device --add" in refused.stderr
     run("moreh-smi", "device", "--add", "1")
     run("moreh-smi", "device", "--switch", "1")
     assert run_python("import torch\ntorch.zeros(1).cuda()").returncode == 0
+
+
+WAITING = """
+import torch
+torch.moreh.option.enable_advanced_parallelization()
+torch.zeros(1).cuda()
+print("went on")
+"""
+
+
+@pytest.mark.parametrize("command", [(), ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")])
+def test_second_process_waits_until_the_first_has_ended(environment, tmp_path, busy, command):
+    script = tmp_path / "waiting.py"
+    script.write_text(WAITING, encoding="utf-8")
+    waiting = subprocess.Popen(
+        [sys.executable, *command, script], env=environment, cwd=tmp_path, stdout=subprocess.PIPE, text=True
+    )
+    line = next(line for line in waiting.stdout if "in use" in line)
+    assert re.match(
+        r"\[warning\] accelerator 0 is in use by job 1 \(process \d+: .*busy\.py.*\)\. This process wai", line
+    )
+    assert waiting.poll() is None
+    busy.kill()
+    busy.wait()
+    output, _ = waiting.communicate(timeout=120)
+    assert waiting.returncode == 0
+    assert output.count("went on") == max(1, len(command[4:]) * 2)
+    assert "MoAI Accelerator is ready to use." in output
+    assert "in use" not in output
+
+
+def test_wrong_wait_is_refused(run_python, busy):
+    refused = run_python("import torch\ntorch.zeros(1).cuda()", MOREH_WAIT="perhaps")
+    assert "OptionError: MOREH_WAIT='perhaps': allowed is 0 (a busy accelerator is refused) or 1" in refused.stderr
 
 
 def test_reset_ends_the_registered_process_only(run, busy):

@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 
 from moreh.accelerator.job import local_job
-from moreh.errors import AcceleratorError, MorehError, OptionError
+from moreh.accelerator.waiting import SECONDS_BETWEEN_ATTEMPTS, waits_for_accelerator, warn_of_waiting
+from moreh.errors import AcceleratorBusyError, AcceleratorError, MorehError, OptionError
 from moreh.log import logger
 from moreh.runtime.launch.exit_report import joined_path
 from moreh.runtime.launch.random_states import share_random_states
@@ -197,26 +198,45 @@ def _register_as_one_job(world: World) -> None:
     too, because both have the same master address.
 
     Raises:
-        AcceleratorError: another process is using the accelerator of one of the machines.
+        AcceleratorError: another process is using the accelerator of one of the machines, and MOREH_WAIT=0.
     """
     if world.rank > 0:
         logger.addFilter(lambda record: record.levelno > logging.INFO)  # torchrun shows what all workers log
     run = ":".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID"))
+    waits, is_first = waits_for_accelerator(), True
+    while (refusal := _register_in_turn(world, run)) is not None:
+        # All workers raise it, or wait: if one ended alone, the others would wait for it.
+        if not waits:
+            raise AcceleratorBusyError(refusal)
+        if is_first and world.rank == 0:
+            warn_of_waiting(refusal)
+        is_first = False
+        time.sleep(SECONDS_BETWEEN_ATTEMPTS)
+
+
+def _register_in_turn(world: World, run: str) -> str | None:
+    """Register this worker's job, unless the accelerator of any machine is busy: what is said then; collective.
+
+    Raises:
+        AcceleratorError: a worker was refused for another reason.
+    """
     # Rank 0 registers first, then the first rank of each other machine, then all others join.
     own_turn = 0 if world.rank == 0 else 1 if world.local_rank == 0 else 2
     for turn in range(3):
-        refusal = None
+        refusal: tuple[str, bool] | None = None
         if turn == own_turn:
             try:
-                local_job(run)
+                local_job(run, may_wait=False)
             except MorehError as error:
-                refusal = str(error)
-        refusals: list[str | None] = [None] * world.size
+                refusal = str(error), isinstance(error, AcceleratorBusyError)
+        refusals: list[tuple[str, bool] | None] = [None] * world.size
         dist.all_gather_object(refusals, refusal)
         # All workers raise the error: if one worker ended alone, the others would wait for it.
-        for message in refusals:
-            if message is not None:
-                raise AcceleratorError(message)
+        for message, is_busy in (refused for refused in refusals if refused is not None):
+            if is_busy:
+                return message
+            raise AcceleratorError(message)
+    return None
 
 
 def _remove_world_variables() -> None:

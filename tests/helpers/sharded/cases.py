@@ -2,12 +2,10 @@
 
 import copy
 import io
-import random
 import weakref
 from contextlib import nullcontext
 from unittest import mock
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -205,28 +203,6 @@ def refusals(plan):
     return errors | {"hook": error_of(lambda: model(input_ids=ids, labels=labels))}
 
 
-def moves(plan):
-    """What is said to moves and casts of a sharded model, and whether it has kept its tensors and can be trained."""
-    _, model, runner = sharded_copy("llama", plan)
-    train(model, steps=1)
-    before = [id(tensor) for tensor in runner.model.user_params.values()]
-    calls = {
-        "to cpu": lambda: model.to("cpu"),
-        "cpu": lambda: model.cpu(),
-        "cuda": lambda: model.to(torch.device("cpu")).cuda(),
-        "own dtype": lambda: model.double().to(torch.float64).to("cpu", torch.float64),
-        "part": lambda: model.model.layers[0].cpu(),
-        "half": lambda: model.half(),
-        "bfloat16": lambda: model.to("cpu", torch.bfloat16),
-        "part in float": lambda: model.lm_head.float(),
-        "meta": lambda: model.to("meta"),
-    }
-    errors = {name: error_of(call) for name, call in calls.items()}
-    is_same = model.to("cpu") is model and before == [id(tensor) for tensor in runner.model.user_params.values()]
-    train(model, steps=1)
-    return errors, is_same
-
-
 def _in_float16(call):
     with torch.autocast("cpu", dtype=torch.float16):
         return call()
@@ -249,22 +225,6 @@ def dropout_draws(plan):
         with rank_local_rng(mesh, is_random=True):
             draws.append(torch.rand(dist.get_rank() + 1)[0].item())
     return draws, torch.rand(1).item(), (mesh.rank("pipeline"), mesh.rank("data"), mesh.rank("tensor"))
-
-
-def drawn_after_training(family, plan, **settings):
-    """What the script's generators give after a training and an evaluation: of a whole and of a sharded model."""
-    whole, sharded, _ = sharded_copy(family, plan, **settings)
-    draws = []
-    for model in (whole, sharded):
-        torch.manual_seed(5)
-        random.seed(5)
-        np.random.seed(5)
-        train(model, steps=2)
-        ids, mask, labels = batch(0, model.config.vocab_size)
-        with torch.no_grad():
-            model(input_ids=ids, attention_mask=mask, labels=labels)
-        draws.append((torch.rand(1).item(), random.random(), np.random.rand()))
-    return draws
 
 
 @label_positions_rounded_to(4)

@@ -5,7 +5,7 @@ import pytest
 from tests.helpers.batches import PREFIX_LEN, long_batch
 from tests.helpers.models.families import PP_TP
 from tests.helpers.plans.cases import plan_of
-from tests.helpers.sharded import cases, loop
+from tests.helpers.sharded import afterwards, cases, loop
 from tests.helpers.workers import run_on_workers
 
 PP_SHARDED = {
@@ -196,7 +196,7 @@ def test_ranks_that_share_rows_draw_the_same_random_numbers():
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 def test_sharded_model_stays_where_it_is_and_keeps_its_dtype(plan):
-    for errors, is_same in on_workers(cases.moves, plan):
+    for errors, is_same in on_workers(afterwards.moves, plan):
         assert is_same
         assert [name for name, error in errors.items() if error is not None] == [
             "half", "bfloat16", "part in float", "meta"
@@ -207,7 +207,7 @@ def test_sharded_model_stays_where_it_is_and_keeps_its_dtype(plan):
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 def test_script_draws_afterwards_what_it_draws_with_a_whole_model(plan):
-    for whole, sharded in on_workers(cases.drawn_after_training, "llama", plan):
+    for whole, sharded in on_workers(afterwards.drawn_after_training, "llama", plan):
         assert sharded == whole
 
 

@@ -1,0 +1,55 @@
+"""What a process does whose accelerator another one is using: it waits, or with MOREH_WAIT=0 it is refused."""
+
+import os
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from moreh.errors import AcceleratorBusyError, OptionError
+from moreh.log import logger
+
+VARIABLE = "MOREH_WAIT"
+SECONDS_BETWEEN_ATTEMPTS = 1.0
+
+Result = TypeVar("Result")
+
+
+def waits_for_accelerator() -> bool:
+    """What MOREH_WAIT says.
+
+    Raises:
+        OptionError: its value is neither 0 nor 1.
+    """
+    text = os.environ.get(VARIABLE, "").strip()
+    if text not in ("", "0", "1"):
+        raise OptionError(
+            f"{VARIABLE}={text!r}: allowed is 0 (a busy accelerator is refused) or 1 (this process waits for it); 1 if "
+            "unset"
+        )
+    return text != "0"
+
+
+def when_free(start: Callable[[], Result]) -> Result:
+    """What `start` returns once the accelerator is free; says that it waits. Asks again, so a switch is noticed.
+
+    Raises:
+        AcceleratorBusyError: MOREH_WAIT=0, and another process is using the accelerator.
+    """
+    waits, is_first = waits_for_accelerator(), True
+    while True:
+        try:
+            return start()
+        except AcceleratorBusyError as busy:
+            if not waits:
+                raise
+            if is_first:
+                warn_of_waiting(busy)
+        is_first = False
+        time.sleep(SECONDS_BETWEEN_ATTEMPTS)
+
+
+def warn_of_waiting(busy: AcceleratorBusyError | str) -> None:
+    """The log line of a process that begins to wait."""
+    reason = str(busy).partition(" and cannot be ")[0]
+    shown = "".join(character if character.isprintable() else "?" for character in reason)
+    logger.warning("%s. This process waits until it is free (%s=0 refuses instead).", shown, VARIABLE)
