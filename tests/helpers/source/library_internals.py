@@ -44,6 +44,7 @@ INTERNALS: dict[str, str] = {
     "torch.nn.modules.module._IncompatibleKeys": "What load_state_dict returns: missing and unexpected keys.",
     "torch._dynamo.eval_frame.OptimizedModule:_orig_mod": "The module that torch.compile wraps.",
     "torch.optim.Optimizer.__init__": "Every optimizer calls it.",
+    "torch.optim.Adam._init_group": "Each step calls it for each group, and reads the group's `fused` afterwards.",
     "torch.nn.utils.clip_grad._get_total_norm": "clip_grad_norm_ and get_total_norm look it up when they are called.",
     "torch.utils._foreach_utils._get_fused_kernels_supported_devices": (
         "The types of devices that have fused optimizers."
