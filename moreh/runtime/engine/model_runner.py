@@ -179,15 +179,11 @@ class ModelRunner:
         if keeps_memory:
             before_training_step(self._training_steps)
         hidden_shape = self._cut_batch(inputs, self.plan.micro_batches)
-        stashed_grads = self._stash_grads()
-        with self._computing(), self._rank_local_rng():
+        with self._without_earlier_grads(), self._computing(), self._rank_local_rng():
             with span("forward_backward"):
                 losses = run_forward_backward(model, len(self._micro_batches), hidden_shape)
             self._tied_embedding.add_gradient()
             grads = collect_grads(model)
-        self._micro_batches = []
-        for parameter, grad in stashed_grads:
-            parameter.grad = grad
         loss = self._sum_over_ranks(losses)
         if keeps_memory:
             after_training_step(self._training_steps)
@@ -295,14 +291,22 @@ class ModelRunner:
         """Dropout that a script has left on in an evaluation must not bring the ranks' generators out of step."""
         return self._rank_local_rng() if self.model.parts.root.training else nullcontext()
 
-    def _stash_grads(self) -> list[tuple[nn.Parameter, torch.Tensor | None]]:
-        """Take off the gradients of earlier calls, which must not mix with those that this call computes."""
-        stashed: list[tuple[nn.Parameter, torch.Tensor | None]] = []
-        for parameter in self.model.compute_params.values():
-            if parameter.grad is not None:
-                stashed.append((parameter, parameter.grad))
+    @contextmanager
+    def _without_earlier_grads(self) -> Iterator[None]:
+        """Take off the gradients of earlier calls, which must not mix with those that this call computes.
+
+        They come back also after an error, or Ctrl-C, in the middle of a backward pass: a script that catches it goes
+        on with what it has accumulated.
+        """
+        earlier = [(parameter, parameter.grad) for parameter in self.model.compute_params.values()]
+        try:
+            for parameter, _ in earlier:
                 parameter.grad = None
-        return stashed
+            yield
+        finally:
+            self._micro_batches = []
+            for parameter, grad in earlier:
+                parameter.grad = grad
 
     @contextmanager
     def _computing(self) -> Iterator[None]:

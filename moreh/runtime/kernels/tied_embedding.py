@@ -37,6 +37,8 @@ class TiedEmbedding:
         try:
             yield
         finally:
+            # What an error has left there belongs to no later batch.
+            self._pending = []
             del self._embedding.forward
 
     def add_gradient(self) -> None:
