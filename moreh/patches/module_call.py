@@ -7,8 +7,8 @@ with it, and none is called when Ctrl-C ends a forward pass, so that what a hook
 """
 
 import threading
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -50,6 +50,17 @@ def instead_of_model_calls(function: InsteadOfCall) -> None:
     """
     _patch_module_call()
     _instead.append(function)
+
+
+@contextmanager
+def inside_of_call() -> Iterator[None]:
+    """Let calls of modules be what they are without the patch, as those in an outermost call are."""
+    before = getattr(_inside, "model_call", False)
+    _inside.model_call = True
+    try:
+        yield
+    finally:
+        _inside.model_call = before
 
 
 def _patch_module_call() -> None:

@@ -36,6 +36,12 @@ PROCESS_CHANGES = (
         "When the process becomes a job without a GPU: counts gradients and optimizer state around optimizer steps.",
     ),
     ProcessChange(
+        "global hooks of torch",
+        "moreh/runtime/engine/calls/recorded.py",
+        "From the first training batch on one worker: before an optimizer's step, keeps the weights of a batch whose "
+        "logits a script may still read.",
+    ),
+    ProcessChange(
         "sys.unraisablehook",
         "moreh/accelerator/memory/saved_activations.py",
         "When the process becomes a job: repeats a Ctrl-C that arrives in the backward pass, where Python discards it.",

@@ -1,7 +1,7 @@
 """A batch on one worker: its loss and gradients as the fast path computes them, beside a whole forward pass."""
 
 from moreh.options import DEFAULT_OPTIONS
-from moreh.runtime.batch.loss_output import LazyLogitsOutput
+from moreh.runtime.batch.loss_output import LazyOutput
 from moreh.runtime.engine.fast_path import FastPath
 from tests.helpers.batches import batch as ids_mask_and_labels
 from tests.helpers.compare import relative_difference, worst_of_names
@@ -31,7 +31,7 @@ def differences(model, inputs, options=DEFAULT_OPTIONS, *, scale=0.5, max_tokens
         expected = gradients(model)
         model.zero_grad()
         outputs = FastPath(options).call(model, (), inputs, max_tokens)
-        assert isinstance(outputs, LazyLogitsOutput)
+        assert isinstance(outputs, LazyOutput)
         (outputs.loss * scale).backward()
     actual = gradients(model)
     model.zero_grad()

@@ -1,121 +1,174 @@
-"""What a model returns for a batch with labels: the loss, and on one worker its other outputs when asked for."""
+"""What a model returns for a batch with labels: its own class of outputs, of which all but the loss is computed later.
 
+The loss is there at once. The first access to anything else computes the rest; from then on the object is of the
+model's class itself, so that it is compared, copied, pickled and sliced as transformers' outputs are.
+"""
+
+import inspect
+import typing
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import ModelOutput
-
-from moreh.errors import OptionError
-from moreh.trace import span
 
 BACKWARD_TWICE_MESSAGE = (
     "Trying to backward through the loss a second time: its gradients are gone. Call the model again"
 )
+# Fields that a model fills only where the call asks for it, and the runtime takes no such calls.
+_ABSENT = frozenset(("hidden_states", "attentions", "cross_attentions", "router_logits", "aux_loss", "z_loss"))
 
 
-@dataclass
-class LossOutput(ModelOutput):
-    """What a sharded model returns for a batch with labels. The logits exist only in parts, on different ranks."""
+def output_class_of(causal: Any) -> type[ModelOutput]:
+    """The class of outputs that a model of transformers returns, by the annotation of its forward pass.
 
-    loss: torch.Tensor | None = None
-    """The mean loss over the label tokens of the whole batch, a scalar."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "logits":
-            raise OptionError(
-                "logits of a batch with labels: a model that is sharded over workers does not keep them; "
-                "call it without labels, under torch.no_grad(), for logits"
-            )
-        raise AttributeError(f"{type(self).__name__} has no {name}: it has the loss")
+    `CausalLMOutputWithPast` where the annotation names no class with a loss and logits.
+    """
+    return _annotated_class(type(causal).forward)
 
 
-@dataclass
-class LazyLogitsOutput(ModelOutput):
-    """The loss. The model's other outputs, such as logits, are computed when the script asks for them."""
+@lru_cache(maxsize=64)
+def _annotated_class(forward: Callable[..., Any]) -> type[ModelOutput]:
+    try:
+        annotation = inspect.signature(forward, eval_str=True).return_annotation
+    except (NameError, TypeError, ValueError):
+        return CausalLMOutputWithPast
+    for candidate in (annotation, *typing.get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, ModelOutput):
+            fields = getattr(candidate, "__dataclass_fields__", {})
+            if "loss" in fields and "logits" in fields:
+                return candidate
+    return CausalLMOutputWithPast
 
-    loss: torch.Tensor | None = None
+
+def with_lazy_outputs(
+    output_class: type[ModelOutput], loss: torch.Tensor, compute: Callable[[], ModelOutput]
+) -> ModelOutput:
+    """Outputs of a class with a loss; `compute` makes the others when one of them is asked for, once."""
+    outputs: Any = output_class(loss=loss)
+    lazy_class = _lazy_class(output_class)
+    for name in lazy_class._later:
+        del outputs.__dict__[name]
+    outputs.__dict__["_compute"] = compute
+    outputs.__class__ = lazy_class
+    return outputs
+
+
+@lru_cache(maxsize=64)
+def _lazy_class(output_class: type[ModelOutput]) -> type[Any]:
+    names = {"__module__": output_class.__module__, "__qualname__": output_class.__qualname__}
+    lazy: Any = type(output_class.__name__, (LazyOutput, output_class), names)
+    fields: dict[str, Any] = getattr(output_class, "__dataclass_fields__", {})
+    lazy._later = frozenset(fields) - _ABSENT - {"loss"}
+    lazy._complete_class = output_class
+    return lazy
+
+
+class LazyOutput:
+    """The part of a class of outputs that computes what is missing before it is accessed.
+
+    `dict.items(outputs)` gives what there is already.
+    """
+
+    _later: frozenset[str]
+    """The fields that are computed later."""
+    _complete_class: type[ModelOutput]
+    """What the object becomes then."""
+    _compute: Callable[[], ModelOutput]
+    """Makes what is missing, and the loss or not."""
+    loss: torch.Tensor
     """The mean loss over the label tokens of the batch, a scalar."""
 
-    def with_lazy(self, compute: Callable[[], ModelOutput]) -> "LazyLogitsOutput":
-        """Set the function that computes the model's outputs, which is called at most once; returns `self`."""
-        self.__dict__["_compute"] = compute
-        return self
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """What a script makes with `type(outputs)(...)` is complete."""
+        return cls._complete_class(*args, **kwargs)
 
-    def _fill(self) -> None:
-        compute = self.__dict__.pop("_compute", None)
-        if compute is not None:
-            for name, value in compute().items():
-                if name != "loss":
-                    self[name] = value
+    def change_later(self, change: Callable[[Any], Any]) -> None:
+        """Let `change` be applied to what is computed later."""
+        compute = self._compute
+        object.__setattr__(self, "_compute", lambda: change(compute()))
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        self._fill()
-        if name in self.__dict__:
-            return self.__dict__[name]
-        raise AttributeError(f"{type(self).__name__} has no {name}")
+    def _complete(self) -> Any:
+        """Compute what is missing, and become an object of the model's class."""
+        computed = self._compute()  # may raise, now and again the next time
+        object.__delattr__(self, "_compute")
+        self.__class__ = self._complete_class  # type: ignore[assignment]
+        outputs: Any = self
+        for name, value in computed.items():
+            if name != "loss":
+                outputs[name] = value
+        return outputs
+
+    def __getattribute__(self, name: str) -> Any:
+        if name.startswith("_") or name not in type(self)._later:
+            return super().__getattribute__(name)
+        return getattr(self._complete(), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "loss" and value is not None:
+            dict.__setitem__(self, name, value)  # type: ignore[index]
+        if name in ("loss", "__class__"):
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self._complete(), name, value)
 
     def __getitem__(self, key: Any) -> Any:
-        return self.loss if key in (0, "loss") else super().__getitem__(key)  # type: ignore[no-untyped-call]
+        if key in ("loss", 0) if isinstance(key, str | int) else False:
+            return self.loss
+        return self._complete()[key]
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        if key == "loss":
+            self.loss = value
+        else:
+            self._complete()[key] = value
 
     def __contains__(self, key: object) -> bool:
-        self._fill()
-        return super().__contains__(key)
+        if key in ("loss", "logits"):
+            return True
+        return key in type(self)._later and key in self._complete()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The output with a name, or a default without one."""
+        if key in self:
+            return self[key]
+        return default
 
     def __iter__(self) -> Iterator[str]:
-        self._fill()
-        return super().__iter__()
+        return iter(self._complete())
 
     def __len__(self) -> int:
-        self._fill()
-        return super().__len__()
+        return len(self._complete())
+
+    def __eq__(self, other: object) -> bool:
+        return bool(self._complete() == other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return repr(self._complete())
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self._complete().__reduce_ex__(protocol)
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """All outputs in the order of the fields."""
+        return self._complete().to_tuple()
 
     def keys(self) -> Any:
         """The names of all outputs."""
-        self._fill()
-        return super().keys()
+        return self._complete().keys()
 
     def items(self) -> Any:
         """All outputs with their names."""
-        self._fill()
-        return super().items()
+        return self._complete().items()
 
     def values(self) -> Any:
         """All outputs."""
-        self._fill()
-        return super().values()
+        return self._complete().values()
 
-
-def loss_with_computed_grads(loss: torch.Tensor, grads: list[tuple[nn.Parameter, torch.Tensor]]) -> torch.Tensor:
-    """The loss as a function of parameters whose gradients exist already; its backward pass uses them up."""
-    parameters = [parameter for parameter, _ in grads]
-    loss_of_parameters: torch.Tensor = _LossWithComputedGrads.apply(loss, [grad for _, grad in grads], *parameters)  # type: ignore[no-untyped-call]
-    return loss_of_parameters
-
-
-class _LossWithComputedGrads(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, loss: torch.Tensor, grads: list[torch.Tensor], *parameters: torch.Tensor) -> torch.Tensor:
-        ctx.grads = grads
-        return loss.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        if ctx.grads is None:
-            raise RuntimeError(BACKWARD_TWICE_MESSAGE)
-        if torch.is_grad_enabled():
-            raise OptionError(
-                "create_graph=True: the gradients of a batch with labels are computed in the call and cannot be "
-                "differentiated again; call the model without labels for a loss of your own"
-            )
-        grads, ctx.grads = ctx.grads, None
-        with span("accumulate_grads"):
-            scale = grad_outputs[0].item()
-            if scale != 1.0:
-                for grad in grads:
-                    grad.mul_(scale)
-        return None, None, *grads
+    def copy(self) -> Any:
+        """A copy, as of a dictionary."""
+        return self._complete().copy()

@@ -4,17 +4,18 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from moreh.models.introspection import unwrapped
 from moreh.models.losses import token_loss_of
-from moreh.runtime.batch.loss_output import LossOutput
+from moreh.runtime.batch.loss_output import output_class_of, with_lazy_outputs
 from moreh.runtime.batch.model_inputs import ModelInputs, check_same_on_all_ranks, pad_inputs, slice_rows
 from moreh.runtime.launch.world import World
 from moreh.runtime.tensor.vocab_parallel import vocab_parallel_cross_entropy
 from moreh.trace import span
 
 
-def evaluate_unsharded(model: Any, inputs: ModelInputs, world: World) -> LossOutput:
+def evaluate_unsharded(model: Any, inputs: ModelInputs, world: World) -> Any:
     """The mean loss of a batch, without gradients: a scalar in the logits' dtype, float32 at least; collective.
 
     Raises:
@@ -35,4 +36,13 @@ def evaluate_unsharded(model: Any, inputs: ModelInputs, world: World) -> LossOut
             total = token_loss(logits, own.labels, None, logits.shape[-1]).sum(dtype=torch.float64)
         with span("all_reduce_loss", total.nbytes):
             dist.all_reduce(total)
-    return LossOutput(loss=(total / inputs.loss_divisor).to(torch.promote_types(logits.dtype, torch.float32)))
+    loss = (total / inputs.loss_divisor).to(torch.promote_types(logits.dtype, torch.float32))
+
+    def compute_logits() -> CausalLMOutputWithPast:
+        """The logits of all rows on every worker; collective."""
+        rows = torch.empty(world.size, *logits.shape, dtype=logits.dtype, device=device)
+        with span("all_gather_logits", rows.nbytes):
+            dist.all_gather_into_tensor(rows, logits.contiguous())
+        return CausalLMOutputWithPast(logits=rows.flatten(0, 1)[: inputs.batch_size])
+
+    return with_lazy_outputs(output_class_of(causal), loss, compute_logits)

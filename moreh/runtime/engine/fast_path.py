@@ -4,6 +4,7 @@
 call whose loss might come out different here, and a model that cannot be split into parts.
 """
 
+import weakref
 from typing import Any
 
 import torch
@@ -24,8 +25,11 @@ from moreh.models.introspection import unwrapped
 from moreh.models.parts import split_into_parts
 from moreh.options import ParallelOptions
 from moreh.planner.plan.plan import Plan
-from moreh.runtime.batch.loss_output import LazyLogitsOutput
-from moreh.runtime.batch.model_inputs import WHOLE_MODEL_OUTPUTS, read_inputs
+from moreh.runtime.batch.loss_output import output_class_of, with_lazy_outputs
+from moreh.runtime.batch.model_inputs import WHOLE_MODEL_OUTPUTS, ModelInputs, read_inputs
+from moreh.runtime.engine.calls.history import CallHistories, CallHistory
+from moreh.runtime.engine.calls.pending_loss import Gradients, PendingLoss, pending_loss
+from moreh.runtime.engine.calls.recorded import RecordedCall
 from moreh.runtime.engine.model_runner import ModelRunner
 from moreh.trace import span
 
@@ -42,6 +46,8 @@ class FastPath:
         self._options = options
         # With each runner, the ids of the modules and parameters that its model had.
         self._runners: dict[nn.Module, tuple[list[int], ModelRunner | None]] = {}
+        self._histories = CallHistories()
+        self._last_calls: weakref.WeakKeyDictionary[nn.Module, weakref.ref[RecordedCall]] = weakref.WeakKeyDictionary()
 
     def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], max_tokens: int) -> Any:
         """What a call with labels returns; NotImplemented for one that the model's own forward pass is to compute.
@@ -53,8 +59,12 @@ class FastPath:
         runner = self._runner_for(module)
         if runner is None or _does_more_than_the_loss(module):
             return NotImplemented
-        training = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in module.parameters())
-        if torch.is_grad_enabled() and not training:
+        history = self._histories.of(module)
+        if history.needs_own_forward:
+            return NotImplemented
+        parameters = runner.model.compute_params
+        trainable = [name for name, parameter in parameters.items() if parameter.requires_grad]
+        if torch.is_grad_enabled() and not trainable:
             return NotImplemented
         try:
             with span("check_inputs"):
@@ -62,22 +72,42 @@ class FastPath:
         except OptionError:
             return NotImplemented
         runner.max_tokens = max_tokens
-        loss = runner.loss(inputs)
-        versions = _versions(module, args, kwargs)
+        if (last_call := self._last_calls.pop(module, None)) is not None and (recorded := last_call()) is not None:
+            recorded.drop_kept_weights()
+        call = RecordedCall(module, parameters, args, kwargs)
+        self._last_calls[module] = weakref.ref(call)
+        tensors = call.tensors
+        loss = self._loss(runner, inputs, call, history, trainable)
 
         def compute_other_outputs() -> Any:
-            if _versions(module, args, kwargs) != versions:
-                raise OptionError(
-                    "outputs other than the loss are computed when they are asked for, and the weights or inputs have "
-                    "changed since the call: read these outputs before the optimizer's step"
-                )
-            with torch.no_grad():
-                outputs: Any = module(*args, **{**kwargs, "labels": None})
-            if training:
-                outputs.logits = _NoGradient.apply(torch.zeros((), requires_grad=True), outputs.logits)  # type: ignore[no-untyped-call]
-            return outputs
+            history.add_read(late=call.has_changed)
+            return call.outputs_beside_the_loss(tensors)
 
-        return LazyLogitsOutput(loss=loss).with_lazy(compute_other_outputs)
+        call.keep_weights_at_steps()
+        return with_lazy_outputs(output_class_of(runner.model.parts.causal), loss, compute_other_outputs)
+
+    @staticmethod
+    def _loss(
+        runner: ModelRunner, inputs: ModelInputs, call: RecordedCall, history: CallHistory, trainable: list[str]
+    ) -> torch.Tensor:
+        """The loss of a call; with gradients switched on, a function of the parameters with the names `trainable`."""
+        expects_backward, use = history.expects_backward, history.add_call()
+        if not torch.is_grad_enabled():
+            return runner.loss_and_grads(inputs, with_grads=False)[0]
+        loss, grads = runner.loss_and_grads(inputs, with_grads=expects_backward)
+        max_tokens = runner.max_tokens
+
+        def compute(tensors: tuple[torch.Tensor, ...]) -> Gradients:
+            args, kwargs = call.arguments(tensors)
+            with call.restored():
+                runner.max_tokens = max_tokens
+                again = read_inputs(runner.model.parts.causal, args, kwargs)
+                computed = runner.loss_and_grads(again, with_grads=True)[1]
+            return [computed.get(name) for name in trainable]
+
+        gradients = [grads.get(name) for name in trainable] if expects_backward else None
+        parameters = [runner.model.compute_params[name] for name in trainable]
+        return pending_loss(loss, PendingLoss(call, gradients, compute, history, use), parameters)
 
     def _runner_for(self, module: nn.Module) -> ModelRunner | None:
         """The model's runner, a new one if its modules have changed; None for a model without a fast path."""
@@ -131,24 +161,3 @@ def _does_more_than_the_loss(module: nn.Module) -> bool:
     return uses_fp16_loss_scaling(parameters[0].device) or not all(
         parameter.is_leaf and parameter.dtype != torch.float16 for parameter in parameters
     )
-
-
-def _versions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int]:
-    """Numbers that grow when a parameter or an input is changed in place."""
-    inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
-    return [tensor._version for tensor in (*module.parameters(), *inputs)]
-
-
-class _NoGradient(torch.autograd.Function):
-    """Refuses a gradient through outputs that were computed after the batch's gradients: it would silently be lost."""
-
-    @staticmethod
-    def forward(ctx: Any, leaf: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        return output.view_as(output)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[None, None]:
-        raise OptionError(
-            "a gradient through the logits of a call with labels: the call has computed its gradients together with "
-            "the loss; call the model without labels for a loss of your own"
-        )

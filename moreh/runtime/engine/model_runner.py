@@ -29,7 +29,7 @@ from moreh.models.losses import IGNORED_LABEL, is_known_loss, token_loss_of
 from moreh.options import ParallelOptions
 from moreh.planner.plan.plan import Plan
 from moreh.runtime.batch.batch_cutter import BatchCutter
-from moreh.runtime.batch.loss_output import LossOutput, loss_with_computed_grads
+from moreh.runtime.batch.loss_output import output_class_of, with_lazy_outputs
 from moreh.runtime.batch.micro_batches import is_causal_model, label_positions
 from moreh.runtime.batch.model_inputs import (
     LOGITS_TO_KEEP,
@@ -128,7 +128,22 @@ class ModelRunner:
                 f"would underflow; use bfloat16, or {ONE_WORKER}"
             )
         loss = self.loss(inputs)
-        return (loss,) if as_tuple else LossOutput(loss=loss)
+        if as_tuple:
+            return (loss,)
+        no_grad_inputs = replace(inputs, labels=None)
+        has_grads = torch.is_grad_enabled()
+
+        def compute_logits() -> Any:
+            if has_grads:
+                # Without a gradient, a loss made of these logits would silently lack one.
+                raise OptionError(
+                    "logits of a training batch: a model that is sharded over workers does not keep them; call it "
+                    f"without labels, under torch.no_grad(), for logits, or {ONE_WORKER}"
+                )
+            with torch.no_grad():
+                return self._logits(no_grad_inputs, as_tuple=False)
+
+        return with_lazy_outputs(output_class_of(self.model.parts.causal), loss, compute_logits)
 
     def loss(self, inputs: ModelInputs) -> torch.Tensor:
         """The loss of a batch with labels, a scalar; computes the gradients as `call` does.
@@ -137,6 +152,22 @@ class ModelRunner:
             IndexError: a label is not a token id, as in torch.
             OptionError: the script has given the model a loss function that was not registered.
         """
+        with_grads = torch.is_grad_enabled()
+        loss, grads = self.loss_and_grads(inputs, with_grads=with_grads)
+        return loss_with_deferred_grads(loss, self.model, grads) if with_grads else loss
+
+    def loss_and_grads(self, inputs: ModelInputs, *, with_grads: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The loss of a batch with labels, and this rank's gradients by parameter name; none without gradients.
+
+        Raises:
+            IndexError: a label is no token, as in torch.
+            OptionError: the script has given the model a loss function that was not registered.
+        """
+        self._check_labels(inputs)
+        with torch.set_grad_enabled(with_grads):
+            return self._train(inputs) if with_grads else (self._evaluate(inputs), {})
+
+    def _check_labels(self, inputs: ModelInputs) -> None:
         assert inputs.labels is not None
         labels, loss_function = inputs.labels, self.model.parts.causal.loss_function
         wrong = (labels != IGNORED_LABEL) & ((labels < 0) | (labels >= self._vocabulary_size))
@@ -147,9 +178,9 @@ class ModelRunner:
                 f"the loss function {loss_function!r} is not known to be a sum over tokens: register its token loss "
                 f"with moreh.models.losses.register_token_loss, or {ONE_WORKER}"
             )
-        return self._train(inputs) if torch.is_grad_enabled() else self._evaluate(inputs)
 
-    def _train(self, inputs: ModelInputs) -> torch.Tensor:
+    def _train(self, inputs: ModelInputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The loss of a batch on every rank, and this rank's gradients by parameter name."""
         model = self.model
         keeps_memory = self._options.uses("keep_freed_memory") and model.mesh.device.type == "cpu"
         if keeps_memory:
@@ -164,9 +195,7 @@ class ModelRunner:
         if keeps_memory:
             after_training_step(self._training_steps)
         self._training_steps += 1
-        if self.plan.devices == 1:
-            return loss_with_computed_grads(loss, [(model.compute_params[name], grad) for name, grad in grads.items()])
-        return loss_with_deferred_grads(loss, model, grads)
+        return loss, grads
 
     def _evaluate(self, inputs: ModelInputs) -> torch.Tensor:
         with span("evaluate"):

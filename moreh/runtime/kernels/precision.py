@@ -48,6 +48,8 @@ def in_float32(outputs: Any) -> Any:
             converted = in_float32(value)
             if converted is not value:
                 outputs[name] = converted
+        if hasattr(outputs, "change_later"):
+            outputs.change_later(in_float32)
         return outputs
     if type(outputs) is dict:
         return {name: in_float32(value) for name, value in outputs.items()}

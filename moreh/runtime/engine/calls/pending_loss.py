@@ -1,0 +1,84 @@
+"""The loss of a batch as a function of the parameters, whose gradients exist already or are computed when needed.
+
+In the usual loop each loss is used once, and the gradients that were computed in the call are handed over. Of several
+losses that wait for `backward()` only the first has gradients: those of the others are computed then, as are those of
+a second pass through one graph (`retain_graph=True`) and those that shall have gradients themselves
+(`create_graph=True`).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from moreh.runtime.engine.calls.history import CallHistory, LossUse
+from moreh.runtime.engine.calls.recorded import RecordedCall
+from moreh.trace import span
+
+Gradients = list[torch.Tensor | None]
+
+
+@dataclass
+class PendingLoss:
+    """How the gradients of a loss are had."""
+
+    call: RecordedCall
+    """The call that has returned the loss."""
+    gradients: Gradients | None
+    """Those of the trainable parameters, until they are handed over; None where they are computed when needed."""
+    compute: Callable[[tuple[torch.Tensor, ...]], Gradients]
+    """Computes the gradients, given the tensors of the call."""
+    history: CallHistory
+    """What the script does with losses of this model."""
+    use: LossUse
+    """Where the use of this loss is noted."""
+
+
+def pending_loss(loss: torch.Tensor, pending: PendingLoss, parameters: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The loss as a function of the parameters. Autograd keeps the inputs of the call as long as a backward pass may
+    come: until one has come, or until the last one where the script retains the graph."""
+    # Autograd would take a change of the labels' values for an error, which torch does not.
+    tensors = [tensor.data for tensor in pending.call.take_tensors()]
+    result: torch.Tensor = _PendingLoss.apply(loss, pending, tensors, *parameters)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _PendingLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, loss: torch.Tensor, pending: PendingLoss, tensors: list[torch.Tensor], *parameters: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.pending, ctx.parameters = pending, parameters
+        ctx.save_for_backward(*tensors)
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        pending: PendingLoss = ctx.pending
+        tensors = ctx.saved_tensors  # raises torch's error where they have been freed
+        gradients, pending.gradients = pending.gradients, None
+        if torch.is_grad_enabled():
+            pending.history.use_own_forward("differentiates gradients (create_graph=True)")
+            pending.call.check_unchanged()
+            loss = pending.call.own_forward(tensors).loss
+            differentiable = torch.autograd.grad(
+                loss, ctx.parameters, grad_outputs[0].to(loss.dtype), create_graph=True, allow_unused=True
+            )
+            pending.use.used = True
+            return None, None, None, *differentiable
+        if gradients is None:
+            if pending.use.used:
+                pending.history.use_own_forward("goes back through one loss several times (retain_graph=True)")
+            else:
+                pending.history.add_late_gradients()
+            pending.call.check_unchanged()
+            gradients = pending.compute(tensors)
+        pending.use.used = True
+        with span("accumulate_grads"):
+            scale = grad_outputs[0].item()
+            if scale != 1.0:
+                for gradient in gradients:
+                    if gradient is not None:
+                        gradient.mul_(scale)
+        return None, None, None, *gradients

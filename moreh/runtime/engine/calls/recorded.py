@@ -1,0 +1,156 @@
+"""A call that can be computed again as it was: its arguments, random numbers, precision and weights."""
+
+import itertools
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from moreh.errors import OptionError
+from moreh.patches.module_call import inside_of_call
+
+CHANGED_WEIGHTS_MESSAGE = (
+    "one of the variables needed for gradient computation has been modified by an inplace operation: the weights or "
+    "inputs have changed since the call that made this loss"
+)
+# The calls whose outputs have not been read. Before an optimizer's step they keep the weights that it changes.
+_unread: "weakref.WeakSet[RecordedCall]" = weakref.WeakSet()
+_hook: Any = None
+
+
+class RecordedCall:
+    """A call of a model on one worker."""
+
+    def __init__(
+        self, module: nn.Module, parameters: Mapping[str, nn.Parameter], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """`parameters` are those of the module, by name."""
+        self._module = module
+        leaves, self._structure = tree_flatten((args, kwargs))
+        self.tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        self._others = [None if isinstance(leaf, torch.Tensor) else (leaf,) for leaf in leaves]
+        self._device = next(iter(parameters.values())).device
+        self._training, self._grad = module.training, torch.is_grad_enabled()
+        self._rng = [torch.get_rng_state()]
+        if self._device.type == "cuda":
+            self._rng.append(torch.cuda.get_rng_state(self._device))
+        kind = self._device.type
+        self._autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+        self._weights_before_step: dict[str, torch.Tensor] = {}
+        self._input_versions = [_version(tensor) for tensor in self.tensors]
+        self._weights = {name: (id(parameter), _version(parameter)) for name, parameter in parameters.items()}
+
+    def arguments(self, tensors: list[torch.Tensor] | tuple[torch.Tensor, ...]) -> tuple[tuple[Any, ...], Any]:
+        """The arguments of the call, with `tensors` in the place of its own."""
+        remaining = iter(tensors)
+        leaves = [next(remaining) if other is None else other[0] for other in self._others]
+        args, kwargs = tree_unflatten(leaves, self._structure)
+        return args, kwargs
+
+    def take_tensors(self) -> list[torch.Tensor]:
+        """The inputs, which are not kept here any longer."""
+        tensors, self.tensors = self.tensors, []
+        return tensors
+
+    @property
+    def has_changed(self) -> bool:
+        """Whether a weight has been changed in place since the call."""
+        return bool(self._changed_weights())
+
+    def check_unchanged(self) -> None:
+        """Check that the call would give the same now.
+
+        Raises:
+            RuntimeError: a weight has been changed in place.
+        """
+        if self.has_changed:
+            raise RuntimeError(CHANGED_WEIGHTS_MESSAGE)
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Compute as in the call: with its random numbers, precision and mode. The script's own come back."""
+        kind = self._device.type
+        training = [(module, module.training) for module in self._module.modules()]
+        with torch.random.fork_rng([self._device] if kind == "cuda" else []):
+            torch.set_rng_state(self._rng[0])
+            if kind == "cuda":
+                torch.cuda.set_rng_state(self._rng[1], self._device)
+            enabled, dtype = self._autocast
+            try:
+                if self._module.training != self._training:
+                    self._module.train(self._training)
+                with torch.autocast(kind, dtype=dtype, enabled=enabled), torch.set_grad_enabled(self._grad):
+                    yield
+            finally:
+                for module, was_training in training:
+                    module.training = was_training
+
+    def own_forward(self, tensors: list[torch.Tensor] | tuple[torch.Tensor, ...], **changes: Any) -> Any:
+        """What the model's own forward pass gives for the call, some of its arguments changed."""
+        args, kwargs = self.arguments(tensors)
+        with self.restored(), inside_of_call():
+            return self._module(*args, **{**kwargs, **changes})
+
+    def outputs_beside_the_loss(self, tensors: list[torch.Tensor]) -> Any:
+        """What the model's own forward pass gives without labels, with gradients where the call was made with them.
+
+        After an optimizer's step there are no gradients, as in torch, where the backward pass has used them up.
+
+        Raises:
+            OptionError: inputs or weights have been changed.
+        """
+        changed = self._changed_weights() - self._weights_before_step.keys()
+        if changed or self._input_versions != [_version(tensor) for tensor in tensors]:
+            raise OptionError(
+                "outputs other than the loss are computed when they are asked for, and the weights or inputs have "
+                "changed since the call: read them before the next step and the next call"
+            )
+        _unread.discard(self)
+        if not self._weights_before_step:
+            return self.own_forward(tensors, labels=None)
+        args, kwargs = self.arguments(tensors)
+        with self.restored(), inside_of_call(), torch.no_grad():
+            kwargs = {**kwargs, "labels": None}
+            return torch.func.functional_call(self._module, self._weights_before_step, args, kwargs)
+
+    def keep_weights_at_steps(self) -> None:
+        """Keep the weights that an optimizer changes while this call's outputs are alive and unread."""
+        global _hook
+        if _hook is None:
+            _hook = register_optimizer_step_pre_hook(_before_optimizer_step)
+        _unread.add(self)
+
+    def drop_kept_weights(self) -> None:
+        """Free the weights that were kept: another call of the model has begun."""
+        _unread.discard(self)
+        self._weights_before_step = {}
+
+    def keep_weights(self, parameters: set[int]) -> None:
+        """Copy the weights with these ids, before they are changed."""
+        for name, parameter in self._module.named_parameters():
+            is_as_in_call = self._weights.get(name) == (id(parameter), _version(parameter))
+            if id(parameter) in parameters and is_as_in_call:
+                self._weights_before_step[name] = parameter.detach().clone()
+
+    def _changed_weights(self) -> set[str]:
+        now = {name: (id(parameter), _version(parameter)) for name, parameter in self._module.named_parameters()}
+        return {name for name, weight in self._weights.items() if now.get(name) != weight}
+
+
+def _before_optimizer_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    if _unread:
+        groups = (group["params"] for group in optimizer.param_groups)
+        # Parameters without a gradient do not change.
+        changing = {id(p) for p in itertools.chain.from_iterable(groups) if p.grad is not None}
+        for call in list(_unread):
+            call.keep_weights(changing)
+
+
+def _version(tensor: torch.Tensor) -> int:
+    """A number that grows when a tensor is changed in place; tensors of `inference_mode` have none."""
+    return -1 if tensor.is_inference() else tensor._version

@@ -1,0 +1,323 @@
+"""What scripts do with losses and logits of calls with labels, beside what plain transformers gives for it."""
+
+import copy
+import weakref
+
+import pytest
+import torch
+from torch.nn import functional
+
+from moreh.options import DEFAULT_OPTIONS
+from moreh.runtime.engine.fast_path import FastPath
+from moreh.runtime.engine.model_runner import ModelRunner
+from tests.helpers.compare import relative_difference, worst_of_names
+from tests.helpers.fast_path_cases import LENGTH, MAX_TOKENS, batch, gradients
+from tests.helpers.float64 import exact_float64
+from tests.helpers.models.families import make_model
+
+pytestmark = pytest.mark.usefixtures("few_label_positions")
+
+
+class Calls:
+    """A model whose calls the fast path answers where it does, as under the line."""
+
+    def __init__(self, model):
+        self.model, self.fast_path = model, FastPath(DEFAULT_OPTIONS)
+        self.fast = 0
+
+    def __call__(self, **inputs):
+        outputs = self.fast_path.call(self.model, (), inputs, MAX_TOKENS)
+        if outputs is NotImplemented:
+            return self.model(**inputs)
+        self.fast += 1
+        return outputs
+
+
+def inputs_of(model, step):
+    inputs = batch(model)
+    return inputs | {"input_ids": inputs["input_ids"].roll(step, 0), "labels": inputs["labels"].roll(step, 0)}
+
+
+def weighted(call, model):
+    inputs = inputs_of(model, 1)
+    logits = call(**inputs).logits[:, :-1].flatten(0, 1)
+    weights = torch.linspace(0.5, 2, model.config.vocab_size, dtype=logits.dtype)
+    functional.cross_entropy(logits, inputs["labels"][:, 1:].flatten(), weights).backward()
+
+
+def distilled(call, model):
+    outputs = call(**inputs_of(model, 0))
+    target = torch.linspace(-1, 1, model.config.vocab_size, dtype=torch.float64).softmax(0).expand_as(outputs.logits)
+    divergence = functional.kl_div(outputs.logits.log_softmax(-1), target, reduction="batchmean")
+    (0.5 * outputs.loss + 0.5 * divergence).backward()
+
+
+def z_loss(call, model):
+    outputs = call(**inputs_of(model, 0))
+    (outputs.loss + 1e-2 * outputs.logits.logsumexp(-1).square().mean()).backward()
+
+
+def accuracy_then_loss(call, model):
+    outputs = call(**inputs_of(model, 0))
+    with torch.no_grad():
+        outputs.logits.argmax(-1)
+    (outputs.loss + outputs.logits.square().mean()).backward()
+
+
+def retained(call, model):
+    loss = call(**inputs_of(model, 0)).loss
+    loss.backward(retain_graph=True)
+    (3 * loss).backward()
+
+
+def two_losses(call, model):
+    losses = [call(**inputs_of(model, step)).loss for step in range(2)]
+    (losses[0] - 0.3 * losses[1]).backward()
+
+
+def many_losses(call, model):
+    sum(call(**inputs_of(model, step)).loss / (step + 1) for step in range(6)).backward()
+
+
+def losses_in_other_order(call, model):
+    losses = [call(**inputs_of(model, step)).loss for step in range(3)]
+    for scale, loss in enumerate(reversed(losses), 2):
+        (scale * loss).backward()
+
+
+def one_is_left(call, model):
+    unused = call(**inputs_of(model, 0)).loss
+    call(**inputs_of(model, 1)).loss.backward()
+    assert unused.requires_grad
+
+
+def chosen_parameters(call, model):
+    call(**inputs_of(model, 0)).loss.backward(inputs=[model.lm_head.weight, model.model.norm.weight])
+
+
+def gradient_of_chosen(call, model):
+    chosen = [model.lm_head.weight, model.model.norm.weight]
+    losses = [call(**inputs_of(model, step)).loss for step in range(2)]
+    grads = [torch.autograd.grad(loss, chosen, retain_graph=True) for loss in losses]
+    sum(losses).backward()
+    for index, parameter in enumerate(chosen):
+        parameter.grad += grads[0][index] * 2 + grads[1][index]
+
+
+def gradient_penalty(call, model):
+    loss = call(**inputs_of(model, 0)).loss
+    grads = torch.autograd.grad(loss, [model.lm_head.weight, model.model.norm.weight], create_graph=True)
+    (loss + sum(gradient.square().sum() for gradient in grads)).backward()
+
+
+def grad_norm(call, model):
+    """GradNorm: the norms of each task's gradient of a shared layer, and a loss of them."""
+    losses = [call(**inputs_of(model, step)).loss for step in range(2)]
+    shared = model.model.layers[-1].mlp.down_proj.weight
+    norms = [torch.autograd.grad(loss, shared, retain_graph=True, create_graph=True)[0].norm() for loss in losses]
+    (sum(losses) + (norms[0] - norms[1]).abs()).backward()
+
+
+def in_eval_mode(call, model):
+    model.eval()
+    call(**inputs_of(model, 0)).loss.backward()
+    model.train()
+
+
+def twice_a_call(call, model):
+    loss = call(**inputs_of(model, 0)).loss
+    (loss + loss.square()).backward()
+
+
+PATTERNS = [
+    weighted,
+    distilled,
+    z_loss,
+    accuracy_then_loss,
+    retained,
+    two_losses,
+    many_losses,
+    losses_in_other_order,
+    one_is_left,
+    chosen_parameters,
+    gradient_of_chosen,
+    gradient_penalty,
+    grad_norm,
+    in_eval_mode,
+    twice_a_call,
+]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=lambda pattern: pattern.__name__)
+def test_gradients_are_those_of_plain_torch(pattern):
+    model = make_model("llama")
+    plain = copy.deepcopy(model)
+    calls = Calls(model)
+    with exact_float64():
+        for _ in range(3):
+            pattern(calls, model)
+            pattern(plain, plain)
+            actual, expected = gradients(model), gradients(plain)
+            floor = 1e-6 * max(float(gradient.abs().max()) for gradient in expected.values())
+            assert worst_of_names(actual, expected, floor=floor) < 1e-9
+            for each in (model, plain):
+                torch.optim.SGD(each.parameters(), lr=0.05).step()
+                each.zero_grad()
+    assert calls.fast > 0
+
+
+@pytest.mark.parametrize("pattern", [z_loss, retained, many_losses, gradient_penalty, grad_norm])
+def test_other_uses_are_left_to_the_models_own_forward_once_they_are_known(pattern):
+    model = make_model("llama")
+    calls = Calls(model)
+    pattern(calls, model)
+    fast = calls.fast
+    pattern(calls, model)
+    assert calls.fast == fast
+
+
+def test_usual_loop_and_two_losses_stay_on_the_fast_path():
+    model = make_model("llama")
+    calls = Calls(model)
+    calls(**inputs_of(model, 0))  # a loss that nobody uses
+    for step in range(8):
+        calls(**inputs_of(model, step)).loss.backward()
+        two_losses(calls, model)
+    assert calls.fast == 25
+
+
+def test_rare_reads_leave_the_fast_path_on():
+    model = make_model("llama")
+    calls = Calls(model)
+    for step in range(20):
+        outputs = calls(**inputs_of(model, step))
+        outputs.loss.backward()
+        if step % 8 == 7:
+            assert outputs.logits.shape[1] == LENGTH
+    assert calls.fast == 20
+
+
+def counted_passes(monkeypatch):
+    """Counts the passes that a runner makes: those with gradients and those without."""
+    passes = []
+    train, evaluate = ModelRunner._train, ModelRunner._evaluate
+    monkeypatch.setattr(ModelRunner, "_train", lambda *args: passes.append("_train") or train(*args))
+    monkeypatch.setattr(ModelRunner, "_evaluate", lambda *args: passes.append("_evaluate") or evaluate(*args))
+    return passes
+
+
+def test_evaluation_with_gradients_on_computes_no_gradients(monkeypatch):
+    model = make_model("llama").eval()
+    calls, passes = Calls(model), counted_passes(monkeypatch)
+    total = sum(calls(**inputs_of(model, step)).loss for step in range(3))
+    assert total.requires_grad
+    assert passes == ["_evaluate"] * 3
+    model.train()
+    kept = [calls(**inputs_of(model, step)).loss for step in range(3)]
+    # One set of gradients is kept for all losses.
+    assert passes[3:] == ["_train", "_evaluate", "_evaluate"]
+    assert len(kept) == 3
+
+
+def test_training_in_eval_mode_computes_each_step_once_from_the_second_on(monkeypatch):
+    model = make_model("llama").eval()
+    calls, passes = Calls(model), counted_passes(monkeypatch)
+    for step in range(3):
+        calls(**inputs_of(model, step)).loss.backward()
+    assert passes == ["_evaluate", "_train", "_train", "_train"]
+
+
+@pytest.mark.parametrize("optimizers", [1, 2])
+def test_logits_can_be_read_after_the_step(optimizers):
+    model = make_model("llama")
+    calls = Calls(model)
+    whole = model(**inputs_of(model, 0)).logits
+    outputs = calls(**inputs_of(model, 0))
+    outputs.loss.backward()
+    parameters = list(model.parameters())
+    for part in range(optimizers):
+        torch.optim.AdamW(parameters[part::optimizers], lr=0.1).step()
+    model.zero_grad()
+    assert relative_difference(outputs.logits, whole) < 1e-5
+    # A script that reads so late gets all from one pass from now on.
+    calls(**inputs_of(model, 0))
+    assert calls.fast == 1
+
+
+def test_losses_after_the_step_are_refused_as_in_torch():
+    model = make_model("llama")
+    calls = Calls(model)
+    for call in (model, calls):
+        losses = [call(**inputs_of(model, step)).loss for step in range(2)]
+        losses[0].backward()
+        torch.optim.SGD(model.parameters(), lr=0.05).step()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            losses[1].backward()
+        model.zero_grad()
+
+
+def test_a_second_backward_pass_is_refused_as_in_torch():
+    model = make_model("llama")
+    for call in (model, Calls(model)):
+        loss = call(**inputs_of(model, 0)).loss
+        loss.backward()
+        with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+            loss.backward()
+
+
+def test_dropout_and_the_scripts_random_numbers_are_those_of_the_call():
+    model = make_model("gpt2", resid_pdrop=0.3, embd_pdrop=0.3)
+    model_inputs = batch(model)
+    torch.manual_seed(3)
+    expected = model(**model_inputs | {"labels": None}).logits
+    after = torch.rand(1)
+    calls = Calls(model)
+    torch.manual_seed(3)
+    outputs = calls(**model_inputs)
+    state = torch.get_rng_state()
+    assert relative_difference(outputs.logits, expected) < 1e-5
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(3)
+    calls(**model_inputs | {"labels": None})
+    assert torch.equal(torch.rand(1), after)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_gradients_computed_late_are_of_the_dropout_of_the_loss(mode):
+    """The gradients of a loss that was not expected to be used, against those of the same loss computed at once."""
+    model = make_model("gpt2", resid_pdrop=0.3, embd_pdrop=0.3)
+    results = []
+    for kept in (0, 1):
+        model.zero_grad()
+        calls = Calls(model)
+        unused = [calls(**batch(model)).loss for _ in range(kept)]
+        torch.manual_seed(5)
+        loss = calls(**batch(model)).loss
+        torch.rand(7)
+        getattr(model, mode)()
+        loss.backward()
+        model.train()
+        results.append((loss.item(), gradients(model), len(unused)))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-6)
+    assert worst_of_names(results[1][1], results[0][1], floor=1e-6) < 1e-4
+
+
+def test_inputs_are_freed_by_the_backward_pass():
+    class Kept:
+        def __init__(self, tensor):
+            self.tensor = tensor
+
+    kept = weakref.WeakSet()
+
+    def pack(tensor):
+        packed = Kept(tensor)
+        kept.add(packed)
+        return packed
+
+    model = make_model("llama")
+    calls = Calls(model)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda packed: packed.tensor):
+        total = calls(**inputs_of(model, 0)).loss
+    assert {len(packed.tensor) for packed in kept} == {len(inputs_of(model, 0)["input_ids"])}
+    total.backward()
+    assert not kept
