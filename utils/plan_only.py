@@ -22,6 +22,7 @@ from moreh.planner.search.suggestions import smallest_sufficient
 from moreh.planner.software_profile import moreh_software
 from moreh.planner.units import gib
 from moreh.tables import terminal_width
+from utils.config.architecture_keys import with_tokenizer_keys
 from utils.config.hook_section import ParallelizationSection
 from utils.config.schema import Config, ModelSection, TokenizerSection
 from utils.errors import UserError
@@ -111,12 +112,15 @@ def _architecture(model: ModelSection, tokenizer: TokenizerSection) -> Architect
 
 
 def _new_architecture(architecture: dict[str, Any], tokenizer: TokenizerSection) -> Architecture:
-    if "vocab_size" not in architecture and tokenizer.pretrained is not None:
+    text_config = architecture.get("text_config")
+    has_size = "vocab_size" in (text_config if isinstance(text_config, dict) else architecture)
+    if not has_size and tokenizer.pretrained is not None:
         raise UserError(
             f"model.architecture: the vocabulary is that of the tokenizer {tokenizer.pretrained!r}, which a plan does "
             "not load: give model.architecture.vocab_size its number of entries, in the file or on the command line"
         )
-    described = describe_config({"vocab_size": tokenizer.entries_to_train(), **architecture}, "model.architecture")
+    keys = with_tokenizer_keys(architecture, {"vocab_size": tokenizer.entries_to_train()})
+    described = describe_config(keys, "model.architecture")
     return replace(described, name=f"a new {architecture['model_type']}")
 
 

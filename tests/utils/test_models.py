@@ -7,6 +7,7 @@ from transformers import AutoConfig, GenerationConfig, GPT2LMHeadModel
 from tests.helpers.scripts.tiny_tokenizers import chat_tokenizer, save_gpt2
 from utils.config.yaml_file import load_config
 from utils.errors import UserError
+from utils.plan_only import plan_request
 from utils.text.tokenizers import vocabulary_size
 from utils.training.evaluation import generate_sample
 from utils.training.model import load_model
@@ -101,3 +102,9 @@ def test_pretrained_model_with_nested_text_settings_is_loaded(tiny_config, tmp_p
     assert not hasattr(AutoConfig.from_pretrained(tmp_path / "gemma3"), "vocab_size")
     config = load_config(str(tiny_config), [f"model={{pretrained: {tmp_path / 'gemma3'}}}", "tokenizer={}"])
     assert load_model(config, chat_tokenizer()).config.get_text_config().vocab_size < 300
+
+
+def test_plan_of_a_new_model_has_the_vocabulary_of_its_tokenizer(tiny_config):
+    assert plan_request(gemma3(tiny_config)).training.architecture.vocabulary == 300
+    text = GEMMA3_TEXT.replace("{", "{vocab_size: 500, ", 1)
+    assert plan_request(gemma3(tiny_config, text)).training.architecture.vocabulary == 500

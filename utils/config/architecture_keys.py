@@ -34,6 +34,17 @@ def check_architecture_keys(architecture: dict[str, Any]) -> None:
         raise key_error(unknown[0], f"model_type {model_type} has no such key{others}{did_you_mean(unknown[0], known)}")
 
 
+def with_tokenizer_keys(architecture: dict[str, Any], keys: dict[str, Any]) -> dict[str, Any]:
+    """An architecture with keys of its tokenizer, such as `vocab_size`, unless it has them itself.
+
+    Where the settings of the text model are nested, as Gemma 3's, they belong there: above, they would have no effect.
+    """
+    text_config = architecture.get("text_config")
+    if isinstance(text_config, dict):
+        return {**architecture, "text_config": keys | text_config}
+    return keys | architecture
+
+
 def _declared_keys(model_type: str) -> set[str]:
     """The keys that the source of a model type's configuration declares, nearly all that it has. Empty if not found.
 

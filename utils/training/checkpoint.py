@@ -72,8 +72,8 @@ class Checkpoints:
         restore_random_states(extra["random"])
         if extra["step"] >= total_steps:
             raise UserError(
-                f"--resume: {checkpoint} has done {extra['step']} steps, and the run has {total_steps}: "
-                "give a larger train.steps, or an earlier checkpoint"
+                f"--resume (checkpoint.resume): {checkpoint} has done {extra['step']} steps, and the run has "
+                f"{total_steps}: give a larger train.steps, or an earlier checkpoint"
             )
         self._evaluation.first_loss = float(extra["first_eval_loss"])
         return int(extra["step"])
@@ -162,6 +162,6 @@ def checkpoint_to_resume(resume: str | None, run_directory: Path) -> Path | None
     if _NAME.fullmatch(directory.name) and directory.is_dir():
         return directory
     raise UserError(
-        f"--resume {resume}: there is no checkpoint; give auto, the directory of a run, or one of its "
-        "checkpoints/step-<number>"
+        f"--resume {resume} (checkpoint.resume): there is no checkpoint; give auto, the directory of a run, or one "
+        "of its checkpoints/step-<number>"
     )

@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from utils.config.architecture_keys import with_tokenizer_keys
 from utils.config.schema import Config
 from utils.config.section import expand_home
 from utils.errors import UserError, first_line
@@ -37,12 +38,8 @@ def _new_model(architecture: dict[str, Any], tokenizer: Any, max_length: int) ->
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    if isinstance(text := architecture.get("text_config"), dict):
-        architecture = {**architecture, "text_config": of_tokenizer | text}
-    else:
-        architecture = of_tokenizer | architecture
     try:
-        model_config = AutoConfig.for_model(**architecture)
+        model_config = AutoConfig.for_model(**with_tokenizer_keys(architecture, of_tokenizer))
         _check_fits(model_config, "model.architecture", tokenizer, max_length)
         return AutoModelForCausalLM.from_config(model_config)
     except UserError:
