@@ -6,10 +6,23 @@ package without torch, so nothing here may import it.
 """
 
 import sys
+from typing import Any
 
 from moreh.version import __version__
 
 __all__ = ["__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    """Say of an older entry point of the platform what takes its place."""
+    if name in ("pipeline_assign", "MixedPrecisionTrainer"):
+        raise AttributeError(
+            f"torch.moreh.{name} is an older entry point of the platform, which is not here: call "
+            "torch.moreh.option.enable_advanced_parallelization() once, before the model is made, and train as on one "
+            "device"
+        )
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 if "torch" in sys.modules:
     from moreh.attach import attach_to_torch

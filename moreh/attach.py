@@ -2,6 +2,8 @@
 
 import sys
 
+from moreh.version import __version__
+
 
 def attach_to_torch() -> None:
     """Make `torch.moreh` available. PyTorch calls this at the end of `import torch`; a second call does nothing.
@@ -23,4 +25,4 @@ def attach_to_torch() -> None:
         from moreh.accelerator.job_device import JobDevice
 
         install_cuda_face(JobDevice(), audience)
-    add_to_torch(sys.modules["moreh"])
+    add_to_torch(sys.modules["moreh"], __version__)

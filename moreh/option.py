@@ -117,3 +117,14 @@ def _workers_to_start() -> int:
             "CUDA_VISIBLE_DEVICES to nothing to compute on the CPU"
         )
     return int(value)
+
+
+def __getattr__(name: str) -> Any:
+    """Say of an older entry point of the platform what takes its place."""
+    if name in ("parallelizer_init",):
+        raise AttributeError(
+            f"torch.moreh.option.{name} is an older entry point of the platform, which is not here: call "
+            "torch.moreh.option.enable_advanced_parallelization() once, before the model is made, and train as on one "
+            "device"
+        )
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -16,6 +16,7 @@ import psutil
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from moreh.accelerator.environment import warn_of_variables_without_effect
 from moreh.accelerator.job_status import JobStatus, PredictedUse, sample_cpu_time, write_status
 from moreh.accelerator.memory.ledger import MemoryLedger, adamw_training_bytes, weight_bytes
 from moreh.accelerator.memory.out_of_memory import out_of_memory_error
@@ -228,6 +229,7 @@ def _start_own_job(run: str, may_wait: bool) -> LocalJob:
     logger.info("MoAI Accelerator is ready to use.")
     logger.info("Moreh Version: %s", __version__)
     logger.info("Moreh Job ID: %d", job.id)
+    warn_of_variables_without_effect()
     if started.simulated:
         flavor = accelerator.flavor
         logger.info(

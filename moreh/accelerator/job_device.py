@@ -5,6 +5,7 @@ The process becomes a job when it first puts something on the device, not when i
 
 import torch
 
+from moreh.accelerator.environment import visible_device
 from moreh.accelerator.flavors import ACCELERATOR_NAME
 from moreh.accelerator.job import local_job, local_job_if_started
 from moreh.accelerator.registry import read_registry
@@ -32,7 +33,7 @@ class JobDevice:
         if job is not None:
             return job.capacity_bytes
         registry = read_registry()
-        return registry.accelerator(registry.current).flavor.device.memory_bytes
+        return registry.accelerator(visible_device(registry.current)).flavor.device.memory_bytes
 
     def allocated_bytes(self) -> int:
         """Memory that the job uses now, in bytes."""

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import psutil
 
+from moreh.accelerator.environment import visible_device
 from moreh.accelerator.flavors import Flavor, default_flavor, find_flavor
 from moreh.accelerator.state_files import read_json, replace_json, state_directory, writer_lock
 from moreh.errors import AcceleratorBusyError, AcceleratorError, RegistryError
@@ -187,7 +188,7 @@ def switch_model(model: str) -> Accelerator:
 
 
 def start_job(process: psutil.Process, command: str, run: str = "") -> tuple[Job, Accelerator]:
-    """Register a process as the job of the current accelerator.
+    """Register a process as the job of the current accelerator, or of that of MOREH_VISIBLE_DEVICE.
 
     If the process, or another process of the same `run`, is the job already, that job is returned.
 
@@ -196,7 +197,7 @@ def start_job(process: psutil.Process, command: str, run: str = "") -> tuple[Job
     """
 
     def change(registry: Registry) -> tuple[Registry, tuple[Job, Accelerator]]:
-        accelerator = registry.accelerator(registry.current)
+        accelerator = registry.accelerator(visible_device(registry.current))
         holder = registry.job_on(accelerator.index)
         if holder is not None and (holder.pid == process.pid or (run != "" and holder.run == run)):
             return registry, (holder, accelerator)

@@ -84,9 +84,16 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         help="The new model, by its name or its number in the list. Without it, the tool asks.",
     )
     parser.add_argument(
+        "-M", "--model", dest="selection_by_flag", metavar="MODEL", help="The same as MODEL, as on the platform."
+    )
+    parser.add_argument(
         "--json", action="store_true", help="Print JSON: the models or, with MODEL, the result of the switch."
     )
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.selection is not None and options.selection_by_flag is not None:
+        parser.error(f"two models, {options.selection} and {options.selection_by_flag}: give one")
+    options.selection = options.selection_by_flag if options.selection is None else options.selection
+    return options
 
 
 if __name__ == "__main__":

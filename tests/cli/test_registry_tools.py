@@ -91,3 +91,11 @@ def test_tools_do_not_import_torch(run, module):
         f"import sys, moreh.cli.{module} as m; sys.argv = ['tool', '--json']; m.main(); print('torch' in sys.modules)"
     )
     assert run(sys.executable, "-c", source).stdout.endswith("\nFalse\n")
+
+
+def test_model_is_switched_by_the_platforms_flag(run):
+    assert 'switched to "Medium.128GB"' in run("moreh-switch-model", "-M", "2").stdout
+    assert 'switched to "Large.256GB"' in run("moreh-switch-model", "--model", "Large.256GB").stdout
+    refused = run("moreh-switch-model", "1", "-M", "2")
+    assert refused.returncode == 2
+    assert "two models, 1 and 2: give one" in refused.stderr

@@ -29,6 +29,16 @@ def caller_is_torch_or_moreh(frames_up: int) -> bool:
     return _is_torch_or_moreh(sys._getframe(frames_up + 1).f_code.co_filename)
 
 
+def caller_asks_for_bfloat16(frames_up: int) -> bool:
+    """Whether the code that called is transformers', which asks only whether a script may ask for bfloat16.
+
+    It leads into no CUDA code: `TrainingArguments(bf16=True)` is autocast, on whatever device there is.
+    """
+    frame = sys._getframe(frames_up + 1)
+    module, function = frame.f_globals.get("__name__"), frame.f_code.co_name
+    return (module, function) == ("transformers.utils.import_utils", "is_torch_bf16_gpu_available")
+
+
 @cache
 def _is_user_file(file_name: str) -> bool:
     if file_name.startswith("<frozen"):

@@ -11,7 +11,11 @@ from typing import Any
 
 import torch
 
-from moreh.patches.cuda.caller_origin import caller_is_torch_or_moreh, caller_is_user_code
+from moreh.patches.cuda.caller_origin import (
+    caller_asks_for_bfloat16,
+    caller_is_torch_or_moreh,
+    caller_is_user_code,
+)
 from moreh.patches.cuda.device_argument import require_device_zero
 from moreh.patches.cuda.simulated_device import SimulatedDevice
 from moreh.patches.patch import Patch
@@ -203,7 +207,7 @@ def _exchange_device(index: int | None) -> int:
 
 
 def _user_code() -> bool:
-    return caller_is_user_code(frames_up=2)
+    return caller_is_user_code(frames_up=2) or caller_asks_for_bfloat16(frames_up=2)
 
 
 def _everybody_but_torch_and_moreh() -> bool:

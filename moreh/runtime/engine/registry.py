@@ -64,8 +64,8 @@ def shard_model(root: nn.Module, plan: Plan, options: ParallelOptions = DEFAULT_
         runner = ModelRunner(root, plan, options)
         parameters = dict(root.named_parameters())
         replace_params({id(p): parameters[name] for name, p in originals.items()}, list(originals.values()))
-        revisit_optimizers()
         _runners.add(runner)
+        revisit_optimizers()
         replace_methods(runner.model)
         root.__dict__[_RUNNER] = runner
         for module in root.modules():

@@ -79,3 +79,32 @@ def test_trainer_on_two_workers_trains_as_in_a_plain_process(environment, tmp_pa
     assert runs["plain"].returncode == 0
     assert runs["workers"].returncode != 0
     assert 'save_strategy="no" and trainer.save_model()' in runs["workers"].stderr
+
+
+CHECKPOINTS = """
+import torch
+torch.moreh.option.enable_advanced_parallelization(mixed_precision=False)
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+model = LlamaForCausalLM(LlamaConfig(**shape, vocab_size=301, max_position_embeddings=128))
+rows = [{"input_ids": row, "labels": row} for row in torch.randint(0, 301, (32, 32))]
+arguments = TrainingArguments(
+    "out", per_device_train_batch_size=8, report_to=[], disable_tqdm=True, max_steps=2, save_steps=1, bf16=True
+)
+Trainer(model, arguments, train_dataset=rows).train()
+print("trained")
+"""
+
+
+def test_trainer_of_a_first_model_does_not_save_half_of_the_optimizer(run_python, tmp_path):
+    finished = run_python(CHECKPOINTS.replace(", bf16=True", ""), MOREH_WORKERS="2")
+    assert finished.returncode != 0
+    assert 'save_strategy="no" and trainer.save_model()' in finished.stderr
+    assert "trained" not in finished.stdout
+
+
+def test_trainer_takes_bfloat16_as_on_a_gpu(run_python, tmp_path):
+    finished = run_python(CHECKPOINTS)
+    assert finished.returncode == 0, finished.stderr
+    assert "trained" in finished.stdout
+    assert (tmp_path / "out" / "checkpoint-2" / "optimizer.pt").exists()

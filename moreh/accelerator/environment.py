@@ -1,0 +1,36 @@
+"""Environment variables of the platform that concern the accelerator."""
+
+import os
+
+from moreh.errors import OptionError
+from moreh.log import logger
+
+VISIBLE_DEVICE = "MOREH_VISIBLE_DEVICE"
+# Variables of the platform without a meaning here, and what takes their place.
+_WITHOUT_EFFECT = {
+    "ACCELERATOR_PLATFORM_FLAVOR": "'moreh-switch-model' chooses the accelerator's model",
+}
+
+
+def visible_device(current: int) -> int:
+    """The index of the accelerator that this process is to use: that of MOREH_VISIBLE_DEVICE, else the current one.
+
+    Raises:
+        OptionError: its value is no index.
+    """
+    text = os.environ.get(VISIBLE_DEVICE, "").strip()
+    if not text:
+        return current
+    if not (text.isascii() and text.isdecimal()):
+        raise OptionError(
+            f"{VISIBLE_DEVICE}={text!r}: allowed is the index of one accelerator, such as 0; "
+            "'moreh-smi device --list' shows them, and the current one is used if unset"
+        )
+    return int(text)
+
+
+def warn_of_variables_without_effect() -> None:
+    """Log a line for each variable of the platform that is set and changes nothing here."""
+    for name, instead in _WITHOUT_EFFECT.items():
+        if os.environ.get(name):
+            logger.warning("%s=%s has no effect: %s.", name, os.environ[name], instead)

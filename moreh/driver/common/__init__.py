@@ -1,0 +1,1 @@
+"""Modules that scripts of the platform import by these names."""

@@ -1,0 +1,28 @@
+"""`set_config` and `set_backend_config`: settings of the platform's driver, which have no counterpart here.
+
+Their names and values are not published. A call says in the log that it changes nothing.
+"""
+
+from typing import Any
+
+from moreh.log import logger, set_up_logger
+
+
+def set_config(name: str, *values: Any, **keywords: Any) -> None:
+    """Say that a setting of the platform's driver has no effect here."""
+    _log("set_config", name)
+
+
+def set_backend_config(name: str, *values: Any, **keywords: Any) -> None:
+    """Say that a setting of the platform's backend has no effect here."""
+    _log("set_backend_config", name)
+
+
+def _log(function: str, name: object) -> None:
+    set_up_logger()
+    logger.warning(
+        "%s(%r, ...) has no effect: it sets the platform's driver, and there is none here. What can be set are the "
+        "options of torch.moreh.option.enable_advanced_parallelization().",
+        function,
+        name,
+    )

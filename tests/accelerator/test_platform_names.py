@@ -1,0 +1,47 @@
+"""Names of the platform in scripts and the environment: they mean what they mean there, or a line says what to do."""
+
+import pytest
+import torch
+
+from moreh.version import __version__
+
+SCRIPT = """
+import torch
+from moreh.driver.common.config import set_backend_config, set_config
+set_config("name", 1)
+set_backend_config("other", True)
+torch.zeros(1).cuda()
+from moreh.accelerator.job import local_job
+print("accelerator", local_job().accelerator.index)
+"""
+
+
+def test_version_is_where_the_platform_has_it():
+    assert torch.version.moreh == __version__
+
+
+@pytest.mark.parametrize("name", ["torch.moreh.option.parallelizer_init", "torch.moreh.pipeline_assign"])
+def test_older_entry_points_name_the_line(name):
+    owner, _, attribute = name.rpartition(".")
+    owner = torch.moreh.option if owner.endswith("option") else torch.moreh
+    assert not hasattr(owner, attribute)
+    with pytest.raises(AttributeError, match=rf"{name} is an older .*: call torch.moreh.option.enable_advanced_para"):
+        getattr(owner, attribute)
+
+
+def test_names_of_the_platform_in_a_script_and_its_environment(run, run_python):
+    run("moreh-smi", "device", "--add", "2")
+    finished = run_python(SCRIPT, MOREH_VISIBLE_DEVICE="1", ACCELERATOR_PLATFORM_FLAVOR="flavor-default-8")
+    assert finished.returncode == 0, finished.stderr
+    lines = finished.stdout.splitlines()
+    assert lines[-1] == "accelerator 1"
+    for start in (
+        "[warning] set_config('name', ...) has no effect: ",
+        "[warning] set_backend_config('other', ...) has no effect: ",
+        "[warning] ACCELERATOR_PLATFORM_FLAVOR=flavor-default-8 has no effect: 'moreh-switch-model'",
+    ):
+        assert len([line for line in lines if line.startswith(start)]) == 1
+    refused = run_python(SCRIPT, MOREH_VISIBLE_DEVICE="7")
+    assert "AcceleratorError: no accelerator 7: there are 0, 1" in refused.stderr
+    refused = run_python(SCRIPT, MOREH_VISIBLE_DEVICE="first")
+    assert "OptionError: MOREH_VISIBLE_DEVICE='first': allowed is the index of one accelerator" in refused.stderr
