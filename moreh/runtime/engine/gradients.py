@@ -33,7 +33,7 @@ def collect_grads(model: ParallelModel) -> dict[str, torch.Tensor]:
 def _reduce(model: ParallelModel, grads: dict[str, torch.Tensor]) -> None:
     """Sum gradients in place.
 
-    - Over tensor-parallel ranks: partial ones, of parameters that every rank has whole and uses for a part of its input.
+    - Over tensor-parallel ranks: partial ones, of parameters that every rank has whole and uses for part of its input.
     - Over data-parallel ranks: all, unless FSDP has done so in the backward pass.
     - Over pipeline stages: those of tied parameters.
     """

@@ -85,7 +85,8 @@ class MultiWorkerHook:
         Raises:
             OptionError: the call is no training, but the weights are read when the model is sharded.
         """
-        if torch.is_grad_enabled() and module.training and inputs.labels is not None:
+        wants_gradients = torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters())
+        if wants_gradients and module.training:
             return True
         if is_waiting_for_state(module):
             raise OptionError(
