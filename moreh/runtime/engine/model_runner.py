@@ -1,27 +1,22 @@
-"""A sharded model as a script calls it: a training step, an evaluation, or logits.
+"""What a sharded model computes: a training step, an evaluation, or logits.
 
-The hook (`MultiWorkerHook`, `FastPath`) passes the script's call on to a `ModelRunner`. With labels and gradients, the
-runner does the forward and backward passes of all micro-batches. It returns a loss whose own backward pass adds the
-gradients to the script's parameters.
+The script's call goes here from the hook (`registry.call_sharded`, `FastPath`). With labels and gradients it runs the
+forward and the backward passes of all micro-batches, and returns a loss whose own backward pass hands the gradients
+over to the script.
 """
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from moreh.errors import OptionError
 from moreh.models.compatibility import (
-    has_call_hooks,
     has_gradient_hooks,
     unsupported_module,
     unsupported_reason,
-    uses_fp16_loss_scaling,
 )
 from moreh.models.dropout import draws_random_numbers
 from moreh.models.introspection import unwrapped
@@ -29,18 +24,12 @@ from moreh.models.losses import IGNORED_LABEL, is_known_loss, token_loss_of
 from moreh.options import ParallelOptions
 from moreh.planner.plan.plan import Plan
 from moreh.runtime.batch.batch_cutter import BatchCutter
-from moreh.runtime.batch.loss_output import output_class_of, with_lazy_outputs
 from moreh.runtime.batch.micro_batches import is_causal_model, label_positions
 from moreh.runtime.batch.model_inputs import (
-    LOGITS_TO_KEEP,
     ONE_WORKER,
     ModelInputs,
-    check_same_on_all_ranks,
-    kept_positions,
-    pad_inputs,
-    read_inputs,
-    slice_rows,
 )
+from moreh.runtime.engine.calls.logits import LogitsPasses, MicroBatchSeeds, batch_logits
 from moreh.runtime.engine.gradients import collect_grads, loss_with_deferred_grads
 from moreh.runtime.engine.parallel_model import (
     ParallelModel,
@@ -53,7 +42,6 @@ from moreh.runtime.engine.schedule import run_forward, run_forward_backward
 from moreh.runtime.kernels.allocator import after_training_step, before_training_step
 from moreh.runtime.kernels.faster_kernels import FasterKernels
 from moreh.runtime.kernels.tied_embedding import TiedEmbedding
-from moreh.runtime.sharding.placement import stage_placements
 from moreh.runtime.sharding.rng import rank_local_rng
 from moreh.runtime.tensor.vocab_parallel import gather_logits, vocab_parallel_cross_entropy
 from moreh.trace import span
@@ -79,6 +67,10 @@ class ModelRunner:
         self._micro_batches: list[ModelInputs] = []
         self._vocabulary_size = causal.get_output_embeddings().weight.shape[0]
         self._training_steps = 0
+        # While logits are computed that may get gradients: the seeds of both passes, and in the second one these
+        # gradients by micro-batch.
+        self._seeds: MicroBatchSeeds | None = None
+        self._grad_logits: list[torch.Tensor] = []
         make_model = build_unsharded if plan.devices == 1 else build_sharded
         self.model: ParallelModel = make_model(
             root, plan, self._micro_batch_inputs, self._micro_batch_output, self._logit_positions
@@ -93,60 +85,18 @@ class ModelRunner:
             pack_rows=skip_padding and options.uses("pack_rows") and is_token_wise,
             share_prefix=options.uses("share_prefix"),
         )
-        # An output layer inside another module, such as BERT's, gets that module's results for all positions.
+        self._logits_passes = LogitsPasses(
+            self.model, self._vocabulary_size, self._cutter.sequence_multiple, self._forward, self._second_pass
+        )
+        # An output layer inside of another module, as BERT's, gets what that module makes of all positions.
         head = causal.get_output_embeddings()
         self._chooses_positions = any(slot.module is head for slot in self.model.parts.post_layers)
         self._chooses_positions &= options.uses("logits_at_labels") and is_token_wise and not plan.sequence_parallel
 
-    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What the model returns for the whole batch; collective. Every rank passes the same whole batch.
-
-        With labels and with gradients enabled, the call computes the gradients too. `loss.backward()` adds them to the
-        parameters, multiplied by the gradient that reaches the loss.
-
-        Raises:
-            OptionError: the call asks for what a sharded model cannot give.
-            WorkerError: the ranks were called with different batches.
-        """
-        if has_call_hooks(self.model.parts.root):
-            raise OptionError(f"a forward hook on the whole model would not see the whole batch: {ONE_WORKER}")
-        as_tuple = kwargs.get("return_dict") is False
-        with span("check_inputs"):
-            inputs = read_inputs(self.model.parts.causal, args, kwargs)
-            if self.plan.devices > 1:
-                check_same_on_all_ranks(inputs, self.model.mesh.device)
-        if inputs.labels is None:
-            if torch.is_grad_enabled() and any(p.requires_grad for p in self.model.compute_params.values()):
-                raise OptionError(
-                    "the model was called with gradients but without labels: a model that is sharded over workers "
-                    "computes its gradients in the call, so pass labels; without them, call it under torch.no_grad()"
-                )
-            return self._logits(inputs, as_tuple=as_tuple)
-        if torch.is_grad_enabled() and uses_fp16_loss_scaling(self.model.mesh.device):
-            raise OptionError(
-                "training in float16: gradients are computed in the call, before the script scales the loss, and most "
-                f"would underflow; use bfloat16, or {ONE_WORKER}"
-            )
-        loss = self.loss(inputs)
-        if as_tuple:
-            return (loss,)
-        no_grad_inputs = replace(inputs, labels=None)
-        has_grads = torch.is_grad_enabled()
-
-        def compute_logits() -> Any:
-            if has_grads:
-                # Without a gradient, a loss made of these logits would silently lack one.
-                raise OptionError(
-                    "logits of a training batch: a model that is sharded over workers does not keep them; call it "
-                    f"without labels, under torch.no_grad(), for logits, or {ONE_WORKER}"
-                )
-            with torch.no_grad():
-                return self._logits(no_grad_inputs, as_tuple=False)
-
-        return with_lazy_outputs(output_class_of(self.model.parts.causal), loss, compute_logits)
-
     def loss(self, inputs: ModelInputs) -> torch.Tensor:
-        """The loss of a batch with labels, a scalar; computes the gradients as `call` does.
+        """The loss of a batch with labels; with gradients on, it computes those too.
+
+        They reach the parameters when the script calls `loss.backward()`, times what it has made of the loss.
 
         Raises:
             IndexError: a label is not a token id, as in torch.
@@ -186,16 +136,23 @@ class ModelRunner:
         if keeps_memory:
             before_training_step(self._training_steps)
         hidden_shape = self._cut_batch(inputs, self.plan.micro_batches)
-        with self._without_earlier_grads(), self._computing(), self._rank_local_rng():
-            with span("forward_backward"):
-                losses = run_forward_backward(model, len(self._micro_batches), hidden_shape)
-            self._tied_embedding.add_gradient()
-            grads = collect_grads(model)
+        with self._rank_local_rng():
+            losses, grads = self._forward_backward(hidden_shape)
         loss = self._sum_over_ranks(losses)
         if keeps_memory:
             after_training_step(self._training_steps)
         self._training_steps += 1
         return loss, grads
+
+    def _forward_backward(
+        self, hidden_shape: tuple[int, int, int]
+    ) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+        """The losses of this rank's micro-batches, which are forgotten, and its gradients by parameter name."""
+        with self._without_earlier_grads(), self._computing():
+            with span("forward_backward"):
+                losses = run_forward_backward(self.model, len(self._micro_batches), hidden_shape)
+            self._tied_embedding.add_gradient()
+            return losses, collect_grads(self.model)
 
     def _evaluate(self, inputs: ModelInputs) -> torch.Tensor:
         with span("evaluate"):
@@ -208,26 +165,49 @@ class ModelRunner:
             self._micro_batches = []
             return self._sum_over_ranks(losses)
 
-    def _logits(self, inputs: ModelInputs, *, as_tuple: bool) -> Any:
-        """Logits `[batch, sequence, vocabulary]` on every rank. Each data-parallel rank computes all rows."""
-        mesh = self.model.mesh
-        kept = kept_positions(inputs)
-        padded = pad_inputs(inputs, inputs.batch_size, self._cutter.sequence_multiple)
-        if self.plan.sequence_parallel:
-            # The padding on the right would count as the last positions: they are chosen from all logits afterwards.
-            padded = replace(padded, others={k: v for k, v in padded.others.items() if k != LOGITS_TO_KEEP})
-        self._micro_batches = [slice_rows(padded, 0, padded.batch_size, mesh.device)]
-        with span("logits"), self._computing(), self._evaluation_rng():
-            outputs = run_forward(self.model, 1, self._hidden_shape(padded))
-        self._micro_batches = []
-        num_positions = padded.sequence_length if self.plan.sequence_parallel else len(kept)
-        logits = self._from_last_stage(outputs[0] if outputs else None, (padded.batch_size, num_positions))
-        if self.plan.sequence_parallel:
-            logits = logits[:, kept]
-        return (logits,) if as_tuple else CausalLMOutputWithPast(logits=logits)
+    def logits(self, inputs: ModelInputs) -> torch.Tensor:
+        """The logits `[batch, sequence, vocabulary]` of a batch on every rank, with gradients on those of `call`.
+
+        Raises:
+            OptionError: the script wants gradients of the inputs.
+        """
+        return batch_logits(self._logits_passes, inputs)
+
+    def loss_and_logits(self, inputs: ModelInputs) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss of a batch with labels and its logits, from one pass; raises what `loss` and `logits` raise."""
+        self._check_labels(inputs)
+        assert inputs.labels is not None
+        logits = self.logits(inputs)
+        token_loss = token_loss_of(self.model.parts.causal.loss_function, vocab_parallel_cross_entropy)
+        losses = token_loss(logits, inputs.labels.to(logits.device), None, self._vocabulary_size)
+        return losses.sum() / inputs.loss_divisor, logits
+
+    def _forward(self, micro_batches: list[ModelInputs], *, with_seeds: bool) -> tuple[list[torch.Tensor], int | None]:
+        """The logits of whole micro-batches on the last stage, and the seed that all random numbers came from."""
+        with self._computing(), self._rank_local_rng() if with_seeds else self._evaluation_rng():
+            seed = torch.initial_seed() if with_seeds else None
+            self._micro_batches, self._seeds = micro_batches, None if seed is None else MicroBatchSeeds(seed)
+            try:
+                return run_forward(self.model, len(micro_batches), self._hidden_shape(micro_batches[0])), seed
+            finally:
+                self._micro_batches, self._seeds = [], None
+
+    def _second_pass(
+        self, micro_batches: list[ModelInputs], seed: int, grad_logits: list[torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """The gradients of the sum of `logits * grad_logits`, which has one tensor for each micro-batch."""
+        device = self.model.mesh.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
+            self._micro_batches, self._seeds, self._grad_logits = micro_batches, MicroBatchSeeds(seed), grad_logits
+            try:
+                return self._forward_backward(self._hidden_shape(micro_batches[0]))[1]
+            finally:
+                self._seeds, self._grad_logits = None, []
 
     def _micro_batch_inputs(self, index: int) -> dict[str, Any]:
         """What the model is called with for a micro-batch."""
+        if self._seeds is not None:
+            self._seeds.start_stage(index)
         micro_batch = self._micro_batches[index]
         return {**micro_batch.others, **micro_batch.tensors, "use_cache": False}
 
@@ -235,6 +215,8 @@ class ModelRunner:
         """What a micro-batch contributes to the loss, a scalar; its logits if it has no labels."""
         micro_batch = self._micro_batches[index]
         group = self.model.mesh.group("tensor") if self.plan.tensor > 1 else None
+        if self._grad_logits:
+            return (outputs.logits * self._grad_logits[index].to(outputs.logits.dtype)).sum()
         if micro_batch.labels is None:
             return gather_logits(outputs.logits, group, self._vocabulary_size) if group is not None else outputs.logits
         positions = self._logit_positions(index)
@@ -274,21 +256,6 @@ class ModelRunner:
             with span("all_reduce_loss", total.nbytes):
                 mesh.reduce(total)
         return total.to(torch.promote_types(self.model.dtype, torch.float32))
-
-    def _from_last_stage(self, logits: torch.Tensor | None, shape: tuple[int, int]) -> torch.Tensor:
-        """The logits `[*shape, vocabulary]` on every pipeline rank; the last stage's rank has them."""
-        if self.plan.pipeline == 1:
-            assert logits is not None
-            return logits
-        mesh = self.model.mesh
-        last_rank = stage_placements(self.plan)[-1].pipeline_rank
-        source = mesh.global_rank(last_rank, mesh.rank("data"), mesh.rank("tensor"))
-        if logits is None:
-            logits = torch.empty(*shape, self._vocabulary_size, dtype=self.model.dtype, device=mesh.device)
-        logits = logits.contiguous()
-        with span("broadcast_logits", logits.nbytes):
-            dist.broadcast(logits, source, group=mesh.group("pipeline"))
-        return logits
 
     def _rank_local_rng(self) -> AbstractContextManager[None]:
         """Each of several ranks draws dropout from its own generator. One worker draws from the script's generator."""

@@ -5,13 +5,20 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from moreh.errors import OptionError
+from moreh.models.compatibility import has_call_hooks, uses_fp16_loss_scaling
 from moreh.options import DEFAULT_OPTIONS, ParallelOptions
 from moreh.patches.module_call import instead_of_model_calls
 from moreh.patches.optimizer_creation import on_optimizer_created, revisit_optimizers
 from moreh.patches.total_norm import on_total_norm
 from moreh.planner.plan.plan import Plan
+from moreh.runtime.batch.loss_output import output_class_of, with_lazy_outputs
+from moreh.runtime.batch.model_inputs import ONE_WORKER, check_same_on_all_ranks, read_inputs
+from moreh.runtime.engine.calls.history import CallHistories
+from moreh.runtime.engine.calls.logits import weight_versions
+from moreh.runtime.engine.calls.recorded import mode_of
 from moreh.runtime.engine.gradients import global_grad_norm
 from moreh.runtime.engine.model_methods import replace_methods
 from moreh.runtime.engine.model_runner import ModelRunner
@@ -22,6 +29,7 @@ from moreh.trace import span
 # Keys in a `__dict__`: of the runner, in a sharded model; of a mark, in a sharded model and in each of its modules.
 _RUNNER = "_moreh_runner"
 _IS_SHARDED = "_moreh_is_sharded"
+_histories = CallHistories()
 _runners: weakref.WeakSet[ModelRunner] = weakref.WeakSet()
 _supports_optimizers = False
 _answers_calls = False
@@ -91,13 +99,60 @@ def call_sharded(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     """
     runner = runner_of(module)
     if runner is not None:
-        return runner.call(args, kwargs)
+        return _answer(runner, args, kwargs)
     if is_submodule_of_sharded(module):
         raise OptionError(
             f"a {type(module).__name__} inside a model that is sharded over workers was called by itself: "
             "call the whole model"
         )
     return NotImplemented
+
+
+def _answer(runner: ModelRunner, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a sharded model returns for the whole batch, which every rank is called with; collective.
+
+    Raises:
+        OptionError: the call asks for what a sharded model cannot give.
+        WorkerError: the ranks were called with different batches.
+    """
+    model = runner.model
+    causal: Any = model.parts.causal
+    if has_call_hooks(model.parts.root):
+        raise OptionError(f"a forward hook on the whole model would see no worker's call of it: {ONE_WORKER}")
+    as_tuple, output_class = kwargs.get("return_dict") is False, output_class_of(causal)
+    with span("check_inputs"):
+        inputs = read_inputs(causal, args, kwargs)
+        if model.plan.devices > 1:
+            check_same_on_all_ranks(inputs, model.mesh.device)
+    if torch.is_grad_enabled() and uses_fp16_loss_scaling(model.mesh.device):
+        raise OptionError(
+            "training in float16: gradients are computed in the call, before the script scales the loss, and most "
+            f"would vanish; use bfloat16, or {ONE_WORKER}"
+        )
+    if inputs.labels is None:
+        logits = runner.logits(inputs)
+        return (logits,) if as_tuple else output_class(logits=logits)
+    history = _histories.of(model.parts.root)
+    history.add_call()
+    if as_tuple or history.needs_own_forward:
+        loss, logits = runner.loss_and_logits(inputs)
+        return (loss, logits) if as_tuple else output_class(loss=loss, logits=logits)
+    loss = runner.loss(inputs)
+    as_in_call = mode_of(model.parts.root, model.mesh.device.type)
+    versions, with_grads = weight_versions(model), torch.is_grad_enabled()
+
+    def compute_logits() -> Any:
+        if weight_versions(model) != versions:
+            raise OptionError(
+                "outputs other than the loss are computed when they are asked for, and the weights have changed since "
+                "the call: read them before the optimizer's step"
+            )
+        history.add_read(late=False)
+        # The script's generator goes on from where the call has left it.
+        with torch.random.fork_rng([]), as_in_call(), torch.set_grad_enabled(with_grads):
+            return CausalLMOutputWithPast(logits=runner.logits(inputs))
+
+    return with_lazy_outputs(output_class, loss, compute_logits)
 
 
 def _check_supported(optimizer: torch.optim.Optimizer) -> None:

@@ -182,8 +182,6 @@ def refusals(plan):
     ids, mask, labels = batch(0, model.config.vocab_size)
     rank = dist.get_rank()
     calls = {
-        "no labels": lambda: model(input_ids=ids),
-        "logits": lambda: model(input_ids=ids, labels=labels).logits,
         "hidden states": lambda: model(input_ids=ids, labels=labels, output_hidden_states=True),
         "part": lambda: model.transformer(ids),
         "batches": lambda: model(input_ids=ids.roll(rank), labels=labels),

@@ -125,8 +125,6 @@ def test_comparisons_of_weights_and_logits_find_a_nan_on_the_last_rank():
 @pytest.mark.parametrize("plan", ["pp-tp", "tp-sharded"])
 def test_calls_that_a_sharded_model_cannot_answer_are_refused(plan):
     for errors in on_workers(cases.refusals, PLANS[plan]):
-        assert "pass labels" in errors["no labels"]
-        assert "call it without labels" in errors["logits"]
         assert "output_hidden_states=True" in errors["hidden states"]
         assert "call the whole model" in errors["part"]
         assert "WorkerError: the workers were given different batches" in errors["batches"]

@@ -2,8 +2,8 @@
 
 import itertools
 import weakref
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -23,6 +23,26 @@ _unread: "weakref.WeakSet[RecordedCall]" = weakref.WeakSet()
 _hook: Any = None
 
 
+def mode_of(module: nn.Module, kind: str) -> Callable[[], AbstractContextManager[None]]:
+    """Makes contexts that compute as now: in the module's mode, and with autocast of a kind of device as it is."""
+    is_training = module.training
+    enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+
+    @contextmanager
+    def as_then() -> Iterator[None]:
+        changed = [] if module.training == is_training else [(inner, inner.training) for inner in module.modules()]
+        try:
+            if changed:
+                module.train(is_training)
+            with torch.autocast(kind, dtype=dtype, enabled=enabled):
+                yield
+        finally:
+            for inner, was_training in changed:
+                inner.training = was_training
+
+    return as_then
+
+
 class RecordedCall:
     """A call of a model on one worker."""
 
@@ -35,12 +55,10 @@ class RecordedCall:
         self.tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         self._others = [None if isinstance(leaf, torch.Tensor) else (leaf,) for leaf in leaves]
         self._device = next(iter(parameters.values())).device
-        self._training, self._grad = module.training, torch.is_grad_enabled()
+        self._as_in_call, self._grad = mode_of(module, self._device.type), torch.is_grad_enabled()
         self._rng = [torch.get_rng_state()]
         if self._device.type == "cuda":
             self._rng.append(torch.cuda.get_rng_state(self._device))
-        kind = self._device.type
-        self._autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
         self._weights_before_step: dict[str, torch.Tensor] = {}
         self._input_versions = [_version(tensor) for tensor in self.tensors]
         self._weights = {name: (id(parameter), _version(parameter)) for name, parameter in parameters.items()}
@@ -74,21 +92,13 @@ class RecordedCall:
     @contextmanager
     def restored(self) -> Iterator[None]:
         """Compute as in the call: with its random numbers, precision and mode. The script's own come back."""
-        kind = self._device.type
-        training = [(module, module.training) for module in self._module.modules()]
-        with torch.random.fork_rng([self._device] if kind == "cuda" else []):
+        is_cuda = self._device.type == "cuda"
+        with torch.random.fork_rng([self._device] if is_cuda else []):
             torch.set_rng_state(self._rng[0])
-            if kind == "cuda":
+            if is_cuda:
                 torch.cuda.set_rng_state(self._rng[1], self._device)
-            enabled, dtype = self._autocast
-            try:
-                if self._module.training != self._training:
-                    self._module.train(self._training)
-                with torch.autocast(kind, dtype=dtype, enabled=enabled), torch.set_grad_enabled(self._grad):
-                    yield
-            finally:
-                for module, was_training in training:
-                    module.training = was_training
+            with self._as_in_call(), torch.set_grad_enabled(self._grad):
+                yield
 
     def own_forward(self, tensors: list[torch.Tensor] | tuple[torch.Tensor, ...], **changes: Any) -> Any:
         """What the model's own forward pass gives for the call, some of its arguments changed."""

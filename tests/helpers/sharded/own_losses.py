@@ -1,0 +1,220 @@
+"""Losses that scripts make of logits, trained on a whole and on a sharded model."""
+
+import copy
+
+import torch
+from torch.nn import functional
+
+from moreh.planner.plan.plan import Plan
+from moreh.runtime.engine.registry import install_sharding_support, shard_model
+from tests.helpers.batches import ROWS, batch
+from tests.helpers.compare import curve_difference
+from tests.helpers.float64 import exact_float64
+from tests.helpers.models.families import make_model
+from tests.helpers.plans.training import new_model
+from tests.helpers.sharded.cases import error_of, weight_difference
+
+
+def weighted_tokens(model, frozen, ids, mask, labels):
+    logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
+    weights = torch.linspace(0.2, 2, logits.shape[-1], dtype=logits.dtype)
+    return functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), weights)
+
+
+def label_smoothing(model, frozen, ids, mask, labels):
+    logits = model(ids, attention_mask=mask, labels=labels, return_dict=False)[1][:, :-1]
+    return functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), label_smoothing=0.1)
+
+
+def distillation(model, frozen, ids, mask, labels):
+    outputs = model(input_ids=ids, attention_mask=mask, labels=labels)
+    with torch.no_grad():
+        target = frozen(input_ids=ids, attention_mask=mask).logits.softmax(-1)
+    divergence = functional.kl_div(outputs.logits.log_softmax(-1), target, reduction="none").sum(-1)
+    return 0.3 * outputs.loss + 0.7 * (divergence * mask).sum() / mask.sum()
+
+
+def z_loss(model, frozen, ids, mask, labels):
+    outputs = model(input_ids=ids, attention_mask=mask, labels=labels)
+    return outputs[0] + 1e-2 * (outputs[1].logsumexp(-1).square() * mask).mean()
+
+
+def _log_probability(model, ids, mask):
+    logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
+    return (logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0] * mask[:, 1:]).sum(-1)
+
+
+def dpo(model, frozen, ids, mask, labels):
+    """Of preferred and other answers, a row each."""
+    with torch.no_grad():
+        references = [_log_probability(frozen, ids, mask), _log_probability(frozen, ids.roll(1, 1), mask)]
+    preferred = _log_probability(model, ids, mask) - references[0]
+    other = _log_probability(model, ids.roll(1, 1), mask) - references[1]
+    return -functional.logsigmoid(0.1 * (preferred - other)).mean()
+
+
+def last_position(model, frozen, ids, mask, labels):
+    """A reward of the last position, which the script asks for."""
+    return functional.softplus(-model(input_ids=ids, attention_mask=mask, logits_to_keep=1).logits[:, 0, 3]).mean()
+
+
+LOSSES = {loss.__name__: loss for loss in (weighted_tokens, label_smoothing, distillation, z_loss, dpo, last_position)}
+
+
+def train_with(name, model, frozen, steps=3, accumulation=2):
+    """Train with a loss of the script's own; the losses and norms that it sees."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-3)
+    curve = []
+    for step in range(steps):
+        for index in range(accumulation):
+            # The last batch of an epoch is smaller.
+            rows = ROWS - 3 if (step, index) == (1, 1) else ROWS
+            ids, mask, labels = batch(accumulation * step + index, model.config.vocab_size, rows=rows)
+            loss = LOSSES[name](model, frozen, ids, mask, labels)
+            (loss / accumulation).backward()
+            curve.append(loss.item())
+        curve.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)))
+        optimizer.step()
+        optimizer.zero_grad()
+    return curve
+
+
+def compare(name, family, plan, change_second_pass=None):
+    """The largest relative difference of losses and norms, and that of a weight, from a whole model's training."""
+    return _compare(name, make_model(family), Plan(**plan), change_second_pass)
+
+
+def compare_deep(name, plan):
+    """The same for a Llama with layers for pipelines of many stages."""
+    return _compare(name, new_model("llama"), plan)
+
+
+def _compare(name, whole, plan, change_second_pass=None):
+    install_sharding_support()
+    sharded, frozen = copy.deepcopy(whole), copy.deepcopy(whole)
+    with torch.no_grad():
+        for parameter in frozen.parameters():
+            parameter.mul_(0.9)
+    with exact_float64():
+        expected = train_with(name, whole, frozen)
+        runner = shard_model(sharded, plan)
+        if change_second_pass is not None:
+            change_second_pass(runner)
+        curve = train_with(name, sharded, frozen)
+    return curve_difference(curve, expected), weight_difference(runner.model, whole)
+
+
+def with_wrong_part(runner):
+    """Give the second pass the gradients of the rows of another micro-batch, or of other tokens."""
+    second_pass = runner._second_pass
+    passes = runner._logits_passes
+    object.__setattr__(
+        passes,
+        "second_pass",
+        lambda micro_batches, seed, grads: second_pass(micro_batches, seed, [grad.roll(1, 1) for grad in grads]),
+    )
+
+
+def compare_with_wrong_part(name, family, plan):
+    return compare(name, family, plan, with_wrong_part)
+
+
+def dropout_of_both_passes(family, plan):
+    """Gradients of one sharded model with dropout, from the built-in way of calling it and by finite differences.
+
+    Returns the relative difference of the directional derivative along the gradient.
+    """
+    install_sharding_support()
+    model = make_model(family, resid_pdrop=0.3, embd_pdrop=0.3, attn_pdrop=0.3)
+    runner = shard_model(model, Plan(**plan))
+    ids, mask, _ = batch(0, model.config.vocab_size)
+
+    def loss():
+        torch.manual_seed(7)
+        return model(input_ids=ids, attention_mask=mask).logits.square().mean()
+
+    with exact_float64():
+        value = loss()
+        value.backward()
+        local = runner.model.local_tensors()
+        grads = {
+            name: (grad.to_local() if hasattr(grad := runner.model.user_params[name].grad, "to_local") else grad)
+            for name in local
+            if runner.model.user_params[name].grad is not None
+        }
+        squared = _sum_once(runner.model, grads)
+        step = 1e-5 / squared**0.5
+        values = []
+        for sign in (1, -1):
+            for name, grad in grads.items():
+                local[name].add_(grad, alpha=sign * step)
+            values.append(loss().item())
+            for name, grad in grads.items():
+                local[name].sub_(grad, alpha=sign * step)
+    return abs((values[0] - values[1]) / (2 * step) - squared) / squared
+
+
+def _sum_once(model, grads):
+    from moreh.runtime.engine.gradients import global_grad_norm
+
+    return float(global_grad_norm(model, {n: model.user_params[n].grad for n in grads}, 2.0)) ** 2
+
+
+def what_is_said(plan):
+    """Errors of what a sharded model cannot do with logits."""
+    install_sharding_support()
+    model = make_model("llama")
+    shard_model(model, Plan(**plan))
+    ids, _, labels = batch(0, model.config.vocab_size)
+
+    def twice():
+        loss = model(input_ids=ids).logits.square().mean()
+        loss.backward()
+        loss.backward()
+
+    def after_a_step(read_logits):
+        outputs = model(input_ids=ids, labels=labels)
+        outputs.loss.backward()
+        if not read_logits:
+            loss = model(input_ids=ids).logits.square().mean()
+        torch.optim.SGD(model.parameters(), lr=0.1).step()
+        return outputs.logits if read_logits else loss.backward()
+
+    def differentiated():
+        loss = model(input_ids=ids).logits.square().mean()
+        parameter = next(p for p in model.parameters() if not p.is_meta)
+        grad = torch.autograd.grad(loss, parameter, create_graph=True)[0]
+        grad.square().sum().backward()
+
+    def soft_prompt():
+        embeds = torch.zeros(*ids.shape, model.config.hidden_size, dtype=torch.float64, requires_grad=True)
+        model(inputs_embeds=embeds)
+
+    return {
+        "twice": error_of(twice),
+        "read after a step": error_of(lambda: after_a_step(True)),
+        "backward after a step": error_of(lambda: after_a_step(False)),
+        "create_graph": error_of(differentiated),
+        "soft prompt": error_of(soft_prompt),
+        "class": type(model(input_ids=ids, labels=labels)).__name__,
+    }
+
+
+def retained(plan):
+    """The gradient of two backward passes through one graph, as a multiple of that of one."""
+    install_sharding_support()
+    model = make_model("llama")
+    runner = shard_model(model, Plan(**plan))
+    ids, mask, _ = batch(0, model.config.vocab_size)
+    norms = []
+    for passes in (1, 2):
+        model.zero_grad()
+        loss = model(input_ids=ids, attention_mask=mask).logits.square().mean()
+        for index in range(passes):
+            loss.backward(retain_graph=index + 1 < passes)
+        norms.append(_sum_once(runner.model, _grads(runner.model)) ** 0.5)
+    return norms[1] / norms[0]
+
+
+def _grads(model):
+    return [name for name, parameter in model.user_params.items() if parameter.grad is not None]
