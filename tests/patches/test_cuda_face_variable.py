@@ -88,7 +88,7 @@ def test_nothing_of_torch_is_replaced_without_the_face(run_asking):
         "    print(error)\n"
     )
     shown = run_asking(source, MOREH_CUDA_FACE="0")
-    assert shown == ["['torch.moreh']", "True", "Torch not compiled with CUDA enabled"]
+    assert shown == ["['torch.moreh', 'torch.version.moreh']", "True", "Torch not compiled with CUDA enabled"]
 
 
 def test_other_values_are_refused_in_one_line(run_python, monkeypatch):

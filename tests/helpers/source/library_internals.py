@@ -49,6 +49,8 @@ INTERNALS: dict[str, str] = {
     "torch.utils._foreach_utils._get_fused_kernels_supported_devices": (
         "The types of devices that have fused optimizers."
     ),
+    "torch.utils._pytree.tree_flatten": "The leaves of nested lists, tuples and dictionaries, and their structure.",
+    "torch.utils._pytree.tree_unflatten": "The reverse of tree_flatten.",
     "torch.utils._pytree.tree_leaves": "The leaves of nested lists, tuples and dictionaries.",
     "torch.utils._pytree.tree_map_only": "Maps the leaves of one type.",
     # torch: functions that create tensors, TorchScript
