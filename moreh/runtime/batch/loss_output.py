@@ -15,7 +15,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import ModelOutput
 
 BACKWARD_TWICE_MESSAGE = (
-    "Trying to backward through the loss a second time: its gradients are gone. Call the model again"
+    "Trying to backward through the loss a second time: on several workers its gradients are handed over once, with "
+    "retain_graph=True as well. Add losses up before backward(), make a loss of outputs.logits, or call the model again"
 )
 # Fields that a model fills only where the call asks for it, and the runtime takes no such calls.
 _ABSENT = frozenset(("hidden_states", "attentions", "cross_attentions", "router_logits", "aux_loss", "z_loss"))

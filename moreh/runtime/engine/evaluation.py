@@ -40,9 +40,9 @@ def evaluate_unsharded(model: Any, inputs: ModelInputs, world: World) -> Any:
 
     def compute_logits() -> CausalLMOutputWithPast:
         """The logits of all rows on every worker; collective."""
-        rows = torch.empty(world.size, *logits.shape, dtype=logits.dtype, device=device)
+        rows = logits.new_empty(world.size * len(logits), *logits.shape[1:])
         with span("all_gather_logits", rows.nbytes):
             dist.all_gather_into_tensor(rows, logits.contiguous())
-        return CausalLMOutputWithPast(logits=rows.flatten(0, 1)[: inputs.batch_size])
+        return CausalLMOutputWithPast(logits=rows[: inputs.batch_size])
 
     return with_lazy_outputs(output_class_of(causal), loss, compute_logits)

@@ -1,14 +1,18 @@
 """Losses that scripts make of logits, trained on a whole and on a sharded model."""
 
 import copy
+from types import SimpleNamespace
 
 import torch
+import torch.distributed as dist
 from torch.nn import functional
 
 from moreh.planner.plan.plan import Plan
+from moreh.runtime.batch.model_inputs import read_inputs
+from moreh.runtime.engine.evaluation import evaluate_unsharded
 from moreh.runtime.engine.registry import install_sharding_support, shard_model
 from tests.helpers.batches import ROWS, batch
-from tests.helpers.compare import curve_difference
+from tests.helpers.compare import curve_difference, max_difference
 from tests.helpers.float64 import exact_float64
 from tests.helpers.models.families import make_model
 from tests.helpers.plans.training import new_model
@@ -218,3 +222,15 @@ def retained(plan):
 
 def _grads(model):
     return [name for name, parameter in model.user_params.items() if parameter.grad is not None]
+
+
+def unsharded_evaluation(size):
+    """The largest differences of the loss and the logits of a whole model whose rows the workers share."""
+    model = make_model("llama").eval()
+    ids, mask, labels = batch(0, model.config.vocab_size, rows=7)
+    inputs = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    with exact_float64(), torch.no_grad():
+        own = model(**inputs)
+        world = SimpleNamespace(rank=dist.get_rank(), size=size)
+        outputs = evaluate_unsharded(model, read_inputs(model, (), inputs), world)
+        return max_difference(outputs.loss, own.loss), max_difference(outputs.logits, own.logits)

@@ -90,3 +90,8 @@ def test_schedules_with_several_stages_on_a_rank(notation):
     plan = plan_of("llama", notation, 4)
     for curve_difference, weight_difference in on_workers(own_losses.compare_deep, "distillation", plan):
         assert max(curve_difference, weight_difference) < 1e-9
+
+
+def test_evaluation_before_the_training_has_logits():
+    for differences in on_workers(own_losses.unsharded_evaluation, 4):
+        assert max(differences) < 1e-9
