@@ -36,9 +36,10 @@ class TiedEmbedding:
         self._embedding.forward = self._look_up
         try:
             yield
+        except BaseException:
+            self._pending = []  # no later batch may add gradients of a batch that failed
+            raise
         finally:
-            # What an error has left there belongs to no later batch.
-            self._pending = []
             del self._embedding.forward
 
     def add_gradient(self) -> None:

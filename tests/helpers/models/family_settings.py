@@ -31,6 +31,7 @@ FAMILY_CASES = {
     "apertus": FamilyCases(),
     "arcee": FamilyCases(),
     "bitnet": FamilyCases(
+        training={"num_key_value_heads": 2},
         # Four ranks have unequal parts of 30 inner features, over which a norm goes.
         tensor_parallel=(HEADS, HEADS | {"intermediate_size": 30}),
         architecture=(
