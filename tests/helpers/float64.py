@@ -5,6 +5,10 @@ from unittest import mock
 
 import torch
 
+# torch keeps these tables for good once they are made, and in the context below they would lack float32.
+torch.storage._dtype_to_storage_type_map()
+torch.storage._storage_type_to_dtype_map()
+
 
 @contextmanager
 def exact_float64():
