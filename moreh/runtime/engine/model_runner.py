@@ -19,6 +19,7 @@ from moreh.errors import OptionError
 from moreh.models.compatibility import (
     has_call_hooks,
     has_gradient_hooks,
+    replaced_loss,
     unsupported_module,
     unsupported_reason,
     uses_fp16_loss_scaling,
@@ -62,7 +63,7 @@ class ModelRunner:
     """This rank's part in computing a model: the model, and the micro-batches of the call that is going on."""
 
     def __init__(self, root: nn.Module, plan: Plan, options: ParallelOptions) -> None:
-        reason = unsupported_reason(root)
+        reason = unsupported_reason(root) or replaced_loss(root)
         if reason is not None:
             raise OptionError(f"{reason}, which is not computed on several workers: {ONE_WORKER}")
         if plan.devices > 1 and has_gradient_hooks(root):
@@ -271,11 +272,7 @@ class ModelRunner:
 
     @contextmanager
     def _without_earlier_grads(self) -> Iterator[None]:
-        """Take off the gradients of earlier calls, which must not mix with those that this call computes.
-
-        They come back also after an error, or Ctrl-C, in the middle of a backward pass: a script that catches it goes
-        on with what it has accumulated.
-        """
+        """Take off the gradients of earlier calls, which must not mix with new ones. They return after errors too."""
         earlier = [(parameter, parameter.grad) for parameter in self.model.compute_params.values()]
         try:
             for parameter, _ in earlier:

@@ -37,12 +37,12 @@ class TiedEmbedding:
         try:
             yield
         finally:
-            # What an error has left there belongs to no later batch.
-            self._pending = []
             del self._embedding.forward
 
     def add_gradient(self) -> None:
         """Add the gradients that have been kept to the rows of the weight's gradient."""
+        if not self._pending:  # the embedding may be another module by now, which has no weight of its own
+            return
         weight, padding_idx = self._embedding.weight, self._embedding.padding_idx
         for ids, grad_output in self._pending:
             if weight.grad is None:
