@@ -26,8 +26,9 @@ from moreh.models.introspection import unwrapped
 from moreh.models.library_functions import LibraryFunctions
 from moreh.models.provenance import is_library_function
 
-# Hooks of transformers that change no values.
-_HARMLESS_HOOKS = frozenset({"make_inputs_require_grads", "make_inputs_require_grad"})
+# Hooks of transformers that change no values. Those that capture hidden states stay in a model for good, and do nothing
+# in calls that do not ask for them.
+_HARMLESS_HOOKS = frozenset({"make_inputs_require_grads", "make_inputs_require_grad", "output_capturing_hook"})
 
 
 class KnownComputation:

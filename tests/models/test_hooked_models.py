@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.helpers.fast_path_cases import batch
 from tests.helpers.models.families import make_model
 from tests.helpers.plain_comparison import compare
 
@@ -103,11 +104,21 @@ def test_hooks_on_the_accumulation_of_gradients_run_once_a_backward_pass(kind, l
     assert took == [*([True] if late else []), False, False]
 
 
-def test_hook_of_transformers_that_changes_nothing_keeps_the_fast_path():
+def require_gradients(model, call):
+    model.enable_input_require_grads()
+
+
+def ask_for_hidden_states(model, call):
+    assert len(call(model, **batch(model), output_hidden_states=True).hidden_states) > 1
+
+
+@pytest.mark.parametrize(("prepare", "took"), [(require_gradients, [True]), (ask_for_hidden_states, [False, True])])
+def test_hooks_of_transformers_that_change_nothing_keep_the_fast_path(prepare, took):
     def script(model, call):
-        model.enable_input_require_grads()
+        prepare(model, call)
+        assert any(module._forward_hooks for module in model.modules())
         call(model).loss.backward()
 
-    difference, took = compare(script)
+    difference, actual = compare(script)
     assert difference < 1e-9
-    assert took == [True]
+    assert actual == took
