@@ -14,6 +14,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama
 from transformers.models.qwen2 import modeling_qwen2
 
+from moreh.errors import OptionError, PlanError
+from moreh.models.parts import split_into_parts
+from moreh.options import DEFAULT_OPTIONS
+from moreh.planner.plan.plan import Plan
+from moreh.runtime.engine.model_runner import ModelRunner
+from moreh.runtime.sharding.placement import parameter_specs
 from tests.helpers.fast_path_cases import batch
 from tests.helpers.models.families import make_model
 from tests.helpers.plain_comparison import compare
@@ -235,3 +241,19 @@ def test_calls_that_torch_transforms_or_watches_are_the_models_own(transform):
     difference, took = compare(script)
     assert difference < 1e-9
     assert took == [False]
+
+
+def test_several_workers_refuse_a_replaced_loss():
+    with (
+        mock.patch.object(loss_utils, "fixed_cross_entropy", smoothed),
+        pytest.raises(OptionError, match=r"loss_utils.fixed_cross_entropy has been replaced.*on 1 worker"),
+    ):
+        ModelRunner(make_model("llama"), Plan((2,)), DEFAULT_OPTIONS)
+
+
+def test_several_workers_refuse_a_parameter_on_the_model_itself():
+    model = make_model("llama")
+    add_parameter(model)
+    parts = split_into_parts(model)
+    with pytest.raises(PlanError, match=r"the parameter log_var hangs on the model itself.*or run on 1 worker"):
+        parameter_specs(parts, Plan((1, len(parts.layers) - 1), pipeline=2), {})
