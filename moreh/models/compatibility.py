@@ -8,15 +8,17 @@ import ast
 import inspect
 import re
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.graph import get_gradient_edge
 
 from moreh.models.introspection import unwrapped, wrappers
-from moreh.models.losses import is_known_loss
+from moreh.models.library_functions import LibraryFunctions
+from moreh.models.losses import is_known_loss, is_registered_loss
 from moreh.models.provenance import (
     LIBRARIES,
     first_custom_module,
@@ -72,11 +74,30 @@ def unsupported_reason(root: Any) -> str | None:
 
 
 def unsupported_module(root: nn.Module) -> str | None:
-    """A module of the script's own, which may depend on how a batch is split: a clause for messages. None if none."""
+    """Code of the script's own, which may depend on how a batch is split, as a clause for messages.
+
+    A module, or a function in the place of one that the libraries' modules call.
+    """
     module = first_custom_module(unwrapped(root))
     if module is None:
+        replaced = LibraryFunctions(root).replaced
+        return None if replaced is None else f"{replaced} has been replaced"
+    name = f"{type(module).__module__}.{type(module).__qualname__}"
+    if name.startswith(LIBRARIES):
+        return f"it contains a {name} that computes with functions of the script's own"
+    return f"it contains {name}, which is not part of transformers"
+
+
+def replaced_loss(root: Any) -> str | None:
+    """A function of transformers' loss that the script has replaced, as a clause for messages.
+
+    Several workers compute that loss without calling it, unless the model has a loss that was registered.
+    """
+    causal: Any = unwrapped(root)
+    functions = LibraryFunctions(root)
+    if not functions.replaces_the_loss or is_registered_loss(causal.loss_function):
         return None
-    return f"it contains {type(module).__module__}.{type(module).__qualname__}, which is not part of transformers"
+    return f"{functions.replaced} has been replaced"
 
 
 def has_call_hooks(root: nn.Module) -> bool:
@@ -89,6 +110,28 @@ def has_gradient_hooks(root: nn.Module) -> bool:
     if any(module._backward_hooks or module._backward_pre_hooks for module in root.modules()):
         return True
     return any(parameter._backward_hooks or parameter._post_accumulate_grad_hooks for parameter in root.parameters())
+
+
+def has_node_hooks(parameters: Iterable[nn.Parameter]) -> bool:
+    """Whether a hook sees the operations that add up gradients: those of torch's graph, one for each parameter."""
+    return any(parameter.requires_grad and _accumulation_has_hooks(parameter) for parameter in parameters)
+
+
+def _accumulation_has_hooks(parameter: nn.Parameter) -> bool:
+    node = get_gradient_edge(parameter).node
+    for register in (node.register_hook, node.register_prehook):
+        # The only way to the other hooks of a node is another one.
+        handle = register(_no_change)
+        hooks: Any = handle.hooks_dict_ref()
+        others = len(hooks) - 1
+        handle.remove()
+        if others:
+            return True
+    return False
+
+
+def _no_change(*gradients: Any) -> None:
+    """A hook that changes nothing."""
 
 
 def uses_neftune(root: nn.Module) -> bool:

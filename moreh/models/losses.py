@@ -60,7 +60,12 @@ def is_known_loss(loss_function: Callable[..., Any]) -> bool:
     """Whether the runtime can compute a loss function: transformers' `ForCausalLMLoss`, or one that was registered."""
     from transformers.loss.loss_utils import ForCausalLMLoss
 
-    return loss_function is ForCausalLMLoss or any(loss_function == known for known, _ in _token_losses)
+    return loss_function is ForCausalLMLoss or is_registered_loss(loss_function)
+
+
+def is_registered_loss(loss_function: Callable[..., Any]) -> bool:
+    """Whether a loss function has a token loss."""
+    return any(loss_function == known for known, _ in _token_losses)
 
 
 def token_loss_of(loss_function: Callable[..., Any], cross_entropy: TokenLoss) -> TokenLoss:

@@ -1,8 +1,12 @@
 """Whether functions and modules are those of the libraries, or a script has replaced them."""
 
+import functools
 import inspect
+import os
+import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -13,6 +17,22 @@ from torch.amp import autocast_mode
 # The packages whose modules a model of transformers consists of, with adapters or without.
 LIBRARIES = ("torch.nn.", "transformers.", "peft.")
 _TRANSFORMERS_DIRECTORY = str(Path(transformers.__file__).parent)
+# Functions of these directories may be in modules and classes of transformers, torch and PEFT. What a package for
+# faster kernels puts there is the script's choice.
+_LIBRARY_DIRECTORIES = tuple(
+    f"{directory}{os.sep}"
+    for directory in (
+        _TRANSFORMERS_DIRECTORY,
+        str(Path(torch.__file__).parent),
+        str(Path(__file__).parent.parent),
+        *(str(Path(_TRANSFORMERS_DIRECTORY).parent / name) for name in ("peft", "accelerate")),
+    )
+)
+_LIBRARY_PACKAGES = frozenset(
+    {"accelerate", "builtins", "functools", "moreh", "numpy", "packaging", "peft", "torch", "transformers", "typing"}
+)
+_PYTHON_DIRECTORY = f"{sysconfig.get_paths()['stdlib']}{os.sep}"
+_FUNCTION_TYPES = (FunctionType, MethodType)
 _AUTOCAST_FILE = str(autocast_mode.__file__)
 # The end of the file with accelerate's wrapper that converts outputs from bfloat16 to float32.
 _ACCELERATE_FILE = str(Path("accelerate") / "utils" / "operations.py")
@@ -23,12 +43,26 @@ def is_stock_transformers(function: Callable[..., Any]) -> bool:
 
     A script's wrapper takes the name of what it wraps (`functools.wraps`), but not its file.
     """
-    return all(_file_of(inner).startswith(_TRANSFORMERS_DIRECTORY) for inner in _wrapped_chain(function))
+    return all(_file_of(inner).startswith(_TRANSFORMERS_DIRECTORY) for inner in wrapped_chain(function))
+
+
+def is_library_function(function: Any) -> bool:
+    """Whether a function, or another callable, and all that it wraps come from the libraries, Python or this package.
+
+    One that was written in C is taken for theirs.
+    """
+    if isinstance(function, functools.partial):
+        return False
+    if isinstance(function, MethodType):
+        owner = function.__self__ if isinstance(function.__self__, type) else type(function.__self__)
+        if owner.__module__.partition(".")[0] not in _LIBRARY_PACKAGES:
+            return False
+    return all(_is_in_library(inner) for inner in wrapped_chain(function))
 
 
 def is_accelerate_bf16_forward(module: nn.Module) -> bool:
     """Whether a module's `forward` is its class's in accelerate's bfloat16 wrapper, as with `Trainer(bf16=True)`."""
-    for function in _wrapped_chain(module.forward):
+    for function in wrapped_chain(module.forward):
         if function is type(module).forward:
             return True
         if _file_of(function) == _AUTOCAST_FILE:
@@ -41,14 +75,25 @@ def is_accelerate_bf16_forward(module: nn.Module) -> bool:
 
 
 def first_custom_module(model: nn.Module) -> nn.Module | None:
-    """The first module of a class of the script's own, or whose `forward` the script has replaced; None without any.
+    """The first module of a class of the script's own, or whose methods the script has replaced; None without any.
 
     The `forward` of `model` itself is not checked.
     """
     for module in model.modules():
-        is_custom = not type(module).__module__.startswith(LIBRARIES)
-        if is_custom or (module is not model and "forward" in module.__dict__):
+        if not type(module).__module__.startswith(LIBRARIES):
             return module
+        if module is not model and not is_library_function(type(module).forward):
+            return module
+        for name, value in vars(module).items():
+            # Whether the loss is known is asked elsewhere.
+            if module is model and name in ("forward", "_loss_function"):
+                continue
+            if name in ("forward", "_compiled_call_impl") and value is not None:
+                return module
+            if isinstance(value, functools.partial):
+                value = value.func
+            if isinstance(value, _FUNCTION_TYPES) and not is_library_function(value):
+                return module
     return None
 
 
@@ -57,12 +102,24 @@ def has_batch_norm(model: nn.Module) -> bool:
     return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
 
 
-def _wrapped_chain(function: Any) -> Iterator[Any]:
+def wrapped_chain(function: Any) -> Iterator[Any]:
     """A function, what it wraps (`__wrapped__`), what that wraps, and so on; bound methods as plain functions."""
     while function is not None:
         function = getattr(function, "__func__", function)
         yield function
         function = getattr(function, "__wrapped__", None)
+
+
+def _is_in_library(function: Any) -> bool:
+    """Whether a function, without what it wraps, is of the libraries."""
+    if not isinstance(function, FunctionType):
+        return type(function).__module__.partition(".")[0] in _LIBRARY_PACKAGES and not isinstance(
+            function, torch.jit.ScriptFunction
+        )
+    file = function.__code__.co_filename
+    if file.startswith(_PYTHON_DIRECTORY):
+        return "site-packages" not in file or file.startswith(_LIBRARY_DIRECTORIES)
+    return file.startswith((*_LIBRARY_DIRECTORIES, "<frozen "))
 
 
 def _file_of(function: Any) -> str:

@@ -9,19 +9,15 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
+from torch.utils._device import DeviceContext
 from transformers import PreTrainedModel
 
 from moreh.errors import OptionError, PlanError
 from moreh.log import logger
-from moreh.models.compatibility import (
-    has_call_hooks,
-    has_gradient_hooks,
-    unsupported_module,
-    unsupported_reason,
-    uses_fp16_loss_scaling,
-    uses_neftune,
-)
+from moreh.models.compatibility import uses_fp16_loss_scaling, uses_neftune
 from moreh.models.introspection import unwrapped
+from moreh.models.known_computation import KnownComputation
 from moreh.models.parts import split_into_parts
 from moreh.options import ParallelOptions
 from moreh.planner.plan.plan import Plan
@@ -31,6 +27,7 @@ from moreh.runtime.engine.calls.history import CallHistories, CallHistory
 from moreh.runtime.engine.calls.pending_loss import Gradients, PendingLoss, pending_loss
 from moreh.runtime.engine.calls.recorded import RecordedCall
 from moreh.runtime.engine.model_runner import ModelRunner
+from moreh.threads import CALL_THREADS
 from moreh.trace import span
 
 # Arguments that only the model's own forward pass takes.
@@ -44,8 +41,7 @@ class FastPath:
 
     def __init__(self, options: ParallelOptions) -> None:
         self._options = options
-        # With each runner, the ids of the modules and parameters that its model had.
-        self._runners: dict[nn.Module, tuple[list[int], ModelRunner | None]] = {}
+        self._runners: dict[nn.Module, _KnownModel] = {}
         self._histories = CallHistories()
         self._last_calls: weakref.WeakKeyDictionary[nn.Module, weakref.ref[RecordedCall]] = weakref.WeakKeyDictionary()
 
@@ -96,45 +92,61 @@ class FastPath:
             return runner.loss_and_grads(inputs, with_grads=False)[0]
         loss, grads = runner.loss_and_grads(inputs, with_grads=expects_backward)
         max_tokens = runner.max_tokens
+        parameters = [runner.model.compute_params[name] for name in trainable]
 
         def compute(tensors: tuple[torch.Tensor, ...]) -> Gradients:
             args, kwargs = call.arguments(tensors)
-            with call.restored():
+            with CALL_THREADS.alone(call.thread) as is_alone, call.restored():
+                if not is_alone:
+                    return call.own_gradients(tensors, parameters)
                 runner.max_tokens = max_tokens
                 again = read_inputs(runner.model.parts.causal, args, kwargs)
                 computed = runner.loss_and_grads(again, with_grads=True)[1]
             return [computed.get(name) for name in trainable]
 
         gradients = [grads.get(name) for name in trainable] if expects_backward else None
-        parameters = [runner.model.compute_params[name] for name in trainable]
         return pending_loss(loss, PendingLoss(call, gradients, compute, history, use), parameters)
 
     def _runner_for(self, module: nn.Module) -> ModelRunner | None:
-        """The model's runner, a new one if its modules have changed; None for a model without a fast path."""
-        ids = [id(submodule) for submodule in module.modules()] + [id(parameter) for parameter in module.parameters()]
-        known = self._runners.pop(module, None)
-        if known is None or known[0] != ids:
-            known = ids, _make_runner(module, self._options)
+        """The model's runner, a new one if its modules have changed; None if this call is computed as it is."""
+        known = self._runners.pop(module, None) or _KnownModel(module)
         self._runners[module] = known
         if len(self._runners) > _MAX_RUNNERS:
             del self._runners[next(iter(self._runners))]
-        return known[1]
+        return known.runner_for_call(self._options)
 
 
-def _make_runner(module: nn.Module, options: ParallelOptions) -> ModelRunner | None:
-    causal = unwrapped(module)
-    if not isinstance(causal, PreTrainedModel) or causal.get_output_embeddings() is None:
+class _KnownModel:
+    """A model and its runner."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        causal = unwrapped(module)
+        self._is_language_model = isinstance(causal, PreTrainedModel) and causal.get_output_embeddings() is not None
+        self._computation = KnownComputation(module)
+        self._runner: ModelRunner | None = None
+        # What the runner was made for.
+        self._version = -1
+        self._logged: set[str] = set()
+
+    def runner_for_call(self, options: ParallelOptions) -> ModelRunner | None:
+        """The runner, if the runtime knows what the model computes now; None if it does not."""
+        if not self._is_language_model:
+            return None
+        reason = self._computation.unknown_reason()
+        if reason is None and self._version != self._computation.version:
+            # Dropped first: a runner that cannot be made leaves none behind.
+            self._runner, self._version = None, self._computation.version
+            try:
+                self._runner = ModelRunner(self._module, Plan((len(split_into_parts(self._module).layers),)), options)
+            except PlanError as error:
+                reason = str(error)
+        if reason is None:
+            return self._runner
+        if reason not in self._logged:
+            self._logged.add(reason)
+            logger.info("Each batch of this model is computed in one piece: %s.", reason)
         return None
-    reason = unsupported_reason(module) or unsupported_module(module)
-    if reason is None:
-        try:
-            num_layers = len(split_into_parts(module).layers)
-        except PlanError as error:
-            reason = str(error)
-    if reason is not None:
-        logger.info("Each batch of this model is computed in one piece: %s.", reason)
-        return None
-    return ModelRunner(module, Plan((num_layers,)), options)
 
 
 def _asks_for_the_loss(kwargs: dict[str, Any]) -> bool:
@@ -145,19 +157,21 @@ def _asks_for_the_loss(kwargs: dict[str, Any]) -> bool:
 
 
 def _does_more_than_the_loss(module: nn.Module) -> bool:
-    """Whether a call has effects that computing its loss from micro-batches would not have.
+    """Whether a call has effects that computing its loss from micro-batches would not have."""
+    device = next(module.parameters()).device
+    return _is_transformed() or uses_neftune(module) or uses_fp16_loss_scaling(device)
 
-    Only what a script may change at any time is checked here. The rest was checked when the runner was made.
-    """
-    if (
-        unsupported_reason(module) is not None
-        or has_call_hooks(module)
-        or has_gradient_hooks(module)
-        or uses_neftune(module)
-    ):
+
+def _is_transformed() -> bool:
+    """Whether the script lets torch see, transform or store each operation of a call."""
+    autograd: Any = torch._C._autograd
+    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
         return True
-    parameters = list(module.parameters())
-    # torch.func.functional_call puts computed tensors in the place of parameters.
-    return uses_fp16_loss_scaling(parameters[0].device) or not all(
-        parameter.is_leaf and parameter.dtype != torch.float16 for parameter in parameters
-    )
+    if torch._C._len_torch_dispatch_stack() > 0:
+        return True
+    modes = (torch._C._get_function_stack_at(index) for index in range(torch._C._len_torch_function_stack()))
+    if any(not isinstance(mode, DeviceContext) for mode in modes):
+        return True
+    hooks = autograd._top_saved_tensors_default_hooks(True) if autograd._saved_tensors_hooks_is_enabled() else None
+    # Hooks of this package count what a call keeps.
+    return hooks is not None and not str(getattr(hooks[0], "__module__", "")).startswith("moreh.")

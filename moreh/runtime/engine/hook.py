@@ -5,9 +5,10 @@ are called on their own. Each call comes from `moreh/patches/module_call.py`. Ba
 """
 
 import math
+import threading
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,6 +29,7 @@ from moreh.runtime.kernels.fused_adam import use_fused_kernels
 from moreh.runtime.kernels.precision import autocast_if, choose_bfloat16, in_float32, inside_autocast
 from moreh.runtime.kernels.recomputation import recompute_activations
 from moreh.runtime.launch.world import current_world
+from moreh.threads import CALL_THREADS
 from moreh.trace import span
 
 if TYPE_CHECKING:
@@ -50,8 +52,8 @@ class SingleWorkerHook:
         self._micro_batch_tokens: weakref.WeakKeyDictionary[torch.nn.Module, int] = weakref.WeakKeyDictionary()
         # Whether bfloat16 was chosen for a device.
         self._bfloat16_by_device: dict[torch.device, bool] = {}
-        # Whether the current call computes in bfloat16.
-        self._in_bfloat16 = False
+        # Of each thread, whether its current call computes in bfloat16.
+        self._threads = threading.local()
         self._fast_path: FastPath | None = None
 
     @contextmanager
@@ -61,6 +63,12 @@ class SingleWorkerHook:
         A model is prepared before its first call. Its training is planned before the first call that trains it, and
         again before a larger batch than it was planned for.
         """
+        with CALL_THREADS.call(with_grad=torch.is_grad_enabled()), self._precision_of_call(model, args, kwargs):
+            yield
+
+    def _precision_of_call(
+        self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> AbstractContextManager[object]:
         if model not in self._prepared:
             self._prepare(model)
             self._prepared.add(model)
@@ -72,14 +80,13 @@ class SingleWorkerHook:
             if shape is not None and shape[0] * shape[1] > self._planned_tokens.get(model, 0):
                 with span("choose_plan"):
                     self._planned_tokens[model] = self._plan(model, *shape, bfloat16=bfloat16)
-        self._in_bfloat16 = bfloat16
-        with autocast_if(bfloat16, parameter.device.type):
-            yield
+        self._threads.in_bfloat16 = bfloat16
+        return autocast_if(bfloat16, parameter.device.type)
 
     def after_call(self, model: torch.nn.Module, outputs: Any) -> Any:
         """The outputs, cast to float32 if the call computed in bfloat16. Also reports the job to moreh-smi."""
         self.job.report()
-        return in_float32(outputs) if self._in_bfloat16 else outputs
+        return in_float32(outputs) if self._threads.in_bfloat16 else outputs
 
     def instead_of_call(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The loss of a batch of a language model; NotImplemented for calls that its own forward pass is to compute."""
@@ -90,7 +97,11 @@ class SingleWorkerHook:
             from moreh.runtime.engine.fast_path import FastPath
 
             self._fast_path = FastPath(self.options)
-        return self._fast_path.call(model, args, kwargs, self._micro_batch_tokens.get(model, UNPLANNED_TOKENS))
+        # For the time of a call the fast path exchanges modules, which no other thread may compute with.
+        with CALL_THREADS.alone() as is_alone:
+            if not is_alone:
+                return NotImplemented
+            return self._fast_path.call(model, args, kwargs, self._micro_batch_tokens.get(model, UNPLANNED_TOKENS))
 
     def _prepare(self, model: torch.nn.Module) -> None:
         if self.job.simulated and not any(parameter.is_meta for parameter in model.parameters()):

@@ -15,6 +15,7 @@ from torch import nn
 from moreh.errors import OptionError
 from moreh.models.compatibility import (
     has_gradient_hooks,
+    replaced_loss,
     unsupported_module,
     unsupported_reason,
 )
@@ -51,7 +52,7 @@ class ModelRunner:
     """This rank's part in computing a model: the model, and the micro-batches of the current call."""
 
     def __init__(self, root: nn.Module, plan: Plan, options: ParallelOptions) -> None:
-        reason = unsupported_reason(root)
+        reason = unsupported_reason(root) or replaced_loss(root)
         if reason is not None:
             raise OptionError(f"{reason}, which is not computed on several workers: {ONE_WORKER}")
         if plan.devices > 1 and has_gradient_hooks(root):

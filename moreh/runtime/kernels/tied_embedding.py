@@ -44,6 +44,8 @@ class TiedEmbedding:
 
     def add_gradient(self) -> None:
         """Add the kept gradients to the rows of the weight's gradient."""
+        if not self._pending:  # the embedding may be another module by now, which has no weight of its own
+            return
         weight, padding_idx = self._embedding.weight, self._embedding.padding_idx
         for ids, grad_output in self._pending:
             if weight.grad is None:

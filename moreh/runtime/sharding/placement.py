@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from moreh.errors import PlanError
 from moreh.models.parts import ModelParts
 from moreh.planner.plan.plan import Plan
 from moreh.planner.plan.stage_layout import stage_to_rank
@@ -47,12 +48,26 @@ def parameter_specs(parts: ModelParts, plan: Plan, tp_splits: dict[str, TPSplit]
             name=name,
             shape=tuple(parameter.shape),
             dtype=dtypes.get(name, parameter.dtype),
-            pipeline_ranks=tuple(sorted(pipeline_ranks[id(parameter)])),
+            pipeline_ranks=tuple(sorted(_ranks_of(name, pipeline_ranks.get(id(parameter)), plan))),
             tp_split=tp_splits.get(name),
             fsdp_dim=0 if plan.sharding != "none" and plan.data > 1 else None,
         )
         for name, parameter in parts.root.named_parameters()
     }
+
+
+def _ranks_of(name: str, ranks: set[int] | None, plan: Plan) -> set[int]:
+    """The pipeline ranks of a parameter that has some. One that hangs on the model itself is the script's own.
+
+    Raises:
+        PlanError: no stage of several workers has the parameter.
+    """
+    if ranks is None and plan.devices > 1:
+        raise PlanError(
+            f"the parameter {name} hangs on the model itself, in none of its modules, so no worker would hold it: "
+            "keep it in a module of its own beside the model, or run on 1 worker (MOREH_WORKERS=1)"
+        )
+    return {0} if ranks is None else ranks
 
 
 def _pipeline_ranks(parts: ModelParts, plan: Plan) -> dict[int, set[int]]:

@@ -16,6 +16,13 @@ INTERNALS: dict[str, str] = {
     "torch._C._autograd._top_saved_tensors_default_hooks": (
         "It is None where no hooks on saved tensors are active; the argument ignores those of a tracer."
     ),
+    "torch._C._functorch.peek_interpreter_stack": "It is None outside of the transforms of torch.func.",
+    "torch._C._len_torch_dispatch_stack": "The number of active modes that see each operation.",
+    "torch._C._len_torch_function_stack": "The number of active modes that see each call of torch's functions.",
+    "torch._C._get_function_stack_at": "The active mode with an index.",
+    "torch.utils._device.DeviceContext": "The mode of `with torch.device(...)`.",
+    "torch.autograd.forward_ad._current_level": "It is negative where no forward-mode derivatives are computed.",
+    "torch.nn.modules.module._has_any_global_hook": "Whether a hook is registered for all modules.",
     "torch._C._functorch.is_functorch_wrapped_tensor": "It is True for the wrapper tensors of torch.func.",
     "torch._subclasses.fake_tensor.FakeTensor": "Tensors of this class have no data.",
     "torch.Tensor._version": "It counts the changes of a tensor in place.",

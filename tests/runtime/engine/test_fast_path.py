@@ -92,15 +92,26 @@ def test_comparison_finds_a_gradient_that_is_not_a_number(index):
 
 
 def tokens_of_mlps(model, fast_path):
-    """How many tokens the MLP of each layer is called with for the whole batch."""
+    """How many tokens the MLP of each layer is called with for the whole batch.
+
+    Counted where the class is known: hooks, and methods of the test's own, would have the model's own forward pass.
+    """
     tokens = []
-    hooks = [
-        layer.mlp.register_forward_pre_hook(lambda _, inputs: tokens.append(inputs[0].shape[0] * inputs[0].shape[1]))
-        for layer in model.get_decoder().layers
-    ]
-    assert isinstance(fast_path.call(model, (), batch(model), ROWS * LENGTH), LazyOutput)
-    for hook in hooks:
-        hook.remove()
+    call_impl = torch.nn.Module._call_impl
+
+    def counted(module, *args, **kwargs):
+        if type(module).__name__ == "LlamaMLP":
+            tokens.append(args[0].shape[0] * args[0].shape[1])
+        return call_impl(module, *args, **kwargs)
+
+    with mock.patch("moreh.models.known_computation.LibraryFunctions.are_unchanged", return_value=True):
+        assert isinstance(fast_path.call(model, (), batch(model), ROWS * LENGTH), LazyOutput)
+        tokens.clear()
+        with (
+            mock.patch.object(torch.nn.Module, "_wrapped_call_impl", counted),
+            mock.patch.object(torch.nn.Module, "__call__", counted),
+        ):
+            assert isinstance(fast_path.call(model, (), batch(model), ROWS * LENGTH), LazyOutput)
     return tokens
 
 

@@ -11,6 +11,7 @@ from moreh.runtime.kernels.tied_embedding import TiedEmbedding
 from tests.helpers.compare import worst
 from tests.helpers.fast_path_cases import batch, differences
 from tests.helpers.models.families import make_model
+from tests.helpers.plain_comparison import compare
 
 pytestmark = pytest.mark.usefixtures("few_label_positions")
 
@@ -121,13 +122,19 @@ def test_gradient_of_the_embedding_alone_is_dense_with_zeros():
     assert torch.equal(weight.grad.sum(1) / weight.shape[1], ids.flatten().bincount(minlength=len(weight)).double())
 
 
-def test_forward_hooks_see_the_embedding():
-    model = tied()
-    seen = []
-    model.get_input_embeddings().register_forward_hook(lambda module, args, output: seen.append(output.requires_grad))
-    assert adds_rows(model)
-    assert seen
-    assert all(seen)
+def test_penalty_on_the_embeddings_output_has_its_gradient():
+    """A forward hook sees what autograd knows: the model's own forward pass runs."""
+
+    def script(model, call):
+        seen = []
+        model.get_input_embeddings().register_forward_hook(lambda module, args, output: seen.append(output))
+        loss = call(model).loss
+        (loss + seen[0].square().mean()).backward()
+        return loss
+
+    difference, took = compare(script, tied)
+    assert difference < 1e-9
+    assert took == [False]
 
 
 def test_untied_model_of_the_other_tests_is_left_to_autograd():

@@ -1,8 +1,9 @@
 """A call that can be computed again as it was: its arguments, random numbers, precision and weights."""
 
 import itertools
+import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from moreh.errors import OptionError
 from moreh.patches.module_call import inside_of_call
+from moreh.threads import CALL_THREADS
 
 CHANGED_WEIGHTS_MESSAGE = (
     "one of the variables needed for gradient computation has been modified by an inplace operation: the weights or "
@@ -51,6 +53,7 @@ class RecordedCall:
     ) -> None:
         """`parameters` are those of the module, by name."""
         self._module = module
+        self.thread = threading.current_thread()
         leaves, self._structure = tree_flatten((args, kwargs))
         self.tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         self._others = [None if isinstance(leaf, torch.Tensor) else (leaf,) for leaf in leaves]
@@ -103,8 +106,15 @@ class RecordedCall:
     def own_forward(self, tensors: list[torch.Tensor] | tuple[torch.Tensor, ...], **changes: Any) -> Any:
         """What the model's own forward pass gives for the call, some of its arguments changed."""
         args, kwargs = self.arguments(tensors)
-        with self.restored(), inside_of_call():
+        with self._in_own_forward():
             return self._module(*args, **{**kwargs, **changes})
+
+    def own_gradients(
+        self, tensors: tuple[torch.Tensor, ...], parameters: Sequence[torch.Tensor]
+    ) -> list[torch.Tensor | None]:
+        """The gradients of the loss that the model's own forward pass gives for the call."""
+        loss = self.own_forward(tensors).loss
+        return list(torch.autograd.grad(loss, parameters, allow_unused=True))
 
     def outputs_beside_the_loss(self, tensors: list[torch.Tensor]) -> Any:
         """What the model's own forward pass gives without labels, with gradients where the call was made with them.
@@ -124,9 +134,15 @@ class RecordedCall:
         if not self._weights_before_step:
             return self.own_forward(tensors, labels=None)
         args, kwargs = self.arguments(tensors)
-        with self.restored(), inside_of_call(), torch.no_grad():
+        with self._in_own_forward(), torch.no_grad():
             kwargs = {**kwargs, "labels": None}
             return torch.func.functional_call(self._module, self._weights_before_step, args, kwargs)
+
+    @contextmanager
+    def _in_own_forward(self) -> Iterator[None]:
+        """Compute as in the call, by the model's own forward pass, while no other thread exchanges its modules."""
+        with CALL_THREADS.call(with_grad=self._grad, thread=self.thread), self.restored(), inside_of_call():
+            yield
 
     def keep_weights_at_steps(self) -> None:
         """Keep the weights that an optimizer changes while this call's outputs are alive and unread."""
