@@ -5,10 +5,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.autograd.function import once_differentiable
 
 from moreh.runtime.batch.loss_output import BACKWARD_TWICE_MESSAGE
 from moreh.runtime.engine.parallel_model import ParallelModel, local_tensor
-from moreh.runtime.sharding.dtensor_view import as_user_tensor
+from moreh.runtime.sharding.global_tensor import GlobalTensor
+from moreh.runtime.sharding.user_view import as_user_grad
 from moreh.trace import span
 
 # The largest buffer that gradients are reduced in.
@@ -33,7 +36,8 @@ def collect_grads(model: ParallelModel) -> dict[str, torch.Tensor]:
 def _reduce(model: ParallelModel, grads: dict[str, torch.Tensor]) -> None:
     """Sum gradients in place.
 
-    - Over tensor-parallel ranks: partial ones, of parameters that every rank has whole and uses for a part of its input.
+    - Over tensor-parallel ranks: partial ones, of parameters that every rank has whole and uses for a part of its
+      input.
     - Over data-parallel ranks: all, unless FSDP has done so in the backward pass.
     - Over pipeline stages: those of tied parameters.
     """
@@ -97,71 +101,74 @@ def _reduce_tied_grad(grad: torch.Tensor, model: ParallelModel, pipeline_ranks: 
 
 
 def loss_with_deferred_grads(loss: torch.Tensor, model: ParallelModel, grads: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The loss of a batch whose gradients exist already: its backward pass adds them to the script's parameters."""
-    leaf = torch.zeros((), dtype=loss.dtype, device=loss.device, requires_grad=True)
-    loss_with_grads: torch.Tensor = _LossWithDeferredGrads.apply(leaf, loss, model, grads)  # type: ignore[no-untyped-call]
+    """The loss of a batch whose gradients exist already, as a function of the script's parameters; collective.
+
+    Autograd takes the gradients from its backward pass, and adds them to the parameters, or whatever it is asked for.
+    """
+    names = [name for name in _names_with_grads(model, grads) if model.user_params[name].requires_grad]
+    parameters = [model.user_params[name] for name in names]
+    held = {name: grads.get(name) for name in names}
+    loss_with_grads: torch.Tensor = _LossWithDeferredGrads.apply(loss, model, held, *parameters)  # type: ignore[no-untyped-call]
     return loss_with_grads
+
+
+def _names_with_grads(model: ParallelModel, grads: dict[str, torch.Tensor]) -> list[str]:
+    """The parameters of which some rank has a gradient, in the order of the model; collective on a pipeline."""
+    has_grad = torch.tensor([name in grads for name in model.specs], dtype=torch.int32, device=model.mesh.device)
+    if model.plan.pipeline > 1:
+        with span("all_reduce_has_grad", has_grad.nbytes):
+            model.mesh.reduce(has_grad)
+    return [name for name, has in zip(model.specs, has_grad.tolist(), strict=True) if has]
 
 
 class _LossWithDeferredGrads(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, leaf: torch.Tensor, loss: torch.Tensor, model: ParallelModel, grads: dict[str, torch.Tensor]
+        ctx: Any,
+        loss: torch.Tensor,
+        model: ParallelModel,
+        grads: dict[str, torch.Tensor | None],
+        *parameters: nn.Parameter,
     ) -> torch.Tensor:
         ctx.model, ctx.grads = model, grads
         return loss.clone()
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[None, None, None, None]:
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         if ctx.grads is None:
             raise RuntimeError(BACKWARD_TWICE_MESSAGE)
-        accumulate_grads(ctx.model, ctx.grads, grad_outputs[0])
+        grads = hand_over_grads(ctx.model, ctx.grads, grad_outputs[0])
         ctx.grads = None
-        return None, None, None, None
+        needed = [grad if needs else None for grad, needs in zip(grads, ctx.needs_input_grad[3:], strict=True)]
+        return None, None, None, *needed
 
 
-def accumulate_grads(model: ParallelModel, grads: dict[str, torch.Tensor], grad_output: torch.Tensor) -> None:
-    """Add gradients, times `grad_output`, to those of the parameters that the script sees. They are scaled in place."""
+def hand_over_grads(
+    model: ParallelModel, grads: dict[str, torch.Tensor | None], grad_output: torch.Tensor
+) -> list[torch.Tensor]:
+    """Gradients times `grad_output`, as the script sees them. They are scaled in place.
+
+    `grads` has None where this rank holds nothing of the parameter.
+    """
     with span("accumulate_grads"):
         scale = grad_output.item()
+        handed_over = []
         for name, grad in grads.items():
-            if scale != 1.0:
-                local_tensor(grad).mul_(scale)
-            parameter = model.user_params[name]
-            if not parameter.requires_grad:  # frozen since the model was sharded
-                continue
-            if parameter.grad is None:
-                parameter.grad = as_user_tensor(grad, model.specs[name], model.plan, model.mesh)
-            else:
-                local_tensor(parameter.grad).add_(local_tensor(grad))
+            local = None if grad is None else local_tensor(grad)
+            if local is not None and scale != 1.0:
+                local.mul_(scale)
+            handed_over.append(as_user_grad(local, model.user_params[name]))
+    return handed_over
 
 
-def global_grad_norm(model: ParallelModel, grads: dict[str, torch.Tensor], norm_type: float) -> torch.Tensor:
-    """The norm of the gradients of all ranks together, each element counted once: a scalar, the same on every rank."""
-    mesh = model.mesh
-    counted = []
-    for name, grad in grads.items():
-        spec = model.specs[name]
-        is_first = spec.pipeline_ranks[0] == mesh.rank("pipeline")
-        is_first &= spec.tp_split is not None or mesh.rank("tensor") == 0
-        is_first &= spec.fsdp_dim is not None or mesh.rank("data") == 0
-        if is_first:
-            counted.append(local_tensor(grad))
-    # Ranks that count nothing must return the same bits as the others.
-    dtype = torch.promote_types(model.dtype, torch.float32)
-    norms = [torch.linalg.vector_norm(tensor, norm_type, dtype=dtype).double() for tensor in counted if tensor.numel()]
-    total = torch.zeros((), dtype=torch.float64, device=mesh.device)
-    if norm_type == float("inf"):
-        total = torch.stack([total, *norms]).max()
-        _reduce_norm(model, total, dist.ReduceOp.MAX)
-    else:
-        for norm in norms:
-            total += norm**norm_type
-        _reduce_norm(model, total, dist.ReduceOp.SUM)
-        total = total ** (1.0 / norm_type)
-    return total.to(dtype)
-
-
-def _reduce_norm(model: ParallelModel, total: torch.Tensor, operation: dist.ReduceOp.RedOpType) -> None:
-    with span("all_reduce_grad_norm", total.nbytes):
-        model.mesh.reduce(total, operation)
+def keep_earlier_grads(model: ParallelModel, originals: dict[str, nn.Parameter]) -> None:
+    """Give the script's parameters the gradients that a whole model had before it was sharded."""
+    for name, original in originals.items():
+        parameter: torch.Tensor = model.user_params[name]
+        if original.grad is None or original is parameter:
+            continue
+        grad, original.grad = original.grad, None
+        if isinstance(parameter, GlobalTensor):
+            grad = GlobalTensor(parameter.global_layout.shard(grad.to(parameter.device)), parameter.global_layout)
+        parameter.grad = grad

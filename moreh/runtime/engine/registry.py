@@ -12,11 +12,12 @@ from moreh.patches.module_call import instead_of_model_calls
 from moreh.patches.optimizer_creation import on_optimizer_created, revisit_optimizers
 from moreh.patches.total_norm import on_total_norm
 from moreh.planner.plan.plan import Plan
-from moreh.runtime.engine.gradients import global_grad_norm
+from moreh.runtime.engine.gradients import keep_earlier_grads
 from moreh.runtime.engine.model_methods import replace_methods
 from moreh.runtime.engine.model_runner import ModelRunner
-from moreh.runtime.engine.parallel_model import local_tensor
-from moreh.runtime.engine.user_parameters import forbid_pickling_state, replace_params
+from moreh.runtime.engine.user_parameters import keep_state_sharded, replace_params
+from moreh.runtime.sharding.global_ops import total_norm
+from moreh.runtime.sharding.global_tensor import GlobalTensor, GlobalView
 from moreh.trace import span
 
 # In the `__dict__` of a sharded model, its runner; and in that of the model and each of its modules, a mark.
@@ -57,10 +58,11 @@ def shard_model(root: nn.Module, plan: Plan, options: ParallelOptions = DEFAULT_
     with span("shard_model"):
         originals = dict(root.named_parameters())
         runner = ModelRunner(root, plan, options)
-        parameters = dict(root.named_parameters())
+        parameters = runner.model.user_params
+        keep_earlier_grads(runner.model, originals)
         replace_params({id(p): parameters[name] for name, p in originals.items()}, list(originals.values()))
-        revisit_optimizers()
         _runners.add(runner)
+        revisit_optimizers()
         replace_methods(runner.model)
         root.__dict__[_RUNNER] = runner
         for module in root.modules():
@@ -98,8 +100,8 @@ def call_sharded(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 def _check_supported(optimizer: torch.optim.Optimizer) -> None:
     """Refuse an optimizer that would be wrong on shards: of torch's, those that look at more than single elements.
 
-    Adafactor's means of rows and columns are not implemented for DTensors. L-BFGS takes dot products of all parameters
-    together, of which a stage has its own only. No optimizer's state may be pickled as if it were whole.
+    Adafactor's means of rows and columns are kept whole, beside parameters that are not. L-BFGS takes dot products of
+    all parameters together, which it gathers first.
 
     Raises:
         OptionError: the optimizer is one of these.
@@ -108,7 +110,7 @@ def _check_supported(optimizer: torch.optim.Optimizer) -> None:
     models = [r.model for r in _runners if any(id(parameter) in own for parameter in r.model.user_params.values())]
     if not models:
         return
-    forbid_pickling_state(optimizer)
+    keep_state_sharded(optimizer)
     has_shards = any(model.plan.tensor > 1 or model.uses_fsdp for model in models)
     if isinstance(optimizer, torch.optim.LBFGS) and (has_shards or any(model.plan.pipeline > 1 for model in models)):
         raise OptionError("LBFGS looks at all parameters together, which are sharded over workers: use AdamW or SGD")
@@ -119,15 +121,14 @@ def _check_supported(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _total_norm(grads: list[torch.Tensor], norm_type: float) -> torch.Tensor | None:
-    """The norm over all ranks of gradients of one sharded model; None if they are not gradients of one.
-
-    A rank that has none of them, because the parameters belong to other stages, takes part with an empty list.
-    """
-    for runner in _runners:
-        name_by_id = {id(p.grad): name for name, p in runner.model.user_params.items() if p.grad is not None}
-        names = [name_by_id.get(id(grad)) for grad in grads]
-        if all(name is not None for name in names):
-            named = {name: local_tensor(grad) for name, grad in zip(names, grads, strict=True) if name is not None}
-            with span("clip_total_norm"):
-                return global_grad_norm(runner.model, named, norm_type)
-    return None
+    """The norm over all ranks of gradients, a sharded model's among them, in one message; None if there are none."""
+    ids = {id(grad) for grad in grads}
+    runners = [
+        r for r in _runners if any(id(p.grad) in ids for p in r.model.user_params.values() if p.grad is not None)
+    ]
+    meshes = [runner.model.mesh for runner in runners]
+    meshes += [grad.global_layout.mesh for grad in grads if isinstance(grad, GlobalTensor)]
+    if not meshes or not norm_type > 0:
+        return None
+    with span("clip_total_norm"):
+        return total_norm([g.full_tensor() if isinstance(g, GlobalView) else g for g in grads], norm_type, meshes[0])
