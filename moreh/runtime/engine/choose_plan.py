@@ -187,8 +187,14 @@ def select_local_plan(training: Training, options: ParallelOptions, *, bfloat16:
 
 
 def within_runtime_limits(constraints: Constraints, model: nn.Module) -> Constraints:
-    """The constraints, and those that the model's tensor parallelism puts on what workers can carry out."""
-    max_tensor = max_tensor_parallel(model)
+    """The constraints, and those that the model's tensor parallelism puts on what workers can carry out.
+
+    A module of the script's own may look at more than the part of a tensor that a tensor-parallel rank has.
+    """
+    # It imports transformers, which takes seconds; one worker comes here never.
+    from moreh.models.compatibility import unsupported_module
+
+    max_tensor = max_tensor_parallel(model) if unsupported_module(model) is None else 1
     has_sequence_parallel = max_tensor > 1 and sequence_parallel_refusal(model, max_tensor) is None
     return replace(constraints, max_tensor=max_tensor, sequence_parallel=None if has_sequence_parallel else False)
 

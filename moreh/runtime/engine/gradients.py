@@ -6,9 +6,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.autograd.function import once_differentiable
 
+from moreh.errors import OptionError
 from moreh.runtime.batch.loss_output import BACKWARD_TWICE_MESSAGE
+from moreh.runtime.batch.model_inputs import ONE_WORKER
 from moreh.runtime.engine.parallel_model import ParallelModel, local_tensor
 from moreh.runtime.sharding.global_tensor import GlobalTensor
 from moreh.runtime.sharding.user_view import as_user_grad
@@ -100,15 +101,25 @@ def _reduce_tied_grad(grad: torch.Tensor, model: ParallelModel, pipeline_ranks: 
     grad.copy_(total)
 
 
-def loss_with_deferred_grads(loss: torch.Tensor, model: ParallelModel, grads: dict[str, torch.Tensor]) -> torch.Tensor:
+def loss_with_deferred_grads(
+    loss: torch.Tensor,
+    model: ParallelModel,
+    grads: dict[str, torch.Tensor],
+    input_grads: list[tuple[torch.Tensor, torch.Tensor]],
+) -> torch.Tensor:
     """The loss of a batch whose gradients exist already, as a function of the script's parameters; collective.
 
     Autograd takes the gradients from its backward pass, and adds them to the parameters, or whatever it is asked for.
+    `input_grads` are arguments of the call that have a history in the script, with their gradients.
     """
     names = [name for name in _names_with_grads(model, grads) if model.user_params[name].requires_grad]
     parameters = [model.user_params[name] for name in names]
     held = {name: grads.get(name) for name in names}
-    loss_with_grads: torch.Tensor = _LossWithDeferredGrads.apply(loss, model, held, *parameters)  # type: ignore[no-untyped-call]
+    tensors = [tensor for tensor, _ in input_grads]
+    grads_of_inputs = [grad for _, grad in input_grads]
+    loss_with_grads: torch.Tensor = _LossWithDeferredGrads.apply(
+        loss, model, held, grads_of_inputs, *tensors, *parameters
+    )  # type: ignore[no-untyped-call]
     return loss_with_grads
 
 
@@ -128,20 +139,26 @@ class _LossWithDeferredGrads(torch.autograd.Function):
         loss: torch.Tensor,
         model: ParallelModel,
         grads: dict[str, torch.Tensor | None],
-        *parameters: nn.Parameter,
+        input_grads: list[torch.Tensor],
+        *inputs: torch.Tensor,
     ) -> torch.Tensor:
-        ctx.model, ctx.grads = model, grads
+        ctx.model, ctx.grads, ctx.input_grads = model, grads, input_grads
         return loss.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise OptionError(
+                "create_graph=True: gradients of a model that is sharded over workers have no gradients of their own; "
+                f"leave it out, or {ONE_WORKER}"
+            )
         if ctx.grads is None:
             raise RuntimeError(BACKWARD_TWICE_MESSAGE)
-        grads = hand_over_grads(ctx.model, ctx.grads, grad_outputs[0])
-        ctx.grads = None
-        needed = [grad if needs else None for grad, needs in zip(grads, ctx.needs_input_grad[3:], strict=True)]
-        return None, None, None, *needed
+        grads = [grad * grad_outputs[0].to(grad.dtype) for grad in ctx.input_grads]
+        grads += hand_over_grads(ctx.model, ctx.grads, grad_outputs[0])
+        ctx.grads = ctx.input_grads = None
+        needed = [grad if needs else None for grad, needs in zip(grads, ctx.needs_input_grad[4:], strict=True)]
+        return None, None, None, None, *needed
 
 
 def hand_over_grads(

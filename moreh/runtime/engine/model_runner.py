@@ -28,6 +28,7 @@ from moreh.models.losses import IGNORED_LABEL, is_known_loss, token_loss_of
 from moreh.options import ParallelOptions
 from moreh.planner.plan.plan import Plan
 from moreh.runtime.batch.batch_cutter import BatchCutter
+from moreh.runtime.batch.input_gradients import InputGrad, detached_inputs, reduced_grad
 from moreh.runtime.batch.loss_output import LossOutput, loss_with_computed_grads
 from moreh.runtime.batch.micro_batches import is_causal_model, label_positions
 from moreh.runtime.batch.model_inputs import (
@@ -68,10 +69,9 @@ class ModelRunner:
         if plan.devices > 1 and has_gradient_hooks(root):
             raise OptionError(f"hooks on gradients would not see those of all workers: {ONE_WORKER}")
         causal: Any = unwrapped(root)
-        # Asked before sharding changes classes. A module of the script's own may see more than one token, or more than
-        # one row.
+        # Asked before sharding changes classes. A module of the script's own may see whole rows, so it gets them.
         is_token_wise = unsupported_module(root) is None
-        skip_padding = options.uses("skip_padding") and is_causal_model(causal)
+        skip_padding = options.uses("skip_padding") and is_causal_model(causal) and is_token_wise
         self.plan = plan
         # Tokens of a micro-batch at most; None for as many as the plan's rows have.
         self.max_tokens: int | None = None
@@ -151,6 +151,9 @@ class ModelRunner:
 
     def _train(self, inputs: ModelInputs) -> torch.Tensor:
         model = self.model
+        differentiable: list[InputGrad] = []
+        if self.plan.devices > 1:
+            inputs, differentiable = detached_inputs(inputs, self.plan)
         keeps_memory = self._options.uses("keep_freed_memory") and model.mesh.device.type == "cpu"
         if keeps_memory:
             before_training_step(self._training_steps)
@@ -162,6 +165,7 @@ class ModelRunner:
             self._tied_embedding.add_gradient()
             grads = collect_grads(model)
         self._micro_batches = []
+        input_grads = [(entry.tensor, reduced_grad(entry, model.mesh)) for entry in differentiable]
         for parameter, grad in stashed_grads:
             parameter.grad = grad
         loss = self._sum_over_ranks(losses)
@@ -170,7 +174,7 @@ class ModelRunner:
         self._training_steps += 1
         if self.plan.devices == 1:
             return loss_with_computed_grads(loss, [(model.compute_params[name], grad) for name, grad in grads.items()])
-        return loss_with_deferred_grads(loss, model, grads)
+        return loss_with_deferred_grads(loss, model, grads, input_grads)
 
     def _evaluate(self, inputs: ModelInputs) -> torch.Tensor:
         with span("evaluate"):

@@ -11,6 +11,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 from torch.distributed.tensor import DTensor
 
+from moreh.errors import OptionError
+from moreh.models.compatibility import unsupported_module
 from moreh.models.parts import ModelParts, split_into_parts
 from moreh.planner.plan.plan import Plan
 from moreh.runtime.kernels.recomputation import recompute_activations
@@ -100,6 +102,12 @@ def build_sharded(
     parts = split_into_parts(root)
     partition = TensorPartition({}, frozenset())
     if plan.tensor > 1:
+        custom = unsupported_module(root)
+        if custom is not None:
+            raise OptionError(
+                f"{custom}, and tensor parallelism would give it a part of what it computes with: leave tensor "
+                "parallelism to the planner, which uses none for such a model"
+            )
         partition = describe_partition(root, plan.tensor, sequence_parallel=plan.sequence_parallel)
     specs = parameter_specs(parts, plan, partition.splits)
     originals = dict(root.named_parameters())

@@ -1,12 +1,14 @@
 """The sharded models of this process: a script calls, clips and optimizes them as if they were whole."""
 
 import weakref
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
 
 from moreh.errors import OptionError
+from moreh.models.introspection import unwrapped, wrappers
+from moreh.models.structure import check_structure, structure_of
 from moreh.options import DEFAULT_OPTIONS, ParallelOptions
 from moreh.patches.module_call import instead_of_model_calls
 from moreh.patches.optimizer_creation import on_optimizer_created, revisit_optimizers
@@ -20,8 +22,10 @@ from moreh.runtime.sharding.global_ops import total_norm
 from moreh.runtime.sharding.global_tensor import GlobalTensor, GlobalView
 from moreh.trace import span
 
-# In the `__dict__` of a sharded model, its runner; and in that of the model and each of its modules, a mark.
+# In the `__dict__` of a sharded model, its runner and what it consists of; and in that of the model and each of its
+# modules, a mark.
 _RUNNER = "_moreh_runner"
+_STRUCTURE = "_moreh_structure"
 _IS_SHARDED = "_moreh_is_sharded"
 _runners: weakref.WeakSet[ModelRunner] = weakref.WeakSet()
 _supports_optimizers = False
@@ -64,9 +68,12 @@ def shard_model(root: nn.Module, plan: Plan, options: ParallelOptions = DEFAULT_
         _runners.add(runner)
         revisit_optimizers()
         replace_methods(runner.model)
+        for module in (*wrappers(root), unwrapped(root)):
+            module.__dict__.update(__deepcopy__=_refuse_copy, __reduce_ex__=_refuse_pickling)
         root.__dict__[_RUNNER] = runner
         for module in root.modules():
             module.__dict__[_IS_SHARDED] = True
+        root.__dict__[_STRUCTURE] = structure_of(root)
     return runner
 
 
@@ -84,10 +91,11 @@ def call_sharded(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     """What a sharded model returns for a batch; NotImplemented for a module that is not sharded.
 
     Raises:
-        OptionError: the module is a part of a sharded model.
+        OptionError: the module is a part of a sharded model, or the script has changed what the model consists of.
     """
     runner = runner_of(module)
     if runner is not None:
+        check_structure(module, module.__dict__[_STRUCTURE])
         return runner.call(args, kwargs)
     if is_submodule_of_sharded(module):
         raise OptionError(
@@ -95,6 +103,20 @@ def call_sharded(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
             "call the whole model"
         )
     return NotImplemented
+
+
+def _refuse_copy(memo: Any) -> NoReturn:
+    raise OptionError(
+        "a model that is sharded over workers was copied, as copy.deepcopy and AveragedModel do: copy it before its "
+        "first training step, or keep {name: p.detach().clone() for name, p in model.named_parameters()}"
+    )
+
+
+def _refuse_pickling(protocol: Any) -> NoReturn:
+    raise OptionError(
+        "a model that is sharded over workers was pickled, as torch.save(model) does: save it with "
+        "model.save_pretrained(directory)"
+    )
 
 
 def _check_supported(optimizer: torch.optim.Optimizer) -> None:

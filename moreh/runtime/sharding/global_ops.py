@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
+from moreh.runtime.sharding.global_classes import GlobalTensor, GlobalView, local_part
 from moreh.runtime.sharding.global_layout import GlobalLayout
-from moreh.runtime.sharding.global_tensor import GlobalTensor, GlobalView, local_part
 from moreh.runtime.sharding.mesh import Mesh
 from moreh.runtime.sharding.shards import global_rank_of
 from moreh.trace import span

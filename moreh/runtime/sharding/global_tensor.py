@@ -1,219 +1,97 @@
-"""Sharded parameters, their gradients and optimizer state as the script sees them: whole tensors, whatever it asks.
+"""What each operation of torch does with a `GlobalTensor`: on the local parts, by a reduction, or on the whole."""
 
-A `GlobalTensor` has the shape of the whole tensor and holds this rank's part of it. What a script does with it means
-what it means with the whole tensor on one device:
-
-- elementwise operations, with each other and with ordinary tensors of the whole shape, compute on the local parts;
-- reductions to a number are summed over the ranks (`global_ops.py`);
-- everything else gathers the whole tensor, computes with that, and puts back what it has changed.
-
-Why not DTensor: `.item()` of a DTensor that is not yet reduced gives this rank's part, it does not mix with ordinary
-tensors, knows nothing of pipelines, and shows a matrix that is split in several chunks with its columns regrouped.
-
-Operations that need other ranks are collective. Every worker runs the whole script, so all come to them.
-"""
-
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
-from torch import nn
+from torch.utils._pytree import tree_map
 
-from moreh.errors import OptionError
-from moreh.runtime.sharding.global_layout import GlobalLayout
+from moreh.runtime.sharding.global_classes import (
+    GlobalTensor,
+    GlobalView,
+    ViewStep,
+    WholeTensor,
+    dispatch_to,
+    local_part,
+)
+from moreh.runtime.sharding.global_ops import elementwise, elementwise_on_lists, new_tensor, reduce_to_number, written
 
+__all__ = ["GlobalTensor", "GlobalView", "WholeTensor", "dispatch", "local_part"]
 
-class WholeTensor(torch.Tensor):
-    """What sharded tensors and views of them have in common: the methods of torch that are not dispatched."""
-
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-
-    def full_tensor(self) -> torch.Tensor:
-        """The whole tensor, on every rank; collective. Changes of it do not reach the sharded one."""
-        raise NotImplementedError
-
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        # It needs this module's classes.
-        from moreh.runtime.sharding.global_dispatch import dispatch
-
-        return dispatch(function, args, kwargs or {})
-
-    def numpy(self, *, force: bool = False) -> Any:
-        """The whole tensor as a read-only array; collective."""
-        if self.requires_grad and not force:
-            raise RuntimeError("Can't call numpy() on Tensor that requires grad. Use tensor.detach().numpy() instead.")
-        array = self.full_tensor().numpy(force=force)
-        array.flags.writeable = False
-        return array
-
-    def __array__(self, dtype: Any = None) -> Any:
-        array = self.numpy()
-        return array if dtype is None else array.astype(dtype, copy=False)
-
-    def tolist(self) -> Any:
-        """The whole tensor as nested lists; collective."""
-        return self.full_tensor().tolist()
-
-    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        text = repr(self.full_tensor().requires_grad_(self.requires_grad and self.is_leaf))
-        return f"Parameter containing:\n{text}" if isinstance(self, nn.Parameter) else text
-
-    def __format__(self, format_spec: str) -> str:
-        whole = self.full_tensor()
-        return format(whole.item(), format_spec) if whole.dim() == 0 else format(whole, format_spec)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickled whole, as an ordinary tensor; collective."""
-        whole = self.full_tensor().requires_grad_(self.requires_grad)
-        return (nn.Parameter(whole, self.requires_grad) if isinstance(self, nn.Parameter) else whole).__reduce_ex__(
-            protocol
-        )
-
-    def untyped_storage(self) -> NoReturn:
-        """Refused: there is no memory that has all elements."""
-        raise OptionError(
-            "the memory of a parameter that is sharded over workers was asked for: no worker has all of it; ask "
-            "p.detach().full_tensor(), which is a whole copy"
-        )
-
-    storage = share_memory_ = untyped_storage
+_aten = torch.ops.aten
+_SAME_MEMORY = (_aten.detach.default, _aten.alias.default)
 
 
-class GlobalTensor(WholeTensor):
-    """A whole tensor of which this rank holds a part."""
-
-    local: torch.Tensor
-    """This rank's part, an ordinary tensor; without elements where the rank holds nothing. Aliases share the object."""
-    global_layout: GlobalLayout
-    """Which part it is."""
-
-    @staticmethod
-    def __new__(cls: Any, local: torch.Tensor, layout: GlobalLayout) -> "GlobalTensor":
-        """See the fields. The memory of `local` is shared."""
-        if tuple(local.shape) != layout.local_shape:
-            raise ValueError(
-                f"{layout.spec.name}: the local tensor is {list(local.shape)}, the layout says "
-                f"{list(layout.local_shape)}"
-            )
-        tensor: GlobalTensor = torch.Tensor._make_wrapper_subclass(
-            cls, layout.shape, dtype=local.dtype, device=local.device
-        )
-        tensor.local, tensor.global_layout = local, layout
-        return tensor
-
-    def __init__(self, local: torch.Tensor, layout: GlobalLayout) -> None:
-        super().__init__()
-
-    def full_tensor(self) -> torch.Tensor:
-        """The whole tensor, on every rank; collective. Changes of it do not reach the sharded one."""
-        return self.global_layout.gather(self.local)
-
-    @property
-    def data(self) -> torch.Tensor:
-        """The same elements without their history, as in torch."""
-        return self.detach()
-
-    @data.setter
-    def data(self, value: torch.Tensor) -> None:
-        """As in torch, the tensor has the memory of `value` from now on. Of an ordinary one, it copies its part.
-
-        Raises:
-            OptionError: `value` has another shape or dtype.
-        """
-        if value.shape != self.shape or value.dtype != self.dtype:
-            raise OptionError(
-                f"p.data = a tensor {list(value.shape)} of {value.dtype}: parameters that are sharded over workers "
-                f"keep their shape {list(self.shape)} and {self.dtype}; resize and cast a model before its first "
-                "training step"
-            )
-        if isinstance(value, GlobalTensor) and value.global_layout.matches(self.global_layout):
-            self.local = value.local
-        else:
-            full = value.full_tensor() if isinstance(value, WholeTensor) else value.detach()
-            self.local = self.global_layout.shard(full.to(self.device))
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "GlobalTensor":
-        copied: Any = GlobalTensor(self.local.clone(), self.global_layout)
-        if isinstance(self, nn.Parameter):
-            copied = nn.Parameter(copied, self.requires_grad)
-        elif self.requires_grad:
-            copied.requires_grad_()
-        if self.grad is not None:
-            copied.grad = self.grad.__deepcopy__(memo) if isinstance(self.grad, GlobalTensor) else self.grad.clone()
-        memo[id(self)] = copied
-        return copied
+def dispatch(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The result of an operation, at least one of whose arguments is a global tensor or a view of one."""
+    if function in _SAME_MEMORY:
+        return _alias(args[0])
+    if _returns_views(function):
+        return _views(function, args, kwargs)
+    for compute in (elementwise, elementwise_on_lists, reduce_to_number, new_tensor):
+        result = compute(function, args, kwargs)
+        if result is not NotImplemented:
+            return result
+    return _on_whole_tensors(function, args, kwargs)
 
 
-@dataclass(frozen=True)
-class ViewStep:
-    """One view of a tensor, to be taken again of another one."""
-
-    function: Callable[..., Any]
-    """An operation of torch that returns views of its first argument."""
-    args: tuple[Any, ...]
-    """The arguments after the first one."""
-    kwargs: dict[str, Any]
-    """The keyword arguments."""
-    index: int | None
-    """Which of the views it is, where the operation returns several."""
-
-    def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The view of a tensor."""
-        views = self.function(tensor, *self.args, **self.kwargs)
-        return views if self.index is None else views[self.index]
+def _alias(tensor: WholeTensor) -> WholeTensor:
+    if isinstance(tensor, GlobalTensor):
+        return GlobalTensor(tensor.local, tensor.global_layout)
+    assert isinstance(tensor, GlobalView)
+    return GlobalView(tensor.base, tensor.steps, _meta(tensor))
 
 
-class GlobalView(WholeTensor):
-    """A view of a whole tensor: rows, a transposition. It has no memory; what is written to it reaches the tensor."""
-
-    base: GlobalTensor
-    """The tensor of which it is a view."""
-    steps: tuple[ViewStep, ...]
-    """The views that lead to it, each one of the result of the one before."""
-
-    @staticmethod
-    def __new__(cls: Any, base: GlobalTensor, steps: tuple[ViewStep, ...], meta: torch.Tensor) -> "GlobalView":
-        """See the fields. `meta` has the view's shape and strides."""
-        view: GlobalView = torch.Tensor._make_wrapper_subclass(
-            cls,
-            meta.shape,
-            strides=meta.stride(),
-            storage_offset=meta.storage_offset(),
-            dtype=meta.dtype,
-            device=base.device,
-        )
-        view.base, view.steps = base, steps
-        return view
-
-    def __init__(self, base: GlobalTensor, steps: tuple[ViewStep, ...], meta: torch.Tensor) -> None:
-        super().__init__()
-
-    def of(self, full: torch.Tensor) -> torch.Tensor:
-        """The same view of the gathered base."""
-        for step in self.steps:
-            full = step.of(full)
-        return full
-
-    def full_tensor(self) -> torch.Tensor:
-        """What is seen, on every rank; collective. Changes of it do not reach the sharded tensor."""
-        return self.of(self.base.full_tensor())
-
-    @property
-    def data(self) -> torch.Tensor:
-        """The same view without its history, as in torch."""
-        return self.detach()
-
-    @data.setter
-    def data(self, value: torch.Tensor) -> NoReturn:
-        raise OptionError(
-            "the data of a view of a parameter that is sharded over workers was assigned: write p[...] = value"
-        )
+def _meta(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor without data that has the same geometry."""
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
-def local_part(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a global tensor; any other tensor as it is."""
-    return tensor.local if isinstance(tensor, GlobalTensor) else tensor
+def _returns_views(function: Any) -> bool:
+    """Whether an operation returns views of its first argument and changes nothing."""
+    aliases = [result.alias_info for result in function._schema.returns]
+    return any(alias is not None and not alias.is_write for alias in aliases)
+
+
+def _views(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    tensor, *others = args
+    base, steps = (tensor, ()) if isinstance(tensor, GlobalTensor) else (tensor.base, tensor.steps)
+    meta = function(_meta(tensor), *others, **kwargs)
+    if isinstance(meta, torch.Tensor):
+        return GlobalView(base, (*steps, ViewStep(function, tuple(others), kwargs, None)), meta)
+    return [
+        GlobalView(base, (*steps, ViewStep(function, tuple(others), kwargs, index)), view)
+        for index, view in enumerate(meta)
+    ]
+
+
+def _on_whole_tensors(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Gather what the operation needs, compute with whole tensors, and put back what it has written; collective."""
+    gathered: dict[int, torch.Tensor] = {}
+    seen: dict[int, torch.Tensor] = {}
+    originals: dict[int, WholeTensor] = {}
+
+    def whole(value: Any) -> Any:
+        if not isinstance(value, WholeTensor):
+            return value
+        if id(value) not in seen:
+            base = value.base if isinstance(value, GlobalView) else value
+            assert isinstance(base, GlobalTensor)
+            # Aliases share `local`, on every rank alike: what is written to one is seen in the other.
+            key = id(base.local)
+            if key not in gathered:
+                gathered[key] = base.full_tensor()
+            seen[id(value)] = value.of(gathered[key]) if isinstance(value, GlobalView) else gathered[key]
+            originals.setdefault(id(seen[id(value)]), value)
+        return seen[id(value)]
+
+    result = function(*tree_map(whole, args), **tree_map(whole, kwargs))
+    for value in written(function, args, kwargs):
+        if isinstance(value, WholeTensor):
+            base = value.base if isinstance(value, GlobalView) else value
+            assert isinstance(base, GlobalTensor)
+            full = seen[id(value)] if base is value else whole(base)
+            base.local.copy_(base.global_layout.shard(full))
+    return tree_map(lambda value: originals.get(id(value), value) if isinstance(value, torch.Tensor) else value, result)
+
+
+dispatch_to(dispatch)
