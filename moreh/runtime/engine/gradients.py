@@ -30,6 +30,9 @@ def collect_grads(model: ParallelModel) -> dict[str, torch.Tensor]:
             if parameter.grad is not None:
                 grads[name] = parameter.grad
                 parameter.grad = None
+            elif parameter.requires_grad and len(model.specs[name].pipeline_ranks) > 1:
+                # With inputs_embeds, the first stage does not use tied embeddings. The last one waits for their sum.
+                grads[name] = torch.zeros_like(parameter.detach())
         _reduce(model, grads)
     return grads
 

@@ -135,7 +135,8 @@ def total_norm(tensors: Sequence[torch.Tensor], norm_type: float, mesh: Mesh) ->
     dtypes = [torch.promote_types(tensor.dtype, torch.float32) for tensor in tensors]
     counted = [local_part(tensor) for tensor in tensors if _is_counted(tensor, mesh)]
     own = _combined(_local_norms(counted, norm_type), norm_type, tensors[0].device)
-    of_ranks = _over_ranks(own, mesh, "all_reduce_grad_norm")
+    with span("all_reduce_grad_norm", own.nbytes):
+        of_ranks = _of_all_ranks(own, mesh)
     return _combined(of_ranks, norm_type, own.device).to(max(dtypes, key=lambda dtype: dtype.itemsize))
 
 
@@ -161,13 +162,18 @@ def _combined(norms: Sequence[torch.Tensor], norm_type: float, device: torch.dev
     return torch.linalg.vector_norm(values, norm_type) if norm_type else values.sum()
 
 
-def _over_ranks(value: torch.Tensor, mesh: Mesh, span_name: str = "all_reduce_number") -> list[torch.Tensor]:
-    """The numbers of all ranks, on each of them. NaN stays NaN, which a maximum of gloo's would lose."""
+def _over_ranks(value: torch.Tensor, mesh: Mesh) -> list[torch.Tensor]:
+    """The numbers of all ranks, on each of them; collective."""
+    with span("all_reduce_number", value.nbytes):
+        return _of_all_ranks(value, mesh)
+
+
+def _of_all_ranks(value: torch.Tensor, mesh: Mesh) -> list[torch.Tensor]:
+    """As `_over_ranks`. NaN stays NaN, which a maximum of gloo's would lose."""
     ranks = math.prod(mesh.size(dimension) for dimension in ("pipeline", "data", "tensor"))
     values = torch.zeros(ranks, *value.shape, dtype=value.dtype, device=mesh.device)
     values[global_rank_of(mesh)] = value
-    with span(span_name, values.nbytes):
-        mesh.reduce(values)
+    mesh.reduce(values)
     return list(values.to(value.device))
 
 
