@@ -13,11 +13,7 @@ import torch
 from torch import nn
 
 from moreh.errors import OptionError
-from moreh.models.compatibility import (
-    has_gradient_hooks,
-    unsupported_module,
-    unsupported_reason,
-)
+from moreh.models.compatibility import has_gradient_hooks, unsupported_module, unsupported_reason
 from moreh.models.dropout import draws_random_numbers
 from moreh.models.introspection import unwrapped
 from moreh.models.losses import IGNORED_LABEL, is_known_loss, token_loss_of
@@ -26,10 +22,7 @@ from moreh.planner.plan.plan import Plan
 from moreh.runtime.batch.batch_cutter import BatchCutter
 from moreh.runtime.batch.input_gradients import detached_inputs, reduced_grad
 from moreh.runtime.batch.micro_batches import is_causal_model, label_positions
-from moreh.runtime.batch.model_inputs import (
-    ONE_WORKER,
-    ModelInputs,
-)
+from moreh.runtime.batch.model_inputs import ONE_WORKER, ModelInputs
 from moreh.runtime.engine.calls.logits import LogitsPasses, MicroBatchSeeds, batch_logits
 from moreh.runtime.engine.gradients import collect_grads, loss_with_deferred_grads
 from moreh.runtime.engine.parallel_model import (
