@@ -119,6 +119,10 @@ class GlobalTensor(WholeTensor):
         """The whole tensor, on every rank; collective. Changes of it do not reach the sharded one."""
         return self.global_layout.gather(self.local)
 
+    def to_local(self) -> torch.Tensor:
+        """This rank's part, as of a DTensor; memory is shared."""
+        return self.local
+
     @property
     def data(self) -> torch.Tensor:
         """The same elements without their history, as in torch."""
