@@ -10,20 +10,25 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import is_lazy
 
+_PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
+
 
 def storage_of(tensor: torch.Tensor) -> torch.UntypedStorage | None:
     """The untyped storage of a tensor; None for a tensor that has no memory of its own to count.
 
-    These are:
+    Of a tensor that is sharded over ranks, it is the storage of this rank's part. None have:
     - sparse tensors,
     - tensors without data: on the meta device, fake, or an uninitialized parameter of a lazy module,
-    - the wrapper tensors of torch.func.
+    - the wrapper tensors of torch.func, and those of a class that refuses to give its storage.
     """
+    if type(tensor) not in _PLAIN_TENSORS and hasattr(tensor, "to_local"):
+        tensor = tensor.to_local()
     if (
         tensor.layout != torch.strided
         or tensor.is_meta
         or is_lazy(tensor)
         or isinstance(tensor, FakeTensor)
+        or type(tensor).untyped_storage is not torch.Tensor.untyped_storage
         or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
     ):
         return None

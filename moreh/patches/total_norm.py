@@ -13,8 +13,8 @@ TotalNorm = Callable[[list[torch.Tensor], float], torch.Tensor | None]
 TOTAL_NORM = Patch(
     target="torch.nn.utils.clip_grad._get_total_norm",
     why="Gradients are clipped by the norm over all ranks, whatever list of parameters the script passes.",
-    no_public_way="A script calls torch.nn.utils.clip_grad_norm_, which understands DTensors of tensor parallelism and "
-    "FSDP, but knows nothing of the gradients of other pipeline stages.",
+    no_public_way="A script calls torch.nn.utils.clip_grad_norm_, which would compute the norm of each gradient "
+    "with a message of its own.",
     tested=("torch 2.13",),
 )
 PUBLIC_TOTAL_NORM = Patch(

@@ -4,10 +4,11 @@ import dataclasses
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor, Shard
 
 from moreh.runtime.checkpoint.dcp_io import save_state_async
 from moreh.runtime.checkpoint.training_state import collect_training_state, load_training_state, unsharded_specs
+from moreh.runtime.sharding.global_layout import GlobalLayout
+from moreh.runtime.sharding.global_tensor import GlobalTensor, local_part
 from moreh.runtime.sharding.local_weights import materialize_local_shards
 from tests.helpers.models.checkpoint_models import build_model, specs_of
 
@@ -46,22 +47,19 @@ def optimizer_state_by_name(model, optimizer):
     return {names[id(parameter)]: dict(values) for parameter, values in optimizer.state.items()}
 
 
-def shard_training(model, optimizer, grid, as_dtensors=False):
+def shard_training(model, optimizer, grid, as_global=False):
     """What a rank has of a training: specs, local tensors, parameters, an optimizer with its state, and the mesh.
 
-    With `as_dtensors`, parameters and state that data-parallel ranks shard are DTensors.
+    With `as_global`, parameters and state that data-parallel ranks shard are global tensors.
     """
     mesh = grid.mesh()
     specs = specs_of(model, grid)
     local_tensors = materialize_local_shards(model, specs, mesh)
 
     def as_seen(name, local):
-        if not as_dtensors or specs[name].fsdp_dim is None:
+        if not as_global or specs[name].fsdp_dim is None:
             return local
-        full = model.get_parameter(name)
-        return DTensor.from_local(
-            local, mesh.submesh("data"), [Shard(0)], run_check=False, shape=full.shape, stride=full.stride()
-        )
+        return GlobalTensor(local, GlobalLayout(specs[name], mesh))
 
     parameters = {name: nn.Parameter(as_seen(name, local)) for name, local in local_tensors.items()}
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -88,10 +86,6 @@ def shard_like(spec, tensor, mesh):
     return materialize_local_shards(module, {"state": dataclasses.replace(spec, dtype=tensor.dtype)}, mesh)["state"]
 
 
-def local_tensor(value):
-    return value.to_local() if isinstance(value, DTensor) else value
-
-
 def assert_same_state(actual, expected):
     """Compare optimizers' states by parameter and key: types, dtypes and bits."""
     assert actual.keys() == expected.keys()
@@ -102,7 +96,7 @@ def assert_same_state(actual, expected):
             assert type(other) is type(value)
             if isinstance(value, torch.Tensor):
                 assert other.dtype == value.dtype
-                assert torch.equal(local_tensor(other), local_tensor(value))
+                assert torch.equal(local_part(other), local_part(value))
             else:
                 assert other == value
 

@@ -4,9 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from moreh.errors import CheckpointError
@@ -17,8 +15,9 @@ from moreh.runtime.checkpoint.dcp_tensors import (
     chunks_of_object,
     object_of_bytes,
 )
+from moreh.runtime.sharding.global_tensor import GlobalTensor, local_part
 from moreh.runtime.sharding.mesh import Mesh
-from moreh.runtime.sharding.shards import local_shape
+from moreh.runtime.sharding.shards import is_owner, local_shape
 from moreh.runtime.sharding.spec import ParamSpec
 
 # The prefix on the disk of a key whose value is not a tensor, such as a count of steps.
@@ -62,11 +61,13 @@ def collect_optimizer_state(
                 "optimizer of its own and save that with torch.save."
             )
         spec = specs[name]
+        if not is_owner(spec, mesh):
+            continue
         for key, value in values.items():
             if not isinstance(value, torch.Tensor):
                 chunks[f"{name}/{_OBJECT}{key}"] = chunks_of_object(value, f"'{key}' of {name} in {kind}")
                 continue
-            local = (value.to_local() if isinstance(value, DTensor) else value).detach()
+            local = local_part(value).detach()
             if value.shape == parameter.shape and local.shape == local_shape(spec, mesh):
                 chunks[f"{name}/{key}"] = chunks_of_local(spec, local, mesh)
             elif value.dim() == 0 or not _is_sharded(spec, mesh):
@@ -126,7 +127,7 @@ def allocate_optimizer_state(
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             name = names.get(id(parameter))
-            if name is None or parameter.is_meta:
+            if name is None:
                 continue
             spec = specs[name]
             for key, metadata in saved.get(name, {}).items():
@@ -135,7 +136,8 @@ def allocate_optimizer_state(
                 is_on_device = not is_object and (bool(size) or _counts_steps_on_device(group, key))
                 device = parameter.device if is_on_device else None
                 if size == spec.shape and not is_object:
-                    tensor = torch.empty(local_shape(spec, mesh), dtype=dtype, device=device)
+                    shape = local_shape(spec, mesh) if is_owner(spec, mesh) else (0, *spec.shape[1:])
+                    tensor = torch.empty(shape, dtype=dtype, device=device)
                     chunks = chunks_of_local(spec, tensor, mesh)
                 elif not size or is_object or not _is_sharded(spec, mesh):
                     tensor = torch.empty(size, dtype=dtype, device=device)
@@ -171,21 +173,11 @@ def restore_optimizer(
             optimizer.state.pop(parameter, None)
             values = by_name.get(names.get(id(parameter), ""), {})
             if values:
-                optimizer.state[parameter] = {key: _as_dtensor_like(parameter, value) for key, value in values.items()}
+                optimizer.state[parameter] = {key: _as_seen(parameter, value) for key, value in values.items()}
 
 
-def _as_dtensor_like(parameter: nn.Parameter, value: Any) -> Any:
-    """A local tensor as a DTensor, if its parameter is a DTensor with a shard of that shape; else the value itself."""
-    dtensor: Any = parameter
-    if not isinstance(dtensor, DTensor) or not isinstance(value, torch.Tensor):
+def _as_seen(parameter: torch.Tensor, value: Any) -> Any:
+    """A local tensor as the script sees it if it is sharded as its parameter is; else the value itself."""
+    if not isinstance(parameter, GlobalTensor) or not isinstance(value, torch.Tensor):
         return value
-    if value.shape != dtensor.to_local().shape:
-        return value
-    return DTensor.from_local(
-        value,
-        dtensor.device_mesh,
-        dtensor.placements,
-        run_check=False,
-        shape=dtensor.shape,
-        stride=dtensor.stride(),
-    )
+    return GlobalTensor(value, parameter.global_layout) if value.shape == parameter.local.shape else value

@@ -187,8 +187,14 @@ def select_local_plan(training: Training, options: ParallelOptions, *, bfloat16:
 
 
 def within_runtime_limits(constraints: Constraints, model: nn.Module) -> Constraints:
-    """The constraints, narrowed to the tensor and sequence parallelism that the runtime supports for the model."""
-    max_tensor = max_tensor_parallel(model)
+    """The constraints, narrowed to the tensor and sequence parallelism that the runtime supports for the model.
+
+    A module of the script's own may read more than the part of a tensor that a tensor-parallel rank has.
+    """
+    # It imports transformers, which takes seconds; one worker never comes here.
+    from moreh.models.compatibility import unsupported_module
+
+    max_tensor = max_tensor_parallel(model) if unsupported_module(model) is None else 1
     has_sequence_parallel = max_tensor > 1 and sequence_parallel_refusal(model, max_tensor) is None
     return replace(constraints, max_tensor=max_tensor, sequence_parallel=None if has_sequence_parallel else False)
 

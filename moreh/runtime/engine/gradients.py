@@ -5,10 +5,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
+from moreh.errors import OptionError
 from moreh.runtime.batch.loss_output import BACKWARD_TWICE_MESSAGE
+from moreh.runtime.batch.model_inputs import ONE_WORKER
 from moreh.runtime.engine.parallel_model import ParallelModel, local_tensor
-from moreh.runtime.sharding.dtensor_view import as_user_tensor
+from moreh.runtime.sharding.global_tensor import GlobalTensor
+from moreh.runtime.sharding.user_view import as_user_grad
 from moreh.trace import span
 
 # The largest buffer in which several gradients are reduced together.
@@ -26,6 +30,9 @@ def collect_grads(model: ParallelModel) -> dict[str, torch.Tensor]:
             if parameter.grad is not None:
                 grads[name] = parameter.grad
                 parameter.grad = None
+            elif parameter.requires_grad and len(model.specs[name].pipeline_ranks) > 1:
+                # With inputs_embeds, the first stage does not use tied embeddings. The last one waits for their sum.
+                grads[name] = torch.zeros_like(parameter.detach())
         _reduce(model, grads)
     return grads
 
@@ -97,75 +104,90 @@ def _reduce_tied_grad(grad: torch.Tensor, model: ParallelModel, pipeline_ranks: 
     grad.copy_(total)
 
 
-def loss_with_deferred_grads(loss: torch.Tensor, model: ParallelModel, grads: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The loss of a batch whose gradients exist already: its backward pass adds these to the script's parameters."""
-    leaf = torch.zeros((), dtype=loss.dtype, device=loss.device, requires_grad=True)
-    loss_with_grads: torch.Tensor = _LossWithDeferredGrads.apply(leaf, loss, model, grads)  # type: ignore[no-untyped-call]
+def loss_with_deferred_grads(
+    loss: torch.Tensor,
+    model: ParallelModel,
+    grads: dict[str, torch.Tensor],
+    input_grads: list[tuple[torch.Tensor, torch.Tensor]],
+) -> torch.Tensor:
+    """The loss of a batch whose gradients exist already, as a function of the script's parameters; collective.
+
+    Autograd takes the gradients from its backward pass, and adds them to the parameters, or whatever it is asked for.
+    `input_grads` are arguments of the call that have a history in the script, with their gradients.
+    """
+    names = [name for name in names_with_grads(model, grads) if model.user_params[name].requires_grad]
+    parameters = [model.user_params[name] for name in names]
+    held = {name: grads.get(name) for name in names}
+    tensors = [tensor for tensor, _ in input_grads]
+    grads_of_inputs = [grad for _, grad in input_grads]
+    loss_with_grads: torch.Tensor = _LossWithDeferredGrads.apply(
+        loss, model, held, grads_of_inputs, *tensors, *parameters
+    )  # type: ignore[no-untyped-call]
     return loss_with_grads
+
+
+def names_with_grads(model: ParallelModel, grads: dict[str, torch.Tensor]) -> list[str]:
+    """The parameters of which some rank has a gradient, in the order of the model; collective on a pipeline."""
+    has_grad = torch.tensor([name in grads for name in model.specs], dtype=torch.int32, device=model.mesh.device)
+    if model.plan.pipeline > 1:
+        with span("all_reduce_has_grad", has_grad.nbytes):
+            model.mesh.reduce(has_grad)
+    return [name for name, has in zip(model.specs, has_grad.tolist(), strict=True) if has]
 
 
 class _LossWithDeferredGrads(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, leaf: torch.Tensor, loss: torch.Tensor, model: ParallelModel, grads: dict[str, torch.Tensor]
+        ctx: Any,
+        loss: torch.Tensor,
+        model: ParallelModel,
+        grads: dict[str, torch.Tensor | None],
+        input_grads: list[torch.Tensor],
+        *inputs: torch.Tensor,
     ) -> torch.Tensor:
-        ctx.model, ctx.grads = model, grads
+        ctx.model, ctx.grads, ctx.input_grads = model, grads, input_grads
         return loss.clone()
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[None, None, None, None]:
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise OptionError(
+                "create_graph=True: gradients of a model that is sharded over workers have no gradients of their own; "
+                f"leave it out, or {ONE_WORKER}"
+            )
         if ctx.grads is None:
             raise RuntimeError(BACKWARD_TWICE_MESSAGE)
-        accumulate_grads(ctx.model, ctx.grads, grad_outputs[0])
-        ctx.grads = None
-        return None, None, None, None
+        grads = [grad * grad_outputs[0].to(grad.dtype) for grad in ctx.input_grads]
+        grads += hand_over_grads(ctx.model, ctx.grads, grad_outputs[0].item())
+        ctx.grads = ctx.input_grads = None
+        needed = [grad if needs else None for grad, needs in zip(grads, ctx.needs_input_grad[4:], strict=True)]
+        return None, None, None, None, *needed
 
 
-def accumulate_grads(model: ParallelModel, grads: dict[str, torch.Tensor], grad_output: torch.Tensor) -> None:
-    """Add `grads`, scaled in place by `grad_output`, to the gradients of the parameters that the script sees."""
-    with span("accumulate_grads"):
-        scale = grad_output.item()
-        for name, grad in grads.items():
-            if scale != 1.0:
-                local_tensor(grad).mul_(scale)
-            parameter = model.user_params[name]
-            if not parameter.requires_grad:  # frozen since the model was sharded
-                continue
-            if parameter.grad is None:
-                parameter.grad = as_user_tensor(grad, model.specs[name], model.plan, model.mesh)
-            else:
-                local_tensor(parameter.grad).add_(local_tensor(grad))
+def hand_over_grads(
+    model: ParallelModel, grads: dict[str, torch.Tensor | None], scale: float = 1.0
+) -> list[torch.Tensor]:
+    """Gradients times `scale`, as the script sees them. They are scaled in place.
 
-
-def global_grad_norm(model: ParallelModel, grads: dict[str, torch.Tensor], norm_type: float) -> torch.Tensor:
-    """The norm of all ranks' gradients together, each element counted once; collective.
-
-    Returns a scalar in the model's dtype, float32 at least, with the same bits on every rank.
+    `grads` has None where this rank holds nothing of the parameter.
     """
-    mesh = model.mesh
-    counted = []
-    for name, grad in grads.items():
-        spec = model.specs[name]
-        is_first = spec.pipeline_ranks[0] == mesh.rank("pipeline")
-        is_first &= spec.tp_split is not None or mesh.rank("tensor") == 0
-        is_first &= spec.fsdp_dim is not None or mesh.rank("data") == 0
-        if is_first:
-            counted.append(local_tensor(grad))
-    # The model's dtype, not a gradient's: a rank that counts no gradient must return the same dtype as the others.
-    dtype = torch.promote_types(model.dtype, torch.float32)
-    norms = [torch.linalg.vector_norm(tensor, norm_type, dtype=dtype).double() for tensor in counted if tensor.numel()]
-    total = torch.zeros((), dtype=torch.float64, device=mesh.device)
-    if norm_type == float("inf"):
-        total = torch.stack([total, *norms]).max()
-        _reduce_norm(model, total, dist.ReduceOp.MAX)
-    else:
-        for norm in norms:
-            total += norm**norm_type
-        _reduce_norm(model, total, dist.ReduceOp.SUM)
-        total = total ** (1.0 / norm_type)
-    return total.to(dtype)
+    with span("accumulate_grads"):
+        handed_over = []
+        for name, grad in grads.items():
+            local = None if grad is None else local_tensor(grad)
+            if local is not None and scale != 1.0:
+                local.mul_(scale)
+            handed_over.append(as_user_grad(local, model.user_params[name]))
+    return handed_over
 
 
-def _reduce_norm(model: ParallelModel, total: torch.Tensor, operation: dist.ReduceOp.RedOpType) -> None:
-    with span("all_reduce_grad_norm", total.nbytes):
-        model.mesh.reduce(total, operation)
+def keep_earlier_grads(model: ParallelModel, originals: dict[str, nn.Parameter]) -> None:
+    """Give the script's parameters the gradients that a whole model had before it was sharded."""
+    for name, original in originals.items():
+        parameter: torch.Tensor = model.user_params[name]
+        if original.grad is None or original is parameter:
+            continue
+        grad, original.grad = original.grad, None
+        if isinstance(parameter, GlobalTensor):
+            grad = GlobalTensor(parameter.global_layout.shard(grad.to(parameter.device)), parameter.global_layout)
+        parameter.grad = grad

@@ -13,23 +13,16 @@ import torch
 from torch import nn
 
 from moreh.errors import OptionError
-from moreh.models.compatibility import (
-    has_gradient_hooks,
-    replaced_loss,
-    unsupported_module,
-    unsupported_reason,
-)
+from moreh.models.compatibility import has_gradient_hooks, replaced_loss, unsupported_module, unsupported_reason
 from moreh.models.dropout import draws_random_numbers
 from moreh.models.introspection import unwrapped
 from moreh.models.losses import IGNORED_LABEL, is_known_loss, token_loss_of
 from moreh.options import ParallelOptions
 from moreh.planner.plan.plan import Plan
 from moreh.runtime.batch.batch_cutter import BatchCutter
+from moreh.runtime.batch.input_gradients import detached_inputs, reduced_grad
 from moreh.runtime.batch.micro_batches import is_causal_model, label_positions
-from moreh.runtime.batch.model_inputs import (
-    ONE_WORKER,
-    ModelInputs,
-)
+from moreh.runtime.batch.model_inputs import ONE_WORKER, ModelInputs
 from moreh.runtime.engine.calls.logits import LogitsPasses, MicroBatchSeeds, batch_logits
 from moreh.runtime.engine.gradients import collect_grads, loss_with_deferred_grads
 from moreh.runtime.engine.parallel_model import (
@@ -58,9 +51,10 @@ class ModelRunner:
         if plan.devices > 1 and has_gradient_hooks(root):
             raise OptionError(f"hooks on gradients would not see those of all workers: {ONE_WORKER}")
         causal: Any = unwrapped(root)
-        # Checked before sharding changes classes. A module of the script's own may mix tokens or rows.
+        # Checked before sharding changes classes. A module of the script's own may mix tokens or rows, and gets whole
+        # rows.
         is_token_wise = unsupported_module(root) is None
-        skip_padding = options.uses("skip_padding") and is_causal_model(causal)
+        skip_padding = options.uses("skip_padding") and is_causal_model(causal) and is_token_wise
         self.plan = plan
         # The maximum number of tokens in a micro-batch; None for as many as the plan's rows have.
         self.max_tokens: int | None = None
@@ -101,11 +95,15 @@ class ModelRunner:
 
         Raises:
             IndexError: a label is not a token id, as in torch.
-            OptionError: the script has given the model a loss function that was not registered.
+            OptionError: the script has given the model a loss function that was not registered, or wants gradients of
+                inputs that the plan does not compute.
         """
-        with_grads = torch.is_grad_enabled()
-        loss, grads = self.loss_and_grads(inputs, with_grads=with_grads)
-        return loss_with_deferred_grads(loss, self.model, grads) if with_grads else loss
+        if not torch.is_grad_enabled():
+            return self.loss_and_grads(inputs, with_grads=False)[0]
+        inputs, differentiable = detached_inputs(inputs, self.plan)
+        loss, grads = self.loss_and_grads(inputs, with_grads=True)
+        input_grads = [(entry.tensor, reduced_grad(entry, self.model.mesh)) for entry in differentiable]
+        return loss_with_deferred_grads(loss, self.model, grads, input_grads)
 
     def loss_and_grads(self, inputs: ModelInputs, *, with_grads: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The loss of a batch with labels, and this rank's gradients by parameter name; none without gradients.

@@ -11,16 +11,19 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 from torch.distributed.tensor import DTensor
 
+from moreh.errors import OptionError
+from moreh.models.compatibility import unsupported_module
 from moreh.models.parts import ModelParts, split_into_parts
 from moreh.planner.plan.plan import Plan
 from moreh.runtime.kernels.recomputation import recompute_activations
 from moreh.runtime.pipeline.lean_stage import Pipeline
 from moreh.runtime.pipeline.stage import LogitPositions, OutputFn, Stage
-from moreh.runtime.sharding.dtensor_view import user_param
+from moreh.runtime.sharding.global_tensor import GlobalTensor
 from moreh.runtime.sharding.local_weights import materialize_local_shards
 from moreh.runtime.sharding.mesh import Mesh, make_mesh, single_rank_mesh
 from moreh.runtime.sharding.placement import parameter_specs, stage_placements
 from moreh.runtime.sharding.spec import ParamSpec, tp_shard_shape
+from moreh.runtime.sharding.user_view import user_param
 from moreh.runtime.tensor.apply import install_tensor_parallel
 from moreh.runtime.tensor.collectives import reduce_scatter
 from moreh.runtime.tensor.partition import TensorPartition, describe_partition
@@ -50,10 +53,14 @@ class ParallelModel:
     compute_params: dict[str, nn.Parameter]
     """This rank's parameters as the stages compute with them: plain tensors, or FSDP's DTensors over the data ranks."""
     user_params: dict[str, nn.Parameter]
-    """The same parameters as the script and its optimizer see them: with tensor parallelism, DTensors with the whole
-    shape that share memory with the compute parameters; else the compute parameters themselves."""
+    """All parameters of the model as the script and its optimizer see them: whole tensors, which share memory with the
+    compute parameters where the rank has these. On one worker, the compute parameters themselves."""
     param_slots: dict[str, list[ParamSlot]]
     """The places of each parameter in the modules: several for a tied one. Empty where no parameter was replaced."""
+    fsdp_memory: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Where FSDP keeps this rank's parameters, which cannot be replaced. Empty without FSDP."""
+    bound_memory: dict[str, torch.Tensor] = field(default_factory=dict)
+    """The local tensors of the script's parameters that share FSDP's memory. Empty without FSDP."""
     pipelines: dict[int, Pipeline] = field(default_factory=dict)
     """The schedules made so far, by their number of micro-batches."""
 
@@ -73,11 +80,13 @@ class ParallelModel:
 
     def local_tensors(self) -> dict[str, torch.Tensor]:
         """This rank's shard of each parameter that it holds, sharing memory with the parameter."""
-        return {name: local_tensor(parameter).detach() for name, parameter in self.compute_params.items()}
+        return {name: local_tensor(self.user_params[name]).detach() for name in self.compute_params}
 
 
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """The local shard of a DTensor; any other tensor as it is."""
+    """This rank's part of a sharded tensor, FSDP's or the script's; any other tensor as it is."""
+    if isinstance(tensor, GlobalTensor):
+        return tensor.local
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
@@ -93,6 +102,12 @@ def build_sharded(
     parts = split_into_parts(root)
     partition = TensorPartition({}, frozenset())
     if plan.tensor > 1:
+        custom = unsupported_module(root)
+        if custom is not None:
+            raise OptionError(
+                f"{custom}, and tensor parallelism would give it a part of what it computes with: leave tensor "
+                "parallelism to the planner, which uses none for such a model"
+            )
         partition = describe_partition(root, plan.tensor, sequence_parallel=plan.sequence_parallel)
     specs = parameter_specs(parts, plan, partition.splits)
     originals = dict(root.named_parameters())
@@ -126,9 +141,24 @@ def build_sharded(
         else:
             compute_params[name] = nn.Parameter(shard, requires_grad=originals[name].requires_grad)
         _fill(slots[name], compute_params[name])
-    user_params = {name: user_param(parameter, specs[name], plan, mesh) for name, parameter in compute_params.items()}
+    memory = {name: local_tensor(parameter).detach() for name, parameter in compute_params.items()}
+    bound_memory = {name: tensor.detach() for name, tensor in memory.items()}
+    user_params = {
+        name: user_param(bound_memory.get(name), specs[name], mesh, requires_grad=original.requires_grad)
+        for name, original in originals.items()
+    }
     model = ParallelModel(
-        parts, plan, mesh, specs, partition.partial_gradients, stages, compute_params, user_params, slots
+        parts,
+        plan,
+        mesh,
+        specs,
+        partition.partial_gradients,
+        stages,
+        compute_params,
+        user_params,
+        slots,
+        memory if _uses_fsdp(plan) else {},
+        bound_memory if _uses_fsdp(plan) else {},
     )
     install_user_params(model)
     return model
@@ -149,15 +179,36 @@ def build_unsharded(
 def install_user_params(model: ParallelModel) -> None:
     """Put the parameters that the script sees into the modules."""
     for name, parameter in model.user_params.items():
-        if parameter is not model.compute_params[name]:
+        if parameter is not model.compute_params.get(name):
             _fill(model.param_slots[name], parameter)
 
 
 def install_compute_params(model: ParallelModel) -> None:
-    """Put the parameters that the stages compute with into the modules."""
+    """Put the parameters that the stages compute with into the modules, as the script has left them.
+
+    The script may have frozen or unfrozen a parameter, or given it other memory by `p.data = ...`.
+    """
     for name, parameter in model.compute_params.items():
-        if parameter is not model.user_params[name]:
-            _fill(model.param_slots[name], parameter)
+        user_parameter = model.user_params[name]
+        if parameter is user_parameter:
+            continue
+        local = local_tensor(user_parameter)
+        if name not in model.fsdp_memory:
+            parameter.data = local.detach()
+        elif local is not model.bound_memory[name]:
+            _bind_to_fsdp(model, name, local)
+        if parameter.requires_grad != user_parameter.requires_grad:
+            parameter.requires_grad_(user_parameter.requires_grad)
+        _fill(model.param_slots[name], parameter)
+
+
+def _bind_to_fsdp(model: ParallelModel, name: str, local: torch.Tensor) -> None:
+    """Let a local tensor have FSDP's memory. What the script still has of the one before keeps its elements."""
+    memory, before = model.fsdp_memory[name], model.bound_memory[name]
+    before.data = before.clone()
+    memory.copy_(local)
+    local.data = memory
+    model.bound_memory[name] = local
 
 
 def _uses_fsdp(plan: Plan) -> bool:

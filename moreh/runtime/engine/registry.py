@@ -1,7 +1,7 @@
 """The sharded models of this process: a script calls, clips and optimizes them as if they were whole."""
 
 import weakref
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -9,6 +9,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from moreh.errors import OptionError
 from moreh.models.compatibility import has_call_hooks, uses_fp16_loss_scaling
+from moreh.models.introspection import unwrapped, wrappers
+from moreh.models.structure import check_structure, structure_of
 from moreh.options import DEFAULT_OPTIONS, ParallelOptions
 from moreh.patches.module_call import instead_of_model_calls
 from moreh.patches.optimizer_creation import on_optimizer_created, revisit_optimizers
@@ -19,15 +21,18 @@ from moreh.runtime.batch.model_inputs import ONE_WORKER, check_same_on_all_ranks
 from moreh.runtime.engine.calls.history import CallHistories
 from moreh.runtime.engine.calls.logits import weight_versions
 from moreh.runtime.engine.calls.recorded import mode_of
-from moreh.runtime.engine.gradients import global_grad_norm
+from moreh.runtime.engine.gradients import keep_earlier_grads
 from moreh.runtime.engine.model_methods import replace_methods
 from moreh.runtime.engine.model_runner import ModelRunner
-from moreh.runtime.engine.parallel_model import local_tensor
-from moreh.runtime.engine.user_parameters import forbid_pickling_state, replace_params
+from moreh.runtime.engine.user_parameters import keep_state_sharded, replace_params
+from moreh.runtime.sharding.global_ops import total_norm
+from moreh.runtime.sharding.global_tensor import GlobalTensor, GlobalView
 from moreh.trace import span
 
-# Keys in a `__dict__`: of the runner, in a sharded model; of a mark, in a sharded model and in each of its modules.
+# Keys in a `__dict__`: of the runner and of the model's structure, in a sharded model; of a mark, in a sharded model
+# and in each of its modules.
 _RUNNER = "_moreh_runner"
+_STRUCTURE = "_moreh_structure"
 _IS_SHARDED = "_moreh_is_sharded"
 _histories = CallHistories()
 _runners: weakref.WeakSet[ModelRunner] = weakref.WeakSet()
@@ -70,14 +75,18 @@ def shard_model(root: nn.Module, plan: Plan, options: ParallelOptions = DEFAULT_
     with span("shard_model"):
         originals = dict(root.named_parameters())
         runner = ModelRunner(root, plan, options)
-        parameters = dict(root.named_parameters())
+        parameters = runner.model.user_params
+        keep_earlier_grads(runner.model, originals)
         replace_params({id(p): parameters[name] for name, p in originals.items()}, list(originals.values()))
         _runners.add(runner)
         revisit_optimizers()
         replace_methods(runner.model)
+        for module in (*wrappers(root), unwrapped(root)):
+            module.__dict__.update(__deepcopy__=_refuse_copy, __reduce_ex__=_refuse_pickling)
         root.__dict__[_RUNNER] = runner
         for module in root.modules():
             module.__dict__[_IS_SHARDED] = True
+        root.__dict__[_STRUCTURE] = structure_of(root)
     return runner
 
 
@@ -95,10 +104,11 @@ def call_sharded(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     """What a sharded model returns for a batch; NotImplemented for a module that is not sharded.
 
     Raises:
-        OptionError: the module is a part of a sharded model.
+        OptionError: the module is a part of a sharded model, or the script has changed what the model consists of.
     """
     runner = runner_of(module)
     if runner is not None:
+        check_structure(module, module.__dict__[_STRUCTURE])
         return _answer(runner, args, kwargs)
     if is_submodule_of_sharded(module):
         raise OptionError(
@@ -106,6 +116,20 @@ def call_sharded(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
             "call the whole model"
         )
     return NotImplemented
+
+
+def _refuse_copy(memo: Any) -> NoReturn:
+    raise OptionError(
+        "a model that is sharded over workers was copied, as copy.deepcopy and AveragedModel do: copy it before its "
+        "first training step, or keep {name: p.detach().clone() for name, p in model.named_parameters()}"
+    )
+
+
+def _refuse_pickling(protocol: Any) -> NoReturn:
+    raise OptionError(
+        "a model that is sharded over workers was pickled, as torch.save(model) does: save it with "
+        "model.save_pretrained(directory)"
+    )
 
 
 def _answer(runner: ModelRunner, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -156,10 +180,10 @@ def _answer(runner: ModelRunner, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 
 def _check_supported(optimizer: torch.optim.Optimizer) -> None:
-    """Refuse torch's optimizers that are wrong on shards, and forbid pickling the state of the others.
+    """Refuse torch's optimizers that are wrong on shards, and keep the state of the others sharded.
 
-    Adafactor's means of rows and columns are not implemented for DTensors. L-BFGS takes dot products of all parameters
-    together, of which a stage has only its own. A rank's state, pickled, would be taken for the whole state.
+    Adafactor's means of rows and columns are kept whole, beside parameters that are not. L-BFGS takes dot products of
+    all parameters together, which it gathers first.
 
     Raises:
         OptionError: the optimizer is an L-BFGS or Adafactor of a sharded model.
@@ -168,7 +192,7 @@ def _check_supported(optimizer: torch.optim.Optimizer) -> None:
     models = [r.model for r in _runners if any(id(parameter) in own for parameter in r.model.user_params.values())]
     if not models:
         return
-    forbid_pickling_state(optimizer)
+    keep_state_sharded(optimizer)
     has_shards = any(model.plan.tensor > 1 or model.uses_fsdp for model in models)
     if isinstance(optimizer, torch.optim.LBFGS) and (has_shards or any(model.plan.pipeline > 1 for model in models)):
         raise OptionError("LBFGS looks at all parameters together, which are sharded over workers: use AdamW or SGD")
@@ -179,15 +203,14 @@ def _check_supported(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _total_norm(grads: list[torch.Tensor], norm_type: float) -> torch.Tensor | None:
-    """The norm over all ranks of gradients of one sharded model; None if they are not gradients of one.
-
-    A rank that has no such gradient, because the parameters belong to other stages, takes part with an empty list.
-    """
-    for runner in _runners:
-        name_by_id = {id(p.grad): name for name, p in runner.model.user_params.items() if p.grad is not None}
-        names = [name_by_id.get(id(grad)) for grad in grads]
-        if all(name is not None for name in names):
-            named = {name: local_tensor(grad) for name, grad in zip(names, grads, strict=True) if name is not None}
-            with span("clip_total_norm"):
-                return global_grad_norm(runner.model, named, norm_type)
-    return None
+    """The norm over all ranks of gradients, a sharded model's among them, in one message; None if there are none."""
+    ids = {id(grad) for grad in grads}
+    runners = [
+        r for r in _runners if any(id(p.grad) in ids for p in r.model.user_params.values() if p.grad is not None)
+    ]
+    meshes = [runner.model.mesh for runner in runners]
+    meshes += [grad.global_layout.mesh for grad in grads if isinstance(grad, GlobalTensor)]
+    if not meshes or not norm_type > 0:
+        return None
+    with span("clip_total_norm"):
+        return total_norm([g.full_tensor() if isinstance(g, GlobalView) else g for g in grads], norm_type, meshes[0])

@@ -9,16 +9,16 @@ from torch.utils._pytree import tree_map_only
 
 from moreh.errors import OptionError
 from moreh.patches.optimizer_creation import existing_optimizers
-from moreh.runtime.checkpoint.state_dict import ShardedStateDict
+from moreh.runtime.sharding.global_tensor import GlobalTensor
 
-_optimizers_without_pickling: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+_optimizers_of_shards: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 
 
 class _ReplacedParameter(nn.Parameter):
     """A parameter of a model before it was sharded, which a script may still have in a list.
 
     Every torch function that is called with it uses its replacement. `torch.utils.swap_tensors` would keep the object
-    instead, but refuses to swap a parameter with a DTensor, which tensor parallelism and sharding need.
+    instead, but refuses to swap a parameter with a tensor of another class, which sharding needs.
     """
 
     @classmethod
@@ -55,12 +55,18 @@ def replace_params(replacements: dict[int, nn.Parameter], originals: list[nn.Par
             original.__class__ = _ReplacedParameter
 
 
-def forbid_pickling_state(optimizer: torch.optim.Optimizer) -> None:
-    """Make the optimizer's `state_dict()` refuse to be pickled: each rank has the state of its own shards only.
+def keep_state_sharded(optimizer: torch.optim.Optimizer) -> None:
+    """Let `optimizer.load_state_dict` take whole tensors, as `state_dict` pickles them, and keep this rank's parts."""
+    if optimizer not in _optimizers_of_shards:
+        _optimizers_of_shards.add(optimizer)
+        optimizer.register_load_state_dict_post_hook(_shard_state)
 
-    A file that `torch.save` wrote of it would be taken for the state of the whole model.
-    """
-    if optimizer not in _optimizers_without_pickling:
-        _optimizers_without_pickling.add(optimizer)
-        rank = torch.distributed.get_rank()
-        optimizer.register_state_dict_post_hook(lambda _, state: ShardedStateDict(state, rank))
+
+def _shard_state(optimizer: torch.optim.Optimizer) -> None:
+    for parameter, values in optimizer.state.items():
+        if not isinstance(parameter, GlobalTensor):
+            continue
+        for key, value in values.items():
+            is_whole = isinstance(value, torch.Tensor) and not isinstance(value, GlobalTensor)
+            if is_whole and value.dim() and value.shape == parameter.shape:
+                values[key] = GlobalTensor(parameter.global_layout.shard(value), parameter.global_layout)

@@ -120,7 +120,7 @@ def _lie_alike(
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a DTensor, which is what kernels compute with; another tensor as it is."""
+    """This rank's part of a sharded tensor, which is what kernels compute with; another tensor as it is."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 

@@ -5,6 +5,8 @@
 - `shards`: the boxes of full tensors that each rank holds, and where its local tensors have them.
 - `gather`: full tensors from shards.
 - `local_weights`: models whose weights stay in the checkpoint's files until each rank has read its shards.
-- `dtensor_view`: sharded parameters as the DTensors that the script and its optimizer see.
+- `user_view`: sharded parameters as the script and its optimizer see them, whole.
+  `global_tensor` has their classes (`global_classes`) and what operations do (`global_ops`), `global_layout` says what
+  a rank has of them.
 - `rng`: random numbers that differ between ranks where they must, and are the same where they must be.
 """

@@ -49,7 +49,8 @@ def full_tensor(spec: ParamSpec, local: torch.Tensor | None, mesh: Mesh | None) 
             target.copy_(shard.view_of_local(local))
         if mesh is not None:
             message = target.contiguous()
-            dist.broadcast(message, shard.rank)
+            # gloo moves no truth values.
+            dist.broadcast(message.view(torch.uint8) if spec.dtype == torch.bool else message, shard.rank)
             target.copy_(message)
     return full
 

@@ -14,11 +14,7 @@ from moreh.runtime.engine.parallel_model import ParallelModel, local_tensor
 from tests.helpers.plans.cases import CALLS
 
 _cut = BatchCutter.cut
-_reduce, _accumulate_grads, _global_grad_norm = (
-    gradients._reduce,
-    gradients.accumulate_grads,
-    gradients.global_grad_norm,
-)
+_reduce, _hand_over_grads, _total_norm = gradients._reduce, gradients.hand_over_grads, registry.total_norm
 _shard_model = registry.shard_model
 
 
@@ -61,44 +57,46 @@ def ignored_scale():
     """The script's loss / 2 has no effect on the gradients, which Adam does not see."""
     return mock.patch.object(
         gradients,
-        "accumulate_grads",
-        lambda model, grads, grad_output: _accumulate_grads(model, grads, grad_output / grad_output),
+        "hand_over_grads",
+        lambda model, grads, grad_output: _hand_over_grads(model, grads, grad_output / grad_output),
     )
 
 
 def lost_accumulation():
     """The second call of a step replaces the gradients of the first."""
 
-    def accumulate_grads(model, grads, grad_output):
+    def hand_over_grads(model, grads, grad_output):
         for parameter in model.user_params.values():
             parameter.grad = None
-        _accumulate_grads(model, grads, grad_output)
+        return _hand_over_grads(model, grads, grad_output)
 
-    return mock.patch.object(gradients, "accumulate_grads", accumulate_grads)
+    return mock.patch.object(gradients, "hand_over_grads", hand_over_grads)
 
 
 def norm_of_own_part():
     """Each rank clips by the norm of the gradients that it holds."""
 
-    def global_grad_norm(model, grads, norm_type):
-        whole = _global_grad_norm(model, grads, norm_type)
-        return sum(local_tensor(grad).norm() ** 2 for grad in grads.values()) ** 0.5 + 0 * whole
+    def total_norm(grads, norm_type, mesh):
+        whole = _total_norm(grads, norm_type, mesh)
+        return sum(local_tensor(grad).norm() ** 2 for grad in grads) ** 0.5 + 0 * whole
 
-    return mock.patch.object(registry, "global_grad_norm", global_grad_norm)
+    return mock.patch.object(registry, "total_norm", total_norm)
 
 
 def not_a_number():
     """After the first step, the gradient of one matrix is NaN on the last rank."""
     calls = itertools.count()
 
-    def accumulate_grads(model, grads, grad_output):
-        _accumulate_grads(model, grads, grad_output)
+    def hand_over_grads(model, grads, grad_output):
+        handed_over = _hand_over_grads(model, grads, grad_output)
         if next(calls) >= CALLS[0] and dist.get_rank() == dist.get_world_size() - 1:
             # No tied one: its gradient counts in the norm on another stage.
-            name = next(n for n in grads if len(model.specs[n].pipeline_ranks) == 1 and len(model.specs[n].shape) == 2)
-            local_tensor(model.user_params[name].grad).fill_(float("nan"))
+            is_alone = {n: len(spec.pipeline_ranks) == 1 and len(spec.shape) == 2 for n, spec in model.specs.items()}
+            index = next(i for i, n in enumerate(grads) if is_alone[n] and grads[n] is not None)
+            local_tensor(handed_over[index]).fill_(float("nan"))
+        return handed_over
 
-    return mock.patch.object(gradients, "accumulate_grads", accumulate_grads)
+    return mock.patch.object(gradients, "hand_over_grads", hand_over_grads)
 
 
 def no_end():

@@ -80,7 +80,8 @@ def train_with_plan(family: str, plan: Plan, fault: str | None, steps: int) -> R
         mesh = model.mesh
         ranks = mesh.rank("tensor"), plan.tensor, mesh.rank("data"), plan.data
         shards = {}
-        for name, parameter in model.user_params.items():
+        for name in model.compute_params:
+            parameter = model.user_params[name]
             spec, gradient = model.specs[name], training.gradients[name]
             state = training.optimizer.state.get(parameter, {})
             shards[name] = Shard(

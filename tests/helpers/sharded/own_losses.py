@@ -130,7 +130,7 @@ def dropout_of_both_passes(family, plan):
     """
     install_sharding_support()
     model = make_model(family, resid_pdrop=0.3, embd_pdrop=0.3, attn_pdrop=0.3)
-    runner = shard_model(model, Plan(**plan))
+    shard_model(model, Plan(**plan))
     ids, mask, _ = batch(0, model.config.vocab_size)
 
     def loss():
@@ -140,28 +140,24 @@ def dropout_of_both_passes(family, plan):
     with exact_float64():
         value = loss()
         value.backward()
-        local = runner.model.local_tensors()
-        grads = {
-            name: (grad.to_local() if hasattr(grad := runner.model.user_params[name].grad, "to_local") else grad)
-            for name in local
-            if runner.model.user_params[name].grad is not None
-        }
-        squared = _sum_once(runner.model, grads)
+        squared = _squared_norm_of_grads(model)
         step = 1e-5 / squared**0.5
+        grads = {parameter: parameter.grad for parameter in model.parameters()}
         values = []
         for sign in (1, -1):
-            for name, grad in grads.items():
-                local[name].add_(grad, alpha=sign * step)
+            with torch.no_grad():
+                for parameter, grad in grads.items():
+                    parameter.add_(grad, alpha=sign * step)
             values.append(loss().item())
-            for name, grad in grads.items():
-                local[name].sub_(grad, alpha=sign * step)
+            with torch.no_grad():
+                for parameter, grad in grads.items():
+                    parameter.sub_(grad, alpha=sign * step)
     return abs((values[0] - values[1]) / (2 * step) - squared) / squared
 
 
-def _sum_once(model, grads):
-    from moreh.runtime.engine.gradients import global_grad_norm
-
-    return float(global_grad_norm(model, {n: model.user_params[n].grad for n in grads}, 2.0)) ** 2
+def _squared_norm_of_grads(model):
+    """The sum of the squares of all gradients, of whole tensors."""
+    return sum(parameter.grad.square().sum().item() for parameter in model.parameters())
 
 
 def what_is_said(plan):
@@ -186,7 +182,7 @@ def what_is_said(plan):
 
     def differentiated():
         loss = model(input_ids=ids).logits.square().mean()
-        parameter = next(p for p in model.parameters() if not p.is_meta)
+        parameter = next(model.parameters())
         grad = torch.autograd.grad(loss, parameter, create_graph=True)[0]
         grad.square().sum().backward()
 
@@ -208,7 +204,7 @@ def retained(plan):
     """The gradient of two backward passes through one graph, as a multiple of that of one."""
     install_sharding_support()
     model = make_model("llama")
-    runner = shard_model(model, Plan(**plan))
+    shard_model(model, Plan(**plan))
     ids, mask, _ = batch(0, model.config.vocab_size)
     norms = []
     for passes in (1, 2):
@@ -216,12 +212,8 @@ def retained(plan):
         loss = model(input_ids=ids, attention_mask=mask).logits.square().mean()
         for index in range(passes):
             loss.backward(retain_graph=index + 1 < passes)
-        norms.append(_sum_once(runner.model, _grads(runner.model)) ** 0.5)
+        norms.append(_squared_norm_of_grads(model) ** 0.5)
     return norms[1] / norms[0]
-
-
-def _grads(model):
-    return [name for name, parameter in model.user_params.items() if parameter.grad is not None]
 
 
 def unsharded_evaluation(size):

@@ -34,6 +34,11 @@ INTERNALS: dict[str, str] = {
     "torch.multiprocessing.reductions.StorageWeakRef": (
         "expired() tells that a storage was freed; the reference keeps its address from being used again."
     ),
+    "torch.Tensor._make_wrapper_subclass": "Makes a tensor of a class that has a geometry and no memory.",
+    "torch._C._disabled_torch_function_impl": "A __torch_function__ that lets all functions of torch pass.",
+    "torch._ops.OpOverload:_schema": "The operator's arguments and returns; alias_info tells what it writes or views.",
+    "torch.ops.aten._to_copy": "The copy of a tensor in another dtype or on another device.",
+    "torch.utils._pytree.tree_map": "Maps the leaves of nested lists, tuples and dictionaries.",
     "torch._softmax_backward_data": "The backward pass of softmax, from its output.",
     "torch._embedding_bag_forward_only": "Sums rows of a matrix by offsets, without autograd.",
     # torch: modules and optimizers
@@ -71,9 +76,6 @@ INTERNALS: dict[str, str] = {
     # torch: distributed
     "torch.distributed.fsdp._fully_shard._fsdp_api.ReduceScatter": (
         "The interface of what set_custom_reduce_scatter takes."
-    ),
-    "torch.distributed.tensor.placement_types._StridedShard": (
-        "The placement of a dimension that is split twice; split_factor is the number of shards of the inner split."
     ),
     f"{_STAGE}._setup_forward_recv_info": "Makes args_recv_info, with buffers on self.device.",
     f"{_STAGE}._setup_backward_recv_info": "Makes grad_recv_info, with buffers on self.device.",

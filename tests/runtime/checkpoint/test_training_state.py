@@ -11,12 +11,12 @@ from moreh.errors import WorkerError
 from moreh.runtime.checkpoint import dcp_io
 from moreh.runtime.checkpoint.dcp_io import save_state_async
 from moreh.runtime.checkpoint.training_state import collect_training_state, load_extra, load_training_state
+from moreh.runtime.sharding.global_tensor import local_part
 from tests.helpers.models.checkpoint_models import Grid
 from tests.helpers.training_states import (
     EXTRA,
     assert_same_state,
     load_alone,
-    local_tensor,
     optimizer_state_by_name,
     resume_alone,
     save_alone,
@@ -29,9 +29,9 @@ TWO_RANKS = [Grid(2, 1, 1), Grid(1, 2, 1, fsdp=True), Grid(1, 1, 2)]
 FOUR_RANKS = [Grid(1, 1, 4), Grid(2, 2, 1, fsdp=True), Grid(2, 1, 2), Grid(1, 2, 2, fsdp=True)]
 
 
-def save_on_ranks(directory, grid, as_dtensors, trains_on):
+def save_on_ranks(directory, grid, as_global, trains_on):
     """Returns the bytes that the rank wrote. With `trains_on`, the weights change while they are written."""
-    specs, local_tensors, parameters, optimizer, mesh = shard_training(*train(), grid, as_dtensors)
+    specs, local_tensors, parameters, optimizer, mesh = shard_training(*train(), grid, as_global)
     extra = EXTRA if dist.get_rank() == 0 else {"of": "another rank"}
     state = collect_training_state(specs, local_tensors, [optimizer], parameters, mesh, extra)
     future = save_state_async(state, directory, mesh)
@@ -42,20 +42,20 @@ def save_on_ranks(directory, grid, as_dtensors, trains_on):
     return sum(path.stat().st_size for path in directory.glob(f"__{dist.get_rank()}_*"))
 
 
-def resume_on_ranks(directory, grid, as_dtensors):
+def resume_on_ranks(directory, grid, as_global):
     """Resume, compare everything, and return the number of parameters of which the rank has optimizer state."""
-    expected = shard_training(*train(), grid, as_dtensors)
-    other_model, other_optimizer = train(seed=9, steps=as_dtensors)  # the optimizer is new, or has made a step
+    expected = shard_training(*train(), grid, as_global)
+    other_model, other_optimizer = train(seed=9, steps=as_global)  # the optimizer is new, or has made a step
     with torch.no_grad():
         for parameter in other_model.parameters():
             parameter.add_(1)
-    specs, local_tensors, parameters, optimizer, mesh = shard_training(other_model, other_optimizer, grid, as_dtensors)
+    specs, local_tensors, parameters, optimizer, mesh = shard_training(other_model, other_optimizer, grid, as_global)
     extra = load_training_state(directory, specs, local_tensors, [optimizer], parameters, mesh)
     assert str(extra) == str(load_extra(directory)) == str(EXTRA)
     _, expected_tensors, expected_parameters, expected_optimizer, _ = expected
     for name, tensor in expected_tensors.items():
         assert torch.equal(local_tensors[name], tensor)
-        assert torch.equal(local_tensor(parameters[name].detach()), tensor)  # they share memory
+        assert torch.equal(local_part(parameters[name].detach()), tensor)  # they share memory
     names = {id(parameter): name for name, parameter in parameters.items()}
     expected_names = {id(parameter): name for name, parameter in expected_parameters.items()}
     assert_same_state(

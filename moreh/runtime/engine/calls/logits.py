@@ -26,8 +26,8 @@ from moreh.runtime.batch.model_inputs import (
     slice_rows,
 )
 from moreh.runtime.engine.calls.recorded import CHANGED_WEIGHTS_MESSAGE, mode_of
-from moreh.runtime.engine.parallel_model import ParallelModel
-from moreh.runtime.sharding.dtensor_view import as_user_tensor
+from moreh.runtime.engine.gradients import hand_over_grads, names_with_grads
+from moreh.runtime.engine.parallel_model import ParallelModel, local_tensor
 from moreh.runtime.sharding.placement import stage_placements
 from moreh.runtime.sharding.spec import shard_range
 from moreh.trace import span
@@ -224,18 +224,15 @@ class _Logits(torch.autograd.Function):
         with state.as_in_call():
             parts = _own_part(state.passes, grad_outputs[0], micro_batches)
             grads = state.passes.second_pass(micro_batches, state.seed, parts)
-        with span("accumulate_grads"):
-            return None, None, None, *(_for_script(model, name, grads.get(name)) for name in state.names)
-
-
-def _for_script(model: ParallelModel, name: str, grad: torch.Tensor | None) -> torch.Tensor | None:
-    return None if grad is None else as_user_tensor(grad, model.specs[name], model.plan, model.mesh)
+        computed = names_with_grads(model, grads)
+        by_name = dict(zip(computed, hand_over_grads(model, {name: grads.get(name) for name in computed}), strict=True))
+        return None, None, None, *(by_name.get(name) for name in state.names)
 
 
 def weight_versions(model: ParallelModel) -> list[int]:
-    """Numbers that grow when a weight of this rank is changed in place.
+    """Numbers that grow when a weight is changed in place.
 
-    What changes a DTensor counts for the DTensor, and not for its local tensor.
+    A change of a whole tensor counts for that tensor; a change of an alias, such as `p.data`, for the local part.
     """
-    tensors = [*model.user_params.values(), *model.local_tensors().values()]
-    return [tensor._version for tensor in tensors]
+    parameters = model.user_params.values()
+    return [tensor._version for parameter in parameters for tensor in (parameter, local_tensor(parameter))]

@@ -1,0 +1,33 @@
+"""Sharded parameters and their gradients as the script and its optimizer see them: whole tensors."""
+
+import torch
+from torch import nn
+
+from moreh.runtime.sharding.global_layout import GlobalLayout, is_whole_on_every_rank
+from moreh.runtime.sharding.global_tensor import GlobalTensor
+from moreh.runtime.sharding.mesh import Mesh
+from moreh.runtime.sharding.spec import ParamSpec
+
+
+def user_param(local: torch.Tensor | None, spec: ParamSpec, mesh: Mesh, *, requires_grad: bool) -> nn.Parameter:
+    """The parameter that the script sees. It shares memory with this rank's part of it, None if it has none.
+
+    A parameter that every rank has whole is an ordinary one. It is no object that the rank computes with, which hooks
+    of the script would see partial gradients of.
+    """
+    if is_whole_on_every_rank(spec, mesh):
+        assert local is not None
+        return nn.Parameter(local, requires_grad)
+    layout = GlobalLayout(spec, mesh)
+    if local is None:
+        local = torch.empty(layout.local_shape, dtype=spec.dtype, device=mesh.device)
+    return nn.Parameter(GlobalTensor(local, layout), requires_grad)
+
+
+def as_user_grad(local: torch.Tensor | None, parameter: nn.Parameter) -> torch.Tensor:
+    """This rank's part of a parameter's gradient, None if it has none, as the script sees it; not a copy."""
+    user: torch.Tensor = parameter
+    if not isinstance(user, GlobalTensor):
+        assert local is not None
+        return local
+    return GlobalTensor(user.local.new_empty(user.local.shape) if local is None else local, user.global_layout)
