@@ -38,11 +38,11 @@ log: {{every_steps: 2, sample_tokens: 4}}
 
 @pytest.fixture(scope="session")
 def measured_profiles():
-    """The files of this machine's measured profile: measured once for all tests, since that takes seconds."""
+    """The directory of this machine's profiles, each measured once for all tests, since that takes seconds."""
     from moreh.planner.hardware.local_profile import local_profile
 
     local_profile()
-    return list(Path(os.environ["MOREH_STATE_DIR"]).glob("this-machine-*.json"))
+    return Path(os.environ["MOREH_STATE_DIR"])
 
 
 @pytest.fixture
@@ -56,9 +56,16 @@ def state_directory(tmp_path, monkeypatch):
 def environment(state_directory, measured_profiles):
     """The environment variables of a user's own shell, with an empty registry."""
     state_directory.mkdir(exist_ok=True)
-    for profile in measured_profiles:
-        shutil.copy(profile, state_directory)
-    return {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    _copy_profiles(measured_profiles, state_directory)
+    yield {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    # The first test with some number of workers has measured the profile of that number.
+    _copy_profiles(state_directory, measured_profiles)
+
+
+def _copy_profiles(source, target):
+    for profile in source.glob("this-machine-*.json"):
+        if not (target / profile.name).exists():
+            shutil.copy(profile, target)
 
 
 @pytest.fixture
