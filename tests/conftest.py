@@ -38,11 +38,11 @@ log: {{every_steps: 2, sample_tokens: 4}}
 
 @pytest.fixture(scope="session")
 def measured_profiles():
-    """The files of this machine's measured profile: measured once for all tests, since that takes seconds."""
+    """The directory of this machine's profiles, each measured once for all tests, since that takes seconds."""
     from moreh.planner.hardware.local_profile import local_profile
 
     local_profile()
-    return list(Path(os.environ["MOREH_STATE_DIR"]).glob("this-machine-*.json"))
+    return Path(os.environ["MOREH_STATE_DIR"])
 
 
 @pytest.fixture
@@ -56,25 +56,55 @@ def state_directory(tmp_path, monkeypatch):
 def environment(state_directory, measured_profiles):
     """The environment variables of a user's own shell, with an empty registry."""
     state_directory.mkdir(exist_ok=True)
-    for profile in measured_profiles:
-        shutil.copy(profile, state_directory)
-    return {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    _copy_profiles(measured_profiles, state_directory)
+    yield {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    # The first test with some number of workers has measured the profile of that number.
+    _copy_profiles(state_directory, measured_profiles)
+
+
+def _copy_profiles(source, target):
+    for profile in source.glob("this-machine-*.json"):
+        if not (target / profile.name).exists():
+            shutil.copy(profile, target)
 
 
 @pytest.fixture
-def run(environment, tmp_path):
+def run_process(environment):
     """Run a command to its end; returns the completed process with its output as text."""
 
     def run_command(*command, input=None, cwd=ROOT, **variables):
-        return subprocess.run(
+        finished = subprocess.run(
             [str(part) for part in command],
-            input=input,
+            input=input.encode() if isinstance(input, str) else input,
             cwd=cwd,
             env={**environment, **variables},
             capture_output=True,
-            text=True,
             timeout=300,
         )
+        finished.stdout, finished.stderr = finished.stdout.decode(), finished.stderr.decode()
+        return finished
+
+    return run_command
+
+
+@pytest.fixture
+def run(run_process):
+    """`run_process`; `run_forked` in modules that say so."""
+    return run_process
+
+
+@pytest.fixture
+def run_forked(run_process, environment):
+    """Like `run_process`, without the seconds in which Python imports torch and transformers for a script.
+
+    A module whose tests are not about the start of a script makes this its `run`, and with it its `run_python`.
+    """
+    from tests.helpers.scripts import fork_server
+
+    def run_command(*command, input=None, cwd=ROOT, **variables):
+        if fork_server.AVAILABLE and command[0] == sys.executable and str(command[1]).endswith(".py"):
+            return fork_server.run_forked(command[1:], cwd=cwd, env={**environment, **variables}, input=input)
+        return run_process(*command, input=input, cwd=cwd, **variables)
 
     return run_command
 
@@ -82,13 +112,22 @@ def run(environment, tmp_path):
 @pytest.fixture
 def run_python(run, tmp_path):
     """Run Python source as a user's script."""
+    return _source_runner(run, tmp_path)
 
+
+def _source_runner(run, tmp_path):
     def run_source(source, *arguments, **variables):
         script = tmp_path / "script.py"
         script.write_text(source, encoding="utf-8")
         return run(sys.executable, script, *arguments, cwd=tmp_path, **variables)
 
     return run_source
+
+
+@pytest.fixture
+def run_python_forked(run_forked, tmp_path):
+    """`run_python` for single tests of a module: see `run_forked`."""
+    return _source_runner(run_forked, tmp_path)
 
 
 @pytest.fixture

@@ -97,7 +97,7 @@ def test_out_of_memory_where_the_device_would_be_full(make_gpt2, monkeypatch, st
             optimizer.step()
 
 
-def test_hook_allows_all_devices(run_python):
+def test_hook_allows_all_devices(run_python_forked):
     source = """
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config
@@ -115,6 +115,6 @@ try:
 except torch.OutOfMemoryError as error:
     print(error)
 """
-    said = run_python(source).stdout
+    said = run_python_forked(source).stdout
     assert "fits: Cannot copy out of meta tensor" in said
     assert "8 device(s) of accelerator 0 (xLarge.512GB) have together" in said

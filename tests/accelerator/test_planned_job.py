@@ -14,18 +14,23 @@ torch.moreh.option.enable_advanced_parallelization(num_stages=4, num_micro_batch
 model = GPT2LMHeadModel(GPT2Config(n_layer=4, n_embd=128, n_head=4, vocab_size=5000)).cuda().train()
 optimizer = torch.optim.AdamW(model.parameters())
 ids = torch.zeros(16, 64, dtype=torch.long).cuda()
-end = time.time() + 60
-while time.time() < end:
+for _ in range(5):
     model(ids, labels=ids).loss.backward()
     optimizer.step()
     optimizer.zero_grad()
-    print("step", flush=True)
+print("trained", flush=True)
+time.sleep(60)
 """
 
 
 @pytest.fixture
+def run(run_forked):
+    return run_forked
+
+
+@pytest.fixture
 def training(environment, tmp_path):
-    """A training under the hook in another process, a few steps after its start."""
+    """A training under the hook in another process, after a few steps."""
     script = tmp_path / "train.py"
     script.write_text(TRAINING, encoding="utf-8")
     process = subprocess.Popen(
@@ -36,12 +41,7 @@ def training(environment, tmp_path):
         stderr=subprocess.DEVNULL,
         text=True,
     )
-    steps = 0
-    for line in process.stdout:
-        steps += line == "step\n"
-        if steps == 20:
-            break
-    assert steps == 20
+    assert any(line == "trained\n" for line in process.stdout)
     yield process
     process.kill()
     process.wait()

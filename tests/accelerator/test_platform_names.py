@@ -16,6 +16,11 @@ print("accelerator", local_job().accelerator.index)
 """
 
 
+@pytest.fixture
+def run(run_forked):
+    return run_forked
+
+
 def test_version_is_where_the_platform_has_it():
     assert torch.version.moreh == __version__
 

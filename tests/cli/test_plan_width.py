@@ -1,10 +1,12 @@
 """moreh-plan's output fits the terminal."""
 
+import functools
 import re
 
 import pytest
 
 from moreh.accelerator.flavors import find_flavor
+from moreh.cli import plan_command
 from moreh.models.describe.from_source import describe
 from moreh.planner.hardware.cluster import cluster_for_flavor
 from moreh.planner.hardware.environment import make_environment
@@ -27,6 +29,17 @@ MODES = {
 }
 # Deep models, whose plans have the longest notations, and one of experts.
 MODELS = ("llama3_70b", "llama3_405b", "gpt2_xl", "mixtral_8x7b")
+
+
+@pytest.fixture(autouse=True)
+def flavors_compared_once(monkeypatch):
+    """The flavors of a request are compared once: what is under test is how their table is drawn."""
+    monkeypatch.setattr(plan_command, "compare_flavors", _compared)
+
+
+@functools.cache
+def _compared(request):
+    return compare_flavors(request)
 
 
 def longest_line(text):

@@ -12,20 +12,29 @@ import pytest
 from moreh.cli.smi_report import SIMULATED_NOTE
 from moreh.version import __version__
 
-BUSY_SCRIPT = """
+HOLDING_SCRIPT = """
 import sys, time, torch
 weights = torch.ones(1 << 20, device="cuda")
 print("ready", flush=True)
 end = time.time() + 60
 while time.time() < end:
     weights.add_(1)
+    time.sleep(PAUSE)
 """
+# Takes no time from the processes that wait for the accelerator.
+PAUSE_S = 0.5
 
 
 @pytest.fixture
-def busy(environment, tmp_path):
-    """A job that keeps the accelerator busy, started from a shell of its own."""
-    (tmp_path / "busy.py").write_text(BUSY_SCRIPT, encoding="utf-8")
+def run(run_forked):
+    return run_forked
+
+
+@pytest.fixture
+def busy(request, environment, tmp_path):
+    """A job on the accelerator, started from a shell of its own; the parameter is its pause between computations."""
+    pause = getattr(request, "param", PAUSE_S)
+    (tmp_path / "busy.py").write_text(HOLDING_SCRIPT.replace("PAUSE", str(pause)), encoding="utf-8")
     # By its name alone: tables cut commands that are as long as a temporary directory's path can be.
     process = subprocess.Popen(
         [sys.executable, "busy.py", "--epochs", "3"], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True
@@ -54,6 +63,7 @@ def test_idle_table_has_the_documented_format(run):
     assert len(lines) == 8
 
 
+@pytest.mark.parametrize("busy", [0], indirect=True)
 def test_running_job_is_shown_from_another_terminal_and_not_after_kill(run, busy):
     time.sleep(0.7)  # a utilization needs half a second of CPU time
     text = run("moreh-smi").stdout
@@ -142,7 +152,11 @@ def test_reset_ends_the_registered_process_only(run, busy):
 
 def test_reset_kills_a_job_that_does_not_end(environment, tmp_path, monkeypatch):
     script = tmp_path / "stubborn.py"
-    script.write_text("import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + BUSY_SCRIPT, encoding="utf-8")
+    script.write_text(
+        "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        + HOLDING_SCRIPT.replace("PAUSE", str(PAUSE_S)),
+        encoding="utf-8",
+    )
     process = subprocess.Popen([sys.executable, str(script)], env=environment, stdout=subprocess.PIPE, text=True)
     assert any(line == "ready\n" for line in process.stdout)
     monkeypatch.setattr("moreh.cli.smi.SECONDS_UNTIL_KILL", 0.3)
@@ -211,5 +225,6 @@ def test_version_and_token_are_printed_and_help_names_all_options(run):
     token = run("moreh-smi", "-t").stdout
     assert re.fullmatch(r"[0-9a-f]{32}\n", token)
     assert run("moreh-smi", "--token").stdout == token
+    help_text = run("moreh-smi", "-h").stdout
     for option in ("--idx", "--token", "--reset", "--server-version", "--version", "device"):
-        assert option in run("moreh-smi", "-h").stdout
+        assert option in help_text

@@ -1,7 +1,7 @@
 """Every command of README, CONTRIBUTING and docs runs in a copy of the checkout; slow ones are marked so.
 
 A block that begins with three backticks and `bash` is run page by page in its order, one that begins with `bash slow`
-in `make docs-check` only.
+in `make docs-check` only, as are the commands of `MANY_PROCESSES`.
 """
 
 import os
@@ -17,6 +17,8 @@ from tests.helpers.markdown import PAGES, blocks, commands
 
 # Commands that would install packages or start this suite again: make only says what it would do.
 DRY = {"make test": "make -n test", "make install": "make -n install", "make check": "make -n check"}
+# Takes a minute of CPU time to start; tests/examples runs the script in copies of one process.
+MANY_PROCESSES = {"MOREH_TRACE=1 MOREH_WORKERS=4 python examples/traced_step.py"}
 # The environment is there already: make must not make it again.
 OLD = "make -o .venv/installed -o .venv/installed-dev"
 
@@ -58,29 +60,43 @@ def shell(command, directory, state):
     )
 
 
-def run_page(page, directory, state, languages):
-    for block in blocks(page):
-        if block.language in languages:
-            for command in commands(block):
-                finished = shell(command, directory, state)
-                assert finished.returncode == 0, (
-                    f"{page.name}:{block.line}: {command}\n{finished.stdout[-2000:]}\n{finished.stderr[-2000:]}"
-                )
+def run_page(page, directory, state, *, slow):
+    """Run the quick commands of a page or, with slow ones among them, all."""
+    for block, command, takes_long in commands_of(page):
+        if slow or not takes_long:
+            finished = shell(command, directory, state)
+            assert finished.returncode == 0, (
+                f"{page.name}:{block.line}: {command}\n{finished.stdout[-2000:]}\n{finished.stderr[-2000:]}"
+            )
 
 
-def pages_with(*languages):
-    return [page for page in PAGES if any(block.language in languages for block in blocks(page))]
+def commands_of(page):
+    """Each command of a page with its block, and whether it takes long."""
+    return [
+        (block, command, block.language == "bash slow" or command in MANY_PROCESSES)
+        for block in blocks(page)
+        if block.language in {"bash", "bash slow"}
+        for command in commands(block)
+    ]
 
 
-@pytest.mark.parametrize("page", pages_with("bash"), ids=lambda page: page.name)
+def pages_with(*, slow):
+    return [page for page in PAGES if slow in {takes_long for _, _, takes_long in commands_of(page)}]
+
+
+@pytest.mark.parametrize("page", pages_with(slow=False), ids=lambda page: page.name)
 def test_quick_commands_run(page, checkout, environment):
-    run_page(page, checkout, environment["MOREH_STATE_DIR"], {"bash"})
+    run_page(page, checkout, environment["MOREH_STATE_DIR"], slow=False)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", pages_with("bash slow"), ids=lambda page: page.name)
+@pytest.mark.parametrize("page", pages_with(slow=True), ids=lambda page: page.name)
 def test_all_commands_run_in_their_order(page, checkout, environment):
-    run_page(page, checkout, environment["MOREH_STATE_DIR"], {"bash", "bash slow"})
+    run_page(page, checkout, environment["MOREH_STATE_DIR"], slow=True)
+
+
+def test_commands_with_many_processes_are_in_the_pages():
+    assert {command for page in PAGES for _, command, _ in commands_of(page)} >= MANY_PROCESSES
 
 
 def test_a_command_that_fails_is_seen(checkout, environment):

@@ -2,23 +2,28 @@
 
 import re
 import shutil
+import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from tests.conftest import ROOT
+from tests.helpers.scripts.fork_server import run_forked_workers
 
 
 @pytest.fixture
-def run_example(run, tmp_path):
-    """Run an example of a copy of the checkout, so that what it writes is not left in this one."""
+def run_example(run_process, run_forked, tmp_path):
+    """Run an example of a copy of the checkout, so that what it writes is not left in this one.
+
+    Each example is started as a user starts it; another run of the same, or of a script alike, may be `forked`.
+    """
     for name in ("examples", "configs", "utils"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "train_llama3_70b.py", tmp_path)
 
-    def run_copy(*command):
-        finished = run(*command, cwd=tmp_path)
+    def run_copy(*command, forked=False):
+        finished = (run_forked if forked else run_process)(*command, cwd=tmp_path)
         assert finished.returncode == 0, finished.stderr
         return finished.stdout
 
@@ -36,14 +41,14 @@ def test_tutorial_loop_learns_and_saves_a_model_that_loads(run_example, tmp_path
     assert losses[-1] < 0.8 * losses[0]
     assert "[info] Configuration for parallelism is selected." in output
     # The same script continues with what it has saved.
-    continued = losses_of(run_example("python", "examples/tutorial_loop.py", "runs/tutorial"))
+    continued = losses_of(run_example(sys.executable, "examples/tutorial_loop.py", "runs/tutorial", forked=True))
     assert continued[0] == pytest.approx(losses[-1], rel=0.1)
 
 
 def test_tutorial_loop_has_the_same_losses_on_four_workers(run_example):
     four = run_example("sh", "examples/four_workers.sh")
     assert re.search(r"4 workers carry out the plan '.+'", four)
-    one = run_example("python", "examples/tutorial_loop.py")
+    one = run_example(sys.executable, "examples/tutorial_loop.py", forked=True)
     assert losses_of(four) == pytest.approx(losses_of(one), rel=1e-2)  # one of them may compute in bfloat16
 
 
@@ -64,3 +69,16 @@ def test_plans_are_printed_for_two_accelerators(run_example):
         ("12xLarge.6144GB", "96"),
     ]
     assert re.findall(r"^Step +(\d+) x 1,024 tokens", output, re.M) == ["512", "768"]
+
+
+def test_traced_step_shows_the_phases_of_stages_and_of_tensor_parallel_ranks(environment, tmp_path):
+    """On the four workers of docs/tracing.md; tests/runtime/engine/test_trace.py starts workers by the variable."""
+    script = ROOT / "examples" / "traced_step.py"
+    first, *others = run_forked_workers([script], 4, cwd=tmp_path, env={**environment, "MOREH_TRACE": "1"})
+    assert not any(process.returncode for process in (first, *others)), first.stderr
+    assert re.search("4 workers carry out the plan 'tp2 pp2 dp1 ", first.stdout)
+    steps = re.split(r"^step \d\n", first.stdout, flags=re.M)[1:]
+    assert len(steps) == 2
+    for step in steps:
+        spans = set(re.findall(r"trace rank 0: +(\w+) \d+\.\d{3} ms", step))
+        assert {"check_inputs", "stage_forward", "forward_backward", "clip_total_norm", "reduce_from_tp"} <= spans

@@ -22,6 +22,18 @@ from pathlib import Path
 TIMEOUT_S = 120
 # What the other ranks get to answer once one has failed: they may wait for it in a collective.
 GRACE_S = 2
+# Imported once, by the process that the workers and the scripts of tests/helpers/scripts/fork_server.py are copies of.
+PRELOADED = [
+    "torch.distributed.fsdp",
+    "torch.distributed.pipelining",
+    "torch.distributed.checkpoint",
+    "transformers.modeling_utils",
+    "transformers.generation",
+    "transformers.models.gpt2.modeling_gpt2",
+    "transformers.models.llama.modeling_llama",
+    "moreh.runtime.engine.hook",
+    "moreh.runtime.engine.registry",
+]
 
 _pools = {}
 
@@ -44,7 +56,7 @@ class _Pool:
         self.usable = True
         # One process imports, the others are its copies.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch.distributed", "transformers.modeling_utils", "transformers.generation"])
+        context.set_forkserver_preload(PRELOADED)
         self.processes, self.connections = [], []
         for rank in range(size):
             ours, theirs = context.Pipe()

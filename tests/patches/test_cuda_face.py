@@ -245,12 +245,12 @@ def test_torch_compile_works_under_the_face(function):
     assert torch.allclose(compiled(inputs), layer(inputs) + 1)
 
 
-def test_tutorial_loop_runs_unchanged(run, tmp_path, make_gpt2):
+def test_tutorial_loop_runs_unchanged(run_forked, tmp_path, make_gpt2):
     """The tutorial's loop in a file that imports torch, transformers and copy, and knows of no other package."""
     save_tutorial_model(make_gpt2(vocab_size=VOCABULARY_SIZE), tmp_path / "model")
     script = tmp_path / "tutorial.py"
     script.write_text(TUTORIAL, encoding="utf-8")
-    finished = run(sys.executable, script, cwd=tmp_path)
+    finished = run_forked(sys.executable, script, cwd=tmp_path)
     assert finished.returncode == 0, finished.stderr
     losses = [float(line.split()[1]) for line in finished.stdout.splitlines() if line.startswith("Loss:")]
     assert len(losses) == 50

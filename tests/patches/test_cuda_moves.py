@@ -99,8 +99,8 @@ for tensor in (torch.ones(2), model.weight, model.weight.grad, model.state_dict(
 """
 
 
-def test_nothing_is_copied_before_something_was_put_on_the_device(run_python):
-    finished = run_python(NOTHING_ON_THE_DEVICE)
+def test_nothing_is_copied_before_something_was_put_on_the_device(run_python_forked):
+    finished = run_python_forked(NOTHING_ON_THE_DEVICE)
     assert finished.returncode == 0, finished.stderr
     assert [line for line in finished.stdout.splitlines() if not line.startswith("[")] == ["True True"] * 4
 
@@ -121,9 +121,9 @@ print(all(parameter.requires_grad for parameter in model.parameters()))
 """
 
 
-def test_model_that_accelerate_has_filled_is_trainable(run_python):
+def test_model_that_accelerate_has_filled_is_trainable(run_python_forked):
     pytest.importorskip("accelerate")
-    finished = run_python(LOADED_BY_ACCELERATE)
+    finished = run_python_forked(LOADED_BY_ACCELERATE)
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.splitlines()[-1] == "True"
 

@@ -8,6 +8,11 @@ import sys
 import pytest
 
 
+@pytest.fixture
+def run(run_forked):
+    return run_forked
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """A tiny model that has learnt one thing: what follows `one two`."""

@@ -17,6 +17,11 @@ from utils.text.template import fill_template, save_template
 ANSWER = "    return x\n    y"
 
 
+@pytest.fixture
+def run(run_forked):
+    return run_forked
+
+
 def save_parrot(directory, tokenizer, prompt, answer, **settings):
     """Save a tiny model that has learnt one answer to one prompt, in the template of some settings."""
     data = DataSection(hub="none", **settings)
@@ -76,19 +81,18 @@ def test_template_is_put_to_the_question_once(run, ask, parrot):
     )
 
 
-def test_file_and_standard_input_are_read_as_data_files_are(run, ask, parrot, tmp_path, environment):
+def test_file_and_standard_input_are_read_as_data_files_are(run, ask, parrot, tmp_path):
     content = "\ufefff(x)\r\ny".encode()
     (tmp_path / "prompt.txt").write_bytes(content)
     assert ask("--file", tmp_path / "prompt.txt") == ANSWER
-    command = [sys.executable, "generate.py", str(parrot)]
-    piped = subprocess.run(command, env=environment, input=content, capture_output=True)
-    assert piped.stdout.decode() == ANSWER + "\n"
+    command = [sys.executable, "generate.py", parrot]
+    assert run(*command, input=content).stdout == ANSWER + "\n"
     (tmp_path / "prompt.txt").write_bytes("café".encode("latin-1"))
     finished = run(*command, "--file", tmp_path / "prompt.txt")
     assert "prompt.txt cannot be read: not UTF-8 text: byte 3 is 0xe9" in finished.stderr
-    piped = subprocess.run(command, env=environment, input="café".encode("latin-1"), capture_output=True)
+    piped = run(*command, input="café".encode("latin-1"))
     assert piped.returncode == 2
-    assert b"error: standard input cannot be read: not UTF-8 text: byte 3 is 0xe9" in piped.stderr
+    assert "error: standard input cannot be read: not UTF-8 text: byte 3 is 0xe9" in piped.stderr
 
 
 def test_options_may_stand_between_the_arguments(ask):

@@ -15,6 +15,7 @@ import pytest
 from filelock import FileLock
 
 from tests.conftest import ROOT
+from tests.helpers.scripts.fork_server import start_forked
 from utils.errors import UserError
 
 
@@ -107,24 +108,23 @@ def test_closed_pipe_does_not_end_the_training(environment, tiny_config, tmp_pat
 
 def test_interrupt_ends_the_run_at_any_time(environment, tiny_config, tmp_path):
     """Ctrl-C mostly arrives in a backward pass, where Python's exceptions have nowhere to go."""
-    command = [sys.executable, "train_gpt.py", "--config", str(tiny_config), "train.steps=100000", "log.every_steps=1"]
+    command = ["train_gpt.py", "--config", tiny_config, "train.steps=100000", "log.every_steps=1"]
     for delay in (0.0, 0.013, 0.029):
-        process = subprocess.Popen(
-            command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        assert any(line.startswith("[Step 5/") for line in process.stdout)
+        script = start_forked(command, cwd=ROOT, env=environment)
+        while "\n[Step 5/" not in script.output():
+            time.sleep(0.005)
         time.sleep(delay)
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
-        assert process.returncode == 130
-        assert errors == "interrupted\n"
+        os.kill(script.pid, signal.SIGINT)
+        finished = script.finish(timeout=60)
+        assert finished.returncode == 130
+        assert finished.stderr == "interrupted\n"
     assert "the run ended with KeyboardInterrupt" in (tmp_path / "runs" / "tiny" / "train.log").read_text(
         encoding="utf-8"
     )
 
 
-def test_accelerator_model_of_the_settings_is_switched_to(run, tiny_config):
-    finished = run(
+def test_accelerator_model_of_the_settings_is_switched_to(run, run_forked, tiny_config):
+    finished = run_forked(
         sys.executable, "train_gpt.py", "--config", tiny_config, "accelerator.model=4xLarge.2048GB", "train.steps=1"
     )
     assert "4xLarge.2048GB (32 x MI250 GCD, 2096640 MiB)" in finished.stdout

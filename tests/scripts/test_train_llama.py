@@ -29,6 +29,11 @@ LLAMA = (
 SETTINGS = (f"model={{architecture: {LLAMA}}}", 'data.template="Summarize the following:\\n{prompt}\\nSummary:\\n"')
 
 
+@pytest.fixture
+def run(run_forked):
+    return run_forked
+
+
 def test_task_is_to_write_a_summary_of_a_text():
     record = Record("here", {"article": "Long text.", "highlights": "Short."})
     fields = {"prompt_field": "article", "response_field": "highlights", "template": "Summarize:\n{prompt}\nSummary:\n"}

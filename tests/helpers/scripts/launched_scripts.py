@@ -9,8 +9,8 @@ import psutil
 MAX_SECONDS_TO_END = 15
 # Preparing to shard models takes most of a worker's time to start, and is not under test.
 WITHOUT_MODELS = """
-import torch, moreh.runtime.engine.hook
-moreh.runtime.engine.hook.install_hook = lambda options, variables: None
+import sys, torch, types
+sys.modules["moreh.runtime.engine.hook"] = types.SimpleNamespace(install_hook=lambda options, variables: None)
 """
 START = """
 import os, signal, sys, time, torch

@@ -1,6 +1,7 @@
 """What each rank does in the tests of sharded models: the same with a whole and a sharded model, to compare them."""
 
 import copy
+import functools
 import io
 import weakref
 from contextlib import nullcontext
@@ -28,16 +29,26 @@ from tests.helpers.sharded.loop import train
 def compare(family, plan, change=None, *, settings=None, positions_multiple=4, fault=None, **loop):
     """Train a sharded and a whole model: the largest relative difference of losses and norms, and that of a weight."""
     install_sharding_support()
-    whole = make_model(family, **(settings or {}))
-    if change is not None:
-        whole = change(whole)
-    sharded = copy.deepcopy(whole)
+    initial, expected, whole = _trained_whole(
+        family, change, tuple((settings or {}).items()), positions_multiple, tuple(loop.items())
+    )
+    sharded = copy.deepcopy(initial)
     with exact_float64(), label_positions_rounded_to(positions_multiple):
-        expected = train(whole, **loop)
         runner = shard_model(sharded, Plan(**plan))
         with FAULTS[fault]():
             curve = train(sharded, **loop)
     return curve_difference(curve, expected), weight_difference(runner.model, whole)
+
+
+@functools.cache
+def _trained_whole(family, change, settings, positions_multiple, loop):
+    """A model that was not trained, the losses and norms of a training, and the model that it gives."""
+    initial = make_model(family, **dict(settings))
+    if change is not None:
+        initial = change(initial)
+    whole = copy.deepcopy(initial)
+    with exact_float64(), label_positions_rounded_to(positions_multiple):
+        return initial, train(whole, **dict(loop)), whole
 
 
 def compare_with_shared_prefix(family, plan, assumed_prefix_len=None):

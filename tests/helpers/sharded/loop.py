@@ -5,7 +5,7 @@ import torch
 from tests.helpers.batches import batch
 
 
-def train(model, make_optimizer=None, clip=None, steps=3, accumulation=2, make_batch=batch, **model_arguments):
+def train(model, make_optimizer=None, clip=None, steps=2, accumulation=2, make_batch=batch, **model_arguments):
     """Train as a script does, and return the losses and norms that it sees. All is made before the first batch."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = (make_optimizer or adamw)(parameters)

@@ -1,6 +1,7 @@
 """Losses that scripts make of logits, trained on a whole and on a sharded model."""
 
 import copy
+import functools
 from types import SimpleNamespace
 
 import torch
@@ -65,7 +66,7 @@ def last_position(model, frozen, ids, mask, labels):
 LOSSES = {loss.__name__: loss for loss in (weighted_tokens, label_smoothing, distillation, z_loss, dpo, last_position)}
 
 
-def train_with(name, model, frozen, steps=3, accumulation=2):
+def train_with(name, model, frozen, steps=2, accumulation=2):
     """Train with a loss of the script's own; the losses and norms that it sees."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-3)
     curve = []
@@ -85,27 +86,36 @@ def train_with(name, model, frozen, steps=3, accumulation=2):
 
 def compare(name, family, plan, change_second_pass=None):
     """The largest relative difference of losses and norms, and that of a weight, from a whole model's training."""
-    return _compare(name, make_model(family), Plan(**plan), change_second_pass)
+    return _compare(name, make_model, family, Plan(**plan), change_second_pass)
 
 
 def compare_deep(name, plan):
     """The same for a Llama with layers for pipelines of many stages."""
-    return _compare(name, new_model("llama"), plan)
+    return _compare(name, new_model, "llama", plan)
 
 
-def _compare(name, whole, plan, change_second_pass=None):
+def _compare(name, make, family, plan, change_second_pass=None):
     install_sharding_support()
-    sharded, frozen = copy.deepcopy(whole), copy.deepcopy(whole)
-    with torch.no_grad():
-        for parameter in frozen.parameters():
-            parameter.mul_(0.9)
+    initial, frozen, expected, whole = _trained_whole(name, make, family)
+    sharded = copy.deepcopy(initial)
     with exact_float64():
-        expected = train_with(name, whole, frozen)
         runner = shard_model(sharded, plan)
         if change_second_pass is not None:
             change_second_pass(runner)
         curve = train_with(name, sharded, frozen)
     return curve_difference(curve, expected), weight_difference(runner.model, whole)
+
+
+@functools.cache
+def _trained_whole(name, make, family):
+    """A model, the frozen one beside it, the losses and norms of the model's training, and what the training makes."""
+    initial = make(family)
+    whole, frozen = copy.deepcopy(initial), copy.deepcopy(initial)
+    with torch.no_grad():
+        for parameter in frozen.parameters():
+            parameter.mul_(0.9)
+    with exact_float64():
+        return initial, frozen, train_with(name, whole, frozen), whole
 
 
 def with_wrong_part(runner):

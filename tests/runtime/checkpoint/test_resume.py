@@ -1,16 +1,18 @@
 """A run that is stopped and resumed: the same bits under the same plan, the same training under any other."""
 
 import json
+import os
 import signal
-import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from tests.conftest import ROOT
+from tests.helpers.scripts.fork_server import start_forked
 from tests.helpers.sharded import resume as cases
 from tests.helpers.workers import run_on_workers
 from utils.errors import UserError
@@ -55,17 +57,6 @@ def test_resuming_under_the_same_plan_gives_the_same_bits(tmp_path):
             assert identical
 
 
-def start(config, environment, *arguments):
-    return subprocess.Popen(
-        [sys.executable, "train_gpt.py", "--config", str(config), *arguments],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
 def metrics_of(directory):
     """Loss, norm and learning rate of each step; speeds differ from run to run."""
     lines = (directory / "metrics.jsonl").read_text().splitlines()
@@ -82,26 +73,28 @@ def config(tiny_config):
     return tiny_config
 
 
-def test_a_run_stopped_by_sigterm_and_resumed_has_the_bits_of_a_run_left_alone(config, environment, tmp_path):
+def test_a_run_stopped_by_sigterm_and_resumed_has_the_bits_of_a_run_left_alone(
+    config, environment, run_forked, tmp_path
+):
     """The stopped run saves and ends with 143; `--resume auto` goes on."""
-    alone = start(config, environment, "run.name=alone")
-    assert alone.wait(timeout=120) == 0, alone.stdout.read()
+    command = [sys.executable, "train_gpt.py", "--config", str(config)]
+    alone = run_forked(*command, "run.name=alone")
+    assert alone.returncode == 0, alone.stderr
 
-    stopped = start(config, environment, "run.name=tiny")
+    stopped = start_forked([*command[1:], "run.name=tiny"], cwd=ROOT, env=environment)
     metrics = tmp_path / "runs" / "tiny" / "metrics.jsonl"
     while not metrics.exists() or len(metrics.read_text().splitlines()) < 5:
         time.sleep(0.005)
-        assert stopped.poll() is None, stopped.stdout.read()
-    stopped.send_signal(signal.SIGTERM)
-    output = stopped.communicate(timeout=60)[0]
-    assert stopped.returncode == 143, output
-    assert "--resume auto goes on" in output
+        assert psutil.pid_exists(stopped.pid), stopped.output()
+    os.kill(stopped.pid, signal.SIGTERM)
+    stopped = stopped.finish(timeout=60)
+    assert stopped.returncode == 143, stopped.stderr
+    assert "--resume auto goes on" in stopped.stdout + stopped.stderr
     assert not (tmp_path / "runs" / "tiny" / "model").exists()
 
-    resumed = start(config, environment, "run.name=tiny", "--resume", "auto")
-    output = resumed.communicate(timeout=120)[0]
-    assert resumed.returncode == 0, output
-    assert "Resumed from" in output
+    resumed = run_forked(*command, "run.name=tiny", "--resume", "auto")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "Resumed from" in resumed.stdout
     assert metrics_of(tmp_path / "runs" / "tiny") == metrics_of(tmp_path / "runs" / "alone")
     weights, expected = (
         load_file(tmp_path / "runs" / name / "model" / "model.safetensors") for name in ("tiny", "alone")
@@ -111,10 +104,9 @@ def test_a_run_stopped_by_sigterm_and_resumed_has_the_bits_of_a_run_left_alone(c
     kept = sorted(path.name for path in (tmp_path / "runs" / "tiny" / "checkpoints").iterdir())
     assert kept == ["step-12", "step-9"]
 
-    finished = start(config, environment, "run.name=tiny", "--resume", "auto")
-    output = finished.communicate(timeout=60)[0]
+    finished = run_forked(*command, "run.name=tiny", "--resume", "auto")
     assert finished.returncode == 2
-    assert "has done 12 steps" in output
+    assert "has done 12 steps" in finished.stderr
 
 
 def test_resume_takes_auto_a_run_or_a_checkpoint(tmp_path):

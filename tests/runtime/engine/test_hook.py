@@ -6,6 +6,12 @@ import pytest
 
 from tests.helpers.compare import curve_difference
 
+
+@pytest.fixture
+def run(run_forked):
+    return run_forked
+
+
 # Trains three ways in one process and prints the losses, each as a line of numbers.
 COMPARE = """
 import sys, torch

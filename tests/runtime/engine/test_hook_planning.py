@@ -1,6 +1,14 @@
 """What the hook plans for the accelerator at the first training batch: options, environment, files, refusals."""
 
+import pytest
+
 from tests.conftest import ROOT
+
+
+@pytest.fixture
+def run(run_forked):
+    return run_forked
+
 
 PLAN_ONE = """
 import torch

@@ -11,38 +11,20 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
-from tests.conftest import ROOT
 from tests.helpers.compare import max_difference, worst
+from tests.helpers.scripts.fork_server import run_forked_workers
 from tests.helpers.scripts.tutorial import TUTORIAL, VOCABULARY_SIZE, save_tutorial_model
 
 SECONDS_TO_BE_GONE = 15
 
 
-def train_gpt(config, environment, *overrides):
-    return subprocess.run(
-        [sys.executable, "train_gpt.py", "--config", str(config), *overrides],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-
-
 def run_script(source, workers, directory, environment):
-    """The console of a script on a number of workers."""
+    """The console of a script on a number of workers, started as torchrun starts them."""
     script = directory / "script.py"
     script.write_text(source, encoding="utf-8")
-    finished = subprocess.run(
-        [sys.executable, script],
-        cwd=directory,
-        env={**environment, "MOREH_WORKERS": str(workers)},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert finished.returncode == 0, finished.stderr
-    return finished.stdout
+    finished = run_forked_workers([script], workers, cwd=directory, env=environment)
+    assert not any(process.returncode for process in finished), [process.stderr for process in finished]
+    return finished[0].stdout
 
 
 def metrics_of(directory):
@@ -59,12 +41,13 @@ def hook_config(tiny_config):
     return tiny_config
 
 
-def test_script_on_two_workers_gives_what_one_worker_gives(hook_config, environment, tmp_path):
+def test_script_on_two_workers_gives_what_one_worker_gives(run_forked, run_process, hook_config, tmp_path):
     """Losses, norms and the saved model; files and console as of one program; one worker can resume."""
     runs = tmp_path / "runs"
-    one = train_gpt(hook_config, environment, "run.name=one")
+    command = (sys.executable, "train_gpt.py", "--config", hook_config)
+    one = run_forked(*command, "run.name=one")
     assert one.returncode == 0, one.stderr
-    two = train_gpt(hook_config, environment, "run.name=two", "accelerator.workers=2")
+    two = run_process(*command, "run.name=two", "accelerator.workers=2")
     assert two.returncode == 0, two.stderr
     assert "2 workers carry out the plan" in two.stdout
     assert two.stdout.count("[Step 4/4] | Loss") == 1
@@ -78,9 +61,7 @@ def test_script_on_two_workers_gives_what_one_worker_gives(hook_config, environm
     assert weights.keys() == others.keys()
     assert worst(max_difference(weights[name], others[name]) for name in weights) < 1e-3
 
-    resumed = train_gpt(
-        hook_config, environment, "run.name=resumed", "--resume", str(runs / "two" / "checkpoints" / "step-2")
-    )
+    resumed = run_forked(*command, "run.name=resumed", "--resume", runs / "two" / "checkpoints" / "step-2")
     assert resumed.returncode == 0, resumed.stderr
     assert [line["step"] for line in metrics_of(runs / "resumed")] == [3, 4]
     for line, other in zip(metrics_of(runs / "resumed"), expected[-2:], strict=True):

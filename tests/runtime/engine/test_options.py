@@ -13,6 +13,11 @@ from moreh.options import OPTIMIZATIONS, ParallelOptions
 OPTIONS = {field.name: field for field in fields(ParallelOptions)}
 
 
+@pytest.fixture
+def run(run_forked):
+    return run_forked
+
+
 def test_signature_is_that_of_the_declarations():
     signature = inspect.signature(option.enable_advanced_parallelization)
     assert list(signature.parameters) == list(OPTIONS)
@@ -36,6 +41,12 @@ def test_help_documents_every_option():
     assert max(map(len, documentation)) <= 120
 
 
+@pytest.fixture(scope="module")
+def mypy_cache(tmp_path_factory):
+    """A directory for what mypy finds out about this package."""
+    return str(tmp_path_factory.mktemp("mypy"))
+
+
 TYPED = """
 from moreh.option import enable_advanced_parallelization
 enable_advanced_parallelization(num_stages=4, disable=("pack_rows",))
@@ -52,10 +63,10 @@ enable_advanced_parallelization(num_stages=4, disable=("pack_rows",))
         ("", "Success"),
     ],
 )
-def test_type_checkers_see_the_options(tmp_path, monkeypatch, wrong, message):
+def test_type_checkers_see_the_options(tmp_path, mypy_cache, wrong, message):
     api = pytest.importorskip("mypy.api")
     (tmp_path / "script.py").write_text(TYPED.format(wrong=wrong), encoding="utf-8")
-    report, errors, _ = api.run(["--cache-dir", str(tmp_path), "--follow-imports=silent", str(tmp_path / "script.py")])
+    report, errors, _ = api.run(["--cache-dir", mypy_cache, "--follow-imports=silent", str(tmp_path / "script.py")])
     assert message in report, errors
     assert report.count("error:") == (1 if wrong else 0)
 

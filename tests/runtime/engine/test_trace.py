@@ -45,6 +45,11 @@ TENSOR_PARALLEL = {"stage_layers": (3,), "tensor": 2, "micro_batch_size": 8}
 PIPELINE = {"stage_layers": (2, 1), "pipeline": 2, "micro_batches": 2, "micro_batch_size": 4}
 
 
+@pytest.fixture
+def run(run_forked):
+    return run_forked
+
+
 def lines_of(text):
     """The lines of spans in a console, as (rank, depth, name, bytes)."""
     matches = [LINE.fullmatch(line.removeprefix("[info] ")) for line in text.splitlines()]

@@ -1,15 +1,20 @@
 """transformers' Trainer on several workers: the losses, the evaluation and the saved model of a plain process."""
 
 import re
-import subprocess
-import sys
 
 import pytest
 from safetensors.torch import load_file
 
 from tests.helpers.compare import max_difference, worst
+from tests.helpers.scripts.fork_server import run_forked_workers
 
 pytest.importorskip("accelerate", reason="the Trainer needs it")
+
+
+@pytest.fixture
+def run(run_forked):
+    return run_forked
+
 
 LINE = "torch.moreh.option.enable_advanced_parallelization(mixed_precision=False, distribute_parameter=True)\n"
 SCRIPT = """
@@ -41,6 +46,11 @@ if len(sys.argv) > 1:
 """
 
 
+def run_script(script, *arguments, workers, env):
+    """The completed processes of all ranks."""
+    return run_forked_workers([script, *arguments], workers, cwd=script.parent, env=env)
+
+
 def numbers(console, key):
     """The values that the Trainer has printed; fewer if one of them is not a number."""
     return [float(value) for value in re.findall(rf"'{key}': '?([-+.e\d]+)", console)]
@@ -49,21 +59,11 @@ def numbers(console, key):
 def test_trainer_on_two_workers_trains_as_in_a_plain_process(environment, tmp_path):
     """With sharded parameters. Checkpoints of the Trainer itself are refused by an error that says how to save."""
     runs = {}
-    for name, line, variables, arguments in (
-        ("plain", "", {}, []),
-        ("workers", LINE, {"MOREH_WORKERS": "2"}, ["with checkpoints"]),
-    ):
+    for name, line, workers, arguments in (("plain", "", 1, []), ("workers", LINE, 2, ["with checkpoints"])):
         directory = tmp_path / name
         directory.mkdir()
         (directory / "script.py").write_text(SCRIPT.format(line=line), encoding="utf-8")
-        runs[name] = subprocess.run(
-            [sys.executable, "script.py", *arguments],
-            cwd=directory,
-            env=environment | variables,
-            capture_output=True,
-            text=True,
-            timeout=240,
-        )
+        runs[name] = run_script(directory / "script.py", *arguments, workers=workers, env=environment)[0]
         assert "\nsaved\n" in runs[name].stdout, runs[name].stderr
     plain, workers = runs["plain"].stdout, runs["workers"].stdout
     assert re.search(r"2 workers carry out the plan '.*dp2.*shard:", workers)
@@ -96,8 +96,9 @@ print("trained")
 """
 
 
-def test_trainer_of_a_first_model_does_not_save_half_of_the_optimizer(run_python, tmp_path):
-    finished = run_python(CHECKPOINTS.replace(", bf16=True", ""), MOREH_WORKERS="2")
+def test_trainer_of_a_first_model_does_not_save_half_of_the_optimizer(environment, tmp_path):
+    (tmp_path / "script.py").write_text(CHECKPOINTS.replace(", bf16=True", ""), encoding="utf-8")
+    finished = run_script(tmp_path / "script.py", workers=2, env=environment)[0]
     assert finished.returncode != 0
     assert 'save_strategy="no" and trainer.save_model()' in finished.stderr
     assert "trained" not in finished.stdout
