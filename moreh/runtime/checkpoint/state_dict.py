@@ -32,8 +32,7 @@ class ShardedStateDict(dict[str, Any]):
         raise WorkerError(
             f"This state dict holds the part of rank {self.rank} only, since the model is sharded over workers. Save "
             "the model with model.save_pretrained(directory) on all ranks, and a training run to resume with "
-            "moreh.runtime.engine.checkpoint_api.save_training; a Trainer saves with "
-            'save_strategy="no" and trainer.save_model().'
+            "moreh.runtime.engine.checkpoint_api.save_training."
         )
 
     def copy(self) -> "ShardedStateDict":

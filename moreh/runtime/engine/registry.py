@@ -69,7 +69,7 @@ def shard_model(root: nn.Module, plan: Plan, options: ParallelOptions = DEFAULT_
     """Shard a model over all ranks as the plan says, and its optimizers with it; collective.
 
     Raises:
-        OptionError: the model cannot be computed on several workers, or an optimizer has state already.
+        OptionError: the model cannot be computed on several workers.
         PlanError: tensor parallelism cannot split the model as the plan says.
     """
     with span("shard_model"):

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from moreh.errors import OptionError
 from moreh.patches.optimizer_creation import existing_optimizers
 from moreh.runtime.sharding.global_tensor import GlobalTensor
 
@@ -34,19 +33,15 @@ class _ReplacedParameter(nn.Parameter):
 def replace_params(replacements: dict[int, nn.Parameter], originals: list[nn.Parameter]) -> None:
     """Put new parameters in the place of a model's originals, in optimizers and in lists that the script has made.
 
-    `replacements` maps the id of an original to the new parameter. The data of the originals is freed.
-
-    Raises:
-        OptionError: an optimizer has state for an original, which is not sharded.
+    `replacements` maps the id of an original to the new parameter. The data of the originals is freed. State that an
+    optimizer has for an original, such as `load_state_dict` gives, is sharded as the new parameter is.
     """
     for optimizer in existing_optimizers():
-        if any(id(parameter) in replacements for parameter in optimizer.state):
-            raise OptionError(
-                f"the {type(optimizer).__name__} has state from before the model was sharded over workers, such as "
-                "load_state_dict gives: resume with moreh.runtime.engine.checkpoint_api.load_training"
-            )
         for group in optimizer.param_groups:
             group["params"] = [replacements.get(id(parameter), parameter) for parameter in group["params"]]
+        for original in [parameter for parameter in optimizer.state if id(parameter) in replacements]:
+            optimizer.state[replacements[id(original)]] = optimizer.state.pop(original)
+        _shard_state(optimizer)
     for original in originals:
         replacement = replacements[id(original)]
         if replacement is not original:

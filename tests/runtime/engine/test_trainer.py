@@ -1,8 +1,10 @@
-"""transformers' Trainer on several workers: the losses, the evaluation and the saved model of a plain process."""
+"""transformers' Trainer on several workers: the losses, evaluation, saved model and checkpoints of a plain process."""
 
+import os
 import re
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from tests.helpers.compare import max_difference, worst
@@ -41,8 +43,6 @@ first.train()
 print("evaluated", first.evaluate()["eval_loss"])
 first.save_model("saved")
 print("saved", flush=True)
-if len(sys.argv) > 1:
-    trainer(max_steps=2, save_steps=1).train()
 """
 
 
@@ -57,13 +57,13 @@ def numbers(console, key):
 
 
 def test_trainer_on_two_workers_trains_as_in_a_plain_process(environment, tmp_path):
-    """With sharded parameters. Checkpoints of the Trainer itself are refused by an error that says how to save."""
+    """With sharded parameters."""
     runs = {}
-    for name, line, workers, arguments in (("plain", "", 1, []), ("workers", LINE, 2, ["with checkpoints"])):
+    for name, line, workers in (("plain", "", 1), ("workers", LINE, 2)):
         directory = tmp_path / name
         directory.mkdir()
         (directory / "script.py").write_text(SCRIPT.format(line=line), encoding="utf-8")
-        runs[name] = run_script(directory / "script.py", *arguments, workers=workers, env=environment)[0]
+        runs[name] = run_script(directory / "script.py", workers=workers, env=environment)[0]
         assert "\nsaved\n" in runs[name].stdout, runs[name].stderr
     plain, workers = runs["plain"].stdout, runs["workers"].stdout
     assert re.search(r"2 workers carry out the plan '.*dp2.*shard:", workers)
@@ -76,36 +76,77 @@ def test_trainer_on_two_workers_trains_as_in_a_plain_process(environment, tmp_pa
     assert saved[0].keys() == saved[1].keys()
     assert worst(max_difference(saved[0][name], saved[1][name]) for name in saved[0]) < 1e-3
 
-    assert runs["plain"].returncode == 0
-    assert runs["workers"].returncode != 0
-    assert 'save_strategy="no" and trainer.save_model()' in runs["workers"].stderr
-
 
 CHECKPOINTS = """
+import sys
 import torch
-torch.moreh.option.enable_advanced_parallelization(mixed_precision=False)
+{line}
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+torch.manual_seed(0)
 shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
 model = LlamaForCausalLM(LlamaConfig(**shape, vocab_size=301, max_position_embeddings=128))
-rows = [{"input_ids": row, "labels": row} for row in torch.randint(0, 301, (32, 32))]
+rows = [{{"input_ids": row, "labels": row}} for row in torch.randint(0, 301, (64, 32))]
 arguments = TrainingArguments(
-    "out", per_device_train_batch_size=8, report_to=[], disable_tqdm=True, max_steps=2, save_steps=1, bf16=True
+    "out",
+    per_device_train_batch_size=8,
+    report_to=[],
+    disable_tqdm=True,
+    max_steps=int(sys.argv[1]),
+    save_steps=2,
+    save_total_limit=1,
+    learning_rate=1e-2,
+    adam_epsilon=1e-6,
+    lr_scheduler_type="constant",
+    {arguments}
 )
-Trainer(model, arguments, train_dataset=rows).train()
+Trainer(model, arguments, train_dataset=rows).train(resume_from_checkpoint=int(sys.argv[1]) > 2 or None)
 print("trained")
 """
+STAGES = "torch.moreh.option.enable_advanced_parallelization(mixed_precision=False, num_stages=2)\n"
 
 
-def test_trainer_of_a_first_model_does_not_save_half_of_the_optimizer(environment, tmp_path):
-    (tmp_path / "script.py").write_text(CHECKPOINTS.replace(", bf16=True", ""), encoding="utf-8")
-    finished = run_script(tmp_path / "script.py", workers=2, env=environment)[0]
-    assert finished.returncode != 0
-    assert 'save_strategy="no" and trainer.save_model()' in finished.stderr
-    assert "trained" not in finished.stdout
+def train_to_step(directory, *steps, line, workers):
+    """Train to each step, each time in new processes; the checkpoint of the last step."""
+    (directory / "script.py").write_text(CHECKPOINTS.format(line=line, arguments="use_cpu=True,"), encoding="utf-8")
+    for step in steps:
+        finished = run_script(directory / "script.py", str(step), workers=workers, env=dict(os.environ))[0]
+        assert finished.returncode == 0, finished.stderr
+        assert "trained" in finished.stdout
+    (checkpoint,) = (directory / "out").glob("checkpoint-*")
+    assert checkpoint.name == f"checkpoint-{steps[-1]}"
+    return checkpoint
+
+
+def state_difference(actual, expected):
+    """The largest difference of weights and optimizer states that two checkpoints of the Trainer hold."""
+    weights = [load_file(directory / "model.safetensors") for directory in (actual, expected)]
+    states = [torch.load(directory / "optimizer.pt")["state"] for directory in (actual, expected)]
+    flat = [
+        {f"{index}/{key}": value for index, values in state.items() for key, value in values.items()}
+        for state in states
+    ]
+    assert weights[0].keys() == weights[1].keys()
+    assert flat[0].keys() == flat[1].keys()
+    pairs = [(one[name], other[name]) for one, other in (weights, flat) for name in other]
+    return worst(max_difference(one, other) for one, other in pairs)
+
+
+@pytest.mark.parametrize(("line", "workers"), [(LINE, 2), (STAGES, 2)], ids=["sharded", "stages"])
+def test_trainer_resumes_from_its_own_checkpoints(line, workers, tmp_path, plain_checkpoint):
+    checkpoint = train_to_step(tmp_path, 2, 4, line=line, workers=workers)
+    assert state_difference(checkpoint, plain_checkpoint) < 1e-4
+
+
+@pytest.fixture(scope="module")
+def plain_checkpoint(tmp_path_factory):
+    """That of step 4 without the line and without a stop."""
+    return train_to_step(tmp_path_factory.mktemp("plain"), 2, 4, line="", workers=1)
 
 
 def test_trainer_takes_bfloat16_as_on_a_gpu(run_python, tmp_path):
-    finished = run_python(CHECKPOINTS)
+    line = "torch.moreh.option.enable_advanced_parallelization(mixed_precision=False)"
+    finished = run_python(CHECKPOINTS.format(line=line, arguments="bf16=True,"), "2")
     assert finished.returncode == 0, finished.stderr
     assert "trained" in finished.stdout
     assert (tmp_path / "out" / "checkpoint-2" / "optimizer.pt").exists()
