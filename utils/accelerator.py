@@ -4,7 +4,8 @@ import contextlib
 import os
 from collections.abc import Iterator
 
-from moreh.accelerator.registry import switch_model
+from moreh.accelerator.registry import read_registry, switch_model
+from moreh.log import logger, set_up_logger
 from moreh.options import ENABLE_VARIABLE
 from utils.config.schema import AcceleratorSection
 
@@ -28,11 +29,29 @@ def accelerator_of(settings: AcceleratorSection) -> Iterator[None]:
         if settings.advanced_parallelization is None:
             os.environ[ENABLE_VARIABLE] = "0"
         if settings.model is not None:
-            # In a worker this changes nothing: the process that started the workers has switched the accelerator.
-            switch_model(str(settings.model))
+            _switch(str(settings.model))
         yield
     finally:
         for name, value in before.items():
             os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
+
+
+def _switch(model: str) -> None:
+    """Switch the current accelerator, and say so where the user had chosen another model.
+
+    In a worker this changes nothing: the process that started the workers has switched the accelerator.
+    """
+    registry = read_registry()
+    before = registry.accelerator(registry.current).model
+    after = switch_model(model).model
+    if after != before:
+        set_up_logger()
+        logger.info(
+            "Accelerator %d is switched from %s to %s, as accelerator.model of the settings says; "
+            "accelerator.model=null keeps the current model.",
+            registry.current,
+            before,
+            after,
+        )

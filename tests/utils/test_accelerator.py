@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 
+from moreh.accelerator.registry import read_registry
 from moreh.options import ENABLE_VARIABLE
 from utils.accelerator import WORKERS_VARIABLE, accelerator_of
 from utils.config.yaml_file import load_config
@@ -48,6 +49,15 @@ def test_line_that_is_switched_off_checks_its_options_and_does_nothing(monkeypat
     torch.moreh.option.enable_advanced_parallelization(num_stages=2)
     with pytest.raises(ValueError, match="num_stages=0"):
         torch.moreh.option.enable_advanced_parallelization(num_stages=0)
+
+
+def test_model_of_the_settings_replaces_the_current_one_and_says_so(variables, state_directory, capsys):
+    variables("{model: Large.256GB}")
+    variables("{model: Large.256GB}")
+    variables("{model: null}")
+    assert read_registry().accelerator(0).model == "Large.256GB"
+    (message,) = capsys.readouterr().out.splitlines()
+    assert "to Large.256GB, as accelerator.model of the settings says" in message
 
 
 def test_workers_need_the_line(tiny_config):
