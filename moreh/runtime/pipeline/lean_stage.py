@@ -88,6 +88,11 @@ class LeanPipelineStage(PipelineStage):
         if self.has_backward:
             _free_buffers(self.grad_recv_info[bwd_chunk_id])
 
+    def backward_weight_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
+        """Compute the gradients of a micro-batch that a zero-bubble schedule has left: those of the weights."""
+        with trace.span("stage_backward_weight"):
+            super().backward_weight_one_chunk(bwd_chunk_id, *args, **kwargs)
+
     @contextmanager
     def _buffers_on_meta(self) -> Iterator[None]:
         """Let torch allocate its buffers without memory."""
