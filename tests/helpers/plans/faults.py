@@ -7,15 +7,17 @@ from dataclasses import replace
 from unittest import mock
 
 import torch.distributed as dist
+from torch.distributed.fsdp._fully_shard._fsdp_param import ShardedState
 
 from moreh.runtime.batch.batch_cutter import BatchCutter
-from moreh.runtime.engine import gradients, registry
+from moreh.runtime.engine import gradients, model_runner, registry
 from moreh.runtime.engine.parallel_model import ParallelModel, local_tensor
 from tests.helpers.plans.cases import CALLS
 
 _cut = BatchCutter.cut
 _reduce, _hand_over_grads, _total_norm = gradients._reduce, gradients.hand_over_grads, registry.total_norm
 _shard_model = registry.shard_model
+_fsdp_modules, _install_compute_params = ParallelModel.fsdp_modules, model_runner.install_compute_params
 
 
 def no_tied_sum():
@@ -50,7 +52,19 @@ def mean_of_means():
 
 def stale_weights():
     """Weights that an evaluation has gathered are used for the next step."""
-    return mock.patch.object(ParallelModel, "fsdp_modules", return_value=[])
+
+    def install_compute_params(model):
+        _install_compute_params(model)
+        for module in _fsdp_modules(model):
+            group = module._get_fsdp_state()._fsdp_param_group
+            for parameter in group.fsdp_params if group else ():
+                if parameter.sharded_state == ShardedState.UNSHARDED:
+                    parameter._setattr_on_modules(parameter._unsharded_param)
+
+    faults = contextlib.ExitStack()
+    faults.enter_context(mock.patch.object(model_runner, "install_compute_params", install_compute_params))
+    faults.enter_context(mock.patch.object(ParallelModel, "fsdp_modules", return_value=[]))
+    return faults
 
 
 def ignored_scale():

@@ -99,12 +99,12 @@ class _Script:
             return self._finished(self.process.wait())
 
     def _finished(self, exit_code):
-        texts = []
+        outputs = []
         for file in self.files:
             with file:
                 file.seek(0)
-                texts.append(file.read().decode())
-        return subprocess.CompletedProcess(self.command, exit_code, *texts[1:])
+                outputs.append(file.read())
+        return subprocess.CompletedProcess(self.command, exit_code, *(output.decode() for output in outputs[1:]))
 
 
 class _ForkedScript(_Script):
