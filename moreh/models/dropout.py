@@ -4,17 +4,17 @@ from typing import Any
 
 from torch import nn
 
-from moreh.models.families.hf_config import DROPOUT_KEYS
+from moreh.models.families.hf_config import drops_elements
 
-# Of configurations: the noise of a router, and the share of layers that are skipped.
-_RANDOM_KEYS = ("router_jitter_noise", "layerdrop")
+# Of configurations: the noise of a router, and the shares of layers and of paths that are skipped.
+_RANDOM_KEYS = ("router_jitter_noise", "layerdrop", "drop_path_rate")
 
 
 def has_dropout(config: Any, module: nn.Module) -> bool:
     """Whether a configuration of transformers, or a Dropout inside `module`, has a probability other than 0."""
     # MPT keeps the dropout of its attention in a configuration of its own.
-    configs = [config, getattr(config, "attn_config", None)]
-    if any(getattr(part, key, None) for part in configs for key in DROPOUT_KEYS):
+    attention = getattr(config, "attn_config", None)
+    if any(drops_elements(vars(part)) for part in (config, attention) if hasattr(part, "__dict__")):
         return True
     return any(part.p for part in module.modules() if isinstance(part, nn.modules.dropout._DropoutNd))
 

@@ -5,8 +5,9 @@ import copy
 import torch
 import torch.distributed as dist
 from torch.nn import functional
+from transformers import AutoConfig
 
-from moreh.models.families.hf_config import DROPOUT_KEYS
+from moreh.models.families.hf_config import is_dropout_key
 from moreh.runtime.sharding.mesh import make_mesh
 from moreh.runtime.sharding.spec import ParamSpec, shard_boxes
 from moreh.runtime.tensor.apply import install_tensor_parallel
@@ -27,7 +28,9 @@ def tensor_group(size):
 
 def whole_model(family, changes):
     """A tiny model in float64 on one process, the same on each rank, in which no parameter is 0 or 1."""
-    model = build(tiny_config_of(family, {**dict.fromkeys(DROPOUT_KEYS, 0.0), **changes})).double()
+    keys = AutoConfig.for_model(family).get_text_config().to_dict()
+    no_dropout = {key: 0.0 for key in keys if is_dropout_key(key)}
+    model = build(tiny_config_of(family, {**no_dropout, **changes})).double()
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -8,7 +8,7 @@ from torch import nn
 from moreh.errors import PlanError
 from moreh.models.architecture import Architecture
 from moreh.models.describe.from_layer import ParameterCount, describe_layer
-from moreh.models.families.hf_config import DROPOUT_KEYS
+from moreh.models.families.hf_config import drops_elements
 from moreh.models.introspection import is_before_layers, layer_list, text_config, unwrapped
 
 
@@ -42,7 +42,7 @@ def describe_module(module: nn.Module) -> Architecture:
         gated=any(linear.name.endswith(("gate_proj", "gate_up_proj")) for linear in described[0].linears),
         norm="rms" if any("RMS" in type(part).__name__ for part in layers[0].modules()) else "layer",
         rotary=bool(rotary) and not getattr(config, "alibi", False),
-        dropout=any(getattr(config, key, None) for key in DROPOUT_KEYS),
+        dropout=drops_elements(vars(config)),
         table_parameters=table.parameters,
         table_tensors=table.tensors,
         final_parameters=final.parameters,

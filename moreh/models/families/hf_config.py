@@ -3,6 +3,7 @@
 This module imports neither torch nor transformers, which takes seconds: moreh-plan answers without them.
 """
 
+import re
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,17 +17,21 @@ Default = int | float | bool | None
 _MAX_LAYERS = 10_000
 _MAX_SIZE = 2**40
 
-# The keys that are probabilities of dropout, over all families.
-DROPOUT_KEYS = (
-    "resid_pdrop",
-    "embd_pdrop",
-    "attn_pdrop",
-    "attention_dropout",
-    "hidden_dropout",
-    "dropout",
-    "residual_dropout",
-    "embedding_dropout",
-)
+# Not of layers that are left out (layerdrop), nor of heads that no language model has.
+_DROPOUT_KEY = re.compile(r"(?!classifier|summary|seq_classif|qa_)(?!.*layerdrop)\w*(dropout|pdrop|drop_rate)\w*")
+
+
+def is_dropout_key(key: str) -> bool:
+    """Whether a key of a configuration is the probability that elements are dropped, in whatever family."""
+    return _DROPOUT_KEY.fullmatch(key) is not None
+
+
+def drops_elements(values: Mapping[str, Any]) -> bool:
+    """Whether any probability of dropout among the values of a configuration is not 0."""
+    return any(
+        is_dropout_key(key) and isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+        for key, value in values.items()
+    )
 
 
 @dataclass(frozen=True)
@@ -122,8 +127,9 @@ class HFConfig:
             PlanError: one of them is not a probability.
         """
         has_dropout = False
-        for key in DROPOUT_KEYS:
-            value = self.values.get(key, 0.0)
+        for key, value in self.values.items():
+            if not is_dropout_key(key):
+                continue
             if isinstance(value, bool) or not isinstance(value, int | float | None) or not 0 <= (value or 0) <= 1:
                 raise self.refuse(key, "a probability from 0 to 1")
             has_dropout |= bool(value)
