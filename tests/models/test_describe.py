@@ -134,7 +134,7 @@ def test_configurations_that_cannot_be_meant_are_refused(config, message):
 
 
 def test_other_families_are_not_planned_without_transformers():
-    with pytest.raises(PlanError, match="model_type is 'olmo': give one of bitnet, bloom, falcon, "):
+    with pytest.raises(PlanError, match=r"model_type is 'olmo': give one of (\w+, )+"):
         architecture_from_config({"model_type": "olmo"}, "given")
 
 

@@ -1,6 +1,6 @@
 """Tiny models of any family of transformers, and what they consist of."""
 
-import dataclasses
+from dataclasses import fields
 
 import torch
 from torch import nn
@@ -73,6 +73,7 @@ def first_module_list(model):
     return next(part for part in model.modules() if isinstance(part, nn.ModuleList))
 
 
-def same(first, second):
-    """Whether two architectures differ in their names at most."""
-    return dataclasses.replace(first, name="") == dataclasses.replace(second, name="")
+def differing_fields(actual, expected):
+    """The fields in which two architectures differ, names aside: {field: (actual value, expected value)}."""
+    pairs = {field.name: (getattr(actual, field.name), getattr(expected, field.name)) for field in fields(actual)}
+    return {name: pair for name, pair in pairs.items() if name != "name" and pair[0] != pair[1]}
