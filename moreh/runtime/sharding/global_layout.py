@@ -1,6 +1,7 @@
 """Where the elements of a whole tensor are on the ranks, as `GlobalTensor` computes with them."""
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
@@ -20,12 +21,13 @@ class GlobalLayout:
     mesh: Mesh
     """This rank among the ranks."""
 
-    @property
+    @cached_property
     def shape(self) -> torch.Size:
         """The shape of the whole tensor."""
         return torch.Size(self.spec.shape)
 
-    @property
+    # Asked for with each operation of an optimizer.
+    @cached_property
     def local_shape(self) -> tuple[int, ...]:
         """The shape of this rank's local tensor. A rank that holds nothing has one without elements."""
         if is_owner(self.spec, self.mesh):

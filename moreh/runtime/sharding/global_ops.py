@@ -1,11 +1,12 @@
 """What a `GlobalTensor` computes without gathering: elementwise operations, reductions to a number, new tensors."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from moreh.runtime.sharding.global_classes import GlobalTensor, GlobalView, local_part
 from moreh.runtime.sharding.global_layout import GlobalLayout
@@ -34,13 +35,10 @@ _NEW = {_aten.new_empty, _aten.new_empty_strided, _aten.new_zeros, _aten.new_one
 
 def elementwise(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """An elementwise operation on local parts; NotImplemented for others, or if elements are not on the same ranks."""
-    packet = function.overloadpacket
-    if packet not in _ELEMENTWISE and (torch.Tag.pointwise not in function.tags or packet in _NOT_ELEMENTWISE):
+    if not _is_elementwise(function):
         return NotImplemented
-    # Random numbers are drawn for the whole tensor, as on one device.
-    if torch.Tag.nondeterministic_seeded in function.tags:
-        return NotImplemented
-    tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
+    # None of these operations takes lists, so the arguments need no flattening.
+    tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
     layout = next((tensor.global_layout for tensor in tensors if isinstance(tensor, GlobalTensor)), None)
     if layout is None or not all(_meets(tensor, layout) for tensor in tensors):
         return NotImplemented
@@ -51,10 +49,22 @@ def elementwise(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     def part(value: Any) -> Any:
         return _part(value, layout) if isinstance(value, torch.Tensor) else value
 
-    result = function(*tree_map(part, args), **tree_map(part, kwargs))
+    result = function(*map(part, args), **{key: part(value) for key, value in kwargs.items()})
     if changed:
         return changed[0] if len(changed) == 1 else tuple(changed)
-    return tree_map(lambda value: GlobalTensor(value, layout) if isinstance(value, torch.Tensor) else value, result)
+    if isinstance(result, torch.Tensor):
+        return GlobalTensor(result, layout)
+    return tuple(GlobalTensor(value, layout) for value in result)
+
+
+@functools.cache
+def _is_elementwise(function: Any) -> bool:
+    """Whether each element of the result depends on the elements at its place alone."""
+    packet = function.overloadpacket
+    # Random numbers are drawn for the whole tensor, as on one device.
+    if packet in _NOT_ELEMENTWISE or torch.Tag.nondeterministic_seeded in function.tags:
+        return False
+    return packet in _ELEMENTWISE or torch.Tag.pointwise in function.tags
 
 
 def elementwise_on_lists(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -247,8 +257,15 @@ def _is_tensor_list(value: Any) -> bool:
 
 def written(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
     """The arguments that an operation changes; lists of tensors flattened."""
-    values = []
-    for index, argument in enumerate(function._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            values += tree_leaves(args[index] if index < len(args) else kwargs.get(argument.name))
+    values: list[Any] = []
+    for index, name in _written_arguments(function):
+        value = args[index] if index < len(args) else kwargs.get(name)
+        values += [value] if isinstance(value, torch.Tensor) else tree_leaves(value)
     return values
+
+
+@functools.cache
+def _written_arguments(function: Any) -> list[tuple[int, str]]:
+    """Position and name of the arguments that an operation changes."""
+    arguments = enumerate(function._schema.arguments)
+    return [(index, a.name) for index, a in arguments if a.alias_info is not None and a.alias_info.is_write]

@@ -1,5 +1,6 @@
 """What each operation of torch does with a `GlobalTensor`: on the local parts, by a reduction, or on the whole."""
 
+import functools
 from typing import Any
 
 import torch
@@ -46,6 +47,7 @@ def _meta(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
+@functools.cache
 def _returns_views(function: Any) -> bool:
     """Whether an operation returns views of its first argument and changes nothing."""
     aliases = [result.alias_info for result in function._schema.returns]
