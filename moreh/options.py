@@ -48,8 +48,12 @@ class ParallelOptions:
     """The options of `enable_advanced_parallelization`; each field's metadata says what it allows and what it does."""
 
     pipeline_parallel: bool = _option(True, SWITCH, "Whether a model's layers may be split into pipeline stages.")
-    num_stages: int | Auto = _option("auto", COUNT_OR_AUTO, "The number of pipeline stages.")
-    num_micro_batches: int | Auto = _option("auto", COUNT_OR_AUTO, "The number of micro-batches a batch is cut into.")
+    num_stages: int | Auto = _option(
+        "auto", COUNT_OR_AUTO, "The number of pipeline stages; fewer where no plan has so many."
+    )
+    num_micro_batches: int | Auto = _option(
+        "auto", COUNT_OR_AUTO, "Micro-batches a batch is cut into; fewer where no plan has so many."
+    )
     activation_recomputation: bool | Auto = _option(
         "auto",
         SWITCH_OR_AUTO,

@@ -15,6 +15,7 @@ from moreh.planner.hardware.environment import make_environment
 from moreh.planner.plan.plan import Training
 from moreh.planner.report.plan_rows import DEFAULT_COUNT
 from moreh.planner.report.printing import print_plans
+from moreh.planner.search.attainable import attainable, lowered_options
 from moreh.planner.search.constraints import Constraints, constraints_from_options
 from moreh.planner.search.request import Request
 from moreh.planner.search.search import search_on_most_devices
@@ -54,11 +55,12 @@ def print_plan(config: Config) -> None:
         UserError: the model has too few positions or an unknown vocabulary, or no plan fits.
         PlanError: the model cannot be described, or no plan can divide the batch under the options.
     """
-    request = plan_request(config)
+    asked = plan_request(config)
+    request = attainable(asked)
     outcome = search_on_most_devices(request.training, request.environment, request.constraints, DEFAULT_COUNT)
     if not outcome.result.best:
         raise UserError(_no_plan_text(request, outcome.result.smallest_bytes))
-    notes = []
+    notes = [("Lowered", text) for text in lowered_options(asked.constraints, request.constraints)]
     if config.accelerator.advanced_parallelization is None:
         notes.append(("Not used", "accelerator.advanced_parallelization is null, so a training computes on one device"))
     print_plans(request, outcome.result, terminal_width(), outcome.idle, notes)

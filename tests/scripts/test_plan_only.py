@@ -163,10 +163,10 @@ REFUSED = {
     "no directory": (["model={pretrained: ./nowhere}", "tokenizer={}"], UserError, r"model\.pretrained: .*nowhere"),
     "few positions": (["data.max_length=65"], UserError, r"data\.max_length is 65, but the model has 64 positions"),
     "vocabulary": (["tokenizer={pretrained: x}"], UserError, r"give model\.architecture\.vocab_size its number"),
-    "odd stages": (
-        ["accelerator={advanced_parallelization: {num_stages: 7}}"],
+    "nothing to shard over": (
+        ["accelerator={advanced_parallelization: {distribute_parameter: true}}", "train.batch_size=1"],
         PlanError,
-        r"7 stages: the number must divide",
+        r"no plan divides a batch of 1 x 48 over 8 devices as asked",
     ),
 }
 

@@ -19,7 +19,10 @@ from moreh.planner.hardware.efficiency import uncertainty
 from moreh.planner.hardware.environment import make_environment, measured_environment
 from moreh.planner.plan.notation import plan_text
 from moreh.planner.plan.plan import Plan, Recomputation, Training
+from moreh.planner.search.attainable import attainable, lowered_options
 from moreh.planner.search.constraints import Constraints, constraints_from_options
+from moreh.planner.search.relaxations import has_candidates
+from moreh.planner.search.request import Request
 from moreh.planner.search.search import SearchResult, search, search_on_most_devices
 from moreh.planner.software_profile import TRANSFORMERS, TRANSFORMERS_AUTOCAST, moreh_software
 from moreh.planner.units import gib, seconds_text
@@ -61,8 +64,11 @@ def select_plan(
     environment = make_environment(
         cluster_for_flavor(flavor), moreh_software("half" if options.mixed_precision else "float32")
     )
+    attained = attainable(Request(training, environment, constraints)).constraints
+    for text in lowered_options(constraints, attained):
+        log(text)
     outcome = search_on_most_devices(
-        training, environment, constraints, count=NUM_DETAILED_PLANS, threads=variables.threads
+        training, environment, attained, count=NUM_DETAILED_PLANS, threads=variables.threads
     )
     result = outcome.result
     if outcome.idle:
@@ -210,7 +216,8 @@ def select_worker_plan(
 ) -> Prediction:
     """The fastest plan that this machine's workers can carry out for a model and that fits their memory.
 
-    If no plan divides the batch, it is planned with empty rows up to a multiple of the number of workers.
+    If no plan divides the batch, it is planned with empty rows up to a multiple of the number of workers. Options for
+    more stages or micro-batches than a plan for these workers can have are maxima.
 
     Raises:
         PlanError: no plan divides the model under the options, or none fits the memory of the machine.
@@ -219,13 +226,12 @@ def select_worker_plan(
     constraints = replace(
         within_runtime_limits(constraints_from_options(options, variables, workers), model), memory_fraction=1.0
     )
-    try:
-        result = search(training, environment, constraints, count=1)
-    except PlanError:
+    request = Request(training, environment, constraints)
+    if not has_candidates(request):
         batch_size = -(-training.global_batch_size // workers) * workers
-        if batch_size == training.global_batch_size:
-            raise
-        result = search(replace(training, global_batch_size=batch_size), environment, constraints, count=1)
+        padded = replace(request, training=replace(training, global_batch_size=batch_size))
+        request = attainable(padded, all_devices=True)
+    result = search(request.training, environment, request.constraints, count=1)
     if not result.best:
         raise PlanError(
             f"the smallest plan for {workers} workers needs {gib(result.smallest_bytes)} on one of them, and each has "

@@ -75,11 +75,18 @@ except torch.cuda.OutOfMemoryError as error:
     assert "moreh-switch-model" in console
 
 
-def test_batch_that_no_plan_divides_is_refused(run_python):
-    finished = run_python(PLAN_ONE.format(options={"num_stages": 3}, batch=16))
-    assert (
-        "PlanError: 3 stages: the number must divide 8 devices and be at most the model's 4 layers" in finished.stderr
+def test_numbers_that_no_plan_has_are_maxima(run_python):
+    finished = run_python(PLAN_ONE.format(options={"num_stages": 3, "num_micro_batches": 5}, batch=16))
+    assert "num_stages=3: no plan of this training has so many under the options given; it is planned with 2." in (
+        finished.stdout
     )
+    assert "num_micro_batches=5: no plan" in finished.stdout
+    assert "num_stages : 2, num_micro_batches : 4, " in finished.stdout
+
+
+def test_batch_that_no_plan_divides_is_refused(run_python):
+    finished = run_python(PLAN_ONE.format(options={"distribute_parameter": True}, batch=1))
+    assert "PlanError: no plan divides a batch of 1 x 8 over 8 devices as asked" in finished.stderr
 
 
 def test_larger_batches_are_planned_again(run_python):
