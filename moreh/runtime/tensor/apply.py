@@ -149,12 +149,16 @@ class _LocalConfig:
 
 
 def _on_hidden_states(function: Callable[[torch.Tensor], torch.Tensor]) -> _PreHook:
-    """A hook that applies a function to the hidden states that a module is called with."""
+    """A hook that applies a function to the hidden states that a module is called with.
+
+    They are the first positional argument or `hidden_states`. Some attentions get them again as keys and values.
+    """
 
     def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        if args:
-            return (function(args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": function(kwargs["hidden_states"])}
+        before = args[0] if args else kwargs["hidden_states"]
+        after = function(before)
+        args = tuple(after if value is before else value for value in args)
+        return args, {key: after if value is before else value for key, value in kwargs.items()}
 
     return hook
 

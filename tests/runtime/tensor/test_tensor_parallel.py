@@ -240,3 +240,21 @@ def fail_on_second_rank():
     if torch.distributed.get_rank() == 1:
         raise ZeroDivisionError
     torch.distributed.barrier()
+
+
+def test_hidden_states_given_as_keys_and_values_too_enter_a_block_as_one_tensor():
+    """As in an attention that is called with `(hidden_states, hidden_states, mask, value=hidden_states)`."""
+    hidden_states, mask = torch.ones(1), torch.ones(1)
+    entered = []
+
+    def enter(tensor):
+        entered.append(tensor)
+        return tensor + 1
+
+    args, kwargs = tensor_parallel._on_hidden_states(enter)(
+        None, (hidden_states, hidden_states, mask), {"value": hidden_states}
+    )
+    assert len(entered) == 1
+    assert args[0] is args[1] is kwargs["value"]
+    assert args[0] is not hidden_states
+    assert args[2] is mask
