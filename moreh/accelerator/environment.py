@@ -4,6 +4,7 @@ import os
 
 from moreh.errors import OptionError
 from moreh.log import logger
+from moreh.options import ENABLE_VARIABLE
 
 VISIBLE_DEVICE = "MOREH_VISIBLE_DEVICE"
 # Variables of the platform without a meaning here, and what takes their place.
@@ -34,3 +35,13 @@ def warn_of_variables_without_effect() -> None:
     for name, instead in _WITHOUT_EFFECT.items():
         if os.environ.get(name):
             logger.warning("%s=%s has no effect: %s.", name, os.environ[name], instead)
+
+
+def warn_of_a_line_that_was_not_called() -> None:
+    """Log a line at the end of a script that relied on the environment for advanced parallelization."""
+    if os.environ.get(ENABLE_VARIABLE, "").strip() == "1":
+        logger.warning(
+            "%s=1 does not replace the line, and the script ran on one device: call "
+            "torch.moreh.option.enable_advanced_parallelization() in it.",
+            ENABLE_VARIABLE,
+        )

@@ -16,7 +16,7 @@ import psutil
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from moreh.accelerator.environment import warn_of_variables_without_effect
+from moreh.accelerator.environment import warn_of_a_line_that_was_not_called, warn_of_variables_without_effect
 from moreh.accelerator.job_status import JobStatus, PredictedUse, sample_cpu_time, write_status
 from moreh.accelerator.memory.ledger import MemoryLedger, adamw_training_bytes, weight_bytes
 from moreh.accelerator.memory.out_of_memory import out_of_memory_error
@@ -268,4 +268,6 @@ def _command_line(process: psutil.Process) -> str:
 
 def _end_own_job(job: Job) -> None:
     if os.getpid() == job.pid:
+        if _local_job is not None and not _local_job.uses_all_devices:
+            warn_of_a_line_that_was_not_called()
         end_job(job.id)

@@ -50,3 +50,13 @@ def test_names_of_the_platform_in_a_script_and_its_environment(run, run_python):
     assert "AcceleratorError: no accelerator 7: there are 0, 1" in refused.stderr
     refused = run_python(SCRIPT, MOREH_VISIBLE_DEVICE="first")
     assert "OptionError: MOREH_VISIBLE_DEVICE='first': allowed is the index of one accelerator" in refused.stderr
+
+
+@pytest.mark.parametrize("calls", [True, False])
+def test_variable_that_does_not_replace_the_line_is_named_at_the_end(run_python, calls):
+    line = "torch.moreh.option.enable_advanced_parallelization()\n" if calls else ""
+    script = f"import torch\n{line}torch.zeros(1).cuda()\nprint('done')"
+    finished = run_python(script, MOREH_ENABLE_ADVANCED_PARALLELIZATION="1")
+    after = finished.stdout.partition("done\n")[2]
+    named = "[warning] MOREH_ENABLE_ADVANCED_PARALLELIZATION=1 does not replace the line, and the script ran on one"
+    assert after.startswith(named) != calls
