@@ -79,12 +79,21 @@ def test_tutorial_script_learns_on_four_workers(environment, tmp_path, make_gpt2
     assert (tmp_path / "finetuned" / "model.safetensors").exists()
 
 
+# Before a script: its workers carry out the plan PLAN instead of the best one.
+WITH_PLAN = """
+import types
+from moreh.planner.plan.notation import parse_plan
+from moreh.runtime.engine import multi_worker_hook
+multi_worker_hook.select_worker_plan = lambda model, training, options, variables, workers, bfloat16: (
+    types.SimpleNamespace(plan=parse_plan(PLAN, training, workers), step_time_s=1.0, memory_bytes=1.0)
+)
+"""
 # Nothing is seeded but, before the line, the first worker; from_pretrained leaves the model in evaluation mode.
 AS_PRINTED = """
 import os, random, torch
 if os.environ.get("RANK", "0") == "0":
     torch.manual_seed(3), random.seed(3)
-torch.moreh.option.enable_advanced_parallelization(mixed_precision=False, num_stages=NUM_STAGES)
+torch.moreh.option.enable_advanced_parallelization(mixed_precision=False)
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("model")
 data = torch.arange(256).view(32, 8) % 5
@@ -105,17 +114,30 @@ model.save_pretrained(os.environ["FINETUNED"])
 """
 
 
-@pytest.mark.parametrize(("workers", "num_stages"), [(1, '"auto"'), (2, '"auto"'), (4, "2")])
+@pytest.mark.parametrize(
+    ("workers", "plan"),
+    [
+        (1, None),
+        (2, None),
+        (4, "pp2 dp2 mb2x2"),
+        (4, "tp2 pp2 mb4x2"),
+        (4, "dp4 mb2x1 shard:parameters"),
+        (8, None),
+    ],
+)
 def test_script_without_seed_or_training_mode_gives_what_it_gives_without_the_line(
-    environment, tmp_path, make_gpt2, workers, num_stages
+    environment, tmp_path, make_gpt2, workers, plan
 ):
     """Unseeded, shuffled, in evaluation mode, moved before it is saved: losses, random numbers and weights."""
     save_tutorial_model(make_gpt2(vocab_size=VOCABULARY_SIZE), tmp_path / "model")
-    source = AS_PRINTED.replace("NUM_STAGES", num_stages)
+    source = AS_PRINTED if plan is None else WITH_PLAN.replace("PLAN", repr(plan)) + AS_PRINTED
     plain = {**environment, "FINETUNED": "plain", "MOREH_ENABLE_ADVANCED_PARALLELIZATION": "0"}
     expected = losses_in(run_script(source, 1, tmp_path, plain))
     console = run_script(source, workers, tmp_path, {**environment, "FINETUNED": "planned"})
     assert "The number of candidates is" in console
+    if plan is not None:
+        carried_out = re.search(r"4 workers carry out the plan '(.+?)'", console)[1]
+        assert set(plan.split()) <= set(carried_out.split())
     losses = losses_in(console)
     assert len(losses) == len(expected) == 11
     assert worst(abs(loss - other) for loss, other in zip(losses, expected, strict=True)) < 1e-5
