@@ -31,8 +31,9 @@ data: {docstrings: [stdlib]}
 train: {steps: 100}
 ```
 
-On the command line a value of a text key is what was typed, line breaks and `#` included; quotes around it are YAML's.
-A value of another key is YAML, whose numbers and words are those of YAML 1.2: `010` is ten, `yes` a text.
+On the command line, the value of a text key is taken literally, line breaks and `#` included.
+Quotes around the whole value are read as in YAML.
+The value of any other key is read as YAML 1.2: `010` is ten, and `yes` is text.
 A path may begin with `~`.
 
 An unknown key or a value that is not allowed is an error that names the file and the line.
