@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -37,12 +38,16 @@ log: {{every_steps: 2, sample_tokens: 4}}
 
 
 @pytest.fixture(scope="session")
-def measured_profiles():
-    """The directory of this machine's profiles, each measured once for all tests, since that takes seconds."""
-    from moreh.planner.hardware.local_profile import local_profile
+def machine_profiles():
+    """The directory of this machine's profiles: made-up ones, since noise of a measurement would choose the plans."""
+    from moreh.planner.hardware.local_profile import keep_profile
+    from tests.helpers.planner.synthetic_profile import synthetic_profile
 
-    local_profile()
-    return Path(os.environ["MOREH_STATE_DIR"])
+    directory = Path(os.environ["MOREH_STATE_DIR"])
+    directory.mkdir(exist_ok=True)
+    for workers in (1, 2, 4, 8):
+        keep_profile(replace(synthetic_profile(workers), memory_mib=16 * 1024 // workers))
+    return directory
 
 
 @pytest.fixture
@@ -53,19 +58,12 @@ def state_directory(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def environment(state_directory, measured_profiles):
+def environment(state_directory, machine_profiles):
     """The environment variables of a user's own shell, with an empty registry."""
     state_directory.mkdir(exist_ok=True)
-    _copy_profiles(measured_profiles, state_directory)
-    yield {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    # The first test with some number of workers has measured the profile of that number.
-    _copy_profiles(state_directory, measured_profiles)
-
-
-def _copy_profiles(source, target):
-    for profile in source.glob("this-machine-*.json"):
-        if not (target / profile.name).exists():
-            shutil.copy(profile, target)
+    for profile in machine_profiles.glob("this-machine-*.json"):
+        shutil.copy(profile, state_directory)
+    return {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 
 
 @pytest.fixture

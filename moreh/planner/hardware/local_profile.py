@@ -102,8 +102,7 @@ def local_profile(workers: int = 1) -> LocalProfile:
 
     _require_workers(workers)
     key = _cache_key(workers)
-    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
-    path = state_directory() / f"this-machine-{digest}.json"
+    path = _path_of(key)
     profile = _read_profile(path, key)
     if profile is not None:
         return profile
@@ -114,7 +113,7 @@ def local_profile(workers: int = 1) -> LocalProfile:
             profile = _read_profile(path, key)
             if profile is None:
                 profile = measure(workers)
-                replace_json(path, {"key": key, "profile": asdict(profile)}, durable=False)
+                keep_profile(profile)
                 if profile.confirmed < CONFIRMED:
                     logger.warning(
                         "other programs disturbed the measurement of this machine: to repeat it, delete %s", path
@@ -128,6 +127,12 @@ def local_profile(workers: int = 1) -> LocalProfile:
         raise RegistryError(
             f"{path.parent} cannot be used: {error.strerror}. Set MOREH_STATE_DIR to another one"
         ) from None
+
+
+def keep_profile(profile: LocalProfile) -> None:
+    """Write a profile of this machine to the state directory, where `local_profile` finds it."""
+    key = _cache_key(profile.workers)
+    replace_json(_path_of(key), {"key": key, "profile": asdict(profile)}, durable=False)
 
 
 def measure(workers: int) -> LocalProfile:
@@ -174,6 +179,11 @@ def _cache_key(workers: int) -> dict[str, Any]:
         "threads": _threads_per_worker(workers),
         "workers": workers,
     }
+
+
+def _path_of(key: dict[str, Any]) -> Path:
+    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+    return state_directory() / f"this-machine-{digest}.json"
 
 
 def _cpu_name() -> str:
