@@ -18,7 +18,7 @@ def printed(module):
     ("page", "name", "module"),
     [
         ("docs/patches.md", "patches", "moreh.patches"),
-        ("docs/several-workers.md", "families", "moreh.models.families"),
+        ("docs/families.md", "families", "moreh.models.families"),
     ],
 )
 def test_part_of_a_page_is_what_its_command_prints(page, name, module):
