@@ -8,6 +8,7 @@ again. Readers skip a job whose process is gone, and the next writer removes it.
 import secrets
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,7 +37,7 @@ class Accelerator:
     token: str
     """A random id, as on the platform."""
 
-    @property
+    @cached_property
     def flavor(self) -> Flavor:
         """The size that `model` names."""
         return find_flavor(self.model)

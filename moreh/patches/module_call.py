@@ -75,7 +75,7 @@ def _make_call(original: Any) -> Any:
         # parts of a model by themselves.
         if torch.compiler.is_compiling() or getattr(_inside, "model_call", False) or _in_backward_pass():
             return original(self, *args, **kwargs)
-        if next(self.parameters(), None) is None:
+        if not _has_parameters(self):
             return original(self, *args, **kwargs)
         _inside.model_call = True
         try:
@@ -92,6 +92,13 @@ def _make_call(original: Any) -> Any:
         return outputs
 
     return call
+
+
+def _has_parameters(module: torch.nn.Module) -> bool:
+    # Most modules that a script calls have children that have parameters; `parameters()` takes microseconds.
+    if any(parameter is not None for parameter in module._parameters.values()):
+        return True
+    return any(child is not None and _has_parameters(child) for child in module._modules.values())
 
 
 def _ask_instead(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

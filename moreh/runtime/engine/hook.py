@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 # The maximum number of tokens in a micro-batch of an evaluation that comes before the first training batch.
 UNPLANNED_TOKENS = 1024
+# In a batch of fewer FLOPs, padding included, cutting and packing take as long as they can save.
+MIN_FLOPS = 2e9
 
 
 class SingleWorkerHook:
@@ -50,6 +52,7 @@ class SingleWorkerHook:
         # The tokens of the largest batch that each model was planned for.
         self._planned_tokens: weakref.WeakKeyDictionary[torch.nn.Module, float] = weakref.WeakKeyDictionary()
         self._micro_batch_tokens: weakref.WeakKeyDictionary[torch.nn.Module, int] = weakref.WeakKeyDictionary()
+        self._flops_per_token: weakref.WeakKeyDictionary[torch.nn.Module, int] = weakref.WeakKeyDictionary()
         # Whether bfloat16 was chosen for a device.
         self._bfloat16_by_device: dict[torch.device, bool] = {}
         # Of each thread, whether its current call computes in bfloat16.
@@ -90,7 +93,7 @@ class SingleWorkerHook:
 
     def instead_of_call(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The loss of a batch of a language model; NotImplemented for calls that its own forward pass is to compute."""
-        if kwargs.get("labels") is None:
+        if kwargs.get("labels") is None or self._is_small(model, args, kwargs):
             return NotImplemented
         if self._fast_path is None:
             # transformers takes seconds to import. A script that calls a model with labels has most likely imported it.
@@ -103,7 +106,16 @@ class SingleWorkerHook:
                 return NotImplemented
             return self._fast_path.call(model, args, kwargs, self._micro_batch_tokens.get(model, UNPLANNED_TOKENS))
 
+    def _is_small(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether the model's own forward pass computes a batch as fast as micro-batches without padding could be."""
+        shape = _tokens_shape(args, kwargs)
+        if shape is None:
+            return False
+        return shape[0] * shape[1] * self._flops_per_token[model] < MIN_FLOPS
+
     def _prepare(self, model: torch.nn.Module) -> None:
+        # A matmul's forward and backward pass take 6 FLOPs for each weight and token.
+        self._flops_per_token[model] = 6 * sum(parameter.numel() for parameter in model.parameters())
         if self.job.simulated and not any(parameter.is_meta for parameter in model.parameters()):
             self.job.ledger.add_module(model)
         if self.options.activation_recomputation is True:
@@ -151,6 +163,8 @@ class SingleWorkerHook:
             seconds_text(local.step_time_s),
             gib(local.memory_bytes),
         )
+        if training.tokens * self._flops_per_token[model] < MIN_FLOPS:
+            logger.info("Batches of this size are too small to gain: the model's own forward pass computes them.")
         logger.info(self.options.optimizations_text())
         return training.tokens
 

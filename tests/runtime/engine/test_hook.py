@@ -216,3 +216,32 @@ model(inputs_embeds=model.get_input_embeddings()(ids), use_cache=False).logits.s
 print(model.is_gradient_checkpointing)
 """
     assert run_python(source).stdout.endswith("True\n")
+
+
+SMALL = """
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+from moreh.runtime.engine import fast_path, hook
+calls = []
+call = fast_path.FastPath.call
+fast_path.FastPath.call = lambda *args: calls.append(args) or call(*args)
+torch.moreh.option.enable_advanced_parallelization(mixed_precision=False)
+model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=64, n_positions=32)).eval()
+flops_per_token = 6 * sum(parameter.numel() for parameter in model.parameters())
+ids = torch.arange(64).view(4, 16)
+for tokens in (64, 65):
+    hook.MIN_FLOPS = tokens * flops_per_token
+    loss = model(ids, labels=ids).loss
+    loss.backward()
+    print("calls", len(calls), "loss", loss.item(), "norm", model.lm_head.weight.grad.norm().item())
+    model.zero_grad()
+"""
+
+
+def test_batch_too_small_to_gain_is_left_to_the_models_own_forward(run_python):
+    finished = run_python(SMALL)
+    assert finished.returncode == 0, finished.stderr
+    lines = [line.split() for line in finished.stdout.splitlines() if line.startswith("calls")]
+    assert [line[1] for line in lines] == ["1", "1"]
+    assert curve_difference(*([float(line[3]), float(line[5])] for line in lines)) < 1e-6
+    assert "too small to gain" not in finished.stdout  # when it was planned, it was not
