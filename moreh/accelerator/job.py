@@ -149,8 +149,7 @@ class LocalJob:
         if self.worker_pids:  # several workers: device memory is predicted, and the workers' memory is measured
             yield
             return
-        if self.ledger.has_module(model):
-            self.ledger.add_module(model)  # its weights may be new tensors, of another dtype
+        self.ledger.refresh_module(model)
         with nullcontext() if model in self._planned else self.ledger.activations.counting():
             yield
 

@@ -48,14 +48,18 @@ class MemoryLedger:
             for tensor in _parameters_and_buffers(module):
                 self.add_tensor(tensor)
 
+    def refresh_module(self, module: torch.nn.Module) -> None:
+        """Count new tensors of a module that is counted: its weights may be of another dtype by now.
+
+        To look at every parameter before every call would slow small models down, so it is done before a count only.
+        """
+        if module in self._modules and time.monotonic() >= self._next_count:
+            self.add_module(module)
+
     def remove_module(self, module: torch.nn.Module) -> None:
         """Stop counting a module, which has left the device."""
         with self._lock:
             self._modules.discard(module)
-
-    def has_module(self, module: torch.nn.Module) -> bool:
-        """Whether a module is counted."""
-        return module in self._modules
 
     def has_parameter(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor is a parameter of a module that is counted, whatever memory it has now."""
