@@ -7,14 +7,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.module import _IncompatibleKeys
 from transformers import PreTrainedModel
 
 from moreh.errors import OptionError
 from moreh.runtime.checkpoint.hf_save import save_sharded_model
-from moreh.runtime.checkpoint.state_dict import ShardedStateDict, load_into_local_tensors, local_state_dict
-from moreh.runtime.engine.parallel_model import ParallelModel
+from moreh.runtime.engine.parallel_model import ParallelModel, local_tensor
 from moreh.runtime.sharding.gather import full_tensor
+from moreh.runtime.sharding.global_tensor import GlobalTensor
 from moreh.trace import span
 
 
@@ -26,33 +25,64 @@ def replace_methods(model: ParallelModel) -> None:
     root: Any = model.parts.root
 
     def save(directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        # transformers' Trainer passes None, or what `state_dict` below has returned: the model's own weights.
-        if isinstance(kwargs.get("state_dict"), ShardedStateDict | None):
+        # transformers' Trainer passes None, or what `state_dict()` has returned: the model's own weights.
+        if _is_own_state(root, kwargs.get("state_dict")):
             kwargs.pop("state_dict", None)
         with span("save_pretrained"):
             save_sharded_model(root, directory, model.specs, model.local_tensors(), model.mesh, **kwargs)
 
-    def state_dict(*args: Any, **kwargs: Any) -> ShardedStateDict:
-        if args or any(kwargs.values()):
-            raise OptionError(
-                f"state_dict{args}: a model that is sharded over workers takes no arguments here; leave them out"
-            )
-        return local_state_dict(root, model.local_tensors(), torch.distributed.get_rank())
-
-    def load_state_dict(state: Mapping[str, Any], strict: bool = True, assign: bool = False) -> _IncompatibleKeys:
-        if assign:
-            raise OptionError("load_state_dict(assign=True): a model that is sharded over workers copies; leave it out")
-        with span("load_state_dict"):
-            return load_into_local_tensors(root, state, model.specs, model.local_tensors(), model.mesh, strict=strict)
-
-    root.state_dict, root.load_state_dict = state_dict, load_state_dict
     root.save_pretrained = save if isinstance(root, PreTrainedModel) else _save_adapters(root, model)
     for module in root.modules():
         # Past Module.__setattr__. Unlike a bound method, a partial is copied with the module in it.
         module.__dict__["_apply"] = functools.partial(_stay, module, model.mesh.device)
+        module.__dict__["load_state_dict"] = functools.partial(_copy_state_dict, module)
+    # Also where the model is a part of a module whose state is asked for.
+    root.register_state_dict_post_hook(_unite_tied_entries)
     for module in {id(m): m for m in (root, model.parts.causal)}.values():
         if hasattr(module, "generate"):
             module.generate = _generate_without_cache(module)
+
+
+def _copy_state_dict(
+    module: nn.Module, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+) -> Any:
+    """In place of `load_state_dict`: torch's own, which copies whole tensors into this rank's parts.
+
+    Raises:
+        OptionError: the tensors themselves would become the parameters.
+    """
+    if assign:
+        raise OptionError(
+            "load_state_dict(assign=True): the parameters of a model that is sharded over workers are parts of tensors "
+            "and stay; leave assign out, which copies"
+        )
+    with span("load_state_dict"):
+        return type(module).load_state_dict(module, state_dict, strict=strict)
+
+
+def _unite_tied_entries(module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """Make the entries of one parameter one object, so that pickling writes it once, as it does tensors of one memory.
+
+    Entries of parameters themselves (`keep_vars=True`) are one object already.
+    """
+    seen: dict[int, torch.Tensor] = {}
+    for name, value in state_dict.items():
+        if isinstance(value, GlobalTensor) and name.startswith(prefix):
+            state_dict[name] = seen.setdefault(id(value.local), value)
+
+
+def _is_own_state(root: nn.Module, state_dict: Any) -> bool:
+    """Whether a state dict is None or has what the model's `state_dict()` returns: its parameters, not copies."""
+    if state_dict is None:
+        return True
+    own = root.state_dict()
+    return own.keys() == state_dict.keys() and all(_shares_memory(state_dict[name], own[name]) for name in own)
+
+
+def _shares_memory(value: Any, own: torch.Tensor) -> bool:
+    if type(value) is not type(own) or value.shape != own.shape:
+        return False
+    return bool(local_tensor(value).is_set_to(local_tensor(own)))
 
 
 def _stay(

@@ -83,8 +83,9 @@ class WholeTensor(torch.Tensor):
     def untyped_storage(self) -> NoReturn:
         """Refused: there is no memory that has all elements."""
         raise OptionError(
-            "the memory of a parameter that is sharded over workers was asked for: no worker has all of it; ask "
-            "p.detach().full_tensor(), which is a whole copy"
+            "the memory of a parameter that is sharded over workers was asked for, as safetensors does: no worker has "
+            "all of it; save the model with model.save_pretrained(directory), or ask p.detach().full_tensor(), which "
+            "is a whole copy"
         )
 
     storage = share_memory_ = untyped_storage
@@ -148,7 +149,9 @@ class GlobalTensor(WholeTensor):
             self.local = self.global_layout.shard(full.to(self.device))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "GlobalTensor":
-        copied: Any = GlobalTensor(self.local.clone(), self.global_layout)
+        # Aliases stay aliases: entries of tied parameters in a state dict.
+        local = memo.setdefault(id(self.local), self.local.clone())
+        copied: Any = GlobalTensor(local, self.global_layout)
         if isinstance(self, nn.Parameter):
             copied = nn.Parameter(copied, self.requires_grad)
         elif self.requires_grad:

@@ -2,11 +2,11 @@
 
 import copy
 import functools
-import io
 import weakref
 from contextlib import nullcontext
 from unittest import mock
 
+import safetensors.torch
 import torch
 import torch.distributed as dist
 
@@ -197,7 +197,11 @@ def refusals(plan):
         "part": lambda: model.transformer(ids),
         "batches": lambda: model(input_ids=ids.roll(rank), labels=labels),
         "nothing": lambda: model(attention_mask=mask),
-        "pickle": lambda: torch.save(model.state_dict(), io.BytesIO()),
+        "safetensors": lambda: safetensors.torch.save(model.state_dict()),
+        "assign": lambda: model.load_state_dict(model.state_dict(), assign=True),
+        "other weights": lambda: model.save_pretrained(
+            "unused", state_dict={name: tensor.clone() for name, tensor in model.state_dict().items()}
+        ),
         "adafactor": lambda: torch.optim.Adafactor(model.parameters()),
         "lbfgs": lambda: torch.optim.LBFGS(model.parameters()),
         "cache": lambda: model.generate(ids[:1], past_key_values=object()),

@@ -10,7 +10,7 @@ from tests.helpers.batches import batch, label_positions_rounded_to
 from tests.helpers.compare import max_difference, relative_difference, worst
 from tests.helpers.float64 import exact_float64
 from tests.helpers.models.families import make_model
-from tests.helpers.sharded import gradient_patterns, parameter_patterns
+from tests.helpers.sharded import gradient_patterns, parameter_patterns, state_patterns
 
 PATTERNS = {
     function.__name__: function
@@ -35,6 +35,8 @@ PATTERNS = {
         gradient_patterns.gradients_assigned,
         gradient_patterns.embeddings_of_a_projector,
         gradient_patterns.gradients_from_before_the_first_labelled_call,
+        state_patterns.state_saved,
+        state_patterns.state_loaded,
     )
 }
 
