@@ -117,6 +117,11 @@ def has_node_hooks(parameters: Iterable[nn.Parameter]) -> bool:
     return any(parameter.requires_grad and _accumulation_has_hooks(parameter) for parameter in parameters)
 
 
+def has_grad_or_node_hooks(root: nn.Module) -> bool:
+    """Whether a hook of either kind sees or changes gradients."""
+    return has_gradient_hooks(root) or has_node_hooks(root.parameters())
+
+
 def _accumulation_has_hooks(parameter: nn.Parameter) -> bool:
     node = get_gradient_edge(parameter).node
     for register in (node.register_hook, node.register_prehook):

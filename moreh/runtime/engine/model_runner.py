@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from moreh.errors import OptionError
-from moreh.models.compatibility import has_gradient_hooks, replaced_loss, unsupported_module, unsupported_reason
+from moreh.models.compatibility import has_grad_or_node_hooks, replaced_loss, unsupported_module, unsupported_reason
 from moreh.models.dropout import draws_random_numbers
 from moreh.models.introspection import unwrapped
 from moreh.models.losses import IGNORED_LABEL, is_known_loss, token_loss_of
@@ -48,8 +48,8 @@ class ModelRunner:
         reason = unsupported_reason(root) or replaced_loss(root)
         if reason is not None:
             raise OptionError(f"{reason}, which is not computed on several workers: {ONE_WORKER}")
-        if plan.devices > 1 and has_gradient_hooks(root):
-            raise OptionError(f"hooks on gradients would not see those of all workers: {ONE_WORKER}")
+        if plan.devices > 1 and has_grad_or_node_hooks(root):
+            raise OptionError(f"hooks on gradients are lost at the first step: register them after it, or {ONE_WORKER}")
         causal: Any = unwrapped(root)
         # Checked before sharding changes classes. A module of the script's own may mix tokens or rows, and gets whole
         # rows.

@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from moreh.patches.optimizer_creation import existing_optimizers
-from moreh.runtime.sharding.global_tensor import GlobalTensor
+from moreh.runtime.sharding.global_tensor import GlobalTensor, own_attributes
 
 _optimizers_of_shards: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 
@@ -34,7 +34,8 @@ def replace_params(replacements: dict[int, nn.Parameter], originals: list[nn.Par
     """Put new parameters in the place of a model's originals, in optimizers and in lists that the script has made.
 
     `replacements` maps the id of an original to the new parameter. The data of the originals is freed. State that an
-    optimizer has for an original, such as `load_state_dict` gives, is sharded as the new parameter is.
+    optimizer has for an original, such as `load_state_dict` gives, is sharded as the new parameter is. Attributes that
+    the script has given to an original are the new parameter's, too.
     """
     for optimizer in existing_optimizers():
         for group in optimizer.param_groups:
@@ -45,6 +46,7 @@ def replace_params(replacements: dict[int, nn.Parameter], originals: list[nn.Par
     for original in originals:
         replacement = replacements[id(original)]
         if replacement is not original:
+            replacement.__dict__.update(own_attributes(original))
             original.data = original.data.new_empty(0)
             original.__dict__["_replacement"] = replacement
             original.__class__ = _ReplacedParameter

@@ -76,9 +76,10 @@ class WholeTensor(torch.Tensor):
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickled whole, as an ordinary tensor; collective."""
         whole = self.full_tensor().requires_grad_(self.requires_grad)
-        return (nn.Parameter(whole, self.requires_grad) if isinstance(self, nn.Parameter) else whole).__reduce_ex__(
-            protocol
-        )
+        if isinstance(self, nn.Parameter):
+            whole = nn.Parameter(whole, self.requires_grad)
+        whole.__dict__.update(own_attributes(self))
+        return whole.__reduce_ex__(protocol)
 
     def untyped_storage(self) -> NoReturn:
         """Refused: there is no memory that has all elements."""
@@ -226,6 +227,16 @@ class GlobalView(WholeTensor):
         raise OptionError(
             "the data of a view of a parameter that is sharded over workers was assigned: write p[...] = value"
         )
+
+
+def own_attributes(tensor: torch.Tensor) -> dict[str, Any]:
+    """The attributes that a script, or a library, has given to a tensor."""
+    of_this_package = (*GlobalTensor.__annotations__, *GlobalView.__annotations__)
+    return {
+        name: value
+        for name, value in vars(tensor).items()
+        if name not in of_this_package and not name.startswith("_moreh_")
+    }
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:

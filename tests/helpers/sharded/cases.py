@@ -221,11 +221,15 @@ def _in_float16(call):
         return call()
 
 
-def gradient_hook_error(plan):
+def gradient_hook_errors(plan):
     install_sharding_support()
     model = make_model("gpt2")
+    node = torch.autograd.graph.get_gradient_edge(model.lm_head.weight).node
+    handle = node.register_prehook(lambda gradients: None)
+    errors = [error_of(lambda: shard_model(model, Plan(**plan)))]
+    handle.remove()
     model.lm_head.weight.register_hook(lambda gradient: gradient)
-    return error_of(lambda: shard_model(model, Plan(**plan)))
+    return [*errors, error_of(lambda: shard_model(model, Plan(**plan)))]
 
 
 def dropout_draws(plan):
