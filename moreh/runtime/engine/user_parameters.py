@@ -1,12 +1,13 @@
 """Replaces the parameters that a script holds, in optimizers and in lists of its own, when its model is sharded."""
 
 import weakref
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
+from moreh.errors import OptionError
 from moreh.patches.optimizer_creation import existing_optimizers
 from moreh.runtime.sharding.global_tensor import GlobalTensor, own_attributes
 
@@ -47,9 +48,20 @@ def replace_params(replacements: dict[int, nn.Parameter], originals: list[nn.Par
         replacement = replacements[id(original)]
         if replacement is not original:
             replacement.__dict__.update(own_attributes(original))
-            original.data = original.data.new_empty(0)
+            if original.requires_grad:
+                original.register_hook(_refuse_earlier_graph)
+            # Without memory, in the shape that a graph from before goes on with, until it comes to the hook.
+            original.data = original.data.new_zeros(()).expand(original.shape)
             original.__dict__["_replacement"] = replacement
             original.__class__ = _ReplacedParameter
+
+
+def _refuse_earlier_graph(grad: torch.Tensor) -> NoReturn:
+    """Called where a gradient comes to a parameter that is not the model's any more."""
+    raise OptionError(
+        "backward() through what was computed with a model's parameters before its first training batch, which has "
+        "sharded them over workers since: compute it after that batch, or call backward() before"
+    )
 
 
 def keep_state_sharded(optimizer: torch.optim.Optimizer) -> None:

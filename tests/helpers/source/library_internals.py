@@ -53,6 +53,7 @@ INTERNALS: dict[str, str] = {
     f"{_MODULE}:_backward_pre_hooks": "Empty where a module has no such hooks.",
     f"{_MODULE}:_load_state_dict_post_hooks": "A dictionary of the hooks that load_state_dict calls at its end.",
     "torch.nn.modules.batchnorm._BatchNorm": "The base class of all batch normalizations.",
+    "torch.nn.utils.parametrizations._SpectralNorm": "The parametrization of spectral_norm; its forward changes it.",
     "torch.nn.modules.dropout._DropoutNd": "The base class of all dropouts; `p` is the rate.",
     "torch._dynamo.eval_frame.OptimizedModule:_orig_mod": "The module that torch.compile wraps.",
     "torch.optim.Optimizer.__init__": "Every optimizer calls it.",
