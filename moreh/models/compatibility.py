@@ -22,9 +22,9 @@ from moreh.models.losses import is_known_loss, is_registered_loss
 from moreh.models.provenance import (
     LIBRARIES,
     first_custom_module,
-    has_batch_norm,
     is_accelerate_bf16_forward,
     is_stock_transformers,
+    norm_of_whole_calls,
 )
 
 # What a forward pass of transformers may assign to `loss`, as source code: the mean over label tokens, and the loss
@@ -62,8 +62,8 @@ def unsupported_reason(root: Any) -> str | None:
         return f"{name} has an encoder and a decoder"
     if config is not causal.config:
         return f"{name} is more than a language model"
-    if has_batch_norm(root):
-        return f"{name} has batch normalization, which depends on how a batch is cut"
+    if (norm := norm_of_whole_calls(root)) is not None:
+        return f"{name} has {norm}"
     if not hasattr(causal.get_output_embeddings(), "weight"):
         return f"the output layer of {name} is not a single matrix"
     if getattr(config, "output_router_logits", False):
@@ -115,6 +115,11 @@ def has_gradient_hooks(root: nn.Module) -> bool:
 def has_node_hooks(parameters: Iterable[nn.Parameter]) -> bool:
     """Whether a hook sees the operations that add up gradients: those of torch's graph, one for each parameter."""
     return any(parameter.requires_grad and _accumulation_has_hooks(parameter) for parameter in parameters)
+
+
+def has_grad_or_node_hooks(root: nn.Module) -> bool:
+    """Whether a hook of either kind sees or changes gradients."""
+    return has_gradient_hooks(root) or has_node_hooks(root.parameters())
 
 
 def _accumulation_has_hooks(parameter: nn.Parameter) -> bool:

@@ -13,6 +13,8 @@ import torch
 import transformers
 from torch import nn
 from torch.amp import autocast_mode
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 # The packages whose modules a model of transformers consists of, with adapters or without.
 LIBRARIES = ("torch.nn.", "transformers.", "peft.")
@@ -97,9 +99,34 @@ def first_custom_module(model: nn.Module) -> nn.Module | None:
     return None
 
 
-def has_batch_norm(model: nn.Module) -> bool:
-    """Whether a script has put batch normalization into a model, so that the sequences of a batch affect each other."""
-    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+def norm_of_whole_calls(model: nn.Module) -> str | None:
+    """A normalization that a script has put into a model and that computes with whole calls, as a clause for messages.
+
+    With batch normalization the sequences of a batch affect each other. Running statistics and the estimate of a
+    spectral norm change once in each call, not once in each part of it.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            return "batch normalization, which depends on how a batch is cut"
+        if getattr(module, "track_running_stats", False):
+            return f"running statistics ({type(module).__name__}), which depend on how a batch is cut"
+        hooks = module._forward_pre_hooks.values()
+        if isinstance(module, _SpectralNorm) or any(isinstance(hook, SpectralNorm) for hook in hooks):
+            return "spectral normalization, which changes with each pass over a part of a batch"
+    return None
+
+
+def forward_counts(model: nn.Module) -> dict[str, list[Any]]:
+    """What modules of the script's own may count in a forward pass, by name: numbers, and the versions of buffers."""
+    counts: dict[str, list[Any]] = {}
+    for name, module in model.named_modules():
+        # FSDP gives modules a class of its own.
+        classes = (base for base in type(module).__mro__ if not base.__module__.startswith("torch.distributed."))
+        if not next(classes).__module__.startswith(LIBRARIES):
+            numbers = {key: value for key, value in vars(module).items() if isinstance(value, int | float)}
+            buffers = [(id(buffer), buffer._version) for buffer in module._buffers.values() if buffer is not None]
+            counts[name] = [numbers, buffers]
+    return counts
 
 
 def wrapped_chain(function: Any) -> Iterator[Any]:

@@ -141,12 +141,34 @@ def test_model_changed_by_the_script_runs_its_own_forward(change):
     assert call(model, fast_path) is NotImplemented
 
 
-def test_batch_norm_is_unsupported():
+def put_in_running_statistics(model):
+    model.model.norm = nn.InstanceNorm1d(LENGTH, track_running_stats=True)
+
+
+def parametrize_by_spectral_norm(model):
+    nn.utils.parametrizations.spectral_norm(model.model.layers[0].mlp.up_proj)
+
+
+def hook_on_spectral_norm(model):
+    nn.utils.spectral_norm(model.model.layers[0].mlp.up_proj)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (put_in_batch_norm, "batch normalization"),
+        (put_in_running_statistics, "running statistics"),
+        (parametrize_by_spectral_norm, "spectral normalization"),
+        (hook_on_spectral_norm, "spectral normalization"),
+    ],
+)
+def test_norms_of_whole_calls_are_unsupported(change, reason):
     """Several workers refuse what is not known."""
-    model = llama()
+    model, fast_path = llama(), FastPath(DEFAULT_OPTIONS)
     assert unsupported_reason(model) is None
-    put_in_batch_norm(model)
-    assert "batch normalization" in unsupported_reason(model)
+    change(model)
+    assert reason in unsupported_reason(model)
+    assert call(model, fast_path) is NotImplemented
 
 
 @pytest.mark.parametrize("adapters", [False, True])

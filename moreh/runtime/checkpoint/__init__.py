@@ -4,5 +4,4 @@
   tensors, `safetensors_writer` writes them tensor by tensor.
 - `training_state` saves a training run, and resumes it under any plan. `optimizer_state` is its part for optimizers,
   `dcp_tensors` describes shards to torch.distributed.checkpoint, `dcp_io` writes and reads them.
-- `state_dict` is `state_dict` and `load_state_dict` of a sharded model.
 """

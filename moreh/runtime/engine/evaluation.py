@@ -10,6 +10,7 @@ from moreh.models.introspection import unwrapped
 from moreh.models.losses import token_loss_of
 from moreh.runtime.batch.loss_output import output_class_of, with_lazy_outputs
 from moreh.runtime.batch.model_inputs import ModelInputs, check_same_on_all_ranks, pad_inputs, slice_rows
+from moreh.runtime.engine.calls.checks import check_call
 from moreh.runtime.launch.world import World
 from moreh.runtime.tensor.vocab_parallel import vocab_parallel_cross_entropy
 from moreh.trace import span
@@ -19,12 +20,15 @@ def evaluate_unsharded(model: Any, inputs: ModelInputs, world: World) -> Any:
     """The mean loss of a batch, without gradients: a scalar in the logits' dtype, float32 at least; collective.
 
     Raises:
+        IndexError: an id or a label is not in the vocabulary.
+        OptionError: the call hands a cache over.
         WorkerError: the workers were given different batches.
     """
     causal: Any = unwrapped(model)
     device = next(model.parameters()).device
     with span("check_inputs"):
         check_same_on_all_ranks(inputs, device)
+        check_call(causal, inputs)
     with span("evaluate"):
         rows_per_rank = -(-inputs.batch_size // world.size)
         padded = pad_inputs(inputs, rows_per_rank * world.size, 1)

@@ -3,18 +3,19 @@
 import functools
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.module import _IncompatibleKeys
 from transformers import PreTrainedModel
 
 from moreh.errors import OptionError
+from moreh.models.introspection import unwrapped, wrappers
 from moreh.runtime.checkpoint.hf_save import save_sharded_model
-from moreh.runtime.checkpoint.state_dict import ShardedStateDict, load_into_local_tensors, local_state_dict
-from moreh.runtime.engine.parallel_model import ParallelModel
+from moreh.runtime.engine.parallel_model import ParallelModel, local_tensor
 from moreh.runtime.sharding.gather import full_tensor
+from moreh.runtime.sharding.global_tensor import GlobalTensor
 from moreh.trace import span
 
 
@@ -24,35 +25,82 @@ def replace_methods(model: ParallelModel) -> None:
     All but moves are collective.
     """
     root: Any = model.parts.root
-
-    def save(directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        # transformers' Trainer passes None, or what `state_dict` below has returned: the model's own weights.
-        if isinstance(kwargs.get("state_dict"), ShardedStateDict | None):
-            kwargs.pop("state_dict", None)
-        with span("save_pretrained"):
-            save_sharded_model(root, directory, model.specs, model.local_tensors(), model.mesh, **kwargs)
-
-    def state_dict(*args: Any, **kwargs: Any) -> ShardedStateDict:
-        if args or any(kwargs.values()):
-            raise OptionError(
-                f"state_dict{args}: a model that is sharded over workers takes no arguments here; leave them out"
-            )
-        return local_state_dict(root, model.local_tensors(), torch.distributed.get_rank())
-
-    def load_state_dict(state: Mapping[str, Any], strict: bool = True, assign: bool = False) -> _IncompatibleKeys:
-        if assign:
-            raise OptionError("load_state_dict(assign=True): a model that is sharded over workers copies; leave it out")
-        with span("load_state_dict"):
-            return load_into_local_tensors(root, state, model.specs, model.local_tensors(), model.mesh, strict=strict)
-
-    root.state_dict, root.load_state_dict = state_dict, load_state_dict
-    root.save_pretrained = save if isinstance(root, PreTrainedModel) else _save_adapters(root, model)
+    for wrapper in wrappers(root):
+        # DataParallel and others have none, and torch.compile's has that of what is inside.
+        if hasattr(wrapper, "peft_config"):
+            wrapper.__dict__["save_pretrained"] = _save_adapters(wrapper, model)
+    causal: Any = unwrapped(root)
+    if isinstance(causal, PreTrainedModel):
+        causal.__dict__["save_pretrained"] = functools.partial(_save_model, causal, model)
     for module in root.modules():
         # Past Module.__setattr__. Unlike a bound method, a partial is copied with the module in it.
         module.__dict__["_apply"] = functools.partial(_stay, module, model.mesh.device)
+        module.__dict__["load_state_dict"] = functools.partial(_copy_state_dict, module)
+    # Also where the model is a part of a module whose state is asked for.
+    root.register_state_dict_post_hook(_unite_tied_entries)
     for module in {id(m): m for m in (root, model.parts.causal)}.values():
         if hasattr(module, "generate"):
             module.generate = _generate_without_cache(module)
+
+
+def _save_model(module: Any, model: ParallelModel, directory: str | os.PathLike[str], **kwargs: Any) -> None:
+    """In place of `save_pretrained` of a model of transformers, which may be inside wrappers."""
+    # transformers' Trainer passes None, or what `state_dict()` has returned: the model's own weights.
+    if _is_own_state(module, kwargs.get("state_dict")):
+        kwargs.pop("state_dict", None)
+    names, local = _names_in(module, model), model.local_tensors()
+    specs = {name: replace(model.specs[source], name=name) for name, source in names.items()}
+    shards = {name: local[source] for name, source in names.items() if source in local}
+    with span("save_pretrained"):
+        save_sharded_model(module, directory, specs, shards, model.mesh, **kwargs)
+
+
+def _names_in(module: nn.Module, model: ParallelModel) -> dict[str, str]:
+    """The names of parameters in the whole model, by their names in a part of it."""
+    whole = {id(parameter): name for name, parameter in model.user_params.items()}
+    return {name: whole[id(parameter)] for name, parameter in module.named_parameters()}
+
+
+def _copy_state_dict(
+    module: nn.Module, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+) -> Any:
+    """In place of `load_state_dict`: torch's own, which copies whole tensors into this rank's parts.
+
+    Raises:
+        OptionError: the tensors themselves would become the parameters.
+    """
+    if assign:
+        raise OptionError(
+            "load_state_dict(assign=True): the parameters of a model that is sharded over workers are parts of tensors "
+            "and stay; leave assign out, which copies"
+        )
+    with span("load_state_dict"):
+        return type(module).load_state_dict(module, state_dict, strict=strict)
+
+
+def _unite_tied_entries(module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """Make the entries of one parameter one object, so that pickling writes it once, as it does tensors of one memory.
+
+    Entries of parameters themselves (`keep_vars=True`) are one object already.
+    """
+    seen: dict[int, torch.Tensor] = {}
+    for name, value in state_dict.items():
+        if isinstance(value, GlobalTensor) and name.startswith(prefix):
+            state_dict[name] = seen.setdefault(id(value.local), value)
+
+
+def _is_own_state(root: nn.Module, state_dict: Any) -> bool:
+    """Whether a state dict is None or has what the model's `state_dict()` returns: its parameters, not copies."""
+    if state_dict is None:
+        return True
+    own = root.state_dict()
+    return own.keys() == state_dict.keys() and all(_shares_memory(state_dict[name], own[name]) for name in own)
+
+
+def _shares_memory(value: Any, own: torch.Tensor) -> bool:
+    if type(value) is not type(own) or value.shape != own.shape:
+        return False
+    return bool(local_tensor(value).is_set_to(local_tensor(own)))
 
 
 def _stay(
@@ -78,17 +126,26 @@ def _stay(
     return module
 
 
-def _save_adapters(root: Any, model: ParallelModel) -> Any:
-    """PEFT's own `save_pretrained`, with the adapters gathered into whole tensors, because adapters are small."""
-    original = root.save_pretrained
+def _save_adapters(wrapper: Any, model: ParallelModel) -> Any:
+    """PEFT's own `save_pretrained`, with the adapters gathered into whole tensors, because adapters are small.
+
+    Raises (from what is returned):
+        OptionError: other weights than the model's own are to be saved.
+    """
+    original = wrapper.save_pretrained
 
     def save(directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        if not _is_own_state(wrapper, kwargs.get("state_dict")):
+            raise OptionError(
+                "save_pretrained(state_dict=...) does not work while the model is sharded over workers; leave it out: "
+                "the weights that are saved are the model's own."
+            )
         with span("save_pretrained"):
             local = model.local_tensors()
-            trainable = {name for name, parameter in root.named_parameters() if parameter.requires_grad}
+            trainable = {name for name, parameter in wrapper.named_parameters() if parameter.requires_grad}
             whole = {
-                name: full_tensor(spec, local.get(name), model.mesh)
-                for name, spec in model.specs.items()
+                name: full_tensor(model.specs[source], local.get(source), model.mesh)
+                for name, source in _names_in(wrapper, model).items()
                 if name in trainable
             }
             is_first = torch.distributed.get_rank() == 0

@@ -13,16 +13,17 @@ import torch
 from torch import nn
 
 from moreh.errors import OptionError
-from moreh.models.compatibility import has_gradient_hooks, replaced_loss, unsupported_module, unsupported_reason
+from moreh.models.compatibility import has_grad_or_node_hooks, replaced_loss, unsupported_module, unsupported_reason
 from moreh.models.dropout import draws_random_numbers
 from moreh.models.introspection import unwrapped
-from moreh.models.losses import IGNORED_LABEL, is_known_loss, token_loss_of
+from moreh.models.losses import is_known_loss, token_loss_of
 from moreh.options import ParallelOptions
 from moreh.planner.plan.plan import Plan
 from moreh.runtime.batch.batch_cutter import BatchCutter
 from moreh.runtime.batch.input_gradients import detached_inputs, reduced_grad
 from moreh.runtime.batch.micro_batches import is_causal_model, label_positions
 from moreh.runtime.batch.model_inputs import ONE_WORKER, ModelInputs
+from moreh.runtime.engine.calls.checks import check_labels
 from moreh.runtime.engine.calls.logits import LogitsPasses, MicroBatchSeeds, batch_logits
 from moreh.runtime.engine.gradients import collect_grads, loss_with_deferred_grads
 from moreh.runtime.engine.parallel_model import (
@@ -48,8 +49,8 @@ class ModelRunner:
         reason = unsupported_reason(root) or replaced_loss(root)
         if reason is not None:
             raise OptionError(f"{reason}, which is not computed on several workers: {ONE_WORKER}")
-        if plan.devices > 1 and has_gradient_hooks(root):
-            raise OptionError(f"hooks on gradients would not see those of all workers: {ONE_WORKER}")
+        if plan.devices > 1 and has_grad_or_node_hooks(root):
+            raise OptionError(f"hooks on gradients are lost at the first step: register them after it, or {ONE_WORKER}")
         causal: Any = unwrapped(root)
         # Checked before sharding changes classes. A module of the script's own may mix tokens or rows, and gets whole
         # rows.
@@ -119,9 +120,7 @@ class ModelRunner:
     def _check_labels(self, inputs: ModelInputs) -> None:
         assert inputs.labels is not None
         labels, loss_function = inputs.labels, self.model.parts.causal.loss_function
-        wrong = (labels != IGNORED_LABEL) & ((labels < 0) | (labels >= self._vocabulary_size))
-        if bool(wrong.any()):
-            raise IndexError(f"Target {int(labels[wrong][0])} is out of bounds.")
+        check_labels(labels, self._vocabulary_size)
         if not is_known_loss(loss_function):
             raise OptionError(
                 f"the loss function {loss_function!r} is not known to be a sum over tokens: register its token loss "

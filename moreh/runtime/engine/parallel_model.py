@@ -255,6 +255,7 @@ def _fully_shard(stage: Stage, plan: Plan, mesh: Mesh) -> None:
     data_mesh = mesh.submesh("data")
     # In a pipeline the schedule gathers parameters once for all micro-batches.
     reshard = plan.sharding == "parameters" and plan.pipeline == 1
+    load_hooks = [(module, dict(module._load_state_dict_post_hooks)) for module in stage.modules()]
     for layer in stage.layers:
         fully_shard(layer, mesh=data_mesh, reshard_after_forward=reshard)
     fully_shard(stage, mesh=data_mesh, reshard_after_forward=reshard)
@@ -265,6 +266,10 @@ def _fully_shard(stage: Stage, plan: Plan, mesh: Mesh) -> None:
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
             module.set_custom_reduce_scatter(_FsdpReduceScatter())
+    for module, hooks in load_hooks:
+        # FSDP's look for its own parameters, where `load_state_dict` has filled the script's.
+        module._load_state_dict_post_hooks.clear()
+        module._load_state_dict_post_hooks.update(hooks)
 
 
 class _FsdpReduceScatter(ReduceScatter):

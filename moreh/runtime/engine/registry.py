@@ -18,6 +18,7 @@ from moreh.patches.total_norm import on_total_norm
 from moreh.planner.plan.plan import Plan
 from moreh.runtime.batch.loss_output import output_class_of, with_lazy_outputs
 from moreh.runtime.batch.model_inputs import ONE_WORKER, check_same_on_all_ranks, read_inputs
+from moreh.runtime.engine.calls.checks import check_call, refusing_counts
 from moreh.runtime.engine.calls.history import CallHistories
 from moreh.runtime.engine.calls.logits import weight_versions
 from moreh.runtime.engine.calls.recorded import mode_of
@@ -104,12 +105,14 @@ def call_sharded(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     """What a sharded model returns for a batch; NotImplemented for a module that is not sharded.
 
     Raises:
-        OptionError: the module is a part of a sharded model, or the script has changed what the model consists of.
+        OptionError: the module is a part of a sharded model, or the script has changed what the model consists of, or
+            modules of the script's own have counted the call.
     """
     runner = runner_of(module)
     if runner is not None:
         check_structure(module, module.__dict__[_STRUCTURE])
-        return _answer(runner, args, kwargs)
+        with refusing_counts(module, runner.model.mesh):
+            return _answer(runner, args, kwargs)
     if is_submodule_of_sharded(module):
         raise OptionError(
             f"a {type(module).__name__} inside a model that is sharded over workers was called by itself: "
@@ -136,6 +139,7 @@ def _answer(runner: ModelRunner, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     """What a sharded model returns for the whole batch, which every rank is called with; collective.
 
     Raises:
+        IndexError: an id or a label is not in the vocabulary.
         OptionError: the call asks for what a sharded model cannot give.
         WorkerError: the ranks were called with different batches.
     """
@@ -148,6 +152,7 @@ def _answer(runner: ModelRunner, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         inputs = read_inputs(causal, args, kwargs)
         if model.plan.devices > 1:
             check_same_on_all_ranks(inputs, model.mesh.device)
+            check_call(causal, inputs)
     if torch.is_grad_enabled() and uses_fp16_loss_scaling(model.mesh.device):
         raise OptionError(
             "training in float16: gradients are computed in the call, before the script scales the loss, and most "

@@ -1,14 +1,15 @@
 """Replaces the parameters that a script holds, in optimizers and in lists of its own, when its model is sharded."""
 
 import weakref
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
+from moreh.errors import OptionError
 from moreh.patches.optimizer_creation import existing_optimizers
-from moreh.runtime.sharding.global_tensor import GlobalTensor
+from moreh.runtime.sharding.global_tensor import GlobalTensor, own_attributes
 
 _optimizers_of_shards: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 
@@ -34,7 +35,8 @@ def replace_params(replacements: dict[int, nn.Parameter], originals: list[nn.Par
     """Put new parameters in the place of a model's originals, in optimizers and in lists that the script has made.
 
     `replacements` maps the id of an original to the new parameter. The data of the originals is freed. State that an
-    optimizer has for an original, such as `load_state_dict` gives, is sharded as the new parameter is.
+    optimizer has for an original, such as `load_state_dict` gives, is sharded as the new parameter is. Attributes that
+    the script has given to an original are the new parameter's, too.
     """
     for optimizer in existing_optimizers():
         for group in optimizer.param_groups:
@@ -45,9 +47,21 @@ def replace_params(replacements: dict[int, nn.Parameter], originals: list[nn.Par
     for original in originals:
         replacement = replacements[id(original)]
         if replacement is not original:
-            original.data = original.data.new_empty(0)
+            replacement.__dict__.update(own_attributes(original))
+            if original.requires_grad:
+                original.register_hook(_refuse_earlier_graph)
+            # Without memory, in the shape that a graph from before goes on with, until it comes to the hook.
+            original.data = original.data.new_zeros(()).expand(original.shape)
             original.__dict__["_replacement"] = replacement
             original.__class__ = _ReplacedParameter
+
+
+def _refuse_earlier_graph(grad: torch.Tensor) -> NoReturn:
+    """Called where a gradient comes to a parameter that is not the model's any more."""
+    raise OptionError(
+        "backward() through what was computed with a model's parameters before its first training batch, which has "
+        "sharded them over workers since: compute it after that batch, or call backward() before"
+    )
 
 
 def keep_state_sharded(optimizer: torch.optim.Optimizer) -> None:

@@ -76,15 +76,17 @@ class WholeTensor(torch.Tensor):
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickled whole, as an ordinary tensor; collective."""
         whole = self.full_tensor().requires_grad_(self.requires_grad)
-        return (nn.Parameter(whole, self.requires_grad) if isinstance(self, nn.Parameter) else whole).__reduce_ex__(
-            protocol
-        )
+        if isinstance(self, nn.Parameter):
+            whole = nn.Parameter(whole, self.requires_grad)
+        whole.__dict__.update(own_attributes(self))
+        return whole.__reduce_ex__(protocol)
 
     def untyped_storage(self) -> NoReturn:
         """Refused: there is no memory that has all elements."""
         raise OptionError(
-            "the memory of a parameter that is sharded over workers was asked for: no worker has all of it; ask "
-            "p.detach().full_tensor(), which is a whole copy"
+            "the memory of a parameter that is sharded over workers was asked for, as safetensors does: no worker has "
+            "all of it; save the model with model.save_pretrained(directory), or ask p.detach().full_tensor(), which "
+            "is a whole copy"
         )
 
     storage = share_memory_ = untyped_storage
@@ -148,7 +150,9 @@ class GlobalTensor(WholeTensor):
             self.local = self.global_layout.shard(full.to(self.device))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "GlobalTensor":
-        copied: Any = GlobalTensor(self.local.clone(), self.global_layout)
+        # Aliases stay aliases: entries of tied parameters in a state dict.
+        local = memo.setdefault(id(self.local), self.local.clone())
+        copied: Any = GlobalTensor(local, self.global_layout)
         if isinstance(self, nn.Parameter):
             copied = nn.Parameter(copied, self.requires_grad)
         elif self.requires_grad:
@@ -223,6 +227,16 @@ class GlobalView(WholeTensor):
         raise OptionError(
             "the data of a view of a parameter that is sharded over workers was assigned: write p[...] = value"
         )
+
+
+def own_attributes(tensor: torch.Tensor) -> dict[str, Any]:
+    """The attributes that a script, or a library, has given to a tensor."""
+    of_this_package = (*GlobalTensor.__annotations__, *GlobalView.__annotations__)
+    return {
+        name: value
+        for name, value in vars(tensor).items()
+        if name not in of_this_package and not name.startswith("_moreh_")
+    }
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:

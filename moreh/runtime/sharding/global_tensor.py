@@ -13,10 +13,11 @@ from moreh.runtime.sharding.global_classes import (
     WholeTensor,
     dispatch_to,
     local_part,
+    own_attributes,
 )
 from moreh.runtime.sharding.global_ops import elementwise, elementwise_on_lists, new_tensor, reduce_to_number, written
 
-__all__ = ["GlobalTensor", "GlobalView", "WholeTensor", "dispatch", "local_part"]
+__all__ = ["GlobalTensor", "GlobalView", "WholeTensor", "dispatch", "local_part", "own_attributes"]
 
 _aten = torch.ops.aten
 _SAME_MEMORY = (_aten.detach.default, _aten.alias.default)

@@ -2,11 +2,11 @@
 
 import copy
 import functools
-import io
 import weakref
 from contextlib import nullcontext
 from unittest import mock
 
+import safetensors.torch
 import torch
 import torch.distributed as dist
 
@@ -197,7 +197,11 @@ def refusals(plan):
         "part": lambda: model.transformer(ids),
         "batches": lambda: model(input_ids=ids.roll(rank), labels=labels),
         "nothing": lambda: model(attention_mask=mask),
-        "pickle": lambda: torch.save(model.state_dict(), io.BytesIO()),
+        "safetensors": lambda: safetensors.torch.save(model.state_dict()),
+        "assign": lambda: model.load_state_dict(model.state_dict(), assign=True),
+        "other weights": lambda: model.save_pretrained(
+            "unused", state_dict={name: tensor.clone() for name, tensor in model.state_dict().items()}
+        ),
         "adafactor": lambda: torch.optim.Adafactor(model.parameters()),
         "lbfgs": lambda: torch.optim.LBFGS(model.parameters()),
         "cache": lambda: model.generate(ids[:1], past_key_values=object()),
@@ -217,11 +221,15 @@ def _in_float16(call):
         return call()
 
 
-def gradient_hook_error(plan):
+def gradient_hook_errors(plan):
     install_sharding_support()
     model = make_model("gpt2")
+    node = torch.autograd.graph.get_gradient_edge(model.lm_head.weight).node
+    handle = node.register_prehook(lambda gradients: None)
+    errors = [error_of(lambda: shard_model(model, Plan(**plan)))]
+    handle.remove()
     model.lm_head.weight.register_hook(lambda gradient: gradient)
-    return error_of(lambda: shard_model(model, Plan(**plan)))
+    return [*errors, error_of(lambda: shard_model(model, Plan(**plan)))]
 
 
 def dropout_draws(plan):

@@ -188,6 +188,16 @@ def embeddings_of_a_projector(model):
     return [loss.item(), projector.weight.grad, prompt.grad, *norms]
 
 
+def attributes_from_before_the_first_step(model):
+    """`difference` gives them to the parameters while both models are whole."""
+    backward(model)
+    file = io.BytesIO()
+    torch.save(next(model.parameters()), file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=False)
+    return [*(p.mark for p in model.parameters()), saved.mark, *weights(model)]
+
+
 def gradients_from_before_the_first_labelled_call(model):
     """`difference` computes them while both models are whole."""
     backward(model)

@@ -10,7 +10,7 @@ from tests.helpers.batches import batch, label_positions_rounded_to
 from tests.helpers.compare import max_difference, relative_difference, worst
 from tests.helpers.float64 import exact_float64
 from tests.helpers.models.families import make_model
-from tests.helpers.sharded import gradient_patterns, parameter_patterns
+from tests.helpers.sharded import gradient_patterns, parameter_patterns, state_patterns
 
 PATTERNS = {
     function.__name__: function
@@ -35,6 +35,9 @@ PATTERNS = {
         gradient_patterns.gradients_assigned,
         gradient_patterns.embeddings_of_a_projector,
         gradient_patterns.gradients_from_before_the_first_labelled_call,
+        gradient_patterns.attributes_from_before_the_first_step,
+        state_patterns.state_saved,
+        state_patterns.state_loaded,
     )
 }
 
@@ -43,12 +46,15 @@ def difference(family, plan, pattern, scale=1.0):
     """On each rank: the largest difference of what a pattern sees on a sharded model; `scale` falsifies it."""
     install_sharding_support()
     whole = make_model(family)
-    if "before" in pattern:
+    if "gradients_from_before" in pattern:
         ids = batch(5, whole.config.vocab_size)[0]
         torch.nn.functional.cross_entropy(whole(input_ids=ids).logits.flatten(0, 1), ids.flatten()).backward()
     sharded = copy.deepcopy(whole)
     for parameter, copied in zip(whole.parameters(), sharded.parameters(), strict=True):
         copied.grad = None if parameter.grad is None else parameter.grad.clone()
+    for model in (whole, sharded):
+        for number, parameter in enumerate(model.parameters()):
+            parameter.mark = 1.5 + number
     shard_model(sharded, Plan(**plan))
     with exact_float64(), label_positions_rounded_to(4):
         expected, actual = PATTERNS[pattern](whole), PATTERNS[pattern](sharded)

@@ -1,0 +1,81 @@
+"""What a model on several workers cannot compute as one worker does, found out before a call is computed."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from moreh.errors import OptionError
+from moreh.models.compatibility import uses_neftune
+from moreh.models.losses import IGNORED_LABEL
+from moreh.models.provenance import forward_counts
+from moreh.runtime.batch.model_inputs import ONE_WORKER, ModelInputs
+from moreh.runtime.sharding.mesh import Mesh
+from moreh.trace import span
+
+
+def check_call(causal: Any, inputs: ModelInputs) -> None:
+    """Check a call of a causal language model, of which every worker has the same arguments.
+
+    Raises:
+        IndexError: an id or a label is not in the vocabulary, as in torch.
+        OptionError: the call hands a cache over, or its noise would be another than on one worker.
+    """
+    if inputs.others.get("past_key_values") is not None:
+        raise OptionError(f"past_key_values: a model on several workers keeps no cache; leave it out, or {ONE_WORKER}")
+    if causal.training and uses_neftune(causal):
+        raise OptionError(
+            "NEFTune (neftune_noise_alpha): its noise depends on how a batch is cut and padded, and would be another "
+            f"on several workers; switch it off, or {ONE_WORKER}"
+        )
+    _check_ids(causal, inputs)
+    if inputs.labels is not None:
+        check_labels(inputs.labels, causal.get_output_embeddings().weight.shape[0])
+
+
+@contextmanager
+def refusing_counts(root: nn.Module, mesh: Mesh) -> Iterator[None]:
+    """A block that computes a call; modules of the script's own must not have counted its passes. Collective.
+
+    Raises:
+        OptionError: one has, on whichever rank computes it: a number or a buffer of it has changed.
+    """
+    before = forward_counts(root)
+    yield
+    if not before:
+        return
+    names, after = list(before), forward_counts(root)
+    changed = torch.tensor([before[name] != after.get(name) for name in names], dtype=torch.int32, device=mesh.device)
+    with span("all_reduce_counts", changed.nbytes):
+        mesh.reduce(changed)
+    for name, count in zip(names, changed.tolist(), strict=True):
+        if count:
+            raise OptionError(
+                f"{name} changed a number or a buffer of its own in the forward pass, which several workers compute in "
+                f"several parts: its count or its statistics would not be those of one worker; {ONE_WORKER}"
+            )
+
+
+def _check_ids(causal: Any, inputs: ModelInputs) -> None:
+    """Torch's own error comes from the rank that embeds tokens only, and from none that has a part of the matrix."""
+    ids = inputs.tensors.get("input_ids")
+    weight = getattr(causal.get_input_embeddings(), "weight", None)
+    if ids is not None and weight is not None and _is_outside(ids, weight.shape[0]).any():
+        raise IndexError("index out of range in self")
+
+
+def check_labels(labels: torch.Tensor, vocabulary_size: int) -> None:
+    """Check that labels are token ids, or -100.
+
+    Raises:
+        IndexError: a label is neither, as in torch.
+    """
+    wrong = (labels != IGNORED_LABEL) & _is_outside(labels, vocabulary_size)
+    if bool(wrong.any()):
+        raise IndexError(f"Target {int(labels[wrong][0])} is out of bounds.")
+
+
+def _is_outside(ids: torch.Tensor, vocabulary_size: int) -> torch.Tensor:
+    return (ids < 0) | (ids >= vocabulary_size)

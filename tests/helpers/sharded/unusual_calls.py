@@ -1,0 +1,106 @@
+"""Calls, graphs and modules that several workers refuse, or compute as one worker does."""
+
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from transformers import DynamicCache
+
+from moreh.planner.plan.plan import Plan
+from moreh.runtime.engine.registry import install_sharding_support, shard_model
+from tests.helpers.batches import batch
+from tests.helpers.models.families import make_model
+from tests.helpers.sharded.cases import error_of, sharded_copy, weight_difference
+
+
+def errors_of_calls(plan):
+    """What a whole model says to wrong ids, what a sharded one says to them and others, and losses in between."""
+    whole, sharded, _ = sharded_copy("llama", plan)
+    ids, _, labels = batch(0, whole.config.vocab_size)
+    beyond, negative = ids.clone(), ids.clone()
+    beyond[-1, 3], negative[0, 0] = whole.config.vocab_size, -2
+    wrong_labels = labels.clone()
+    wrong_labels[-1, 3] = whole.config.vocab_size
+    embedding = sharded.get_input_embeddings()
+
+    def wrong(model):
+        calls = [
+            lambda: model(input_ids=beyond, labels=labels),
+            lambda: model(input_ids=negative, labels=labels),
+            lambda: model(input_ids=ids, labels=wrong_labels),
+            torch.no_grad()(lambda: model(input_ids=beyond)),
+            torch.no_grad()(lambda: model(input_ids=ids, labels=wrong_labels)),
+        ]
+        return [error_of(call) for call in calls]
+
+    def loss(model):
+        return model(input_ids=ids, labels=labels).loss.item()
+
+    expected, actual = wrong(whole), wrong(sharded)
+    cache = error_of(lambda: sharded(input_ids=ids, labels=labels, past_key_values=DynamicCache()))
+    embedding.neftune_noise_alpha = 5.0
+    noise = error_of(lambda: sharded(input_ids=ids, labels=labels))
+    losses = [loss(model.eval()) for model in (whole, sharded)]  # where NEFTune adds no noise
+    return expected, actual, cache, noise, losses
+
+
+def errors_of_earlier_graphs(plan):
+    """What is said to backward passes through graphs from before a model was sharded, and the gradients after them."""
+    install_sharding_support()
+    model = make_model("llama")
+    ids, _, labels = batch(0, model.config.vocab_size)
+    graphs = {
+        "penalty": sum(p.pow(2).sum() for p in model.parameters()),
+        "sum": sum(p.sum() for p in model.parameters()),
+        "logits": model(input_ids=ids).logits.sum(),
+        "last layer": model.lm_head.weight.sum(),
+    }
+    shard_model(model, Plan(**plan))
+    model(input_ids=ids, labels=labels).loss.backward()
+    before = [p.grad.norm().item() for p in model.parameters()]
+    errors = {name: error_of(graph.backward) for name, graph in graphs.items()}
+    return errors, before == [p.grad.norm().item() for p in model.parameters()]
+
+
+class Counting(torch.nn.Module):
+    """Counts the calls of a norm, in a number or in a buffer, unless it is `kind` "nothing"."""
+
+    def __init__(self, norm, kind):
+        super().__init__()
+        self.norm, self.kind, self.calls = norm, kind, 0
+        self.register_buffer("seen", torch.zeros(1))
+
+    def forward(self, hidden_states):
+        if self.kind == "number":
+            self.calls += 1
+        elif self.kind == "buffer":
+            self.seen.add_(1)
+        return self.norm(hidden_states)
+
+
+def error_of_counting(plan, kind):
+    install_sharding_support()
+    model = make_model("llama")
+    model.model.layers[-1].post_attention_layernorm = Counting(model.model.layers[-1].post_attention_layernorm, kind)
+    shard_model(model, Plan(**plan))
+    ids, _, labels = batch(0, model.config.vocab_size)
+    return error_of(lambda: model(input_ids=ids, labels=labels).loss.backward())
+
+
+def saved_from_inside_a_wrapper(plan):
+    """The error of the wrapper's own `save_pretrained`, and the largest difference of what the model inside saves."""
+    install_sharding_support()
+    wrapped, whole = torch.nn.DataParallel(make_model("llama")), make_model("llama")
+    ids, _, labels = batch(0, whole.config.vocab_size)
+    runner = shard_model(wrapped, Plan(**plan))
+    wrapped(input_ids=ids, labels=labels).loss.backward()
+    torch.optim.SGD(wrapped.parameters(), lr=0.1).step()
+    directories = [tempfile.mkdtemp()]
+    dist.broadcast_object_list(directories)
+    error = error_of(lambda: wrapped.save_pretrained(directories[0]))
+    wrapped.module.save_pretrained(directories[0])
+    saved = load_file(Path(directories[0]) / "model.safetensors")
+    whole.load_state_dict(saved)
+    return error, weight_difference(runner.model, torch.nn.DataParallel(whole))

@@ -1,0 +1,54 @@
+"""Several workers refuse what they would compute differently from one."""
+
+import pytest
+
+from tests.helpers.sharded import unusual_calls
+from tests.helpers.workers import run_on_workers
+
+WHOLE = {"stage_layers": (3,)}
+PLANS = {
+    "tp2": {**WHOLE, "tensor": 2, "micro_batch_size": 8},
+    "pp2": {"stage_layers": (2, 1), "pipeline": 2, "micro_batches": 2, "micro_batch_size": 4},
+    "dp2-sharded": {**WHOLE, "data": 2, "micro_batches": 2, "micro_batch_size": 2, "sharding": "parameters"},
+}
+BY_STAGES_AND_ROWS = ["pp2", "dp2-sharded"]
+
+
+def on_workers(function, *arguments):
+    return run_on_workers(function, [arguments])[0]
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_calls_with_wrong_ids_caches_and_noise(plan):
+    for expected, actual, cache, noise, losses in on_workers(unusual_calls.errors_of_calls, PLANS[plan]):
+        assert all(error.startswith("IndexError: ") for error in expected)
+        assert actual == expected
+        assert "past_key_values: a model on several workers keeps no cache" in cache
+        assert "its noise depends on how a batch is cut" in noise
+        assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_graphs_from_before_the_model_was_sharded_are_refused(plan):
+    for errors, are_gradients_unchanged in on_workers(unusual_calls.errors_of_earlier_graphs, PLANS[plan]):
+        assert all("sharded them over workers since" in error for error in errors.values()), errors
+        assert are_gradients_unchanged
+
+
+@pytest.mark.parametrize("kind", ["number", "buffer"])
+@pytest.mark.parametrize("plan", BY_STAGES_AND_ROWS)
+def test_modules_that_count_their_calls_are_refused_on_every_worker(plan, kind):
+    for error in on_workers(unusual_calls.error_of_counting, PLANS[plan], kind):
+        assert "post_attention_layernorm changed a number or a buffer of its own" in error
+
+
+@pytest.mark.parametrize("plan", BY_STAGES_AND_ROWS)
+def test_modules_that_count_nothing_are_computed(plan):
+    assert on_workers(unusual_calls.error_of_counting, PLANS[plan], "nothing") == [None, None]
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_model_inside_a_wrapper_saves_itself(plan):
+    for error, weight_difference in on_workers(unusual_calls.saved_from_inside_a_wrapper, PLANS[plan]):
+        assert error == "AttributeError: 'DataParallel' object has no attribute 'save_pretrained'"
+        assert weight_difference == 0
