@@ -14,8 +14,7 @@ from moreh.errors import OptionError
 from moreh.models.introspection import unwrapped, wrappers
 from moreh.runtime.checkpoint.hf_save import save_sharded_model
 from moreh.runtime.engine.parallel_model import ParallelModel, local_tensor
-from moreh.runtime.sharding.gather import full_tensor
-from moreh.runtime.sharding.global_tensor import GlobalTensor
+from moreh.runtime.sharding.global_tensor import GlobalTensor, WholeTensor
 from moreh.trace import span
 
 
@@ -28,7 +27,7 @@ def replace_methods(model: ParallelModel) -> None:
     for wrapper in wrappers(root):
         # DataParallel and others have none, and torch.compile's has that of what is inside.
         if hasattr(wrapper, "peft_config"):
-            wrapper.__dict__["save_pretrained"] = _save_adapters(wrapper, model)
+            wrapper.__dict__["save_pretrained"] = _save_adapters(wrapper)
     causal: Any = unwrapped(root)
     if isinstance(causal, PreTrainedModel):
         causal.__dict__["save_pretrained"] = functools.partial(_save_model, causal, model)
@@ -126,8 +125,8 @@ def _stay(
     return module
 
 
-def _save_adapters(wrapper: Any, model: ParallelModel) -> Any:
-    """PEFT's own `save_pretrained`, with the adapters gathered into whole tensors, because adapters are small.
+def _save_adapters(wrapper: Any) -> Any:
+    """PEFT's own `save_pretrained`, with what it saves gathered into whole tensors, because adapters are small.
 
     Raises (from what is returned):
         OptionError: other weights than the model's own are to be saved.
@@ -141,18 +140,31 @@ def _save_adapters(wrapper: Any, model: ParallelModel) -> Any:
                 "the weights that are saved are the model's own."
             )
         with span("save_pretrained"):
-            local = model.local_tensors()
-            trainable = {name for name, parameter in wrapper.named_parameters() if parameter.requires_grad}
+            saved = _adapter_state(wrapper, kwargs.get("save_embedding_layers", "auto"))
             whole = {
-                name: full_tensor(model.specs[source], local.get(source), model.mesh)
-                for name, source in _names_in(wrapper, model).items()
-                if name in trainable
+                name: tensor.full_tensor() if isinstance(tensor, WholeTensor) else tensor
+                for name, tensor in saved.items()
             }
             is_first = torch.distributed.get_rank() == 0
             original(directory, **{**kwargs, "state_dict": whole, "is_main_process": is_first})
             torch.distributed.barrier()
 
     return save
+
+
+def _adapter_state(wrapper: Any, save_embedding_layers: Any) -> dict[str, Any]:
+    """What PEFT saves of a model's state dict, over all its adapters: trained ones, frozen ones and inactive ones."""
+    from peft import get_peft_model_state_dict
+
+    state = wrapper.state_dict()
+    saved = {
+        id(tensor)
+        for adapter in wrapper.peft_config
+        for tensor in get_peft_model_state_dict(
+            wrapper, state, adapter, save_embedding_layers=save_embedding_layers
+        ).values()
+    }
+    return {name: tensor for name, tensor in state.items() if id(tensor) in saved}
 
 
 def _generate_without_cache(module: nn.Module) -> Any:
