@@ -49,10 +49,10 @@ class ParallelOptions:
 
     pipeline_parallel: bool = _option(True, SWITCH, "Whether a model's layers may be split into pipeline stages.")
     num_stages: int | Auto = _option(
-        "auto", COUNT_OR_AUTO, "The number of pipeline stages; fewer where no plan has so many."
+        "auto", COUNT_OR_AUTO, "The number of pipeline ranks; fewer if no plan has that many."
     )
     num_micro_batches: int | Auto = _option(
-        "auto", COUNT_OR_AUTO, "Micro-batches a batch is cut into; fewer where no plan has so many."
+        "auto", COUNT_OR_AUTO, "The number of micro-batches of a batch; fewer if no plan has that many."
     )
     activation_recomputation: bool | Auto = _option(
         "auto",
