@@ -15,6 +15,8 @@ PLANS = {
     "pp2dp2": {"tensor": 1, "pipeline": 2, "data": 2},
     "dp4-sharded": {"tensor": 1, "pipeline": 1, "data": 4, "sharding": "parameters"},
 }
+# Has at least as many devices as workers.
+FLAVOR = "xLarge.512GB"
 # How many of the fastest plans are looked through for one with the traits.
 COUNT = 10_000
 
@@ -56,9 +58,14 @@ def force_plan(name):
         choose_plan.search = search_with_traits
 
 
-def use_synthetic_machine():
-    """Plan for a machine of constants: measuring this one takes seconds, and its plans would differ from another's."""
-    from moreh.planner.hardware import environment
-    from tests.helpers.planner.synthetic_profile import synthetic_profile
+def plan_for_fixed_devices():
+    """Plan for devices of the catalogue: measuring this machine takes seconds, and another one has other plans."""
+    from moreh.accelerator.flavors import find_flavor
+    from moreh.planner.hardware.cluster import cluster_for_flavor
+    from moreh.planner.hardware.environment import make_environment
+    from moreh.runtime.engine import choose_plan
 
-    environment.local_profile = synthetic_profile
+    def environment(workers, software):
+        return make_environment(cluster_for_flavor(find_flavor(FLAVOR)), software).with_devices(workers)
+
+    choose_plan.measured_environment = environment

@@ -5,7 +5,7 @@ from torch import nn
 from torch.nn import functional
 
 VOCABULARY_SIZE = 60
-WORDS = ["the", "a", "cat", "dog", "bird", "sees", "likes", "eats", "one", "two", "red", "blue", "and", "then", "is", "not", "here", "there", "fast", "slow"]
+WORDS = ["the", "a", "cat", "dog", "bird", "sees", "likes", "eats", "one", "two", "red", "and", "not", "here", "fast"]
 _SHAPE = {"vocab_size": VOCABULARY_SIZE, "bos_token_id": 0, "eos_token_id": 1}
 
 __all__ = [
@@ -18,9 +18,12 @@ __all__ = [
     "grads",
     "llama",
     "nn",
+    "log_probs",
+    "token_losses",
     "tokenizer",
     "torch",
     "weights",
+    "without_labels",
 ]
 
 _values = []
@@ -97,6 +100,22 @@ def batch(step=0, rows=8, length=12):
 def batches(count, rows=8, length=12):
     """Batches of different content."""
     return [batch(step, rows, length) for step in range(count)]
+
+
+def without_labels(inputs):
+    """The ids and the mask of a batch."""
+    return {name: value for name, value in inputs.items() if name != "labels"}
+
+
+def token_losses(logits, labels):
+    """The cross-entropy of each next token, `[rows, length - 1]`; 0 where there is no label."""
+    losses = functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="none")
+    return losses.view(len(labels), -1)
+
+
+def log_probs(logits, labels):
+    """The logarithm of the probability of each row's labels, `[rows]`."""
+    return -token_losses(logits, labels).sum(1)
 
 
 def grads(model):

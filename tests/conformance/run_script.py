@@ -13,7 +13,7 @@ import torch
 
 from moreh.errors import MorehError
 from tests.conformance import prelude
-from tests.conformance.plans import force_plan, use_synthetic_machine
+from tests.conformance.plans import force_plan, plan_for_fixed_devices
 
 # Scripts replace it, and so does the line.
 _SAVE = torch.save
@@ -23,7 +23,7 @@ def main(script):
     """Run the script; the exit code is 1 if an exception has ended it."""
     # Read now: the line takes the variables of the launcher out of the environment.
     path = Path(f"{os.environ['CONFORMANCE_RESULTS']}-{os.environ.get('RANK', '0')}")
-    use_synthetic_machine()
+    plan_for_fixed_devices()
     if os.environ.get("WORLD_SIZE", "1") != "1":
         force_plan(os.environ["CONFORMANCE_PLAN"])
     sys.argv = [script]
