@@ -101,13 +101,17 @@ def _tensor_differences(name, expected, actual, tolerance, floor):
 
 
 def _largest(value):
-    """The largest absolute value in a container; 0 for anything else."""
-    if isinstance(value, dict):
-        value = list(value.values())
-    if not isinstance(value, list):
-        return 0.0
-    numbers = [item for item in value if isinstance(item, torch.Tensor) and item.is_floating_point() and item.numel()]
-    return max((float(item.abs().nan_to_num(0.0, 0.0, 0.0).max()) for item in numbers), default=0.0)
+    """The largest absolute value of the numbers with a point in a container; 0 for anything else."""
+    items = list(value.values()) if isinstance(value, dict) else value
+    return max(map(_magnitude, items), default=0.0) if isinstance(items, list) else 0.0
+
+
+def _magnitude(value):
+    if isinstance(value, torch.Tensor) and value.is_floating_point() and value.numel():
+        return float(value.abs().nan_to_num(0.0, 0.0, 0.0).max())
+    if isinstance(value, float) and math.isfinite(value):
+        return abs(value)
+    return _largest(value)
 
 
 def _lines_agree(line, other, tolerance):

@@ -22,6 +22,8 @@ from tests.helpers.scripts.fork_server import run_forked_workers
 ROOT = Path(__file__).parents[2]
 RUN_SCRIPT = Path(__file__).parent / "run_script.py"
 TIMEOUT_S = 90
+# Another program may take the port of the first rank before the rank does.
+PORT_TAKEN, ATTEMPTS = "EADDRINUSE", 3
 # What the line writes to the working directory besides what the script writes.
 FILES_OF_THE_LINE = ("advanced_parallelization_selected_config.dump", "autoconfig_log.dump")
 
@@ -91,6 +93,13 @@ class Harness:
 
     def run(self, pattern, workers, plan="auto", *, with_line=True):
         """Run the script in a directory of its own."""
+        for _ in range(ATTEMPTS):
+            done = self._run(pattern, workers, plan, with_line=with_line)
+            if PORT_TAKEN not in done.errors:
+                break
+        return done
+
+    def _run(self, pattern, workers, plan, *, with_line):
         place = Path(tempfile.mkdtemp(prefix=f"{pattern.name}-", dir=self.directory))
         cwd = place / "work"
         cwd.mkdir()
