@@ -162,7 +162,7 @@ def _without_log(output):
 
 
 def _text(error):
-    return f"{error['type']}: {error['text']}" if error else "no error"
+    return f"{error['type']}: {' '.join(error['text'].split())[:300]}" if error else "no error"
 
 
 def _last_line(text):
