@@ -6,6 +6,7 @@
 # make verify-plans     train with each plan of the planner on eight processes, and compare it with one process: an hour
 #                       (SAMPLE=40: so many plans of each model)
 # make verify-families  the same for all families of models, with plans of each kind on four processes
+# make conformance      run patterns of users' scripts with the line and without, on 1, 2 and 4 workers: half an hour
 # make docs-check       run the commands of the documentation that take long
 # make bench            compare with other systems, each in an environment of its own, and write benchmarks/data: hours
 
@@ -17,9 +18,9 @@ SAMPLE ?=
 # OpenMP threads spin for a while before they sleep. With the default, a step takes up to ten times as long when another
 # process wants a core; with 1000 iterations, twice as long. Benchmarks keep the default, which is a few percent faster on
 # a machine of one's own.
-train test verify-plans verify-families docs-check: export GOMP_SPINCOUNT ?= 1000
+train test conformance verify-plans verify-families docs-check: export GOMP_SPINCOUNT ?= 1000
 
-.PHONY: train test check install smollm2 verify-plans verify-families docs-check bench clean
+.PHONY: train test check install smollm2 conformance verify-plans verify-families docs-check bench clean
 
 train: install
 	$(BIN)/python train_gpt.py --config configs/gpt.yaml
@@ -38,6 +39,9 @@ verify-plans: $(VENV)/installed-dev
 
 verify-families: $(VENV)/installed-dev
 	$(BIN)/python -m tests.verify.families
+
+conformance: $(VENV)/installed-dev
+	$(BIN)/python -m tests.conformance
 
 docs-check: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m slow tests/docs

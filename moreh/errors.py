@@ -9,6 +9,10 @@ class OptionError(MorehError, ValueError):
     """An option of the hook, or an environment variable, has a value that cannot be used."""
 
 
+class SecondBackwardError(OptionError, RuntimeError):
+    """`backward()` through a loss whose gradients are handed over once. Also a RuntimeError, as torch's own is."""
+
+
 class AcceleratorError(MorehError, RuntimeError):
     """An accelerator cannot do what was asked: unknown, busy, or too many of them."""
 

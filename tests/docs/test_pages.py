@@ -10,6 +10,8 @@ from tests.helpers.markdown import PAGES, blocks, commands, links, prose_lines
 
 LANGUAGES = {"bash", "bash slow", "python", "yaml", "text", "mermaid", "json"}
 IDS = [page.name for page in PAGES]
+# A table whose rows a command writes: Markdown cannot break them.
+WRITTEN_TABLES = {"conformance.md"}
 
 
 def test_readme_is_short():
@@ -18,7 +20,9 @@ def test_readme_is_short():
 
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
 def test_lines_have_at_most_120_characters(page):
-    long = [number for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1) if len(line) > 120]
+    lines = enumerate(page.read_text(encoding="utf-8").splitlines(), 1)
+    is_written = page.name in WRITTEN_TABLES
+    long = [number for number, line in lines if len(line) > 120 and not (is_written and line.startswith("|"))]
     assert not long, f"{page.name}: lines {long}"
 
 

@@ -78,6 +78,11 @@ def read_inputs(causal: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> M
         shifted_labels = torch.nn.functional.pad(labels[..., 1:], (0, 1), value=IGNORED_LABEL)
     num_items = inputs.pop("num_items_in_batch", None)
     tokens = inputs["input_ids"] if "input_ids" in inputs else inputs["inputs_embeds"]
+    if shifted_labels is not None and shifted_labels.shape != tokens.shape[:2]:
+        raise OptionError(
+            f"labels are {tuple(shifted_labels.shape)}: allowed is a label for each of the {tuple(tokens.shape[:2])} "
+            "tokens of the batch"
+        )
     batch_size = tokens.shape[0]
     _normalize_mask(causal, inputs, tokens)
     tensors = {
@@ -110,6 +115,12 @@ def _normalize_mask(causal: Any, inputs: dict[str, Any], tokens: torch.Tensor) -
             raise OptionError(
                 f"attention_mask is {shape}: allowed is a tensor with a row for each of the {batch_size} rows of the "
                 "batch, or with one row for all"
+            )
+        # With a cache the mask is longer: it also has the tokens of earlier calls.
+        if mask.dim() == 2 and mask.shape[1] != tokens.shape[1] and "past_key_values" not in inputs:
+            raise OptionError(
+                f"attention_mask is {tuple(mask.shape)}: allowed is a number for each of the {tuple(tokens.shape[:2])} "
+                "tokens of the batch"
             )
         inputs[_MASK] = mask.expand(batch_size, *mask.shape[1:])
     elif _POSITIONS in inputs and inputs.get("use_cache", getattr(causal.config.get_text_config(), "use_cache", False)):

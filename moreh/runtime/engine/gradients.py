@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from moreh.errors import OptionError
+from moreh.errors import OptionError, SecondBackwardError
 from moreh.runtime.batch.loss_output import BACKWARD_TWICE_MESSAGE
 from moreh.runtime.batch.model_inputs import ONE_WORKER
 from moreh.runtime.engine.parallel_model import ParallelModel, local_tensor
@@ -156,7 +156,7 @@ class _LossWithDeferredGrads(torch.autograd.Function):
                 f"leave it out, or {ONE_WORKER}"
             )
         if ctx.grads is None:
-            raise RuntimeError(BACKWARD_TWICE_MESSAGE)
+            raise SecondBackwardError(BACKWARD_TWICE_MESSAGE)
         grads = [grad * grad_outputs[0].to(grad.dtype) for grad in ctx.input_grads]
         grads += hand_over_grads(ctx.model, ctx.grads, grad_outputs[0].item())
         ctx.grads = ctx.input_grads = None

@@ -221,6 +221,17 @@ def test_call_for_more_than_the_loss_is_left_to_the_model(arguments):
     assert FastPath(DEFAULT_OPTIONS).call(model, (), batch(model) | arguments, MAX_TOKENS) is NotImplemented
 
 
+@pytest.mark.parametrize(
+    ("name", "length"), [("attention_mask", 5), ("attention_mask", 20), ("labels", 5), ("labels", 20)]
+)
+def test_call_whose_tensors_do_not_fit_together_is_left_to_the_model(name, length):
+    """transformers cuts a mask that is too long, and raises an error of its own for labels."""
+    model = make_model("llama")
+    inputs = batch(model)
+    other = torch.nn.functional.pad(inputs[name], (0, 20), value=1)[:, :length]
+    assert FastPath(DEFAULT_OPTIONS).call(model, (), inputs | {name: other}, MAX_TOKENS) is NotImplemented
+
+
 def test_gradient_hooks_see_whole_gradients():
     model = make_model("llama")
     model.lm_head.weight.register_hook(lambda gradient: gradient.clamp(-1e-3, 1e-3))
