@@ -4,7 +4,7 @@
 # make install          only set up: .venv with the packages of requirements.txt and the package moreh
 # make smollm2          set everything up and fetch the pretrained model of configs/llama_smollm2.yaml
 # make verify-plans     train with each plan of the planner on eight processes, and compare it with one process: an hour
-#                       (SAMPLE=40: so many plans of each model)
+#                       (SAMPLE=40: so many plans of each model; LOSS=custom: with a loss that the script makes)
 # make verify-families  the same for all families of models, with plans of each kind on four processes
 # make conformance      run patterns of users' scripts with the line and without, on 1, 2 and 4 workers: half an hour
 # make docs-check       run the commands of the documentation that take long
@@ -14,6 +14,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SAMPLE ?=
+LOSS ?=
 
 # OpenMP threads spin for a while before they sleep. With the default, a step takes up to ten times as long when another
 # process wants a core; with 1000 iterations, twice as long. Benchmarks keep the default, which is a few percent faster on
@@ -35,7 +36,7 @@ check: $(VENV)/installed-dev
 	$(BIN)/lint-imports
 
 verify-plans: $(VENV)/installed-dev
-	$(BIN)/python -m tests.verify.plans $(if $(SAMPLE),--sample $(SAMPLE))
+	$(BIN)/python -m tests.verify.plans $(if $(SAMPLE),--sample $(SAMPLE)) $(if $(LOSS),--loss $(LOSS))
 
 verify-families: $(VENV)/installed-dev
 	$(BIN)/python -m tests.verify.families

@@ -1,6 +1,7 @@
 """Verify every plan of the planner on eight processes: a training with it must be that of a single process.
 
-    python -m tests.verify.plans [--model gpt2] [--sample 40] [--only 'tp2 pp2 dp2 mb1x4'] [--broken no-tied-sum]
+    python -m tests.verify.plans [--model gpt2] [--sample 40] [--only 'tp2 pp2 dp2 mb1x4'] [--loss custom]
+        [--broken no-tied-sum]
 
 Each plan that the planner enumerates for eight devices and tiny models runs a short training as a script writes it, in
 float64 on gloo. Compared with the plain loop of transformers are
@@ -21,6 +22,7 @@ from moreh.errors import PlanError
 from tests.helpers.plans.cases import MODELS, all_plans, plan_of
 from tests.helpers.plans.faults import FAULTS
 from tests.helpers.plans.runs import TOLERANCE, Differences, verify
+from tests.helpers.plans.training import LOSSES
 
 PLANS_PER_LINE = 20
 
@@ -35,7 +37,7 @@ def main():
     started = time.monotonic()
     verdicts = []
     for index, (family, plan) in enumerate(cases, start=options.first):
-        verdict = verify(family, plan, options.broken)
+        verdict = verify(family, plan, options.broken, loss=options.loss)
         verdicts.append(verdict)
         if options.verbose:
             worst = "failed" if verdict.differences is None else f"{verdict.differences.worst:.1e}"
@@ -64,6 +66,12 @@ def parse_options():
     )
     parser.add_argument(
         "--broken", choices=[name for name in FAULTS if name], help="run with a fault that must be found"
+    )
+    parser.add_argument(
+        "--loss",
+        choices=LOSSES,
+        default="built-in",
+        help="the model's loss, or one that the script makes of the logits",
     )
     parser.add_argument("--verbose", action="store_true", help="a line for each plan")
     return parser.parse_args()

@@ -144,8 +144,7 @@ def build_sharded(
     memory = {name: local_tensor(parameter).detach() for name, parameter in compute_params.items()}
     bound_memory = {name: tensor.detach() for name, tensor in memory.items()}
     user_params = {
-        name: user_param(bound_memory.get(name), specs[name], mesh, requires_grad=original.requires_grad)
-        for name, original in originals.items()
+        name: user_param(bound_memory.get(name), specs[name], mesh, original) for name, original in originals.items()
     }
     model = ParallelModel(
         parts,

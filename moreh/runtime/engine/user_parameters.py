@@ -30,13 +30,19 @@ class _ReplacedParameter(nn.Parameter):
         )
         return function(*args, **kwargs)
 
+    def __eq__(self, other: object) -> Any:
+        """Elementwise; true for the replacement, so that a dictionary whose key is the original finds it."""
+        return True if other is self.__dict__["_replacement"] else super().__eq__(other)
+
+    __hash__ = nn.Parameter.__hash__
+
 
 def replace_params(replacements: dict[int, nn.Parameter], originals: list[nn.Parameter]) -> None:
     """Put new parameters in the place of a model's originals, in optimizers and in lists that the script has made.
 
     `replacements` maps the id of an original to the new parameter. The data of the originals is freed. State that an
     optimizer has for an original, such as `load_state_dict` gives, is sharded as the new parameter is. Attributes that
-    the script has given to an original are the new parameter's, too.
+    the script has given to an original are the new parameter's, too, and dictionaries whose keys are originals take it.
     """
     for optimizer in existing_optimizers():
         for group in optimizer.param_groups:
@@ -47,7 +53,7 @@ def replace_params(replacements: dict[int, nn.Parameter], originals: list[nn.Par
     for original in originals:
         replacement = replacements[id(original)]
         if replacement is not original:
-            replacement.__dict__.update(own_attributes(original))
+            replacement.__dict__.update(own_attributes(original), _moreh_original=original)
             if original.requires_grad:
                 original.register_hook(_refuse_earlier_graph)
             # Without memory, in the shape that a graph from before goes on with, until it comes to the hook.

@@ -91,6 +91,17 @@ class WholeTensor(torch.Tensor):
 
     storage = share_memory_ = untyped_storage
 
+    def __eq__(self, other: object) -> Any:
+        """Elementwise; true for the parameter which this one has replaced, as a dictionary compares its keys."""
+        original = self.__dict__.get("_moreh_original")
+        return True if original is not None and other is original else super().__eq__(other)
+
+    def __hash__(self) -> int:
+        """That of the parameter which this one has replaced, if any: either finds the key of a dictionary."""
+        # The original is kept, which has no data any more, so that no other tensor takes its address and so its hash.
+        original = self.__dict__.get("_moreh_original")
+        return id(self) if original is None else id(original)
+
 
 class GlobalTensor(WholeTensor):
     """A whole tensor of which this rank holds a part."""

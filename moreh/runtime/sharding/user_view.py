@@ -9,19 +9,22 @@ from moreh.runtime.sharding.mesh import Mesh
 from moreh.runtime.sharding.spec import ParamSpec
 
 
-def user_param(local: torch.Tensor | None, spec: ParamSpec, mesh: Mesh, *, requires_grad: bool) -> nn.Parameter:
+def user_param(local: torch.Tensor | None, spec: ParamSpec, mesh: Mesh, original: nn.Parameter) -> nn.Parameter:
     """The parameter that the script sees. It shares memory with this rank's part of it, None if it has none.
 
-    A parameter that every rank has whole is an ordinary one. It is no object that the rank computes with, which hooks
-    of the script would see partial gradients of.
+    A parameter that every rank has whole is the original, unless that had no data. It is no object that the rank
+    computes with, which hooks of the script would see partial gradients of.
     """
     if is_whole_on_every_rank(spec, mesh):
         assert local is not None
-        return nn.Parameter(local, requires_grad)
+        if original.device != local.device:
+            return nn.Parameter(local, original.requires_grad)
+        original.data = local
+        return original
     layout = GlobalLayout(spec, mesh)
     if local is None:
         local = torch.empty(layout.local_shape, dtype=spec.dtype, device=mesh.device)
-    return nn.Parameter(GlobalTensor(local, layout), requires_grad)
+    return nn.Parameter(GlobalTensor(local, layout), original.requires_grad)
 
 
 def as_user_grad(local: torch.Tensor | None, parameter: nn.Parameter) -> torch.Tensor:

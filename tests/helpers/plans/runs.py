@@ -16,7 +16,7 @@ from moreh.runtime.sharding.spec import shard_boxes
 from tests.helpers.compare import curve_difference, relative_difference, worst
 from tests.helpers.plans.cases import CALLS, LENGTH, STEPS, batch_size_of, can_be_packed
 from tests.helpers.plans.faults import FAULTS
-from tests.helpers.plans.training import Curves, base_model, new_model, reference, train
+from tests.helpers.plans.training import LOSSES, Curves, base_model, new_model, reference, train
 from tests.helpers.workers import run_on_workers
 
 TOLERANCE = 1e-9
@@ -59,7 +59,7 @@ def get_ready(family):
     base_model(family)
 
 
-def train_with_plan(family: str, plan: Plan, fault: str | None, steps: int) -> RankResult:
+def train_with_plan(family: str, plan: Plan, fault: str | None, steps: int, loss: str) -> RankResult:
     """On each rank: the script's training on a model that is sharded as the plan says."""
     started = time.process_time()
     models, layer_inputs = [], []
@@ -75,7 +75,7 @@ def train_with_plan(family: str, plan: Plan, fault: str | None, steps: int) -> R
 
     try:
         with FAULTS[fault]():
-            training = train(new_model(family), shard_model, steps)
+            training = train(new_model(family), shard_model, steps, LOSSES[loss])
         (model,) = models
         mesh = model.mesh
         ranks = mesh.rank("tensor"), plan.tensor, mesh.rank("data"), plan.data
@@ -135,23 +135,27 @@ class Verdict:
         return f"{self.family}: {plan_text(self.plan)}"
 
 
-def verify(family, plan, fault=None, steps=STEPS, timeout=TIMEOUT_S):
+def verify(family, plan, fault=None, steps=STEPS, timeout=TIMEOUT_S, loss="built-in"):
     """Run a plan and compare it. A plan that fails or hangs gives a verdict too."""
     run_on_workers(get_ready, [(family,)], size=plan.devices, timeout=START_TIMEOUT_S)
     started = time.perf_counter()
     try:
-        (ranks,) = run_on_workers(train_with_plan, [(family, plan, fault, steps)], size=plan.devices, timeout=timeout)
+        case = (family, plan, fault, steps, loss)
+        (ranks,) = run_on_workers(train_with_plan, [case], size=plan.devices, timeout=timeout)
     except AssertionError as error:
         return Verdict(family, plan, None, (str(error),), time.perf_counter() - started)
     seconds = time.perf_counter() - started
-    expected = reference(family, steps)
+    expected = reference(family, steps, loss)
     differences, problems = compare(ranks, expected, steps)
-    problems += not_as_planned(ranks, expected.weights, plan, steps)
+    problems += not_held_as_planned(ranks, expected.weights, plan)
+    # A loss of the script's own takes a second forward pass.
+    if loss == "built-in":
+        problems += not_called_as_planned(ranks, plan, steps)
     return Verdict(family, plan, differences, tuple(problems), seconds, sum(rank.cpu_s for rank in ranks))
 
 
-def not_as_planned(ranks, weights, plan, steps):
-    """What the ranks have held or computed otherwise than the plan says: an unsharded model would be right, too."""
+def not_held_as_planned(ranks, weights, plan):
+    """What the ranks have held otherwise than the plan says: an unsharded model would be right, too."""
     problems = []
     copies = plan.data if plan.sharding == "none" else 1
     for name, weight in weights.items():
@@ -159,6 +163,12 @@ def not_as_planned(ranks, weights, plan, steps):
         # Each matrix of a layer is in one stage, and split by tensor and data parallelism.
         if re.search(r"\.\d+\.", name) and weight.ndim == 2 and held != copies * weight.size:
             problems.append(f"{name} is held {held / weight.size:g} times, but the plan means {copies}")
+    return problems
+
+
+def not_called_as_planned(ranks, plan, steps):
+    """What the ranks have computed otherwise than the plan says."""
+    problems = []
     batches = range(sum(CALLS[:steps]))
     repeats = 1 if plan.recomputation == "none" else 2
     unpacked_rows = repeats * sum(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from torch.nn import functional
 
 from tests.helpers.float64 import exact_float64
 from tests.helpers.plans.cases import CALLS, STEPS, batch, build_model, evaluation_batch
@@ -45,7 +46,25 @@ class Training:
     optimizer: torch.optim.Optimizer
 
 
-def train(model, prepare=lambda model: None, steps=STEPS):
+def built_in_loss(model, inputs):
+    """The loss that the model computes."""
+    return model(**inputs, use_cache=False).loss
+
+
+def custom_loss(model, inputs):
+    """A loss that the script makes of the logits: tokens count by their place, with a z-loss."""
+    labels = inputs["labels"][:, 1:]
+    logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False).logits
+    logits = logits[:, :-1][labels != -100]
+    token_losses = functional.cross_entropy(logits, labels[labels != -100], reduction="none")
+    weights = 1 + torch.arange(labels.shape[1]).expand_as(labels)[labels != -100] % 3
+    return (weights * token_losses + 1e-3 * logits.logsumexp(-1) ** 2).mean()
+
+
+LOSSES = {"built-in": built_in_loss, "custom": custom_loss}
+
+
+def train(model, prepare=lambda model: None, steps=STEPS, loss_of=built_in_loss):
     """Train a model. `prepare` is called with it when the optimizer has been made."""
     batch_indices = itertools.count()
     curves = Curves()
@@ -56,7 +75,7 @@ def train(model, prepare=lambda model: None, steps=STEPS):
         for step in range(steps):
             total = 0.0
             for _ in range(CALLS[step]):
-                loss = model(**batch(next(batch_indices)), use_cache=False).loss
+                loss = loss_of(model, batch(next(batch_indices)))
                 (loss / CALLS[step]).backward()
                 total += loss.item() / CALLS[step]
             if step == 0:
@@ -107,9 +126,9 @@ class Reference:
 
 
 @functools.cache
-def reference(family, steps=STEPS):
+def reference(family, steps=STEPS, loss="built-in"):
     """The plain loop of transformers in this process."""
-    training = train(new_model(family), steps=steps)
+    training = train(new_model(family), steps=steps, loss_of=LOSSES[loss])
     # Clipping is tested only where it clips.
     assert min(training.curves.norms) > MAX_NORM
     gradients = {name: gradient.numpy() for name, gradient in training.gradients.items()}

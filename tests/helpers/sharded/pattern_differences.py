@@ -55,6 +55,7 @@ def difference(family, plan, pattern, scale=1.0):
     for model in (whole, sharded):
         for number, parameter in enumerate(model.parameters()):
             parameter.mark = 1.5 + number
+        model.__dict__["numbers"] = {parameter: number for number, parameter in enumerate(model.parameters())}
     shard_model(sharded, Plan(**plan))
     with exact_float64(), label_positions_rounded_to(4):
         expected, actual = PATTERNS[pattern](whole), PATTERNS[pattern](sharded)

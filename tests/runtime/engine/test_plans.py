@@ -65,7 +65,7 @@ def results():
     """The ranks' results under a plan in which each matrix is held twice, and the reference."""
     plan = plan_of("llama", "tp2 dp2 mb4x1", WORKERS)
     run_on_workers(runs.get_ready, [("llama",)], size=WORKERS, timeout=runs.START_TIMEOUT_S)
-    (ranks,) = run_on_workers(runs.train_with_plan, [("llama", plan, None, STEPS)], size=WORKERS)
+    (ranks,) = run_on_workers(runs.train_with_plan, [("llama", plan, None, STEPS, "built-in")], size=WORKERS)
     return ranks, reference("llama", STEPS)
 
 
