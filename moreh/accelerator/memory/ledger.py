@@ -51,9 +51,13 @@ class MemoryLedger:
     def refresh_module(self, module: torch.nn.Module) -> None:
         """Count new tensors of a module that is counted: its weights may be of another dtype by now.
 
-        To look at every parameter before every call would slow small models down, so it is done before a count only.
+        To look at every parameter before every call would slow small models down. The first one tells of a cast, and
+        the others are looked at before a count.
         """
-        if module in self._modules and time.monotonic() >= self._next_count:
+        if module not in self._modules:
+            return
+        first = next(module.parameters(), None)
+        if time.monotonic() >= self._next_count or (first is not None and not self.holds(first)):
             self.add_module(module)
 
     def remove_module(self, module: torch.nn.Module) -> None:
