@@ -66,8 +66,8 @@ def plain(value, describe=None):
         return str(value)
     if value is None or isinstance(value, bool | int | float | str | bytes):
         return value
-    if hasattr(value, "item"):  # a number of NumPy
-        return value.item()
+    if hasattr(value, "tolist"):  # a number or an array of NumPy
+        return plain(value.tolist())
     if isinstance(value, nn.Module):
         return plain(value.state_dict())
     if describe is not None:
