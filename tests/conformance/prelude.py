@@ -7,6 +7,16 @@ from torch.nn import functional
 VOCABULARY_SIZE = 60
 WORDS = ["the", "a", "cat", "dog", "bird", "sees", "likes", "eats", "one", "two", "red", "and", "not", "here", "fast"]
 _SHAPE = {"vocab_size": VOCABULARY_SIZE, "bos_token_id": 0, "eos_token_id": 1}
+_WITH_GROUPED_HEADS = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 1,
+    "initializer_range": 0.2,
+}
 
 __all__ = [
     "VOCABULARY_SIZE",
@@ -15,10 +25,16 @@ __all__ = [
     "check",
     "functional",
     "gpt2",
+    "gpt_neox",
     "grads",
     "llama",
     "log_probs",
+    "mistral",
     "nn",
+    "opt",
+    "quiet_trainer",
+    "qwen2",
+    "rows_of",
     "token_losses",
     "tokenizer",
     "torch",
@@ -50,8 +66,8 @@ def plain(value, describe=None):
         return str(value)
     if value is None or isinstance(value, bool | int | float | str | bytes):
         return value
-    if hasattr(value, "item"):  # a number of NumPy
-        return value.item()
+    if hasattr(value, "tolist"):  # a number or an array of NumPy
+        return plain(value.tolist())
     if isinstance(value, nn.Module):
         return plain(value.state_dict())
     if describe is not None:
@@ -68,10 +84,8 @@ def llama(**changes):
     """A Llama of two layers, in training mode, with the same weights in each run."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-    shape |= {"num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 1, "initializer_range": 0.2}
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**_SHAPE | shape | changes)).train()
+    return LlamaForCausalLM(LlamaConfig(**_SHAPE | _WITH_GROUPED_HEADS | changes)).train()
 
 
 def gpt2(**changes):
@@ -84,6 +98,42 @@ def gpt2(**changes):
     model = GPT2LMHeadModel(GPT2Config(**_SHAPE | shape | changes)).train()
     model.loss_type = "ForCausalLM"
     return model
+
+
+def mistral(**changes):
+    """A Mistral of two layers, in training mode."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(0)
+    return MistralForCausalLM(MistralConfig(**_SHAPE | _WITH_GROUPED_HEADS | changes)).train()
+
+
+def qwen2(**changes):
+    """A Qwen2 of two layers, in training mode."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    return Qwen2ForCausalLM(Qwen2Config(**_SHAPE | _WITH_GROUPED_HEADS | changes)).train()
+
+
+def opt(**changes):
+    """An OPT of two layers, with tied embeddings and without dropout, in training mode."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    shape = {"hidden_size": 16, "ffn_dim": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape |= {"max_position_embeddings": 64, "pad_token_id": 1, "dropout": 0.0, "init_std": 0.2}
+    torch.manual_seed(0)
+    return OPTForCausalLM(OPTConfig(**_SHAPE | shape | changes)).train()
+
+
+def gpt_neox(**changes):
+    """A GPT-NeoX of two layers, in training mode."""
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    shape |= {"max_position_embeddings": 64, "pad_token_id": 1, "initializer_range": 0.2}
+    torch.manual_seed(0)
+    return GPTNeoXForCausalLM(GPTNeoXConfig(**_SHAPE | shape | changes)).train()
 
 
 def batch(step=0, rows=8, length=12):
@@ -105,6 +155,32 @@ def batches(count, rows=8, length=12):
 def without_labels(inputs):
     """The ids and the mask of a batch."""
     return {name: value for name, value in inputs.items() if name != "labels"}
+
+
+def rows_of(inputs):
+    """The rows of a batch as a list of dictionaries, such as a data set has."""
+    return [{name: value[row] for name, value in inputs.items()} for row in range(len(inputs["input_ids"]))]
+
+
+def quiet_trainer(model, trainer_class=None, **arguments):
+    """A Trainer of transformers on 16 rows, which evaluates on 6 others and prints nothing: its logs have times.
+
+    `arguments` are those of TrainingArguments, and `callbacks`.
+    """
+    from transformers import PrinterCallback, Trainer, TrainingArguments
+
+    chosen = {"per_device_train_batch_size": 4, "max_steps": 3, "learning_rate": 1e-2, "adam_epsilon": 1e-3}
+    chosen |= {"save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True}
+    callbacks = arguments.pop("callbacks", None)
+    trainer = (trainer_class or Trainer)(
+        model,
+        TrainingArguments("out", **chosen | arguments),
+        train_dataset=rows_of(batch(0, rows=16)),
+        eval_dataset=rows_of(batch(50, rows=6)),
+        callbacks=callbacks,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 def token_losses(logits, labels):

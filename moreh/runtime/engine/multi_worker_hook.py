@@ -82,13 +82,15 @@ class MultiWorkerHook:
     def _must_be_sharded(self, module: nn.Module, inputs: ModelInputs) -> bool:
         """Whether a whole model has to be sharded for this call: for training, or to get its weights onto the device.
 
-        A call trains if gradients are on and a parameter wants them: with labels in either mode, without labels in
-        training mode.
+        A call trains if gradients are on and a parameter or an input wants them: with labels in either mode, without
+        labels in training mode.
 
         Raises:
             OptionError: the call is not a training step, but needs weights that are read when the model is sharded.
         """
-        wants_gradients = torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters())
+        wants_gradients = torch.is_grad_enabled() and any(
+            tensor.requires_grad for tensor in (*module.parameters(), *inputs.tensors.values())
+        )
         if wants_gradients and (module.training or inputs.labels is not None):
             return True
         if is_waiting_for_state(module):
