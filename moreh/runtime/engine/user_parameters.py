@@ -53,7 +53,7 @@ def replace_params(replacements: dict[int, nn.Parameter], originals: list[nn.Par
     for original in originals:
         replacement = replacements[id(original)]
         if replacement is not original:
-            replacement.__dict__.update(own_attributes(original), _moreh_original=original)
+            replacement.__dict__.update(own_attributes(original))
             if original.requires_grad:
                 original.register_hook(_refuse_earlier_graph)
             # Without memory, in the shape that a graph from before goes on with, until it comes to the hook.

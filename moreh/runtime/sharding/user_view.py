@@ -24,7 +24,10 @@ def user_param(local: torch.Tensor | None, spec: ParamSpec, mesh: Mesh, original
     layout = GlobalLayout(spec, mesh)
     if local is None:
         local = torch.empty(layout.local_shape, dtype=spec.dtype, device=mesh.device)
-    return nn.Parameter(GlobalTensor(local, layout), original.requires_grad)
+    parameter = nn.Parameter(GlobalTensor(local, layout), original.requires_grad)
+    # From the start: it decides about the hash, which must not change while the parameter is a key.
+    parameter.__dict__["_moreh_original"] = original
+    return parameter
 
 
 def as_user_grad(local: torch.Tensor | None, parameter: nn.Parameter) -> torch.Tensor:
