@@ -111,11 +111,15 @@ class SingleWorkerHook:
         shape = _tokens_shape(args, kwargs)
         if shape is None:
             return False
-        return shape[0] * shape[1] * self._flops_per_token[model] < MIN_FLOPS
+        return shape[0] * shape[1] * self._flops_of_token(model) < MIN_FLOPS
+
+    def _flops_of_token(self, model: torch.nn.Module) -> int:
+        """A matmul's forward and backward pass take 6 FLOPs for each weight and token."""
+        if model not in self._flops_per_token:
+            self._flops_per_token[model] = 6 * sum(parameter.numel() for parameter in model.parameters())
+        return self._flops_per_token[model]
 
     def _prepare(self, model: torch.nn.Module) -> None:
-        # A matmul's forward and backward pass take 6 FLOPs for each weight and token.
-        self._flops_per_token[model] = 6 * sum(parameter.numel() for parameter in model.parameters())
         if self.job.simulated and not any(parameter.is_meta for parameter in model.parameters()):
             self.job.ledger.add_module(model)
         if self.options.activation_recomputation is True:
@@ -163,7 +167,7 @@ class SingleWorkerHook:
             seconds_text(local.step_time_s),
             gib(local.memory_bytes),
         )
-        if training.tokens * self._flops_per_token[model] < MIN_FLOPS:
+        if training.tokens * self._flops_of_token(model) < MIN_FLOPS:
             logger.info("Batches of this size are too small to gain: the model's own forward pass computes them.")
         logger.info(self.options.optimizations_text())
         return training.tokens

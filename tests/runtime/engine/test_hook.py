@@ -245,3 +245,14 @@ def test_batch_too_small_to_gain_is_left_to_the_models_own_forward(run_python):
     assert [line[1] for line in lines] == ["1", "1"]
     assert curve_difference(*([float(line[3]), float(line[5])] for line in lines)) < 1e-6
     assert "too small to gain" not in finished.stdout  # when it was planned, it was not
+
+
+def test_lazy_module_gets_its_parameters_in_its_first_call(run_python):
+    finished = run_python(
+        "import torch\n"
+        "torch.moreh.option.enable_advanced_parallelization(mixed_precision=False)\n"
+        "model = torch.nn.Sequential(torch.nn.LazyLinear(3), torch.nn.Linear(3, 2))\n"
+        "print(model(torch.ones(2, 5)).shape)\n"
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.endswith("torch.Size([2, 2])\n")
