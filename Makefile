@@ -1,5 +1,5 @@
 # make train            set everything up and train the default model (configs/gpt.yaml): minutes
-# make test             set everything up and run the tests: ten minutes
+# make test             set everything up and run the tests: 15 to 25 minutes
 # make check            formatting, lint, types and the direction of imports
 # make install          only set up: .venv with the packages of requirements.txt and the package moreh
 # make smollm2          set everything up and fetch the pretrained model of configs/llama_smollm2.yaml
