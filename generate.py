@@ -3,12 +3,15 @@
 python generate.py runs/gpt/model 'def add(a, b): ...'
 python generate.py runs/gpt/model --file prompt.txt --temperature 0.8 --top-p 0.95
 cat prompt.txt | python generate.py runs/gpt/model
+python generate.py runs/chat/model --chat
 """
 
 import argparse
 import math
 import os
 import sys
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,10 +20,12 @@ from transformers import logging
 from utils.cli import exit_code_of, show_any_text
 from utils.config.section import expand_home
 from utils.errors import UserError
+from utils.text.chat import end_of_turn, prompt_for_answer
+from utils.text.chat_session import RESET, chat, encode_chat_prompt
 from utils.text.decoding import AnswerStreamer
 from utils.text.encoding import encode_prompts
 from utils.text.prompt_input import checked_argument, read_prompt
-from utils.text.template import load_template
+from utils.text.template import PromptTemplate, load_template
 from utils.text.tokenizers import load_tokenizer
 from utils.training.model import end_token_ids, load_pretrained
 
@@ -29,19 +34,39 @@ EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
 
 
 def answer(arguments: argparse.Namespace) -> None:
-    """Generate a continuation of the prompt, and print it while it is generated.
+    """Generate a continuation of the prompt, or the answers of a conversation, and print it while it is generated.
 
     Raises:
         UserError: the checkpoint or the prompt cannot be used.
     """
-    question = read_prompt(arguments)
+    question = "" if arguments.chat else read_prompt(arguments)
     # The model comes before the tokenizer because its error says more about a directory that holds neither.
     model = load_pretrained(arguments.checkpoint, "the checkpoint")
     tokenizer = load_tokenizer(arguments.checkpoint)
-    prompt = _as_trained(question, arguments)
-    (prompt_ids,) = encode_prompts([prompt], tokenizer)
-    max_new_tokens = _max_new_tokens(model, len(prompt_ids), arguments.max_new_tokens)
+    generate = partial(_generate, model, tokenizer, arguments)
     torch.manual_seed(arguments.seed or 0)
+    if arguments.chat:
+        end_of_turn(tokenizer)  # raises for a model that has no chat template
+        chat(_typed_lines(), generate, tokenizer, arguments.system)
+        return
+    template = None if arguments.raw else load_template(expand_home(arguments.checkpoint))
+    if template == "chat":
+        prompt = _as_chat(question, arguments)
+        prompt_ids = encode_chat_prompt(prompt, tokenizer)
+        shown = str(prompt_for_answer(prompt, tokenizer))
+    else:
+        if arguments.system is not None:
+            raise UserError("--system: the checkpoint was not trained on conversations: give --chat, or leave it out")
+        shown = _as_trained(question, template, arguments)
+        (prompt_ids,) = encode_prompts([shown], tokenizer)
+    if arguments.echo:
+        _write(shown)
+    generate(prompt_ids)
+
+
+def _generate(model: Any, tokenizer: Any, arguments: argparse.Namespace, prompt_ids: list[int]) -> list[int]:
+    """Write the answer to a prompt while it is generated; returns its token ids."""
+    max_new_tokens = _max_new_tokens(model, len(prompt_ids), arguments.max_new_tokens)
     sampling = (
         {"do_sample": True, "temperature": arguments.temperature, "top_p": arguments.top_p, "top_k": arguments.top_k}
         if arguments.temperature > 0
@@ -50,19 +75,23 @@ def answer(arguments: argparse.Namespace) -> None:
     # A real GPU if there is one. The simulated accelerator is not needed, and a training job may be using it.
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     input_ids = torch.tensor([prompt_ids], device=device)
-    if arguments.echo:
-        _write(prompt)
-    model.to(device).eval().generate(
-        input_ids,
-        attention_mask=torch.ones_like(input_ids),
-        max_new_tokens=max_new_tokens,
-        repetition_penalty=arguments.repetition_penalty,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=sorted({tokenizer.eos_token_id, *end_token_ids(model)}),
-        streamer=AnswerStreamer(tokenizer, _write),
-        **sampling,
+    generated = (
+        model.to(device)
+        .eval()
+        .generate(
+            input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            max_new_tokens=max_new_tokens,
+            repetition_penalty=arguments.repetition_penalty,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=sorted({tokenizer.eos_token_id, *end_token_ids(model)}),
+            streamer=AnswerStreamer(tokenizer, _write),
+            **sampling,
+        )
     )
     _write("\n")
+    ids: list[int] = generated[0, len(prompt_ids) :].tolist()
+    return ids
 
 
 def answer_to_pipe(arguments: argparse.Namespace) -> None:
@@ -75,9 +104,25 @@ def answer_to_pipe(arguments: argparse.Namespace) -> None:
         sys.exit(EXIT_BROKEN_PIPE)
 
 
-def _as_trained(question: str, arguments: argparse.Namespace) -> str:
+def _typed_lines() -> Iterator[str]:
+    """The lines of standard input, each after a mark on a terminal."""
+    while True:
+        try:
+            yield input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+
+
+def _as_chat(question: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """The question as the first message of a conversation."""
+    if arguments.field:
+        raise UserError("--field: the checkpoint was trained on conversations, which have no template: leave it out")
+    system = [] if arguments.system is None else [{"role": "system", "content": arguments.system}]
+    return [*system, {"role": "user", "content": question}]
+
+
+def _as_trained(question: str, template: PromptTemplate | None, arguments: argparse.Namespace) -> str:
     """The question in the template that the model was trained with, unless it is in it already or stands for itself."""
-    template = None if arguments.raw else load_template(expand_home(arguments.checkpoint))
     fields = dict(arguments.field)
     if template is None:
         if fields:
@@ -171,8 +216,14 @@ def _parse_arguments() -> argparse.Namespace:
         metavar="NAME=TEXT",
         help="another field of the model's template (default: empty)",
     )
+    parser.add_argument("--chat", action="store_true", help=f"talk: each line is a message; {RESET} begins anew")
+    parser.add_argument("--system", metavar="TEXT", help="the system message of a conversation")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     arguments = parser.parse_intermixed_args()
+    if arguments.chat and (arguments.prompt or arguments.file or arguments.raw or arguments.field or arguments.echo):
+        parser.error(
+            "--chat reads its messages from standard input: leave the prompt, --file, --raw, --field and --echo out"
+        )
     if (arguments.max_new_tokens is not None and arguments.max_new_tokens < 1) or arguments.top_k < 0:
         parser.error("--max-new-tokens must be at least 1 and --top-k at least 0")
     if arguments.temperature == 0 and (arguments.top_p != 1.0 or arguments.top_k != 0 or arguments.seed is not None):

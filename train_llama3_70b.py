@@ -123,4 +123,4 @@ def main(config: Config, log: RunLog) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main, default_config="configs/llama3_70b.yaml", description=__doc__))
+    sys.exit(run_script(main, make_pair, make_example, default_config="configs/llama3_70b.yaml", description=__doc__))

@@ -6,6 +6,7 @@ import io
 import os
 import sys
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from moreh.errors import MorehError
 from utils.accelerator import accelerator_of
@@ -15,6 +16,10 @@ from utils.config.yaml_file import load_config
 from utils.errors import Stopped, UserError
 from utils.logging.run_log import RunLog
 
+if TYPE_CHECKING:
+    from utils.data.records import MakePair
+    from utils.data.tokenization import MakeExample
+
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT
 EXIT_TERMINATED = 143  # 128 + SIGTERM
@@ -23,8 +28,10 @@ EXIT_TERMINATED = 143  # 128 + SIGTERM
 Main = Callable[[Config, RunLog], None]
 
 
-def run_script(main: Main, *, default_config: str, description: str | None) -> int:
-    """Read the command line and its settings, and train with `main` or print the plan; returns the exit code.
+def run_script(
+    main: Main, make_pair: "MakePair", make_example: "MakeExample", *, default_config: str, description: str | None
+) -> int:
+    """Read the command line and its settings, and train with `main`, print the plan or rows; returns the exit code.
 
     A script imports torch in its `main`, so --help, --plan-only and an error in the settings answer in a second.
     """
@@ -32,6 +39,9 @@ def run_script(main: Main, *, default_config: str, description: str | None) -> i
     show_any_text()
     parser.add_argument("--config", default=default_config, metavar="FILE", help="settings (default: %(default)s)")
     parser.add_argument("--plan-only", action="store_true", help="print how the accelerator would run it, and exit")
+    parser.add_argument(
+        "--show-rows", type=_positive, metavar="N", help="print N training rows with their labels marked, and exit"
+    )
     parser.add_argument(
         "--resume",
         metavar="CHECKPOINT",
@@ -49,10 +59,20 @@ def run_script(main: Main, *, default_config: str, description: str | None) -> i
             from utils.plan_only import print_plan
 
             print_plan(config)
+        elif arguments.show_rows is not None:
+            from utils.data.showing import print_rows
+
+            print_rows(config, make_pair, make_example, arguments.show_rows)
         else:
             run_main(main, config)
 
     return exit_code_of(program, debug=arguments.debug)
+
+
+def _positive(text: str) -> int:
+    if not (text.isascii() and text.isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text}: allowed is a whole number from 1")
+    return int(text)
 
 
 def show_any_text() -> None:

@@ -21,7 +21,9 @@ def script(tiny_config, monkeypatch, capsys):
 
     def run(*arguments, config=tiny_config):
         monkeypatch.setattr(sys, "argv", ["train_gpt.py", "--config", str(config), *arguments])
-        code = run_script(train_gpt.main, default_config="", description=None)
+        code = run_script(
+            train_gpt.main, train_gpt.make_pair, train_gpt.make_example, default_config="", description=None
+        )
         return code, capsys.readouterr().err.splitlines()
 
     return run

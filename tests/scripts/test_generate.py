@@ -140,3 +140,81 @@ def test_generation_needs_no_accelerator_that_a_job_uses(run, checkpoint, enviro
     assert run(sys.executable, "generate.py", checkpoint, "one two").stdout == " three four\n"
     busy.kill()
     busy.wait()
+
+
+@pytest.fixture(scope="module")
+def chat_checkpoint(tmp_path_factory):
+    """A tiny model that has learned 50 conversations of one question each."""
+    import torch
+
+    from tests.helpers.scripts.tiny_runs import prepare
+    from utils.config.schema import Config
+    from utils.data.batches import iter_steps, training_loader
+    from utils.text.template import save_template
+    from utils.training.model import load_model
+
+    directory = tmp_path_factory.mktemp("chat")
+    chats = [
+        {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+        for number in range(25)
+        for question, answer in ((f"Is {number} a number?", "Yes."), (f"Is x{number} a word?", "No, it is not."))
+    ]
+    (directory / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats), encoding="utf-8")
+    config = Config.model_validate(
+        {
+            "run": {"name": "chat", "cache_directory": str(directory / "cache")},
+            "model": {
+                "architecture": {"model_type": "gpt2", "n_layer": 2, "n_embd": 64, "n_head": 4, "n_positions": 64}
+            },
+            "tokenizer": {"vocabulary_size": 320},
+            "data": {"files": [str(directory / "chats.jsonl")], "format": "chat", "max_length": 32, "eval_rows": 1},
+            "train": {"steps": 120, "batch_size": 16},
+        }
+    )
+    data = prepare(config)
+    torch.manual_seed(0)
+    model = load_model(config, data.tokenizer)
+    model.eval()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _, (batch,) in iter_steps(training_loader(data, config), 1, 120, 0):
+        model(batch["input_ids"], attention_mask=batch["attention_mask"], labels=batch["labels"]).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(directory / "model")
+    data.tokenizer.save_pretrained(directory / "model")
+    save_template(config.data, directory / "model")
+    return directory / "model"
+
+
+def test_chat_stops_by_itself_and_keeps_the_history(run, chat_checkpoint):
+    talk = run(
+        sys.executable, "generate.py", chat_checkpoint, "--chat", input="Is 7 a number?\n\n/reset\nIs x23 a word?\n"
+    )
+    assert talk.stdout == "Yes.\nNo, it is not.\n"
+    speeds = [line for line in talk.stderr.splitlines() if "tokens/s" in line]
+    assert len(speeds) == 2
+    assert "cut at" not in talk.stderr  # the model has ended its turns itself
+    assert "The conversation begins anew." in talk.stderr
+
+
+def test_one_question_is_asked_in_the_chat_template(run, chat_checkpoint):
+    assert run(sys.executable, "generate.py", chat_checkpoint, "Is 7 a number?").stdout == "Yes.\n"
+    shown = run(sys.executable, "generate.py", chat_checkpoint, "Is 7 a number?", "--echo").stdout
+    assert shown == "<|im_start|>user\nIs 7 a number?<|im_end|>\n<|im_start|>assistant\nYes.\n"
+
+
+def test_chat_that_grows_too_long_goes_on_after_a_reset(run, chat_checkpoint):
+    lines = "".join("Is 7 a number?\n" for _ in range(6)) + "/reset\nIs x8 a word?\n"
+    talk = run(sys.executable, "generate.py", chat_checkpoint, "--chat", input=lines)
+    assert "error: the prompt has" in talk.stderr
+    assert "/reset begins a new conversation" in talk.stderr
+    assert talk.stdout.endswith("\nNo, it is not.\n")
+
+
+def test_chat_needs_a_chat_template(run, checkpoint):
+    refused = run(sys.executable, "generate.py", checkpoint, "--chat", input="one\n")
+    assert "error: the tokenizer has no chat template" in refused.stderr
+    refused = run(sys.executable, "generate.py", checkpoint, "one", "--system", "s")
+    assert "error: --system: the checkpoint was not trained on conversations" in refused.stderr
+    refused = run(sys.executable, "generate.py", checkpoint, "one", "--chat")
+    assert "--chat reads its messages from standard input" in refused.stderr

@@ -151,5 +151,8 @@ def test_saved_settings_of_a_resumed_run_start_anew(train, tiny_config, tmp_path
     train("train.steps=2", "checkpoint.every_steps=2")
     directory = train("checkpoint.resume=auto")
     monkeypatch.setattr(sys, "argv", ["train_gpt.py", "--config", str(directory / "config.yaml")])
-    assert run_script(train_gpt.main, default_config="", description=None) == 0
+    assert (
+        run_script(train_gpt.main, train_gpt.make_pair, train_gpt.make_example, default_config="", description=None)
+        == 0
+    )
     assert (directory.with_name("tiny.1") / "checkpoints").is_dir()

@@ -11,7 +11,7 @@ import pytest
 from tests.helpers.scripts.tiny_runs import texts_of
 from utils.config.schema import DataSection
 from utils.config.yaml_file import load_config
-from utils.data.docstring_pairs import read_docstring_pairs
+from utils.data.sources.docstring_pairs import read_docstring_pairs
 from utils.errors import UserError
 
 ROWS = [{"ask": "añb", "say": 'x, "y"\nz', "extra": "!"}, {"ask": "", "say": "2", "extra": "?"}]

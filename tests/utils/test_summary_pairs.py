@@ -8,7 +8,7 @@ import pytest
 from tests.helpers.scripts.tiny_runs import prepare, texts_of
 from utils.config.schema import DataSection
 from utils.config.yaml_file import load_config
-from utils.data.summary_pairs import PASSAGE_WORDS, read_summary_pairs
+from utils.data.sources.summary_pairs import PASSAGE_WORDS, read_summary_pairs
 from utils.errors import UserError
 
 TEMPLATE = "Summarize the following:\n{prompt}\nSummary:\n"

@@ -20,7 +20,7 @@ def is_saved_dataset(path: Path) -> bool:
 
 
 class DataSection(Section):
-    """The prompt-response pairs to learn: exactly one of docstrings, summaries, files and hub."""
+    """The pairs or conversations to learn: exactly one of docstrings, summaries, files and hub."""
 
     docstrings: Annotated[list[NonEmpty], Field(min_length=1)] | None = None
     """Installed packages whose sources give pairs of signature with docstring -> body; `stdlib` is Python's library."""
@@ -35,6 +35,13 @@ class DataSection(Section):
     """The configuration of the hub's dataset where it has several, such as a version or a language."""
     split: NonEmpty = "train"
     """The split of the hub's dataset, or of a directory that `save_to_disk` has written with several."""
+    format: Literal["pairs", "chat"] = "pairs"
+    """What a row holds: a prompt and a response, or a conversation, which the tokenizer's chat template renders."""
+    messages_field: NonEmpty | None = None
+    """The field of a row that holds the messages of a conversation; null: `messages` or `conversations`. A message has
+    a `role` and a `content`, or a `from` and a `value`. The row's field `tools` is given to the template."""
+    chat_template: PathText | None = None
+    """A file with a chat template in Jinja; null: the one of the tokenizer, or ChatML where a tokenizer is trained."""
     prompt_field: NonEmpty | None = "prompt"
     """The field of a row that is the prompt; null: there is none, as with a column of plain texts."""
     response_field: NonEmpty = "response"
@@ -60,8 +67,9 @@ class DataSection(Section):
     """What happens to a row that lacks a field, or has null or something else that is no text in it."""
     numbers: Literal["refuse", "text"] = "refuse"
     """Whether a number in a field is unusable, or the text of its digits."""
-    loss_on: Literal["response", "all"] = "response"
-    """The tokens that are labels: those of the response and the end of text, or those of the prompt as well."""
+    loss_on: Literal["response", "last", "all"] = "response"
+    """The tokens that are labels: those of the response and the end of text, or those of the prompt as well (`all`).
+    In a conversation, a response is each turn of the assistant, with the token that ends it; `last`: only the last."""
     eval_rows: Positive | None = None
     """Rows held out of training for evaluation, chosen at random with the seed; null: a tenth, at most 200."""
 
@@ -82,6 +90,33 @@ class DataSection(Section):
                 f"split is {self.split!r}, but there is no hub, whose splits it names: give hub, or leave it out"
             )
         return self
+
+    @model_validator(mode="after")
+    def _keys_are_of_the_format(self) -> Self:
+        if self.format == "pairs":
+            for key in ("messages_field", "chat_template"):
+                if getattr(self, key) is not None:
+                    raise ValueError(f"{key} is {getattr(self, key)!r}, which needs format: chat")
+            if self.loss_on == "last":
+                raise ValueError("loss_on is 'last', which needs format: chat; a pair has one response")
+            return self
+        for key in ("docstrings", "summaries"):
+            if getattr(self, key) is not None:
+                raise ValueError(f"format is 'chat', but {key} gives pairs: give files or hub, or leave format out")
+        for key in ("prompt_field", "response_field", "template", "end_token"):
+            if getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(
+                    f"{key} is {getattr(self, key)!r}, but format is 'chat', where the chat template decides: "
+                    "leave one of them out"
+                )
+        return self
+
+    @field_validator("chat_template")
+    @classmethod
+    def _template_exists(cls, name: str | None) -> str | None:
+        if name is not None and not Path(name).is_file():
+            raise ValueError(f"there is no file {name}: give one that holds a chat template in Jinja")
+        return name
 
     @model_validator(mode="after")
     def _prompt_is_not_the_response(self) -> Self:

@@ -4,25 +4,30 @@ import hashlib
 import inspect
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import datasets
 
 from utils.config.schema import Config
 from utils.data.cache import make_once
-from utils.data.data_sources import SourceCounts, read_pairs
+from utils.data.conversations import Conversation
 from utils.data.records import MakePair, Pair
-from utils.data.source_states import state_of_data, state_of_tokenizer
-from utils.data.tokenization import MakeExample, Row, RowCounts, encode_pairs, train_tokenizer
+from utils.data.rows import Row, RowCounts
+from utils.data.sources.reading import SourceCounts, read_conversations, read_pairs
+from utils.data.sources.states import state_of_data, state_of_tokenizer
+from utils.data.tokenization import END_OF_TEXT, MakeExample, encode_conversations, encode_pairs, train_tokenizer
 from utils.errors import UserError
+from utils.text.chat import CHATML, CHATML_TOKENS, end_of_turn
 from utils.text.chat_template import drop_other_chat_template
 from utils.text.tokenizers import load_tokenizer
 
+_Example = TypeVar("_Example", Pair, Conversation)
 # Part of each cache key: raise it when the same settings are to give other rows.
-_FORMAT = 3
+_FORMAT = 4
 # Rows held out where the settings do not say how many: a tenth of them, up to this number.
 _MAX_EVAL_ROWS = 200
 # 32 bits for ids and labels: half the size on the disk.
@@ -39,7 +44,7 @@ _FEATURES = datasets.Features(
 
 @dataclass(frozen=True)
 class RunData:
-    """The tokenizer and the rows of a run. Rows have the fields of `tokenization.Row`."""
+    """The tokenizer and the rows of a run. Rows have the fields of `rows.Row`."""
 
     tokenizer: Any
     """A tokenizer of transformers, with a pad token."""
@@ -83,7 +88,7 @@ def prepare_data(
         info(f"Texts: {note}")
     if left_over := len(data.train) % config.train.batch_size:
         info(f"Each epoch leaves out {left_over} of the training rows, others each time, which fill no batch")
-    if drop_other_chat_template(data.tokenizer, config.data.template):
+    if config.data.format == "pairs" and drop_other_chat_template(data.tokenizer, config.data.template):
         info("The tokenizer's chat template is not saved: training uses data.template, which generate.py applies")
     return data
 
@@ -96,22 +101,33 @@ def _prepare(
     The split comes before anything is learned from the data, so that a trained tokenizer has seen no held-out row.
     """
     info("Reading and tokenizing the data (later runs take it from the cache).")
-    all_pairs, source_counts = read_pairs(config.data, make_pair)
-    held_out, training = _split(all_pairs, config.data.eval_rows, config.train.seed)
-    tokenizer_name = config.model.pretrained or config.tokenizer.pretrained
-    if tokenizer_name is not None:
-        tokenizer = load_tokenizer(tokenizer_name, config.data.end_token)
+    data = config.data
+    if data.format == "chat":
+        conversations, source_counts = read_conversations(data)
+        _write_rows(target, config, conversations, source_counts, partial(encode_conversations, data=data))
     else:
-        texts = (pair.prompt + pair.response for pair in training)
-        end_token = [] if config.data.end_token is None else [config.data.end_token]
-        tokenizer = train_tokenizer(texts, config.tokenizer.entries_to_train(), *end_token)
+        pairs, source_counts = read_pairs(data, make_pair)
+        encode = partial(encode_pairs, data=data, make_example=make_example)
+        _write_rows(target, config, pairs, source_counts, encode)
+
+
+def _write_rows(
+    target: Path,
+    config: Config,
+    examples: list[_Example],
+    source_counts: SourceCounts,
+    encode: Callable[[list[_Example], Any], tuple[list[Row], RowCounts]],
+) -> None:
+    held_out, training = _split(examples, config.data.eval_rows, config.train.seed)
+    tokenizer = _tokenizer(config, (example.text for example in training))
     counts = {"source": asdict(source_counts)}
-    for name, pairs in (("train", training), ("evaluation", held_out)):
-        rows, row_counts = encode_pairs(pairs, tokenizer, config.data, make_example)
+    for name, examples_of_split in (("train", training), ("evaluation", held_out)):
+        rows, row_counts = encode(examples_of_split, tokenizer)
         if not rows:
             raise UserError(
-                f"no rows are left for {name}: of {len(pairs)} pairs, {row_counts.dropped_too_long} have more than "
-                f"data.max_length={config.data.max_length} tokens and {row_counts.dropped_without_label} no label"
+                f"no rows are left for {name}: of {len(examples_of_split)}, {row_counts.dropped_too_long} have more "
+                f"than data.max_length={config.data.max_length} tokens, {row_counts.dropped_without_label} no label, "
+                f"and {row_counts.unusable} are unusable"
             )
         _to_dataset(rows).save_to_disk(str(target / name))
         counts[name] = asdict(row_counts)
@@ -119,25 +135,44 @@ def _prepare(
     (target / "counts.json").write_text(json.dumps(counts), encoding="utf-8")
 
 
-def _split(pairs: list[Pair], eval_rows: int | None, seed: int) -> tuple[list[Pair], list[Pair]]:
-    """The pairs that are held out, and those to train on; equal ones, where they are kept, are on the same side."""
+def _tokenizer(config: Config, texts: Iterable[str]) -> Any:
+    """The tokenizer of the settings, or one that is trained on the texts; for chats, with its template and end."""
+    name, data = config.model.pretrained or config.tokenizer.pretrained, config.data
+    trains_chatml = name is None and data.format == "chat" and data.chat_template is None
+    if name is not None:
+        tokenizer = load_tokenizer(name, data.end_token)
+    else:
+        control_tokens = CHATML_TOKENS if trains_chatml else ()
+        entries = config.tokenizer.entries_to_train()
+        tokenizer = train_tokenizer(texts, entries, data.end_token or END_OF_TEXT, control_tokens)
+    if data.format == "chat":
+        if data.chat_template is not None:
+            tokenizer.chat_template = Path(data.chat_template).read_text(encoding="utf-8")
+        elif trains_chatml:
+            tokenizer.chat_template = CHATML
+        tokenizer.eos_token = end_of_turn(tokenizer)
+    return tokenizer
+
+
+def _split(examples: list[_Example], eval_rows: int | None, seed: int) -> tuple[list[_Example], list[_Example]]:
+    """The examples that are held out, and those to train on; equal ones, where they are kept, are on the same side."""
     if eval_rows is None:
-        eval_rows = min(_MAX_EVAL_ROWS, max(1, len(pairs) // 10))
-    if eval_rows >= len(pairs):
-        raise UserError(f"data.eval_rows: {eval_rows} rows are to be held out, but the data has only {len(pairs)}")
-    equal: dict[tuple[str, str], list[Pair]] = {}
-    for pair in pairs:
-        equal.setdefault((pair.prompt, pair.response), []).append(pair)
+        eval_rows = min(_MAX_EVAL_ROWS, max(1, len(examples) // 10))
+    if eval_rows >= len(examples):
+        raise UserError(f"data.eval_rows: {eval_rows} rows are to be held out, but the data has only {len(examples)}")
+    equal: dict[Any, list[_Example]] = {}
+    for example in examples:
+        equal.setdefault(example.key, []).append(example)
     groups = list(equal.values())
     random.Random(seed).shuffle(groups)
-    held_out: list[Pair] = []
+    held_out: list[_Example] = []
     while len(held_out) < eval_rows:
         held_out += groups.pop(0)
     if not groups:
         raise UserError(
             f"data.eval_rows: with {eval_rows} rows held out, none are left to train on: equal ones go along"
         )
-    return held_out, [pair for group in groups for pair in group]
+    return held_out, [example for group in groups for example in group]
 
 
 def _to_dataset(rows: list[Row]) -> datasets.Dataset:

@@ -46,15 +46,15 @@ class Record:
         """
         if field is None:
             return ""
-        value = self._value(field)
+        value = self.value(field)
         if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
             if self.numbers == "text":
                 return value.text if isinstance(value, SpelledNumber) else repr(value)
-            raise self._unusable(f"field {field!r} is {value!r}, not a text: data.numbers=text reads its digits")
+            raise self.unusable(f"field {field!r} is {value!r}, not a text: data.numbers=text reads its digits")
         if not isinstance(value, str):
-            raise self._unusable(f"field {field!r} is {'empty' if value is None else repr(value)[:40]}, not a text")
+            raise self.unusable(f"field {field!r} is {'empty' if value is None else repr(value)[:40]}, not a text")
         if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
-            raise self._unusable(f"field {field!r} has half of a surrogate pair, which is no character")
+            raise self.unusable(f"field {field!r} has half of a surrogate pair, which is no character")
         return value
 
     def fill(self, template: str, *, prompt: str) -> FilledPrompt:
@@ -66,16 +66,22 @@ class Record:
             UnusableRow: there is no such field, or its value is no text.
         """
         names = template_names(template) - {"prompt"}
-        fields = {name: "" if self._value(name) is None else self.text(name) for name in names}
+        fields = {name: "" if self.value(name) is None else self.text(name) for name in names}
         return fill_template(template, {**fields, "prompt": prompt})
 
-    def _value(self, field: str) -> Any:
+    def value(self, field: str) -> Any:
+        """What a field has, of any type.
+
+        Raises:
+            UnusableRow: there is no such field.
+        """
         if field not in self.fields:
             names = ", ".join(map(repr, self.fields)) or "none"
-            raise self._unusable(f"no field {field!r}: the fields are {names}")
+            raise self.unusable(f"no field {field!r}: the fields are {names}")
         return self.fields[field]
 
-    def _unusable(self, reason: str) -> UnusableRow:
+    def unusable(self, reason: str) -> UnusableRow:
+        """The error that this record is not usable, which says where it was read."""
         return UnusableRow(f"{self.location}: {reason}")
 
 
@@ -93,3 +99,18 @@ class Pair:
     """All text before the response, template included."""
     response: str
     """The text to learn."""
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """Equal for equal pairs."""
+        return self.prompt, self.response
+
+    @property
+    def text(self) -> str:
+        """All of it, which a new tokenizer is trained on."""
+        return self.prompt + self.response
+
+    @property
+    def has_answer(self) -> bool:
+        """Whether there is something to learn but the end of the text."""
+        return bool(self.response)

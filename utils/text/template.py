@@ -13,6 +13,7 @@ from utils.config.data_section import DataSection, template_names
 from utils.errors import UserError
 
 FILE_NAME = "prompt_template.json"
+_CHAT = {"format": "chat"}
 
 
 class FilledPrompt(str):
@@ -74,13 +75,18 @@ class PromptTemplate:
 
 
 def save_template(data: DataSection, directory: Path) -> None:
-    """Save the template of a run with its model, for `generate.py`."""
+    """Save the template of a run with its model, for `generate.py`. A chat template is saved with the tokenizer."""
+    if data.format == "chat":
+        (directory / FILE_NAME).write_text(json.dumps(_CHAT) + "\n", encoding="utf-8")
+        return
     saved = PromptTemplate(data.template, data.control_tokens)
     (directory / FILE_NAME).write_text(json.dumps(asdict(saved), indent=2) + "\n", encoding="utf-8")
 
 
-def load_template(name: str) -> PromptTemplate | None:
-    """The template that is saved with a model; None for a model that this project has not trained.
+def load_template(name: str) -> PromptTemplate | Literal["chat"] | None:
+    """The template that is saved with a model, or "chat" where that is the tokenizer's chat template.
+
+    None for a model that this project has not trained.
 
     Raises:
         UserError: the file is damaged.
@@ -89,6 +95,7 @@ def load_template(name: str) -> PromptTemplate | None:
     if not path.is_file():
         return None
     try:
-        return PromptTemplate(**json.loads(path.read_text(encoding="utf-8")))
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        return "chat" if saved == _CHAT else PromptTemplate(**saved)
     except (ValueError, TypeError) as error:
         raise UserError(f"{path}: not the template of a prompt: {error}; give --raw, or repair the file") from None

@@ -1,8 +1,8 @@
 """Data of tiny runs, prepared as train_gpt.py prepares it."""
 
 import train_gpt
-from utils.data.data_sources import read_pairs
 from utils.data.dataset import prepare_data
+from utils.data.sources.reading import read_pairs
 from utils.data.tokenization import encode_pairs
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.helpers.scripts.tiny_tokenizers import chat_tokenizer, sentencepiece_tokenizer
-from utils.data.docstring_pairs import read_docstring_pairs
+from utils.data.sources.docstring_pairs import read_docstring_pairs
 from utils.text.decoding import AnswerStreamer, decode_answer
 from utils.text.encoding import encode_continuations, encode_prompts
 

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from utils.config.data_section import DataSection
-from utils.data.python_sources import source_files
-from utils.data.table_readers import load_hub
+from utils.data.sources.python_sources import source_files
+from utils.data.sources.table_readers import load_hub
 from utils.errors import UserError
 
 # Files up to this size are known by their content: a second for each GB. Larger ones are known by size and times.
@@ -15,11 +15,16 @@ _TOKENIZER_SUFFIXES = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
 
 
 def state_of_data(data: DataSection) -> Any:
-    """The state of the source of a run's data.
+    """The state of the source of a run's data, and of the file of its chat template.
 
     Raises:
         UserError: a package is not installed, or a dataset of the hub cannot be loaded.
     """
+    template = [] if data.chat_template is None else _states([Path(data.chat_template)])
+    return [template, _state_of_source(data)]
+
+
+def _state_of_source(data: DataSection) -> Any:
     if data.docstrings is not None:
         return _states(source_files(data.docstrings, "data.docstrings"))
     if data.summaries is not None:

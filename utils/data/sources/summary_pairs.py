@@ -4,8 +4,8 @@ import ast
 import re
 from collections.abc import Iterator
 
-from utils.data.python_sources import parse_source, source_files
 from utils.data.records import Record
+from utils.data.sources.python_sources import parse_source, source_files
 from utils.errors import UserError
 
 # The shortest text that is worth a summary.

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from utils.data.records import Record, SpelledNumber
-from utils.data.table_readers import read_parquet
+from utils.data.sources.table_readers import read_parquet
 from utils.errors import UserError
 
 MAX_FIELD_CHARACTERS = 2**31 - 1

@@ -1,18 +1,21 @@
-"""Reads the pairs of a run from the source that its settings name, and counts what becomes of its rows."""
+"""Reads the pairs or conversations of a run from the source that its settings name, and counts what becomes of them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
+from typing import TypeVar
 
 from utils.config.data_section import DataSection
-from utils.data.docstring_pairs import read_docstring_pairs
-from utils.data.file_readers import read_file
+from utils.data.conversations import Conversation, read_conversation
 from utils.data.records import MakePair, Pair, Record, UnusableRow
-from utils.data.summary_pairs import read_summary_pairs
-from utils.data.table_readers import read_hub, read_saved_dataset
+from utils.data.sources.docstring_pairs import read_docstring_pairs
+from utils.data.sources.file_readers import read_file
+from utils.data.sources.summary_pairs import read_summary_pairs
+from utils.data.sources.table_readers import read_hub, read_saved_dataset
 from utils.errors import UserError
 
+_Example = TypeVar("_Example", Pair, Conversation)
 _HINT = " (data.unusable=skip leaves such rows out)"
 
 
@@ -47,30 +50,43 @@ def read_pairs(data: DataSection, make_pair: MakePair) -> tuple[list[Pair], Sour
     Raises:
         UserError: the source cannot be read, or a record has no text in a field that is needed.
     """
-    pairs: list[Pair] = []
-    seen: set[tuple[str, str]] = set()
+    return _read_examples(data, lambda record: Pair(record.location, *make_pair(record, data)))
+
+
+def read_conversations(data: DataSection) -> tuple[list[Conversation], SourceCounts]:
+    """The conversations of the source, in their order, and what became of the other records.
+
+    Raises:
+        UserError: the source cannot be read, or a record has no conversation.
+    """
+    return _read_examples(data, lambda record: read_conversation(record, data))
+
+
+def _read_examples(data: DataSection, make: Callable[[Record], _Example]) -> tuple[list[_Example], SourceCounts]:
+    examples: list[_Example] = []
+    seen = set()
     read = duplicates = empty = unusable = 0
     first_unusable = ""
     for record in _read_records(data):
         read += 1
         try:
-            pair = Pair(record.location, *make_pair(replace(record, numbers=data.numbers), data))
-            if not pair.response and data.empty_responses == "refuse":
+            example = make(replace(record, numbers=data.numbers))
+            if not example.has_answer and data.empty_responses == "refuse":
                 raise UserError(f"{record.location}: the response is empty (data.empty_responses=drop leaves it out)")
         except UnusableRow as error:
             if data.unusable == "refuse":
                 raise UserError(f"{error}{_HINT}") from None
             unusable, first_unusable = unusable + 1, first_unusable or str(error)
             continue
-        if not pair.response and data.empty_responses == "drop":
+        if not example.has_answer and data.empty_responses == "drop":
             empty += 1
-        elif (pair.prompt, pair.response) in seen and data.duplicates == "drop":
-            # Of two equal pairs one could be held out for evaluation although the other is trained on.
+        elif example.key in seen and data.duplicates == "drop":
+            # Of two equal ones one could be held out for evaluation although the other is trained on.
             duplicates += 1
         else:
-            seen.add((pair.prompt, pair.response))
-            pairs.append(pair)
-    return pairs, SourceCounts(read, duplicates, empty, unusable, first_unusable)
+            seen.add(example.key)
+            examples.append(example)
+    return examples, SourceCounts(read, duplicates, empty, unusable, first_unusable)
 
 
 def _read_records(data: DataSection) -> Iterator[Record]:

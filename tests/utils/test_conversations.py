@@ -1,0 +1,152 @@
+"""Conversations of files in the layouts that people have, and the rows that a run makes of them."""
+
+import json
+
+import pytest
+
+from tests.helpers.scripts.tiny_runs import prepare
+from utils.config.schema import Config, DataSection
+from utils.data.conversations import read_conversation
+from utils.data.records import Record, UnusableRow
+from utils.data.showing import shown_rows
+from utils.errors import UserError
+
+
+def read(**fields):
+    return read_conversation(Record("chats.jsonl:1", fields), DataSection(hub="none", format="chat"))
+
+
+def chats(count):
+    return [
+        [{"role": "user", "content": f"Name {number}?"}, {"role": "assistant", "content": f"It is {number}."}]
+        for number in range(count)
+    ]
+
+
+@pytest.fixture
+def chat_config(tmp_path):
+    """Settings of a run on a file of conversations, and the function that writes them to it."""
+    path = tmp_path / "chats.jsonl"
+
+    def config(rows, **data):
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return Config.model_validate(
+            {
+                "run": {"name": "chat", "cache_directory": str(tmp_path / "cache")},
+                "model": {"architecture": {"model_type": "gpt2", "n_layer": 1, "n_embd": 32, "n_head": 2}},
+                "tokenizer": {"vocabulary_size": 300},
+                "data": {"files": [str(path)], "format": "chat", "max_length": 128, **data},
+                "train": {"steps": 1, "batch_size": 1},
+            }
+        )
+
+    return config
+
+
+def test_both_layouts_give_the_same_messages():
+    messages = [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": ""},
+    ]
+    turns = [{"from": "system", "value": "s"}, {"from": "human", "value": "q"}, {"from": "gpt", "value": ""}]
+    assert read(messages=messages).messages == read(conversations=turns).messages == tuple(messages)
+    assert read(messages=json.dumps(messages)).messages == tuple(messages)
+
+
+def test_texts_may_be_in_parts_and_columns_may_have_null():
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    message = {"role": "user", "content": parts, "tool_calls": None, "name": None}
+    assert read(messages=[message]).messages == ({"role": "user", "content": "ab"},)
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f", "arguments": {}}]}
+    assert read(messages=[call]).messages[0]["content"] == ""
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"prompt": "x"}, "no field 'messages': the fields are 'prompt'"),
+        ({"messages": []}, r"field 'messages' is '\[\]', not a list of messages"),
+        ({"messages": "{"}, "field 'messages' is a text, and not JSON"),
+        ({"messages": ["hello"]}, "message 1 of 'messages' is 'hello', not an object with a role and a text"),
+        ({"messages": [{"role": "boss", "content": "x"}]}, "has the role 'boss'; allowed is one of system, .*human"),
+        ({"messages": [{"role": "user", "text": "x"}]}, "message 1 of 'messages' has no content"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "has parts that are no texts"),
+        ({"messages": [{"role": "user", "content": 3}]}, "field 'content' is 3, not a text"),
+        ({"conversations": [{"from": "human", "value": "x"}], "tools": "{"}, "field 'tools' is a text, and not JSON"),
+    ],
+)
+def test_row_without_a_conversation_is_named(fields, problem):
+    with pytest.raises(UnusableRow, match=rf"chats\.jsonl:1.*{problem}"):
+        read(**fields)
+
+
+def test_new_tokenizer_has_the_tokens_of_chatml(chat_config):
+    data = prepare(chat_config([{"messages": chat} for chat in chats(5)], eval_rows=1))
+    assert len(data.train) == 4
+    assert data.tokenizer.eos_token == "<|im_end|>"
+    (text,) = shown_rows([data.train[0]], data.tokenizer)
+    location, *lines = text.splitlines()
+    assert location.endswith("of them labels")
+    assert lines[0] == "<|im_start|>user"
+    assert lines[2] == "<|im_start|>assistant"
+    assert lines[3].startswith("\u27e6It is ")
+    assert lines[3].endswith(".<|im_end|>\u27e7")
+
+
+def test_equal_conversations_and_those_without_an_answer_are_left_out(chat_config):
+    silent = [{"role": "user", "content": "Hm?"}, {"role": "assistant", "content": " "}]
+    lines = []
+    config = chat_config([{"messages": chat} for chat in [*chats(3), *chats(3), silent]], eval_rows=1)
+    data = prepare(config, lines.append)
+    assert len(data.train) + len(data.evaluation) == 3
+    assert any("7 read; left out: 3 equal to an earlier one" in line and "1 with an empty" in line for line in lines)
+
+
+def test_conversation_that_the_template_refuses_ends_the_run_or_is_skipped(chat_config, tmp_path):
+    template = tmp_path / "strict.jinja"
+    template.write_text(
+        "{% for message in messages %}{% if message.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "{{ message.role }}: {{ message.content }}<|endoftext|>{% endfor %}",
+        encoding="utf-8",
+    )
+    with_system = [{"role": "system", "content": "s"}, *chats(1)[0]]
+    rows = [{"messages": chat} for chat in [*chats(4), with_system, with_system[:2] + chats(9)[8]]]
+    settings = {"eval_rows": 3, "chat_template": str(template)}
+    with pytest.raises(
+        UserError, match=r"chats\.jsonl:[56]: the chat template refuses .*no system .*data\.unusable=skip"
+    ):
+        prepare(chat_config(rows, **settings))
+    lines = []
+    data = prepare(chat_config(rows, unusable="skip", **settings), lines.append)
+    skipped = sum(data_counts.unusable for data_counts in (data.train_counts, data.evaluation_counts))
+    assert skipped == 2
+    assert any("unusable, the first: " in line for line in lines)
+
+
+def test_other_template_is_other_data(chat_config, tmp_path):
+    template = tmp_path / "plain.jinja"
+    text = "{% for message in messages %}A{{ message.content }}<|endoftext|>{% endfor %}"
+    template.write_text(text, encoding="utf-8")
+    config = chat_config([{"messages": chat} for chat in chats(3)], eval_rows=1, chat_template=str(template))
+    first = prepare(config)
+    template.write_text(text.replace("A", "B"), encoding="utf-8")
+    second = prepare(config)
+    assert first.tokenizer.decode(first.train[0]["input_ids"])[0] == "A"
+    assert second.tokenizer.decode(second.train[0]["input_ids"])[0] == "B"
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"loss_on": "last"}, "loss_on is 'last', which needs format: chat"),
+        ({"messages_field": "m"}, "messages_field is 'm', which needs format: chat"),
+        ({"format": "chat", "template": "Q: {prompt}"}, "template is 'Q: {prompt}', but format is 'chat'"),
+        ({"format": "chat", "end_token": "</s>"}, "end_token is '</s>', but format is 'chat'"),
+        ({"format": "chat", "chat_template": "none.jinja"}, "there is no file none.jinja"),
+        ({"format": "chat", "hub": None, "docstrings": ["stdlib"]}, "docstrings gives pairs: give files or hub"),
+    ],
+)
+def test_keys_of_the_other_format_are_refused(settings, problem):
+    with pytest.raises(ValueError, match=problem):
+        DataSection(**{"hub": "none", **settings})

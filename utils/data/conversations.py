@@ -1,0 +1,149 @@
+"""Conversations: read from the rows of a source, and turned into rows of token ids with labels on the answers."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from utils.config.data_section import DataSection
+from utils.data.labels import IGNORED
+from utils.data.records import Record
+from utils.data.rows import Row
+from utils.text.chat import ChatError, Message, encode_segments, render_chat, segments_of
+from utils.text.control_tokens import control_token_pattern
+from utils.text.spelled_tokens import SpelledTokens
+
+# The fields of a row that may hold its messages, and what they call the role and the text of a message.
+_LAYOUTS = {"messages": ("role", "content"), "conversations": ("from", "value")}
+# Other names of the roles.
+_ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant", "observation": "tool"}
+_KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """The messages of a row."""
+
+    location: str
+    """Where the row was read, such as "chats.jsonl:17"."""
+    messages: tuple[Message, ...]
+    """Each with `role` and `content`, and what else the row has for it, such as `tool_calls`."""
+    tools: Sequence[Any] | None = None
+    """The functions that the assistant may call, as the row's field `tools` has them."""
+
+    @property
+    def key(self) -> str:
+        """Equal for equal conversations."""
+        return json.dumps([self.messages, self.tools], sort_keys=True, default=str)
+
+    @property
+    def text(self) -> str:
+        """All texts, which a new tokenizer is trained on."""
+        return "\n".join(message["content"] for message in self.messages)
+
+    @property
+    def has_answer(self) -> bool:
+        """Whether the assistant says or calls something."""
+        return any(
+            message["role"] == "assistant" and (message["content"].strip() or message.get("tool_calls"))
+            for message in self.messages
+        )
+
+
+def read_conversation(record: Record, data: DataSection) -> Conversation:
+    """The conversation in a record's `messages` (role, content) or `conversations` (from, value).
+
+    Raises:
+        UnusableRow: the record has no such field, or something else than messages in it.
+    """
+    field = data.messages_field or next((name for name in _LAYOUTS if name in record.fields), "messages")
+    value = record.value(field)
+    if isinstance(value, str):  # a column of JSON
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise record.unusable(f"field {field!r} is a text, and not JSON: {error}") from None
+    if not isinstance(value, Sequence) or not value:
+        raise record.unusable(f"field {field!r} is {str(value)[:40]!r}, not a list of messages")
+    messages = tuple(_read_message(record, field, number, message) for number, message in enumerate(value, start=1))
+    tools = record.fields.get("tools", None)
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except ValueError as error:
+            raise record.unusable(f"field 'tools' is a text, and not JSON: {error}") from None
+    return Conversation(record.location, messages, tools or None)
+
+
+def encode_conversation(
+    conversation: Conversation, tokenizer: Any, end: str, data: DataSection, spelled: SpelledTokens
+) -> Row:
+    """A row of token ids, in which the answers of the assistant, each with the token that ends it, are the labels.
+
+    `end` is the `end_of_turn` of the tokenizer's chat template. `data.loss_on` chooses the answers.
+
+    Raises:
+        UnusableRow: the chat template cannot render the messages.
+    """
+    record = Record(conversation.location, {})
+    messages = [
+        {**message, "content": spelled.in_response(message["content"])} if message["role"] == "assistant" else message
+        for message in conversation.messages
+    ]
+    if data.control_tokens == "text":
+        _check_calls(record, messages, tokenizer)
+    try:
+        chat = render_chat(messages, tokenizer, end, conversation.tools)
+    except ChatError as error:
+        raise record.unusable(str(error)) from None
+    spelled.in_prompt(chat.marked_text)
+    segments = segments_of(chat)
+    ids = encode_segments([text for text, _ in segments], tokenizer, parse=data.control_tokens == "parse")
+    last = max((number for number, (_, is_answer) in enumerate(segments) if is_answer), default=-1)
+    input_ids: list[int] = []
+    labels: list[int] = []
+    prompt_length = 0
+    for number, ((_, is_answer), segment) in enumerate(zip(segments, ids, strict=True)):
+        is_label = data.loss_on == "all" or (is_answer and (data.loss_on == "response" or number == last))
+        if is_answer and len(input_ids) < data.max_length:
+            prompt_length = len(input_ids)
+        input_ids += segment
+        labels += segment if is_label else [IGNORED] * len(segment)
+    return Row(conversation.location, input_ids, labels, prompt_length)
+
+
+def _read_message(record: Record, field: str, number: int, message: Any) -> Message:
+    where = f"message {number} of {field!r}"
+    if not isinstance(message, Mapping):
+        raise record.unusable(f"{where} is {str(message)[:40]!r}, not an object with a role and a text")
+    # Tables have null for what a message lacks.
+    given = {key: value for key, value in message.items() if value is not None}
+    role_key, text_key = next((keys for keys in _LAYOUTS.values() if keys[0] in given), _LAYOUTS["messages"])
+    role = _ROLES.get(given.get(role_key, ""), given.get(role_key))
+    if role not in _KNOWN_ROLES:
+        allowed = ", ".join((*_KNOWN_ROLES, *_ROLES))
+        raise record.unusable(f"{where} has the {role_key} {role!r}; allowed is one of {allowed}")
+    others = {key: value for key, value in given.items() if key not in (role_key, text_key)}
+    if text_key not in given and not (role == "assistant" and "tool_calls" in others):
+        raise record.unusable(f"{where} has no {text_key}: its fields are {', '.join(message) or 'none'}")
+    return {**others, "role": role, "content": _text(record, where, given.get(text_key, ""))}
+
+
+def _text(record: Record, where: str, content: Any) -> str:
+    if isinstance(content, Sequence) and not isinstance(content, str):
+        parts = [part.get("text") if isinstance(part, Mapping) else part for part in content]
+        if not all(isinstance(part, str) for part in parts):
+            raise record.unusable(f"{where} has parts that are no texts: only texts can be trained on")
+        content = "".join(parts)
+    return Record(f"{record.location}: {where}", {"content": content}, record.numbers).text("content")
+
+
+def _check_calls(record: Record, messages: Sequence[Message], tokenizer: Any) -> None:
+    """Refuse calls of functions that spell control tokens: the template would make tokens of them."""
+    for number, message in enumerate(messages, start=1):
+        found = control_token_pattern(tokenizer).search(json.dumps(message.get("tool_calls", ""), default=str))
+        if found:
+            raise record.unusable(
+                f"message {number} calls a function with {found[0]!r}, which is a control token "
+                "(data.control_tokens=parse reads it as the token)"
+            )
