@@ -4,6 +4,7 @@ import argparse
 import gc
 import io
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -21,8 +22,7 @@ if TYPE_CHECKING:
     from utils.data.tokenization import MakeExample
 
 EXIT_USER_ERROR = 2
-EXIT_INTERRUPTED = 130  # 128 + SIGINT
-EXIT_TERMINATED = 143  # 128 + SIGTERM
+EXIT_SIGNAL = 128  # plus the number of the signal
 
 # The main function of a training script.
 Main = Callable[[Config, RunLog], None]
@@ -116,8 +116,8 @@ def exit_code_of(program: Callable[[], None], *, debug: bool) -> int:
         return EXIT_USER_ERROR
     except Stopped as stop:
         print(stop, file=sys.stderr)
-        return EXIT_TERMINATED
+        return EXIT_SIGNAL + stop.signal_number
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return EXIT_SIGNAL + signal.SIGINT
     return 0

@@ -20,4 +20,8 @@ class UserError(Exception):
 
 
 class Stopped(Exception):
-    """The run was asked to stop, and has saved a checkpoint to resume from."""
+    """The run was asked to stop by a signal, and has saved what it had done."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        self.signal_number = signal_number
+        super().__init__(message)

@@ -1,4 +1,4 @@
-"""The workers of a run: the rank of this process, and whether a condition holds on any rank.
+"""The workers of a run: the rank of this process, and the largest number of all ranks.
 
 Each function imports torch by itself, so that importing this file does not take the seconds that torch takes.
 """
@@ -11,14 +11,14 @@ def rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
-def any_rank(condition: bool) -> bool:
-    """Whether a condition holds on any rank; collective, so all ranks have to call it."""
+def max_over_ranks(number: int) -> int:
+    """The largest number of all ranks; collective, so all ranks have to call it."""
     import torch
     import torch.distributed as dist
 
     if not (dist.is_available() and dist.is_initialized()):
-        return condition
+        return number
     device = "cuda" if torch.cuda.is_available() and dist.get_backend() == "nccl" else "cpu"
-    holds = torch.tensor(int(condition), device=device)
-    dist.all_reduce(holds, op=dist.ReduceOp.MAX)
-    return bool(holds)
+    largest = torch.tensor(number, device=device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return int(largest)

@@ -106,18 +106,23 @@ def test_closed_pipe_does_not_end_the_training(environment, tiny_config, tmp_pat
     assert (tmp_path / "runs" / "tiny" / "model" / "model.safetensors").exists()
 
 
-def test_interrupt_ends_the_run_at_any_time(environment, tiny_config, tmp_path):
+def test_second_interrupt_ends_the_run_at_any_time(environment, tiny_config, tmp_path):
     """Ctrl-C mostly arrives in a backward pass, where Python's exceptions have nowhere to go."""
-    command = ["train_gpt.py", "--config", tiny_config, "train.steps=100000", "log.every_steps=1"]
-    for delay in (0.0, 0.013, 0.029):
+    command = ["train_gpt.py", "--config", tiny_config, "train.gradient_accumulation=1000", "log.sample_tokens=0"]
+    for delay in (0.1, 0.113, 0.129):
         script = start_forked(command, cwd=ROOT, env=environment)
-        while "\n[Step 5/" not in script.output():
+        while "[Step 0/4] | Held-out loss" not in script.output():
             time.sleep(0.005)
         time.sleep(delay)
         os.kill(script.pid, signal.SIGINT)
+        time.sleep(0.1)  # a step takes seconds
+        os.kill(script.pid, signal.SIGINT)
         finished = script.finish(timeout=60)
         assert finished.returncode == 130
-        assert finished.stderr == "interrupted\n"
+        asked, said = finished.stderr.splitlines()
+        assert asked == "SIGINT: the run saves and ends after this step; a second signal ends it at once"
+        assert said == "interrupted"
+    assert not (tmp_path / "runs" / "tiny" / "checkpoints").exists()
     assert "the run ended with KeyboardInterrupt" in (tmp_path / "runs" / "tiny" / "train.log").read_text(
         encoding="utf-8"
     )

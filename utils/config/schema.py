@@ -149,7 +149,10 @@ class CheckpointSection(Section):
     """Checkpoints of the training, from which `--resume` continues."""
 
     every_steps: Positive | None = None
-    """Save a checkpoint every so many steps; null: only when the run is stopped by SIGTERM."""
+    """Save a checkpoint every so many steps; null: not by steps."""
+    every_minutes: Annotated[float, Field(gt=0)] | None = 20.0
+    """Save a checkpoint once so many minutes have passed since the last one; null: not by time. A run that is stopped
+    by a signal saves one in any case."""
     keep_last: Positive = 2
     """The number of checkpoints to keep; older ones are removed."""
     resume: PathText | None = None

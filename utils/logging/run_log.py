@@ -15,7 +15,7 @@ from typing_extensions import Self
 
 from utils.config.schema import Config
 from utils.config.yaml_file import save_config
-from utils.errors import UserError
+from utils.errors import Stopped, UserError
 from utils.logging.console import set_up_loggers, train_logger
 from utils.workers import rank
 
@@ -113,7 +113,9 @@ class RunLog:
     ) -> None:
         if self._bar is not None:
             self._bar.close()
-        if error is not None:
+        if isinstance(error, Stopped):
+            self._log_file.handle(logging.LogRecord("train", logging.INFO, "", 0, str(error), (), None))
+        elif error is not None:
             text = f"the run ended with {kind.__name__ if kind else 'an error'}"
             self._log_file.handle(
                 logging.LogRecord("train", logging.ERROR, "", 0, text, (), (type(error), error, trace))

@@ -4,10 +4,9 @@ import random
 import re
 import shutil
 import signal
-import threading
+import time
 from concurrent.futures import Future
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -17,11 +16,16 @@ from moreh.runtime.engine.checkpoint_api import load_training, save_training
 from utils.config.schema import Config
 from utils.errors import Stopped, UserError
 from utils.logging.run_log import RunLog
+from utils.training.disk_space import require_disk_space
 from utils.training.evaluation import Evaluation
-from utils.workers import any_rank, rank
+from utils.training.stopping import StopRequest, resume_command
+from utils.workers import max_over_ranks, rank
 
 # Names of checkpoints: step-<number of steps done>.
 _NAME = re.compile(r"step-(\d+)")
+# What a rank asks for after a step: nothing, a checkpoint because of the time, or, with the signal's number added, the
+# end of the run.
+_NOTHING, _SAVE, _STOP = 0, 1, 2
 
 
 class Checkpoints:
@@ -34,17 +38,12 @@ class Checkpoints:
     def __init__(self, config: Config, log: RunLog, evaluation: Evaluation) -> None:
         self._directory = log.directory / "checkpoints"
         self._to_resume = checkpoint_to_resume(config.checkpoint.resume, log.directory)
-        self._every = config.checkpoint.every_steps
-        self._keep_last = config.checkpoint.keep_last
+        self._settings = config.checkpoint
         self._log, self._evaluation = log, evaluation
         self._saving: Future[None] | None = None
-        self._stop = threading.Event()
-        # Only the main thread may set a signal handler.
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self._ask_to_stop)
-
-    def _ask_to_stop(self, signal_number: int, frame: FrameType | None) -> None:
-        self._stop.set()
+        self._last_save = time.monotonic()
+        self._total_steps = 0
+        self._stop = StopRequest()
 
     def start_or_resume(self, model: Any, optimizer: Any, scheduler: Any, total_steps: int) -> int:
         """Evaluate the model and start the run, or read the checkpoint to resume; returns the number of steps done.
@@ -53,9 +52,11 @@ class Checkpoints:
 
         Raises:
             CheckpointError: the checkpoint is of another model or optimizer.
-            UserError: all steps of the run are done.
+            UserError: all steps of the run are done, or the disk has no room for its files.
+            Stopped: a signal came during the first evaluation.
         """
-        step = 0
+        step, self._total_steps = 0, total_steps
+        require_disk_space(self._directory, model, self._settings)
         if self._to_resume is None:
             self._log.start()
             self._log.log_step({"step": 0, "eval_loss": self._evaluation(0)})
@@ -63,8 +64,21 @@ class Checkpoints:
             step = self._load(self._to_resume, model, optimizer, scheduler, total_steps)
             self._log.resume(step)
             self._log.info(f"[Step {step}/{total_steps}] | Resumed from {self._to_resume}")
+        request = self._request()
+        if request >= _STOP:
+            name = signal.Signals(request - _STOP).name
+            raise Stopped(f"stopped by {name} before step {step + 1}: nothing new to save", request - _STOP)
         self._log.show_progress(total_steps)
+        self._last_save = time.monotonic()
         return step
+
+    def _request(self) -> int:
+        """What any rank asks for; the end of the run comes before a checkpoint."""
+        if self._stop.signal is not None:
+            return max_over_ranks(_STOP + self._stop.signal)
+        minutes = (time.monotonic() - self._last_save) / 60
+        is_due = self._settings.every_minutes is not None and minutes >= self._settings.every_minutes
+        return max_over_ranks(_SAVE if is_due else _NOTHING)
 
     def _load(self, checkpoint: Path, model: Any, optimizer: Any, scheduler: Any, total_steps: int) -> int:
         extra = load_training(model, [optimizer], checkpoint)
@@ -82,10 +96,12 @@ class Checkpoints:
         """Start to write the state after a step if the settings ask for it. Training goes on meanwhile.
 
         Raises:
-            Stopped: a worker has got SIGTERM, and the state is saved.
+            Stopped: a signal has asked a worker to stop, and the state is saved.
         """
-        stop = any_rank(self._stop.is_set())
-        if not stop and (self._every is None or step % self._every):
+        request = self._request()
+        stops = request >= _STOP and step < self._total_steps  # after the last step, the model is about to be saved
+        every = self._settings.every_steps
+        if not (stops or request == _SAVE or (every is not None and step % every == 0)):
             return
         self.flush()
         path = self._directory / f"step-{step}"
@@ -97,9 +113,14 @@ class Checkpoints:
         }
         self._directory.mkdir(parents=True, exist_ok=True)
         self._saving = save_training(model, [optimizer], path, extra)
-        if stop:
+        self._last_save = time.monotonic()
+        if stops:
             self.flush()
-            raise Stopped(f"stopped by SIGTERM after step {step}: {path} is saved; --resume auto goes on from it")
+            name = signal.Signals(request - _STOP).name
+            raise Stopped(
+                f"stopped by {name} after step {step}, and saved in {path}; to go on: {resume_command()}",
+                request - _STOP,
+            )
 
     def flush(self) -> None:
         """Wait until the checkpoint that is being written is complete. Then remove all but the last ones.
@@ -112,7 +133,7 @@ class Checkpoints:
         saving, self._saving = self._saving, None
         saving.result()
         if rank() == 0:
-            for older in checkpoints_in(self._directory)[: -self._keep_last]:
+            for older in checkpoints_in(self._directory)[: -self._settings.keep_last]:
                 shutil.rmtree(older, ignore_errors=True)
 
 

@@ -31,6 +31,8 @@ CLEAR_FAILURE_GRACE_S = 1.0
 # From the moment when a worker has recorded the error that ends it, until it counts as ended.
 ERROR_TO_EXIT_S = 3.0
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+# Signals of a script's own meaning, such as a batch system's warning before its limit. Workers get them, and decide.
+USER_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class SignalQueue:
     _previous_handlers: dict[signal.Signals, Any] = field(default_factory=dict)
 
     def __enter__(self) -> Self:
-        for number in (*STOP_SIGNALS, signal.SIGTSTP):
+        for number in (*STOP_SIGNALS, *USER_SIGNALS, signal.SIGTSTP):
             if signal.getsignal(number) is not signal.SIG_IGN:
                 self._previous_handlers[number] = signal.signal(number, self._catch)
         return self
@@ -88,7 +90,7 @@ class SignalQueue:
     def _catch(self, number: int, frame: FrameType | None) -> None:
         caught = signal.Signals(number)
         self.pending.append(caught)
-        if caught is not signal.SIGTSTP:
+        if caught in STOP_SIGNALS:
             self.stops.append((caught, time.time()))
 
 

@@ -73,10 +73,10 @@ def config(tiny_config):
     return tiny_config
 
 
-def test_a_run_stopped_by_sigterm_and_resumed_has_the_bits_of_a_run_left_alone(
+def test_a_run_stopped_by_ctrl_c_and_resumed_has_the_bits_of_a_run_left_alone(
     config, environment, run_forked, tmp_path
 ):
-    """The stopped run saves and ends with 143; `--resume auto` goes on."""
+    """The stopped run saves, says how to go on, and ends with 130; the command that it names goes on."""
     command = [sys.executable, "train_gpt.py", "--config", str(config)]
     alone = run_forked(*command, "run.name=alone")
     assert alone.returncode == 0, alone.stderr
@@ -86,10 +86,13 @@ def test_a_run_stopped_by_sigterm_and_resumed_has_the_bits_of_a_run_left_alone(
     while not metrics.exists() or len(metrics.read_text().splitlines()) < 5:
         time.sleep(0.005)
         assert psutil.pid_exists(stopped.pid), stopped.output()
-    os.kill(stopped.pid, signal.SIGTERM)
+    os.kill(stopped.pid, signal.SIGINT)
     stopped = stopped.finish(timeout=60)
-    assert stopped.returncode == 143, stopped.stderr
-    assert "--resume auto goes on" in stopped.stdout + stopped.stderr
+    assert stopped.returncode == 130, stopped.stderr
+    asked, said = stopped.stderr.splitlines()
+    assert asked.startswith("SIGINT: the run saves and ends after this step")
+    assert said.endswith(f"to go on: python train_gpt.py --config {config} run.name=tiny --resume auto")
+    assert "Traceback" not in (tmp_path / "runs" / "tiny" / "train.log").read_text(encoding="utf-8")
     assert not (tmp_path / "runs" / "tiny" / "model").exists()
 
     resumed = run_forked(*command, "run.name=tiny", "--resume", "auto")

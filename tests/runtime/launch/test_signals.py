@@ -40,6 +40,26 @@ def test_a_signal_lets_all_workers_save(start, number, exit_code):
     assert seconds < MAX_SECONDS_TO_END
 
 
+WARNED = """
+got = []
+signal.signal(signal.SIGUSR1, lambda number, frame: got.append(number))
+reduce()
+print("go", flush=True)
+while not got:
+    time.sleep(0.05)
+reduce()
+print("goes on")
+"""
+
+
+def test_a_signal_of_the_scripts_own_reaches_all_workers_and_stops_none(start):
+    process = start(WARNED)
+    wait_for_line(process, "go")
+    os.kill(process.pid, signal.SIGUSR1)
+    exit_code, printed, errors, _ = finish(process)
+    assert (exit_code, printed, errors) == (0, ["goes on"], [])
+
+
 def test_an_interrupt_while_workers_start_ends_them(start):
     process = start("time.sleep(100)")
     wait_for_worker(process, 1)

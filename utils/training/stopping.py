@@ -1,0 +1,55 @@
+"""Signals that ask a run to stop: the first lets it finish its step and save, the second ends it at once."""
+
+import contextlib
+import os
+import shlex
+import signal
+import sys
+import threading
+from types import FrameType
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+"""Ctrl-C, the usual end of a job, the warning of a batch system before its limit, and a closed terminal."""
+
+
+class StopRequest:
+    """Takes the signals that stop a run, from when it is made; signals that are ignored, as under nohup, stay so."""
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        """The signal that asked the run to stop; None before."""
+        self._pid = os.getpid()
+        # Only the main thread may set a signal handler.
+        if threading.current_thread() is threading.main_thread():
+            for number in STOP_SIGNALS:
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    signal.signal(number, self._ask)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._pid:  # a process that loads data is needed until the run has saved
+            return
+        if self.signal is None:
+            self.signal = signal.Signals(number)
+            _say(f"{self.signal.name}: the run saves and ends after this step; a second signal ends it at once\n")
+            return
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(self._pid, number)
+
+
+def resume_command() -> str:
+    """The command that goes on with a run that this command line has started."""
+    arguments, skip = [], False
+    for argument in sys.argv:
+        if not (skip or argument.startswith("--resume=")) and argument != "--resume":
+            arguments.append(argument)
+        skip = argument == "--resume"
+    return shlex.join(["python", *arguments, "--resume", "auto"])
+
+
+def _say(text: str) -> None:
+    """Write to the console of rank 0. The signal may have come in the middle of another line's output."""
+    if os.environ.get("RANK", "0") == "0":
+        with contextlib.suppress(OSError):
+            os.write(2, text.encode())
