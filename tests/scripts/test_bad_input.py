@@ -119,7 +119,7 @@ BAD_DATA = {
     "unknown extension": ("d.xls", "text", "{}: unknown extension '.xls': give a file that ends in .jsonl, .json, .csv, .parquet"),
     "field of the template": ("d.jsonl", GOOD_ROW, "{}:1: no field 'input': the fields are 'prompt', 'response'"),
     "no row is left": ("d.jsonl", "".join(json.dumps({"prompt": str(i), "response": "".join(chr(33 + (i + j * j) % 90) for j in range(400))}) + "\n" for i in range(20)),
-                       "no rows are left for train: of 12 pairs, 12 have more than data.max_length=48 tokens and 0 no label"),
+                       "no rows are left for train: of 12, 12 have more than data.max_length=48 tokens, 0 no label, and 0 are unusable"),
 }  # fmt: skip
 
 

@@ -89,9 +89,9 @@ def test_seed_decides_split_and_order(tiny_config):
 def test_tokenizer_has_not_seen_the_held_out_rows(tiny_config, monkeypatch):
     seen = []
 
-    def spy(texts, size):
+    def spy(texts, *settings):
         seen.extend(texts)
-        return train_tokenizer(seen, size)
+        return train_tokenizer(seen, *settings)
 
     monkeypatch.setattr("utils.data.dataset.train_tokenizer", spy)
     data = prepare(load_config(str(tiny_config), []))
