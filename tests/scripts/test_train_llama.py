@@ -63,6 +63,12 @@ def test_settings_of_a_model_that_was_not_fetched_are_refused(tmp_path, monkeypa
         load_config(str(ROOT / "configs" / "llama_smollm2.yaml"), [])
     (tmp_path / "models" / "smollm2-135m").mkdir(parents=True)
     assert load_config(str(ROOT / "configs" / "llama_smollm2.yaml"), []).run.name == "llama_smollm2"
+    chat = str(ROOT / "configs" / "llama_smollm2_chat.yaml")
+    with pytest.raises(UserError, match=r"data\.files: there is no file data/docstring_chats\.jsonl"):
+        load_config(chat, [])
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "docstring_chats.jsonl").touch()
+    assert load_config(chat, []).data.format == "chat"
 
 
 def test_llama_learns_to_summarize(tiny_config, tmp_path, read_metrics, capsys):

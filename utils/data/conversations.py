@@ -132,9 +132,10 @@ def _read_message(record: Record, field: str, number: int, message: Any) -> Mess
 def _text(record: Record, where: str, content: Any) -> str:
     if isinstance(content, Sequence) and not isinstance(content, str):
         parts = [part.get("text") if isinstance(part, Mapping) else part for part in content]
-        if not all(isinstance(part, str) for part in parts):
+        texts = [part for part in parts if isinstance(part, str)]
+        if len(texts) < len(parts):
             raise record.unusable(f"{where} has parts that are no texts: only texts can be trained on")
-        content = "".join(parts)
+        content = "".join(texts)
     return Record(f"{record.location}: {where}", {"content": content}, record.numbers).text("content")
 
 

@@ -50,7 +50,7 @@ class RunLog:
         self._log_file = set_up_loggers()
         self._lock = FileLock(self.directory.with_name(f".{config.run.name}.lock"), timeout=0)
         if not sys.stderr.isatty():
-            _disable_progress_bars()
+            disable_progress_bars()
         if config.run.tensorboard:
             _require_tensorboard()
 
@@ -177,7 +177,7 @@ def _make_directory(directory: Path) -> None:
     directory.mkdir()
 
 
-def _disable_progress_bars() -> None:
+def disable_progress_bars() -> None:
     """Disable the progress bars of libraries, which write to files as well as to terminals."""
     import datasets
     import transformers
