@@ -4,7 +4,8 @@ python train_gpt.py --config configs/gpt.yaml
 python train_gpt.py --config configs/gpt.yaml train.lr=1e-4 train.steps=200
 python train_gpt.py --config configs/gpt_13b.yaml --plan-only
 
-This is the loop that one would write for a single GPU. Everything parallel is in one line, the first of `main`.
+This is the loop that one would write for a single GPU.
+Everything parallel is in one line, the first of `main`.
 """
 
 import sys

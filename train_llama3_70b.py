@@ -4,7 +4,8 @@ python train_llama3_70b.py --plan-only
 python train_llama3_70b.py --config configs/llama_small.yaml
 python train_llama3_70b.py --config configs/llama_smollm2.yaml train.steps=20
 
-This is the loop that one would write for a single GPU. Everything parallel is in one line, the first of `main`.
+This is the loop that one would write for a single GPU.
+Everything parallel is in one line, the first of `main`.
 """
 
 import sys

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from moreh.errors import MorehError
+from moreh.tables import terminal_width
 from utils.accelerator import accelerator_of
 from utils.config.schema import Config
 from utils.config.section import expand_home
@@ -49,6 +50,10 @@ def run_script(
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_argument("overrides", nargs="*", metavar="SECTION.KEY=VALUE", help="settings that replace the file's")
+    if not {"-h", "--help"}.isdisjoint(sys.argv[1:]):
+        from utils.config.markdown import settings_help
+
+        parser.epilog = settings_help(terminal_width())
     arguments = parser.parse_intermixed_args()
     overrides = arguments.overrides + ([f"checkpoint.resume={arguments.resume}"] if arguments.resume else [])
 

@@ -8,9 +8,10 @@ import yaml
 from moreh.models.families.registry import planned_families
 from moreh.options import OPTIMIZATIONS, ParallelOptions
 from utils.config import architecture_keys
-from utils.config.markdown import settings_markdown
+from utils.config.markdown import settings_help, settings_markdown
 from utils.config.schema import Config
 from utils.config.yaml_file import load_config
+from utils.errors import UserError
 
 
 def sections(model=Config, path=()):
@@ -72,3 +73,37 @@ def test_keys_read_from_the_sources_are_keys_that_transformers_knows(family):
         pytest.skip("the configuration of this family is found by importing transformers")
     known = set(CONFIG_MAPPING[family]().to_dict()) | set(CONFIG_MAPPING[family].attribute_map)
     assert declared <= known
+
+
+def test_one_name_on_the_command_line_is_a_list_of_one(tiny_config, tmp_path):
+    other = tmp_path / "other.jsonl"
+    other.touch()
+    assert load_config(str(tiny_config), [f"data.files={other}"]).data.files == [str(other)]
+    assert load_config(str(tiny_config), ["data.docstrings=stdlib"]).data.docstrings == ["stdlib"]
+
+
+@pytest.mark.parametrize(
+    ("override", "section", "replaced"),
+    [
+        ("data.hub=some/data", "data", "files"),
+        ("data.docstrings=[stdlib]", "data", "files"),
+        ("train.epochs=2", "train", "steps"),
+        ("model.pretrained=some/model", "model", "architecture"),
+    ],
+)
+def test_one_of_several_on_the_command_line_takes_the_place_of_the_files(tiny_config, override, section, replaced):
+    overrides = [override, "tokenizer={}"] if section == "model" else [override]
+    assert getattr(getattr(load_config(str(tiny_config), overrides), section), replaced) is None
+
+
+def test_two_of_several_on_the_command_line_are_refused(tiny_config):
+    with pytest.raises(UserError, match="give exactly one of steps and epochs"):
+        load_config(str(tiny_config), ["train.steps=3", "train.epochs=2"])
+
+
+def test_help_has_every_key():
+    text = settings_help(80)
+    for name, section in Config.model_fields.items():
+        for key in getattr(section.annotation, "model_fields", {}):
+            assert f"\n  {name}.{key}: " in text
+    assert max(map(len, text.splitlines())) <= 80

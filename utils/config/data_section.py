@@ -2,13 +2,15 @@
 
 import string
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 from typing_extensions import Self
 
 from utils.config.section import NonEmpty, PathText, Positive, Section
 
+SOURCES = ("docstrings", "summaries", "files", "hub")
+"""The keys of which exactly one names where the data comes from."""
 # Files by which a directory of `save_to_disk` is known: of a dataset, and of a dictionary of splits.
 SAVED_DATASET = "state.json"
 SAVED_SPLITS = "dataset_dict.json"
@@ -73,9 +75,14 @@ class DataSection(Section):
     eval_rows: Positive | None = None
     """Rows held out of training for evaluation, chosen at random with the seed; null: a tenth, at most 200."""
 
+    @field_validator("docstrings", "summaries", "files", mode="before")
+    @classmethod
+    def _one_name_is_a_list_of_one(cls, names: Any) -> Any:
+        return [names] if isinstance(names, str) else names
+
     @model_validator(mode="after")
     def _exactly_one_source(self) -> Self:
-        sources = [name for name in ("docstrings", "summaries", "files", "hub") if getattr(self, name) is not None]
+        sources = [name for name in SOURCES if getattr(self, name) is not None]
         if len(sources) != 1:
             raise ValueError(
                 f"give exactly one of docstrings, summaries, files and hub; given: {', '.join(sources) or 'none'}"

@@ -1,4 +1,4 @@
-"""Writes docs/configuration.md from the declarations: every section and key with its type, default and meaning.
+"""Writes docs/configuration.md, and the list in --help, from the declarations: type, default and meaning of each key.
 
 A test compares the page with `settings_markdown()`. `python -m utils.config > docs/configuration.md` renews the page.
 """
@@ -35,6 +35,9 @@ On the command line, the value of a text key is taken literally, line breaks and
 Quotes around the whole value are read as in YAML.
 The value of any other key is read as YAML 1.2: `010` is ten, and `yes` is text.
 A path may begin with `~`.
+A list of one name may be written as the name: `data.files=pairs.jsonl`.
+Of the keys of which exactly one is given, such as `data.files` and `data.docstrings`, the one on the command line takes
+the place of the other in the file.
 
 An unknown key or a value that is not allowed is an error that names the file and the line.
 All errors of a file are reported at once.
@@ -52,6 +55,16 @@ def settings_markdown() -> str:
     for name, reference in schema["properties"].items():
         parts += _section(name, _resolved(reference, schema), schema)
     return "\n".join(parts)
+
+
+def settings_help(width: int) -> str:
+    """The keys of all settings with type, default and the first sentence of their meaning, for --help."""
+    lines = ["settings, in the file or as SECTION.KEY=VALUE (more in docs/configuration.md):"]
+    for item in re.findall(r"^- \*\*`(\S+)`\*\*: (.*\n(?:  .*\n)*)", settings_markdown(), re.M):
+        first, *others = re.split(r"(?<=\.) (?=[A-Z`])", " ".join(item[1].replace("`", "").split()))
+        text = " ".join([f"{item[0]}: {first}", *others[:1]])
+        lines += textwrap.wrap(text, width, initial_indent="  ", subsequent_indent="      ", break_on_hyphens=False)
+    return "\n".join(lines)
 
 
 def _section(path: str, section: dict[str, Any], schema: dict[str, Any]) -> list[str]:

@@ -11,9 +11,13 @@ from typing_extensions import Self
 
 from moreh.options import MAX_WORKERS
 from utils.config.architecture_keys import check_architecture_keys
+from utils.config.data_section import SOURCES
 from utils.config.data_section import DataSection as DataSection
 from utils.config.hook_section import ParallelizationSection
 from utils.config.section import NonEmpty, NotNegative, PathText, Positive, Section
+
+EXCLUSIVE_KEYS = {"data": SOURCES, "model": ("pretrained", "architecture"), "train": ("steps", "epochs")}
+"""Keys of a section of which exactly one is given. One on the command line takes the place of another in the file."""
 
 
 class RunSection(Section):

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from moreh.options import did_you_mean
-from utils.config.schema import Config
+from utils.config.schema import EXCLUSIVE_KEYS, Config
 from utils.config.yaml_12 import Dumper, Loader
 from utils.errors import UserError
 
@@ -125,10 +125,19 @@ def _apply_override(content: dict[str, Any], locations: Locations, text: str) ->
             return f"command line: {dotted}: {'.'.join(keys[:depth])} is {_shown(section)}, not a section with keys"
     section[keys[-1]] = value
     # The value replaces all that the file has below the key.
-    for replaced in [key_path for key_path in locations if key_path[: len(keys)] == tuple(keys)]:
-        del locations[replaced]
+    _forget(locations, tuple(keys))
     locations[tuple(keys)] = "command line"
+    if len(keys) == 2 and value is not None and keys[1] in EXCLUSIVE_KEYS.get(keys[0], ()):
+        for other in set(EXCLUSIVE_KEYS[keys[0]]) - {keys[1]}:
+            if locations.get((keys[0], other)) != "command line":
+                section.pop(other, None)
+                _forget(locations, (keys[0], other))
     return None
+
+
+def _forget(locations: Locations, key: KeyPath) -> None:
+    for below in [key_path for key_path in locations if key_path[: len(key)] == key]:
+        del locations[below]
 
 
 def _override_value(keys: tuple[str, ...], text: str) -> Any:
