@@ -31,7 +31,7 @@ def test_output_to_a_file_is_plain_lines(run, tiny_config, tmp_path):
     )
     assert finished.returncode == 0, finished.stderr
     assert "\r" not in finished.stdout + finished.stderr
-    step_line = r"^\[Step \d/4\] \| Loss: [^|]* \| Duration: [^|]* sec \| Throughput: [^|]* tokens/sec$"
+    step_line = r"^\[Step \d/4\] [\d]+% \| Loss: [^|]* \| lr [^|]* \| norm [^|]* \| [^|]* tokens/s \| [^|]* GiB"
     assert len(re.findall(step_line, finished.stdout, re.M)) == 4
     assert "[info] MoAI Accelerator is ready to use." in finished.stdout
     assert (
@@ -66,7 +66,7 @@ def test_progress_bar_is_shown_on_a_terminal(environment, tiny_config):
         pass
     assert process.wait() == 0
     assert b"training: " in text
-    assert b"\r[Step 1/4] | Loss: " in text or b"\n[Step 1/4] | Loss: " in text
+    assert b"\r[Step 1/4] 25% | Loss: " in text or b"\n[Step 1/4] 25% | Loss: " in text
 
 
 def test_tensorboard_files_are_written_if_wanted(train):

@@ -51,12 +51,15 @@ def test_run_leaves_the_documented_files(train, read_metrics, capsys):
 
     output = capsys.readouterr().out
     assert re.search(
-        r"^\[Step 2/4\] \| Loss: \d+\.\d+ \| Duration: \d+\.\d\d sec \| Throughput: \d+\.\d\d tokens/sec$", output, re.M
+        r"^\[Step 2/4\] 50% \| Loss: \d+\.\d+ \| lr \d\.\de-\d\d \| norm \d+\.\d\d \| [\d,]+ tokens/s \| "
+        r"\d+\.\d GiB \| \d+ s left$",
+        output,
+        re.M,
     )
     assert len(re.findall(r"^\[Step [024]/4\] \| Held-out loss: ", output, re.M)) == 3
     assert output.count("Sample:\n") == 3
     log = (directory / "train.log").read_text(encoding="utf-8")
-    assert re.search(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d+ \[Step 4/4\] \| Loss: ", log, re.M)
+    assert re.search(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d+ \[Step 4/4\] 100% \| Loss: ", log, re.M)
 
 
 def test_task_is_to_write_a_body_from_signature_and_docstring():

@@ -18,6 +18,8 @@ from utils.text.decoding import decode_answer
 # A little below 1: a small model's text still varies but seldom turns to noise.
 SAMPLE_TEMPERATURE = 0.6
 SAMPLE_TOP_P = 0.9
+# Above this loss, which no trained model has, a perplexity is a number of many digits.
+_MAX_SHOWN_LOSS = 20
 
 # A function of the training script: given the prompt, the model's text and the response in the data, the log's text.
 ShowSample = Callable[[str, str, str], str]
@@ -49,7 +51,8 @@ class Evaluation:
             UserError: the loss is not finite.
         """
         loss = evaluate(self._model, self._loader)
-        self._log.info(f"[Step {step}/{self._total_steps}] | Held-out loss: {loss:.4f}")
+        perplexity = f", perplexity {math.exp(loss):,.1f}" if loss < _MAX_SHOWN_LOSS else ""
+        self._log.info(f"[Step {step}/{self._total_steps}] | Held-out loss: {loss:.4f}{perplexity}")
         if not math.isfinite(loss):
             raise UserError(
                 f"step {step}: the held-out loss is {loss}, so the model is not saved; try a smaller train.lr"

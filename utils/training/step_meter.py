@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import psutil
 import torch
 
 from utils.config.schema import Config
@@ -18,7 +19,7 @@ class StepMeter:
     """Times steps, and logs one line for every `log.every_steps` of them.
 
     The time of a step begins before its batches are loaded and ends with `finish`. Evaluation, logging and checkpoints
-    are not part of it. The console counts real tokens, without padding.
+    are not part of it; they are part of the time that is left. The console counts real tokens, without padding.
     """
 
     def __init__(self, config: Config, log: RunLog, total_steps: int) -> None:
@@ -26,12 +27,16 @@ class StepMeter:
         self._start = time.perf_counter()
         # Totals since the last line on the console.
         self._real_tokens, self._seconds = 0, 0.0
+        # When the first step began, and how many steps have ended since.
+        self._first_start, self._steps_done = math.nan, 0
 
     def timed(self, steps: Iterable[tuple[int, list[Batch]]]) -> Iterator[tuple[int, list[Batch]]]:
         """The same steps, each with the clock started before its batches are loaded."""
         iterator = iter(steps)
         while True:
             self._start = time.perf_counter()
+            if math.isnan(self._first_start):
+                self._first_start = self._start
             step = next(iterator, None)
             if step is None:
                 return
@@ -60,10 +65,12 @@ class StepMeter:
         padded_tokens = sum(batch["input_ids"].numel() for batch in batches)
         self._real_tokens += real_tokens
         self._seconds += seconds
+        self._steps_done += 1
         if step % self._every == 0 or step == self._total_steps:
+            speed, memory = self._real_tokens / self._seconds, _memory_in_use() / 2**30
             self._log.info(
-                f"[Step {step}/{self._total_steps}] | Loss: {loss:.4f} | Duration: {self._seconds:.2f} sec | "
-                f"Throughput: {self._real_tokens / self._seconds:.2f} tokens/sec"
+                f"[Step {step}/{self._total_steps}] {step / self._total_steps:.0%} | Loss: {loss:.4f} | lr {lr:.1e} | "
+                f"norm {grad_norm:.2f} | {speed:,.0f} tokens/s | {memory:.1f} GiB{self._time_left(step)}"
             )
             self._real_tokens, self._seconds = 0, 0.0
         return {
@@ -76,3 +83,29 @@ class StepMeter:
             "padded_tokens_per_s": padded_tokens / seconds,
             "memory_bytes": torch.cuda.max_memory_allocated(),
         }
+
+    def _time_left(self, step: int) -> str:
+        """What the rest of the run takes, at the pace until now; nothing after the last step."""
+        if step == self._total_steps:
+            return ""
+        pace = (time.perf_counter() - self._first_start) / self._steps_done
+        return f" | {duration_text(pace * (self._total_steps - step))} left"
+
+
+def _memory_in_use() -> int:
+    """Bytes that the run really holds: the most on a GPU, or those of this process where there is none."""
+    if torch.accelerator.current_accelerator() is not None:
+        return torch.accelerator.max_memory_allocated()
+    return int(psutil.Process().memory_info().rss)
+
+
+def duration_text(seconds: float) -> str:
+    """A duration as "45 s", "12 min" or "3 h 05 min".
+
+    >>> duration_text(44.6), duration_text(725), duration_text(11_120)
+    ('45 s', '12 min', '3 h 05 min')
+    """
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
