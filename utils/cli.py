@@ -15,7 +15,7 @@ from utils.accelerator import accelerator_of
 from utils.config.schema import Config
 from utils.config.section import expand_home
 from utils.config.yaml_file import load_config
-from utils.errors import Stopped, UserError
+from utils.errors import DryRunEnd, Stopped, UserError
 from utils.logging.run_log import RunLog
 
 if TYPE_CHECKING:
@@ -40,6 +40,9 @@ def run_script(
     show_any_text()
     parser.add_argument("--config", default=default_config, metavar="FILE", help="settings (default: %(default)s)")
     parser.add_argument("--plan-only", action="store_true", help="print how the accelerator would run it, and exit")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="train three steps, say how long the run would take, write nothing"
+    )
     parser.add_argument(
         "--show-rows", type=_positive, metavar="N", help="print N training rows with their labels marked, and exit"
     )
@@ -69,7 +72,7 @@ def run_script(
 
             print_rows(config, make_pair, make_example, arguments.show_rows)
         else:
-            run_main(main, config)
+            run_main(main, config, is_dry=arguments.dry_run)
 
     return exit_code_of(program, debug=arguments.debug)
 
@@ -87,11 +90,11 @@ def show_any_text() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def run_main(main: Main, config: Config) -> None:
+def run_main(main: Main, config: Config, *, is_dry: bool = False) -> None:
     """Call the main function of a training script, with the accelerator of the settings and the log of the run."""
     if "torch" not in sys.modules:
         _import_libraries()
-    with RunLog(config) as log, accelerator_of(config.accelerator):
+    with RunLog(config, is_dry=is_dry) as log, accelerator_of(config.accelerator):
         main(config, log)
 
 
@@ -119,6 +122,8 @@ def exit_code_of(program: Callable[[], None], *, debug: bool) -> int:
         for problem in str(error).splitlines():
             print(f"error: {problem}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except DryRunEnd as end:
+        print(end)
     except Stopped as stop:
         print(stop, file=sys.stderr)
         return EXIT_SIGNAL + stop.signal_number

@@ -19,6 +19,10 @@ class UserError(Exception):
         super().__init__("\n".join(self.problems))
 
 
+class DryRunEnd(Exception):
+    """A dry run has seen enough; the message says what the run would take."""
+
+
 class Stopped(Exception):
     """The run was asked to stop by a signal, and has saved what it had done."""
 

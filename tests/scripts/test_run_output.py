@@ -128,6 +128,21 @@ def test_second_interrupt_ends_the_run_at_any_time(environment, tiny_config, tmp
     )
 
 
+def test_dry_run_says_how_long_the_run_takes_and_writes_nothing(run_forked, tiny_config, tmp_path):
+    settings = ["train.steps=1000", "log.eval_every_steps=300", "checkpoint.every_steps=1"]
+    finished = run_forked(sys.executable, "train_gpt.py", "--config", tiny_config, "--dry-run", *settings)
+    assert finished.returncode == 0, finished.stderr
+    last = finished.stdout.splitlines()[-1]
+    pattern = r"Dry run: a step takes ([\d.]+) s \(the first [\d.]+ s\), an evaluation ([\d.]+) s, and 1000 steps with "
+    found = re.match(
+        pattern + r"5 evaluations about (\d+) (s|min); [\d.]+ GiB of memory in use\. Nothing was written\.", last
+    )
+    assert found, last
+    expected = 1000 * float(found[1]) + 5 * float(found[2])
+    assert float(found[3]) * (60 if found[4] == "min" else 1) == pytest.approx(expected, rel=0.5)
+    assert not (tmp_path / "runs" / "tiny").exists()
+
+
 def test_accelerator_model_of_the_settings_is_switched_to(run, run_forked, tiny_config):
     finished = run_forked(
         sys.executable, "train_gpt.py", "--config", tiny_config, "accelerator.model=4xLarge.2048GB", "train.steps=1"

@@ -66,6 +66,7 @@ class Log:
 
     def __init__(self, directory):
         self.directory = directory
+        self.is_dry = False
 
     def __getattr__(self, name):
         return lambda *arguments: None

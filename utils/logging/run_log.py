@@ -15,7 +15,7 @@ from typing_extensions import Self
 
 from utils.config.schema import Config
 from utils.config.yaml_file import save_config
-from utils.errors import Stopped, UserError
+from utils.errors import DryRunEnd, Stopped, UserError
 from utils.logging.console import set_up_loggers, train_logger
 from utils.workers import rank
 
@@ -40,9 +40,13 @@ class RunLog:
     workers only rank 0 writes: on the other ranks all methods do nothing.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, *, is_dry: bool = False) -> None:
         self.directory = Path(config.run.directory) / config.run.name
         """The directory of the run."""
+        self.is_dry = is_dry
+        """Whether the run writes nothing, and ends after a few steps."""
+        self.evaluation_s = 0.0
+        """Seconds of the last evaluation, its sample included."""
         self._config = config
         self._metrics: TextIO | None = None
         self._bar: tqdm[Any] | None = None
@@ -65,7 +69,7 @@ class RunLog:
         Raises:
             UserError: the directory cannot be made, or another run of the same name is writing to it.
         """
-        if self.is_writer:
+        if self.is_writer and not self.is_dry:
             self._open(lambda: _make_directory(self.directory))
 
     def resume(self, step: int) -> None:
@@ -74,7 +78,7 @@ class RunLog:
         Raises:
             UserError: for the reasons of `start`, or because metrics.jsonl is damaged.
         """
-        if not self.is_writer or not self.directory.exists():
+        if not self.is_writer or self.is_dry or not self.directory.exists():
             self.start()
             return
         # The steps after the checkpoint are repeated.
@@ -115,7 +119,7 @@ class RunLog:
             self._bar.close()
         if isinstance(error, Stopped):
             self._log_file.handle(logging.LogRecord("train", logging.INFO, "", 0, str(error), (), None))
-        elif error is not None:
+        elif error is not None and not isinstance(error, DryRunEnd):
             text = f"the run ended with {kind.__name__ if kind else 'an error'}"
             self._log_file.handle(
                 logging.LogRecord("train", logging.ERROR, "", 0, text, (), (type(error), error, trace))
@@ -134,14 +138,14 @@ class RunLog:
 
     def show_progress(self, total_steps: int) -> None:
         """Show a progress bar if standard error is a terminal."""
-        if self.is_writer:
+        if self.is_writer and not self.is_dry:
             self._bar = tqdm(total=total_steps, desc="training", unit=" steps", disable=None)
 
     def log_step(self, metrics: dict[str, float]) -> None:
         """Write the metrics of a step, some of `METRIC_KEYS`, and move the progress bar."""
         unknown = metrics.keys() - set(METRIC_KEYS)
         assert not unknown, unknown
-        if not self.is_writer:
+        if not self.is_writer or self.is_dry:
             return
         assert self._metrics is not None, "start() comes first"
         print(json.dumps(metrics, allow_nan=False), file=self._metrics, flush=True)

@@ -98,6 +98,8 @@ class Checkpoints:
         Raises:
             Stopped: a signal has asked a worker to stop, and the state is saved.
         """
+        if self._log.is_dry:
+            return
         request = self._request()
         stops = request >= _STOP and step < self._total_steps  # after the last step, the model is about to be saved
         every = self._settings.every_steps

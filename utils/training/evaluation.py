@@ -1,6 +1,7 @@
 """The loss on held-out rows, and a sample of what the model writes."""
 
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -50,6 +51,7 @@ class Evaluation:
         Raises:
             UserError: the loss is not finite.
         """
+        started = time.perf_counter()
         loss = evaluate(self._model, self._loader)
         perplexity = f", perplexity {math.exp(loss):,.1f}" if loss < _MAX_SHOWN_LOSS else ""
         self._log.info(f"[Step {step}/{self._total_steps}] | Held-out loss: {loss:.4f}{perplexity}")
@@ -59,6 +61,7 @@ class Evaluation:
             )
         if self._config.log.sample_tokens > 0:
             self._log.info(f"Sample:\n{self._sample()}")
+        self._log.evaluation_s = time.perf_counter() - started
         if math.isnan(self.first_loss):
             self.first_loss = loss
         self.last_loss = loss

@@ -1,6 +1,7 @@
 """Measures the steps of a run: tokens per second, memory, and the line that the console shows."""
 
 import math
+import statistics
 import time
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -11,8 +12,11 @@ import torch
 from utils.config.schema import Config
 from utils.data.batches import Batch
 from utils.data.labels import count_labels
-from utils.errors import UserError
+from utils.errors import DryRunEnd, UserError
 from utils.logging.run_log import RunLog
+
+# Steps of a dry run; the first, which plans and allocates, does not count.
+_DRY_STEPS = 3
 
 
 class StepMeter:
@@ -29,6 +33,8 @@ class StepMeter:
         self._real_tokens, self._seconds = 0, 0.0
         # When the first step began, and how many steps have ended since.
         self._first_start, self._steps_done = math.nan, 0
+        self._evaluations = evaluations_of(config, total_steps)
+        self._step_s: list[float] = []
 
     def timed(self, steps: Iterable[tuple[int, list[Batch]]]) -> Iterator[tuple[int, list[Batch]]]:
         """The same steps, each with the clock started before its batches are loaded."""
@@ -66,6 +72,10 @@ class StepMeter:
         self._real_tokens += real_tokens
         self._seconds += seconds
         self._steps_done += 1
+        if self._log.is_dry:
+            self._step_s.append(seconds)
+            if len(self._step_s) == _DRY_STEPS or step == self._total_steps:
+                raise DryRunEnd(self._dry_report())
         if step % self._every == 0 or step == self._total_steps:
             speed, memory = self._real_tokens / self._seconds, _memory_in_use() / 2**30
             self._log.info(
@@ -84,12 +94,28 @@ class StepMeter:
             "memory_bytes": torch.cuda.max_memory_allocated(),
         }
 
+    def _dry_report(self) -> str:
+        """What the whole run takes, at the pace of the steps after the first one."""
+        step_s = statistics.mean(self._step_s[1:] or self._step_s)
+        total = self._total_steps * step_s + self._evaluations * self._log.evaluation_s
+        return (
+            f"Dry run: a step takes {step_s:.2f} s (the first {self._step_s[0]:.2f} s), an evaluation "
+            f"{self._log.evaluation_s:.2f} s, and {self._total_steps} steps with {self._evaluations} evaluations about "
+            f"{duration_text(total)}; {_memory_in_use() / 2**30:.1f} GiB of memory in use. Nothing was written."
+        )
+
     def _time_left(self, step: int) -> str:
         """What the rest of the run takes, at the pace until now; nothing after the last step."""
         if step == self._total_steps:
             return ""
         pace = (time.perf_counter() - self._first_start) / self._steps_done
         return f" | {duration_text(pace * (self._total_steps - step))} left"
+
+
+def evaluations_of(config: Config, total_steps: int) -> int:
+    """How many evaluations a run has: before the first step, every `log.eval_every_steps`, and after the last step."""
+    every = config.log.eval_every_steps or total_steps
+    return 1 + total_steps // every + (total_steps % every > 0)
 
 
 def _memory_in_use() -> int:
