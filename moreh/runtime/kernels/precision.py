@@ -65,7 +65,7 @@ def inside_autocast() -> bool:
 
 
 def bfloat16_speedup(device: torch.device) -> float:
-    """How many times as fast bfloat16 matmuls are as float32 ones. Takes tens of milliseconds.
+    """How many times as fast bfloat16 matmuls are as float32 ones. Takes a fraction of a second.
 
     It is the ratio of the fastest matmuls, taken in turns: other programs can only slow a matmul down.
     """
