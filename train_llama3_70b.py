@@ -1,6 +1,6 @@
 """Fine-tune Llama-3-70B, or a smaller model of its kind, to summarize a text.
 
-python train_llama3_70b.py --plan-only
+python train_llama3_70b.py --plan-only accelerator.model=8xLarge.4096GB
 python train_llama3_70b.py --config configs/llama_small.yaml
 python train_llama3_70b.py --config configs/llama_smollm2.yaml train.steps=20
 

@@ -20,6 +20,7 @@ SECONDS_UNTIL_KILL = 10.0
 MAX_SECONDS_BETWEEN = 86_400.0
 # The value of a device option that was given without its argument: the tool asks for it.
 ASK = ""
+DEVICE_OPTIONS = ("--list", "--add", "--rm", "--switch")
 EXAMPLES = """\
 Examples:
   moreh-smi                        what runs, and how much memory it uses
@@ -141,6 +142,14 @@ def _ends_within(seconds: float, job: Job) -> bool:
     return True
 
 
+def _with_command(arguments: list[str]) -> list[str]:
+    """The arguments with `device` before its options, which the platform takes without it: `moreh-smi --rm 1`."""
+    first = next((i for i, text in enumerate(arguments) if text.partition("=")[0] in DEVICE_OPTIONS), None)
+    if first is None or "device" in arguments:
+        return arguments
+    return [*arguments[:first], "device", *arguments[first:]]
+
+
 def _seconds(text: str) -> float:
     try:
         seconds = float(text)
@@ -204,7 +213,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     device.add_argument(
         "--json", action="store_true", default=argparse.SUPPRESS, help="Print the resulting list as JSON."
     )
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(_with_command(arguments))
     actions = {
         "device": options.command == "device",
         "--token": options.token,

@@ -1,7 +1,10 @@
-"""The names `torch.moreh`, under which scripts find this package, and `torch.version.moreh`."""
+"""The platform's names in torch: `torch.moreh`, `torch.version.moreh`, and the operators in `torch.ops.moreh`."""
 
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
+from moreh.errors import OptionError
 from moreh.patches.patch import Patch
 
 TORCH_MOREH = Patch(
@@ -18,9 +21,43 @@ TORCH_VERSION_MOREH = Patch(
     tested=("torch 2.13",),
     adds=True,
 )
+# Of the platform's other operators, what computes the same.
+INSTEAD = {
+    "flash_attention": "torch.nn.functional.scaled_dot_product_attention",
+    "T5LayerNorm": "torch.nn.RMSNorm",
+    "apply_rotary_emb": "apply_rotary_pos_emb of the model's own file in transformers",
+    "Adafactor": "torch.optim.Adafactor",
+}
+TORCH_OPS_MOREH = Patch(
+    target="torch.ops.moreh",
+    names=("scaled_dot_product_attention", *INSTEAD),
+    why="Models written for the MoAI Platform call its operators: one is torch's own function, the others say what to "
+    "use instead.",
+    no_public_way="torch.library registers operators with types of arguments, and those of the platform's are not "
+    "published.",
+    tested=("torch 2.13",),
+    adds=True,
+)
 
 
 def add_to_torch(package: ModuleType, version: str) -> None:
-    """Let `torch.moreh` be this package, and `torch.version.moreh` its version. Once in a process."""
+    """Let `torch.moreh` be this package and `torch.version.moreh` its version, and add the operators. Once only."""
+    from torch.nn import functional
+
     TORCH_MOREH.install(lambda _: package)
     TORCH_VERSION_MOREH.install(lambda _: version)
+    TORCH_OPS_MOREH.install_each(
+        lambda name, _: _refused(name) if name in INSTEAD else functional.scaled_dot_product_attention
+    )
+
+
+def _refused(name: str) -> Callable[..., Any]:
+    """An operator whose calls raise an OptionError."""
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise OptionError(
+            f"torch.ops.moreh.{name} is an operator of the platform, which is not here: use {INSTEAD[name]} in its "
+            "place"
+        )
+
+    return refuse

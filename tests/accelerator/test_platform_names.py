@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from moreh.errors import OptionError
 from moreh.version import __version__
 
 SCRIPT = """
@@ -25,13 +26,47 @@ def test_version_is_where_the_platform_has_it():
     assert torch.version.moreh == __version__
 
 
-@pytest.mark.parametrize("name", ["torch.moreh.option.parallelizer_init", "torch.moreh.pipeline_assign"])
+@pytest.mark.parametrize(
+    "name",
+    ["torch.moreh.option.parallelizer_init", "torch.moreh.pipeline_assign", "torch.moreh.MixedPrecisionTrainer"],
+)
 def test_older_entry_points_name_the_line(name):
     owner, _, attribute = name.rpartition(".")
     owner = torch.moreh.option if owner.endswith("option") else torch.moreh
     assert not hasattr(owner, attribute)
     with pytest.raises(AttributeError, match=rf"{name} is an older .*: call torch.moreh.option.enable_advanced_para"):
         getattr(owner, attribute)
+
+
+def test_attention_of_the_platform_is_torchs_own():
+    inputs = torch.randn(3, 2, 4, 5, 8, requires_grad=True)
+    actual = torch.ops.moreh.scaled_dot_product_attention(*inputs, is_causal=True)
+    expected = torch.nn.functional.scaled_dot_product_attention(*inputs, is_causal=True)
+    assert torch.equal(actual, expected)
+    gradients = [torch.autograd.grad(output.square().sum(), inputs)[0] for output in (actual, expected)]
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    [
+        ("flash_attention", "torch.nn.functional.scaled_dot_product_attention"),
+        ("T5LayerNorm", "torch.nn.RMSNorm"),
+        ("apply_rotary_emb", "apply_rotary_pos_emb of the model's own file"),
+        ("Adafactor", "torch.optim.Adafactor"),
+    ],
+)
+def test_other_operators_of_the_platform_name_what_to_use(name, instead):
+    operator = getattr(torch.ops.moreh, name)
+    with pytest.raises(OptionError, match=rf"^torch\.ops\.moreh\.{name} is .* not here: use {instead} .*in its place$"):
+        operator(torch.ones(2), eps=1e-6)
+
+
+def test_operators_of_this_package_are_where_they_were():
+    import moreh.runtime.kernels.attention  # noqa: F401  defines it
+
+    assert torch.ops.moreh.causal_attention.default
+    assert not hasattr(torch.ops.moreh, "no_such_operator")
 
 
 def test_names_of_the_platform_in_a_script_and_its_environment(run, run_python):

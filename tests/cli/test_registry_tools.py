@@ -99,3 +99,15 @@ def test_model_is_switched_by_the_platforms_flag(run):
     refused = run("moreh-switch-model", "1", "-M", "2")
     assert refused.returncode == 2
     assert "two models, 1 and 2: give one" in refused.stderr
+
+
+def test_options_of_device_need_no_command(run):
+    """As on the platform: `moreh-smi --rm 1`."""
+    assert "Accelerator 1 (Large.256GB) was added." in run("moreh-smi", "--add", "3").stdout
+    assert "Accelerator 1 (Large.256GB) is the current one now." in run("moreh-smi", "--switch=1").stdout
+    listed = json.loads(run("moreh-smi", "--json", "--list").stdout)["accelerators"]
+    assert [accelerator["current"] for accelerator in listed] == [False, True]
+    assert "Accelerator 1 (Large.256GB) was removed." in run("moreh-smi", "--rm", "1").stdout
+    refused = run("moreh-smi", "--rm", "x")
+    assert refused.returncode == 1
+    assert "no accelerator 'x'" in refused.stderr

@@ -15,6 +15,8 @@ SAMPLE = [
     "gradient-penalty",
     "gradient-rows-masked",
     "ema-by-hand",
+    "llama2-tutorial",
+    "gpt-tutorial-lora",
 ]
 
 

@@ -6,6 +6,7 @@ import sys
 
 import psutil
 import pytest
+import yaml
 
 from moreh.accelerator.registry import read_registry, start_job, switch_model
 from moreh.errors import PlanError
@@ -18,6 +19,7 @@ from utils.plan_only import ARCHITECTURE_FILES, ARCHITECTURES, plan_request, pri
 from utils.training.model import load_model
 
 LLAMA_70B = str(ROOT / "configs" / "llama3_70b.yaml")
+LARGE_ENOUGH = "accelerator.model=8xLarge.4096GB"
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +68,9 @@ def run_and_measure(run, tmp_path):
 @pytest.mark.parametrize("script", ["train_llama3_70b.py", "train_gpt.py"])
 def test_large_model_is_planned_without_torch(run_and_measure, state_directory, script):
     profiles = {path.name for path in state_directory.glob("*")}
-    code, output, imported, peak_bytes = run_and_measure(str(ROOT / script), "--config", LLAMA_70B, "--plan-only")
+    code, output, imported, peak_bytes = run_and_measure(
+        str(ROOT / script), "--config", LLAMA_70B, "--plan-only", LARGE_ENOUGH
+    )
     assert code == 0
     assert re.search(r"^Model +meta-llama/Meta-Llama-3-70B, 70,553,706,496 parameters$", output, re.M)
     assert re.search(r"^Accelerator +8xLarge\.4096GB \(64 x MI250 GCD\) on 8 nodes$", output, re.M)
@@ -99,7 +103,7 @@ def test_wrong_setting_and_help_are_answered_without_torch(run_and_measure, argu
 
 
 def test_plans_are_those_of_moreh_plan_and_fit_the_terminal(monkeypatch, capsys, state_directory):
-    print_plan(load_config(LLAMA_70B, []))
+    print_plan(load_config(LLAMA_70B, [LARGE_ENOUGH]))
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines())) <= 100
     actual = plans(printed)
@@ -118,6 +122,14 @@ def test_current_accelerator_is_planned_for_although_it_is_in_use(state_director
     print_plan(load_config(str(tiny_config), ["accelerator={model: 2}"]))
     assert re.search(r"^Accelerator +Medium\.128GB \(2 x", capsys.readouterr().out, re.M)
     assert (state_directory / "registry.json").read_bytes() == before
+
+
+def test_settings_of_the_project_leave_the_accelerator_as_the_user_has_switched_it(state_directory, capsys):
+    for path in (ROOT / "configs").glob("*.yaml"):
+        assert "model" not in yaml.safe_load(path.read_text(encoding="utf-8")).get("accelerator", {}), path
+    switch_model("12xLarge.6144GB")
+    print_plan(load_config(LLAMA_70B, []))
+    assert re.search(r"^Accelerator +12xLarge\.6144GB", capsys.readouterr().out, re.M)
 
 
 def test_new_model_is_described_as_it_will_be_made(state_directory, tiny_config, capsys):
@@ -182,7 +194,7 @@ def test_accelerator_that_is_too_small_names_one_that_is_not(state_directory, ca
     with pytest.raises(
         UserError, match=r"no plan fits xLarge\.512GB .*: the smallest needs .*: give accelerator\.model="
     ) as refused:
-        print_plan(load_config(LLAMA_70B, ["accelerator.model=4"]))
+        print_plan(load_config(LLAMA_70B, []))
     remedy = re.search(r"accelerator\.model=\S+GB", str(refused.value))[0]
     print_plan(load_config(LLAMA_70B, [remedy]))
     assert len(plans(capsys.readouterr().out)) > 0

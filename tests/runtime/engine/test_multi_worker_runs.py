@@ -135,6 +135,7 @@ def test_script_without_seed_or_training_mode_gives_what_it_gives_without_the_li
     expected = losses_in(run_script(source, 1, tmp_path, plain))
     console = run_script(source, workers, tmp_path, {**environment, "FINETUNED": "planned"})
     assert "The number of candidates is" in console
+    assert (tmp_path / "advanced_parallelization_selected_config.dump").exists()
     if plan is not None:
         carried_out = re.search(r"4 workers carry out the plan '(.+?)'", console)[1]
         assert set(plan.split()) <= set(carried_out.split())

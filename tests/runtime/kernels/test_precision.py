@@ -1,5 +1,7 @@
 """When bfloat16 is chosen, and what of a model's outputs is cast back to float32."""
 
+import itertools
+
 import pytest
 import torch
 from transformers.modeling_outputs import CausalLMOutput
@@ -25,6 +27,18 @@ def test_nothing_is_measured_unless_bfloat16_is_requested_on_a_real_device(monke
 
 def test_speedup_is_measured():
     assert 0.01 < precision.bfloat16_speedup(CPU) < 100
+
+
+@pytest.mark.parametrize("speedup", [0.5, 4.0])
+def test_other_programs_do_not_decide(monkeypatch, speedup):
+    """They slow most matmuls down, bfloat16 ones more than the others or less, and never speed one up."""
+    slowdowns = itertools.cycle([9.0, 1.0, 30.0, 2.0, 1.0, 70.0, 5.0])
+
+    def seconds(matrix):
+        return next(slowdowns) * (1.0 if matrix.dtype == torch.float32 else 1 / speedup)
+
+    monkeypatch.setattr(precision, "_matmul_seconds", seconds)
+    assert precision.bfloat16_speedup(CPU) == speedup
 
 
 def test_outputs_are_cast_to_float32_wherever_they_are():
