@@ -1,5 +1,6 @@
 """Errors that a user's input causes. They are shown as lines, without a traceback."""
 
+import importlib.util
 from collections.abc import Sequence
 
 
@@ -21,3 +22,13 @@ class UserError(Exception):
 
 class Stopped(Exception):
     """The run was asked to stop, and has saved a checkpoint to resume from."""
+
+
+def require_package(name: str, key: str) -> None:
+    """Refuse a setting, or what else `key` names, if the package that it needs is not installed.
+
+    Raises:
+        UserError: the package is not installed.
+    """
+    if importlib.util.find_spec(name) is None:
+        raise UserError(f"{key}: the package {name} is not installed: pip install {name}")
