@@ -74,9 +74,9 @@ def test_run_trains_and_saves_adapters_only(train, settings, base, tiny_config, 
     weights = load_file(saved / "adapter_model.safetensors")
     # A and B of c_attn [16 -> 48] and of the feed-forward network's c_proj [64 -> 16]
     assert sum(weight.numel() for weight in weights.values()) == 4 * (16 + 48 + 64 + 16) == 576
-    assert sum(map(torch.numel, before.values())) == 9120
+    assert sum(map(torch.numel, before.values())) == 9136
     log = (directory / "train.log").read_text(encoding="utf-8")
-    text = "LoRA: 576 of 9,696 parameters are trained (5.94%), in adapters of rank 4 around c_attn, mlp.c_proj\n"
+    text = "LoRA: 576 of 9,712 parameters are trained (5.93%), in adapters of rank 4 around c_attn, mlp.c_proj\n"
     assert log.count(text) == 1
 
     lines = read_metrics(directory)

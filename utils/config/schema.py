@@ -58,7 +58,7 @@ class AcceleratorSection(Section):
 
 
 class LoraSection(Section):
-    """LoRA adapters (https://arxiv.org/abs/2106.09685) around matrices of the layers: only they are trained and saved."""
+    """LoRA adapters (https://arxiv.org/abs/2106.09685) of matrices of the layers: only they are trained and saved."""
 
     r: Positive = 16
     """The rank of the adapters."""

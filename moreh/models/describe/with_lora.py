@@ -90,7 +90,20 @@ def _adapted(linear: Linear, lora: Lora, targets: set[str]) -> Iterator[Linear]:
     """The frozen matrix, and the matrices of its adapter if it gets one."""
     yield replace(linear, frozen=True)
     if linear.name in targets and _is_module(linear):
-        copies = {"copies": linear.copies, "active": linear.active}
-        name = f"{linear.name}.lora_A.default"
-        yield Linear(name, linear.inputs, lora.rank, "none", dropped_input=lora.dropout, **copies)
-        yield Linear(f"{linear.name}.lora_B.default", lora.rank, linear.outputs, "none", **copies)
+        first = Linear(
+            f"{linear.name}.lora_A.default",
+            linear.inputs,
+            lora.rank,
+            "none",
+            copies=linear.copies,
+            active=linear.active,
+            dropped_input=lora.dropout,
+        )
+        yield first
+        yield replace(
+            first,
+            name=f"{linear.name}.lora_B.default",
+            inputs=lora.rank,
+            outputs=linear.outputs,
+            dropped_input=False,
+        )
