@@ -21,9 +21,9 @@ from tests.helpers.scripts.tiny_tokenizers import chat_tokenizer, save_gpt2
 from utils.config.yaml_file import load_config
 from utils.errors import UserError
 from utils.plan_only import plan_request, print_plan
+from utils.training.lora import WEIGHTS_FILE
 from utils.training.model import load_model, load_pretrained
 
-# A step of an adapter whose gradients are rounding errors stays small.
 TRAIN = ("train.lr=1e-2", "log.eval_batch_size=8")
 
 
@@ -71,7 +71,7 @@ def test_run_trains_and_saves_adapters_only(train, settings, base, tiny_config, 
     adapter = json.loads((saved / "adapter_config.json").read_text(encoding="utf-8"))
     assert (adapter["base_model_name_or_path"], adapter["r"], adapter["lora_alpha"]) == (str(base), 4, 12)
     assert sorted(adapter["target_modules"]) == ["c_attn", "mlp.c_proj"]
-    weights = load_file(saved / "adapter_model.safetensors")
+    weights = load_file(saved / WEIGHTS_FILE)
     # A and B of c_attn [16 -> 48] and of the feed-forward network's c_proj [64 -> 16]
     assert sum(weight.numel() for weight in weights.values()) == 4 * (16 + 48 + 64 + 16) == 576
     assert sum(map(torch.numel, before.values())) == 9136
@@ -98,8 +98,8 @@ def test_run_trains_and_saves_adapters_only(train, settings, base, tiny_config, 
 
 def test_frozen_weights_do_not_decay_and_adapters_do(train, settings, tiny_config):
     directory = train(*settings(), "train.weight_decay=0.5", "train.seed=3")
-    decayed = load_file(directory / "model" / "adapter_model.safetensors")
-    kept = load_file(train(*settings(), "train.weight_decay=0", "train.seed=3") / "model" / "adapter_model.safetensors")
+    decayed = load_file(directory / "model" / WEIGHTS_FILE)
+    kept = load_file(train(*settings(), "train.weight_decay=0", "train.seed=3") / "model" / WEIGHTS_FILE)
     assert worst(max_difference(decayed[name], kept[name]) for name in kept) > 1e-3
     config = load_config(str(tiny_config), list(settings()))
     model = load_model(config, prepare(config).tokenizer)
@@ -124,7 +124,7 @@ def test_workers_train_the_same_adapters(environment, train, settings, tiny_conf
     assert max_difference(actual, expected) < 1e-5
     names = sorted(path.name for path in (plain / "model").iterdir())
     assert sorted(path.name for path in (directory / "model").iterdir()) == names
-    weights, others = (load_file(run / "model" / "adapter_model.safetensors") for run in (directory, plain))
+    weights, others = (load_file(run / "model" / WEIGHTS_FILE) for run in (directory, plain))
     assert weights.keys() == others.keys()
     assert worst(max_difference(weights[name], others[name]) for name in others) < 1e-4
 
@@ -136,8 +136,23 @@ def test_resumed_run_trains_the_same_adapters(train, settings, read_metrics):
     resumed = train(*overrides, "checkpoint.resume=auto")
     assert [line["step"] for line in read_metrics(resumed)] == [0, 1, 2, 3, 4]
     assert torch.equal(losses(read_metrics(resumed))[-3:], losses(read_metrics(whole))[-3:])
-    weights, others = (load_file(run / "model" / "adapter_model.safetensors") for run in (resumed, whole))
+    weights, others = (load_file(run / "model" / WEIGHTS_FILE) for run in (resumed, whole))
     assert all(torch.equal(weights[name], others[name]) for name in others)
+
+
+def test_run_of_one_worker_is_resumed_on_two(environment, train, settings, tiny_config, tmp_path, read_metrics):
+    overrides = [*settings(), "checkpoint.every_steps=2", "train.schedule=constant"]
+    whole = train("run.name=whole", *overrides).with_name("whole")
+    train(*overrides, "train.steps=2")
+    line = "accelerator.advanced_parallelization={mixed_precision: false}"
+    command = ["train_gpt.py", "--config", tiny_config, "--resume", "auto", *overrides, line]
+    finished = run_forked_workers(command, 2, cwd=ROOT, env=environment)
+    assert not any(process.returncode for process in finished), [process.stderr for process in finished]
+    actual, expected = (read_metrics(tmp_path / "runs" / name) for name in ("tiny", "whole"))
+    assert [line["step"] for line in actual] == [0, 1, 2, 3, 4]
+    assert max_difference(losses(actual)[-3:], losses(expected)[-3:]) < 1e-5
+    weights, others = (load_file(tmp_path / "runs" / name / "model" / WEIGHTS_FILE) for name in ("tiny", "whole"))
+    assert worst(max_difference(weights[name], others[name]) for name in others) < 1e-4
 
 
 def test_merged_model_is_a_plain_one_with_the_same_results(train, run, settings, base, tmp_path):
@@ -219,11 +234,11 @@ def test_adapters_that_cannot_be_loaded_are_refused(train, settings, base, tmp_p
     saved = train(*settings("{r: 2}")) / "model"
     with pytest.raises(UserError, match=rf"there is no model in {saved.parent}.*; did you mean {saved}\?"):
         load_pretrained(str(saved.parent), "the checkpoint")
-    weights = (saved / "adapter_model.safetensors").read_bytes()
-    (saved / "adapter_model.safetensors").write_bytes(weights[:100])
+    weights = (saved / WEIGHTS_FILE).read_bytes()
+    (saved / WEIGHTS_FILE).write_bytes(weights[:100])
     with pytest.raises(UserError, match=rf"^the checkpoint: the adapter in {saved} cannot be loaded: "):
         load_pretrained(str(saved), "the checkpoint")
-    (saved / "adapter_model.safetensors").write_bytes(weights)
+    (saved / WEIGHTS_FILE).write_bytes(weights)
     config = json.loads((saved / "adapter_config.json").read_text(encoding="utf-8"))
     changes = [
         ({"r": 3}, r"cannot be loaded: .*size mismatch"),

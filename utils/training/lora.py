@@ -19,15 +19,14 @@ def add_lora(model: Any, lora: LoraSection, info: Callable[[str], None]) -> Any:
     """The model with new adapters, which do not change its results yet; only they are trained.
 
     Raises:
-        UserError: PEFT is not installed, or a target is not a matrix of the model's layers.
+        UserError: PEFT is not installed, the model has no list of layers, or a target is not a matrix of them.
     """
     require_package("peft", "model.lora")
     from peft import LoraConfig, get_peft_model
 
-    matrices = {
-        name: part for layer in layer_list(model) for name, part in layer.named_modules() if name and is_matrix(part)
-    }
     try:
+        layers = layer_list(model)
+        matrices = {name: part for layer in layers for name, part in layer.named_modules() if is_matrix(part)}
         chosen = targeted(matrices, lora.targets)
     except PlanError as error:
         raise UserError(f"model.lora.targets: {error}") from None

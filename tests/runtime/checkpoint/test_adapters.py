@@ -1,4 +1,4 @@
-"""Adapters of PEFT on several workers: what is trained, generated and saved is what one process has without the line."""
+"""Adapters of PEFT on several workers: training, generation and saving give what one process gives without the line."""
 
 import pytest
 import torch
