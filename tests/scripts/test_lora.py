@@ -142,7 +142,7 @@ def test_resumed_run_trains_the_same_adapters(train, settings, read_metrics):
 
 def test_run_of_one_worker_is_resumed_on_two(environment, train, settings, tiny_config, tmp_path, read_metrics):
     overrides = [*settings(), "checkpoint.every_steps=2", "train.schedule=constant"]
-    whole = train("run.name=whole", *overrides).with_name("whole")
+    train("run.name=whole", *overrides)
     train(*overrides, "train.steps=2")
     line = "accelerator.advanced_parallelization={mixed_precision: false}"
     command = ["train_gpt.py", "--config", tiny_config, "--resume", "auto", *overrides, line]
