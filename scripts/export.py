@@ -16,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
+from transformers import logging
 
 from utils.cli import exit_code_of, show_any_text
 from utils.config.section import expand_home
@@ -71,6 +72,8 @@ def main() -> int:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options = parser.parse_args()
     show_any_text()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
 
     def program() -> None:
         export(options.source, options.target, merge=options.merge, dtype=options.dtype)

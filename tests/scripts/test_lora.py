@@ -159,7 +159,7 @@ def test_merged_model_is_a_plain_one_with_the_same_results(train, run, settings,
     saved = train(*settings()) / "model"
     target = tmp_path / "exported" / "merged"
     finished = run(sys.executable, "scripts/export.py", saved.parent, target, "--merge")
-    assert (finished.returncode, finished.stdout) == (0, f"{target} is ready\n"), finished.stderr
+    assert (finished.returncode, finished.stdout, finished.stderr) == (0, f"{target} is ready\n", "")
     assert [path.name for path in target.parent.iterdir()] == ["merged"]
     assert not (target / "adapter_config.json").exists()
     assert (target / "prompt_template.json").read_text() == (saved / "prompt_template.json").read_text()

@@ -31,18 +31,18 @@ def add_lora(model: Any, lora: LoraSection, info: Callable[[str], None]) -> Any:
     except PlanError as error:
         raise UserError(f"model.lora.targets: {error}") from None
     names = sorted({name.rpartition(".")[2] for name in chosen}) if lora.targets == "all-linear" else lora.targets
-    adapted = get_peft_model(
-        model,
-        LoraConfig(
-            task_type="CAUSAL_LM",
-            r=lora.r,
-            lora_alpha=lora.scale_numerator(),
-            lora_dropout=lora.dropout,
-            target_modules=list(names),
-            # GPT-2's Conv1D has its weights as [inputs, outputs].
-            fan_in_fan_out=any(type(matrices[name]).__name__ == "Conv1D" for name in chosen),
-        ),
+    adapters = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.r,
+        lora_alpha=lora.scale_numerator(),
+        lora_dropout=lora.dropout,
+        target_modules=list(names),
+        # GPT-2's Conv1D has its weights as [inputs, outputs].
+        fan_in_fan_out=any(type(matrices[name]).__name__ == "Conv1D" for name in chosen),
     )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by names that are about to change
+        adapted = get_peft_model(model, adapters)
     parameters = list(adapted.parameters())
     trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     total = sum(parameter.numel() for parameter in parameters)
