@@ -20,7 +20,7 @@ from transformers import logging
 
 from utils.cli import exit_code_of, show_any_text
 from utils.config.section import expand_home
-from utils.errors import UserError
+from utils.errors import UserError, first_line
 from utils.text.template import FILE_NAME
 from utils.text.tokenizers import load_tokenizer
 from utils.training.lora import is_adapter
@@ -47,7 +47,10 @@ def export(source: str, target: Path, *, merge: bool, dtype: str) -> None:
     if merge:
         if not hasattr(model, "merge_and_unload"):
             raise UserError(f"--merge: the adapter in {source} is not LoRA or alike: it has no weights to merge")
-        model = model.merge_and_unload(safe_merge=True)
+        try:
+            model = model.merge_and_unload(safe_merge=True)
+        except ValueError as error:  # a weight that is not finite
+            raise UserError(f"--merge: the adapter in {source} cannot be merged: {first_line(error)}") from error
     model.to(getattr(torch, dtype))
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f"{target.name}.", dir=target.parent) as temporary:
