@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from moreh.models.describe.from_module import describe_module
@@ -183,6 +183,14 @@ def test_merged_model_is_a_plain_one_with_the_same_results(train, run, settings,
         finished = run(sys.executable, "scripts/export.py", *arguments)
         assert (finished.returncode, finished.stderr) == (2, f"{message}\n")
         assert not (tmp_path / "x").exists()
+    weights = load_file(saved / WEIGHTS_FILE)
+    save_file({name: torch.full_like(weight, torch.nan) for name, weight in weights.items()}, saved / WEIGHTS_FILE)
+    finished = run(sys.executable, "scripts/export.py", saved, tmp_path / "x", "--merge")
+    assert finished.returncode == 2
+    assert finished.stderr.startswith(f"error: --merge: the adapter in {saved} cannot be merged: NaNs detected"), (
+        finished
+    )
+    assert not (tmp_path / "x").exists()
     finished = run(sys.executable, "scripts/export.py", target, tmp_path / "half", "--dtype", "bfloat16")
     assert finished.returncode == 0, finished.stderr
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "half").dtype == torch.bfloat16
