@@ -1,5 +1,6 @@
 """Errors that a user's input causes. They are shown as lines, without a traceback."""
 
+import importlib.util
 from collections.abc import Sequence
 
 
@@ -29,3 +30,13 @@ class Stopped(Exception):
     def __init__(self, message: str, signal_number: int) -> None:
         self.signal_number = signal_number
         super().__init__(message)
+
+
+def require_package(name: str, key: str) -> None:
+    """Refuse a setting, or what else `key` names, if the package that it needs is not installed.
+
+    Raises:
+        UserError: the package is not installed.
+    """
+    if importlib.util.find_spec(name) is None:
+        raise UserError(f"{key}: the package {name} is not installed: pip install {name}")

@@ -9,6 +9,7 @@ from moreh.accelerator.registry import read_registry
 from moreh.errors import PlanError
 from moreh.models.architecture import Architecture
 from moreh.models.describe.from_source import describe, describe_config
+from moreh.models.describe.with_lora import Lora, with_lora
 from moreh.options import planner_variables
 from moreh.planner.hardware.cluster import cluster_for_flavor
 from moreh.planner.hardware.environment import make_environment
@@ -68,7 +69,7 @@ def print_plan(config: Config) -> None:
 
 def plan_request(config: Config) -> Request:
     """The request to the planner for a run: what the hook plans at the first batch."""
-    architecture = _architecture(config.model, config.tokenizer)
+    architecture = _trained_architecture(config)
     max_positions, max_length = architecture.max_positions, config.data.max_length
     if max_positions is not None and max_positions < max_length:
         raise UserError(
@@ -97,6 +98,17 @@ def _flavor(config: Config) -> Flavor:
         return find_flavor(str(config.accelerator.model))
     registry = read_registry()
     return registry.accelerator(registry.current).flavor
+
+
+def _trained_architecture(config: Config) -> Architecture:
+    """The architecture of the model of a run, with its adapters if it has some."""
+    architecture, lora = _architecture(config.model, config.tokenizer), config.model.lora
+    if lora is None:
+        return architecture
+    try:
+        return with_lora(architecture, Lora(lora.r, lora.targets, dropout=lora.dropout > 0))
+    except PlanError as error:
+        raise UserError(f"model.lora.targets: {error}") from None
 
 
 def _architecture(model: ModelSection, tokenizer: TokenizerSection) -> Architecture:

@@ -11,7 +11,9 @@ from moreh.accelerator.registry import read_registry
 from moreh.cli.plan_options import PRECISIONS, YES_NO_AUTO, parse_options
 from moreh.cli.terminal import run_tool
 from moreh.errors import PlanError
+from moreh.models.architecture import Architecture
 from moreh.models.describe.from_source import describe
+from moreh.models.describe.with_lora import ALL_LINEAR, Lora, with_lora
 from moreh.planner.cost.prediction import Prediction, predict
 from moreh.planner.hardware.cluster import cluster_for_devices, cluster_for_flavor
 from moreh.planner.hardware.environment import Environment, make_environment, measured_environment
@@ -83,7 +85,7 @@ def _request(options: argparse.Namespace) -> Request:
             f"choose bfloat16, or with --device one of {names}"
         )
     return Request(
-        training=Training(describe(options.model), options.batch_size, options.sequence_length),
+        training=Training(_architecture(options), options.batch_size, options.sequence_length),
         environment=setting,
         constraints=Constraints(
             pipeline=options.stages,
@@ -98,6 +100,16 @@ def _request(options: argparse.Namespace) -> Request:
         flavor=flavor,
         precision=options.precision,
     )
+
+
+def _architecture(options: argparse.Namespace) -> Architecture:
+    architecture = describe(options.model)
+    if options.lora is None:
+        return architecture
+    try:
+        return with_lora(architecture, Lora(options.lora, options.lora_targets or ALL_LINEAR))
+    except PlanError as error:
+        raise PlanError(f"--lora-targets: {error}") from None
 
 
 def _environment(options: argparse.Namespace, flavor: Flavor | None) -> Environment:

@@ -17,7 +17,7 @@ from moreh.planner.report.plot import SUFFIXES
 from moreh.tables import terminal_width, wrap_line
 
 # Larger than anything that is trained, so that a typing error does not keep the search busy for minutes.
-MAX_ROWS, MAX_TOKENS, MAX_DEVICES, MAX_PLANS = 1_000_000, 100_000_000, 100_000, 1_000
+MAX_ROWS, MAX_TOKENS, MAX_DEVICES, MAX_PLANS, MAX_RANK = 1_000_000, 100_000_000, 100_000, 1_000, 1_000_000
 YES_NO_AUTO = {"yes": True, "no": False, "auto": None}
 # The name of each precision in SoftwareProfile.
 PRECISIONS = {"bfloat16": "half", "float32": "float32", "float8": "float8"}
@@ -40,6 +40,9 @@ Examples:
   On devices that no accelerator has:
     moreh-plan configs/models/llama3_8b.json --device 'H100 80GB' --devices 8 \\
         --batch-size 64 --sequence-length 4096
+  With LoRA adapters of rank 16:
+    moreh-plan configs/models/llama3_8b.json --lora 16 \\
+        --batch-size 64 --sequence-length 1024
 """
 EXIT_CODES = """\
 Exit codes:
@@ -103,6 +106,7 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--sequence-length", type=_whole(MAX_TOKENS), required=True, metavar="S", help="Tokens in a sequence."
     )
+    _add_lora(parser.add_argument_group("what is trained (default: all parameters)"))
     _add_place(parser.add_argument_group("where to train (default: the current accelerator)"))
     _add_constraints(parser.add_argument_group("what the plans must be like (default: all possibilities are searched)"))
     _add_output(parser.add_argument_group("what to print (default: the best plans)"))
@@ -112,6 +116,7 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
         "--device cannot be combined with --accelerator": options.device is None or options.accelerator is None,
         "--device cannot be combined with --flavors": options.device is None or not options.flavors,
         "--plot cannot be combined with --flavors": options.plot is None or not options.flavors,
+        "--lora-targets needs --lora": options.lora_targets is None or options.lora is not None,
         "--dataset-tokens needs --flavors": options.dataset_tokens is None or options.flavors,
         "--price-per-device-hour needs --dataset-tokens": options.price_per_device_hour is None
         or options.dataset_tokens,
@@ -120,6 +125,21 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
         if not is_met:
             parser.error(message)
     return options
+
+
+def _add_lora(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--lora",
+        type=_whole(MAX_RANK),
+        metavar="R",
+        help="Train LoRA adapters of rank R around matrices of the layers; all other parameters are frozen.",
+    )
+    group.add_argument(
+        "--lora-targets",
+        nargs="+",
+        metavar="NAME",
+        help="With --lora, adapt only these matrices, such as q_proj (default: all matrices of the layers).",
+    )
 
 
 def _add_place(group: argparse._ArgumentGroup) -> None:

@@ -35,6 +35,15 @@ class Linear:
     """Whether the weights are not trained (PEFT): they have no gradient and no optimizer state."""
     stacked: bool = False
     """Whether all copies are one tensor, [copies, ...]."""
+    bare: bool = False
+    """Whether the weights are a parameter of a module that is more than a matmul: a router."""
+    dropped_input: bool = False
+    """Whether the input passes a dropout that other matrices' inputs do not pass: that of a LoRA adapter."""
+
+    @property
+    def is_second_of_adapter(self) -> bool:
+        """Whether this is matrix B of a LoRA adapter, whose input is the output of matrix A."""
+        return ".lora_B." in self.name
 
     @property
     def parameters(self) -> int:

@@ -146,3 +146,19 @@ def test_neither_torch_nor_matplotlib_is_imported(run):
         "print({'torch', 'transformers', 'matplotlib'} & set(sys.modules))"
     )
     assert run(sys.executable, "-c", source, *LLAMA).stdout.endswith("\nset()\n")
+
+
+def test_adapters_are_trained_with_all_else_frozen(plan, plan_json):
+    step = ("--device", "H100 80GB", "--devices", 8, "--batch-size", 64, "--sequence-length", 4096, "--count", 1)
+    llama = ("configs/models/llama3_8b.json", *step)
+    full, lora = plan_json(*llama), plan_json(*llama, "--lora", 16)
+    some = plan_json(*llama, "--lora", 16, "--lora-targets", "q_proj", "self_attn.v_proj")
+    trained = [content["model"]["trainable_parameters"] for content in (full, lora, some)]
+    # q_proj is 4096 -> 4096, v_proj is 4096 -> 1024, in 32 layers.
+    assert trained == [8_030_261_248, 41_943_040, 32 * 16 * (4096 + 4096 + 4096 + 1024)]
+    assert lora["model"]["parameters"] == trained[0] + trained[1]
+    times = [content["plans"][0]["step_time_s"] for content in (full, lora, some)]
+    assert times[0] > times[1] > times[2] > 0.6 * times[0]
+    code, out, _ = plan(*llama, "--lora", 16)
+    assert code == 0
+    assert "llama3_8b, 8,072,204,288 parameters, 41,943,040 of them trained\n" in out

@@ -30,6 +30,13 @@ from tests.helpers.planner.plan_tool import LLAMA, STEP
             1,
             "there are plans without --shard-parameters yes, or with",
         ),
+        (("--lora", "0"), 2, "--lora: 0: give a whole number from 1 to"),
+        (("--lora-targets", "q_proj"), 2, "--lora-targets needs --lora"),
+        (
+            ("--lora", "4", "--lora-targets", "c_attn"),
+            1,
+            "--lora-targets: 'c_attn' is not a matrix of the model's layers",
+        ),
         (("--recompute", "maybe"), 2, "invalid choice: 'maybe'"),
         (("--memory-percent", "0"), 2, "give a number above 0, at most 100"),
         (("--memory-percent", "nan"), 2, "give a number above 0"),

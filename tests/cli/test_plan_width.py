@@ -135,5 +135,5 @@ def test_help_fits_the_terminal_and_describes_notation_and_devices(plan, columns
         assert piece in out
     assert "H100 80GB" in out
     assert "this machine" in out
-    assert out.count("  moreh-plan configs/models/") == 4
+    assert out.count("  moreh-plan configs/models/") == 5
     assert longest_line(out) <= columns

@@ -55,14 +55,20 @@ def test_settings_of_the_project_can_be_planned(name, state_directory):
         assert float(comment[1]) == pytest.approx(parameters / 1e6, abs=0.05)
 
 
-def test_settings_of_a_model_that_was_not_fetched_are_refused(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["llama_smollm2", "llama_smollm2_lora"])
+def test_settings_of_a_model_that_was_not_fetched_are_refused(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
-        UserError, match=r"llama_smollm2\.yaml:\d+: model\.pretrained: there is no directory \./models/smollm2"
+        UserError, match=rf"{name}\.yaml:\d+: model\.pretrained: there is no directory \./models/smollm2"
     ):
-        load_config(str(ROOT / "configs" / "llama_smollm2.yaml"), [])
+        load_config(str(ROOT / "configs" / f"{name}.yaml"), [])
     (tmp_path / "models" / "smollm2-135m").mkdir(parents=True)
-    assert load_config(str(ROOT / "configs" / "llama_smollm2.yaml"), []).run.name == "llama_smollm2"
+    assert load_config(str(ROOT / "configs" / f"{name}.yaml"), []).run.name == name
+
+
+def test_settings_of_conversations_that_were_not_written_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "smollm2-135m").mkdir(parents=True)
     chat = str(ROOT / "configs" / "llama_smollm2_chat.yaml")
     with pytest.raises(UserError, match=r"data\.files: there is no file data/docstring_chats\.jsonl"):
         load_config(chat, [])

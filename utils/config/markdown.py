@@ -109,7 +109,7 @@ def _resolved(reference: dict[str, Any], schema: dict[str, Any]) -> dict[str, An
 def _default_text(field: dict[str, Any], nested: dict[str, Any] | None) -> str:
     """A default as it would be written in YAML."""
     default = field["default"]
-    if nested is not None:
+    if nested is not None and default is not None:
         return "`{}`"
     return "null" if default is None else f"`{default if isinstance(default, str) else json.dumps(default)}`"
 
@@ -147,4 +147,7 @@ def _bounds_text(field: dict[str, Any]) -> str:
     text = f" from {field['minimum']:g}" if "minimum" in field else ""
     text += f" above {field['exclusiveMinimum']:g}" if "exclusiveMinimum" in field else ""
     text += f" to {field['maximum']:,}" if "maximum" in field else ""
-    return text + (f" to {field['exclusiveMaximum'] - 1}" if "exclusiveMaximum" in field else "")
+    if "exclusiveMaximum" not in field:
+        return text
+    limit = field["exclusiveMaximum"]
+    return f"{text} to {limit - 1}" if field["type"] == "integer" else f"{text}, below {limit:g}"

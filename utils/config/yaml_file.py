@@ -163,8 +163,10 @@ def _override_value(keys: tuple[str, ...], text: str) -> Any:
 
 
 def _scalars_in(annotation: Any) -> Iterator[type]:
-    """The types of single values that a key allows; those within a list or a mapping do not count."""
+    """The types of values that a key allows; those within a list or a mapping do not count."""
     origin = get_origin(annotation)
+    if origin is list:
+        yield list
     if origin is Literal:
         yield from map(type, get_args(annotation))
     elif origin is Annotated:

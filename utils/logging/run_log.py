@@ -1,6 +1,5 @@
 """The files that a run writes: train.log, metrics.jsonl, config.yaml, TensorBoard events, loss.png."""
 
-import importlib.util
 import json
 import logging
 import sys
@@ -15,7 +14,7 @@ from typing_extensions import Self
 
 from utils.config.schema import Config
 from utils.config.yaml_file import save_config
-from utils.errors import DryRunEnd, Stopped, UserError
+from utils.errors import DryRunEnd, Stopped, UserError, require_package
 from utils.logging.console import set_up_loggers, train_logger
 from utils.workers import rank
 
@@ -56,7 +55,7 @@ class RunLog:
         if not sys.stderr.isatty():
             disable_progress_bars()
         if config.run.tensorboard:
-            _require_tensorboard()
+            require_package("tensorboard", "run.tensorboard")
 
     @property
     def is_writer(self) -> bool:
@@ -188,8 +187,3 @@ def disable_progress_bars() -> None:
 
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
-
-
-def _require_tensorboard() -> None:
-    if importlib.util.find_spec("tensorboard") is None:
-        raise UserError("run.tensorboard: the package tensorboard is not installed: pip install tensorboard")

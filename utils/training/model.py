@@ -10,13 +10,15 @@ from utils.config.architecture_keys import with_tokenizer_keys
 from utils.config.schema import Config
 from utils.config.section import expand_home
 from utils.errors import UserError, first_line
-from utils.text.tokenizers import vocabulary_size
+from utils.text.tokenizers import load_tokenizer, vocabulary_size
+from utils.training.lora import add_lora, base_of_adapter, is_adapter, with_adapter
 
 
 def load_model(config: Config, tokenizer: Any, info: Callable[[str], None] = lambda line: None) -> Any:
     """A causal language model for the tokenizer, in float32, on the CPU; `info` gets lines for the log.
 
-    Its generation stops at the tokenizer's end-of-text token, which training ends the rows with.
+    With `model.lora`, adapters are put around its matrices, and all else is frozen. Its generation stops at the
+    tokenizer's end-of-text token, which training ends the rows with.
 
     Raises:
         UserError: the model cannot be loaded, or has too small a vocabulary or too few positions for the data.
@@ -28,7 +30,8 @@ def load_model(config: Config, tokenizer: Any, info: Callable[[str], None] = lam
         assert config.model.architecture is not None
         model = _new_model(config.model.architecture, tokenizer, config.data.max_length)
     _end_at_trained_token(model, tokenizer, info)
-    return _with_loss_type(model)
+    model = _with_loss_type(model)
+    return model if config.model.lora is None else add_lora(model, config.model.lora, info)
 
 
 def _new_model(architecture: dict[str, Any], tokenizer: Any, max_length: int) -> Any:
@@ -78,12 +81,19 @@ def _end_at_trained_token(model: Any, tokenizer: Any, info: Callable[[str], None
 
 
 def load_pretrained(name: str, label: str, dtype: str = "auto") -> Any:
-    """A causal language model from a directory or the hub. An error begins with `label`.
+    """A causal language model from a directory or the hub, with its adapter if that is what the directory holds.
+
+    An error begins with `label`.
 
     Raises:
         UserError: the model cannot be loaded, or only in part. transformers would draw the missing weights at random.
     """
     name = expand_home(name)
+    if is_adapter(name):
+        base = load_pretrained(base_of_adapter(name, label), f"{label}: the base model of {name}", dtype)
+        # Of the base model, the adapter has no generation settings of its own.
+        _end_at_trained_token(base, load_tokenizer(name), info=lambda line: None)
+        return with_adapter(base, name, label)
     if (reason := _reason_for_no_model(name)) is not None:
         raise UserError(f"{label}: {reason}")
     try:
@@ -112,7 +122,7 @@ def _reason_for_no_model(name: str) -> str | None:
     path = Path(name)
     if path.is_dir() and not (path / "config.json").is_file():
         below = path / "model"  # in the directory of a run
-        suggestion = f"; did you mean {below}?" if (below / "config.json").is_file() else ""
+        suggestion = f"; did you mean {below}?" if (below / "config.json").is_file() or is_adapter(str(below)) else ""
         return f"there is no model in {name}, which has no config.json{suggestion}"
     if not path.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         return f"there is no directory {name}: give one that holds a saved model, such as runs/gpt/model"

@@ -47,14 +47,15 @@ def describe_layer(layer: nn.Module, config: Any) -> DecoderLayer:
     others = ParameterCount()
     # The ids of the biases that are counted with their matrix.
     counted_biases: set[int] = set()
+    dropped = _matrices_after_dropout(layer)
 
-    def add(name: str, shape: tuple[int, int], weight: nn.Parameter, bias: nn.Parameter | None, **copies: Any) -> None:
+    def add(name: str, shape: tuple[int, int], weight: nn.Parameter, bias: nn.Parameter | None, **fields: Any) -> None:
         # A bias that is trained while the weight is frozen, or frozen while it is trained, is counted by itself.
         with_bias = bias is not None and bias.requires_grad == weight.requires_grad
         if bias is not None and with_bias:
             counted_biases.add(id(bias))
         name = _WRAPPED_SUFFIX.sub("", name)
-        linears.append(Linear(name, *shape, "none", with_bias, frozen=not weight.requires_grad, **copies))
+        linears.append(Linear(name, *shape, "none", with_bias, frozen=not weight.requires_grad, **fields))
 
     for module_name, part in layer.named_modules():
         own = dict(part.named_parameters(recurse=False))
@@ -62,7 +63,7 @@ def describe_layer(layer: nn.Module, config: Any) -> DecoderLayer:
             name = f"{module_name}.{key}" if module_name else key
             if key == "weight" and is_matrix(part):
                 inputs, outputs = parameter.shape if not isinstance(part, nn.Linear) else reversed(parameter.shape)
-                add(module_name, (inputs, outputs), parameter, own.get("bias"))
+                add(module_name, (inputs, outputs), parameter, own.get("bias"), dropped_input=id(part) in dropped)
             elif experts and parameter.dim() == 3 and parameter.shape[0] == experts[0]:
                 shape = _expert_shape(name, parameter, int(config.hidden_size))
                 add(name, shape, parameter, own.get(f"{key}_bias"), copies=experts[0], active=experts[1], stacked=True)
@@ -70,7 +71,7 @@ def describe_layer(layer: nn.Module, config: Any) -> DecoderLayer:
                 continue
             elif parameter.dim() == 2 and not isinstance(part, nn.Embedding) and not key.endswith("_bias"):
                 # A router, or an adapter that is a bare parameter: [outputs, inputs].
-                add(name.removesuffix(".weight"), (parameter.shape[1], parameter.shape[0]), parameter, None)
+                add(name.removesuffix(".weight"), (parameter.shape[1], parameter.shape[0]), parameter, None, bare=True)
             else:
                 others.add(parameter)
     linears = _with_splits(_merge_experts(linears, experts), _declared_splits(config))
@@ -85,6 +86,16 @@ def describe_layer(layer: nn.Module, config: Any) -> DecoderLayer:
         frozen_other_parameters=others.frozen_parameters,
         frozen_other_tensors=others.frozen_tensors,
     )
+
+
+def _matrices_after_dropout(layer: nn.Module) -> set[int]:
+    """The ids of the modules A of LoRA adapters whose input passes a dropout."""
+    return {
+        id(adapter.lora_A[name])  # type: ignore[index]
+        for adapter in layer.modules()
+        for name, dropout in getattr(adapter, "lora_dropout", {}).items()
+        if getattr(dropout, "p", 0.0) > 0.0 and name in adapter.lora_A  # type: ignore[operator]
+    }
 
 
 def _expert_shape(name: str, weight: nn.Parameter, hidden: int) -> tuple[int, int]:

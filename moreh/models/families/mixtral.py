@@ -12,7 +12,7 @@ def _architecture(config: HFConfig) -> Architecture:
     experts, active = config.size("num_local_experts"), config.size("num_experts_per_tok")
     if active > experts:
         raise config.refuse("num_experts_per_tok", f"at most the {experts} experts of num_local_experts")
-    router = Linear("mlp.gate", config.hidden, experts, "none")
+    router = Linear("mlp.gate", config.hidden, experts, "none", bare=True)
     gate_up = Linear(
         "mlp.experts.gate_up_proj",
         config.hidden,

@@ -48,6 +48,8 @@ class _LayerTensors:
     """Results of the feed-forward network's first matmuls (up projection, and gate)."""
     activated: FloatArray
     """What the feed-forward network's activation keeps."""
+    adapters: FloatArray
+    """What LoRA adapters keep: the results of their first matrices, and inputs after a dropout with its masks."""
 
     @property
     def all(self) -> FloatArray:
@@ -56,7 +58,8 @@ class _LayerTensors:
         This is equation 2 of https://arxiv.org/abs/2205.05198 for any widths: 34 s b h + 5 a s^2 b bytes for a GPT in
         half precision.
         """
-        return self.norms + self.masks + self.attention + self.scores + self.matmul_outputs + self.activated
+        attention = self.norms + self.masks + self.attention + self.scores
+        return attention + self.matmul_outputs + self.activated + self.adapters
 
 
 def layer_activations(plans: PlanTable, training: Training, software: SoftwareProfile) -> LayerActivations:
@@ -115,6 +118,21 @@ def _layer_tensors(
         score_matrix=score_matrix,
         matmul_outputs=inner * element_bytes,
         activated=inner * element_bytes * activated_copies,
+        adapters=tokens * _adapter_bytes(layer, software),
+    )
+
+
+def _adapter_bytes(layer: DecoderLayer, software: SoftwareProfile) -> float:
+    """Bytes that the trained LoRA adapters of a layer keep for a token.
+
+    Matrix B keeps its input. The input of matrix A is kept as that of the matrix beside it, unless A has a dropout.
+    """
+    element_bytes = software.activation_bytes
+    dropped_bytes = element_bytes + dropout_mask_bytes(element_bytes, software)
+    return sum(
+        linear.active * linear.inputs * (dropped_bytes if linear.dropped_input else element_bytes)
+        for linear in layer.linears
+        if not linear.frozen and (linear.dropped_input or linear.is_second_of_adapter)
     )
 
 
@@ -127,7 +145,7 @@ def _kept_by_selective(
         return tensors.all - tensors.scores
     # The layer's input, and the results of its matmuls and of attention.
     kept = tensors.residual + 2 * residual_elements(plans, training) * software.activation_bytes
-    kept = kept + tensors.attention + tensors.matmul_outputs
+    kept = kept + tensors.attention + tensors.matmul_outputs + tensors.adapters
     return kept - software.recomputed_matmuls * (kept - tensors.residual)
 
 

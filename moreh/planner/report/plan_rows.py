@@ -1,6 +1,7 @@
 """What was planned, as lines, and the best plans, as a table. Nothing here is printed."""
 
 from moreh.accelerator.devices import Device
+from moreh.models.architecture import Architecture
 from moreh.planner.cost.prediction import Prediction
 from moreh.planner.hardware.efficiency import uncertainty
 from moreh.planner.hardware.measured_device import THIS_MACHINE
@@ -42,7 +43,7 @@ def header_pairs(request: Request, result: SearchResult | None = None, idle: str
     device_bytes = request.device.memory_bytes
     percent = f"{100 * request.constraints.memory_fraction:g}%"
     rows = [
-        ("Model", f"{architecture.name}, {architecture.parameters:,} parameters"),
+        ("Model", f"{architecture.name}, {architecture.parameters:,} parameters{trained_text(architecture)}"),
         ("Accelerator", f"{request.accelerator} on {cluster.nodes} node{'s' if cluster.nodes > 1 else ''}"),
         (
             "Memory",
@@ -59,6 +60,12 @@ def header_pairs(request: Request, result: SearchResult | None = None, idle: str
     if idle:
         rows.append(("Idle", idle.replace(" stay idle", "", 1)))
     return [*rows, ("Note", uncertainty_text(request.device))]
+
+
+def trained_text(architecture: Architecture) -> str:
+    """How many of the parameters are trained, as the end of a sentence; empty if all are."""
+    trained = architecture.trainable_parameters
+    return "" if trained == architecture.parameters else f", {trained:,} of them trained"
 
 
 def plan_table_forms(request: Request, result: SearchResult) -> list[Table]:

@@ -32,6 +32,7 @@ from moreh.runtime.engine.registry import (
     runner_of,
     shard_model,
     support_optimizers_and_clipping,
+    whole_model,
 )
 from moreh.runtime.kernels.precision import autocast_if, choose_bfloat16, in_float32, inside_autocast
 from moreh.runtime.launch.world import World
@@ -62,6 +63,7 @@ class MultiWorkerHook:
         Raises:
             OptionError: the call asks for what a model on several workers cannot give.
         """
+        module = whole_model(module)
         if is_submodule_of_sharded(module):
             return call_sharded(module, args, kwargs)  # refuses it
         if runner_of(module) is None and not _is_language_model(module):

@@ -30,10 +30,11 @@ from moreh.runtime.sharding.global_ops import total_norm
 from moreh.runtime.sharding.global_tensor import GlobalTensor, GlobalView
 from moreh.trace import span
 
-# Keys in a `__dict__`: of the runner and of the model's structure, in a sharded model; of a mark, in a sharded model
-# and in each of its modules.
+# Keys in a `__dict__`: of the runner and of the model's structure, in a sharded model; of a weak reference to the
+# sharded model, in the model of transformers that it wraps; of a mark, in a sharded model and in each of its modules.
 _RUNNER = "_moreh_runner"
 _STRUCTURE = "_moreh_structure"
+_WHOLE = "_moreh_whole_model"
 _IS_SHARDED = "_moreh_is_sharded"
 _histories = CallHistories()
 _runners: weakref.WeakSet[ModelRunner] = weakref.WeakSet()
@@ -85,6 +86,8 @@ def shard_model(root: nn.Module, plan: Plan, options: ParallelOptions = DEFAULT_
         for module in (*wrappers(root), unwrapped(root)):
             module.__dict__.update(__deepcopy__=_refuse_copy, __reduce_ex__=_refuse_pickling)
         root.__dict__[_RUNNER] = runner
+        if unwrapped(root) is not root:
+            unwrapped(root).__dict__[_WHOLE] = weakref.ref(root)
         for module in root.modules():
             module.__dict__[_IS_SHARDED] = True
         root.__dict__[_STRUCTURE] = structure_of(root)
@@ -94,6 +97,16 @@ def shard_model(root: nn.Module, plan: Plan, options: ParallelOptions = DEFAULT_
 def runner_of(root: nn.Module) -> ModelRunner | None:
     """What `shard_model` made of a model; None if the model is not sharded."""
     return root.__dict__.get(_RUNNER)
+
+
+def whole_model(module: nn.Module) -> nn.Module:
+    """The sharded model that wraps a model of transformers, whose call means the same; any other module itself.
+
+    PEFT's `generate`, for example, calls the model inside.
+    """
+    reference = module.__dict__.get(_WHOLE)
+    root = None if reference is None else reference()
+    return module if root is None else root
 
 
 def is_submodule_of_sharded(module: nn.Module) -> bool:
@@ -108,6 +121,7 @@ def call_sharded(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
         OptionError: the module is a part of a sharded model, or the script has changed what the model consists of, or
             modules of the script's own have counted the call.
     """
+    module = whole_model(module)
     runner = runner_of(module)
     if runner is not None:
         check_structure(module, module.__dict__[_STRUCTURE])

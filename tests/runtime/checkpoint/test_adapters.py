@@ -1,4 +1,4 @@
-"""Adapters of PEFT on several workers: what is trained, saved and loaded is what one process has without the line."""
+"""Adapters of PEFT on several workers: training, generation and saving give what one process gives without the line."""
 
 import pytest
 import torch
@@ -30,6 +30,11 @@ for _ in range(3):
     optimizer.step()
     optimizer.zero_grad()
     print("Loss:", loss.item())
+model.eval()
+with torch.no_grad():
+    inner, whole = (called(input_ids=ids).logits for called in (model.get_base_model(), model))
+assert torch.equal(inner, whole)
+print("Generated:", model.generate(input_ids=ids[:2, :5], max_new_tokens=6, do_sample=False).tolist())
 model.save_pretrained(os.environ["SAVED"])
 torch.save(get_peft_model_state_dict(model), f"{os.environ['SAVED']}-{os.getpid()}.pt")
 """
@@ -60,6 +65,8 @@ def test_active_frozen_and_inactive_adapters_are_saved_whole(environment, tmp_pa
     ]
     assert len(losses[0]) == 3
     assert curve_difference(losses[1], losses[0]) < 1e-5
+    generated = {line for process in finished for line in process.stdout.splitlines() if "Generated:" in line}
+    assert len(generated) == 1
     names = [str(path.relative_to(tmp_path / "plain")) for path in (tmp_path / "plain").rglob("*.safetensors")]
     assert sorted(names) == ["adapter_model.safetensors", "inactive/adapter_model.safetensors"]
     for name in names:

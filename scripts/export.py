@@ -1,0 +1,88 @@
+"""Write the model of a run as a plain directory of transformers, for other tools.
+
+python scripts/export.py runs/llama_smollm2_lora exported --merge     the adapter is added to the weights of its base
+python scripts/export.py runs/gpt exported --dtype bfloat16           a model that was trained as a whole
+
+The directory has the tokenizer and the template of the prompts too. Results in float32 are those of the run, to
+rounding.
+"""
+
+import argparse
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+from transformers import logging
+
+from utils.cli import exit_code_of, show_any_text
+from utils.config.section import expand_home
+from utils.errors import UserError, first_line
+from utils.text.template import FILE_NAME
+from utils.text.tokenizers import load_tokenizer
+from utils.training.lora import is_adapter
+from utils.training.model import load_pretrained
+
+
+def export(source: str, target: Path, *, merge: bool, dtype: str) -> None:
+    """Write the model in `source`, which may be the directory of a run, to `target`, complete or not at all.
+
+    Raises:
+        UserError: the model cannot be loaded, `merge` does not fit it, or `target` exists.
+    """
+    source = expand_home(source)
+    if (Path(source) / "config.yaml").is_file() and (Path(source) / "model").is_dir():
+        source = str(Path(source) / "model")
+    if target.exists():
+        raise UserError(f"{target} exists already: give another directory")
+    if is_adapter(source) and not merge:
+        raise UserError(f"{source} holds an adapter, which is no model by itself: give --merge")
+    if merge and not is_adapter(source):
+        raise UserError(f"--merge: {source} holds no adapter to merge: leave --merge out")
+    model = load_pretrained(source, "the model", dtype="float32")
+    tokenizer = load_tokenizer(source)
+    if merge:
+        if not hasattr(model, "merge_and_unload"):
+            raise UserError(f"--merge: the adapter in {source} is not LoRA or alike: it has no weights to merge")
+        try:
+            model = model.merge_and_unload(safe_merge=True)
+        except ValueError as error:  # a weight that is not finite
+            raise UserError(f"--merge: the adapter in {source} cannot be merged: {first_line(error)}") from error
+    model.to(getattr(torch, dtype))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{target.name}.", dir=target.parent) as temporary:
+        directory = Path(temporary) / "model"
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+        if (template := Path(source) / FILE_NAME).is_file():
+            shutil.copy(template, directory)
+        directory.rename(target)
+    print(f"{target} is ready")
+
+
+def main() -> int:
+    """Entry point; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", metavar="RUN_OR_MODEL", help="the directory of a run, or of a saved model or adapter")
+    parser.add_argument("target", metavar="TARGET", type=Path, help="the directory to write, which must not exist")
+    parser.add_argument("--merge", action="store_true", help="merge the adapter into its base model")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="default: %(default)s"
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    options = parser.parse_args()
+    show_any_text()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+
+    def program() -> None:
+        export(options.source, options.target, merge=options.merge, dtype=options.dtype)
+
+    return exit_code_of(program, debug=options.debug)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
