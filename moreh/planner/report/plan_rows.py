@@ -1,9 +1,9 @@
 """What was planned, as lines, and the best plans, as a table. Nothing here is printed."""
 
 from moreh.accelerator.devices import Device
+from moreh.accelerator.this_machine import THIS_MACHINE
 from moreh.planner.cost.prediction import Prediction
 from moreh.planner.hardware.efficiency import uncertainty
-from moreh.planner.hardware.measured_device import THIS_MACHINE
 from moreh.planner.plan.notation import plan_text
 from moreh.planner.report.step_parts import short_overhead
 from moreh.planner.search.constraints import constraints_text
