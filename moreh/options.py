@@ -14,9 +14,10 @@ from moreh.errors import OptionError
 Auto = Literal["auto"]
 # The maximum number of workers on one machine. Each worker is a process that imports torch.
 MAX_WORKERS = 256
-# How much of a device's memory a plan may use; the platform's default. The rest is for what no plan counts (context and
-# kernels of CUDA or ROCm, buffers of NCCL, workspaces of matmuls, blocks that torch's allocator holds and cannot use) and
-# for the errors of predicted memory, up to 10 % in tests/benchmarks/test_planner_accuracy.py.
+# How much of a device's memory a plan may use; the platform's default. The rest is for what no plan counts and for
+# errors of predicted memory. Not counted are the context and kernels of CUDA or ROCm, buffers of NCCL, workspaces of
+# matmuls, and blocks that torch's allocator cannot use. Errors are up to 10 % in
+# tests/benchmarks/test_planner_accuracy.py.
 DEFAULT_MEMORY_PERCENT = 80
 _VARIABLE_PREFIX = "MOREH_ADVANCED_PARALLELIZATION_"
 ENABLE_VARIABLE = "MOREH_ENABLE_ADVANCED_PARALLELIZATION"
