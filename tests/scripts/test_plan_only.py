@@ -10,6 +10,7 @@ import pytest
 from moreh.accelerator.registry import read_registry, start_job, switch_model
 from moreh.errors import PlanError
 from tests.conftest import ROOT
+from tests.helpers.fake_gpus import A100, show_gpus
 from tests.helpers.planner.plan_tool import LLAMA, runner, table_rows
 from tests.helpers.scripts.tiny_runs import prepare
 from utils.config.yaml_file import load_config
@@ -118,6 +119,17 @@ def test_current_accelerator_is_planned_for_although_it_is_in_use(state_director
     print_plan(load_config(str(tiny_config), ["accelerator={model: 2}"]))
     assert re.search(r"^Accelerator +Medium\.128GB \(2 x", capsys.readouterr().out, re.M)
     assert (state_directory / "registry.json").read_bytes() == before
+
+
+def test_gpus_of_this_machine_are_planned_for_unless_a_flavor_is_set(state_directory, tiny_config, capsys, monkeypatch):
+    show_gpus(monkeypatch, [A100] * 8)
+    for overrides, expected in (
+        ([], "this machine (8 x NVIDIA A100-SXM4-40GB) on 1 node"),
+        (["accelerator={workers: 2}"], "this machine (2 x NVIDIA A100-SXM4-40GB) on 1 node"),
+        (["accelerator={model: Medium.128GB, workers: 1}"], "Medium.128GB (2 x MI250 GCD) on 1 node"),
+    ):
+        print_plan(load_config(str(tiny_config), overrides))
+        assert f"{expected}\n" in capsys.readouterr().out
 
 
 def test_new_model_is_described_as_it_will_be_made(state_directory, tiny_config, capsys):
