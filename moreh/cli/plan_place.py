@@ -38,10 +38,7 @@ def find_place(options: argparse.Namespace) -> tuple[Flavor | None, Environment]
     )
     if options.device is not None and options.device.strip().lower() == THIS_MACHINE:
         measured = measured_environment(options.devices, LOCAL_SOFTWARE.get(options.precision, software))
-        cluster = measured.cluster
-        return None, replace(
-            measured, cluster=_restated(cluster.device, cluster.devices, stated)
-        ) if stated else measured
+        return None, replace(measured, cluster=_restated(measured.cluster.device, options.devices, stated))
     if options.cluster is not None:
         return None, make_environment(_cluster_of_file(options, stated), software)
     if options.device is not None:

@@ -116,6 +116,7 @@ def physical_devices(report: AcceleratorReport) -> list[PhysicalDevice]:
 def _used_mib(report: AcceleratorReport, index: int) -> int | None:
     """The memory in use on a device, in MiB, rounded up."""
     predicted = None if report.status is None else report.status.predicted
-    if predicted is not None:
+    # The plan may be for GPUs that this process does not see.
+    if predicted is not None and index < len(predicted.device_bytes):
         return -(-predicted.device_bytes[index] // 2**20)
-    return report.memory_mib if index == 0 else None
+    return report.memory_mib if index == 0 and predicted is None else None

@@ -3,8 +3,11 @@
 import json
 import sys
 
+import psutil
 import pytest
 
+from moreh.accelerator.job_status import CpuSample, JobStatus, PredictedUse, write_status
+from moreh.accelerator.registry import start_job
 from moreh.cli import smi, switch_model
 from tests.helpers.fake_gpus import A100, show_gpus
 from tests.helpers.planner.plan_tool import table_rows
@@ -78,3 +81,31 @@ def test_models_are_listed_and_switched(tool, monkeypatch):
         "nodes": 1,
         "memory_mib": 162_144,
     }
+
+
+def start_job_of_workers(gpus, worker_pids):
+    """A job on GPUs, whose first worker has reported."""
+    job, _ = start_job(psutil.Process(), "train.py")
+    use = PredictedUse("tp1 pp1 dp2 mb1x1", {"parameters": 9}, (2**30,) * gpus, 0.9)
+    sample = CpuSample(0.0, 0.0)
+    write_status(job, JobStatus({"reserved": 2**30}, False, 1, sample, sample, use, worker_pids))
+
+
+@pytest.mark.parametrize(("worker_pids", "memory"), [((), "1024 MiB"), (((0, 1), (1, 1)), "-")])
+def test_memory_of_a_job_is_known_with_one_worker(tool, monkeypatch, worker_pids, memory):
+    """Several workers report that of the first one only. The driver's figure has all processes."""
+    show_gpus(monkeypatch, [A100] * 2, used_bytes=5 * 2**30)
+    start_job_of_workers(2, worker_pids)
+    text = tool()
+    assert table_rows(text)[2][3] == "10240 MiB"
+    assert table_rows(text)[-1][-2:] == ["train.py", memory]
+    assert "simulated" not in text.lower()
+
+
+def test_job_on_gpus_is_shown_where_they_are_hidden(tool, monkeypatch):
+    with monkeypatch.context() as seen:
+        show_gpus(seen, [A100] * 2)
+        start_job_of_workers(2, ())
+    rows = table_rows(tool("-p"))
+    assert ["0", "1", "0", "MI250 GCD", "1024 MiB", "65520 MiB", "-"] in rows
+    assert ["0", "2", "0", "MI250 GCD", "-", "65520 MiB", "-"] in rows
