@@ -1,6 +1,7 @@
 """A job on this machine's GPUs: it is planned for them, and nothing in its log says that it is simulated."""
 
 import json
+import re
 
 import psutil
 import pytest
@@ -41,7 +42,7 @@ def llama_8b():
         return LlamaForCausalLM(LlamaConfig(**content))
 
 
-def plan_on(workers, model, *, local_size=None):
+def plan_on(workers, model, *, local_size=None, bfloat16=True):
     """The plan that so many workers carry out for a batch of 16 x 2048 tokens, and their job."""
     job, accelerator = start_job(psutil.Process(), "train.py")
     local_job = LocalJob(job, accelerator)
@@ -49,7 +50,7 @@ def plan_on(workers, model, *, local_size=None):
     world = World(rank=0, size=workers, local_rank=0, local_size=local_size or workers)
     hook = MultiWorkerHook(DEFAULT_OPTIONS, planner_variables(), local_job, world)
     ids = torch.zeros(16, 2048, dtype=torch.long)
-    return hook._plan(model, ModelInputs({"input_ids": ids}, {}, ids, 1.0), bfloat16=True), local_job
+    return hook._plan(model, ModelInputs({"input_ids": ids}, {}, ids, 1.0), bfloat16=bfloat16), local_job
 
 
 def test_eight_a100_carry_out_a_plan_for_them(log, llama_8b, monkeypatch, tmp_path):
@@ -66,6 +67,15 @@ def test_eight_a100_carry_out_a_plan_for_them(log, llama_8b, monkeypatch, tmp_pa
     assert "The 8 workers are the accelerator's devices: they carry out this plan." in lines
     assert "imulated" not in "".join(lines)
     assert "num_stages" in (tmp_path / "advanced_parallelization_selected_config.dump").read_text(encoding="utf-8")
+
+
+def test_plan_has_the_precision_of_the_gpus(log, llama_8b, monkeypatch):
+    """A V100 has no bfloat16: activations and matmuls in float32 need more memory and time."""
+    show_gpus(monkeypatch, [A100] * 8)
+    for bfloat16 in (True, False):
+        plan_on(8, llama_8b, bfloat16=bfloat16)
+    half_s, float32_s = re.findall(r"predicted to take ([\d.]+) s a step", "\n".join(log()))
+    assert float(float32_s) > 2 * float(half_s)
 
 
 def test_detailed_log_says_predicted(log, llama_8b, monkeypatch):

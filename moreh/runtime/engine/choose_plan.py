@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from moreh.accelerator.devices import Device
@@ -191,6 +192,18 @@ def local_environment(flavor: Flavor, workers: int, software: SoftwareProfile) -
     if flavor.simulated:
         return measured_environment(workers, software)
     return make_environment(cluster_for_flavor(flavor), software)
+
+
+def with_precision(options: ParallelOptions, flavor: Flavor, dtype: torch.dtype, *, bfloat16: bool) -> ParallelOptions:
+    """The options with the precision in which the devices compute: of GPUs of this machine what they really do.
+
+    Args:
+        dtype: of the model's weights.
+        bfloat16: Whether the workers compute in bfloat16 with float32 weights.
+    """
+    if flavor.simulated:
+        return options
+    return replace(options, mixed_precision=bfloat16 or dtype in (torch.bfloat16, torch.float16))
 
 
 def usable_fraction(flavor: Flavor, variables: PlannerVariables) -> float:

@@ -24,7 +24,7 @@ from moreh.patches.optimizer_creation import on_optimizer_created
 from moreh.planner.plan.plan import Training
 from moreh.planner.search.constraints import constraints_from_options
 from moreh.planner.units import gib, seconds_text
-from moreh.runtime.engine.choose_plan import predicted_use, select_local_plan, select_plan
+from moreh.runtime.engine.choose_plan import predicted_use, select_local_plan, select_plan, with_precision
 from moreh.runtime.kernels.fused_adam import use_fused_kernels
 from moreh.runtime.kernels.precision import autocast_if, choose_bfloat16, in_float32, inside_autocast
 from moreh.runtime.kernels.recomputation import recompute_activations
@@ -145,7 +145,8 @@ class SingleWorkerHook:
             flavor = flavor.with_devices(1, 1)  # one worker computes on one GPU
         try:
             constraints = constraints_from_options(self.options, self.variables, flavor.devices)
-            selection = select_plan(training, flavor, constraints, self.options, self.variables, logger.info)
+            options = with_precision(self.options, flavor, next(model.parameters()).dtype, bfloat16=bfloat16)
+            selection = select_plan(training, flavor, constraints, options, self.variables, logger.info)
         except PlanError as reason:
             if model not in self._planned_tokens:
                 raise
