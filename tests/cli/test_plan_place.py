@@ -28,6 +28,7 @@ def test_eight_a100_get_a_plan_that_fits(plan_json, plan, monkeypatch):
 
     _, text, _ = plan(*LLAMA_8B)
     assert "Accelerator   this machine (8 x NVIDIA A100-SXM4-40GB) on 1 node\n" in text
+    assert "Device        rates and links of the device 'A100 40GB', memory and compute units of the driver\n" in text
     assert "39.6 GiB per device, of which plans may use 80%: 31.7 GiB\n" in text
     assert "imulated" not in text
 
@@ -83,14 +84,19 @@ def test_rates_of_an_unknown_gpu_are_measured(plan_json, plan, model, monkeypatc
     assert asked == [4]
     assert content["accelerator"]["device"] == "NVIDIA Q7 Prototype"
     assert content["accelerator"]["device_memory_bytes"] == 40_536 * 2**20
-    assert content["uncertainty"] == "All figures are predictions from rates measured on this machine."
+    assert content["uncertainty"] == (
+        "No entry of devices.json has the name NVIDIA Q7 Prototype. All figures are predictions from rates measured on "
+        "this machine."
+    )
+    _, text, _ = plan(model, *STEP, "--this-machine")
+    assert "Device        rates and links measured with 4 GPU(s), memory of the driver, network assumed or" in text
     # A network cannot be measured on one machine: what the user states counts.
     slow, fast = (
         plan_json(model, *STEP, "--this-machine", "--devices", "8", "--network-gbit-per-device", rate)["plans"][0]
         for rate in ("0.01", "800")
     )
     assert slow["step_time_s"] > fast["step_time_s"]
-    assert asked == [4, 4, 4]
+    assert asked == [4, 4, 4, 4]
 
 
 def step_time(content):
