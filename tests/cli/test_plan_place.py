@@ -89,7 +89,7 @@ def test_rates_of_an_unknown_gpu_are_measured(plan_json, plan, model, monkeypatc
         "this machine."
     )
     _, text, _ = plan(model, *STEP, "--this-machine")
-    assert "Device        rates and links measured with 4 GPU(s), memory of the driver, network assumed or" in text
+    assert "Device        rates and links measured with 4 GPU(s), memory of the driver, network assumed\n" in text
     # A network cannot be measured on one machine: what the user states counts.
     slow, fast = (
         plan_json(model, *STEP, "--this-machine", "--devices", "8", "--network-gbit-per-device", rate)["plans"][0]

@@ -47,7 +47,8 @@ def with_measured_rates(device: Device, profile: LocalProfile) -> Device:
         devices_per_node=device.devices_per_node,
         node_bytes_per_second=measured.node_bytes_per_second if isnan(node_rate) else node_rate,
         network_bytes_per_second=ASSUMED_NETWORK_BYTES_PER_SECOND if isnan(network_rate) else network_rate,
-        source=f"rates and links measured with {profile.workers} GPU(s), memory of the driver, network assumed or given",
+        source=f"rates and links measured with {profile.workers} GPU(s), memory of the driver, network "
+        + ("assumed" if isnan(network_rate) else "as stated"),
     )
 
 
