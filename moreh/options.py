@@ -14,6 +14,11 @@ from moreh.errors import OptionError
 Auto = Literal["auto"]
 # The maximum number of workers on one machine. Each worker is a process that imports torch.
 MAX_WORKERS = 256
+# How much of a device's memory a plan may use; the platform's default. The rest is for what no plan counts and for
+# errors of predicted memory. Not counted are the context and kernels of CUDA or ROCm, buffers of NCCL, workspaces of
+# matmuls, and blocks that torch's allocator cannot use. Errors are up to 10 % in
+# tests/benchmarks/test_planner_accuracy.py.
+DEFAULT_MEMORY_PERCENT = 80
 _VARIABLE_PREFIX = "MOREH_ADVANCED_PARALLELIZATION_"
 ENABLE_VARIABLE = "MOREH_ENABLE_ADVANCED_PARALLELIZATION"
 
@@ -162,7 +167,9 @@ def planner_variables() -> PlannerVariables:
     """
     return PlannerVariables(
         detailed_log=_number_in_environment("DETAILED_LOG", default=0, minimum=0, maximum=2),
-        memory_percent=_number_in_environment("MEMORY_USAGE_CORRECTION_RATIO", default=80, minimum=1, maximum=100),
+        memory_percent=_number_in_environment(
+            "MEMORY_USAGE_CORRECTION_RATIO", default=DEFAULT_MEMORY_PERCENT, minimum=1, maximum=100
+        ),
         threads=_number_in_environment("MAX_PARALLEL_COMPILE_THREADS", default=16, minimum=1, maximum=1024),
     )
 

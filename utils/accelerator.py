@@ -44,8 +44,8 @@ def _switch(model: str) -> None:
     In a worker this changes nothing: the process that started the workers has switched the accelerator.
     """
     registry = read_registry()
-    before = registry.accelerator(registry.current).model
-    after = switch_model(model).model
+    before = registry.accelerator(registry.current).flavor.name
+    after = switch_model(model).flavor.name
     if after != before:
         set_up_logger()
         logger.info(

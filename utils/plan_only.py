@@ -4,8 +4,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from moreh.accelerator.flavors import Flavor, find_flavor
+from moreh.accelerator.flavors import Flavor
 from moreh.accelerator.registry import read_registry
+from moreh.accelerator.this_machine import find_model
 from moreh.errors import PlanError
 from moreh.models.architecture import Architecture
 from moreh.models.describe.from_source import describe, describe_config
@@ -95,9 +96,13 @@ def _constraints(parallelization: ParallelizationSection, devices: int) -> Const
 
 def _flavor(config: Config) -> Flavor:
     if config.accelerator.model is not None:
-        return find_flavor(str(config.accelerator.model))
-    registry = read_registry()
-    return registry.accelerator(registry.current).flavor
+        flavor = find_model(str(config.accelerator.model))
+    else:
+        registry = read_registry()
+        flavor = registry.accelerator(registry.current).flavor
+    if flavor.simulated or config.accelerator.workers is None:
+        return flavor
+    return flavor.with_devices(config.accelerator.workers, flavor.devices)  # each worker has a GPU
 
 
 def _trained_architecture(config: Config) -> Architecture:

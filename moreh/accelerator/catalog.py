@@ -64,6 +64,9 @@ def _allowed(field: "Field[Any]", value: Any) -> str | None:
     if value is None and "None" in kind:
         return None
     or_null = " or null" if "None" in kind else ""
+    if kind.startswith("tuple"):
+        is_texts = isinstance(value, list) and all(isinstance(text, str) and text for text in value)
+        return None if is_texts else "a list of texts"
     if kind.startswith("str"):
         return None if isinstance(value, str) and value else "a text"
     if kind.startswith("int"):

@@ -3,6 +3,8 @@
 A new kind of device is one more entry of that file; the planner and the tools find it there.
 """
 
+import math
+import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -11,6 +13,8 @@ from moreh.accelerator.catalog import check_entry, declared_fields, read_catalog
 from moreh.errors import AcceleratorError
 
 _DATA = Path(__file__).parent / "data" / "devices.json"
+# What drivers put before the name of a device, in any combination.
+_BRANDS = re.compile(r"^((nvidia|amd|tesla|instinct|geforce) )+")
 
 
 @dataclass(frozen=True)
@@ -49,11 +53,18 @@ class Device:
     """The class of devices whose measured efficiency applies: a key of `planner/hardware/data/efficiency.json`."""
     source: str
     """Where the figures come from, and which of them are assumed."""
+    driver_names: tuple[str, ...] = ()
+    """Names that drivers give the device besides `name`, without brands such as "NVIDIA" and "AMD Instinct"."""
 
     @property
     def memory_bytes(self) -> int:
         """Usable memory in bytes."""
         return self.memory_mib * 2**20
+
+    @property
+    def has_rates(self) -> bool:
+        """Whether the rates are known. Those of a GPU that no entry describes are NaN until they are measured."""
+        return not math.isnan(self.bf16_flops_per_second)
 
 
 @cache
@@ -66,7 +77,7 @@ def all_devices() -> dict[str, Device]:
     devices = {}
     for name, entry in read_catalog(_DATA).items():
         check_entry(_DATA, name, entry, declared_fields(Device, "name"))
-        devices[name] = Device(name=name, **entry)
+        devices[name] = Device(**{**entry, "name": name, "driver_names": tuple(entry.get("driver_names", ()))})
         _check_packages(devices[name])
     return devices
 
@@ -95,3 +106,22 @@ def find_device(name: str) -> Device:
         if known.lower() == name.strip().lower():
             return device
     raise AcceleratorError(f"no device {name!r}: known devices are {', '.join(all_devices())}")
+
+
+def device_of_driver(name: str, compute_units: int) -> Device | None:
+    """The device that a driver calls `name`; None if no entry says so.
+
+    A name must be known as a whole: "A100-SXM4-40GB MIG 1g.5gb" is a seventh of an A100. Where a driver calls several
+    devices by one name, the number of compute units decides.
+    """
+    wanted = _without_brands(name)
+    candidates = [
+        device
+        for device in all_devices().values()
+        if wanted in {_without_brands(known) for known in (device.name, *device.driver_names)}
+    ]
+    return min(candidates, key=lambda device: abs(device.compute_units - compute_units), default=None)
+
+
+def _without_brands(name: str) -> str:
+    return _BRANDS.sub("", " ".join(name.lower().split()))

@@ -3,7 +3,7 @@
 The platform calls a flavor the accelerator's "model". A new flavor is one more entry of that file.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -39,11 +39,17 @@ class Flavor:
     """How many physical devices there are."""
     nodes: int
     """Nodes that the devices are on, equally many on each."""
+    simulated: bool = True
+    """Whether the devices are those of the list, whatever this machine has; False for the GPUs of this machine."""
 
     @property
     def memory_mib(self) -> int:
         """Usable memory of all devices together, in MiB."""
         return self.devices * self.device.memory_mib
+
+    def with_devices(self, devices: int, devices_per_node: int) -> "Flavor":
+        """The same kind of devices in another number."""
+        return replace(self, devices=devices, nodes=-(-devices // devices_per_node))
 
 
 @cache

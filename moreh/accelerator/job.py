@@ -17,10 +17,13 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from moreh.accelerator.environment import warn_of_a_line_that_was_not_called, warn_of_variables_without_effect
+from moreh.accelerator.flavors import Flavor
 from moreh.accelerator.job_status import JobStatus, PredictedUse, sample_cpu_time, write_status
 from moreh.accelerator.memory.ledger import MemoryLedger, adamw_training_bytes, weight_bytes
 from moreh.accelerator.memory.out_of_memory import out_of_memory_error
-from moreh.accelerator.registry import Accelerator, Job, end_job, read_registry, start_job
+from moreh.accelerator.registry import end_job, read_registry, start_job
+from moreh.accelerator.registry_content import Accelerator, Job
+from moreh.accelerator.this_machine import THIS_MACHINE, machine_text
 from moreh.accelerator.waiting import when_free
 from moreh.errors import RegistryError
 from moreh.log import logger, set_up_logger
@@ -117,7 +120,7 @@ class LocalJob:
             memory_bytes = {**self.ledger.usage_bytes(), "activations": peak}
         else:
             memory_bytes = {"reserved": torch.cuda.memory_reserved()}
-        if self.predicted is not None:
+        if self.simulated and self.predicted is not None:
             memory_bytes = dict(self.predicted.memory_bytes)
         status = JobStatus(
             memory_bytes,
@@ -229,20 +232,31 @@ def _start_own_job(run: str, may_wait: bool) -> LocalJob:
     logger.info("Moreh Version: %s", __version__)
     logger.info("Moreh Job ID: %d", job.id)
     warn_of_variables_without_effect()
-    if started.simulated:
-        flavor = accelerator.flavor
-        logger.info(
-            "Simulated: this machine has no GPU, so %s (%d x %s, %d MiB) is simulated and the job computes on %d CPU "
-            "core(s).",
-            flavor.name,
-            flavor.devices,
-            flavor.device.name,
-            flavor.memory_mib,
-            available_cores(),
-        )
+    _log_devices(accelerator.flavor, on_cpu=started.simulated)
     started.report()
     started.report_soon()
     return started
+
+
+def _log_devices(flavor: Flavor, *, on_cpu: bool) -> None:
+    """Say on which devices the job computes and, if these are not those of the accelerator, that it is simulated."""
+    if not flavor.simulated:
+        logger.info(machine_text(flavor))
+        return
+    model = f"{flavor.name} ({flavor.devices} x {flavor.device.name}, {flavor.memory_mib} MiB)"
+    if on_cpu:
+        logger.info(
+            "Simulated: this machine has no GPU, so %s is simulated and the job computes on %d CPU core(s).",
+            model,
+            available_cores(),
+        )
+    else:
+        logger.info(
+            "Simulated: %s was chosen, so its plans are predictions and the job computes on this machine's GPUs; "
+            "'moreh-switch-model \"%s\"' plans for these.",
+            model,
+            THIS_MACHINE,
+        )
 
 
 def _join_job_of_ancestor() -> LocalJob | None:

@@ -7,7 +7,8 @@ from typing import Any
 
 import psutil
 
-from moreh.accelerator.registry import Job, job_status_path
+from moreh.accelerator.registry import job_status_path
+from moreh.accelerator.registry_content import Job
 from moreh.accelerator.state_files import read_json, replace_json
 from moreh.errors import RegistryError
 

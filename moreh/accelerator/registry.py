@@ -5,99 +5,23 @@ no lock; writers take one. A job is a process, identified by process id *and* st
 again. Readers skip a job whose process is gone, and the next writer removes it.
 """
 
-import secrets
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import psutil
 
 from moreh.accelerator.environment import visible_device
-from moreh.accelerator.flavors import Flavor, default_flavor, find_flavor
+from moreh.accelerator.flavors import default_flavor
+from moreh.accelerator.registry_content import Accelerator, Job, Registry, new_token, parse_registry
 from moreh.accelerator.state_files import read_json, replace_json, state_directory, writer_lock
-from moreh.errors import AcceleratorBusyError, AcceleratorError, RegistryError
+from moreh.accelerator.this_machine import find_model
+from moreh.errors import AcceleratorBusyError, AcceleratorError
 
 MAX_ACCELERATORS = 5
-# A process's start time is derived from the boot time, which moves by fractions of a second when the clock is set.
-START_TIME_TOLERANCE_SECONDS = 1.0
 
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class Accelerator:
-    """One accelerator of this environment."""
-
-    index: int
-    """Its number in the tools, from 0."""
-    model: str
-    """The name of its flavor."""
-    token: str
-    """A random id, as on the platform."""
-
-    @cached_property
-    def flavor(self) -> Flavor:
-        """The size that `model` names."""
-        return find_flavor(self.model)
-
-
-@dataclass(frozen=True)
-class Job:
-    """A process that uses an accelerator."""
-
-    id: int
-    """Counts up from 1 in this environment."""
-    accelerator: int
-    """The index of the accelerator."""
-    pid: int
-    """The process id."""
-    process_start_time: float
-    """When the process was started, in seconds since the epoch."""
-    command: str
-    """The command line."""
-    run: str = ""
-    """The id of all processes that torchrun starts together, of which the first is the job; empty otherwise."""
-
-    def is_running(self) -> bool:
-        """Whether the process that registered this job is still running (a zombie is not)."""
-        try:
-            process = psutil.Process(self.pid)
-            same = abs(process.create_time() - self.process_start_time) < START_TIME_TOLERANCE_SECONDS
-            return same and process.status() != psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess:
-            return False
-
-
-@dataclass(frozen=True)
-class Registry:
-    """The whole content of the registry file."""
-
-    current: int
-    """The index of the current accelerator: the one that the next process will use."""
-    next_job_id: int
-    """The id of the next job."""
-    accelerators: tuple[Accelerator, ...]
-    """The accelerators, by index."""
-    jobs: tuple[Job, ...] = field(default=())
-    """The jobs in the order of their start; `read_registry` leaves out those that have ended."""
-
-    def accelerator(self, index: int) -> Accelerator:
-        """The accelerator with this index.
-
-        Raises:
-            AcceleratorError: there is no accelerator with this index.
-        """
-        for accelerator in self.accelerators:
-            if accelerator.index == index:
-                return accelerator
-        known = ", ".join(str(a.index) for a in self.accelerators)
-        raise AcceleratorError(f"no accelerator {index}: there are {known}. 'moreh-smi device --list' shows them")
-
-    def job_on(self, index: int) -> Job | None:
-        """The running job of an accelerator, if there is one."""
-        return next((job for job in self.jobs if job.accelerator == index), None)
 
 
 def read_registry() -> Registry:
@@ -106,7 +30,7 @@ def read_registry() -> Registry:
     Raises:
         RegistryError: the file cannot be read, or its content is damaged.
     """
-    registry = _parse(read_json(_registry_path()))
+    registry = parse_registry(read_json(_registry_path()), _registry_path())
     return replace(registry, jobs=tuple(job for job in registry.jobs if job.is_running()))
 
 
@@ -121,7 +45,7 @@ def add_accelerator(model: str) -> Accelerator:
     Raises:
         AcceleratorError: the model is unknown, or there are MAX_ACCELERATORS accelerators already.
     """
-    flavor = find_flavor(model)
+    added = Accelerator(index=0, model=default_flavor().name, token=new_token()).with_model(model)
 
     def change(registry: Registry) -> tuple[Registry, Accelerator]:
         if len(registry.accelerators) >= MAX_ACCELERATORS:
@@ -131,9 +55,9 @@ def add_accelerator(model: str) -> Accelerator:
             )
         taken = {a.index for a in registry.accelerators}
         index = next(i for i in range(MAX_ACCELERATORS) if i not in taken)
-        added = Accelerator(index=index, model=flavor.name, token=_new_token())
-        accelerators = tuple(sorted((*registry.accelerators, added), key=lambda a: a.index))
-        return replace(registry, accelerators=accelerators), added
+        indexed = replace(added, index=index)
+        accelerators = tuple(sorted((*registry.accelerators, indexed), key=lambda a: a.index))
+        return replace(registry, accelerators=accelerators), indexed
 
     return _update(change)
 
@@ -174,14 +98,15 @@ def switch_model(model: str) -> Accelerator:
     Raises:
         AcceleratorError: the model is unknown, or a job is running on the accelerator.
     """
-    flavor = find_flavor(model)
+    find_model(model)  # an unknown one is refused before the registry is locked
 
     def change(registry: Registry) -> tuple[Registry, Accelerator]:
         current = registry.accelerator(registry.current)
-        if current.model == flavor.name:
+        switched = current.with_model(model)
+        if switched == current:
             return registry, current
-        _require_idle(registry, current.index, "switched")
-        switched = replace(current, model=flavor.name)
+        if switched.flavor.name != current.flavor.name:
+            _require_idle(registry, current.index, "switched")
         accelerators = tuple(switched if a.index == current.index else a for a in registry.accelerators)
         return replace(registry, accelerators=accelerators), switched
 
@@ -252,47 +177,3 @@ def _delete_temporary_files(path: Path) -> None:
 
 def _registry_path() -> Path:
     return state_directory() / "registry.json"
-
-
-def _new_token() -> str:
-    return secrets.token_hex(16)
-
-
-def _parse(content: Any) -> Registry:
-    if content is None:
-        first = Accelerator(index=0, model=default_flavor().name, token=_new_token())
-        return Registry(current=0, next_job_id=1, accelerators=(first,))
-    try:
-        registry = Registry(
-            current=content["current"],
-            next_job_id=content["next_job_id"],
-            accelerators=tuple(Accelerator(**row) for row in content["accelerators"]),
-            jobs=tuple(Job(**row) for row in content["jobs"]),
-        )
-        _check_types(registry)
-        registry.accelerator(registry.current)
-    except (KeyError, TypeError, AcceleratorError) as error:
-        raise RegistryError(
-            f"{_registry_path()} is damaged ({error}): delete it, and one accelerator is set up anew"
-        ) from None
-    return registry
-
-
-def _check_types(registry: Registry) -> None:
-    """Check for mistakes in a file that was edited by hand.
-
-    Raises:
-        TypeError: a value has another type than the tools write, or a process id is below 1.
-        AcceleratorError: an accelerator's model is unknown.
-    """
-    for row in (registry, *registry.accelerators, *registry.jobs):
-        for name, kind in row.__annotations__.items():
-            value = getattr(row, name)
-            allowed = {int: int, float: (int, float), str: str}.get(kind)
-            if allowed is not None and (not isinstance(value, allowed) or isinstance(value, bool)):  # type: ignore[arg-type]
-                raise TypeError(f"{name} is {value!r}")
-    for job in registry.jobs:
-        if job.pid < 1:
-            raise TypeError(f"pid is {job.pid}")
-    for accelerator in registry.accelerators:
-        find_flavor(accelerator.model)

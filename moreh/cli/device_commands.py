@@ -2,14 +2,9 @@
 
 import json
 
-from moreh.accelerator.flavors import find_flavor
-from moreh.accelerator.registry import (
-    Registry,
-    add_accelerator,
-    read_registry,
-    remove_accelerator,
-    select_accelerator,
-)
+from moreh.accelerator.registry import add_accelerator, read_registry, remove_accelerator, select_accelerator
+from moreh.accelerator.registry_content import Registry
+from moreh.accelerator.this_machine import find_model
 from moreh.cli.terminal import ask, print_models, selection_question
 from moreh.errors import AcceleratorError
 from moreh.tables import Column, draw_table
@@ -20,7 +15,8 @@ def list_devices(*, as_json: bool) -> None:
     registry = read_registry()
     if as_json:
         rows = [
-            {"index": a.index, "current": a.index == registry.current, "model": a.model} for a in registry.accelerators
+            {"index": a.index, "current": a.index == registry.current, "model": a.flavor.name}
+            for a in registry.accelerators
         ]
         print(json.dumps({"accelerators": rows}, indent=1))
     else:
@@ -32,12 +28,12 @@ def add_device(model: str, *, ask_for_it: bool) -> str | None:
     if ask_for_it:
         print_models(current=None)
         print()
-        answer = ask(selection_question(), lambda entered: find_flavor(entered).name)
+        answer = ask(selection_question(), lambda entered: find_model(entered).name)
         if answer is None:
             return None
         model = answer
     added = add_accelerator(model)
-    return f"Accelerator {added.index} ({added.model}) was added."
+    return f"Accelerator {added.index} ({added.flavor.name}) was added."
 
 
 def remove_device(device: str, *, ask_for_it: bool) -> str | None:
@@ -46,7 +42,7 @@ def remove_device(device: str, *, ask_for_it: bool) -> str | None:
     if index is None:
         return None
     removed = remove_accelerator(index)
-    return f"Accelerator {removed.index} ({removed.model}) was removed."
+    return f"Accelerator {removed.index} ({removed.flavor.name}) was removed."
 
 
 def switch_device(device: str, *, ask_for_it: bool) -> str | None:
@@ -55,7 +51,7 @@ def switch_device(device: str, *, ask_for_it: bool) -> str | None:
     if index is None:
         return None
     selected = select_accelerator(index)
-    return f"Accelerator {selected.index} ({selected.model}) is the current one now."
+    return f"Accelerator {selected.index} ({selected.flavor.name}) is the current one now."
 
 
 def _draw_list(registry: Registry) -> str:
@@ -64,7 +60,7 @@ def _draw_list(registry: Registry) -> str:
         (
             f"{'*' if a.index == registry.current else ' '} {a.index}",
             "MoAI Accelerator",
-            a.model,
+            a.flavor.name,
             f"{a.flavor.memory_mib} MiB",
         )
         for a in registry.accelerators

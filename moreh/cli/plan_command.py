@@ -5,19 +5,16 @@ import json
 import sys
 from contextlib import suppress
 
-from moreh.accelerator.devices import all_devices, find_device
-from moreh.accelerator.flavors import Flavor, find_flavor
-from moreh.accelerator.registry import read_registry
-from moreh.cli.plan_options import PRECISIONS, YES_NO_AUTO, parse_options
+from moreh.accelerator.devices import all_devices
+from moreh.cli.plan_options import YES_NO_AUTO, parse_options
+from moreh.cli.plan_place import find_place
 from moreh.cli.terminal import run_tool
 from moreh.errors import PlanError
 from moreh.models.architecture import Architecture
 from moreh.models.describe.from_source import describe
 from moreh.models.describe.with_lora import ALL_LINEAR, Lora, with_lora
 from moreh.planner.cost.prediction import Prediction, predict
-from moreh.planner.hardware.cluster import cluster_for_devices, cluster_for_flavor
-from moreh.planner.hardware.environment import Environment, make_environment, measured_environment
-from moreh.planner.hardware.measured_device import THIS_MACHINE
+from moreh.planner.hardware.environment import Environment
 from moreh.planner.plan.notation import parse_plan, plan_text
 from moreh.planner.plan.plan import Plan, Training
 from moreh.planner.report.explanation import explanation_json, explanation_sentences, explanation_table_forms
@@ -31,11 +28,7 @@ from moreh.planner.search.constraints import Constraints
 from moreh.planner.search.request import Request
 from moreh.planner.search.search import SearchOutcome, search_plans
 from moreh.planner.search.suggestions import nothing_fits_text
-from moreh.planner.software_profile import TRANSFORMERS, TRANSFORMERS_AUTOCAST, moreh_software
 from moreh.tables import draw_widest, terminal_width
-
-# The software of this machine's workers: transformers' models without advanced parallelization, by precision.
-LOCAL_SOFTWARE = {"bfloat16": TRANSFORMERS_AUTOCAST, "float32": TRANSFORMERS}
 
 
 def main() -> int:
@@ -63,19 +56,8 @@ def _plan(arguments: list[str]) -> int:
     return _search(options, request, width)
 
 
-def _flavor(options: argparse.Namespace) -> Flavor | None:
-    """The accelerator that was named, else the current one; None where devices were named."""
-    if options.device is not None:
-        return None
-    if options.accelerator is not None:
-        return find_flavor(options.accelerator)
-    registry = read_registry()
-    return registry.accelerator(registry.current).flavor
-
-
 def _request(options: argparse.Namespace) -> Request:
-    flavor = _flavor(options)
-    setting = _environment(options, flavor)
+    flavor, setting = find_place(options)
     if options.precision == "float8" and setting.cluster.device.float8_flops_per_second is None:
         names = ", ".join(
             device.name for device in all_devices().values() if device.float8_flops_per_second is not None
@@ -110,15 +92,6 @@ def _architecture(options: argparse.Namespace) -> Architecture:
         return with_lora(architecture, Lora(options.lora, options.lora_targets or ALL_LINEAR))
     except PlanError as error:
         raise PlanError(f"--lora-targets: {error}") from None
-
-
-def _environment(options: argparse.Namespace, flavor: Flavor | None) -> Environment:
-    software = moreh_software(PRECISIONS[options.precision])
-    if flavor is not None:
-        return make_environment(cluster_for_flavor(flavor), software)
-    if options.device.strip().lower() == THIS_MACHINE:
-        return measured_environment(options.devices, LOCAL_SOFTWARE.get(options.precision, software))
-    return make_environment(cluster_for_devices(find_device(options.device), options.devices), software)
 
 
 def _search(options: argparse.Namespace, request: Request, width: int | None) -> int:

@@ -1,15 +1,16 @@
 """The command line of moreh-plan."""
 
 import argparse
-import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 
 from moreh.accelerator.devices import all_devices
-from moreh.cli.terminal import help_formatter
-from moreh.planner.hardware.measured_device import THIS_MACHINE
+from moreh.accelerator.this_machine import THIS_MACHINE
+from moreh.cli.place_options import MAX_DEVICES, add_place, needs_of_place
+from moreh.cli.terminal import amount, help_formatter, whole
+from moreh.options import DEFAULT_MEMORY_PERCENT
 from moreh.planner.plan.notation import LEGEND
 from moreh.planner.plan.plan import SCHEDULES
 from moreh.planner.report.plan_rows import DEFAULT_COUNT
@@ -17,7 +18,7 @@ from moreh.planner.report.plot import SUFFIXES
 from moreh.tables import terminal_width, wrap_line
 
 # Larger than anything that is trained, so that a typing error does not keep the search busy for minutes.
-MAX_ROWS, MAX_TOKENS, MAX_DEVICES, MAX_PLANS, MAX_RANK = 1_000_000, 100_000_000, 100_000, 1_000, 1_000_000
+MAX_ROWS, MAX_TOKENS, MAX_PLANS, MAX_RANK = 1_000_000, 100_000_000, 1_000, 1_000_000
 YES_NO_AUTO = {"yes": True, "no": False, "auto": None}
 # The name of each precision in SoftwareProfile.
 PRECISIONS = {"bfloat16": "half", "float32": "float32", "float8": "float8"}
@@ -52,32 +53,6 @@ Exit codes:
 """
 
 
-def _whole(maximum: int) -> Callable[[str], int]:
-    """The type of an option: a whole number from 1 to `maximum`."""
-
-    def parse(text: str) -> int:
-        if not text.isdecimal() or len(text) > 12 or not 1 <= int(text) <= maximum:
-            raise argparse.ArgumentTypeError(f"{text}: give a whole number from 1 to {maximum:,}")
-        return int(text)
-
-    return parse
-
-
-def _amount(maximum: float) -> Callable[[str], float]:
-    """The type of an option: a number above 0, at most `maximum`."""
-
-    def parse(text: str) -> float:
-        try:
-            amount = float(text)
-        except ValueError:
-            amount = math.nan
-        if not 0 < amount <= maximum:
-            raise argparse.ArgumentTypeError(f"{text}: give a number above 0, at most {maximum:g}")
-        return amount
-
-    return parse
-
-
 def _picture(text: str) -> Path:
     if Path(text).suffix.lower() not in SUFFIXES:
         raise argparse.ArgumentTypeError(f"{text}: give a file that ends with {', '.join(SUFFIXES)}")
@@ -98,23 +73,21 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--batch-size",
-        type=_whole(MAX_ROWS),
+        type=whole(MAX_ROWS),
         required=True,
         metavar="B",
         help="Sequences in a training step, over all devices.",
     )
     parser.add_argument(
-        "--sequence-length", type=_whole(MAX_TOKENS), required=True, metavar="S", help="Tokens in a sequence."
+        "--sequence-length", type=whole(MAX_TOKENS), required=True, metavar="S", help="Tokens in a sequence."
     )
     _add_lora(parser.add_argument_group("what is trained (default: all parameters)"))
-    _add_place(parser.add_argument_group("where to train (default: the current accelerator)"))
+    add_place(parser.add_argument_group("where to train (default: the current accelerator)"))
     _add_constraints(parser.add_argument_group("what the plans must be like (default: all possibilities are searched)"))
     _add_output(parser.add_argument_group("what to print (default: the best plans)"))
     options = parser.parse_args(arguments)
     needs = {
-        "--device and --devices are given together": (options.device is None) == (options.devices is None),
-        "--device cannot be combined with --accelerator": options.device is None or options.accelerator is None,
-        "--device cannot be combined with --flavors": options.device is None or not options.flavors,
+        **needs_of_place(options),
         "--plot cannot be combined with --flavors": options.plot is None or not options.flavors,
         "--lora-targets needs --lora": options.lora_targets is None or options.lora is not None,
         "--dataset-tokens needs --flavors": options.dataset_tokens is None or options.flavors,
@@ -130,7 +103,7 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
 def _add_lora(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--lora",
-        type=_whole(MAX_RANK),
+        type=whole(MAX_RANK),
         metavar="R",
         help="Train LoRA adapters of rank R around matrices of the layers; all other parameters are frozen.",
     )
@@ -142,25 +115,10 @@ def _add_lora(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def _add_place(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--accelerator", metavar="MODEL", help="An accelerator, by its name or number in moreh-switch-model."
-    )
-    group.add_argument(
-        "--device", metavar="NAME", help="A kind of device instead of an accelerator: one of those listed below."
-    )
-    group.add_argument(
-        "--devices",
-        type=_whole(MAX_DEVICES),
-        metavar="N",
-        help="The number of these devices (with --device 'this machine': of worker processes).",
-    )
-
-
 def _add_constraints(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--stages", type=_whole(MAX_DEVICES), metavar="N", help="Use exactly N pipeline ranks.")
+    group.add_argument("--stages", type=whole(MAX_DEVICES), metavar="N", help="Use exactly N pipeline ranks.")
     group.add_argument(
-        "--micro-batches", type=_whole(MAX_ROWS), metavar="N", help="Cut each step into exactly N micro-batches."
+        "--micro-batches", type=whole(MAX_ROWS), metavar="N", help="Cut each step into exactly N micro-batches."
     )
     group.add_argument(
         "--recompute",
@@ -175,7 +133,7 @@ def _add_constraints(group: argparse._ArgumentGroup) -> None:
         help="Whether data-parallel ranks shard the parameters: yes, no, or auto (the default) for both.",
     )
     group.add_argument(
-        "--max-tensor", type=_whole(MAX_DEVICES), metavar="N", help="Use at most N tensor-parallel ranks."
+        "--max-tensor", type=whole(MAX_DEVICES), metavar="N", help="Use at most N tensor-parallel ranks."
     )
     group.add_argument(
         "--schedules",
@@ -187,17 +145,17 @@ def _add_constraints(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--max-context",
-        type=_whole(MAX_DEVICES),
+        type=whole(MAX_DEVICES),
         default=1,
         metavar="N",
         help="Use at most N context-parallel ranks (default 1: the local runtime has no context parallelism).",
     )
     group.add_argument(
         "--memory-percent",
-        type=_amount(100),
-        default=80.0,
+        type=amount(100),
+        default=float(DEFAULT_MEMORY_PERCENT),
         metavar="P",
-        help="Let plans use P percent of each device's memory (default 80).",
+        help=f"Let plans use P percent of each device's memory (default {DEFAULT_MEMORY_PERCENT}).",
     )
     group.add_argument(
         "--precision", choices=PRECISIONS, default="bfloat16", help="Compute in this precision (default bfloat16)."
@@ -207,7 +165,7 @@ def _add_constraints(group: argparse._ArgumentGroup) -> None:
 def _add_output(group: argparse._ArgumentGroup) -> None:
     kind = group.add_mutually_exclusive_group()
     kind.add_argument(
-        "--count", type=_whole(MAX_PLANS), metavar="N", help=f"Print the N best plans (default {DEFAULT_COUNT})."
+        "--count", type=whole(MAX_PLANS), metavar="N", help=f"Print the N best plans (default {DEFAULT_COUNT})."
     )
     kind.add_argument(
         "--explain",
@@ -219,13 +177,13 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--dataset-tokens",
-        type=_amount(1e18),
+        type=amount(1e18),
         metavar="N",
         help="With --flavors, add the hours and device-hours of a training on N tokens.",
     )
     group.add_argument(
         "--price-per-device-hour",
-        type=_amount(1e9),
+        type=amount(1e9),
         metavar="X",
         help="With --dataset-tokens, add the cost, in the unit that X is in.",
     )

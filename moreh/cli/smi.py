@@ -8,9 +8,11 @@ import time
 
 import psutil
 
-from moreh.accelerator.registry import Job, ensure_registry, read_registry
+from moreh.accelerator.registry import ensure_registry, read_registry
+from moreh.accelerator.registry_content import Job
 from moreh.cli.device_commands import add_device, list_devices, remove_device, switch_device
-from moreh.cli.smi_report import AcceleratorReport, as_json, collect_reports, draw_reports
+from moreh.cli.smi_collect import AcceleratorReport, collect_reports
+from moreh.cli.smi_report import as_json, draw_reports
 from moreh.cli.terminal import help_formatter, run_tool
 from moreh.errors import AcceleratorError
 from moreh.version import __version__

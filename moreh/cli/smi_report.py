@@ -1,13 +1,13 @@
-"""What moreh-smi shows of each accelerator: collected once, then drawn as tables or given as JSON."""
+"""What moreh-smi shows of each accelerator, drawn as tables or given as JSON."""
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import datetime
 from typing import Any
 
-from moreh.accelerator.job_status import JobStatus, measured_worker_bytes, read_status, utilization_percent
-from moreh.accelerator.registry import Accelerator, Job, Registry
+from moreh.accelerator.job_status import measured_worker_bytes
+from moreh.cli.smi_collect import AcceleratorReport, PhysicalDevice, PhysicalGpu, physical_devices
 from moreh.tables import Column, draw_table, terminal_width, wrap_line
 from moreh.version import __version__
 
@@ -45,59 +45,23 @@ PHYSICAL_COLUMNS = (
     Column("Total Memory", 12),
     Column("Utilization", 11),
 )
+# Of the GPUs of this machine only.
+SENSOR_COLUMNS = (Column("Temperature", 11), Column("Power", 5))
 WORKER_COLUMNS = (
     Column("Job ID", 6, "right"),
     Column("Worker", 6, "right"),
     Column("PID", 7, "right"),
     Column("Measured Memory", 15),
 )
+GPU_NOTE = (
+    "Memory usage and utilization of this machine's GPUs are what their driver says, of all processes together; N/A is "
+    "what it says only with pynvml (pip install nvidia-ml-py) or amdsmi."
+)
 WORKERS_NOTE = "Measured memory is what a worker's process holds in this machine's memory, code and libraries included."
+# What the tools of drivers print where a GPU does not tell.
+NOT_TOLD = "N/A"
 # The width of a process's command where standard output is no terminal, less what the rest of the table takes.
 PIPE_WIDTH, REST_OF_TABLE, MIN_COMMAND_WIDTH = 200, 70, 27
-
-
-@dataclass(frozen=True)
-class AcceleratorReport:
-    """One accelerator with its running job."""
-
-    accelerator: Accelerator
-    is_current: bool
-    job: Job | None
-    """None where nothing runs."""
-    status: JobStatus | None
-    """The job's last report; None before its first one."""
-    utilization_percent: int | None
-    """0 to 100; None where it is not known."""
-
-    @property
-    def memory_mib(self) -> int | None:
-        """The job's memory in MiB, rounded up; None without a report."""
-        return None if self.status is None else -(-self.status.total_memory_bytes // 2**20)
-
-
-@dataclass(frozen=True)
-class PhysicalDevice:
-    """One device of an accelerator."""
-
-    index: int
-    node: int
-    name: str
-    memory_used_mib: int | None
-    """None where nothing runs on the device."""
-    memory_total_mib: int
-    utilization_percent: int | None
-    """0 to 100; None where nothing runs on the device or it is not known."""
-
-
-def collect_reports(registry: Registry) -> list[AcceleratorReport]:
-    """One report for every accelerator of the registry."""
-    reports = []
-    for accelerator in registry.accelerators:
-        job = registry.job_on(accelerator.index)
-        status = None if job is None else read_status(job)
-        percent = None if job is None or status is None else utilization_percent(job, status)
-        reports.append(AcceleratorReport(accelerator, accelerator.index == registry.current, job, status, percent))
-    return reports
 
 
 def draw_reports(reports: Sequence[AcceleratorReport], *, physical: bool) -> str:
@@ -113,8 +77,13 @@ def draw_reports(reports: Sequence[AcceleratorReport], *, physical: bool) -> str
         ),
     ]
     if physical:
-        rows = [_physical_row(report, device) for report in reports for device in _physical_devices(report)]
-        parts += ["", draw_table(PHYSICAL_COLUMNS, rows)]
+        has_sensors = any(report.gpus for report in reports)
+        rows = [
+            _physical_row(report, device) + (_sensor_cells(device) if has_sensors else ())
+            for report in reports
+            for device in physical_devices(report)
+        ]
+        parts += ["", draw_table(PHYSICAL_COLUMNS + (SENSOR_COLUMNS if has_sensors else ()), rows)]
     running = [report for report in reports if report.job is not None]
     workers = [row for report in running for row in _worker_rows(report)] if physical else []
     if workers:
@@ -123,6 +92,8 @@ def draw_reports(reports: Sequence[AcceleratorReport], *, physical: bool) -> str
         parts += ["", "Processes:", draw_table(PROCESS_COLUMNS, [_process_row(report) for report in running])]
     simulated = [report.status for report in reports if report.status is not None and report.status.simulated]
     notes = [PREDICTED_NOTE.format(plan=s.predicted.plan) if s.predicted else SIMULATED_NOTE for s in simulated]
+    if any(report.gpus for report in reports):
+        notes.append(GPU_NOTE)
     for note in dict.fromkeys(notes):
         parts += ["", wrap_line(note, width)]
     return "\n".join(parts)
@@ -139,9 +110,9 @@ def as_json(reports: Sequence[AcceleratorReport], *, physical: bool) -> dict[str
             "name": NAME,
             "model": flavor.name,
             "memory_used_mib": report.memory_mib,
-            "memory_total_mib": flavor.memory_mib,
+            "memory_total_mib": report.total_memory_mib,
             "utilization_percent": report.utilization_percent,
-            "simulated": None if report.status is None else report.status.simulated,
+            "simulated": _is_simulated(report),
             "predicted_for_plan": None
             if report.status is None or report.status.predicted is None
             else report.status.predicted.plan,
@@ -154,7 +125,7 @@ def as_json(reports: Sequence[AcceleratorReport], *, physical: bool) -> dict[str
                 {"job_id": job.id, "pid": job.pid, "command": job.command, "memory_bytes": memory_bytes}
             )
         if physical:
-            row["physical_devices"] = [asdict(device) for device in _physical_devices(report)]
+            row["physical_devices"] = [asdict(device) for device in physical_devices(report)]
             measured = [] if report.status is None else measured_worker_bytes(report.status)
             row["workers"] = [{"rank": rank, "pid": pid, "memory_bytes": size} for rank, pid, size in measured]
         rows.append(row)
@@ -166,10 +137,10 @@ def _device_row(report: AcceleratorReport) -> tuple[str, ...]:
     return (
         f"{'*' if report.is_current else ' '} {report.accelerator.index}",
         NAME,
-        report.accelerator.model,
+        report.accelerator.flavor.name,
         _mib(report.memory_mib),
-        _mib(report.accelerator.flavor.memory_mib if busy else None),
-        _percent(report.utilization_percent),
+        _mib(report.total_memory_mib if busy or report.gpus else None),
+        _percent(report.utilization_percent, NOT_TOLD if report.gpus else "-"),
     )
 
 
@@ -180,7 +151,7 @@ def _process_row(report: AcceleratorReport) -> tuple[str, ...]:
         str(report.job.id),
         str(report.job.pid),
         _in_one_line(report.job.command),
-        _mib(report.memory_mib),
+        _mib(report.job_memory_mib),
     )
 
 
@@ -188,32 +159,6 @@ def _worker_rows(report: AcceleratorReport) -> list[tuple[str, ...]]:
     assert report.job is not None
     measured = [] if report.status is None else measured_worker_bytes(report.status)
     return [(str(report.job.id), str(rank), str(pid), _mib(-(-size // 2**20))) for rank, pid, size in measured]
-
-
-def _physical_devices(report: AcceleratorReport) -> list[PhysicalDevice]:
-    """The physical devices of an accelerator. A job without a plan runs on the first one; the others are idle."""
-    predicted = None if report.status is None else report.status.predicted
-    flavor = report.accelerator.flavor
-    devices_per_node = -(-flavor.devices // flavor.nodes)
-    return [
-        PhysicalDevice(
-            index=index,
-            node=index // devices_per_node,
-            name=flavor.device.name,
-            memory_used_mib=_used_mib(report, index),
-            memory_total_mib=flavor.device.memory_mib,
-            utilization_percent=report.utilization_percent if index == 0 or predicted is not None else None,
-        )
-        for index in range(flavor.devices)
-    ]
-
-
-def _used_mib(report: AcceleratorReport, index: int) -> int | None:
-    """The memory in use on a device, in MiB, rounded up."""
-    predicted = None if report.status is None else report.status.predicted
-    if predicted is not None:
-        return -(-predicted.device_bytes[index] // 2**20)
-    return report.memory_mib if index == 0 else None
 
 
 def _physical_row(report: AcceleratorReport, device: PhysicalDevice) -> tuple[str, ...]:
@@ -224,8 +169,23 @@ def _physical_row(report: AcceleratorReport, device: PhysicalDevice) -> tuple[st
         device.name,
         _mib(device.memory_used_mib),
         _mib(device.memory_total_mib),
-        _percent(device.utilization_percent),
+        _percent(device.utilization_percent, NOT_TOLD if isinstance(device, PhysicalGpu) else "-"),
     )
+
+
+def _sensor_cells(device: PhysicalDevice) -> tuple[str, ...]:
+    """The cells of SENSOR_COLUMNS."""
+    if not isinstance(device, PhysicalGpu):
+        return ("-", "-")
+    temperature = NOT_TOLD if device.temperature_c is None else f"{device.temperature_c} C"
+    return (temperature, NOT_TOLD if device.power_w is None else f"{device.power_w} W")
+
+
+def _is_simulated(report: AcceleratorReport) -> bool | None:
+    """Whether memory and utilization are simulated; None while no job says it."""
+    if report.gpus:
+        return False
+    return None if report.status is None else report.status.simulated
 
 
 def _in_one_line(command: str) -> str:
@@ -239,5 +199,5 @@ def _mib(amount: int | None) -> str:
     return "-" if amount is None else f"{amount} MiB"
 
 
-def _percent(amount: int | None) -> str:
-    return "-" if amount is None else f"{amount}%"
+def _percent(amount: int | None, unknown: str) -> str:
+    return unknown if amount is None else f"{amount}%"

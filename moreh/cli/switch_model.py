@@ -4,8 +4,8 @@ import argparse
 import json
 import sys
 
-from moreh.accelerator.flavors import all_flavors, find_flavor
 from moreh.accelerator.registry import read_registry, switch_model
+from moreh.accelerator.this_machine import find_model, listed_models
 from moreh.cli.terminal import QuestionAborted, ask, help_formatter, print_models, run_tool, selection_question
 from moreh.tables import terminal_width, wrap_line
 
@@ -32,20 +32,20 @@ def main() -> int:
 def _switch_model(arguments: list[str]) -> int:
     options = _parse(arguments)
     registry = read_registry()
-    current = registry.accelerator(registry.current).model
+    current = registry.accelerator(registry.current).flavor.name
     if options.json and options.selection is None:
         models = [
             {"number": i, "name": f.name, "devices": f.devices, "nodes": f.nodes, "memory_mib": f.memory_mib}
-            for i, f in enumerate(all_flavors(), start=1)
+            for i, f in listed_models().items()
         ]
         print(json.dumps({"accelerator": registry.current, "current": current, "models": models}, indent=1))
         return 0
     if options.selection is not None:
         switched = switch_model(options.selection)
         if options.json:
-            print(json.dumps({"accelerator": switched.index, "current": switched.model}, indent=1))
+            print(json.dumps({"accelerator": switched.index, "current": switched.flavor.name}, indent=1))
         else:
-            _confirm(switched.model)
+            _confirm(switched.flavor.name)
         return 0
     print(f"Current MoAI Accelerator: {current}\n")
     switched_any = False
@@ -53,7 +53,7 @@ def _switch_model(arguments: list[str]) -> int:
         print_models(current)
         print()
         try:
-            name = ask(selection_question(), lambda entered: find_flavor(entered).name)
+            name = ask(selection_question(), lambda entered: find_model(entered).name)
         except QuestionAborted:
             if switched_any:
                 return 0
@@ -61,7 +61,7 @@ def _switch_model(arguments: list[str]) -> int:
         if name is None:
             return 0
         switched_any = True
-        current = switch_model(name).model
+        current = switch_model(name).flavor.name
         _confirm(current)
         print()
 

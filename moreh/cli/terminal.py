@@ -1,12 +1,13 @@
-"""What the command-line tools share: help texts, questions, the numbered list of models, and one line for an error."""
+"""What the command-line tools share: help texts, numbers as options, questions, the list of models, errors."""
 
 import argparse
 import io
+import math
 import sys
 from collections.abc import Callable
 from functools import partial
 
-from moreh.accelerator.flavors import all_flavors
+from moreh.accelerator.this_machine import listed_models
 from moreh.errors import MorehError
 from moreh.tables import terminal_width
 
@@ -36,6 +37,32 @@ def run_tool(main: Callable[[list[str]], int]) -> int:
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_REFUSED
+
+
+def whole(maximum: int) -> Callable[[str], int]:
+    """The type of an option: a whole number from 1 to `maximum`."""
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or len(text) > 12 or not 1 <= int(text) <= maximum:
+            raise argparse.ArgumentTypeError(f"{text}: give a whole number from 1 to {maximum:,}")
+        return int(text)
+
+    return parse
+
+
+def amount(maximum: float) -> Callable[[str], float]:
+    """The type of an option: a number above 0, at most `maximum`."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not 0 < value <= maximum:
+            raise argparse.ArgumentTypeError(f"{text}: give a number above 0, at most {maximum:g}")
+        return value
+
+    return parse
 
 
 def help_formatter() -> Callable[..., argparse.HelpFormatter]:
@@ -68,11 +95,12 @@ def ask(question: str, answer: Callable[[str], str | None]) -> str | None:
 
 def print_models(current: str | None) -> None:
     """The numbered list of models, `*` at the current one."""
-    for number, flavor in enumerate(all_flavors(), start=1):
+    for number, flavor in listed_models().items():
         mark = "  *" if flavor.name == current else ""
         print(f"{number}. {flavor.name}{mark}")
 
 
 def selection_question() -> str:
     """The question that follows the numbered list."""
-    return f"Selection (1-{len(all_flavors())}, q, Q): "
+    numbers = list(listed_models())
+    return f"Selection ({numbers[0]}-{numbers[-1]}, q, Q): "

@@ -10,7 +10,9 @@ from moreh.accelerator import devices, flavors
 from moreh.accelerator.devices import all_devices, find_device
 from moreh.accelerator.flavors import all_flavors, find_flavor
 from moreh.accelerator.registry import switch_model
+from moreh.accelerator.this_machine import this_machine
 from moreh.errors import AcceleratorError
+from tests.helpers.fake_gpus import show_gpus
 from tests.helpers.planner.plan_tool import STEP, runner, write_model
 
 # https://www.amd.com/en/products/accelerators/instinct/mi350/mi355x.html
@@ -27,6 +29,7 @@ MI355X = {
     "node_bytes_per_second": 537.6e9,
     "network_bytes_per_second": 50e9,
     "efficiency_class": "CDNA3",
+    "driver_names": ["MI355X OAM"],
     "source": "AMD Instinct MI355X data sheet, "
     "https://www.amd.com/en/products/accelerators/instinct/mi350/mi355x.html (288 GB HBM3E, dense rates; 7 Infinity "
     "Fabric links of 76.8 GB/s a direction); usable memory, a network of 400 Gb/s a device and "
@@ -93,6 +96,13 @@ def test_planner_plans_for_a_new_flavor(state_directory, monkeypatch, capsys, tm
     assert "xLarge.512GB" not in out  # device-hours of other devices would be no measure
 
 
+@pytest.mark.usefixtures("with_mi355x", "state_directory")
+@pytest.mark.parametrize("name", ["AMD Instinct MI355X OAM", "AMD Instinct MI355X"])
+def test_gpus_of_a_new_device_have_its_rates(monkeypatch, name):
+    show_gpus(monkeypatch, [name] * 2, compute_units=256)
+    assert this_machine().device.bf16_flops_per_second == MI355X["bf16_flops_per_second"]
+
+
 @pytest.mark.usefixtures("with_mi355x")
 def test_tools_offer_a_new_device(monkeypatch, capsys):
     code, out, _ = runner(monkeypatch, capsys)("--help")
@@ -125,6 +135,8 @@ def change(**values):
         (change(package_bytes_per_second=None), "allowed is a rate where a package has several devices, else null"),
         (change(devices_per_node=7), "devices_per_node is 7; allowed is a multiple of devices_per_package, 2"),
         (change(source=""), "source is ''; allowed is a text"),
+        (change(driver_names="MI250"), "driver_names is 'MI250'; allowed is a list of texts"),
+        (change(driver_names=["MI250", 3]), r"driver_names is \['MI250', 3\]; allowed is a list of texts"),
         (lambda table: table.update({"MI250 GCD": 3}), "3 is no object"),
     ],
 )

@@ -11,6 +11,7 @@ import yaml
 from moreh.accelerator.registry import read_registry, start_job, switch_model
 from moreh.errors import PlanError
 from tests.conftest import ROOT
+from tests.helpers.fake_gpus import A100, show_gpus
 from tests.helpers.planner.plan_tool import LLAMA, runner, table_rows
 from tests.helpers.scripts.tiny_runs import prepare
 from utils.config.yaml_file import load_config
@@ -130,6 +131,17 @@ def test_settings_of_the_project_leave_the_accelerator_as_the_user_has_switched_
     switch_model("12xLarge.6144GB")
     print_plan(load_config(LLAMA_70B, []))
     assert re.search(r"^Accelerator +12xLarge\.6144GB", capsys.readouterr().out, re.M)
+
+
+def test_gpus_of_this_machine_are_planned_for_unless_a_flavor_is_set(state_directory, tiny_config, capsys, monkeypatch):
+    show_gpus(monkeypatch, [A100] * 8)
+    for overrides, expected in (
+        ([], "this machine (8 x NVIDIA A100-SXM4-40GB) on 1 node"),
+        (["accelerator={workers: 2}"], "this machine (2 x NVIDIA A100-SXM4-40GB) on 1 node"),
+        (["accelerator={model: Medium.128GB, workers: 1}"], "Medium.128GB (2 x MI250 GCD) on 1 node"),
+    ):
+        print_plan(load_config(str(tiny_config), overrides))
+        assert f"{expected}\n" in capsys.readouterr().out
 
 
 def test_new_model_is_described_as_it_will_be_made(state_directory, tiny_config, capsys):

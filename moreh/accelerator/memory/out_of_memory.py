@@ -1,13 +1,18 @@
-"""The simulated out-of-memory error."""
+"""The errors of what does not fit: in a simulated device or, by prediction, in this machine's GPUs."""
 
 import torch
 
-from moreh.accelerator.registry import Accelerator
+from moreh.accelerator.flavors import Flavor
+from moreh.accelerator.registry_content import Accelerator
 from moreh.errors import MorehError
 
 
 class SimulatedOutOfMemoryError(torch.OutOfMemoryError, MorehError):
     """What a job needs does not fit the simulated device. `except torch.cuda.OutOfMemoryError` catches it."""
+
+
+class PredictedOutOfMemoryError(torch.OutOfMemoryError, MorehError):
+    """No plan is predicted to fit this machine's GPUs. `except torch.cuda.OutOfMemoryError` catches it."""
 
 
 def out_of_memory_error(
@@ -37,15 +42,23 @@ def out_of_memory_error(
 
 
 def nothing_fits_error(
-    smallest_bytes: float, memory_fraction: float, accelerator: Accelerator
-) -> SimulatedOutOfMemoryError:
+    smallest_bytes: float, memory_fraction: float, accelerator: Accelerator, flavor: Flavor
+) -> SimulatedOutOfMemoryError | PredictedOutOfMemoryError:
     """The error for a training run without a plan that fits.
 
     The smallest plan needs `smallest_bytes` bytes on its fullest device. Plans may use the share `memory_fraction` of a
-    device, from 0 to 1.
+    device, from 0 to 1. `flavor` has the devices that were planned for, of the accelerator or, on this machine's GPUs,
+    those of the workers.
     """
-    flavor = accelerator.flavor
     available_bytes = round(flavor.device.memory_bytes * memory_fraction)
+    if not flavor.simulated:
+        return PredictedOutOfMemoryError(
+            f"Error Code 4: OUT_OF_MEMORY (predicted). No plan fits {flavor.name} ({flavor.devices} x "
+            f"{flavor.device.name}): the smallest one requested {round(smallest_bytes)} bytes on a GPU; available are "
+            f"{available_bytes} bytes, {memory_fraction:.0%} of {flavor.device.memory_mib} MiB. Use more GPUs or a "
+            "smaller batch, or let plans use more of a GPU with "
+            "MOREH_ADVANCED_PARALLELIZATION_MEMORY_USAGE_CORRECTION_RATIO."
+        )
     return SimulatedOutOfMemoryError(
         f"Error Code 4: OUT_OF_MEMORY (simulated). No plan fits accelerator {accelerator.index} ({flavor.name}): the "
         f"smallest one requested {round(smallest_bytes)} bytes on a device; available are {available_bytes} bytes, "

@@ -6,6 +6,7 @@ import numpy as np
 
 from moreh.accelerator.devices import Device
 from moreh.accelerator.flavors import Flavor
+from moreh.errors import PlanError
 from moreh.planner.plan.arrays import BoolArray, FloatArray, IntArray
 
 
@@ -39,6 +40,41 @@ def cluster_for_devices(device: Device, devices: int, network_bytes_per_second: 
     if network_bytes_per_second is not None:
         device = replace(device, network_bytes_per_second=network_bytes_per_second)
     return Cluster(device, devices, min(devices, device.devices_per_node))
+
+
+@dataclass(frozen=True)
+class StatedLinks:
+    """What a user says of a cluster, which wins over what is known of its kind of device. None for what is not said."""
+
+    devices_per_node: int | None = None
+    node_bytes_per_second: float | None = None
+    """Link of one device to the others of its node, in one direction."""
+    network_bytes_per_second: float | None = None
+    """Link of one device to other nodes, in one direction."""
+
+    def __bool__(self) -> bool:
+        return self != StatedLinks()
+
+    def changed(self, device: Device) -> Device:
+        """A kind of device with these links.
+
+        Raises:
+            PlanError: packages of devices would be cut by the border of a node.
+        """
+        per_node = self.devices_per_node or device.devices_per_node
+        if per_node % device.devices_per_package:
+            raise PlanError(
+                f"{per_node} devices on each node: {device.name} comes in packages of {device.devices_per_package}; "
+                "give a multiple of that"
+            )
+        node_rate = self.node_bytes_per_second or device.node_bytes_per_second
+        network_rate = self.network_bytes_per_second or device.network_bytes_per_second
+        return replace(
+            device,
+            devices_per_node=per_node,
+            node_bytes_per_second=node_rate,
+            network_bytes_per_second=network_rate,
+        )
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass, replace
 
+from moreh.accelerator.gpus import visible_gpus
 from moreh.planner.hardware.cluster import Cluster
 from moreh.planner.hardware.efficiency import Efficiency, find_efficiency
 from moreh.planner.hardware.local_profile import local_profile
-from moreh.planner.hardware.measured_device import measured_cluster, measured_efficiency
+from moreh.planner.hardware.measured_device import measured_cluster, measured_efficiency, with_measured_rates
 from moreh.planner.hardware.roofline import Roofline
 from moreh.planner.software_profile import MOREH, SoftwareProfile
 
@@ -39,9 +40,17 @@ class Environment:
 def make_environment(cluster: Cluster, software: SoftwareProfile = MOREH) -> Environment:
     """A cluster with the fitted efficiency constants of its class of devices.
 
+    Rates and constants of GPUs of this machine that no entry of `devices.json` describes are measured in some seconds,
+    unless a cached measurement exists.
+
     Raises:
-        PlanError: there are no constants for that class.
+        PlanError: there are no constants for that class, or the measurement failed.
+        RegistryError: the state directory, where measurements are cached, cannot be used.
     """
+    if not cluster.device.has_rates:
+        profile = local_profile(min(cluster.devices, cluster.devices_per_node, len(visible_gpus())))
+        measured = replace(cluster, device=with_measured_rates(cluster.device, profile))
+        return Environment(measured, measured_efficiency(profile, software.compute), software)
     return Environment(cluster, find_efficiency(cluster.device.efficiency_class), software)
 
 

@@ -2,18 +2,20 @@
 
 import functools
 from dataclasses import replace
+from math import isnan
 
 import numpy as np
 
 from moreh.accelerator.devices import Device
+from moreh.accelerator.this_machine import THIS_MACHINE
 from moreh.planner.hardware.cluster import Cluster
 from moreh.planner.hardware.efficiency import Efficiency
 from moreh.planner.hardware.local_profile import LocalProfile
 from moreh.planner.hardware.roofline import Roofline
 from moreh.planner.software_profile import SoftwareProfile
 
-# The name of the device and of its class of efficiency.
-THIS_MACHINE = "this machine"
+# 100 Gb/s for each device, the slower of the usual networks of GPU nodes.
+ASSUMED_NETWORK_BYTES_PER_SECOND = 12.5e9
 # Candidates for Efficiency.matmul_depth and Efficiency.matmul_waves.
 _DEPTHS = (0.0, *np.geomspace(1, 512, 28).tolist())
 _WAVES = (0.0, *np.geomspace(0.01, 4, 27).tolist())
@@ -28,6 +30,25 @@ def measured_device(profile: LocalProfile) -> Device:
         _device_with_measured_peaks(profile),
         bf16_flops_per_second=profile.best_rate("half") * max(1.0, _fit_efficiency(profile, "half").matmul),
         float32_flops_per_second=profile.best_rate("float32") * max(1.0, _fit_efficiency(profile, "float32").matmul),
+    )
+
+
+def with_measured_rates(device: Device, profile: LocalProfile) -> Device:
+    """A GPU of this machine whose rates are NaN, with those of a profile of this machine.
+
+    Links that the user stated stay. A network cannot be measured on one machine, so it is assumed.
+    """
+    measured = measured_device(profile)
+    node_rate, network_rate = device.node_bytes_per_second, device.network_bytes_per_second
+    return replace(
+        measured,
+        name=device.name,
+        memory_mib=device.memory_mib,
+        devices_per_node=device.devices_per_node,
+        node_bytes_per_second=measured.node_bytes_per_second if isnan(node_rate) else node_rate,
+        network_bytes_per_second=ASSUMED_NETWORK_BYTES_PER_SECOND if isnan(network_rate) else network_rate,
+        source=f"rates and links measured with {profile.workers} GPU(s), memory of the driver, network "
+        + ("assumed" if isnan(network_rate) else "as stated"),
     )
 
 

@@ -1,10 +1,10 @@
 """What was planned, as lines, and the best plans, as a table. Nothing here is printed."""
 
 from moreh.accelerator.devices import Device
+from moreh.accelerator.this_machine import THIS_MACHINE
 from moreh.models.architecture import Architecture
 from moreh.planner.cost.prediction import Prediction
 from moreh.planner.hardware.efficiency import uncertainty
-from moreh.planner.hardware.measured_device import THIS_MACHINE
 from moreh.planner.plan.notation import plan_text
 from moreh.planner.report.step_parts import short_overhead
 from moreh.planner.search.constraints import constraints_text
@@ -29,7 +29,8 @@ PLAN_COLUMNS = (
 def uncertainty_text(device: Device) -> str:
     """How far the figures for a kind of device can be trusted, in a line."""
     if device.efficiency_class == THIS_MACHINE:
-        return "All figures are predictions from rates measured on this machine."
+        text = "All figures are predictions from rates measured on this machine."
+        return text if device.name == THIS_MACHINE else f"No entry of devices.json has the name {device.name}. {text}"
     known = uncertainty(device.efficiency_class)
     return f"All figures are predictions, not measurements. Step times came out {known.text}."
 
@@ -51,6 +52,8 @@ def header_pairs(request: Request, result: SearchResult | None = None, idle: str
         ),
         ("Step", f"{training.global_batch_size:,} x {training.sequence_length:,} tokens, {request.precision}"),
     ]
+    if request.flavor is not None and not request.flavor.simulated:
+        rows.insert(2, ("Device", request.device.source))
     decided = constraints_text(request.constraints)
     if decided:
         rows.append(("Constraints", decided))

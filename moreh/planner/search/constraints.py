@@ -5,7 +5,7 @@ This module imports no torch, so that `--plan-only` and `moreh-plan` can show a 
 
 from dataclasses import dataclass
 
-from moreh.options import ParallelOptions, PlannerVariables
+from moreh.options import DEFAULT_MEMORY_PERCENT, ParallelOptions, PlannerVariables
 from moreh.planner.plan.plan import SCHEDULES, Schedule
 
 
@@ -27,7 +27,7 @@ class Constraints:
     """Largest context-parallel size. 1 by default, because the local runtime has no context parallelism."""
     sequence_parallel: bool | None = None
     """True for plans with sequence parallelism, False for plans without."""
-    memory_fraction: float = 0.8
+    memory_fraction: float = DEFAULT_MEMORY_PERCENT / 100
     """The share of a device's memory that a plan may use (0 to 1)."""
     schedules: tuple[Schedule, ...] = SCHEDULES
     """The pipeline schedules that the search may choose from."""

@@ -19,7 +19,7 @@ class Request:
     """The devices and the software that the training would run with."""
     constraints: Constraints
     flavor: Flavor | None = None
-    """The accelerator that the devices make up; None for devices that the user named themselves."""
+    """The accelerator that the devices make up; None for devices that the user named or changed."""
     precision: str = "bfloat16"
     """The precision of arithmetic as users write it: bfloat16, float32 or float8."""
 
@@ -47,7 +47,7 @@ class Request:
     def on_devices(self, devices: int) -> "Request":
         """The same request for another number of devices of the same kind, in nodes of their usual size."""
         cluster = cluster_for_devices(self.device, devices)
-        return replace(self, environment=replace(self.environment, cluster=cluster))
+        return replace(self, flavor=None, environment=replace(self.environment, cluster=cluster))
 
     def with_devices_in_use(self, devices: int) -> "Request":
         """The same request where only `devices` of the devices are in use."""

@@ -4,8 +4,8 @@ from dataclasses import replace
 from math import ceil
 
 from moreh.accelerator.flavors import all_flavors
+from moreh.accelerator.this_machine import THIS_MACHINE
 from moreh.planner.cost.memory import peak_memory
-from moreh.planner.hardware.measured_device import THIS_MACHINE
 from moreh.planner.search.candidates import candidate_tables
 from moreh.planner.search.constraints import constraints_text
 from moreh.planner.search.relaxations import has_candidates, on_usable_devices
@@ -30,11 +30,12 @@ def nothing_fits_text(request: Request, outcome: SearchOutcome) -> str:
     larger = smallest_sufficient(request)
     if larger is not None:
         remedies = [f"take {larger.accelerator}, the smallest on which one fits"]
-    elif device.efficiency_class == THIS_MACHINE:
+    elif _is_this_machines_cpu(request):
         remedies = []
     else:
         times = f"{DEVICE_MULTIPLES[0]} to {DEVICE_MULTIPLES[-1]} times as many devices"
-        problem += f", and no {'larger accelerator' if request.flavor else times} would do"
+        is_listed = request.flavor is not None and request.flavor.simulated
+        problem += f", and no {'larger accelerator' if is_listed else times} would do"
         remedies = []
     options = (
         [f"--memory-percent {ceil(100 * smallest / device.memory_bytes)}"] if smallest <= device.memory_bytes else []
@@ -51,19 +52,23 @@ def nothing_fits_text(request: Request, outcome: SearchOutcome) -> str:
 def smallest_sufficient(request: Request) -> Request | None:
     """The request on the smallest larger accelerator on which a plan fits, or on 2, 4, ... times as many devices.
 
-    None if there is none, and always for this machine, where more workers would share the same memory.
+    None if there is none, and always for this machine's CPU, where more workers would share the same memory.
     """
     devices = request.environment.cluster.devices
-    if request.flavor is not None:
+    if request.flavor is not None and request.flavor.simulated:
         flavors = sorted(
             (flavor for flavor in all_flavors() if flavor.devices > devices), key=lambda flavor: flavor.devices
         )
         larger_requests = (request.on_flavor(flavor) for flavor in flavors)
-    elif request.device.efficiency_class == THIS_MACHINE:
+    elif _is_this_machines_cpu(request):
         return None
     else:
         larger_requests = (request.on_devices(multiple * devices) for multiple in DEVICE_MULTIPLES)
     return next((larger for larger in larger_requests if fits_memory(larger)), None)
+
+
+def _is_this_machines_cpu(request: Request) -> bool:
+    return request.device.name == THIS_MACHINE
 
 
 def fits_memory(request: Request) -> bool:

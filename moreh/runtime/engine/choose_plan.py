@@ -7,16 +7,19 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from torch import nn
 
+from moreh.accelerator.devices import Device
 from moreh.accelerator.flavors import Flavor
 from moreh.accelerator.job_status import PredictedUse
+from moreh.accelerator.this_machine import THIS_MACHINE
 from moreh.errors import PlanError
 from moreh.options import ParallelOptions, PlannerVariables
 from moreh.planner.cost.prediction import DeviceMemory, Prediction, predict
 from moreh.planner.hardware.cluster import cluster_for_flavor
 from moreh.planner.hardware.efficiency import uncertainty
-from moreh.planner.hardware.environment import make_environment, measured_environment
+from moreh.planner.hardware.environment import Environment, make_environment, measured_environment
 from moreh.planner.plan.notation import plan_text
 from moreh.planner.plan.plan import Plan, Recomputation, Training
 from moreh.planner.search.attainable import attainable, lowered_options
@@ -24,7 +27,7 @@ from moreh.planner.search.constraints import Constraints, constraints_from_optio
 from moreh.planner.search.relaxations import has_candidates
 from moreh.planner.search.request import Request
 from moreh.planner.search.search import SearchResult, search, search_on_most_devices
-from moreh.planner.software_profile import TRANSFORMERS, TRANSFORMERS_AUTOCAST, moreh_software
+from moreh.planner.software_profile import TRANSFORMERS, TRANSFORMERS_AUTOCAST, SoftwareProfile, moreh_software
 from moreh.planner.units import gib, seconds_text
 from moreh.runtime.tensor.partition import max_tensor_parallel, sequence_parallel_refusal
 
@@ -72,10 +75,11 @@ def select_plan(
     )
     result = outcome.result
     if outcome.idle:
-        log(f"Simulated: {outcome.idle}")
+        log(f"{_prefix(flavor)}: {outcome.idle}")
     _log_search(result, log)
     if variables.detailed_log:
-        lines = [_detailed_line(rank, prediction) for rank, prediction in enumerate(result.best, start=1)]
+        word = "simulated" if flavor.simulated else "predicted"
+        lines = [_detailed_line(rank, prediction, word) for rank, prediction in enumerate(result.best, start=1)]
         if variables.detailed_log == 1:
             for line in lines:
                 log(line)
@@ -89,14 +93,26 @@ def select_plan(
     log("Configuration for parallelism is selected.")
     log(line)
     log("train: true")
-    errors = uncertainty(flavor.device.efficiency_class)
+    device, devices = environment.cluster.device, f"{flavor.devices} x {flavor.device.name}"
     log(
-        f"Simulated: on {flavor.name} ({flavor.devices} x {flavor.device.name}) the plan '{plan_text(best.plan)}' is "
+        f"{_prefix(flavor)}: on {flavor.name} ({devices}) the plan '{plan_text(best.plan)}' is "
         f"predicted to take {seconds_text(best.step_time_s)} a step, {best.tokens_per_second:,.0f} tokens/s, "
-        f"{best.mfu:.1%} of the peak, and {gib(best.memory_bytes)} of {gib(flavor.device.memory_bytes)} on the fullest "
-        f"device. Step times came out {errors.text}."
+        f"{best.mfu:.1%} of the peak, and {gib(best.memory_bytes)} of {gib(device.memory_bytes)} on the fullest "
+        f"device. {_uncertainty_text(device)}"
     )
     return Selection(best, result.smallest_bytes)
+
+
+def _prefix(flavor: Flavor) -> str:
+    """What begins a line about a plan for these devices."""
+    return "Simulated" if flavor.simulated else "Planned"
+
+
+def _uncertainty_text(device: Device) -> str:
+    """How far a step time on a kind of device can be trusted."""
+    if device.efficiency_class == THIS_MACHINE:
+        return "Rates were measured on this machine."
+    return f"Step times came out {uncertainty(device.efficiency_class).text}."
 
 
 def _write(path: Path, lines: list[str], log: Callable[[str], None]) -> None:
@@ -135,8 +151,8 @@ distribute_param : true, distribute_low_prec_param : false'
     )
 
 
-def _detailed_line(rank: int, prediction: Prediction) -> str:
-    """A line of the detailed log. Candidate 1 is the best."""
+def _detailed_line(rank: int, prediction: Prediction, word: str) -> str:
+    """A line of the detailed log. Candidate 1 is the best. `word` says what kind of figure its step time is."""
     plan = prediction.plan
     parts = ", ".join(
         f"{name.removesuffix('_s')} {getattr(prediction.parts, name):.3f} s"
@@ -145,7 +161,7 @@ def _detailed_line(rank: int, prediction: Prediction) -> str:
     return (
         f"candidate {rank}: {selected_config(plan)}, schedule : {plan.schedule}({plan.chunks}), "
         f"sharding : {plan.sharding}, data_parallel : {plan.data}, stage_layers : {list(plan.stage_layers)}; "
-        f"simulated step {prediction.step_time_s:.3f} s ({parts}), {gib(prediction.memory_bytes)}"
+        f"{word} step {prediction.step_time_s:.3f} s ({parts}), {gib(prediction.memory_bytes)}"
     )
 
 
@@ -166,13 +182,45 @@ def predicted_use(prediction: Prediction, devices: int) -> PredictedUse:
     )
 
 
-def select_local_plan(training: Training, options: ParallelOptions, *, bfloat16: bool) -> Prediction:
+def local_environment(flavor: Flavor, workers: int, software: SoftwareProfile) -> Environment:
+    """Where `workers` workers compute: on the GPUs of `flavor` or, if it is simulated, on this machine as measured.
+
+    Raises:
+        PlanError: this machine cannot have that number of workers, or the measurement failed.
+        RegistryError: the state directory, where measurements are cached, cannot be used.
+    """
+    if flavor.simulated:
+        return measured_environment(workers, software)
+    return make_environment(cluster_for_flavor(flavor), software)
+
+
+def with_precision(options: ParallelOptions, flavor: Flavor, dtype: torch.dtype, *, bfloat16: bool) -> ParallelOptions:
+    """The options with the precision in which the devices compute: of GPUs of this machine what they really do.
+
+    Args:
+        dtype: of the model's weights.
+        bfloat16: Whether the workers compute in bfloat16 with float32 weights.
+    """
+    if flavor.simulated:
+        return options
+    return replace(options, mixed_precision=bfloat16 or dtype in (torch.bfloat16, torch.float16))
+
+
+def usable_fraction(flavor: Flavor, variables: PlannerVariables) -> float:
+    """The share (0 to 1) of a worker's memory that its plan may use: of a CPU's free memory, all."""
+    return 1.0 if flavor.simulated else variables.memory_percent / 100
+
+
+def select_local_plan(
+    training: Training, flavor: Flavor, options: ParallelOptions, variables: PlannerVariables, *, bfloat16: bool
+) -> Prediction:
     """The plan for this machine's one worker: the rows of a micro-batch, and recomputation or none.
 
     Of the plans that fit the memory and take at most `MAX_SLOWDOWN` times the fastest plan's time, it is the one that
     needs the least memory. If no plan fits, it is the one that needs the least memory of all.
     """
-    environment = measured_environment(1, TRANSFORMERS_AUTOCAST if bfloat16 else TRANSFORMERS)
+    environment = local_environment(flavor, 1, TRANSFORMERS_AUTOCAST if bfloat16 else TRANSFORMERS)
+    limit_bytes = environment.cluster.device.memory_bytes * usable_fraction(flavor, variables)
     layers = (len(training.architecture.layers),)
     batch_size = training.global_batch_size
     # Models of transformers have no switch for selective recomputation.
@@ -184,7 +232,7 @@ def select_local_plan(training: Training, options: ParallelOptions, *, bfloat16:
         if batch_size % size == 0 and size * training.sequence_length >= min(MIN_MICROBATCH_TOKENS, training.tokens)
     ]
     predictions = [predict(plan, training, environment) for plan in plans]
-    fitting = [p for p in predictions if p.memory_bytes <= environment.cluster.device.memory_bytes]
+    fitting = [p for p in predictions if p.memory_bytes <= limit_bytes]
     if not fitting:
         return min(predictions, key=lambda prediction: prediction.memory_bytes)
     max_step_time_s = MAX_SLOWDOWN * min(prediction.step_time_s for prediction in fitting)
@@ -208,6 +256,7 @@ def within_runtime_limits(constraints: Constraints, model: nn.Module) -> Constra
 def select_worker_plan(
     model: nn.Module,
     training: Training,
+    flavor: Flavor,
     options: ParallelOptions,
     variables: PlannerVariables,
     workers: int,
@@ -222,9 +271,10 @@ def select_worker_plan(
     Raises:
         PlanError: no plan divides the model under the options, or none fits the memory of the machine.
     """
-    environment = measured_environment(workers, moreh_software("half" if bfloat16 else "float32"))
+    environment = local_environment(flavor, workers, moreh_software("half" if bfloat16 else "float32"))
     constraints = replace(
-        within_runtime_limits(constraints_from_options(options, variables, workers), model), memory_fraction=1.0
+        within_runtime_limits(constraints_from_options(options, variables, workers), model),
+        memory_fraction=usable_fraction(flavor, variables),
     )
     request = Request(training, environment, constraints)
     if not has_candidates(request):
@@ -233,9 +283,9 @@ def select_worker_plan(
         request = attainable(padded, all_devices=True)
     result = search(request.training, environment, request.constraints, count=1)
     if not result.best:
+        remedy = "fewer workers, a machine with more memory," if flavor.simulated else "more GPUs"
         raise PlanError(
             f"the smallest plan for {workers} workers needs {gib(result.smallest_bytes)} on one of them, and each has "
-            f"{gib(environment.cluster.device.memory_bytes)}: use fewer workers, a machine with more memory, or a "
-            "smaller batch"
+            f"{gib(request.limit_bytes)}: use {remedy} or a smaller batch"
         )
     return result.best[0]

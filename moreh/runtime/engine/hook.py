@@ -24,7 +24,7 @@ from moreh.patches.optimizer_creation import on_optimizer_created
 from moreh.planner.plan.plan import Training
 from moreh.planner.search.constraints import constraints_from_options
 from moreh.planner.units import gib, seconds_text
-from moreh.runtime.engine.choose_plan import predicted_use, select_local_plan, select_plan
+from moreh.runtime.engine.choose_plan import predicted_use, select_local_plan, select_plan, with_precision
 from moreh.runtime.kernels.fused_adam import use_fused_kernels
 from moreh.runtime.kernels.precision import autocast_if, choose_bfloat16, in_float32, inside_autocast
 from moreh.runtime.kernels.recomputation import recompute_activations
@@ -132,7 +132,7 @@ class SingleWorkerHook:
 
         Raises:
             PlanError: no plan divides the batch under the options.
-            SimulatedOutOfMemoryError: no plan fits the accelerator.
+            torch.OutOfMemoryError: no plan fits the accelerator.
         """
         try:
             training = Training(describe_module(model), batch_size, sequence_length)
@@ -140,11 +140,13 @@ class SingleWorkerHook:
             logger.info("This model is not planned for the accelerator, and is trained as it is: %s", reason)
             return math.inf
         accelerator = self.job.accelerator
+        flavor = accelerator.flavor
+        if not flavor.simulated:
+            flavor = flavor.with_devices(1, 1)  # one worker computes on one GPU
         try:
-            constraints = constraints_from_options(self.options, self.variables, accelerator.flavor.devices)
-            selection = select_plan(
-                training, accelerator.flavor, constraints, self.options, self.variables, logger.info
-            )
+            constraints = constraints_from_options(self.options, self.variables, flavor.devices)
+            options = with_precision(self.options, flavor, next(model.parameters()).dtype, bfloat16=bfloat16)
+            selection = select_plan(training, flavor, constraints, options, self.variables, logger.info)
         except PlanError as reason:
             if model not in self._planned_tokens:
                 raise
@@ -152,10 +154,16 @@ class SingleWorkerHook:
             logger.info("A batch of %d x %d is not planned: %s", batch_size, sequence_length, reason)
             return training.tokens
         if selection.prediction is None:
-            raise nothing_fits_error(selection.smallest_bytes, self.variables.memory_percent / 100, accelerator)
-        if self.job.simulated:
-            self.job.use_prediction(model, predicted_use(selection.prediction, accelerator.flavor.devices))
-        local = select_local_plan(training, self.options, bfloat16=bfloat16)
+            error = nothing_fits_error(
+                selection.smallest_bytes, self.variables.memory_percent / 100, accelerator, flavor
+            )
+            if flavor.simulated:
+                raise error
+            # Without the line it might just fit, so a prediction is no reason to refuse it.
+            logger.warning("%s It is tried with the plan that needs the least memory.", error)
+        elif self.job.simulated:
+            self.job.use_prediction(model, predicted_use(selection.prediction, flavor.devices))
+        local = select_local_plan(training, flavor, self.options, self.variables, bfloat16=bfloat16)
         if local.plan.recomputation == "full" and self.options.activation_recomputation == "auto":
             recompute_activations(model, "full")  # for good: a smaller batch later is not worth another change
         self._micro_batch_tokens[model] = local.plan.micro_batch_size * sequence_length

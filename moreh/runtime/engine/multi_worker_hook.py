@@ -24,7 +24,13 @@ from moreh.planner.search.constraints import constraints_from_options
 from moreh.planner.units import gib, seconds_text
 from moreh.runtime.batch.model_inputs import ModelInputs, read_inputs
 from moreh.runtime.engine.checkpoint_api import is_waiting_for_state, load_pending
-from moreh.runtime.engine.choose_plan import predicted_use, select_plan, select_worker_plan, within_runtime_limits
+from moreh.runtime.engine.choose_plan import (
+    predicted_use,
+    select_plan,
+    select_worker_plan,
+    with_precision,
+    within_runtime_limits,
+)
 from moreh.runtime.engine.evaluation import evaluate_unsharded
 from moreh.runtime.engine.registry import (
     call_sharded,
@@ -119,23 +125,26 @@ class MultiWorkerHook:
 
         Raises:
             PlanError: no plan divides the batch or the model.
-            SimulatedOutOfMemoryError: no plan fits the accelerator.
+            torch.OutOfMemoryError: no plan fits the accelerator.
         """
         training = Training(describe_module(module), inputs.batch_size, inputs.sequence_length)
         accelerator = self.job.accelerator
         flavor, workers = accelerator.flavor, self.world.size
+        if not flavor.simulated:
+            flavor = flavor.with_devices(workers, self.world.local_size)  # each worker has a GPU
         constraints = constraints_from_options(self.options, self.variables, flavor.devices)
         if flavor.devices == workers:
             constraints = within_runtime_limits(constraints, module)
-        selection = select_plan(training, flavor, constraints, self.options, self.variables, logger.info)
+        options = with_precision(self.options, flavor, self._target_dtype(module), bfloat16=bfloat16)
+        selection = select_plan(training, flavor, constraints, options, self.variables, logger.info)
         if selection.prediction is None:
-            raise nothing_fits_error(selection.smallest_bytes, self.variables.memory_percent / 100, accelerator)
+            raise nothing_fits_error(selection.smallest_bytes, self.variables.memory_percent / 100, accelerator, flavor)
         self.job.use_prediction(module, predicted_use(selection.prediction, flavor.devices))
         if selection.prediction.plan.devices == workers:
             logger.info("The %d workers are the accelerator's devices: they carry out this plan.", workers)
             logger.info(self.options.optimizations_text())
             return selection.prediction.plan
-        local = select_worker_plan(module, training, self.options, self.variables, workers, bfloat16=bfloat16)
+        local = select_worker_plan(module, training, flavor, self.options, self.variables, workers, bfloat16=bfloat16)
         logger.info(
             "This machine: %d workers carry out the plan '%s'; predicted: %s a step and %s on the fullest worker, "
             "for rows without padding.",

@@ -84,7 +84,7 @@ WITH_PLAN = """
 import types
 from moreh.planner.plan.notation import parse_plan
 from moreh.runtime.engine import multi_worker_hook
-multi_worker_hook.select_worker_plan = lambda model, training, options, variables, workers, bfloat16: (
+multi_worker_hook.select_worker_plan = lambda model, training, flavor, options, variables, workers, bfloat16: (
     types.SimpleNamespace(plan=parse_plan(PLAN, training, workers), step_time_s=1.0, memory_bytes=1.0)
 )
 """

@@ -1,0 +1,100 @@
+"""The GPUs of this machine, as torch and their driver tell of them.
+
+Nothing here imports torch on a machine without a driver of GPUs, so that the command-line tools answer at once there.
+"""
+
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+# One of these is there wherever torch can see a GPU: drivers of NVIDIA, of AMD, of GPUs in WSL, and of Jetson.
+DRIVER_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg", "/dev/nvhost-gpu")
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU that this process may use."""
+
+    name: str
+    """The driver's name, such as "NVIDIA A100-SXM4-40GB"."""
+    memory_mib: int
+    """Memory that the driver reports, in MiB."""
+    compute_units: int
+    """Streaming multiprocessors of NVIDIA, compute units of AMD."""
+
+
+@dataclass(frozen=True)
+class GpuUse:
+    """What a GPU's driver says of its use now, by all processes together."""
+
+    name: str
+    """The driver's name."""
+    memory_used_mib: int
+    """Memory in use, in MiB, rounded up."""
+    memory_total_mib: int
+    """Memory of the GPU, in MiB."""
+    utilization_percent: int | None
+    """The share of time with a kernel running, 0 to 100; None without pynvml or amdsmi."""
+    temperature_c: int | None
+    """Degrees Celsius; None without pynvml or amdsmi."""
+    power_w: int | None
+    """Watts; None without pynvml or amdsmi."""
+
+
+def visible_gpus() -> tuple[Gpu, ...]:
+    """The GPUs that torch sees, in its order; empty if there is none. CUDA_VISIBLE_DEVICES hides some."""
+    if "torch" not in sys.modules and not _has_driver():
+        return ()
+    import torch
+
+    # False where there are GPUs and their driver is too old for torch.
+    if not torch.cuda.is_available():
+        return ()
+    gpus = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        name = properties.name or getattr(properties, "gcnArchName", "") or "GPU without a name"
+        gpus.append(Gpu(name, properties.total_memory // 2**20, properties.multi_processor_count))
+    return tuple(gpus)
+
+
+def gpu_uses() -> tuple[GpuUse, ...]:
+    """The use of each GPU that torch sees."""
+    return tuple(_use_of(index, gpu.name) for index, gpu in enumerate(visible_gpus()))
+
+
+def _use_of(index: int, name: str) -> GpuUse:
+    import torch
+
+    power_mw = _answer(torch.cuda.power_draw, index)
+    used_bytes = _answer(torch.cuda.device_memory_used, index)
+    # Second choice: it makes a context on the GPU, whose memory is then among what is used.
+    free_bytes, total_bytes = torch.cuda.mem_get_info(index) if used_bytes is None else (0, 0)
+    if used_bytes is None:
+        used_bytes = total_bytes - free_bytes
+    else:
+        total_bytes = torch.cuda.get_device_properties(index).total_memory
+    return GpuUse(
+        name=name,
+        memory_used_mib=-(-used_bytes // 2**20),
+        memory_total_mib=total_bytes // 2**20,
+        utilization_percent=_answer(torch.cuda.utilization, index),
+        temperature_c=_answer(torch.cuda.temperature, index),
+        power_w=None if power_mw is None else round(power_mw / 1000),
+    )
+
+
+def _answer(question: Callable[[int], int], index: int) -> int | None:
+    """What pynvml or amdsmi answers; None without them, and where a GPU has no such sensor."""
+    try:
+        return question(index)
+    except Exception:  # they have errors of their own, in packages that may not be installed
+        return None
+
+
+def _has_driver() -> bool:
+    if sys.platform == "win32":
+        return shutil.which("nvidia-smi") is not None
+    return any(Path(file).exists() for file in DRIVER_FILES)
