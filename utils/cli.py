@@ -16,7 +16,7 @@ from utils.config.schema import Config
 from utils.config.section import expand_home
 from utils.config.yaml_file import load_config
 from utils.errors import DryRunEnd, Stopped, UserError
-from utils.logging.run_log import RunLog
+from utils.logging.run_log import RunLog, disable_progress_bars
 
 if TYPE_CHECKING:
     from utils.data.records import MakePair
@@ -70,6 +70,8 @@ def run_script(
         elif arguments.show_rows is not None:
             from utils.data.showing import print_rows
 
+            if not sys.stderr.isatty():
+                disable_progress_bars()
             print_rows(config, make_pair, make_example, arguments.show_rows)
         else:
             run_main(main, config, is_dry=arguments.dry_run)

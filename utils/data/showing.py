@@ -10,7 +10,6 @@ from utils.data.dataset import prepare_data
 from utils.data.labels import IGNORED
 from utils.data.records import MakePair
 from utils.data.tokenization import MakeExample
-from utils.logging.run_log import disable_progress_bars
 
 MARKS = ("\u27e6", "\u27e7")
 """What stands around label tokens: mathematical brackets, which hardly any text has."""
@@ -23,8 +22,6 @@ def print_rows(config: Config, make_pair: MakePair, make_example: MakeExample, c
     Raises:
         UserError: the data or the tokenizer cannot be read.
     """
-    if not sys.stderr.isatty():
-        disable_progress_bars()
     data = prepare_data(config, make_pair, make_example, lambda line: print(line, file=sys.stderr))
     print(
         f"The first {min(count, len(data.train))} of {len(data.train)} training rows; labels are in {''.join(MARKS)}:"
