@@ -21,6 +21,7 @@ MAX_WORKERS = 256
 DEFAULT_MEMORY_PERCENT = 80
 _VARIABLE_PREFIX = "MOREH_ADVANCED_PARALLELIZATION_"
 ENABLE_VARIABLE = "MOREH_ENABLE_ADVANCED_PARALLELIZATION"
+PLATFORM_LINES_VARIABLE = "MOREH_PLATFORM_LINES"
 
 # What an option allows, as errors word it.
 SWITCH = "True or False"
@@ -98,6 +99,8 @@ class PlannerVariables:
     """How much of a device's memory a plan may use, in percent."""
     threads: int
     """The maximum number of threads that compute the costs of candidates."""
+    platform_lines: bool = True
+    """MOREH_PLATFORM_LINES: the platform's lines about the search, or one line of the plan in their place."""
 
 
 def parse_options(options: Mapping[str, Any]) -> ParallelOptions:
@@ -171,7 +174,18 @@ def planner_variables() -> PlannerVariables:
             "MEMORY_USAGE_CORRECTION_RATIO", default=DEFAULT_MEMORY_PERCENT, minimum=1, maximum=100
         ),
         threads=_number_in_environment("MAX_PARALLEL_COMPILE_THREADS", default=16, minimum=1, maximum=1024),
+        platform_lines=_shows_platform_lines(),
     )
+
+
+def _shows_platform_lines() -> bool:
+    text = os.environ.get(PLATFORM_LINES_VARIABLE, "").strip()
+    if text not in ("", "0", "1"):
+        raise OptionError(
+            f"{PLATFORM_LINES_VARIABLE}={text!r}: allowed is 0 (one line of the plan) or 1 (the platform's lines); 1 "
+            "if unset"
+        )
+    return text != "0"
 
 
 def _number_in_environment(name: str, *, default: int, minimum: int, maximum: int) -> int:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from moreh.errors import MorehError
+from moreh.options import PLATFORM_LINES_VARIABLE
 from moreh.tables import terminal_width
 from utils.accelerator import accelerator_of
 from utils.config.schema import Config
@@ -62,6 +63,7 @@ def run_script(
 
     def program() -> None:
         config = load_config(expand_home(arguments.config), overrides)
+        os.environ.setdefault(PLATFORM_LINES_VARIABLE, str(int(config.log.platform_lines)))
         os.environ.setdefault("MOREH_WAIT", "0")  # who starts a run by hand wants to know that it does not start
         if arguments.plan_only:
             from utils.plan_only import print_plan

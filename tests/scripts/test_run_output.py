@@ -18,6 +18,8 @@ from tests.conftest import ROOT
 from tests.helpers.scripts.fork_server import start_forked
 from utils.errors import UserError
 
+HOOK = ["accelerator.advanced_parallelization={}"]
+
 
 def test_output_to_a_file_is_plain_lines(run, tiny_config, tmp_path):
     """No progress bar, no carriage return, each figure on a line of its own; the hook is on, as by default."""
@@ -26,7 +28,7 @@ def test_output_to_a_file_is_plain_lines(run, tiny_config, tmp_path):
         "train_gpt.py",
         "--config",
         tiny_config,
-        "accelerator.advanced_parallelization={}",
+        *HOOK,
         "log.every_steps=1",
     )
     assert finished.returncode == 0, finished.stderr
@@ -34,20 +36,23 @@ def test_output_to_a_file_is_plain_lines(run, tiny_config, tmp_path):
     step_line = r"^\[Step \d/4\] [\d]+% \| Loss: [^|]* \| lr [^|]* \| norm [^|]* \| [^|]* tokens/s \| [^|]* GiB"
     assert len(re.findall(step_line, finished.stdout, re.M)) == 4
     assert "[info] MoAI Accelerator is ready to use." in finished.stdout
-    assert (
-        len(
-            re.findall(
-                r"^\[info\] num_stages : \d+, num_micro_batches : \d+, batch_per_device : ", finished.stdout, re.M
-            )
-        )
-        == 1
-    )
+    plan = r"^\[info\] Simulated: tp1 pp1 dp\d \S+( shard:\w+)? on 8 x MI250 GCD: \S+ ms a step, \S+ GiB$"
+    assert len(re.findall(plan, finished.stdout, re.M)) == 1
+    assert "candidates" not in finished.stdout
+    assert max(map(len, finished.stdout.splitlines())) <= 100
     assert re.search(
         r"This machine: 1 worker, micro-batches of at most \d+ tokens, recomputation : none", finished.stdout
     )
     assert finished.stderr == ""
     log = (tmp_path / "runs" / "tiny" / "train.log").read_text(encoding="utf-8")
     assert " [info] MoAI Accelerator is ready to use.\n" in log
+
+
+def test_lines_of_the_platform_are_logged_if_wanted(run_forked, tiny_config):
+    settings = [*HOOK, "log.platform_lines=true"]
+    finished = run_forked(sys.executable, "train_gpt.py", "--config", tiny_config, *settings)
+    assert re.search(r"^\[info\] The number of candidates is \d+\.$", finished.stdout, re.M)
+    assert re.search(r"^\[info\] num_stages : \d+, num_micro_batches : \d+, batch_per_device : ", finished.stdout, re.M)
 
 
 def test_progress_bar_is_shown_on_a_terminal(environment, tiny_config):

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from moreh.log import LevelInBrackets, set_up_logger
 from moreh.log import logger as moreh_logger
+from moreh.tables import terminal_width, wrap_line
 
 train_logger = logging.getLogger("train")
 
@@ -61,6 +62,9 @@ class _ConsoleHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         text = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in self.format(record))
+        width = terminal_width()
+        if len(text) > width and "\n" not in text:  # the lines of a sample are what the model has written
+            text = wrap_line(text, width, indent=2)
         # A closed pipe, as after `| head`, does not end the run: train.log goes on.
         with contextlib.suppress(BrokenPipeError, AttributeError):
             encoding = sys.stdout.encoding

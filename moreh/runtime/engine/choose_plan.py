@@ -61,6 +61,8 @@ def select_plan(
 ) -> Selection:
     """Search for an accelerator's best plan; log the platform's lines and write its files to the current directory.
 
+    With `MOREH_PLATFORM_LINES=0`, one line of the plan takes the place of the platform's lines.
+
     Raises:
         PlanError: no plan divides the batch under the constraints.
     """
@@ -76,7 +78,8 @@ def select_plan(
     result = outcome.result
     if outcome.idle:
         log(f"{_prefix(flavor)}: {outcome.idle}")
-    _log_search(result, log)
+    if variables.platform_lines:
+        _log_search(result, log)
     if variables.detailed_log:
         word = "simulated" if flavor.simulated else "predicted"
         lines = [_detailed_line(rank, prediction, word) for rank, prediction in enumerate(result.best, start=1)]
@@ -90,10 +93,16 @@ def select_plan(
     best = result.best[0]
     line = selected_config(best.plan)
     _write(Path(SELECTED_CONFIG), [line], log)
+    device, devices = environment.cluster.device, f"{flavor.devices} x {flavor.device.name}"
+    if not variables.platform_lines:
+        log(
+            f"{_prefix(flavor)}: {plan_text(best.plan)} on {devices}: {seconds_text(best.step_time_s)} a step, "
+            f"{gib(best.memory_bytes)}"
+        )
+        return Selection(best, result.smallest_bytes)
     log("Configuration for parallelism is selected.")
     log(line)
     log("train: true")
-    device, devices = environment.cluster.device, f"{flavor.devices} x {flavor.device.name}"
     log(
         f"{_prefix(flavor)}: on {flavor.name} ({devices}) the plan '{plan_text(best.plan)}' is "
         f"predicted to take {seconds_text(best.step_time_s)} a step, {best.tokens_per_second:,.0f} tokens/s, "
