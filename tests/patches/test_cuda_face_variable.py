@@ -80,7 +80,8 @@ def test_nothing_of_torch_is_replaced_without_the_face(run_asking):
     source = (
         "import torch\n"
         "from moreh.patches import active\n"
-        "print([patch.target for patch in active()])\n"
+        "own = ('torch.moreh', 'torch.version.moreh', 'torch.ops.moreh.')\n"
+        "print([patch.target for patch in active() if not patch.target.startswith(own)])\n"
         "print(callable(torch.moreh.option.enable_advanced_parallelization))\n"
         "try:\n"
         "    torch.ones(1).cuda()\n"
@@ -88,7 +89,7 @@ def test_nothing_of_torch_is_replaced_without_the_face(run_asking):
         "    print(error)\n"
     )
     shown = run_asking(source, MOREH_CUDA_FACE="0")
-    assert shown == ["['torch.moreh', 'torch.version.moreh']", "True", "Torch not compiled with CUDA enabled"]
+    assert shown == ["[]", "True", "Torch not compiled with CUDA enabled"]
 
 
 def test_other_values_are_refused_in_one_line(run_python, monkeypatch):

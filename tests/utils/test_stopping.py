@@ -22,6 +22,8 @@ from utils.training.stopping import STOP_SIGNALS, StopRequest, resume_command
 def handlers():
     """The process's own handlers, back after the test."""
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    for number in STOP_SIGNALS:  # some may be ignored, as under nohup
+        signal.signal(number, signal.SIG_DFL)
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

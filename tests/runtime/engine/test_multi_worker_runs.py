@@ -50,7 +50,7 @@ def test_script_on_two_workers_gives_what_one_worker_gives(run_forked, run_proce
     two = run_process(*command, "run.name=two", "accelerator.workers=2")
     assert two.returncode == 0, two.stderr
     assert "2 workers carry out the plan" in two.stdout
-    assert two.stdout.count("[Step 4/4] | Loss") == 1
+    assert two.stdout.count("[Step 4/4] 100% | Loss") == 1
     expected = metrics_of(runs / "one")
     metrics = metrics_of(runs / "two")
     assert [line["step"] for line in metrics] == [line["step"] for line in expected]
