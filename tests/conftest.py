@@ -16,6 +16,8 @@ ROOT = Path(__file__).parent.parent
 # Set before torch is imported anywhere, so that no test uses the user's own accelerators or asks a hub.
 os.environ["MOREH_STATE_DIR"] = tempfile.mkdtemp(prefix="moreh-test-state-")
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Lines wrap at the width of the console, which is not the same everywhere.
+os.environ["COLUMNS"] = "100"
 # Threads sleep early instead of spinning, since most of the tests' processes share the cores with others.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 # A shell's background jobs ignore Ctrl-C, and so would all processes that the tests start.

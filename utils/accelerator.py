@@ -21,15 +21,21 @@ def accelerator_of(settings: AcceleratorSection) -> Iterator[None]:
     Raises:
         AcceleratorError: there is no such accelerator, or a job is running on the current one.
     """
-    variables = (WORKERS_VARIABLE, ENABLE_VARIABLE)
-    before = {name: os.environ.get(name) for name in variables}
-    try:
+    with restored_variables(WORKERS_VARIABLE, ENABLE_VARIABLE):
         if settings.workers is not None:
             os.environ.setdefault(WORKERS_VARIABLE, str(settings.workers))
         if settings.advanced_parallelization is None:
             os.environ[ENABLE_VARIABLE] = "0"
         if settings.model is not None:
             _switch(str(settings.model))
+        yield
+
+
+@contextlib.contextmanager
+def restored_variables(*names: str) -> Iterator[None]:
+    """Give these environment variables the values from before, or none, when the context ends."""
+    before = {name: os.environ.get(name) for name in names}
+    try:
         yield
     finally:
         for name, value in before.items():

@@ -9,10 +9,11 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from moreh.accelerator.waiting import VARIABLE as WAIT_VARIABLE
 from moreh.errors import MorehError
 from moreh.options import PLATFORM_LINES_VARIABLE
 from moreh.tables import terminal_width
-from utils.accelerator import accelerator_of
+from utils.accelerator import accelerator_of, restored_variables
 from utils.config.schema import Config
 from utils.config.section import expand_home
 from utils.config.yaml_file import load_config
@@ -63,20 +64,21 @@ def run_script(
 
     def program() -> None:
         config = load_config(expand_home(arguments.config), overrides)
-        os.environ.setdefault(PLATFORM_LINES_VARIABLE, str(int(config.log.platform_lines)))
-        os.environ.setdefault("MOREH_WAIT", "0")  # who starts a run by hand wants to know that it does not start
-        if arguments.plan_only:
-            from utils.plan_only import print_plan
+        with restored_variables(PLATFORM_LINES_VARIABLE, WAIT_VARIABLE):
+            os.environ.setdefault(PLATFORM_LINES_VARIABLE, str(int(config.log.platform_lines)))
+            os.environ.setdefault(WAIT_VARIABLE, "0")  # who starts a run by hand wants to know that it does not start
+            if arguments.plan_only:
+                from utils.plan_only import print_plan
 
-            print_plan(config)
-        elif arguments.show_rows is not None:
-            from utils.data.showing import print_rows
+                print_plan(config)
+            elif arguments.show_rows is not None:
+                from utils.data.showing import print_rows
 
-            if not sys.stderr.isatty():
-                disable_progress_bars()
-            print_rows(config, make_pair, make_example, arguments.show_rows)
-        else:
-            run_main(main, config, is_dry=arguments.dry_run)
+                if not sys.stderr.isatty():
+                    disable_progress_bars()
+                print_rows(config, make_pair, make_example, arguments.show_rows)
+            else:
+                run_main(main, config, is_dry=arguments.dry_run)
 
     return exit_code_of(program, debug=arguments.debug)
 
