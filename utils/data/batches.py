@@ -36,11 +36,11 @@ class ShuffledBatches(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         generator = torch.Generator().manual_seed(self._seed)
         for _ in range(self._epoch + 1):
-            order = torch.randperm(self._num_rows, generator=generator).tolist()
+            order = torch.randperm(self._num_rows, generator=generator)
         first, self._first_batch = self._first_batch, 0
         self._epoch += 1
         for batch in range(first, len(self)):
-            yield order[batch * self._batch_size : (batch + 1) * self._batch_size]
+            yield order[batch * self._batch_size : (batch + 1) * self._batch_size].tolist()
 
 
 def training_loader(data: RunData, config: Config) -> DataLoader[Batch]:

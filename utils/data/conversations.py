@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from typing_extensions import Self
+
 from utils.config.data_section import DataSection
 from utils.data.labels import IGNORED
 from utils.data.records import Record
@@ -34,7 +36,18 @@ class Conversation:
     @property
     def key(self) -> str:
         """Equal for equal conversations."""
-        return json.dumps([self.messages, self.tools], sort_keys=True, default=str)
+        return json.dumps(self.content, sort_keys=True)
+
+    @property
+    def content(self) -> list[Any]:
+        """All but the location, in values that JSON has."""
+        return [self.messages, self.tools]
+
+    @classmethod
+    def from_content(cls, location: str, content: list[Any]) -> Self:
+        """The conversation whose `content` this is."""
+        messages, tools = content
+        return cls(location, tuple(messages), tools)
 
     @property
     def text(self) -> str:
@@ -72,7 +85,12 @@ def read_conversation(record: Record, data: DataSection) -> Conversation:
             tools = json.loads(tools)
         except ValueError as error:
             raise record.unusable(f"field 'tools' is a text, and not JSON: {error}") from None
-    return Conversation(record.location, messages, tools or None)
+    conversation = Conversation(record.location, messages, tools or None)
+    try:
+        json.dumps(conversation.content)
+    except (TypeError, ValueError, RecursionError) as error:  # a table may have dates, numbers with units, bytes
+        raise record.unusable(f"its messages or tools have a value that JSON does not have: {error}") from None
+    return conversation
 
 
 def encode_conversation(
@@ -87,7 +105,7 @@ def encode_conversation(
     """
     record = Record(conversation.location, {})
     messages = [
-        {**message, "content": spelled.in_response(message["content"])} if message["role"] == "assistant" else message
+        {**message, "content": spelled.without_end(message["content"])} if message["role"] == "assistant" else message
         for message in conversation.messages
     ]
     if data.control_tokens == "text":

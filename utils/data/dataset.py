@@ -3,43 +3,31 @@
 import hashlib
 import inspect
 import json
-import random
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import datasets
+import numpy as np
 
 from utils.config.schema import Config
 from utils.data.cache import make_once
-from utils.data.conversations import Conversation
-from utils.data.records import MakePair, Pair
-from utils.data.rows import Row, RowCounts
-from utils.data.sources.reading import SourceCounts, read_conversations, read_pairs
+from utils.data.encoding import encode_examples, read_rows
+from utils.data.examples import decode_conversation, decode_pair, store_examples
+from utils.data.records import MakePair
+from utils.data.rows import RowCounts
+from utils.data.sources.reading import SourceCounts, conversation_reader, pair_reader
 from utils.data.sources.states import state_of_data, state_of_tokenizer
-from utils.data.tokenization import END_OF_TEXT, MakeExample, encode_conversations, encode_pairs, train_tokenizer
+from utils.data.split import split_examples
+from utils.data.tokenization import END_OF_TEXT, MakeExample, train_tokenizer
 from utils.errors import UserError
 from utils.text.chat import CHATML, CHATML_TOKENS, end_of_turn
 from utils.text.chat_template import drop_other_chat_template
 from utils.text.tokenizers import load_tokenizer
 
-_Example = TypeVar("_Example", Pair, Conversation)
 # Part of each cache key: raise it when the same settings are to give other rows.
-_FORMAT = 4
-# Rows held out where the settings do not say how many: a tenth of them, up to this number.
-_MAX_EVAL_ROWS = 200
-# 32 bits for ids and labels: half the size on the disk.
-_IDS = datasets.Sequence(datasets.Value("int32"))
-_FEATURES = datasets.Features(
-    {
-        "input_ids": _IDS,
-        "labels": _IDS,
-        "prompt_length": datasets.Value("int32"),
-        "location": datasets.Value("string"),
-    }
-)
+_FORMAT = 5
 
 
 @dataclass(frozen=True)
@@ -56,6 +44,8 @@ class RunData:
     """What became of the pairs to train on."""
     evaluation_counts: RowCounts
     """What became of the pairs that are held out."""
+    notes: list[str]
+    """What the log says about control tokens in the texts, a line each."""
 
 
 def prepare_data(
@@ -74,17 +64,19 @@ def prepare_data(
     make_once(directory, lambda target: _prepare(target, config, make_pair, make_example, info), info)
     info(f"Tokenized data: {directory}")
     counts = json.loads((directory / "counts.json").read_text(encoding="utf-8"))
+    rows = read_rows(directory)
     data = RunData(
         tokenizer=load_tokenizer(str(directory / "tokenizer")),
-        train=datasets.load_from_disk(str(directory / "train")),
-        evaluation=datasets.load_from_disk(str(directory / "evaluation")),
+        train=rows.select(np.load(directory / "train.npy")),
+        evaluation=rows.select(np.load(directory / "evaluation.npy")),
         train_counts=RowCounts(**counts["train"]),
         evaluation_counts=RowCounts(**counts["evaluation"]),
+        notes=counts["notes"],
     )
     info(f"Rows of the data: {SourceCounts(**counts['source'])}")
     info(f"Training rows: {data.train_counts}")
     info(f"Held-out rows: {data.evaluation_counts}")
-    for note in dict.fromkeys(data.train_counts.notes + data.evaluation_counts.notes):
+    for note in data.notes:
         info(f"Texts: {note}")
     if left_over := len(data.train) % config.train.batch_size:
         info(f"Each epoch leaves out {left_over} of the training rows, others each time, which fill no batch")
@@ -102,37 +94,31 @@ def _prepare(
     """
     info("Reading and tokenizing the data (later runs take it from the cache).")
     data = config.data
-    if data.format == "chat":
-        conversations, source_counts = read_conversations(data)
-        _write_rows(target, config, conversations, source_counts, partial(encode_conversations, data=data))
-    else:
-        pairs, source_counts = read_pairs(data, make_pair)
-        encode = partial(encode_pairs, data=data, make_example=make_example)
-        _write_rows(target, config, pairs, source_counts, encode)
-
-
-def _write_rows(
-    target: Path,
-    config: Config,
-    examples: list[_Example],
-    source_counts: SourceCounts,
-    encode: Callable[[list[_Example], Any], tuple[list[Row], RowCounts]],
-) -> None:
-    held_out, training = _split(examples, config.data.eval_rows, config.train.seed)
-    tokenizer = _tokenizer(config, (example.text for example in training))
-    counts = {"source": asdict(source_counts)}
-    for name, examples_of_split in (("train", training), ("evaluation", held_out)):
-        rows, row_counts = encode(examples_of_split, tokenizer)
-        if not rows:
+    is_chat = data.format == "chat"
+    reader = conversation_reader(data) if is_chat else pair_reader(data, make_pair)
+    store = target / "examples.arrow"
+    examples = store_examples(reader, store)
+    split = split_examples(
+        examples.digests, data.eval_rows, config.train.seed, keeps_duplicates=data.duplicates == "keep"
+    )
+    is_training = np.zeros(len(examples.digests), bool)
+    is_training[split.training] = True
+    tokenizer = _tokenizer(config, examples.texts(is_training, decode_conversation if is_chat else decode_pair))
+    encoded = encode_examples(examples, target, tokenizer, data, make_example)
+    counts: dict[str, Any] = {"source": asdict(replace(reader.counts, duplicates=split.duplicates))}
+    for name, indices in (("train", split.training), ("evaluation", split.held_out)):
+        row_counts = encoded.counts(indices)
+        if not row_counts.kept:
             raise UserError(
-                f"no rows are left for {name}: of {len(examples_of_split)}, {row_counts.dropped_too_long} have more "
-                f"than data.max_length={config.data.max_length} tokens, {row_counts.dropped_without_label} no label, "
+                f"no rows are left for {name}: of {len(indices)}, {row_counts.dropped_too_long} have more "
+                f"than data.max_length={data.max_length} tokens, {row_counts.dropped_without_label} no label, "
                 f"and {row_counts.unusable} are unusable"
             )
-        _to_dataset(rows).save_to_disk(str(target / name))
+        np.save(target / f"{name}.npy", encoded.kept(indices))
         counts[name] = asdict(row_counts)
     tokenizer.save_pretrained(str(target / "tokenizer"))
-    (target / "counts.json").write_text(json.dumps(counts), encoding="utf-8")
+    (target / "counts.json").write_text(json.dumps({**counts, "notes": encoded.notes}), encoding="utf-8")
+    store.unlink()
 
 
 def _tokenizer(config: Config, texts: Iterable[str]) -> Any:
@@ -152,32 +138,6 @@ def _tokenizer(config: Config, texts: Iterable[str]) -> Any:
             tokenizer.chat_template = CHATML
         tokenizer.eos_token = end_of_turn(tokenizer)
     return tokenizer
-
-
-def _split(examples: list[_Example], eval_rows: int | None, seed: int) -> tuple[list[_Example], list[_Example]]:
-    """The examples that are held out, and those to train on; equal ones, where they are kept, are on the same side."""
-    if eval_rows is None:
-        eval_rows = min(_MAX_EVAL_ROWS, max(1, len(examples) // 10))
-    if eval_rows >= len(examples):
-        raise UserError(f"data.eval_rows: {eval_rows} rows are to be held out, but the data has only {len(examples)}")
-    equal: dict[Any, list[_Example]] = {}
-    for example in examples:
-        equal.setdefault(example.key, []).append(example)
-    groups = list(equal.values())
-    random.Random(seed).shuffle(groups)
-    held_out: list[_Example] = []
-    while len(held_out) < eval_rows:
-        held_out += groups.pop(0)
-    if not groups:
-        raise UserError(
-            f"data.eval_rows: with {eval_rows} rows held out, none are left to train on: equal ones go along"
-        )
-    return held_out, [example for group in groups for example in group]
-
-
-def _to_dataset(rows: list[Row]) -> datasets.Dataset:
-    columns = {name: [getattr(row, name) for row in rows] for name in _FEATURES}
-    return datasets.Dataset.from_dict(columns, features=_FEATURES)
 
 
 def _cache_key(config: Config, make_pair: MakePair, make_example: MakeExample) -> str:

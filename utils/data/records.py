@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from typing_extensions import Self
+
 from utils.config.data_section import DataSection, template_names
 from utils.errors import UserError
 from utils.text.template import FilledPrompt, fill_template
@@ -104,6 +106,20 @@ class Pair:
     def key(self) -> tuple[str, str]:
         """Equal for equal pairs."""
         return self.prompt, self.response
+
+    @property
+    def content(self) -> list[Any]:
+        """All but the location, in values that JSON has."""
+        fields = self.prompt.fields if isinstance(self.prompt, FilledPrompt) else None
+        return [self.prompt, fields, self.response]
+
+    @classmethod
+    def from_content(cls, location: str, content: list[Any]) -> Self:
+        """The pair whose `content` this is."""
+        prompt, fields, response = content
+        if fields is not None:
+            prompt = FilledPrompt(prompt, tuple(map(tuple, fields)))
+        return cls(location, prompt, response)
 
     @property
     def text(self) -> str:

@@ -1,14 +1,32 @@
 """Rows of token ids and labels: which are kept, cut or dropped, and what the log says about them."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
+from enum import IntEnum
+
+import numpy as np
+from numpy.typing import NDArray
 
 from utils.config.data_section import DataSection
 from utils.data.labels import IGNORED
 
 
+class Outcome(IntEnum):
+    """What becomes of an example."""
+
+    KEPT = 0
+    TRUNCATED = 1  # kept, without its end
+    TOO_LONG = 2
+    WITHOUT_LABEL = 3
+    UNUSABLE = 4
+
+
+KEPT = (Outcome.KEPT, Outcome.TRUNCATED)
+"""The outcomes of rows that are trained on or evaluated."""
+
+
 @dataclass(frozen=True)
 class Row:
-    """A pair or a conversation in token ids."""
+    """A pair or a conversation in token ids. Without ids if it is not kept."""
 
     location: str
     """Where its record was read."""
@@ -18,26 +36,28 @@ class Row:
     """A label for each token: its id, or -100 if it is not learned."""
     prompt_length: int
     """The number of tokens before the response, or before the last answer, with which a sample begins."""
+    outcome: Outcome = Outcome.KEPT
+    """What became of it."""
+    problem: str = ""
+    """Why it is unusable."""
 
 
 @dataclass(frozen=True)
 class RowCounts:
-    """What became of the pairs."""
+    """What became of the examples."""
 
     kept: int = 0
     """Rows to train on or to evaluate."""
     truncated: int = 0
     """How many of the kept rows lost their end."""
     dropped_too_long: int = 0
-    """Pairs dropped for their length."""
+    """Examples dropped for their length."""
     dropped_without_label: int = 0
-    """Pairs dropped because all their labels were cut off: they would count as a loss of 0."""
+    """Examples dropped because all their labels were cut off: they would count as a loss of 0."""
     unusable: int = 0
     """Conversations skipped because the chat template cannot render them."""
     first_unusable: str = ""
     """Why the first of these was skipped."""
-    notes: list[str] = field(default_factory=list)
-    """What the log says about control tokens in the texts, a line each."""
 
     def __str__(self) -> str:
         unusable = f", {self.unusable} unusable, the first: {self.first_unusable}" if self.unusable else ""
@@ -47,42 +67,35 @@ class RowCounts:
         )
 
 
-class RowCollector:
-    """Cuts or drops the rows that are longer than `data.max_length`, drops those without a label, and counts them."""
+def fit_row(row: Row, data: DataSection) -> Row:
+    """The row as it is kept: cut to `data.max_length`, or without ids if it is dropped."""
+    max_length = data.max_length
+    is_too_long = len(row.input_ids) > max_length
+    if is_too_long and data.too_long == "drop":
+        return _dropped(row, Outcome.TOO_LONG)
+    input_ids, labels = row.input_ids[:max_length], row.labels[:max_length]
+    if all(label == IGNORED for label in labels[1:]):  # nothing predicts the first token
+        return _dropped(row, Outcome.WITHOUT_LABEL)
+    return replace(row, input_ids=input_ids, labels=labels, outcome=Outcome.TRUNCATED if is_too_long else Outcome.KEPT)
 
-    def __init__(self, data: DataSection) -> None:
-        self.rows: list[Row] = []
-        """The rows that are kept."""
-        self._data = data
-        self._truncated = self._too_long = self._without_label = self._unusable = 0
-        self._first_unusable = ""
 
-    def add(self, row: Row) -> None:
-        """Keep a row, cut it, or drop it."""
-        max_length = self._data.max_length
-        is_too_long = len(row.input_ids) > max_length
-        if is_too_long and self._data.too_long == "drop":
-            self._too_long += 1
-            return
-        input_ids, labels = row.input_ids[:max_length], row.labels[:max_length]
-        if all(label == IGNORED for label in labels[1:]):  # nothing predicts the first token
-            self._without_label += 1
-            return
-        self._truncated += is_too_long
-        self.rows.append(Row(row.location, input_ids, labels, row.prompt_length))
+def unusable_row(location: str, problem: Exception) -> Row:
+    """The row of an example that cannot be tokenized."""
+    return Row(location, [], [], 0, Outcome.UNUSABLE, str(problem))
 
-    def skip(self, error: Exception) -> None:
-        """Count a row that cannot be made."""
-        self._unusable, self._first_unusable = self._unusable + 1, self._first_unusable or str(error)
 
-    def counts(self, notes: list[str]) -> RowCounts:
-        """What became of all rows, with lines for the log."""
-        return RowCounts(
-            len(self.rows),
-            self._truncated,
-            self._too_long,
-            self._without_label,
-            self._unusable,
-            self._first_unusable,
-            notes,
-        )
+def count_rows(outcomes: NDArray[np.int8], first_unusable: str = "") -> RowCounts:
+    """How many rows have each outcome."""
+    counts = np.bincount(outcomes, minlength=len(Outcome)).tolist()
+    return RowCounts(
+        kept=counts[Outcome.KEPT] + counts[Outcome.TRUNCATED],
+        truncated=counts[Outcome.TRUNCATED],
+        dropped_too_long=counts[Outcome.TOO_LONG],
+        dropped_without_label=counts[Outcome.WITHOUT_LABEL],
+        unusable=counts[Outcome.UNUSABLE],
+        first_unusable=first_unusable,
+    )
+
+
+def _dropped(row: Row, outcome: Outcome) -> Row:
+    return Row(row.location, [], [], 0, outcome)

@@ -5,20 +5,18 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from utils.config.data_section import DataSection
 from utils.data.conversations import Conversation, encode_conversation
 from utils.data.records import Pair, UnusableRow
-from utils.data.rows import Row, RowCollector, RowCounts
+from utils.data.rows import Row, fit_row, unusable_row
 from utils.errors import UserError
 from utils.text.chat import end_of_turn
 from utils.text.encoding import encode_continuations, encode_prompts
 from utils.text.spelled_tokens import SpelledTokens
 
 END_OF_TEXT = "<|endoftext|>"
-_PAIRS_PER_CALL = 512
 # Training takes the square of a word's length: a minute for 100,000 letters in a row. No token is as long as this.
 _MAX_WORD = 256
 _LONG_RUN = re.compile(rf"(?<!\S)\S{{{_MAX_WORD + 1},}}|(?<!\s)\s{{{_MAX_WORD + 1},}}")
@@ -52,46 +50,41 @@ def train_tokenizer(
 
 
 def encode_pairs(
-    pairs: list[Pair], tokenizer: Any, data: DataSection, make_example: MakeExample
-) -> tuple[list[Row], RowCounts]:
-    """Tokenize pairs, and truncate or drop the long ones. Pairs that are left without a label are dropped.
+    pairs: Sequence[Pair], tokenizer: Any, data: DataSection, make_example: MakeExample, spelled: SpelledTokens
+) -> list[Row]:
+    """Tokenize pairs: a row for each, cut or dropped where it is long, dropped where it is left without a label.
 
     Prompt and response are tokenized separately, so that no token spans their border. Generation, which gets only the
     prompt, then gets the same ids.
     """
-    collector = RowCollector(data)
-    spelled = SpelledTokens(tokenizer, data)
-    chunks = range(0, len(pairs), _PAIRS_PER_CALL)
-    for start in tqdm(chunks, desc="tokenizing", unit_scale=_PAIRS_PER_CALL, unit=" pairs", disable=None):
-        chunk = pairs[start : start + _PAIRS_PER_CALL]
-        prompts = encode_prompts([spelled.in_prompt(pair.prompt) for pair in chunk], tokenizer)
-        texts = [spelled.in_response(pair.response) for pair in chunk]
-        responses = encode_continuations(texts, tokenizer, parse=data.control_tokens == "parse")
-        for pair, prompt, response in zip(chunk, prompts, responses, strict=True):
-            input_ids, labels = make_example(prompt, response, tokenizer.eos_token_id, data.loss_on)
-            collector.add(Row(pair.location, input_ids, labels, len(prompt)))
-    return collector.rows, collector.counts(spelled.notes())
+    prompts = encode_prompts([spelled.in_prompt(pair.prompt) for pair in pairs], tokenizer)
+    texts = [spelled.in_response(pair.response) for pair in pairs]
+    responses = encode_continuations(texts, tokenizer, parse=data.control_tokens == "parse")
+    rows = []
+    for pair, prompt, response in zip(pairs, prompts, responses, strict=True):
+        input_ids, labels = make_example(prompt, response, tokenizer.eos_token_id, data.loss_on)
+        rows.append(fit_row(Row(pair.location, input_ids, labels, len(prompt)), data))
+    return rows
 
 
 def encode_conversations(
-    conversations: list[Conversation], tokenizer: Any, data: DataSection
-) -> tuple[list[Row], RowCounts]:
-    """Tokenize conversations in the tokenizer's chat template, and truncate or drop the long ones.
+    conversations: Sequence[Conversation], tokenizer: Any, data: DataSection, spelled: SpelledTokens
+) -> list[Row]:
+    """Tokenize conversations in the tokenizer's chat template: a row for each, like `encode_pairs`.
 
     Raises:
         UserError: the template ends the assistant's turns with no token, or refuses a conversation.
     """
-    collector = RowCollector(data)
-    spelled = SpelledTokens(tokenizer, data)
     end = end_of_turn(tokenizer)
-    for conversation in tqdm(conversations, desc="tokenizing", unit=" chats", disable=None):
+    rows = []
+    for conversation in conversations:
         try:
-            collector.add(encode_conversation(conversation, tokenizer, end, data, spelled))
+            rows.append(fit_row(encode_conversation(conversation, tokenizer, end, data, spelled), data))
         except UnusableRow as error:
             if data.unusable == "refuse":
                 raise UserError(f"{error} (data.unusable=skip leaves such rows out)") from None
-            collector.skip(error)
-    return collector.rows, collector.counts(spelled.notes())
+            rows.append(unusable_row(conversation.location, error))
+    return rows
 
 
 def _in_pieces(text: str) -> Iterator[str]:

@@ -1,6 +1,7 @@
 """What becomes of the control tokens that the texts of a run spell, counted for the log."""
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from utils.config.data_section import DataSection
@@ -26,15 +27,29 @@ class SpelledTokens:
         return prompt
 
     def in_response(self, response: str) -> str:
-        """The response without an end token at its end."""
+        """The response as it is to be encoded: without an end token at its end."""
+        response = self.without_end(response)
+        if self._data.control_tokens == "text":
+            self._as_text.update(set(self._pattern.findall(response)))
+        return response
+
+    def without_end(self, response: str) -> str:
+        """The response without an end token at its end; only end tokens are counted."""
         response, end = without_end_token(response, self._tokenizer, self._pattern)
         if end is not None:
             self._ends[end] += 1
         elif (unknown := unknown_end_token(response, self._pattern)) is not None:
             self._unknown_ends[unknown] += 1
-        if self._data.control_tokens == "text":
-            self._as_text.update(set(self._pattern.findall(response)))
         return response
+
+    def counts(self) -> list[Counter[str]]:
+        """All that was counted, in values that JSON has."""
+        return [self._as_text, self._ends, self._unknown_ends]
+
+    def add(self, counts: Sequence[Mapping[str, int]]) -> None:
+        """Add what another process has counted, as its `counts` gives it."""
+        for counter, other in zip(self.counts(), counts, strict=True):
+            counter.update(other)
 
     def notes(self) -> list[str]:
         """Lines for the log."""

@@ -41,11 +41,6 @@ def test_every_format_gives_the_same_pairs(tmp_path, extension):
     assert texts_of(data) == [("<añb|!>", 'x, "y"\nz'), ("<|?>", "2")]
 
 
-def test_equal_pairs_are_kept_once(tmp_path):
-    path = write(tmp_path / "d.jsonl", '{"prompt": "p", "response": "r"}\n' * 3 + '{"prompt": "p", "response": "s"}\n')
-    assert texts_of(DataSection(files=[str(path), str(path)])) == [("p", "r"), ("p", "s")]
-
-
 def test_docstring_pairs_are_the_source(tmp_path, monkeypatch):
     package = tmp_path / "some_package"
     (package / "tests").mkdir(parents=True)

@@ -1,5 +1,6 @@
 """The tokenized data of a run and its cache: what is prepared once, what makes it anew, and who has seen which rows."""
 
+import json
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +30,7 @@ def test_data_is_tokenized_once(tiny_config, monkeypatch):
     lines = []
     first = prepare(config, lines.append)
     assert any("Reading and tokenizing" in line for line in lines)
-    monkeypatch.setattr("utils.data.dataset.read_pairs", None)  # would fail if it were called
+    monkeypatch.setattr("utils.data.dataset.pair_reader", None)  # would fail if it were called
     again = prepare(config, lines.append)
     assert first.train.to_list() == again.train.to_list()
     assert first.evaluation.to_list() == again.evaluation.to_list()
@@ -155,3 +156,60 @@ def test_cache_directory_that_cannot_be_used_is_named(tmp_path):
     (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(UserError, match=r"run\.cache_directory: .*file cannot be used: "):
         make_once(tmp_path / "file" / "data", lambda _: None, lambda _: None)
+
+
+def test_several_processes_give_the_rows_of_one(tiny_config, monkeypatch):
+    """The second run reads from nowhere but its own cache, since its seed is another one."""
+
+    def rows(name, processes):
+        monkeypatch.setattr("utils.data.encoding._PER_PROCESS", 40 // processes)
+        config = load_config(str(tiny_config), [f"run.cache_directory={Path(tiny_config).parent / name}"])
+        lines = []
+        data = prepare(config, lines.append)
+        assert len(list(Path(config.run.cache_directory).glob("data-*/rows*.arrow"))) == processes
+        assert not list(Path(config.run.cache_directory).glob("data-*/examples*"))
+        return data.train.to_list(), data.evaluation.to_list(), data.train_counts, lines[2:]
+
+    monkeypatch.setattr("utils.data.encoding.available_cores", lambda: 3)
+    assert rows("one", 1) == rows("three", 3)
+
+
+def test_notes_and_problems_of_all_processes_are_counted(tiny_config, tmp_path, monkeypatch):
+    monkeypatch.setattr("utils.data.encoding._PER_PROCESS", 10)
+    monkeypatch.setattr("utils.data.encoding.available_cores", lambda: 4)
+    chats = [
+        {
+            "messages": [
+                {"role": "user", "content": f"say {i}"},
+                {"role": "assistant", "content": f"{i} <|im_end|> it is"},
+            ]
+        }
+        for i in range(40)
+    ]
+    for i in (17, 31):
+        chats[i]["messages"].insert(0, {"role": "assistant", "content": "bad order"})
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats), encoding="utf-8")
+    (tmp_path / "strict.jinja").write_text(
+        "{% if messages[0]['role'] != 'user' %}{{ raise_exception('user first') }}{% endif %}"
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+        encoding="utf-8",
+    )
+    train_tokenizer(["say it is"] * 5, 300, "<|endoftext|>", ("<|im_start|>", "<|im_end|>")).save_pretrained(
+        tmp_path / "tokenizer"
+    )
+    data = prepare(
+        load_config(
+            str(tiny_config),
+            [
+                f"data={{files: {tmp_path / 'chats.jsonl'}, format: chat, unusable: skip, eval_rows: 8, max_length: 99, "
+                f"chat_template: {tmp_path / 'strict.jinja'}}}",
+                f"tokenizer={{pretrained: {tmp_path / 'tokenizer'}}}",
+            ],
+        )
+    )
+    counts = data.train_counts, data.evaluation_counts
+    assert sum(split.unusable for split in counts) == 2
+    assert any("chats.jsonl:18" in split.first_unusable for split in counts)
+    assert len(data.train) + len(data.evaluation) == 38
+    assert [note.partition(" (")[0] for note in data.notes] == ["38 texts spell control tokens"]

@@ -19,8 +19,8 @@ def tokenizer(request):
 
 def row_of(tokenizer, prompt, response, template="{prompt}", **settings):
     data = DataSection(hub="none", template=template, **settings)
-    (row,), counts = encode([Pair("0", fill_template(template, {"prompt": prompt}), response)], tokenizer, data)
-    return row, counts.notes
+    (row,), _, notes = encode([Pair("0", fill_template(template, {"prompt": prompt}), response)], tokenizer, data)
+    return row, notes
 
 
 def learned(row, tokenizer):

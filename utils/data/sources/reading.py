@@ -4,7 +4,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import TypeVar
+from typing import Generic, TypeVar
+
+from tqdm import tqdm
 
 from utils.config.data_section import DataSection
 from utils.data.conversations import Conversation, read_conversation
@@ -15,7 +17,7 @@ from utils.data.sources.summary_pairs import read_summary_pairs
 from utils.data.sources.table_readers import read_hub, read_saved_dataset
 from utils.errors import UserError
 
-_Example = TypeVar("_Example", Pair, Conversation)
+ExampleT = TypeVar("ExampleT", Pair, Conversation)
 _HINT = " (data.unusable=skip leaves such rows out)"
 
 
@@ -44,49 +46,50 @@ class SourceCounts:
         return f"{self.read} read" + (f"; left out: {'; '.join(texts)}" if texts else "")
 
 
-def read_pairs(data: DataSection, make_pair: MakePair) -> tuple[list[Pair], SourceCounts]:
-    """The pairs that `make_pair` makes of the source's records, in their order, and what became of the others.
+class ExampleReader(Generic[ExampleT]):
+    """Iterates over the examples that `make` makes of a source's records, in their order, and counts the others.
 
     Raises:
-        UserError: the source cannot be read, or a record has no text in a field that is needed.
+        UserError: the source cannot be read, or a record is not usable and `data.unusable` is `refuse`.
     """
-    return _read_examples(data, lambda record: Pair(record.location, *make_pair(record, data)))
+
+    def __init__(self, data: DataSection, make: Callable[[Record], ExampleT]) -> None:
+        self._data = data
+        self._make: Callable[[Record], ExampleT] = make
+        self.counts = SourceCounts()
+        """What has become of the records so far. Duplicates are not known yet."""
+
+    def __iter__(self) -> Iterator[ExampleT]:
+        data = self._data
+        for record in tqdm(_read_records(data), desc="reading", unit=" rows", disable=None):
+            counts = self.counts = replace(self.counts, read=self.counts.read + 1)
+            try:
+                example = self._make(replace(record, numbers=data.numbers))
+                if not example.has_answer and data.empty_responses == "refuse":
+                    raise UserError(
+                        f"{record.location}: the response is empty (data.empty_responses=drop leaves it out)"
+                    )
+            except UnusableRow as error:
+                if data.unusable == "refuse":
+                    raise UserError(f"{error}{_HINT}") from None
+                self.counts = replace(
+                    counts, unusable=counts.unusable + 1, first_unusable=counts.first_unusable or str(error)
+                )
+                continue
+            if not example.has_answer and data.empty_responses == "drop":
+                self.counts = replace(counts, empty=counts.empty + 1)
+            else:
+                yield example
 
 
-def read_conversations(data: DataSection) -> tuple[list[Conversation], SourceCounts]:
-    """The conversations of the source, in their order, and what became of the other records.
-
-    Raises:
-        UserError: the source cannot be read, or a record has no conversation.
-    """
-    return _read_examples(data, lambda record: read_conversation(record, data))
+def pair_reader(data: DataSection, make_pair: MakePair) -> ExampleReader[Pair]:
+    """A reader of the pairs that `make_pair` makes."""
+    return ExampleReader(data, lambda record: Pair(record.location, *make_pair(record, data)))
 
 
-def _read_examples(data: DataSection, make: Callable[[Record], _Example]) -> tuple[list[_Example], SourceCounts]:
-    examples: list[_Example] = []
-    seen = set()
-    read = duplicates = empty = unusable = 0
-    first_unusable = ""
-    for record in _read_records(data):
-        read += 1
-        try:
-            example = make(replace(record, numbers=data.numbers))
-            if not example.has_answer and data.empty_responses == "refuse":
-                raise UserError(f"{record.location}: the response is empty (data.empty_responses=drop leaves it out)")
-        except UnusableRow as error:
-            if data.unusable == "refuse":
-                raise UserError(f"{error}{_HINT}") from None
-            unusable, first_unusable = unusable + 1, first_unusable or str(error)
-            continue
-        if not example.has_answer and data.empty_responses == "drop":
-            empty += 1
-        elif example.key in seen and data.duplicates == "drop":
-            # Of two equal ones one could be held out for evaluation although the other is trained on.
-            duplicates += 1
-        else:
-            seen.add(example.key)
-            examples.append(example)
-    return examples, SourceCounts(read, duplicates, empty, unusable, first_unusable)
+def conversation_reader(data: DataSection) -> ExampleReader[Conversation]:
+    """A reader of conversations."""
+    return ExampleReader(data, lambda record: read_conversation(record, data))
 
 
 def _read_records(data: DataSection) -> Iterator[Record]:
