@@ -30,7 +30,8 @@ class DataSection(Section):
     """Installed packages whose docstrings give pairs of text -> first line; `stdlib` is Python's library."""
     files: Annotated[list[PathText], Field(min_length=1)] | None = None
     """Local files: JSONL (also `.ndjson`), JSON, CSV, TSV, text (a row a line, field `text`) or Parquet; all but
-    Parquet may end in `.gz`. A name may be a pattern such as `data/*.jsonl`, or a directory of `save_to_disk`."""
+    Parquet may be compressed (`.gz`, `.bz2`, `.xz`, `.zst`). A name may be a pattern such as `data/*.jsonl`, or a
+    directory of `save_to_disk`."""
     hub: PathText | None = None
     """A dataset of the Hugging Face hub, or a local directory that `datasets` can load."""
     hub_configuration: NonEmpty | None = None
@@ -74,8 +75,11 @@ class DataSection(Section):
     In a conversation, a response is each turn of the assistant, with the token that ends it; `last`: only the last."""
     eval_rows: Positive | None = None
     """Rows held out of training for evaluation, chosen at random with the seed; null: a tenth, at most 200."""
+    eval_files: Annotated[list[PathText], Field(min_length=1)] | None = None
+    """Local files, like `files`, whose rows are held out in place of rows of the source. A row of the source that is
+    equal to one of these is not trained on."""
 
-    @field_validator("docstrings", "summaries", "files", mode="before")
+    @field_validator("docstrings", "summaries", "files", "eval_files", mode="before")
     @classmethod
     def _one_name_is_a_list_of_one(cls, names: Any) -> Any:
         return [names] if isinstance(names, str) else names
@@ -91,10 +95,20 @@ class DataSection(Section):
             raise ValueError(
                 f"hub_configuration is {self.hub_configuration!r}, but there is no hub: give hub, or leave it out"
             )
-        has_splits = any((Path(name) / SAVED_SPLITS).is_file() for name in self.files or [])
+        has_splits = any(
+            (Path(name) / SAVED_SPLITS).is_file() for name in [*(self.files or []), *(self.eval_files or [])]
+        )
         if self.split != "train" and self.hub is None and not has_splits:
             raise ValueError(
                 f"split is {self.split!r}, but there is no hub, whose splits it names: give hub, or leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _held_out_rows_are_named_once(self) -> Self:
+        if self.eval_files is not None and self.eval_rows is not None:
+            raise ValueError(
+                f"eval_rows is {self.eval_rows}, but all rows of eval_files are held out: leave one of them out"
             )
         return self
 
@@ -152,7 +166,7 @@ class DataSection(Section):
             raise ValueError("the template must contain {prompt}")
         return template
 
-    @field_validator("files")
+    @field_validator("files", "eval_files")
     @classmethod
     def _files_exist(cls, files: list[str] | None) -> list[str] | None:
         """The files, with the names that a pattern stands for in its place."""

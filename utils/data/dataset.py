@@ -5,6 +5,7 @@ import inspect
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,14 @@ from utils.data.encoding import encode_examples, read_rows
 from utils.data.examples import decode_conversation, decode_pair, store_examples
 from utils.data.records import MakePair
 from utils.data.rows import RowCounts
-from utils.data.sources.reading import SourceCounts, conversation_reader, pair_reader
+from utils.data.sources.reading import (
+    ExampleReader,
+    SourceCounts,
+    held_out_records,
+    maker_of_conversations,
+    maker_of_pairs,
+    source_records,
+)
 from utils.data.sources.states import state_of_data, state_of_tokenizer
 from utils.data.split import split_examples
 from utils.data.tokenization import END_OF_TEXT, MakeExample, train_tokenizer
@@ -95,17 +103,23 @@ def _prepare(
     info("Reading and tokenizing the data (later runs take it from the cache).")
     data = config.data
     is_chat = data.format == "chat"
-    reader = conversation_reader(data) if is_chat else pair_reader(data, make_pair)
+    make = maker_of_conversations(data) if is_chat else maker_of_pairs(data, make_pair)
+    held_out: ExampleReader[Any] = ExampleReader(data, held_out_records(data), make)
+    source: ExampleReader[Any] = ExampleReader(data, source_records(data), make)
     store = target / "examples.arrow"
-    examples = store_examples(reader, store)
+    examples = store_examples(chain(held_out, source), store)
     split = split_examples(
-        examples.digests, data.eval_rows, config.train.seed, keeps_duplicates=data.duplicates == "keep"
+        examples.digests,
+        data.eval_rows,
+        config.train.seed,
+        keeps_duplicates=data.duplicates == "keep",
+        held_out=None if data.eval_files is None else held_out.counts.used,
     )
     is_training = np.zeros(len(examples.digests), bool)
     is_training[split.training] = True
     tokenizer = _tokenizer(config, examples.texts(is_training, decode_conversation if is_chat else decode_pair))
     encoded = encode_examples(examples, target, tokenizer, data, make_example)
-    counts: dict[str, Any] = {"source": asdict(replace(reader.counts, duplicates=split.duplicates))}
+    counts: dict[str, Any] = {"source": asdict(replace(source.counts, duplicates=split.duplicates))}
     for name, indices in (("train", split.training), ("evaluation", split.held_out)):
         row_counts = encoded.counts(indices)
         if not row_counts.kept:

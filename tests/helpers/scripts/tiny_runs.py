@@ -5,7 +5,7 @@ import numpy as np
 import train_gpt
 from utils.data.dataset import prepare_data
 from utils.data.rows import KEPT, count_rows
-from utils.data.sources.reading import pair_reader
+from utils.data.sources.reading import ExampleReader, maker_of_pairs, source_records
 from utils.data.tokenization import encode_pairs
 from utils.text.spelled_tokens import SpelledTokens
 
@@ -17,7 +17,8 @@ def prepare(config, info=lambda line: None):
 
 def texts_of(data):
     """The prompts and responses of a section of the settings."""
-    return [(pair.prompt, pair.response) for pair in pair_reader(data, train_gpt.make_pair)]
+    reader = ExampleReader(data, source_records(data), maker_of_pairs(data, train_gpt.make_pair))
+    return [(pair.prompt, pair.response) for pair in reader]
 
 
 def encode(pairs, tokenizer, data):

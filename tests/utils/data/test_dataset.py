@@ -30,7 +30,7 @@ def test_data_is_tokenized_once(tiny_config, monkeypatch):
     lines = []
     first = prepare(config, lines.append)
     assert any("Reading and tokenizing" in line for line in lines)
-    monkeypatch.setattr("utils.data.dataset.pair_reader", None)  # would fail if it were called
+    monkeypatch.setattr("utils.data.dataset.source_records", None)  # would fail if it were called
     again = prepare(config, lines.append)
     assert first.train.to_list() == again.train.to_list()
     assert first.evaluation.to_list() == again.evaluation.to_list()
@@ -202,8 +202,8 @@ def test_notes_and_problems_of_all_processes_are_counted(tiny_config, tmp_path, 
         load_config(
             str(tiny_config),
             [
-                f"data={{files: {tmp_path / 'chats.jsonl'}, format: chat, unusable: skip, eval_rows: 8, max_length: 99, "
-                f"chat_template: {tmp_path / 'strict.jinja'}}}",
+                f"data={{files: {tmp_path / 'chats.jsonl'}, chat_template: {tmp_path / 'strict.jinja'}, "
+                "format: chat, unusable: skip, eval_rows: 8, max_length: 99}",
                 f"tokenizer={{pretrained: {tmp_path / 'tokenizer'}}}",
             ],
         )

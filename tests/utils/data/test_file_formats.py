@@ -1,8 +1,11 @@
 """Files as users have them: formats, packed files, saved datasets, names given twice, columns that nobody named."""
 
+import bz2
 import datetime
 import gzip
 import json
+import lzma
+from pathlib import Path
 
 import datasets
 import pyarrow
@@ -18,6 +21,13 @@ PAIRS = [("añb", "x"), ("p", "y")]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
 
 
+def compress_zstd(content):
+    return pyarrow.Codec("zstd").compress(content, asbytes=True)
+
+
+COMPRESS = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": compress_zstd}
+
+
 def pairs_of(path, **settings):
     return texts_of(DataSection(files=[str(path)], **settings))
 
@@ -31,13 +41,16 @@ def pairs_of(path, **settings):
         ("d.tsv", "prompt\tresponse\nañb\tx\np\ty\n"),
         ("d.jsonl.gz", LINES),
         ("d.json.gz", json.dumps(ROWS)),
+        ("d.jsonl.bz2", LINES),
+        ("d.jsonl.xz", LINES),
+        ("d.jsonl.zst", LINES),
         ("d.csv.gz", "prompt,response\r\nañb,x\r\np,y\r\n"),
         ("d.tsv.gz", "prompt\tresponse\nañb\tx\np\ty\n"),
     ],
 )
 def test_formats_of_daily_use_give_the_same_pairs(tmp_path, name, text):
     content = text.encode()
-    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    (tmp_path / name).write_bytes(COMPRESS.get(Path(name).suffix, bytes)(content))
     assert pairs_of(tmp_path / name) == PAIRS
 
 
@@ -54,11 +67,13 @@ def test_column_of_texts_needs_no_prompts(tmp_path):
     assert pairs_of(tmp_path / "d.parquet", prompt_field=None, response_field="text") == [("", "a"), ("", "b")]
 
 
-@pytest.mark.parametrize("content", [b"no gzip", gzip.compress(LINES.encode())[:-9]], ids=["not packed", "cut off"])
-def test_damaged_packed_file_is_named(tmp_path, content):
-    (tmp_path / "d.jsonl.gz").write_bytes(content)
-    with pytest.raises(UserError, match=r"d\.jsonl\.gz: cannot be read: "):
-        pairs_of(tmp_path / "d.jsonl.gz")
+@pytest.mark.parametrize("extension", COMPRESS)
+@pytest.mark.parametrize("damage", [lambda _: b"not packed", lambda packed: packed[:-9]], ids=["not packed", "cut off"])
+def test_damaged_packed_file_is_named(tmp_path, extension, damage):
+    path = tmp_path / f"d.jsonl{extension}"
+    path.write_bytes(damage(COMPRESS[extension](LINES.encode())))
+    with pytest.raises(UserError, match=rf"d\.jsonl\{extension}: cannot be read: "):
+        pairs_of(path)
 
 
 def test_packed_parquet_is_refused(tmp_path):

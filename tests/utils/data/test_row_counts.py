@@ -68,6 +68,18 @@ def test_held_out_share_is_sensible_for_small_data(run_on, count, held_out):
     )
 
 
+def test_rows_of_named_files_are_held_out_and_not_trained_on(run_on, tmp_path):
+    (tmp_path / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(13)), encoding="utf-8")
+    files = f"data.eval_files={tmp_path / 'held_out.jsonl'}"
+    data, lines = run_on(rows(40), files, "data.eval_rows=null")
+    held_out = data.evaluation["location"][:]
+    assert [Path(location).name for location in held_out] == [f"held_out.jsonl:{line}" for line in range(1, 14)]
+    assert len(data.train) == 40 - 13
+    assert any(line.startswith("Rows of the data: 40 read; left out: 13 equal to an earlier one") for line in lines)
+    with pytest.raises(UserError, match=r"eval_rows is 8, but all rows of eval_files are held out"):
+        run_on(rows(40), files)
+
+
 def test_one_pair_cannot_be_split(run_on):
     with pytest.raises(UserError, match=r"data\.eval_rows: 1 rows are to be held out, but the data has only 1"):
         run_on(rows(1), "data.eval_rows=null")

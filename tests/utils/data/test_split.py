@@ -44,6 +44,17 @@ def test_split_is_that_of_the_plain_algorithm(tmp_path, keeps_duplicates, differ
         assert split.duplicates == (0 if keeps_duplicates else len(keys) - len(set(keys)))
 
 
+@pytest.mark.parametrize("keeps_duplicates", [True, False])
+def test_examples_that_are_held_out_by_name_are_not_trained_on(tmp_path, keeps_duplicates):
+    digests = stored(["a", "b", "a", "c", "b", "d", "c", "d"], tmp_path).digests
+    split = split_examples(digests, None, 0, keeps_duplicates=keeps_duplicates, held_out=3)
+    assert split.held_out.tolist() == ([0, 1, 2] if keeps_duplicates else [0, 1])
+    assert sorted(split.training.tolist()) == ([3, 5, 6, 7] if keeps_duplicates else [3, 5])
+    assert split.duplicates == (1 if keeps_duplicates else 4)
+    with pytest.raises(UserError, match=r"data\.eval_files: all rows of the source are equal to rows of these files"):
+        split_examples(digests, None, 0, keeps_duplicates=keeps_duplicates, held_out=6)
+
+
 def test_equal_pairs_are_equal_whatever_their_place(tmp_path):
     digests = stored(["a", "b", "a"], tmp_path).digests
     assert (digests[0] == digests[2]).all()

@@ -3,9 +3,12 @@
 The project has its own readers because their errors name the file and the line; those of `datasets` do not.
 """
 
+import bz2
 import csv
 import gzip
+import io
 import json
+import lzma
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
@@ -19,7 +22,6 @@ from utils.errors import UserError
 MAX_FIELD_CHARACTERS = 2**31 - 1
 # The one field of a line of plain text, as in `datasets`.
 TEXT_FIELD = "text"
-_PACKED = ".gz"
 
 # What a reader yields: where a row was read, and its content.
 _Rows = Iterator[tuple[str, Any]]
@@ -32,13 +34,13 @@ def read_file(path: Path) -> Iterator[Record]:
         UserError: the extension is unknown, a line or the file is broken, a row has no named fields, or there are no
             rows.
     """
-    is_packed = path.suffix.lower() == _PACKED
+    is_packed = path.suffix.lower() in _OPENERS
     extension = path.with_suffix("").suffix if is_packed else path.suffix
     reader = _READERS.get(extension.lower())
     if reader is None or (is_packed and reader is read_parquet):
         raise UserError(
             f"{path}: unknown extension {extension or path.suffix!r}: give a file that ends in {', '.join(_READERS)}, "
-            f"all but .parquet also with {_PACKED}"
+            f"all but .parquet also with {', '.join(_OPENERS)}"
         )
     empty = True
     try:
@@ -49,16 +51,31 @@ def read_file(path: Path) -> Iterator[Record]:
             yield Record(location, row)
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}") from None
-    except (OSError, EOFError, zlib.error) as error:
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     if empty:
         raise UserError(f"{path}: has no rows")
 
 
 def _open(path: Path, newline: str | None = None) -> TextIO:
-    if path.suffix.lower() == _PACKED:
-        return gzip.open(path, "rt", encoding="utf-8-sig", newline=newline)
-    return path.open(encoding="utf-8-sig", newline=newline)
+    opener = _OPENERS.get(path.suffix.lower())
+    file = path.open("rb") if opener is None else opener(path)
+    return io.TextIOWrapper(file, encoding="utf-8-sig", newline=newline)
+
+
+def _open_zstd(path: Path) -> Any:
+    import pyarrow
+
+    return pyarrow.input_stream(str(path), compression="zstd")
+
+
+# By the extension of a compressed file, a function that opens it for reading bytes.
+_OPENERS: dict[str, Callable[[Path], Any]] = {
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+    ".zst": _open_zstd,
+}
 
 
 def _read_jsonl(path: Path) -> _Rows:

@@ -1,6 +1,6 @@
 """Reads the pairs or conversations of a run from the source that its settings name, and counts what becomes of them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -36,6 +36,11 @@ class SourceCounts:
     first_unusable: str = ""
     """Why the first of these was skipped."""
 
+    @property
+    def used(self) -> int:
+        """Rows that gave an example. Duplicates among them are counted only when all are read."""
+        return self.read - self.empty - self.unusable
+
     def __str__(self) -> str:
         left_out = [
             (self.duplicates, "equal to an earlier one (data.duplicates)"),
@@ -53,15 +58,15 @@ class ExampleReader(Generic[ExampleT]):
         UserError: the source cannot be read, or a record is not usable and `data.unusable` is `refuse`.
     """
 
-    def __init__(self, data: DataSection, make: Callable[[Record], ExampleT]) -> None:
-        self._data = data
+    def __init__(self, data: DataSection, records: Iterable[Record], make: Callable[[Record], ExampleT]) -> None:
+        self._data, self._records = data, records
         self._make: Callable[[Record], ExampleT] = make
         self.counts = SourceCounts()
         """What has become of the records so far. Duplicates are not known yet."""
 
     def __iter__(self) -> Iterator[ExampleT]:
         data = self._data
-        for record in tqdm(_read_records(data), desc="reading", unit=" rows", disable=None):
+        for record in tqdm(self._records, desc="reading", unit=" rows", disable=None):
             counts = self.counts = replace(self.counts, read=self.counts.read + 1)
             try:
                 example = self._make(replace(record, numbers=data.numbers))
@@ -82,17 +87,31 @@ class ExampleReader(Generic[ExampleT]):
                 yield example
 
 
-def pair_reader(data: DataSection, make_pair: MakePair) -> ExampleReader[Pair]:
-    """A reader of the pairs that `make_pair` makes."""
-    return ExampleReader(data, lambda record: Pair(record.location, *make_pair(record, data)))
+def maker_of_pairs(data: DataSection, make_pair: MakePair) -> Callable[[Record], Pair]:
+    """What an `ExampleReader` of pairs calls."""
+    return lambda record: Pair(record.location, *make_pair(record, data))
 
 
-def conversation_reader(data: DataSection) -> ExampleReader[Conversation]:
-    """A reader of conversations."""
-    return ExampleReader(data, lambda record: read_conversation(record, data))
+def maker_of_conversations(data: DataSection) -> Callable[[Record], Conversation]:
+    """What an `ExampleReader` of conversations calls."""
+    return lambda record: read_conversation(record, data)
 
 
-def _read_records(data: DataSection) -> Iterator[Record]:
+def held_out_records(data: DataSection) -> Iterator[Record]:
+    """The records of `data.eval_files`; none without.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+    return chain.from_iterable(_read_path(Path(name), data.split) for name in data.eval_files or [])
+
+
+def source_records(data: DataSection) -> Iterator[Record]:
+    """The records of the source.
+
+    Raises:
+        UserError: it cannot be read.
+    """
     if data.docstrings is not None:
         return read_docstring_pairs(data.docstrings)
     if data.summaries is not None:

@@ -21,7 +21,8 @@ def state_of_data(data: DataSection) -> Any:
         UserError: a package is not installed, or a dataset of the hub cannot be loaded.
     """
     template = [] if data.chat_template is None else _states([Path(data.chat_template)])
-    return [template, _state_of_source(data)]
+    held_out = [_states(_files_of(Path(name))) for name in data.eval_files or []]
+    return [template, _state_of_source(data), held_out]
 
 
 def _state_of_source(data: DataSection) -> Any:
