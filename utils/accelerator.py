@@ -8,6 +8,7 @@ from moreh.accelerator.registry import read_registry, switch_model
 from moreh.log import logger, set_up_logger
 from moreh.options import ENABLE_VARIABLE
 from utils.config.schema import AcceleratorSection
+from utils.environment import restored_variables
 
 WORKERS_VARIABLE = "MOREH_WORKERS"
 
@@ -29,19 +30,6 @@ def accelerator_of(settings: AcceleratorSection) -> Iterator[None]:
         if settings.model is not None:
             _switch(str(settings.model))
         yield
-
-
-@contextlib.contextmanager
-def restored_variables(*names: str) -> Iterator[None]:
-    """Give these environment variables the values from before, or none, when the context ends."""
-    before = {name: os.environ.get(name) for name in names}
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
 
 
 def _switch(model: str) -> None:

@@ -13,10 +13,11 @@ from moreh.accelerator.waiting import VARIABLE as WAIT_VARIABLE
 from moreh.errors import MorehError
 from moreh.options import PLATFORM_LINES_VARIABLE
 from moreh.tables import terminal_width
-from utils.accelerator import accelerator_of, restored_variables
+from utils.accelerator import accelerator_of
 from utils.config.schema import Config
 from utils.config.section import expand_home
 from utils.config.yaml_file import load_config
+from utils.environment import restored_variables
 from utils.errors import DryRunEnd, Stopped, UserError
 from utils.logging.run_log import RunLog, disable_progress_bars
 

@@ -14,11 +14,11 @@ import pyarrow.compute
 from numpy.typing import NDArray
 
 from moreh.system import available_cores
-from utils.accelerator import restored_variables
 from utils.config.data_section import DataSection
 from utils.data.examples import StoredExamples, decode_conversation, decode_pair
 from utils.data.rows import KEPT, Outcome, Row, RowCounts, count_rows
 from utils.data.tokenization import MakeExample, encode_conversations, encode_pairs
+from utils.environment import restored_variables
 from utils.text.spelled_tokens import SpelledTokens
 
 _PER_BATCH = 512
