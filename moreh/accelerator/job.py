@@ -18,7 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from moreh.accelerator.environment import warn_of_a_line_that_was_not_called, warn_of_variables_without_effect
 from moreh.accelerator.flavors import Flavor
-from moreh.accelerator.job_status import JobStatus, PredictedUse, sample_cpu_time, write_status
+from moreh.accelerator.job_status import ChosenPlan, JobStatus, PredictedUse, sample_cpu_time, write_status
 from moreh.accelerator.memory.ledger import MemoryLedger, adamw_training_bytes, weight_bytes
 from moreh.accelerator.memory.out_of_memory import out_of_memory_error
 from moreh.accelerator.registry import end_job, read_registry, start_job
@@ -46,6 +46,8 @@ class LocalJob:
         self.uses_all_devices = False
         # What the planner predicts for the simulated devices; None until a training run has been planned.
         self.predicted: PredictedUse | None = None
+        # The last plan that was chosen for each set of devices, with what is predicted of it.
+        self.chosen_plans: dict[str, ChosenPlan] = {}
         self._planned: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
         # Rank and process id of each worker on this machine; empty if there is one worker.
         self.worker_pids: tuple[tuple[int, int], ...] = ()
@@ -101,6 +103,10 @@ class LocalJob:
         """Show a plan's predicted use of the devices from now on. The model's activations are no longer counted."""
         self.predicted = predicted
         self._planned.add(model)
+
+    def keep_plan(self, plan: ChosenPlan) -> None:
+        """Keep a plan that was chosen, in place of an earlier one for the same devices."""
+        self.chosen_plans[plan.devices] = plan
 
     def peak_bytes(self) -> int:
         """The most memory that the job has used, in bytes: the counted peak, or the plan's predicted use if larger."""

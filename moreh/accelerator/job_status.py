@@ -41,6 +41,26 @@ class PredictedUse:
 
 
 @dataclass(frozen=True)
+class ChosenPlan:
+    """What the planner predicts of the plan that it has chosen for some devices."""
+
+    devices: str
+    """The devices: simulated ones such as "8 x MI250 GCD", or "this machine" and its workers."""
+    simulated: bool
+    """Whether this machine does not have the devices."""
+    plan: str
+    """The plan in the planner's notation, or in words."""
+    batch_size: int
+    """Rows of the batch that it holds for."""
+    sequence_length: int
+    """Tokens of a row, padding included."""
+    step_time_s: float
+    """Predicted seconds of a step with such a batch, whose rows have no padding."""
+    memory_bytes: float
+    """Predicted bytes on the fullest device."""
+
+
+@dataclass(frozen=True)
 class JobStatus:
     """The last report of a running job."""
 

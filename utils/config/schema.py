@@ -32,7 +32,7 @@ class RunSection(Section):
     cache_directory: PathText = ".cache"
     """Tokenizers and tokenized data are kept here and reused by later runs."""
     tensorboard: bool = False
-    """Also write TensorBoard event files; needs the package `tensorboard`."""
+    """The same as `tensorboard` among `log.trackers`."""
 
 
 class AcceleratorSection(Section):
@@ -211,6 +211,11 @@ class LogSection(Section):
     platform_lines: bool = False
     """Log the MoAI Platform's lines about the search for a plan, instead of one line of the plan. The variable
     MOREH_PLATFORM_LINES overrides it."""
+    report: bool = True
+    """Write `report.html` in the directory of the run, and renew it while the run goes on."""
+    trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(default=[])
+    """Also send the metrics to these: event files of TensorBoard, Weights & Biases, MLflow.
+    Each needs its package; their own variables, such as `WANDB_PROJECT` or `MLFLOW_TRACKING_URI`, say where to."""
 
 
 class Config(Section):

@@ -1,4 +1,4 @@
-"""The files that a run writes: train.log, metrics.jsonl, config.yaml, TensorBoard events, loss.png."""
+"""The files that a run writes: train.log, metrics.jsonl, config.yaml, run.json, report.html, loss.png."""
 
 import json
 import logging
@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from filelock import FileLock, Timeout
 from tqdm import tqdm
@@ -14,9 +14,14 @@ from typing_extensions import Self
 
 from utils.config.schema import Config
 from utils.config.yaml_file import save_config
-from utils.errors import DryRunEnd, Stopped, UserError, require_package
+from utils.errors import DryRunEnd, Stopped, UserError, first_line
 from utils.logging.console import set_up_loggers, train_logger
+from utils.logging.trackers import Trackers, tracker_names
+from utils.report.run_state import FAILED, FINISHED, STOPPED, Sample
 from utils.workers import rank
+
+if TYPE_CHECKING:
+    from utils.report.live import LiveReport
 
 METRIC_KEYS = (
     "step",
@@ -27,6 +32,8 @@ METRIC_KEYS = (
     "real_tokens_per_s",
     "label_tokens_per_s",
     "padded_tokens_per_s",
+    "step_s",
+    "memory_in_use_bytes",
     "memory_bytes",
 )
 
@@ -49,13 +56,12 @@ class RunLog:
         self._config = config
         self._metrics: TextIO | None = None
         self._bar: tqdm[Any] | None = None
-        self._tensorboard: Any = None
+        self._report: LiveReport | None = None
+        self._trackers = Trackers(tracker_names(config), train_logger.warning)
         self._log_file = set_up_loggers()
         self._lock = FileLock(self.directory.with_name(f".{config.run.name}.lock"), timeout=0)
         if not sys.stderr.isatty():
             disable_progress_bars()
-        if config.run.tensorboard:
-            require_package("tensorboard", "run.tensorboard")
 
     @property
     def is_writer(self) -> bool:
@@ -69,7 +75,7 @@ class RunLog:
             UserError: the directory cannot be made, or another run of the same name is writing to it.
         """
         if self.is_writer and not self.is_dry:
-            self._open(lambda: _make_directory(self.directory))
+            self._open(lambda: _make_directory(self.directory), step=0)
 
     def resume(self, step: int) -> None:
         """Continue the files of the run after a step, or start them if there are none.
@@ -89,9 +95,9 @@ class RunLog:
             raise UserError(
                 f"{metrics} has a line that no step has written: delete the file, or choose another run.name"
             ) from None
-        self._open(lambda: metrics.write_text("".join(kept), encoding="utf-8"))
+        self._open(lambda: metrics.write_text("".join(kept), encoding="utf-8"), step=step)
 
-    def _open(self, prepare: Callable[[], object]) -> None:
+    def _open(self, prepare: Callable[[], object], *, step: int) -> None:
         try:
             self.directory.parent.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
@@ -103,10 +109,17 @@ class RunLog:
             raise UserError(f"run.name: another run is writing {self.directory}: choose another run.name") from None
         except OSError as error:
             raise UserError(f"run.directory: {self.directory} cannot be made: {error.strerror}") from error
-        if self._config.run.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
+        from utils.report.live import LiveReport
 
-            self._tensorboard = SummaryWriter(str(self.directory / "tensorboard"))
+        self._report = LiveReport(
+            self.directory,
+            step,
+            self._config.train.gradient_accumulation,
+            has_page=self._config.log.report,
+            warn=train_logger.warning,
+        )
+        runs = self._trackers.start(self.directory, self._config, self._report.state.tracker_runs)
+        self._report.change(tracker_runs=runs)
 
     def __enter__(self) -> Self:
         return self
@@ -123,11 +136,12 @@ class RunLog:
             self._log_file.handle(
                 logging.LogRecord("train", logging.ERROR, "", 0, text, (), (type(error), error, trace))
             )
+        if self._report is not None:
+            self._report.end(*_how_it_ended(error))
+        self._trackers.end()
         self._log_file.end()
         if self._metrics is not None:
             self._metrics.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
         self._lock.release()
 
     def info(self, text: str) -> None:
@@ -139,6 +153,8 @@ class RunLog:
         """Show a progress bar if standard error is a terminal."""
         if self.is_writer and not self.is_dry:
             self._bar = tqdm(total=total_steps, desc="training", unit=" steps", disable=None)
+            if self._report is not None:
+                self._report.change(total_steps=total_steps)
 
     def log_step(self, metrics: dict[str, float]) -> None:
         """Write the metrics of a step, some of `METRIC_KEYS`, and move the progress bar."""
@@ -148,14 +164,20 @@ class RunLog:
             return
         assert self._metrics is not None, "start() comes first"
         print(json.dumps(metrics, allow_nan=False), file=self._metrics, flush=True)
-        if self._tensorboard is not None:
-            for key in metrics.keys() - {"step"}:
-                self._tensorboard.add_scalar(key, metrics[key], int(metrics["step"]))
+        self._trackers.log(metrics)
+        if self._report is not None:
+            self._report.add(metrics)
         if self._bar is not None:
             self._bar.update(int(metrics["step"]) - self._bar.n)
             if self._bar.n == self._bar.total:
                 self._bar.close()  # otherwise the lines that follow would be written above it
                 self._bar = None
+
+    def log_sample(self, step: int, text: str) -> None:
+        """Write what the model has written in the evaluation after a step to the console, train.log and the report."""
+        self.info(f"Sample:\n{text}")
+        if self._report is not None:
+            self._report.add_sample(Sample(step, text))
 
     def finish(self, first_eval_loss: float, last_eval_loss: float) -> None:
         """Report the held-out loss before and after the training, draw the loss curves, and name the results."""
@@ -167,7 +189,18 @@ class RunLog:
         self.info(f"Held-out loss: {first_eval_loss:.4f} before, {last_eval_loss:.4f} after ({decrease:.1%} less)")
         picture = draw_losses(self.directory / "metrics.jsonl", self.directory / "loss.png")
         self.info(f"Loss curves: {picture}")
+        if self._config.log.report:
+            self.info(f"Report: {self.directory / 'report.html'}")
         self.info(f"Model: {self.directory / 'model'}")
+
+
+def _how_it_ended(error: BaseException | None) -> tuple[str, str]:
+    """The status of a run in its report, and what it says of the end."""
+    if error is None:
+        return FINISHED, ""
+    if isinstance(error, Stopped):
+        return STOPPED, str(error)
+    return FAILED, f"{type(error).__name__}: {first_line(error)}"
 
 
 def _make_directory(directory: Path) -> None:

@@ -60,7 +60,7 @@ class Evaluation:
                 f"step {step}: the held-out loss is {loss}, so the model is not saved; try a smaller train.lr"
             )
         if self._config.log.sample_tokens > 0:
-            self._log.info(f"Sample:\n{self._sample()}")
+            self._log.log_sample(step, self._sample())
         self._log.evaluation_s = time.perf_counter() - started
         if math.isnan(self.first_loss):
             self.first_loss = loss

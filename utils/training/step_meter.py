@@ -91,6 +91,8 @@ class StepMeter:
             "real_tokens_per_s": real_tokens / seconds,
             "label_tokens_per_s": label_tokens / seconds,
             "padded_tokens_per_s": padded_tokens / seconds,
+            "step_s": seconds,
+            "memory_in_use_bytes": _memory_in_use(),
             "memory_bytes": torch.cuda.max_memory_allocated(),
         }
 

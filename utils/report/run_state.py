@@ -1,0 +1,105 @@
+"""run.json of a run: what its report shows beside metrics and settings."""
+
+import json
+import os
+import stat
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from moreh.atomic_io import replacing_file
+
+FILE = "run.json"
+RUNNING, FINISHED, STOPPED, FAILED, KILLED = "running", "finished", "stopped", "failed", "killed"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What the model wrote in an evaluation."""
+
+    step: int
+    """The steps that were done."""
+    text: str
+    """The prompt and the model's text, as in the log."""
+
+
+@dataclass(frozen=True)
+class RunState:
+    """What a run tells of itself."""
+
+    started: float
+    """When its process started the run or went on with it, in seconds since the epoch."""
+    ended: float | None = None
+    """When the run ended; None while it goes on."""
+    status: str = RUNNING
+    """One of running, finished, stopped, failed and killed."""
+    detail: str = ""
+    """How it ended: a signal, or the first line of an error."""
+    command: str = ""
+    """The command line."""
+    first_step: int = 0
+    """The steps that were done when its process started."""
+    total_steps: int | None = None
+    """The steps of the whole run; None before they are known."""
+    batches_per_step: int = 1
+    """Forward passes of a step."""
+    is_simulated: bool = False
+    """Whether `memory_bytes` of the metrics stands for devices that the machine does not have."""
+    plans: list[dict[str, Any]] = field(default_factory=list)
+    """The chosen plans, with the fields of `moreh.accelerator.job_status.ChosenPlan`."""
+    samples: list[Sample] = field(default_factory=list)
+    """The first sample and the last one."""
+    environment: dict[str, str] = field(default_factory=dict)
+    """What the run ran on, by name."""
+    tracker_runs: dict[str, str] = field(default_factory=dict)
+    """The id of the run in each tracker, with which a resumed run goes on there."""
+
+    def with_sample(self, sample: Sample) -> "RunState":
+        """The state with a further sample; the first and the last one are kept."""
+        return replace(self, samples=[*self.samples[:1], sample])
+
+
+def read_state(directory: Path) -> RunState | None:
+    """The state of the run in a directory; None if it has left none, or one that cannot be read."""
+    try:
+        content = json.loads((directory / FILE).read_text(encoding="utf-8"))
+        return RunState(**{**content, "samples": [Sample(**sample) for sample in content["samples"]]})
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def write_state(directory: Path, state: RunState) -> None:
+    """Write the state of a run.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    write_text(directory / FILE, json.dumps(asdict(state), indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file of a run, so that a reader sees the old content or the new one.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    with replacing_file(path, durable=False) as file:
+        file.write(text)
+        # A temporary file is for the user alone; the report is for whom the other files of the run are for.
+        settings = path.with_name("config.yaml")
+        if settings.exists():
+            os.fchmod(file.fileno(), stat.S_IMODE(settings.stat().st_mode))
+
+
+def is_being_written(directory: Path) -> bool:
+    """Whether a run is writing to a directory: a run holds a lock beside it until it ends, however it ends."""
+    lock = directory.with_name(f".{directory.name}.lock")
+    if not lock.exists():
+        return False
+    try:
+        with FileLock(lock, timeout=0):
+            return False
+    except (Timeout, OSError):
+        return True
