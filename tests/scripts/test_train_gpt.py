@@ -29,6 +29,8 @@ def test_run_leaves_the_documented_files(train, read_metrics, capsys):
         "loss.png",
         "metrics.jsonl",
         "model",
+        "report.html",
+        "run.json",
         "train.log",
     ]
     assert {

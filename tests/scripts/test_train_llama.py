@@ -152,6 +152,8 @@ def test_of_two_ranks_one_writes_and_both_compute_the_same(run_python, tiny_conf
         "loss.png",
         "metrics.jsonl",
         "model",
+        "report.html",
+        "run.json",
         "tensorboard",
         "train.log",
     ]

@@ -18,9 +18,9 @@ MAX_POINTS = 400
 RECENT = 100
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Point:
-    """The values of some consecutive steps."""
+    """The values of some consecutive steps. It changes as it takes values, of which a long run has millions."""
 
     first_step: float
     """The first of the steps."""
@@ -37,20 +37,17 @@ class Point:
 
     @property
     def mean(self) -> float:
-        """The mean of the values. They cancel where their sum is beyond the largest number."""
+        """The mean of the values; the middle of the range where their sum is beyond the largest number."""
         mean = self.total / self.count
         return mean if math.isfinite(mean) else self.low / 2 + self.high / 2
 
-    def joined(self, later: "Point") -> "Point":
-        """One point for the steps of both."""
-        return Point(
-            self.first_step,
-            later.last_step,
-            self.count + later.count,
-            self.total + later.total,
-            min(self.low, later.low),
-            max(self.high, later.high),
-        )
+    def take(self, later: "Point") -> None:
+        """Take the values of the steps that follow."""
+        self.last_step = later.last_step
+        self.count += later.count
+        self.total += later.total
+        self.low = min(self.low, later.low)
+        self.high = max(self.high, later.high)
 
 
 class Curve:
@@ -82,12 +79,12 @@ class Curve:
         self.recent.append(value)
         point = Point(step, step, 1, value, value, value)
         if self.points and self.points[-1].count < self._values_per_point:
-            self.points[-1] = self.points[-1].joined(point)
+            self.points[-1].take(point)
             return
         if len(self.points) == MAX_POINTS:
-            self.points = [
-                earlier.joined(later) for earlier, later in zip(self.points[::2], self.points[1::2], strict=True)
-            ]
+            for earlier, later in zip(self.points[::2], self.points[1::2], strict=True):
+                earlier.take(later)
+            del self.points[1::2]
             self._values_per_point *= 2
         self.points.append(point)
 
