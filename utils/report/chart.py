@@ -15,7 +15,7 @@ from utils.report.curves import Curve, Point
 # The coordinates of the drawing, which is stretched afterwards.
 WIDTH, HEIGHT = 1000, 400
 # About as many ticks as an axis has.
-TICKS = 4
+TICKS = 5
 # A curve of positive values that differ more than so many times is drawn on a logarithmic axis, where that is allowed.
 LOG_RATIO = 50
 
@@ -117,8 +117,8 @@ def ticks(low: float, high: float) -> list[float]:
 def tick_text(value: float) -> str:
     """A number with as many digits as a reader needs.
 
-    >>> tick_text(0.3), tick_text(12500), tick_text(0.0005), tick_text(0)
-    ('0.3', '12,500', '5e-04', '0')
+    >>> tick_text(0.3), tick_text(12500), tick_text(5e-6), tick_text(0)
+    ('0.3', '12,500', '5e-06', '0')
     """
     if value != 0 and not 1e-3 <= abs(value) < 1e7:
         return f"{value:.3g}".replace("e+", "e")
@@ -176,7 +176,10 @@ def _y_tick(axis: Axis, value: float, text: str) -> str:
 
 
 def _x_tick(axis: Axis, value: float, text: str) -> str:
-    return f'<span style="left:{100 * axis.fraction(value):.1f}%">{text}</span>'
+    percent = 100 * axis.fraction(value)
+    if percent > 95:  # in the middle of its place, a long number would leave the chart
+        return f'<span class=last style="right:{100 - percent:.1f}%">{text}</span>'
+    return f'<span style="left:{percent:.1f}%">{text}</span>'
 
 
 def _data(lines: Sequence[Line], across: Axis) -> str:

@@ -170,10 +170,12 @@ def _plan_table(plans: Iterable[Mapping[str, Any]], more: Iterable[list[str]]) -
     names = ("", "plan", "rows x tokens", "step", "memory of a device")
     head = "".join(f"<th>{name}</th>" for name in names)
     body = "".join(
-        f"<tr><th>{_text(row[0])}</th>" + "".join(f"<td>{_text(cell)}</td>" for cell in row[1:]) + "</tr>"
+        f"<tr><th>{_text(row[0])}</th>"
+        + "".join(f'<td data-name="{name}">{_text(cell)}</td>' for name, cell in zip(names[1:], row[1:], strict=True))
+        + "</tr>"
         for row in [*rows, *more]
     )
-    return f"<div class=scroll><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    return f"<table class=plans><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def _samples(state: RunState) -> str:
