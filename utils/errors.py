@@ -32,11 +32,17 @@ class Stopped(Exception):
         super().__init__(message)
 
 
-def require_package(name: str, key: str) -> None:
+def require_package(name: str, key: str, distribution: str = "") -> None:
     """Refuse a setting, or what else `key` names, if the package that it needs is not installed.
+
+    Args:
+        name: by which it is imported.
+        key: what needs it.
+        distribution: by which it is installed, if that is another name.
 
     Raises:
         UserError: the package is not installed.
     """
     if importlib.util.find_spec(name) is None:
-        raise UserError(f"{key}: the package {name} is not installed: pip install {name}")
+        distribution = distribution or name
+        raise UserError(f"{key}: the package {distribution} is not installed: pip install {distribution}")

@@ -208,6 +208,9 @@ class LogSection(Section):
     """Rows of a forward pass in evaluation; null: as in training. The result does not depend on it."""
     sample_tokens: NotNegative = 64
     """Tokens of the sample that each evaluation generates from a held-out prompt; 0: no sample."""
+    rouge_rows: NotNegative = 0
+    """Held-out rows whose responses are generated before and after the training, for ROUGE-1, ROUGE-2 and ROUGE-L:
+    what they have in common with those in the data. 0: none. Needs the package `rouge-score`."""
     platform_lines: bool = False
     """Log the MoAI Platform's lines about the search for a plan, instead of one line of the plan. The variable
     MOREH_PLATFORM_LINES overrides it."""

@@ -14,9 +14,10 @@ from typing_extensions import Self
 
 from utils.config.schema import Config
 from utils.config.yaml_file import save_config
-from utils.errors import DryRunEnd, Stopped, UserError, first_line
+from utils.errors import DryRunEnd, Stopped, UserError, first_line, require_package
 from utils.logging.console import set_up_loggers, train_logger
 from utils.logging.trackers import Trackers, tracker_names
+from utils.report.curves import ROUGE_NAMES
 from utils.report.run_state import FAILED, FINISHED, STOPPED, Sample
 from utils.workers import rank
 
@@ -53,6 +54,8 @@ class RunLog:
         """Whether the run writes nothing, and ends after a few steps."""
         self.evaluation_s = 0.0
         """Seconds of the last evaluation, its sample included."""
+        self.evaluated: dict[str, float] = {}
+        """Metrics of an evaluation that belong to the next step that is logged, some of `ROUGE_NAMES`."""
         self._config = config
         self._metrics: TextIO | None = None
         self._bar: tqdm[Any] | None = None
@@ -62,6 +65,8 @@ class RunLog:
         self._lock = FileLock(self.directory.with_name(f".{config.run.name}.lock"), timeout=0)
         if not sys.stderr.isatty():
             disable_progress_bars()
+        if config.log.rouge_rows > 0:
+            require_package("rouge_score", "log.rouge_rows", "rouge-score")
 
     @property
     def is_writer(self) -> bool:
@@ -158,7 +163,8 @@ class RunLog:
 
     def log_step(self, metrics: dict[str, float]) -> None:
         """Write the metrics of a step, some of `METRIC_KEYS`, and move the progress bar."""
-        unknown = metrics.keys() - set(METRIC_KEYS)
+        metrics, self.evaluated = {**metrics, **self.evaluated}, {}
+        unknown = metrics.keys() - {*METRIC_KEYS, *ROUGE_NAMES}
         assert not unknown, unknown
         if not self.is_writer or self.is_dry:
             return

@@ -16,6 +16,9 @@ from typing import Any
 MAX_POINTS = 400
 # The steps whose median says how fast the run is now.
 RECENT = 100
+# Metrics of evaluations that generate responses, by their names in rouge-score: one word, two in a row, and the longest
+# common sequence of words.
+ROUGE_NAMES = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"}
 
 
 @dataclass(slots=True)

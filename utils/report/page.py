@@ -14,7 +14,7 @@ from typing import Any
 
 from moreh.planner.units import GIB, gib, seconds_text
 from utils.report.chart import Chart, Line, chart_html
-from utils.report.curves import RECENT, RunCurves
+from utils.report.curves import RECENT, ROUGE_NAMES, RunCurves
 from utils.report.run_state import RUNNING, RunState
 
 # Above this loss, which no trained model has, a perplexity is a number of many digits.
@@ -114,6 +114,8 @@ def _charts(report: Report) -> str:
         Chart("Step time", "seconds", [Line("step", curves["step_s"])], may_be_log=True),
         Chart("Memory", "GiB, of the first worker", [Line("in use", curves["memory_in_use_bytes"], GIB)]),
     ]
+    rouge = [Line(name, curves[key], has_dots=True) for key, name in ROUGE_NAMES.items()]
+    charts.append(Chart("ROUGE", "F1 of generated responses", rouge))
     if not report.state.is_simulated:
         charts.append(Chart("Allocated memory", "GiB, the most until then", [_allocated(curves)]))
     drawn = "".join(chart_html(chart, curves.last_step) for chart in charts)

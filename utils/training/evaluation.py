@@ -15,6 +15,7 @@ from utils.data.labels import count_labels
 from utils.errors import UserError
 from utils.logging.run_log import RunLog
 from utils.text.decoding import decode_answer
+from utils.training.rouge import rouge_of_texts, rouge_text
 
 # A little below 1: a small model's text still varies but seldom turns to noise.
 SAMPLE_TEMPERATURE = 0.6
@@ -61,6 +62,10 @@ class Evaluation:
             )
         if self._config.log.sample_tokens > 0:
             self._log.log_sample(step, self._sample())
+        if self._config.log.rouge_rows > 0 and step in (0, self._total_steps):
+            scores = self._rouge(self._config.log.rouge_rows)
+            self._log.info(f"[Step {step}/{self._total_steps}] | {rouge_text(scores)}")
+            self._log.evaluated = scores
         self._log.evaluation_s = time.perf_counter() - started
         if math.isnan(self.first_loss):
             self.first_loss = loss
@@ -75,6 +80,19 @@ class Evaluation:
             tokenizer.decode(prompt_ids),
             generate_sample(self._model, prompt_ids, tokenizer, self._config.log.sample_tokens),
             decode_answer(response_ids, tokenizer),
+        )
+
+    def _rouge(self, count: int) -> dict[str, float]:
+        """ROUGE of the first rows: of responses of the most likely tokens, as long as the longest one in the data."""
+        tokenizer, rows = (
+            self._data.tokenizer,
+            self._data.evaluation.select(range(min(count, len(self._data.evaluation)))),
+        )
+        pairs = [(row["input_ids"][: row["prompt_length"]], row["input_ids"][row["prompt_length"] :]) for row in rows]
+        longest = max(len(reference) for _, reference in pairs)
+        return rouge_of_texts(
+            [generate_sample(self._model, prompt, tokenizer, longest, is_drawn=False) for prompt, _ in pairs],
+            [decode_answer(reference, tokenizer) for _, reference in pairs],
         )
 
 
@@ -95,10 +113,12 @@ def evaluate(model: Any, batches: Iterable[Batch]) -> float:
     return loss_sum / label_tokens
 
 
-def generate_sample(model: Any, prompt_ids: list[int], tokenizer: Any, max_new_tokens: int) -> str:
+def generate_sample(
+    model: Any, prompt_ids: list[int], tokenizer: Any, max_new_tokens: int, *, is_drawn: bool = True
+) -> str:
     """A continuation of a prompt, up to the end of text, `max_new_tokens` or the model's last position.
 
-    The same weights give the same continuation each time.
+    It is drawn at random, or is of the most likely tokens. The same weights give the same continuation each time.
     """
     max_positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if max_positions is not None:
@@ -113,9 +133,9 @@ def generate_sample(model: Any, prompt_ids: list[int], tokenizer: Any, max_new_t
             input_ids.cuda(),
             attention_mask=torch.ones_like(input_ids).cuda(),
             max_new_tokens=max_new_tokens,
-            do_sample=True,
-            temperature=SAMPLE_TEMPERATURE,
-            top_p=SAMPLE_TOP_P,
+            do_sample=is_drawn,
+            temperature=SAMPLE_TEMPERATURE if is_drawn else None,
+            top_p=SAMPLE_TOP_P if is_drawn else None,
             pad_token_id=tokenizer.pad_token_id,
         )
     return decode_answer(generated[0, len(prompt_ids) :].tolist(), tokenizer)
