@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 # The most points of a curve: about one for each pixel of a chart. An even number, since points are joined in pairs.
 MAX_POINTS = 400
@@ -132,5 +132,5 @@ def read_curves(metrics: Path) -> RunCurves:
     return curves
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
