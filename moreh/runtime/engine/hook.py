@@ -22,10 +22,10 @@ from moreh.options import ParallelOptions, PlannerVariables
 from moreh.patches.module_call import around_model_calls, instead_of_model_calls
 from moreh.patches.optimizer_creation import on_optimizer_created
 from moreh.planner.plan.plan import Training
+from moreh.planner.report.chosen_plan import flavor_plan, local_plan
 from moreh.planner.search.constraints import constraints_from_options
 from moreh.planner.units import gib, seconds_text
 from moreh.runtime.engine.choose_plan import predicted_use, select_local_plan, select_plan, with_precision
-from moreh.runtime.engine.plan_record import record_flavor_plan, record_local_plan
 from moreh.runtime.kernels.fused_adam import use_fused_kernels
 from moreh.runtime.kernels.precision import autocast_if, choose_bfloat16, in_float32, inside_autocast
 from moreh.runtime.kernels.recomputation import recompute_activations
@@ -163,7 +163,7 @@ class SingleWorkerHook:
             # Without the line it might just fit, so a prediction is no reason to refuse it.
             logger.warning("%s It is tried with the plan that needs the least memory.", error)
         else:
-            record_flavor_plan(self.job, flavor, selection.prediction, training)
+            self.job.keep_plan(flavor_plan(flavor, selection.prediction, training))
             if self.job.simulated:
                 self.job.use_prediction(model, predicted_use(selection.prediction, flavor.devices))
         local = select_local_plan(training, flavor, self.options, self.variables, bfloat16=bfloat16)
@@ -172,7 +172,7 @@ class SingleWorkerHook:
         self._micro_batch_tokens[model] = local.plan.micro_batch_size * sequence_length
         cut = f"micro-batches of at most {self._micro_batch_tokens[model]:,} tokens"
         words = f"{cut}, recomputation : {local.plan.recomputation}"
-        record_local_plan(self.job, 1, words, local, training)
+        self.job.keep_plan(local_plan(1, words, local, training))
         logger.info(
             "This machine: 1 worker, %s; predicted: %s a step and %s, for rows without padding.",
             words,

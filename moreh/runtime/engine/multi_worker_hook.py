@@ -20,6 +20,7 @@ from moreh.options import ParallelOptions, PlannerVariables
 from moreh.patches.module_call import instead_of_model_calls
 from moreh.planner.plan.notation import plan_text
 from moreh.planner.plan.plan import Plan, Training
+from moreh.planner.report.chosen_plan import flavor_plan, local_plan
 from moreh.planner.search.constraints import constraints_from_options
 from moreh.planner.units import gib, seconds_text
 from moreh.runtime.batch.model_inputs import ModelInputs, read_inputs
@@ -32,7 +33,6 @@ from moreh.runtime.engine.choose_plan import (
     within_runtime_limits,
 )
 from moreh.runtime.engine.evaluation import evaluate_unsharded
-from moreh.runtime.engine.plan_record import record_flavor_plan, record_local_plan
 from moreh.runtime.engine.registry import (
     call_sharded,
     is_submodule_of_sharded,
@@ -140,14 +140,14 @@ class MultiWorkerHook:
         selection = select_plan(training, flavor, constraints, options, self.variables, logger.info)
         if selection.prediction is None:
             raise nothing_fits_error(selection.smallest_bytes, self.variables.memory_percent / 100, accelerator, flavor)
-        record_flavor_plan(self.job, flavor, selection.prediction, training)
+        self.job.keep_plan(flavor_plan(flavor, selection.prediction, training))
         self.job.use_prediction(module, predicted_use(selection.prediction, flavor.devices))
         if selection.prediction.plan.devices == workers:
             logger.info("The %d workers are the accelerator's devices: they carry out this plan.", workers)
             logger.info(self.options.optimizations_text())
             return selection.prediction.plan
         local = select_worker_plan(module, training, flavor, self.options, self.variables, workers, bfloat16=bfloat16)
-        record_local_plan(self.job, workers, plan_text(local.plan), local, training)
+        self.job.keep_plan(local_plan(workers, plan_text(local.plan), local, training))
         logger.info(
             "This machine: %d workers carry out the plan '%s'; predicted: %s a step and %s on the fullest worker, "
             "for rows without padding.",
