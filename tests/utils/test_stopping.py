@@ -85,8 +85,9 @@ def make_checkpoints(directory, **settings):
             "checkpoint": settings,
         }
     )
-    evaluation = type("Evaluation", (), {"first_loss": 1.0, "__call__": lambda self, step: 1.0})()
-    checkpoints = Checkpoints(config, Log(directory / "tiny"), evaluation)
+    evaluation = type("Evaluation", (), {"first_loss": 1.0, "last_step": -1, "__call__": lambda self, step: 1.0})()
+    data = SimpleNamespace(content=dict.fromkeys(("train", "evaluation", "tokenizer"), "0"))
+    checkpoints = Checkpoints(config, data, Log(directory / "tiny"), evaluation)
     model = torch.nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(model.parameters())
     scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)

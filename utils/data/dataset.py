@@ -14,6 +14,7 @@ import datasets
 
 from utils.config.schema import Config
 from utils.data.cache import make_once
+from utils.data.content import hash_of_rows, hash_of_tokenizer
 from utils.data.conversations import Conversation
 from utils.data.records import MakePair, Pair
 from utils.data.rows import Row, RowCounts
@@ -27,7 +28,7 @@ from utils.text.tokenizers import load_tokenizer
 
 _Example = TypeVar("_Example", Pair, Conversation)
 # Part of each cache key: raise it when the same settings are to give other rows.
-_FORMAT = 4
+_FORMAT = 5
 # Rows held out where the settings do not say how many: a tenth of them, up to this number.
 _MAX_EVAL_ROWS = 200
 # 32 bits for ids and labels: half the size on the disk.
@@ -56,6 +57,8 @@ class RunData:
     """What became of the pairs to train on."""
     evaluation_counts: RowCounts
     """What became of the pairs that are held out."""
+    content: dict[str, str]
+    """Hashes of the rows ("train", "evaluation") and of the "tokenizer": equal ones train equally."""
 
 
 def prepare_data(
@@ -80,6 +83,7 @@ def prepare_data(
         evaluation=datasets.load_from_disk(str(directory / "evaluation")),
         train_counts=RowCounts(**counts["train"]),
         evaluation_counts=RowCounts(**counts["evaluation"]),
+        content=counts["content"],
     )
     info(f"Rows of the data: {SourceCounts(**counts['source'])}")
     info(f"Training rows: {data.train_counts}")
@@ -120,7 +124,7 @@ def _write_rows(
 ) -> None:
     held_out, training = _split(examples, config.data.eval_rows, config.train.seed)
     tokenizer = _tokenizer(config, (example.text for example in training))
-    counts = {"source": asdict(source_counts)}
+    counts: dict[str, Any] = {"source": asdict(source_counts), "content": {"tokenizer": hash_of_tokenizer(tokenizer)}}
     for name, examples_of_split in (("train", training), ("evaluation", held_out)):
         rows, row_counts = encode(examples_of_split, tokenizer)
         if not rows:
@@ -131,6 +135,7 @@ def _write_rows(
             )
         _to_dataset(rows).save_to_disk(str(target / name))
         counts[name] = asdict(row_counts)
+        counts["content"][name] = hash_of_rows(rows)
     tokenizer.save_pretrained(str(target / "tokenizer"))
     (target / "counts.json").write_text(json.dumps(counts), encoding="utf-8")
 
