@@ -147,11 +147,13 @@ def test_disk_without_room_is_refused_before_the_first_step(tmp_path, monkeypatc
     free = 4 * weights
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=free))
     directory = tmp_path / "runs" / "tiny" / "checkpoints"
-    require_disk_space(directory, model, CheckpointSection(keep_last=2))
+    require_disk_space(directory, model, CheckpointSection(keep_last=2, keep_best=False))
     free -= 1
     with pytest.raises(UserError, match=r"runs/tiny, whose disk has 0\.02 GiB free: .* lower checkpoint\.keep_last=2"):
-        require_disk_space(directory, model, CheckpointSection(keep_last=2))
+        require_disk_space(directory, model, CheckpointSection(keep_last=2, keep_best=False))
+    with pytest.raises(UserError, match="the run writes up to"):  # the best one as well
+        require_disk_space(directory, model, CheckpointSection(keep_last=1))
     # A run that goes on has its checkpoints already.
     (directory / "step-3").mkdir(parents=True)
-    require_disk_space(directory, model, CheckpointSection(keep_last=2))
+    require_disk_space(directory, model, CheckpointSection(keep_last=2, keep_best=False))
     assert Path(directory).is_dir()
