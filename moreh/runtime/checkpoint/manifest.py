@@ -63,6 +63,8 @@ def read_manifest(directory: Path) -> Manifest:
         if content["format"] != _FORMAT:
             raise CheckpointError(f"{path} has format {content['format']}, and this version reads format {_FORMAT}.")
         files = {name: FileSum(file["bytes"], file["crc32"]) for name, file in content["files"].items()}
+        if elsewhere := [name for name in files if Path(name).name != name]:
+            raise ValueError(f"{elsewhere[0]!r} is no name of a file in it")
         return Manifest(files, dict(content["about"]))
     except FileNotFoundError:
         raise CheckpointError(

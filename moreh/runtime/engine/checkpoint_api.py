@@ -136,7 +136,7 @@ def load_training(
         directory = Path(directory)
         if not is_checked:
             check_training(directory)
-        choose_as(read_manifest(directory).about["bfloat16"])
+        choose_as(read_manifest(directory).about.get("bfloat16", {}))
         runner = runner_of(model)
         if runner is not None:
             parallel = runner.model
