@@ -104,8 +104,9 @@ def test_damaged_checkpoint_is_named_and_the_one_before_is_resumed(script, base,
     assert f"{newest / '__0_0.distcp'} is damaged: its checksum is" in err[0]
     code, out, _ = script("--resume", "auto")
     assert code == 0
-    assert f"Not resumed: {newest / '__0_0.distcp'} is damaged" in out
     assert f"[Step 6/{STEPS}] | Resumed from" in out
+    log = (tmp_path / "tiny" / "train.log").read_text(encoding="utf-8")
+    assert f"Not resumed: {newest / '__0_0.distcp'} is damaged" in log
     assert {"step-6", "step-8", "step-8.damaged-1"} <= set(checkpoints())
     expected = metrics_of(base / "runs" / "tiny")[-1]
     assert metrics_of(tmp_path / "tiny")[-1]["loss"] == expected["loss"]
@@ -227,13 +228,13 @@ def test_failed_save_is_a_line_and_the_training_goes_on(base, script, checkpoint
             return super().write(data)
 
     monkeypatch.setattr(manifest.io, "FileIO", FullFile)
-    code, out, err = script("--resume", tmp_path / "tiny" / "checkpoints" / "step-2")
+    code, _, err = script("--resume", tmp_path / "tiny" / "checkpoints" / "step-2")
     assert code == 0
     assert failed
     directory = tmp_path / "tiny" / "checkpoints"
     assert (
         f"warning: {directory / 'step-4'} could not be saved: No space left on device; the last one is "
-        f"{directory / 'step-2'}; the training goes on" in out
+        f"{directory / 'step-2'}; the training goes on" in (tmp_path / "tiny" / "train.log").read_text(encoding="utf-8")
     )
     assert err == []
     assert [name for name in checkpoints() if "." not in name] == ["step-2", "step-6", "step-8"]
