@@ -106,8 +106,8 @@ class Checkpoints:
         restore_random_states(extra["random"])
         self._evaluation.first_loss = float(extra["first_eval_loss"])
         self._log.resume(step)
-        for error in damaged:
-            self._log.info(f"Not resumed: {error}")
+        for reason in damaged:
+            self._log.info(f"Not resumed: {reason}")
         self._begin_branch(checkpoint, damaged=self._to_resume[: len(damaged)])
         self._log.info(f"[Step {step}/{total_steps}] | Resumed from {checkpoint}")
         if differences:
