@@ -15,7 +15,6 @@ from utils.config.schema import Config, DataSection
 from utils.data.labels import IGNORED, count_labels
 from utils.data.records import Record
 from utils.logging.run_log import RunLog
-from utils.text.template import save_template
 
 
 # A record of `data.docstrings`: {"prompt": 'def add(a, b):\n    """Add."""\n', "response": "    return a + b\n"}
@@ -51,6 +50,7 @@ def main(config: Config, log: RunLog) -> None:
     from utils.training.evaluation import Evaluation
     from utils.training.lr_schedule import make_scheduler
     from utils.training.model import load_model
+    from utils.training.save_model import save_model
     from utils.training.step_meter import StepMeter
 
     # The one line: from here on, models are planned and run on all devices of the accelerator. With several workers,
@@ -77,7 +77,7 @@ def main(config: Config, log: RunLog) -> None:
 
     # Start the run, or resume a checkpoint
     evaluation = Evaluation(model, data, config, show_sample, log, steps)
-    checkpoints = Checkpoints(config, log, evaluation)
+    checkpoints = Checkpoints(config, data, log, evaluation)
     start_step = checkpoints.start_or_resume(model, optim, scheduler, steps)
     meter = StepMeter(config, log, steps)
 
@@ -111,10 +111,7 @@ def main(config: Config, log: RunLog) -> None:
 
     # Save the model, its tokenizer and the template of its prompts
     checkpoints.flush()
-    model.save_pretrained(log.directory / "model")
-    if log.is_writer:
-        tokenizer.save_pretrained(log.directory / "model")
-        save_template(config.data, log.directory / "model")
+    save_model(model, tokenizer, config.data, log.directory / "model")
     log.finish(evaluation.first_loss, evaluation.last_loss)
 
 

@@ -14,7 +14,7 @@ from moreh.errors import MorehError
 from moreh.options import PLATFORM_LINES_VARIABLE
 from moreh.tables import terminal_width
 from utils.accelerator import accelerator_of
-from utils.config.schema import Config
+from utils.config.schema import RESUME_WITH_KEYS, Config
 from utils.config.section import expand_home
 from utils.config.yaml_file import load_config
 from utils.environment import restored_variables
@@ -54,6 +54,18 @@ def run_script(
         metavar="CHECKPOINT",
         help="resume a checkpoint: auto (the run's last one, if any), or the directory of a run or of a checkpoint",
     )
+    parser.add_argument(
+        "--resume-with",
+        action="append",
+        default=[],
+        metavar="TRAIN.KEY=VALUE",
+        help="with --resume: change the learning rate, schedule, weight decay or clipping of the checkpoint",
+    )
+    parser.add_argument(
+        "--resume-force",
+        action="store_true",
+        help="with --resume: go on although data, tokenizer, model or other settings are not the checkpoint's",
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_argument("overrides", nargs="*", metavar="SECTION.KEY=VALUE", help="settings that replace the file's")
     if not {"-h", "--help"}.isdisjoint(sys.argv[1:]):
@@ -61,9 +73,11 @@ def run_script(
 
         parser.epilog = settings_help(terminal_width())
     arguments = parser.parse_intermixed_args()
-    overrides = arguments.overrides + ([f"checkpoint.resume={arguments.resume}"] if arguments.resume else [])
 
     def program() -> None:
+        overrides = arguments.overrides + _resume_overrides(
+            arguments.resume, arguments.resume_with, is_forced=arguments.resume_force
+        )
         config = load_config(expand_home(arguments.config), overrides)
         with restored_variables(PLATFORM_LINES_VARIABLE, WAIT_VARIABLE):
             os.environ.setdefault(PLATFORM_LINES_VARIABLE, str(int(config.log.platform_lines)))
@@ -82,6 +96,32 @@ def run_script(
                 run_main(main, config, is_dry=arguments.dry_run)
 
     return exit_code_of(program, debug=arguments.debug)
+
+
+def _resume_overrides(resume: str | None, changes: list[str], *, is_forced: bool) -> list[str]:
+    """The settings that the options of resuming stand for.
+
+    Raises:
+        UserError: an option is empty, changes a setting that it must not, or is given without --resume.
+    """
+    if resume is None:
+        if changes or is_forced:
+            option = "--resume-with" if changes else "--resume-force"
+            raise UserError(f"{option} is about a run that goes on from a checkpoint: add --resume auto")
+        return []
+    if not resume.strip():
+        raise UserError(
+            f"--resume: {resume!r} is no checkpoint: give auto, the directory of a run, or one of its "
+            "checkpoints/step-<number>; leave the option out to start anew"
+        )
+    keys = [change.partition("=")[0] for change in changes]
+    for key, change in zip(keys, changes, strict=True):
+        if key not in RESUME_WITH_KEYS or "=" not in change:
+            raise UserError(
+                f"--resume-with: {change!r} is not allowed: write key=value with one of {', '.join(RESUME_WITH_KEYS)}"
+            )
+    named = [f"checkpoint.resume_with=[{', '.join(keys)}]"] if keys else []
+    return [f"checkpoint.resume={resume}", *changes, *named, *(["checkpoint.resume_force=true"] if is_forced else [])]
 
 
 def _positive(text: str) -> int:

@@ -85,8 +85,9 @@ def make_checkpoints(directory, **settings):
             "checkpoint": settings,
         }
     )
-    evaluation = type("Evaluation", (), {"first_loss": 1.0, "__call__": lambda self, step: 1.0})()
-    checkpoints = Checkpoints(config, Log(directory / "tiny"), evaluation)
+    evaluation = type("Evaluation", (), {"first_loss": 1.0, "last_step": -1, "__call__": lambda self, step: 1.0})()
+    data = SimpleNamespace(content=dict.fromkeys(("train", "evaluation", "tokenizer"), "0"))
+    checkpoints = Checkpoints(config, data, Log(directory / "tiny"), evaluation)
     model = torch.nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(model.parameters())
     scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
@@ -146,11 +147,13 @@ def test_disk_without_room_is_refused_before_the_first_step(tmp_path, monkeypatc
     free = 4 * weights
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=free))
     directory = tmp_path / "runs" / "tiny" / "checkpoints"
-    require_disk_space(directory, model, CheckpointSection(keep_last=2))
+    require_disk_space(directory, model, CheckpointSection(keep_last=2, keep_best=False))
     free -= 1
     with pytest.raises(UserError, match=r"runs/tiny, whose disk has 0\.02 GiB free: .* lower checkpoint\.keep_last=2"):
-        require_disk_space(directory, model, CheckpointSection(keep_last=2))
+        require_disk_space(directory, model, CheckpointSection(keep_last=2, keep_best=False))
+    with pytest.raises(UserError, match="the run writes up to"):  # the best one as well
+        require_disk_space(directory, model, CheckpointSection(keep_last=1))
     # A run that goes on has its checkpoints already.
     (directory / "step-3").mkdir(parents=True)
-    require_disk_space(directory, model, CheckpointSection(keep_last=2))
+    require_disk_space(directory, model, CheckpointSection(keep_last=2, keep_best=False))
     assert Path(directory).is_dir()

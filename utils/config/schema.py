@@ -18,6 +18,12 @@ from utils.config.section import NonEmpty, NotNegative, PathText, Positive, Sect
 
 EXCLUSIVE_KEYS = {"data": SOURCES, "model": ("pretrained", "architecture"), "train": ("steps", "epochs")}
 """Keys of a section of which exactly one is given. One on the command line takes the place of another in the file."""
+RESUME_WITH_KEYS = tuple(
+    f"train.{key}" for key in ("lr", "schedule", "warmup_steps", "min_lr_ratio", "weight_decay", "max_grad_norm")
+)
+"""Settings that `--resume-with` may change."""
+RESUME_KEYS = ("resume", "resume_with", "resume_force")
+"""Keys of the section checkpoint that are about one start of a run. Its `config.yaml` does not have them."""
 # The file of PEFT that makes a directory one of an adapter.
 ADAPTER_FILE = "adapter_config.json"
 
@@ -192,9 +198,17 @@ class CheckpointSection(Section):
     by a signal saves one in any case."""
     keep_last: Positive = 2
     """The number of checkpoints to keep; older ones are removed."""
+    keep_best: bool = True
+    """Keep the checkpoint with the lowest held-out loss as well, of those after whose step there was an evaluation."""
     resume: PathText | None = None
     """What `--resume` resumes: `auto` (the last checkpoint of the run, if any), or the directory of one or of a run.
     The `config.yaml` of a run does not have it, so running that file again starts anew."""
+    resume_with: list[NonEmpty] | None = None
+    """The settings that may differ from the checkpoint's, such as `[train.lr]`; null: none of them.
+    `--resume-with train.lr=1e-5` sets one, and names it here."""
+    resume_force: bool = False
+    """Go on although the data, the tokenizer, the model or another setting is not that of the checkpoint
+    (`--resume-force`)."""
 
 
 class LogSection(Section):

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from moreh.options import did_you_mean
-from utils.config.schema import EXCLUSIVE_KEYS, Config
+from utils.config.schema import EXCLUSIVE_KEYS, RESUME_KEYS, Config
 from utils.config.yaml_12 import Dumper, Loader
 from utils.errors import UserError
 
@@ -45,7 +45,8 @@ def save_config(config: Config, path: Path) -> None:
     What was resumed is left out: whoever runs the file has not asked for it.
     """
     settings = config.model_dump()
-    settings["checkpoint"]["resume"] = None
+    for key in RESUME_KEYS:
+        del settings["checkpoint"][key]
     path.write_text(yaml.dump(settings, Dumper=Dumper, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 

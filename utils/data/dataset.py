@@ -14,6 +14,7 @@ import numpy as np
 
 from utils.config.schema import Config
 from utils.data.cache import make_once
+from utils.data.content import hash_of_tokenizer
 from utils.data.encoding import encode_examples, read_rows
 from utils.data.examples import decode_conversation, decode_pair, store_examples
 from utils.data.records import MakePair
@@ -35,7 +36,7 @@ from utils.text.chat_template import drop_other_chat_template
 from utils.text.tokenizers import load_tokenizer
 
 # Part of each cache key: raise it when the same settings are to give other rows.
-_FORMAT = 5
+_FORMAT = 6
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ class RunData:
     """What became of the pairs that are held out."""
     notes: list[str]
     """What the log says about control tokens in the texts, a line each."""
+    content: dict[str, str]
+    """Hashes of the rows ("train", "evaluation") and of the "tokenizer": equal ones train equally."""
 
 
 def prepare_data(
@@ -80,6 +83,7 @@ def prepare_data(
         train_counts=RowCounts(**counts["train"]),
         evaluation_counts=RowCounts(**counts["evaluation"]),
         notes=counts["notes"],
+        content=counts["content"],
     )
     info(f"Rows of the data: {SourceCounts(**counts['source'])}")
     info(f"Training rows: {data.train_counts}")
@@ -120,6 +124,7 @@ def _prepare(
     tokenizer = _tokenizer(config, examples.texts(is_training, decode_conversation if is_chat else decode_pair))
     encoded = encode_examples(examples, target, tokenizer, data, make_example)
     counts: dict[str, Any] = {"source": asdict(replace(source.counts, duplicates=split.duplicates))}
+    content = {"tokenizer": hash_of_tokenizer(tokenizer)}
     for name, indices in (("train", split.training), ("evaluation", split.held_out)):
         row_counts = encoded.counts(indices)
         if not row_counts.kept:
@@ -130,8 +135,10 @@ def _prepare(
             )
         np.save(target / f"{name}.npy", encoded.kept(indices))
         counts[name] = asdict(row_counts)
+        content[name] = encoded.content(indices)
     tokenizer.save_pretrained(str(target / "tokenizer"))
-    (target / "counts.json").write_text(json.dumps({**counts, "notes": encoded.notes}), encoding="utf-8")
+    counts |= {"notes": encoded.notes, "content": content}
+    (target / "counts.json").write_text(json.dumps(counts), encoding="utf-8")
     store.unlink()
 
 

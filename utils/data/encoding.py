@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from moreh.system import available_cores
 from utils.config.data_section import DataSection
+from utils.data.content import hash_of_row, hash_of_rows
 from utils.data.examples import StoredExamples, decode_conversation, decode_pair
 from utils.data.rows import KEPT, Outcome, Row, RowCounts, count_rows
 from utils.data.tokenization import MakeExample, encode_conversations, encode_pairs
@@ -35,6 +36,7 @@ _ROW = {
 # What the rows are chosen by, and what the log says about them.
 _RESULT = {
     "outcome": datasets.Value("int8"),
+    "content_hash": datasets.Value("uint64"),
     "problem": datasets.Value("string"),
     "spelled": datasets.Value("string"),
 }
@@ -55,6 +57,10 @@ class EncodedExamples:
     def kept(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
         """The indices whose rows are trained on or evaluated."""
         return indices[np.isin(self.outcomes[indices], KEPT)]
+
+    def content(self, indices: NDArray[np.int64]) -> str:
+        """A hash of the rows with these indices that are kept, in their order."""
+        return hash_of_rows(self.dataset.data.column("content_hash").to_numpy()[self.kept(indices)])
 
     def counts(self, indices: NDArray[np.int64]) -> RowCounts:
         """What became of the examples with these indices."""
@@ -114,4 +120,5 @@ def _encode_batch(
         pairs = list(map(decode_pair, batch["location"], batch["content"]))
         rows = encode_pairs(pairs, tokenizer, data, make_example, spelled)
     columns = {name: [getattr(row, name) for row in rows] for name in (*_ROW, "outcome", "problem")}
+    columns["content_hash"] = list(map(hash_of_row, rows))
     return {**columns, "spelled": [json.dumps(spelled.counts()), *[""] * (len(rows) - 1)]}

@@ -1,31 +1,39 @@
 """Checkpoints of a run: written while training goes on, complete or absent, the last ones kept, and resumed from."""
 
-import random
-import re
-import shutil
+import math
 import signal
 import time
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
-from moreh.runtime.engine.checkpoint_api import load_training, save_training
+from moreh.errors import CheckpointError, MorehError
+from moreh.runtime.checkpoint.manifest import MANIFEST
+from moreh.runtime.engine.checkpoint_api import check_training, load_training, save_training
 from utils.config.schema import Config
-from utils.errors import Stopped, UserError
+from utils.data.dataset import RunData
+from utils.errors import Stopped, UserError, first_line
 from utils.logging.run_log import RunLog
+from utils.training.checkpoint_files import (
+    checkpoints_in,
+    checkpoints_to_resume,
+    prune,
+    remove_unfinished,
+    set_aside,
+    step_of,
+)
 from utils.training.disk_space import require_disk_space
 from utils.training.evaluation import Evaluation
+from utils.training.random_states import random_states, restore_random_states
+from utils.training.resume_settings import compare, describe_run, require_same, table_of
 from utils.training.stopping import StopRequest, resume_command
 from utils.workers import max_over_ranks, rank
 
-# Names of checkpoints: step-<number of steps done>.
-_NAME = re.compile(r"step-(\d+)")
 # What a rank asks for after a step: nothing, a checkpoint because of the time, or, with the signal's number added, the
 # end of the run.
 _NOTHING, _SAVE, _STOP = 0, 1, 2
+# Settings of the optimizer's groups that come from the settings of the run, which have been compared.
+_OF_SETTINGS = ("lr", "initial_lr", "weight_decay")
 
 
 class Checkpoints:
@@ -35,42 +43,93 @@ class Checkpoints:
         UserError: there is no checkpoint where the settings say.
     """
 
-    def __init__(self, config: Config, log: RunLog, evaluation: Evaluation) -> None:
+    def __init__(self, config: Config, data: RunData, log: RunLog, evaluation: Evaluation) -> None:
         self._directory = log.directory / "checkpoints"
-        self._to_resume = checkpoint_to_resume(config.checkpoint.resume, log.directory)
-        self._settings = config.checkpoint
+        self._to_resume = checkpoints_to_resume(config.checkpoint.resume, log.directory)
+        self._config, self._settings, self._data = config, config.checkpoint, data
         self._log, self._evaluation = log, evaluation
-        self._saving: Future[None] | None = None
+        self._saving: tuple[Path, Future[None]] | None = None
+        self._last_saved: Path | None = None
         self._last_save = time.monotonic()
         self._total_steps = 0
+        self._described: dict[str, Any] = {}
         self._stop = StopRequest()
 
     def start_or_resume(self, model: Any, optimizer: Any, scheduler: Any, total_steps: int) -> int:
         """Evaluate the model and start the run, or read the checkpoint to resume; returns the number of steps done.
 
-        The checkpoint may be from another number of workers.
+        The checkpoint may be from another number of workers. Where all steps are done, the model is evaluated.
 
         Raises:
-            CheckpointError: the checkpoint is of another model or optimizer.
-            UserError: all steps of the run are done, or the disk has no room for its files.
+            CheckpointError: the checkpoint is damaged, or of another model or optimizer.
+            UserError: the checkpoint is of another training, or has more steps than the run; or the disk has no room
+                for the files of the run.
             Stopped: a signal came during the first evaluation.
         """
         step, self._total_steps = 0, total_steps
+        self._described = describe_run(self._config, self._data, model)  # before the model is sharded
         require_disk_space(self._directory, model, self._settings)
-        if self._to_resume is None:
+        if not self._to_resume:
             self._log.start()
             self._log.log_step({"step": 0, "eval_loss": self._evaluation(0)})
         else:
-            step = self._load(self._to_resume, model, optimizer, scheduler, total_steps)
-            self._log.resume(step)
-            self._log.info(f"[Step {step}/{total_steps}] | Resumed from {self._to_resume}")
+            step = self._resume(model, optimizer, scheduler)
         request = self._request()
-        if request >= _STOP:
+        if request >= _STOP and step < total_steps:
             name = signal.Signals(request - _STOP).name
             raise Stopped(f"stopped by {name} before step {step + 1}: nothing new to save", request - _STOP)
         self._log.show_progress(total_steps)
         self._last_save = time.monotonic()
         return step
+
+    def _resume(self, model: Any, optimizer: Any, scheduler: Any) -> int:
+        """Go on from the newest checkpoint that is whole; returns its step."""
+        damaged = []
+        for checkpoint in self._to_resume:
+            try:
+                about = _checked(checkpoint)
+                break
+            except CheckpointError as error:
+                damaged.append(error)
+        else:
+            raise CheckpointError("\n".join(map(str, damaged)))
+        differences = compare(about, self._described, [type(optimizer).__name__])
+        require_same(differences, self._config, checkpoint)
+        step, total_steps = int(about["script"]["step"]), self._total_steps
+        if step > total_steps:
+            raise UserError(
+                f"--resume (checkpoint.resume): {checkpoint} has done {step} steps, and the run has "
+                f"{total_steps}: give a larger train.steps, or an earlier checkpoint"
+            )
+        extra = load_training(model, [optimizer], checkpoint, keep=_OF_SETTINGS, is_checked=True)
+        _restore_scheduler(scheduler, optimizer, extra["scheduler"])
+        restore_random_states(extra["random"])
+        self._evaluation.first_loss = float(extra["first_eval_loss"])
+        self._log.resume(step)
+        for reason in damaged:
+            self._log.info(f"Not resumed: {reason}")
+        self._begin_branch(checkpoint, damaged=self._to_resume[: len(damaged)])
+        self._log.info(f"[Step {step}/{total_steps}] | Resumed from {checkpoint}")
+        if differences:
+            self._log.info(f"What differs from the checkpoint:\n{table_of(differences)}")
+        self._last_saved = checkpoint
+        if step == total_steps:
+            self._log.info(f"All {total_steps} steps are done: the model is evaluated and saved")
+            self._evaluation(step)
+        return step
+
+    def _begin_branch(self, checkpoint: Path, damaged: list[Path]) -> None:
+        """Set aside what is not of the line of training that goes on from a checkpoint, and remove what is too old."""
+        if rank() != 0 or self._log.is_dry:
+            return
+        is_own = checkpoint.resolve().parent == self._directory.resolve()
+        for other in checkpoints_in(self._directory):
+            if not is_own or step_of(other) > step_of(checkpoint):
+                is_damaged = other.resolve() in {path.resolve() for path in damaged}
+                aside = set_aside(other, "damaged" if is_damaged else "abandoned")
+                self._log.info(f"Set aside: {other.name} of the earlier training is now {aside}")
+        remove_unfinished(self._directory)
+        prune(self._directory, self._settings.keep_last, keep_best=self._settings.keep_best)
 
     def _request(self) -> int:
         """What any rank asks for; the end of the run comes before a checkpoint."""
@@ -80,18 +139,6 @@ class Checkpoints:
         is_due = self._settings.every_minutes is not None and minutes >= self._settings.every_minutes
         return max_over_ranks(_SAVE if is_due else _NOTHING)
 
-    def _load(self, checkpoint: Path, model: Any, optimizer: Any, scheduler: Any, total_steps: int) -> int:
-        extra = load_training(model, [optimizer], checkpoint)
-        scheduler.load_state_dict(extra["scheduler"])
-        restore_random_states(extra["random"])
-        if extra["step"] >= total_steps:
-            raise UserError(
-                f"--resume (checkpoint.resume): {checkpoint} has done {extra['step']} steps, and the run has "
-                f"{total_steps}: give a larger train.steps, or an earlier checkpoint"
-            )
-        self._evaluation.first_loss = float(extra["first_eval_loss"])
-        return int(extra["step"])
-
     def maybe_save(self, step: int, model: Any, optimizer: Any, scheduler: Any) -> None:
         """Start to write the state after a step if the settings ask for it. Training goes on meanwhile.
 
@@ -100,91 +147,93 @@ class Checkpoints:
         """
         if self._log.is_dry:
             return
+        if self._saving is not None and self._saving[1].done():
+            self.flush()
         request = self._request()
         stops = request >= _STOP and step < self._total_steps  # after the last step, the model is about to be saved
         every = self._settings.every_steps
         if not (stops or request == _SAVE or (every is not None and step % every == 0)):
             return
         self.flush()
+        self._save(step, model, optimizer, scheduler)
+        if stops:
+            path = self._directory / f"step-{step}"
+            saved = f"saved in {path}" if self.flush() else f"not saved; the last checkpoint is {self._last_saved}"
+            name = signal.Signals(request - _STOP).name
+            raise Stopped(
+                f"stopped by {name} after step {step}, and {saved}; to go on: {resume_command()}", request - _STOP
+            )
+
+    def _save(self, step: int, model: Any, optimizer: Any, scheduler: Any) -> None:
+        evaluation = self._evaluation
         path = self._directory / f"step-{step}"
         extra = {
             "step": step,
             "scheduler": scheduler.state_dict(),
-            "first_eval_loss": self._evaluation.first_loss,
+            "first_eval_loss": evaluation.first_loss,
             "random": random_states(),
         }
-        self._directory.mkdir(parents=True, exist_ok=True)
-        self._saving = save_training(model, [optimizer], path, extra)
+        is_evaluated = evaluation.last_step == step and math.isfinite(evaluation.last_loss)
+        about = {
+            "step": step,
+            "eval_loss": evaluation.last_loss if is_evaluated else None,
+            "parent": None if self._last_saved is None else str(self._last_saved),
+            **self._described,
+        }
+        self._saving = path, save_training(model, [optimizer], path, extra, about)
         self._last_save = time.monotonic()
-        if stops:
-            self.flush()
-            name = signal.Signals(request - _STOP).name
-            raise Stopped(
-                f"stopped by {name} after step {step}, and saved in {path}; to go on: {resume_command()}",
-                request - _STOP,
-            )
 
-    def flush(self) -> None:
+    def flush(self) -> bool:
         """Wait until the checkpoint that is being written is complete. Then remove all but the last ones.
 
-        Raises:
-            OSError: the checkpoint could not be written.
+        A checkpoint that cannot be written is reported, and the training goes on. Returns whether the last one could.
         """
         if self._saving is None:
-            return
-        saving, self._saving = self._saving, None
-        saving.result()
+            return True
+        (path, saving), self._saving = self._saving, None
+        try:
+            saving.result()
+        except (OSError, MorehError) as error:
+            last = "there is none yet" if self._last_saved is None else f"the last one is {self._last_saved}"
+            self._log.info(f"warning: {path} could not be saved: {_reason(error)}; {last}; the training goes on")
+            return False
+        self._last_saved = path
         if rank() == 0:
-            for older in checkpoints_in(self._directory)[: -self._settings.keep_last]:
-                shutil.rmtree(older, ignore_errors=True)
+            prune(self._directory, self._settings.keep_last, keep_best=self._settings.keep_best)
+        return True
 
 
-def random_states() -> dict[str, Any]:
-    """The states of the random generators that a script draws from, which are the same on all workers."""
-    _, keys, position, has_gauss, cached_gaussian = np.random.get_state()
-    numpy_state = (torch.from_numpy(np.asarray(keys, dtype=np.int64)), int(position), int(has_gauss))
-    return {
-        "torch": torch.get_rng_state(),
-        "python": random.getstate(),
-        "numpy": (*numpy_state, float(cached_gaussian)),
-    }
-
-
-def restore_random_states(states: dict[str, Any]) -> None:
-    """Set the random generators to what `random_states` returned."""
-    torch.set_rng_state(states["torch"])
-    version, keys, gauss = states["python"]
-    random.setstate((version, tuple(keys), gauss))
-    keys, position, has_gauss, cached_gaussian = states["numpy"]
-    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), position, has_gauss, cached_gaussian))
-
-
-def checkpoints_in(directory: Path) -> list[Path]:
-    """The complete checkpoints in a directory, the earliest first."""
-    if not directory.is_dir():
-        return []
-    by_step = [(int(match[1]), path) for path in directory.iterdir() if (match := _NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(by_step)]
-
-
-def checkpoint_to_resume(resume: str | None, run_directory: Path) -> Path | None:
-    """The checkpoint that `--resume` means: none, "auto" (the last one of the run, if any), or a directory.
+def _checked(checkpoint: Path) -> dict[str, Any]:
+    """What the manifest of a checkpoint says, after its files were checked.
 
     Raises:
-        UserError: there is no such checkpoint.
+        CheckpointError: a file is damaged, or the checkpoint is another one than its name says.
+        UserError: it was not written by a training script.
     """
-    if resume is None:
-        return None
-    if resume == "auto":
-        checkpoints = checkpoints_in(run_directory / "checkpoints")
-        return checkpoints[-1] if checkpoints else None
-    directory = Path(resume)
-    checkpoints = checkpoints_in(directory / "checkpoints") or checkpoints_in(directory)
-    if checkpoints:
-        return checkpoints[-1]
-    if _NAME.fullmatch(directory.name) and directory.is_dir():
-        return directory
-    raise UserError(
-        f"--resume {resume} (checkpoint.resume): there is no checkpoint; give auto, the directory of a run, or one "
-        "of its checkpoints/step-<number>"
-    )
+    about = check_training(checkpoint)
+    script = about["script"]
+    if not {"settings", "content", "step"} <= script.keys():
+        raise UserError(f"--resume (checkpoint.resume): {checkpoint} was not written by a training script")
+    if step_of(checkpoint) not in (-1, script["step"]):
+        raise CheckpointError(
+            f"{checkpoint / MANIFEST} is of another checkpoint: it says step {script['step']}. "
+            "Give an earlier checkpoint."
+        )
+    return about
+
+
+def _reason(error: Exception) -> str:
+    """The system's word for a file that cannot be written, or the sentence of another rank's error."""
+    return error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+
+
+def _restore_scheduler(scheduler: Any, optimizer: Any, state: dict[str, Any]) -> None:
+    """Let the scheduler go on with the steps that were taken, with the learning rate of the settings.
+
+    They are those of the checkpoint unless the user has changed them.
+    """
+    highest, taken = scheduler.base_lrs, state["last_epoch"]
+    rates = [rate * factor(taken) for rate, factor in zip(highest, scheduler.lr_lambdas, strict=True)]
+    scheduler.load_state_dict({**state, "base_lrs": highest, "_last_lr": rates})
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate

@@ -7,6 +7,7 @@ from typing import Any
 from moreh.planner.units import gib
 from utils.config.schema import CheckpointSection
 from utils.errors import UserError
+from utils.training.checkpoint_files import checkpoints_in
 
 # AdamW keeps two numbers for each parameter that it trains, in the parameter's type.
 _STATES_PER_PARAMETER = 2
@@ -21,14 +22,14 @@ def bytes_of_run(model: Any, checkpoints: int) -> int:
 
 
 def require_disk_space(directory: Path, model: Any, settings: CheckpointSection) -> None:
-    """Check that there is room for the model and for `keep_last` checkpoints and the one being written.
+    """Check that there is room for the model, for the checkpoints that are kept, and for the one being written.
 
     Raises:
         UserError: there is less.
     """
-    present = len(list(directory.iterdir())) if directory.is_dir() else 0
+    present = len(checkpoints_in(directory))
     is_regular = settings.every_steps is not None or settings.every_minutes is not None
-    needed = bytes_of_run(model, max(0, (settings.keep_last if is_regular else 0) + 1 - present))
+    needed = bytes_of_run(model, max(0, (settings.keep_last + settings.keep_best if is_regular else 0) + 1 - present))
     existing = next(path for path in (directory, *directory.absolute().parents) if path.is_dir())
     free = shutil.disk_usage(existing).free
     if needed > free:

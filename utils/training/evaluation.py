@@ -37,6 +37,8 @@ class Evaluation:
         """The held-out loss before the first step of the run; a resumed run takes it from the checkpoint."""
         self.last_loss = math.nan
         """The held-out loss of the last evaluation."""
+        self.last_step = -1
+        """The step after which the last evaluation was; -1 before the first."""
         self._model, self._data, self._config = model, data, config
         self._show_sample, self._log, self._total_steps = show_sample, log, total_steps
         self._loader = evaluation_loader(data, config)
@@ -69,7 +71,7 @@ class Evaluation:
         self._log.evaluation_s = time.perf_counter() - started
         if math.isnan(self.first_loss):
             self.first_loss = loss
-        self.last_loss = loss
+        self.last_loss, self.last_step = loss, step
         return loss
 
     def _sample(self) -> str:

@@ -42,7 +42,7 @@ def resume_command() -> str:
     """The command that goes on with a run that this command line has started."""
     arguments, skip = [], False
     for argument in sys.argv:
-        if not (skip or argument.startswith("--resume=")) and argument != "--resume":
+        if not (skip or argument.startswith("--resume=")) and argument not in ("--resume", "--resume-force"):
             arguments.append(argument)
         skip = argument == "--resume"
     return shlex.join(["python", *arguments, "--resume", "auto"])

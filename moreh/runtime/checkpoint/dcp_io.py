@@ -3,21 +3,24 @@
 import os
 import shutil
 import warnings
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from moreh.atomic_io import commit_directory, make_staging_directory, staging_path
 from moreh.errors import CheckpointError, MorehError, WorkerError
+from moreh.runtime.checkpoint.dcp_files import ChecksumWriter, SafeReader
 from moreh.runtime.checkpoint.dcp_tensors import ChunkLoadPlanner, ChunkSavePlanner, TensorChunks
+from moreh.runtime.checkpoint.manifest import FileSum, Manifest, read_manifest, write_manifest
 from moreh.runtime.launch.collective_errors import failing_together
 from moreh.runtime.sharding.mesh import Mesh
 from moreh.runtime.sharding.shards import global_rank_of
@@ -30,8 +33,10 @@ _saver = ThreadPoolExecutor(1, thread_name_prefix="moreh-checkpoint")
 _last_save: Future[None] | None = None
 
 
-def save_state_async(state: State, directory: str | os.PathLike[str], mesh: Mesh | None) -> Future[None]:
-    """Copy a state to CPU memory and write it while training goes on; collective.
+def save_state_async(
+    state: State, directory: str | os.PathLike[str], mesh: Mesh | None, about: Mapping[str, Any] | None = None
+) -> Future[None]:
+    """Copy a state to CPU memory and write it while training goes on; collective. The manifest has rank 0's `about`.
 
     - The state at the moment of the call is written. This needs CPU memory for a copy of what the rank holds.
     - The call waits for an earlier save to end.
@@ -54,7 +59,7 @@ def save_state_async(state: State, directory: str | os.PathLike[str], mesh: Mesh
         world = dist.group.WORLD
         assert world is not None
         group = _background_group(world)
-    _last_save = _saver.submit(_write, copied, Path(directory), global_rank_of(mesh) == 0, group)
+    _last_save = _saver.submit(_write, copied, Path(directory), about or {}, global_rank_of(mesh) == 0, group)
     return _last_save
 
 
@@ -64,7 +69,9 @@ def _background_group(world: dist.ProcessGroup) -> dist.ProcessGroup:
     return dist.new_group(backend="gloo")
 
 
-def _write(state: State, target: Path, is_rank0: bool, group: dist.ProcessGroup | None) -> None:
+def _write(
+    state: State, target: Path, about: Mapping[str, Any], is_rank0: bool, group: dist.ProcessGroup | None
+) -> None:
     """Write a state and rename its directory; collective. `group` is None for a process that trains alone."""
     action = f"saving the state of the training to {target}"
     staging = staging_path(target)
@@ -78,17 +85,28 @@ def _write(state: State, target: Path, is_rank0: bool, group: dist.ProcessGroup 
                 make_staging_directory(target)
         if group is None:
             _ignore_no_dist_warning()
-        writer = FileSystemWriter(staging)
+        writer = ChecksumWriter(staging)
         try:
             save(state, storage_writer=writer, planner=ChunkSavePlanner(), process_group=group, no_dist=group is None)
         except CheckpointException as failure:
             raise _error_of_this_rank(failure, 0 if group is None else dist.get_rank(group), action) from failure
+        sums = _sums_of_all_ranks(writer.sums, group)
         with together():
             if is_rank0:
+                write_manifest(staging, Manifest(sums, about))
                 commit_directory(staging, target)
     finally:
         if is_rank0:
             shutil.rmtree(staging, ignore_errors=True)
+
+
+def _sums_of_all_ranks(sums: dict[str, FileSum], group: dist.ProcessGroup | None) -> dict[str, FileSum]:
+    """The checksums of the files of all ranks, on rank 0; collective."""
+    if group is None:
+        return sums
+    of_ranks: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(of_ranks, sums, group=group)
+    return {name: file for of_rank in of_ranks for name, file in of_rank.items()}
 
 
 def read_state(state: State, directory: Path, mesh: Mesh | None, action: str) -> None:
@@ -98,7 +116,7 @@ def read_state(state: State, directory: Path, mesh: Mesh | None, action: str) ->
         CheckpointError: the files are damaged.
         WorkerError: another rank failed.
     """
-    reader = FileSystemReader(directory)
+    reader = _reader(directory)
     if mesh is None:
         _ignore_no_dist_warning()
     try:
@@ -115,13 +133,19 @@ def read_metadata(directory: Path) -> Metadata:
         CheckpointError: there is no complete checkpoint.
     """
     try:
-        return FileSystemReader(directory).read_metadata()
+        return _reader(directory).read_metadata()
+    except CheckpointError:
+        raise
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{directory} has no complete checkpoint of a training run: {error}. Give another directory."
         ) from error
     except Exception as error:  # unpickling a damaged file raises errors of many types
         raise _damaged(directory, error) from error
+
+
+def _reader(directory: Path) -> SafeReader:
+    return SafeReader(directory, read_manifest(directory).files)
 
 
 def _damaged(directory: Path, error: Exception) -> CheckpointError:

@@ -1,6 +1,6 @@
 """An optimizer's state by the names of its parameters: the state of each parameter, and the settings of the groups."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -22,6 +22,8 @@ from moreh.runtime.sharding.spec import ParamSpec
 
 # The prefix on the disk of a key whose value is not a tensor, such as a count of steps.
 _OBJECT = "value:"
+# Settings that decide which state an optimizer keeps.
+_STATE_SETTINGS = ("amsgrad", "centered")
 
 
 def _is_sharded(spec: ParamSpec, mesh: Mesh | None) -> bool:
@@ -81,6 +83,7 @@ def param_groups_of(optimizer: Optimizer, names: Mapping[int, str]) -> list[dict
     """The parameter groups as they are stored: "settings", and "names" of the parameters that this rank knows."""
     return [
         {
+            "optimizer": type(optimizer).__name__,
             "settings": {key: value for key, value in group.items() if key != "params"},
             "names": [names[id(parameter)] for parameter in group["params"] if id(parameter) in names],
         }
@@ -89,18 +92,32 @@ def param_groups_of(optimizer: Optimizer, names: Mapping[int, str]) -> list[dict
 
 
 def check_param_groups(optimizer: Optimizer, names: Mapping[int, str], saved: list[dict[str, Any]]) -> None:
-    """Check that the parameters are in the groups in which they were saved.
+    """Check that the optimizer is of the class that was saved, and the parameters in the groups that were.
 
     Raises:
-        CheckpointError: a parameter is in another group, or the number of groups differs.
+        CheckpointError: the class, a setting that decides about the state, a parameter's group, or the number of groups
+            differs.
     """
     kind, groups = type(optimizer).__name__, param_groups_of(optimizer, names)
+    for saved_group in saved[:1]:
+        if saved_group["optimizer"] != kind:
+            raise CheckpointError(
+                f"The checkpoint has the state of {saved_group['optimizer']}, which {kind} cannot use. Give the "
+                f"optimizer of the training that wrote the checkpoint, or start a new training from its saved model."
+            )
     if len(groups) != len(saved):
         raise CheckpointError(
             f"{kind} has {len(groups)} parameter groups, the checkpoint has {len(saved)}. Make the optimizer as in the "
             "training that wrote the checkpoint."
         )
     for index, (group, saved_group) in enumerate(zip(groups, saved, strict=True)):
+        for key in _STATE_SETTINGS:
+            given, before = (bool(each["settings"].get(key)) for each in (group, saved_group))
+            if given != before:
+                raise CheckpointError(
+                    f"{kind} was made with {key}={given}, and the checkpoint has the state of {key}={before}. Make the "
+                    "optimizer as in the training that wrote the checkpoint."
+                )
         moved = set(group["names"]) - set(saved_group["names"])
         if moved:
             raise CheckpointError(
@@ -154,9 +171,13 @@ def _counts_steps_on_device(group: Mapping[str, Any], key: str) -> bool:
 
 
 def restore_optimizer(
-    optimizer: Optimizer, names: Mapping[int, str], groups: list[dict[str, Any]], tensors: Mapping[str, torch.Tensor]
+    optimizer: Optimizer,
+    names: Mapping[int, str],
+    groups: list[dict[str, Any]],
+    tensors: Mapping[str, torch.Tensor],
+    keep: Collection[str] = (),
 ) -> None:
-    """Give an optimizer the saved settings, and the filled local tensors by "parameter/key".
+    """Give an optimizer the saved settings but those in `keep`, and the filled local tensors by "parameter/key".
 
     The state of a parameter without saved state is dropped.
     """
@@ -168,7 +189,7 @@ def restore_optimizer(
         else:
             by_name.setdefault(name, {})[key] = tensor
     for group, saved in zip(optimizer.param_groups, groups, strict=True):
-        group.update(saved["settings"])
+        group.update({key: value for key, value in saved["settings"].items() if key not in keep})
         for parameter in group["params"]:
             optimizer.state.pop(parameter, None)
             values = by_name.get(names.get(id(parameter), ""), {})

@@ -16,7 +16,7 @@ Why not `get_state_dict` and `set_state_dict` of torch.distributed.checkpoint wi
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -98,11 +98,12 @@ def load_training_state(
     optimizers: Sequence[Optimizer],
     parameters: Mapping[str, nn.Parameter],
     mesh: Mesh | None,
+    keep: Collection[str] = (),
 ) -> Any:
     """Read what `collect_training_state` collected, under any plan, into local tensors and optimizers; collective.
 
-    The arguments are those of `collect_training_state`. The optimizers need not have made a step. Returns `extra` on
-    all ranks.
+    The arguments are those of `collect_training_state`. The optimizers need not have made a step; of their groups, the
+    settings that `keep` names stay as they are. Returns `extra` on all ranks.
 
     Raises:
         CheckpointError: there is no complete checkpoint, or the checkpoint is of another model or other optimizers.
@@ -126,7 +127,7 @@ def load_training_state(
         state[_EXTRA] = chunks_of_full(extra_bytes)
     # The groups first, so that optimizers that do not fit are refused before anything is changed.
     read_state({_GROUPS: chunks_of_full(groups_bytes)}, directory, mesh, action)
-    groups = object_of_bytes(groups_bytes)
+    groups = _object(groups_bytes, directory)
     with _together(action, mesh):
         if len(groups) != len(optimizers):
             raise CheckpointError(
@@ -137,8 +138,8 @@ def load_training_state(
             check_param_groups(optimizer, names, saved_groups)
     read_state(state, directory, mesh, action)
     for optimizer, saved_groups, tensors in zip(optimizers, groups, optimizer_tensors, strict=True):
-        restore_optimizer(optimizer, names, saved_groups, tensors)
-    return object_of_bytes(extra_bytes)
+        restore_optimizer(optimizer, names, saved_groups, tensors, keep)
+    return _object(extra_bytes, directory)
 
 
 def load_extra(directory: str | os.PathLike[str]) -> Any:
@@ -150,7 +151,22 @@ def load_extra(directory: str | os.PathLike[str]) -> Any:
     directory = Path(directory)
     extra_bytes = torch.empty(_saved_tensors(directory)[_EXTRA].size, dtype=torch.uint8)
     read_state({_EXTRA: chunks_of_full(extra_bytes)}, directory, None, f"resuming from {directory}")
-    return object_of_bytes(extra_bytes)
+    return _object(extra_bytes, directory)
+
+
+def _object(elements: torch.Tensor, directory: Path) -> Any:
+    """The object of these bytes of a checkpoint.
+
+    Raises:
+        CheckpointError: torch.load cannot read it, or it would run code.
+    """
+    try:
+        return object_of_bytes(elements)
+    except Exception as error:  # torch.load raises many types for damaged bytes
+        raise CheckpointError(
+            f"{directory} is damaged, or runs code ({type(error).__name__}: {' '.join(str(error).split())[:200]}). "
+            "Give an earlier checkpoint."
+        ) from error
 
 
 def _together(action: str, mesh: Mesh | None) -> AbstractContextManager[None]:
@@ -172,7 +188,7 @@ def _with_names_of_all_ranks(groups: list[dict[str, Any]], mesh: Mesh | None) ->
     names_of_ranks: list[list[list[str]]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(names_of_ranks, [group["names"] for group in groups])
     return [
-        {"settings": group["settings"], "names": sorted({name for names in names_of_ranks for name in names[index]})}
+        {**group, "names": sorted({name for names in names_of_ranks for name in names[index]})}
         for index, group in enumerate(groups)
     ]
 

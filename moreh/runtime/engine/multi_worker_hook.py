@@ -102,12 +102,7 @@ class MultiWorkerHook:
         )
         if wants_gradients and (module.training or inputs.labels is not None):
             return True
-        if is_waiting_for_state(module):
-            raise OptionError(
-                "the model was called before its first training step after resuming: its weights are read when it is "
-                "sharded over the workers; train first"
-            )
-        if next(module.parameters()).device == self._device:
+        if next(module.parameters()).device == self._device and not is_waiting_for_state(module):
             return False
         if inputs.labels is None:
             raise OptionError(

@@ -5,6 +5,7 @@ A CPU without bfloat16 units is slower in bfloat16 than in float32.
 
 import contextlib
 import time
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -16,12 +17,45 @@ MIN_SPEEDUP = 1.2
 """The smallest speedup of matmuls for which bfloat16 is used: casts between the two dtypes eat up a smaller one."""
 _MATRIX_SIZE = 512
 _TIMED_MATMULS = 8
+# Whether this process computes in bfloat16, by the type of the device: as chosen here, and as a checkpoint says.
+_CHOSEN: dict[str, bool] = {}
+_OF_CHECKPOINT: dict[str, bool] = {}
 
 
 def choose_bfloat16(device: torch.device, *, requested: bool) -> bool:
-    """Whether to compute in bfloat16: if it is requested, and faster on this device. The choice is logged."""
-    if not requested or device.type == "meta":
+    """Whether to compute in bfloat16: if it is requested, and faster on this device. The choice is logged.
+
+    A training that goes on from a checkpoint computes as the training that wrote it, if on a device of the same type:
+    timed again, the choice could come out differently.
+    """
+    if device.type == "meta":
         return False
+    _CHOSEN[device.type] = requested and _pays(device)
+    return _CHOSEN[device.type]
+
+
+def chosen_precisions() -> dict[str, bool]:
+    """Whether this process computes in bfloat16, by the type of the device; for a checkpoint."""
+    return dict(_CHOSEN)
+
+
+def choose_as(precisions: Mapping[str, bool]) -> None:
+    """From now on, choose what `chosen_precisions` returned in another process. Call it before the first choice."""
+    _OF_CHECKPOINT.clear()
+    _OF_CHECKPOINT.update(precisions)
+    for device_type, bfloat16 in _CHOSEN.items():
+        if precisions.get(device_type, bfloat16) != bfloat16:
+            logger.warning(
+                "mixed_precision : %s, chosen before the checkpoint was read, which was trained in %s",
+                *("bfloat16" if each else "float32" for each in (bfloat16, precisions[device_type])),
+            )
+
+
+def _pays(device: torch.device) -> bool:
+    if device.type in _OF_CHECKPOINT:
+        bfloat16 = _OF_CHECKPOINT[device.type]
+        logger.info("mixed_precision : %s, as in the checkpoint", "bfloat16" if bfloat16 else "off, float32")
+        return bfloat16
     speedup = bfloat16_speedup(device)
     faster = speedup >= MIN_SPEEDUP
     logger.info(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -16,7 +17,7 @@ from tests.helpers.scripts.fork_server import start_forked
 from tests.helpers.sharded import resume as cases
 from tests.helpers.workers import run_on_workers
 from utils.errors import UserError
-from utils.training.checkpoint import checkpoint_to_resume
+from utils.training.checkpoint_files import checkpoints_to_resume
 
 FOUR = {
     "pp-tp": {"stage_layers": (1, 2), "pipeline": 2, "tensor": 2, "micro_batches": 2, "micro_batch_size": 4},
@@ -107,21 +108,31 @@ def test_a_run_stopped_by_ctrl_c_and_resumed_has_the_bits_of_a_run_left_alone(
     kept = sorted(path.name for path in (tmp_path / "runs" / "tiny" / "checkpoints").iterdir())
     assert kept == ["step-12", "step-9"]
 
+    shutil.rmtree(tmp_path / "runs" / "tiny" / "model")  # as if killed while the model was being saved
     finished = run_forked(*command, "run.name=tiny", "--resume", "auto")
-    assert finished.returncode == 2
-    assert "has done 12 steps" in finished.stderr
+    assert finished.returncode == 0, finished.stderr
+    assert "All 12 steps are done" in finished.stdout
+    assert metrics_of(tmp_path / "runs" / "tiny") == metrics_of(tmp_path / "runs" / "alone")
+    again = load_file(tmp_path / "runs" / "tiny" / "model" / "model.safetensors")
+    assert all(torch.equal(again[name], expected[name]) for name in expected)
+    too_few = run_forked(*command, "run.name=tiny", "train.steps=8", "--resume", "auto")
+    assert too_few.returncode == 2
+    assert "has done 12 steps, and the run has 8" in too_few.stderr
 
 
 def test_resume_takes_auto_a_run_or_a_checkpoint(tmp_path):
     run = tmp_path / "runs" / "tiny"
-    assert checkpoint_to_resume(None, run) is None
-    assert checkpoint_to_resume("auto", run) is None
+    assert checkpoints_to_resume(None, run) == []
+    assert checkpoints_to_resume("auto", run) == []
     for argument in ("/nowhere", str(tmp_path), str(run)):
         with pytest.raises(UserError, match="there is no checkpoint"):
-            checkpoint_to_resume(argument, run)
+            checkpoints_to_resume(argument, run)
     for step in (9, 10, 8):
         (run / "checkpoints" / f"step-{step}").mkdir(parents=True)
     (run / "checkpoints" / ".step-11.unfinished").mkdir()
-    last = run / "checkpoints" / "step-10"
-    for argument in ("auto", str(run), str(run / "checkpoints"), str(last)):
-        assert checkpoint_to_resume(argument, run) == last
+    (run / "checkpoints" / "step-12.abandoned-1").mkdir()
+    newest_first = [run / "checkpoints" / name for name in ("step-10", "step-9", "step-8")]
+    for argument in ("auto", str(run), str(run / "checkpoints")):
+        assert checkpoints_to_resume(argument, run) == newest_first
+    for name in ("step-10", "step-12.abandoned-1"):
+        assert checkpoints_to_resume(str(run / "checkpoints" / name), run) == [run / "checkpoints" / name]

@@ -13,6 +13,13 @@ CPU = torch.device("cpu")
 LOW = torch.ones(2, dtype=torch.bfloat16)
 
 
+@pytest.fixture(autouse=True)
+def new_process(monkeypatch):
+    """Nothing has been chosen yet, and no checkpoint was read."""
+    monkeypatch.setattr(precision, "_CHOSEN", {})
+    monkeypatch.setattr(precision, "_OF_CHECKPOINT", {})
+
+
 @pytest.mark.parametrize(("speedup", "chosen"), [(precision.MIN_SPEEDUP, True), (1.19, False), (0.4, False)])
 def test_bfloat16_is_chosen_where_it_is_faster_by_a_margin(monkeypatch, speedup, chosen):
     monkeypatch.setattr(precision, "bfloat16_speedup", lambda device: speedup)
@@ -23,6 +30,18 @@ def test_bfloat16_is_chosen_where_it_is_faster_by_a_margin(monkeypatch, speedup,
 def test_nothing_is_measured_unless_bfloat16_is_requested_on_a_real_device(monkeypatch, device, requested):
     monkeypatch.setattr(precision, "bfloat16_speedup", None)
     assert not choose_bfloat16(device, requested=requested)
+
+
+@pytest.mark.parametrize("of_checkpoint", [True, False])
+def test_training_that_goes_on_computes_as_its_checkpoint_did(monkeypatch, caplog, of_checkpoint):
+    """The timing, which comes out differently today, decides only on another type of device."""
+    monkeypatch.setattr(precision, "bfloat16_speedup", lambda device: 1.0 if of_checkpoint else 2.0)
+    precision.choose_as({"cpu": of_checkpoint})
+    assert choose_bfloat16(CPU, requested=True) is of_checkpoint
+    assert precision.chosen_precisions() == {"cpu": of_checkpoint}
+    assert not choose_bfloat16(CPU, requested=False)
+    precision.choose_as({"cuda": of_checkpoint})
+    assert choose_bfloat16(CPU, requested=True) is not of_checkpoint
 
 
 def test_speedup_is_measured():

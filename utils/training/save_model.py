@@ -1,0 +1,43 @@
+"""The model of a finished run with its tokenizer: in one directory that appears when all files are in it."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from moreh.atomic_io import commit_directory, make_staging_directory, staging_path
+from utils.config.schema import DataSection
+from utils.errors import UserError, first_line
+from utils.text.template import save_template
+from utils.training.stopping import resume_command
+from utils.workers import rank
+
+
+def save_model(model: Any, tokenizer: Any, data: DataSection, directory: Path) -> None:
+    """Save a model, its tokenizer and the template of its prompts; collective.
+
+    They are written to another directory, which is renamed in the end: nobody finds a model without its tokenizer.
+
+    Raises:
+        UserError: the files cannot be written.
+    """
+    staging = staging_path(directory)
+    is_writer = rank() == 0
+    try:
+        if is_writer:
+            make_staging_directory(directory)
+        model.save_pretrained(staging)
+        if is_writer:
+            tokenizer.save_pretrained(staging)
+            save_template(data, staging)
+            commit_directory(staging, directory)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise UserError(
+            f"run.directory: the model cannot be saved in {directory}: {reason}; mend that, and go on from the last "
+            f"checkpoint: {resume_command()}"
+        ) from error
+    finally:
+        if is_writer:
+            shutil.rmtree(staging, ignore_errors=True)
