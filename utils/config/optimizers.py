@@ -46,13 +46,13 @@ _MUON = {
     "adjust_lr_fn": str,
 }
 
-# ASGD and Rprop are for whole data sets, SparseAdam for sparse gradients, and LBFGS needs a closure.
+# Of the others, Adagrad, Adadelta and Adamax are no longer used for language models, ASGD and Rprop are for whole data
+# sets, SparseAdam is for sparse gradients, and LBFGS needs a closure.
 OPTIMIZERS = {
     "adamw": _kind("AdamW", _ADAMW),
     "adam": _kind("Adam", {**_ADAMW, "decoupled_weight_decay": _Switch}),
     "nadam": _kind("NAdam", {**_ADAM, "momentum_decay": _NotNegative, "decoupled_weight_decay": _Switch}),
     "radam": _kind("RAdam", {**_ADAM, "decoupled_weight_decay": _Switch}),
-    "adamax": _kind("Adamax", _ADAM),
     "adafactor": _kind(
         "Adafactor",
         {
@@ -65,10 +65,6 @@ OPTIMIZERS = {
     "muon": _kind("Muon", _MUON, {"adjust_lr_fn": "match_rms_adamw"}),
     "sgd": _kind("SGD", {"momentum": _Fraction, "dampening": _Fraction, "nesterov": _Switch}),
     "rmsprop": _kind("RMSprop", {"alpha": _Fraction, "eps": _NotNegative, "momentum": _Fraction, "centered": _Switch}),
-    "adagrad": _kind(
-        "Adagrad", {"lr_decay": _NotNegative, "initial_accumulator_value": _NotNegative, "eps": _NotNegative}
-    ),
-    "adadelta": _kind("Adadelta", {"rho": _Fraction, "eps": _NotNegative}),
 }
 # Settings of the AdamW beside Muon, below the key `adamw`.
 ADAMW_BESIDE_MUON = {**_ADAMW, "lr": Annotated[float, Field(strict=True, gt=0)]}

@@ -159,9 +159,7 @@ class TrainSection(Section):
     """Forward passes of an optimizer step. Each label token counts the same, however the rows are cut into batches."""
     lr: Annotated[float, Field(gt=0)] = 1e-4
     """The highest learning rate, reached at the end of the warm-up."""
-    optimizer: Literal[
-        "adamw", "adam", "nadam", "radam", "adamax", "adafactor", "muon", "sgd", "rmsprop", "adagrad", "adadelta"
-    ] = "adamw"
+    optimizer: Literal["adamw", "adam", "nadam", "radam", "adafactor", "muon", "sgd", "rmsprop"] = "adamw"
     """The optimizer of torch that updates the weights."""
     optimizer_settings: dict[str, Any] = Field({})
     """Settings of the optimizer other than its learning rate and weight decay, such as `{betas: [0.9, 0.95]}`."""
@@ -199,7 +197,7 @@ class TrainSection(Section):
                 f"decay_steps and decay_shape are of the schedule wsd, and schedule is {self.schedule}: leave them "
                 "out, or give schedule: wsd"
             )
-        if None not in (self.steps, self.decay_steps) and self.warmup_steps + self.decay_steps > self.steps:
+        if self.steps is not None and self.warmup_steps + (self.decay_steps or 0) > self.steps:
             raise ValueError(
                 f"warmup_steps is {self.warmup_steps} and decay_steps is {self.decay_steps}, but there are only "
                 f"{self.steps} steps"

@@ -30,7 +30,7 @@ def lr_factor(step: int, total_steps: int, train: TrainSection) -> float:
         return step / train.warmup_steps
     if train.schedule == "constant":
         return 1.0
-    shape = train.schedule
+    shape: str = train.schedule
     first = max(train.warmup_steps, 1)
     if train.schedule == "wsd":
         shape, first = train.decay_shape, max(first, total_steps - decay_steps(total_steps, train))

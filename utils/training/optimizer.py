@@ -52,7 +52,7 @@ def _groups(parameters: list[tuple[str, nn.Parameter]], train: TrainSection) -> 
         return [{"params": [parameter for _, parameter in parameters]}]
     decayed = [p for name, p in parameters if not is_norm_or_bias(name, p)]
     others = [p for name, p in parameters if is_norm_or_bias(name, p)]
-    groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+    groups: Groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 
 
@@ -94,4 +94,4 @@ class MuonWithAdamW(torch.optim.Optimizer):
         """A step of each."""
         assert closure is None
         for optimizer in self._optimizers:
-            optimizer.step()
+            optimizer.step()  # type: ignore[no-untyped-call]
