@@ -78,9 +78,13 @@ def collect_optimizer_state(
 
 
 def param_groups_of(optimizer: Optimizer, names: Mapping[int, str]) -> list[dict[str, Any]]:
-    """The parameter groups as they are stored: "settings", and "names" of the parameters that this rank knows."""
+    """The parameter groups as they are stored.
+
+    Each has the "optimizer", its "settings", and the "names" of the parameters that this rank knows.
+    """
     return [
         {
+            "optimizer": type(optimizer).__name__,
             "settings": {key: value for key, value in group.items() if key != "params"},
             "names": [names[id(parameter)] for parameter in group["params"] if id(parameter) in names],
         }
@@ -89,12 +93,18 @@ def param_groups_of(optimizer: Optimizer, names: Mapping[int, str]) -> list[dict
 
 
 def check_param_groups(optimizer: Optimizer, names: Mapping[int, str], saved: list[dict[str, Any]]) -> None:
-    """Check that the parameters are in the groups in which they were saved.
+    """Check that the parameters are in the groups in which they were saved, of an optimizer of the same class.
 
     Raises:
-        CheckpointError: a parameter is in another group, or the number of groups differs.
+        CheckpointError: a parameter is in another group, or the number of groups or the class differs.
     """
     kind, groups = type(optimizer).__name__, param_groups_of(optimizer, names)
+    saved_kind = saved[0].get("optimizer", kind) if saved else kind  # earlier checkpoints do not have it
+    if saved_kind != kind:
+        raise CheckpointError(
+            f"The checkpoint has the state of {saved_kind}, which {kind} cannot use. Make the optimizer as in the "
+            "training that wrote the checkpoint, or start anew."
+        )
     if len(groups) != len(saved):
         raise CheckpointError(
             f"{kind} has {len(groups)} parameter groups, the checkpoint has {len(saved)}. Make the optimizer as in the "

@@ -172,7 +172,7 @@ def _with_names_of_all_ranks(groups: list[dict[str, Any]], mesh: Mesh | None) ->
     names_of_ranks: list[list[list[str]]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(names_of_ranks, [group["names"] for group in groups])
     return [
-        {"settings": group["settings"], "names": sorted({name for names in names_of_ranks for name in names[index]})}
+        {**group, "names": sorted({name for names in names_of_ranks for name in names[index]})}
         for index, group in enumerate(groups)
     ]
 
