@@ -50,6 +50,7 @@ def main(config: Config, log: RunLog) -> None:
     from utils.training.evaluation import Evaluation
     from utils.training.lr_schedule import make_scheduler
     from utils.training.model import load_model
+    from utils.training.optimizer import make_optimizer
     from utils.training.save_model import save_model
     from utils.training.step_meter import StepMeter
 
@@ -72,7 +73,7 @@ def main(config: Config, log: RunLog) -> None:
 
     # Define the optimizer and the learning rate over the steps
     steps = total_steps(loader, config)
-    optim = torch.optim.AdamW(model.parameters(), lr=config.train.lr, weight_decay=config.train.weight_decay)
+    optim = make_optimizer(model, config.train, log.info)
     scheduler = make_scheduler(optim, steps, config.train)
 
     # Start the run, or resume a checkpoint

@@ -14,6 +14,7 @@ from moreh.models.describe.with_lora import Lora, with_lora
 from moreh.options import planner_variables
 from moreh.planner.hardware.cluster import cluster_for_flavor
 from moreh.planner.hardware.environment import make_environment
+from moreh.planner.optimizer_state import optimizer_state
 from moreh.planner.plan.plan import Training
 from moreh.planner.report.plan_rows import DEFAULT_COUNT
 from moreh.planner.report.printing import print_plans
@@ -80,7 +81,12 @@ def plan_request(config: Config) -> Request:
     parallelization = config.accelerator.advanced_parallelization or ParallelizationSection()
     flavor = _flavor(config)
     return Request(
-        training=Training(architecture, config.train.batch_size, max_length),
+        training=Training(
+            architecture,
+            config.train.batch_size,
+            max_length,
+            optimizer_state(config.train.optimizer, config.train.optimizer_settings),
+        ),
         environment=make_environment(
             cluster_for_flavor(flavor), moreh_software("half" if parallelization.mixed_precision else "float32")
         ),

@@ -15,6 +15,7 @@ from moreh.models.describe.from_source import describe
 from moreh.models.describe.with_lora import ALL_LINEAR, Lora, with_lora
 from moreh.planner.cost.prediction import Prediction, predict
 from moreh.planner.hardware.environment import Environment
+from moreh.planner.optimizer_state import optimizer_state
 from moreh.planner.plan.notation import parse_plan, plan_text
 from moreh.planner.plan.plan import Plan, Training
 from moreh.planner.report.explanation import explanation_json, explanation_sentences, explanation_table_forms
@@ -67,7 +68,12 @@ def _request(options: argparse.Namespace) -> Request:
             f"choose bfloat16, or with --device one of {names}"
         )
     return Request(
-        training=Training(_architecture(options), options.batch_size, options.sequence_length),
+        training=Training(
+            _architecture(options),
+            options.batch_size,
+            options.sequence_length,
+            optimizer_state(options.optimizer, {"momentum": options.momentum}),
+        ),
         environment=setting,
         constraints=Constraints(
             pipeline=options.stages,

@@ -11,6 +11,7 @@ from moreh.accelerator.this_machine import THIS_MACHINE
 from moreh.cli.place_options import MAX_DEVICES, add_place, needs_of_place
 from moreh.cli.terminal import amount, help_formatter, whole
 from moreh.options import DEFAULT_MEMORY_PERCENT
+from moreh.planner.optimizer_state import ADAMW, OPTIMIZER_STATES
 from moreh.planner.plan.notation import LEGEND
 from moreh.planner.plan.plan import SCHEDULES
 from moreh.planner.report.plan_rows import DEFAULT_COUNT
@@ -81,7 +82,7 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--sequence-length", type=whole(MAX_TOKENS), required=True, metavar="S", help="Tokens in a sequence."
     )
-    _add_lora(parser.add_argument_group("what is trained (default: all parameters)"))
+    _add_what_is_trained(parser.add_argument_group("what is trained (default: all parameters, by AdamW)"))
     add_place(parser.add_argument_group("where to train (default: the current accelerator)"))
     _add_constraints(parser.add_argument_group("what the plans must be like (default: all possibilities are searched)"))
     _add_output(parser.add_argument_group("what to print (default: the best plans)"))
@@ -90,6 +91,7 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
         **needs_of_place(options),
         "--plot cannot be combined with --flavors": options.plot is None or not options.flavors,
         "--lora-targets needs --lora": options.lora_targets is None or options.lora is not None,
+        "--momentum needs --optimizer sgd or rmsprop": not options.momentum or options.optimizer in ("sgd", "rmsprop"),
         "--dataset-tokens needs --flavors": options.dataset_tokens is None or options.flavors,
         "--price-per-device-hour needs --dataset-tokens": options.price_per_device_hour is None
         or options.dataset_tokens,
@@ -100,7 +102,7 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     return options
 
 
-def _add_lora(group: argparse._ArgumentGroup) -> None:
+def _add_what_is_trained(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--lora",
         type=whole(MAX_RANK),
@@ -113,6 +115,14 @@ def _add_lora(group: argparse._ArgumentGroup) -> None:
         metavar="NAME",
         help="With --lora, adapt only these matrices, such as q_proj (default: all matrices of the layers).",
     )
+    group.add_argument(
+        "--optimizer",
+        choices=OPTIMIZER_STATES,
+        default=ADAMW.name,
+        metavar="NAME",
+        help=f"The optimizer, one of {', '.join(OPTIMIZER_STATES)} (default {ADAMW.name}).",
+    )
+    group.add_argument("--momentum", action="store_true", help="With --optimizer sgd or rmsprop, use momentum.")
 
 
 def _add_constraints(group: argparse._ArgumentGroup) -> None:

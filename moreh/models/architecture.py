@@ -46,6 +46,11 @@ class Linear:
         return ".lora_B." in self.name
 
     @property
+    def is_trained_matrix(self) -> bool:
+        """Whether each copy is a trained tensor of two dimensions, which Muon, for example, updates as a whole."""
+        return not self.frozen and not self.stacked
+
+    @property
     def parameters(self) -> int:
         """Weights and biases of all copies."""
         return self.copies * (self.inputs * self.outputs + (self.outputs if self.bias else 0))

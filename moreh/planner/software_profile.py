@@ -28,6 +28,8 @@ class SoftwareProfile:
     """Size of a gradient of a weight."""
     optimizer_bytes: int = 8
     """Optimizer state of a weight: AdamW's two moments, and a master copy where weights are stored in low precision."""
+    moment_bytes: int = 4
+    """Size of one moment in it: other optimizers keep another number of them."""
     gather_bytes: int = 2
     """Bytes that an all-gather of sharded parameters moves for each parameter."""
     reduce_bytes: int = 4

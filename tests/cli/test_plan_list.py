@@ -162,3 +162,16 @@ def test_adapters_are_trained_with_all_else_frozen(plan, plan_json):
     code, out, _ = plan(*llama, "--lora", 16)
     assert code == 0
     assert "llama3_8b, 8,072,204,288 parameters, 41,943,040 of them trained\n" in out
+
+
+def test_state_of_the_optimizer_is_planned(plan, plan_json, model):
+    where = (model, "--device", "H100 80GB", "--devices", 1, *STEP, "--count", 1)
+    contents = [plan_json(*where, "--optimizer", name) for name in ("adamw", "muon", "sgd")]
+    adamw, muon, sgd = (content["plans"][0]["memory_by_rank"][0]["optimizer"] for content in contents)
+    parameters = contents[0]["model"]["parameters"]
+    assert (adamw, sgd) == (8 * parameters, 0)
+    assert 4 * parameters < muon < 8 * parameters
+    assert contents[1]["optimizer"]["name"] == "muon"
+    code, out, _ = plan(*where, "--optimizer", "sgd", "--momentum")
+    assert code == 0
+    assert re.search(r"^Optimizer +sgd, 1 values of state for each trained weight$", out, re.M)

@@ -32,6 +32,8 @@ from tests.helpers.planner.plan_tool import LLAMA, STEP
         ),
         (("--lora", "0"), 2, "--lora: 0: give a whole number from 1 to"),
         (("--lora-targets", "q_proj"), 2, "--lora-targets needs --lora"),
+        (("--optimizer", "lion"), 2, "--optimizer: invalid choice: 'lion'"),
+        (("--momentum",), 2, "--momentum needs --optimizer sgd or rmsprop"),
         (
             ("--lora", "4", "--lora-targets", "c_attn"),
             1,

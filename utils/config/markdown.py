@@ -9,6 +9,7 @@ import textwrap
 from typing import Any
 
 from moreh.options import OPTIMIZATIONS
+from utils.config.optimizers import optimizer_settings_markdown
 from utils.config.schema import Config
 
 _WIDTH = 120
@@ -79,6 +80,8 @@ def _section(path: str, section: dict[str, Any], schema: dict[str, Any]) -> list
         items.append(_item(f"{path}.{key}", f"{_type_text(field)}; {default}.", field["description"]))
         if key == "disable":
             below += [_optimizations()]
+        if key == "optimizer_settings":
+            below += [optimizer_settings_markdown()]
     return [*parts, "\n".join(items) + "\n", *below]
 
 

@@ -6,7 +6,7 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, StringConstraints, field_validator, model_validator
+from pydantic import Field, StringConstraints, ValidationInfo, field_validator, model_validator
 from typing_extensions import Self
 
 from moreh.options import MAX_WORKERS
@@ -14,12 +14,23 @@ from utils.config.architecture_keys import check_architecture_keys
 from utils.config.data_section import SOURCES
 from utils.config.data_section import DataSection as DataSection
 from utils.config.hook_section import ParallelizationSection
+from utils.config.optimizers import check_optimizer_settings
 from utils.config.section import NonEmpty, NotNegative, PathText, Positive, Section
 
 EXCLUSIVE_KEYS = {"data": SOURCES, "model": ("pretrained", "architecture"), "train": ("steps", "epochs")}
 """Keys of a section of which exactly one is given. One on the command line takes the place of another in the file."""
 RESUME_WITH_KEYS = tuple(
-    f"train.{key}" for key in ("lr", "schedule", "warmup_steps", "min_lr_ratio", "weight_decay", "max_grad_norm")
+    f"train.{key}"
+    for key in (
+        "lr",
+        "schedule",
+        "warmup_steps",
+        "decay_steps",
+        "decay_shape",
+        "min_lr_ratio",
+        "weight_decay",
+        "max_grad_norm",
+    )
 )
 """Settings that `--resume-with` may change."""
 RESUME_KEYS = ("resume", "resume_with", "resume_force")
@@ -164,14 +175,26 @@ class TrainSection(Section):
     """Forward passes of an optimizer step. Each label token counts the same, however the rows are cut into batches."""
     lr: Annotated[float, Field(gt=0)] = 1e-4
     """The highest learning rate, reached at the end of the warm-up."""
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """How the learning rate falls after the warm-up."""
+    optimizer: Literal["adamw", "adam", "nadam", "radam", "adafactor", "muon", "sgd", "rmsprop"] = "adamw"
+    """The optimizer of torch that updates the weights."""
+    optimizer_settings: dict[str, Any] = Field({})
+    """Settings of the optimizer other than its learning rate and weight decay, such as `{betas: [0.9, 0.95]}`."""
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
+    """How the learning rate falls after the warm-up.
+    `wsd` (warm-up, stable, decay) keeps it at `lr` and lets it fall in the last `decay_steps` steps."""
+    decay_steps: Positive | None = None
+    """Steps over which the learning rate falls with `wsd`; null: a fifth of the steps."""
+    decay_shape: Literal["linear", "cosine", "1-sqrt"] = "linear"
+    """How the learning rate falls in the last steps of `wsd`."""
     warmup_steps: NotNegative = 0
     """Steps over which the learning rate rises; the first one already learns."""
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
     """The learning rate of the last step, as a fraction of `lr`; a constant schedule ignores it."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    """AdamW's weight decay."""
+    """The optimizer's weight decay.
+    In adamw, muon and adafactor it shrinks the weights (decoupled); in the others it is added to the gradient (L2)."""
+    decay_norms_and_biases: bool = True
+    """Whether the weight decay counts for norms and biases as well as for matrices and embeddings."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradients are clipped to this global norm."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
@@ -185,7 +208,24 @@ class TrainSection(Section):
             raise ValueError("give exactly one of steps and epochs")
         if self.steps is not None and self.warmup_steps > self.steps:
             raise ValueError(f"warmup_steps is {self.warmup_steps}, but there are only {self.steps} steps")
+        if self.schedule != "wsd" and (self.decay_steps is not None or self.decay_shape != "linear"):
+            raise ValueError(
+                f"decay_steps and decay_shape are of the schedule wsd, and schedule is {self.schedule}: leave them "
+                "out, or give schedule: wsd"
+            )
+        if self.steps is not None and self.warmup_steps + (self.decay_steps or 0) > self.steps:
+            raise ValueError(
+                f"warmup_steps is {self.warmup_steps} and decay_steps is {self.decay_steps}, but there are only "
+                f"{self.steps} steps"
+            )
         return self
+
+    @field_validator("optimizer_settings")
+    @classmethod
+    def _known_settings(cls, settings: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        if "optimizer" in info.data:
+            check_optimizer_settings(info.data["optimizer"], settings)
+        return settings
 
 
 class CheckpointSection(Section):

@@ -15,10 +15,10 @@ _DIGEST_BYTES = 8
 def hash_of_row(row: Row) -> int:
     """A hash of the ids and labels of a row, in 64 bits. Where it was read does not count."""
     content = np.array([*row.input_ids, *row.labels], dtype=np.int64).tobytes()
-    return int.from_bytes(hashlib.blake2b(content, digest_size=_DIGEST_BYTES).digest(), "little")
+    return int.from_bytes(hashlib.blake2b(content, digest_size=_DIGEST_BYTES).digest(), "little", signed=True)
 
 
-def hash_of_rows(hashes: NDArray[np.uint64]) -> str:
+def hash_of_rows(hashes: NDArray[np.int64]) -> str:
     """A hash of rows in their order, from the hash of each: `[rows]`."""
     return hashlib.blake2b(hashes.tobytes(), digest_size=_DIGEST_BYTES).hexdigest()
 

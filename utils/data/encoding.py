@@ -36,7 +36,7 @@ _ROW = {
 # What the rows are chosen by, and what the log says about them.
 _RESULT = {
     "outcome": datasets.Value("int8"),
-    "content_hash": datasets.Value("uint64"),
+    "content_hash": datasets.Value("int64"),
     "problem": datasets.Value("string"),
     "spelled": datasets.Value("string"),
 }

@@ -4,10 +4,20 @@ The schedules of transformers begin a warm-up at 0, so that the first step learn
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 
 from utils.config.schema import TrainSection
+
+# The share of the steps in which the schedule wsd falls where `train.decay_steps` does not say.
+_DECAYING = 0.2
+# The height between `min_lr_ratio` (0) and the top (1), by the progress of the fall (0 to 1).
+_HEIGHTS: dict[str, Callable[[float], float]] = {
+    "linear": lambda progress: 1 - progress,
+    "cosine": lambda progress: (1 + math.cos(math.pi * progress)) / 2,
+    "1-sqrt": lambda progress: 1 - math.sqrt(progress),
+}
 
 
 def lr_factor(step: int, total_steps: int, train: TrainSection) -> float:
@@ -20,10 +30,17 @@ def lr_factor(step: int, total_steps: int, train: TrainSection) -> float:
         return step / train.warmup_steps
     if train.schedule == "constant":
         return 1.0
+    shape: str = train.schedule
     first = max(train.warmup_steps, 1)
-    progress = min((step - first) / max(total_steps - first, 1), 1.0)
-    height = 1 - progress if train.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
-    return train.min_lr_ratio + (1 - train.min_lr_ratio) * height
+    if train.schedule == "wsd":
+        shape, first = train.decay_shape, max(first, total_steps - decay_steps(total_steps, train))
+    progress = min(max(step - first, 0) / max(total_steps - first, 1), 1.0)
+    return train.min_lr_ratio + (1 - train.min_lr_ratio) * _HEIGHTS[shape](progress)
+
+
+def decay_steps(total_steps: int, train: TrainSection) -> int:
+    """The steps over which the schedule wsd falls."""
+    return max(round(total_steps * _DECAYING), 1) if train.decay_steps is None else train.decay_steps
 
 
 def make_scheduler(

@@ -110,7 +110,7 @@ def _sum_of_moments(states: ModelStates, plans: PlanTable, training: Training, s
     return PeakMemory(
         parameters=states.weight_bytes + copies.forward_end + copies.head,
         gradients=states.rank_trainable * states.gradient_bytes,
-        optimizer=states.rank_trainable * states.optimizer_bytes,
+        optimizer=states.optimizer_bytes,
         activations=activations,
         logits=logits,
         buffers=buffers,
@@ -154,7 +154,7 @@ def _moments(states: ModelStates, plans: PlanTable, training: Training, software
         return PeakMemory(
             parameters=states.weight_bytes + copies,
             gradients=gradients,
-            optimizer=states.rank_trainable * states.optimizer_bytes,
+            optimizer=states.optimizer_bytes,
             activations=activations,
             logits=logits,
             buffers=buffers,

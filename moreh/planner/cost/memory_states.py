@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moreh.models.architecture import DecoderLayer, Linear
+from moreh.models.architecture import Architecture, DecoderLayer, Linear
 from moreh.planner.cost.layer_time import micro_batch_tokens
 from moreh.planner.cost.stage_time import StageParameters, parameters_per_device, reshards_each_micro_batch
+from moreh.planner.optimizer_state import ADAMW
 from moreh.planner.plan.arrays import FloatArray, IntArray
 from moreh.planner.plan.plan import Schedule, Training
 from moreh.planner.plan.plan_table import (
@@ -43,7 +44,9 @@ class ModelStates:
     gradient_bytes: FloatArray
     """Bytes for each trainable parameter, after sharding, [n, 1]."""
     optimizer_bytes: FloatArray
-    """Bytes for each trainable parameter, after sharding, [n, 1]."""
+    """Bytes of a rank's optimizer state, after sharding, [n, pipeline]."""
+    optimizer_share: FloatArray
+    """The share of the weights that a rank updates after sharding (0 to 1), [n, 1]."""
     exchange_bytes: FloatArray
     """Buffers for parameters that are gathered and gradients that are reduced, layer by layer, [n, 1]."""
 
@@ -66,6 +69,8 @@ def model_states(plans: PlanTable, training: Training, software: SoftwareProfile
     gathered_copies = rank_parameters * (0 if reshards else software.gather_bytes)
     whole_copies = 0.0 if software.autocast else rank_parameters * software.weight_copy_bytes
     copies = np.where(sharding == SHARD_PARAMETERS, gathered_copies, whole_copies)
+    optimizer_share = 1 / np.where(sharding >= SHARD_OPTIMIZER, shards, 1)
+    optimizer_bytes = sum_by_rank(plans, optimizer_bytes_of(trainable, training, software).of_stages(plans))
     return ModelStates(
         parameters=parameters,
         trainable=trainable,
@@ -74,9 +79,40 @@ def model_states(plans: PlanTable, training: Training, software: SoftwareProfile
         weight_bytes=rank_parameters * software.weight_bytes / np.where(sharding == SHARD_PARAMETERS, shards, 1)
         + copies,
         gradient_bytes=software.gradient_bytes / np.where((sharding >= SHARD_GRADIENTS) & reshards, shards, 1),
-        optimizer_bytes=software.optimizer_bytes / np.where(sharding >= SHARD_OPTIMIZER, shards, 1),
+        optimizer_bytes=optimizer_bytes * optimizer_share,
+        optimizer_share=optimizer_share,
         exchange_bytes=(gathered + reduced)[:, None],
     )
+
+
+def optimizer_bytes_of(trainable: StageParameters, training: Training, software: SoftwareProfile) -> StageParameters:
+    """Bytes of optimizer state in the place of the numbers of trainable parameters."""
+    optimizer, architecture = training.optimizer, training.architecture
+
+    def bytes_of(values: float) -> float:
+        return software.optimizer_bytes + software.moment_bytes * (values - ADAMW.values)
+
+    layer_bytes = bytes_of(optimizer.values)
+    if optimizer.matrix_values is not None:
+        share = matrix_share(architecture)
+        layer_bytes = share * bytes_of(optimizer.matrix_values) + (1 - share) * layer_bytes
+    others = bytes_of(optimizer.values)
+    return StageParameters(trainable.layer * layer_bytes, trainable.first * others, trainable.last * others)
+
+
+def matrix_share(architecture: Architecture) -> float:
+    """The share of the layers' trainable parameters that are weights of matrices (0 to 1).
+
+    Experts of a mixture that are stacked in one tensor are none.
+    """
+    kinds = list(architecture.layer_kinds())
+    matrices = sum(
+        count * linear.copies * linear.inputs * linear.outputs
+        for layer, count in kinds
+        for linear in layer.linears
+        if linear.is_trained_matrix
+    )
+    return matrices / max(sum(count * layer.trainable_parameters for layer, count in kinds), 1)
 
 
 @dataclass(frozen=True)
@@ -218,7 +254,7 @@ def optimizer_temporary_bytes(
             elements = (temporaries * size + min(1.0, temporaries) * previous) / plans.tensor
             largest = np.maximum(largest, elements[:, None])
             previous = 0 if linear.bias else size
-    return largest * software.weight_bytes * states.optimizer_bytes / software.optimizer_bytes
+    return largest * software.weight_bytes * states.optimizer_share
 
 
 def peak_by_rank(plans: PlanTable, peak: Callable[[Schedule, int, int, int], IntArray]) -> FloatArray:

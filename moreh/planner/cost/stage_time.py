@@ -12,6 +12,7 @@ from moreh.models.architecture import Architecture
 from moreh.planner.cost.layer_time import EdgeTime, embedding_time, head_time, layer_time, micro_batch_tokens
 from moreh.planner.hardware.cluster import Cluster, RingLinks, ring_links
 from moreh.planner.hardware.roofline import Roofline
+from moreh.planner.optimizer_state import ADAMW
 from moreh.planner.plan.arrays import BoolArray, FloatArray
 from moreh.planner.plan.plan import Training
 from moreh.planner.plan.plan_table import (
@@ -169,7 +170,7 @@ def stage_time(roofline: Roofline, cluster: Cluster, plans: PlanTable, training:
     computation += _edge_s(embedding, busiest == ranks[0]) + _edge_s(head, busiest == ranks[-1])
     recomputation = layers * layer.recompute_s
     exchange = layers * (layer.forward_exchange_s + layer.backward_exchange_s + layer.recompute_exchange_s)
-    gradients, optimizer = _step_end_s(roofline, plans, parameters, trainable, links, backward)
+    gradients, optimizer = _step_end_s(roofline, plans, parameters, trainable, links, backward, training)
     return StageTime(
         forward_s=forward,
         backward_s=backward,
@@ -224,6 +225,7 @@ def _step_end_s(
     trainable: StageParameters,
     links: RingLinks,
     backward_s: FloatArray,
+    training: Training,
 ) -> tuple[FloatArray, FloatArray]:
     """Seconds after the last micro-batch on the rank that has most to do, [n] each: gradients and optimizer.
 
@@ -252,7 +254,22 @@ def _step_end_s(
         gathers_s = roofline.overlapped_s(last_s, gathers_s) - last_s
 
     # AdamW reads gradient, weight and state and writes the latter two; clipping reads the gradient once more.
-    moved_bytes = 2 * software.gradient_bytes + 2 * (software.weight_bytes + software.optimizer_bytes)
+    state_bytes = software.optimizer_bytes + software.moment_bytes * (training.optimizer.values - ADAMW.values)
+    moved_bytes = 2 * software.gradient_bytes + 2 * (software.weight_bytes + state_bytes)
     shards = np.where(plans.sharding >= SHARD_OPTIMIZER, plans.data * plans.context, 1)
     optimizer_s = most_trainable / shards * (moved_bytes + software.weight_copy_bytes) / roofline.memory_rate
-    return gradients_s + gathers_s, optimizer_s
+    return gradients_s + gathers_s, optimizer_s + _orthogonalizing_s(roofline, training)
+
+
+def _orthogonalizing_s(roofline: Roofline, training: Training) -> float:
+    """Seconds in which Muon orthogonalizes the matrices of all layers; every device computes all of them."""
+    seconds, steps = 0.0, training.optimizer.orthogonalizing_steps
+    for layer, count in training.architecture.layer_kinds() if steps else ():
+        for linear in layer.linears:
+            if linear.is_trained_matrix:
+                short, long = sorted((linear.inputs, linear.outputs))
+                # X X', its square, and the product with X
+                matmuls = [(short, short, long), (short, short, short), (short, long, short)]
+                once_s = sum(float(roofline.matmul_s(*sizes)) for sizes in matmuls)
+                seconds += count * linear.copies * steps * once_s
+    return seconds

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moreh.models.architecture import Architecture
+from moreh.planner.optimizer_state import ADAMW, OptimizerState
 
 # The pipeline schedules of torch.distributed.pipelining: Schedule1F1B, ScheduleInterleaved1F1B,
 # ScheduleInterleavedZeroBubble and ScheduleZBVZeroBubble.
@@ -72,6 +73,8 @@ class Training:
     """Sequences of one step, over all ranks and micro-batches."""
     sequence_length: int
     """Tokens of each sequence."""
+    optimizer: OptimizerState = ADAMW
+    """The optimizer that updates the weights."""
 
     @property
     def tokens(self) -> int:

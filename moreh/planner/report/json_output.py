@@ -33,6 +33,7 @@ def request_json(request: Request) -> Json:
         },
         "batch_size": training.global_batch_size,
         "sequence_length": training.sequence_length,
+        "optimizer": asdict(training.optimizer),
         "precision": request.precision,
         "restrictions": asdict(request.constraints),
         "limit_bytes": request.limit_bytes,

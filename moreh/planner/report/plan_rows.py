@@ -5,6 +5,7 @@ from moreh.accelerator.this_machine import THIS_MACHINE
 from moreh.models.architecture import Architecture
 from moreh.planner.cost.prediction import Prediction
 from moreh.planner.hardware.efficiency import uncertainty
+from moreh.planner.optimizer_state import ADAMW, OptimizerState
 from moreh.planner.plan.notation import plan_text
 from moreh.planner.report.step_parts import short_overhead
 from moreh.planner.search.constraints import constraints_text
@@ -54,6 +55,8 @@ def header_pairs(request: Request, result: SearchResult | None = None, idle: str
     ]
     if request.flavor is not None and not request.flavor.simulated:
         rows.insert(2, ("Device", request.device.source))
+    if training.optimizer != ADAMW:
+        rows.append(("Optimizer", optimizer_text(training.optimizer, cluster.devices)))
     decided = constraints_text(request.constraints)
     if decided:
         rows.append(("Constraints", decided))
@@ -63,6 +66,17 @@ def header_pairs(request: Request, result: SearchResult | None = None, idle: str
     if idle:
         rows.append(("Idle", idle.replace(" stay idle", "", 1)))
     return [*rows, ("Note", uncertainty_text(request.device))]
+
+
+def optimizer_text(optimizer: OptimizerState, devices: int) -> str:
+    """An optimizer with the size of its state, and what is not predicted of it."""
+    matrices = "" if optimizer.matrix_values is None else f" ({optimizer.matrix_values:g} in the layers' matrices)"
+    text = f"{optimizer.name}, {optimizer.values:g} values of state for each trained weight{matrices}"
+    if devices > 1 and not optimizer.works_on_shards:
+        return f"{text}; plans with tensor parallelism or sharding are left out, because it needs whole matrices"
+    if devices == 1 or not optimizer.gathers_matrices:
+        return text
+    return f"{text}; it gathers each matrix that devices share, and the time for this is not predicted"
 
 
 def trained_text(architecture: Architecture) -> str:

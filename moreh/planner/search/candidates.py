@@ -85,6 +85,8 @@ def candidate_tables(
             remedy = f"give a batch that has more divisors in common with {cluster.devices}"
         else:
             remedy = f"give fewer restrictions, or a batch that has more divisors in common with {cluster.devices}"
+        if not training.optimizer.works_on_shards:
+            remedy = f"{training.optimizer.name} needs whole matrices: choose another optimizer, or {remedy}"
         raise PlanError(f"no plan divides a batch of {batch} over {_devices_text(cluster)} as asked: {remedy}")
 
 
@@ -211,6 +213,8 @@ def _table(
     if not reshards_each_micro_batch(pipeline, software):
         # Gradients are whole until the end of the step, so sharding them is the same as sharding the optimizer.
         allowed = allowed & (columns.sharding != SHARD_GRADIENTS)
+    if not training.optimizer.works_on_shards:
+        allowed = allowed & (columns.tensor == 1) & (columns.sharding == SHARD_NONE)
     columns = columns.take(allowed)
     stages = pipeline * chunks
     layers = len(training.architecture.layers)

@@ -80,7 +80,10 @@ def collect_optimizer_state(
 
 
 def param_groups_of(optimizer: Optimizer, names: Mapping[int, str]) -> list[dict[str, Any]]:
-    """The parameter groups as they are stored: "settings", and "names" of the parameters that this rank knows."""
+    """The parameter groups as they are stored.
+
+    Each has the "optimizer", its "settings", and the "names" of the parameters that this rank knows.
+    """
     return [
         {
             "optimizer": type(optimizer).__name__,

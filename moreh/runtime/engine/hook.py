@@ -26,6 +26,7 @@ from moreh.planner.report.chosen_plan import flavor_plan, local_plan
 from moreh.planner.search.constraints import constraints_from_options
 from moreh.planner.units import gib, seconds_text
 from moreh.runtime.engine.choose_plan import predicted_use, select_local_plan, select_plan, with_precision
+from moreh.runtime.engine.user_parameters import optimizer_in_use
 from moreh.runtime.kernels.fused_adam import use_fused_kernels
 from moreh.runtime.kernels.precision import autocast_if, choose_bfloat16, in_float32, inside_autocast
 from moreh.runtime.kernels.recomputation import recompute_activations
@@ -136,7 +137,7 @@ class SingleWorkerHook:
             torch.OutOfMemoryError: no plan fits the accelerator.
         """
         try:
-            training = Training(describe_module(model), batch_size, sequence_length)
+            training = Training(describe_module(model), batch_size, sequence_length, optimizer_in_use(model))
         except PlanError as reason:
             logger.info("This model is not planned for the accelerator, and is trained as it is: %s", reason)
             return math.inf

@@ -41,6 +41,7 @@ from moreh.runtime.engine.registry import (
     support_optimizers_and_clipping,
     whole_model,
 )
+from moreh.runtime.engine.user_parameters import optimizer_in_use
 from moreh.runtime.kernels.precision import autocast_if, choose_bfloat16, in_float32, inside_autocast
 from moreh.runtime.launch.world import World
 from moreh.runtime.sharding.local_weights import patch_lazy_loading, target_dtypes
@@ -123,7 +124,9 @@ class MultiWorkerHook:
             PlanError: no plan divides the batch or the model.
             torch.OutOfMemoryError: no plan fits the accelerator.
         """
-        training = Training(describe_module(module), inputs.batch_size, inputs.sequence_length)
+        training = Training(
+            describe_module(module), inputs.batch_size, inputs.sequence_length, optimizer_in_use(module)
+        )
         accelerator = self.job.accelerator
         flavor, workers = accelerator.flavor, self.world.size
         if not flavor.simulated:

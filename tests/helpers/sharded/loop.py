@@ -3,12 +3,29 @@
 import torch
 
 from tests.helpers.batches import batch
+from utils.config.schema import TrainSection
+from utils.training.optimizer import make_optimizer as of_settings
 
 
-def train(model, make_optimizer=None, clip=None, steps=2, accumulation=2, make_batch=batch, **model_arguments):
-    """Train as a script does, and return the losses and norms that it sees. All is made before the first batch."""
+def train(
+    model,
+    make_optimizer=None,
+    clip=None,
+    steps=2,
+    accumulation=2,
+    make_batch=batch,
+    settings_of_optimizer=None,
+    **model_arguments,
+):
+    """Train as a script does, and return the losses and norms that it sees. All is made before the first batch.
+
+    `settings_of_optimizer` is the section `train` of settings in JSON, which make the optimizer.
+    """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = (make_optimizer or adamw)(parameters)
+    if settings_of_optimizer is None:
+        optimizer = (make_optimizer or adamw)(parameters)
+    else:
+        optimizer = of_settings(model, TrainSection.model_validate_json(settings_of_optimizer))
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.5, steps)
     clip = clip or clip_all
     curve = []

@@ -8,26 +8,28 @@ from tests.helpers.compare import curve_difference
 from tests.helpers.float64 import exact_float64
 from tests.helpers.sharded.cases import sharded_copy, weight_difference
 from tests.helpers.sharded.loop import adamw
+from utils.config.schema import TrainSection
+from utils.training.optimizer import make_optimizer
 
 STEPS, STEPS_BEFORE = 4, 2
 
 
-def train_and_save(family, plan, directory):
+def train_and_save(family, plan, directory, settings=None):
     """Train some steps under a plan, and write a checkpoint. The losses, norms and learning rates."""
     _, model, _ = sharded_copy(family, plan)
-    optimizer, scheduler = _make_optimizer(model)
+    optimizer, scheduler = _make_optimizer(model, settings)
     curve = _steps(model, optimizer, scheduler, range(STEPS_BEFORE))
     save_training(model, [optimizer], directory, {"scheduler": scheduler.state_dict()}).result()
     return curve
 
 
-def resume_and_train(family, plan, directory):
+def resume_and_train(family, plan, directory, settings=None):
     """Train the other steps under another plan; the differences from a whole model's training without interruption."""
     whole, model, runner = sharded_copy(family, plan)
-    whole_optimizer, whole_scheduler = _make_optimizer(whole)
+    whole_optimizer, whole_scheduler = _make_optimizer(whole, settings)
     _steps(whole, whole_optimizer, whole_scheduler, range(STEPS_BEFORE))
     expected = _steps(whole, whole_optimizer, whole_scheduler, range(STEPS_BEFORE, STEPS))
-    optimizer, scheduler = _make_optimizer(model)
+    optimizer, scheduler = _make_optimizer(model, settings)
     extra = load_training(model, [optimizer], directory)
     scheduler.load_state_dict(extra["scheduler"])
     curve = _steps(model, optimizer, scheduler, range(STEPS_BEFORE, STEPS))
@@ -58,8 +60,10 @@ def interrupted_is_identical(plan, directory):
     return all(torch.equal(straight[name], interrupted_weights[name]) for name in straight)
 
 
-def _make_optimizer(model):
-    optimizer = adamw(model.parameters())
+def _make_optimizer(model, settings=None):
+    """AdamW, or the optimizer that a section `train` of settings in JSON names."""
+    section = None if settings is None else TrainSection.model_validate_json(settings)
+    optimizer = adamw(model.parameters()) if section is None else make_optimizer(model, section)
     return optimizer, torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, STEPS)
 
 

@@ -3,7 +3,9 @@
 import pytest
 
 from moreh.errors import PlanError
+from moreh.planner.optimizer_state import optimizer_state
 from moreh.planner.plan.plan import Training
+from moreh.planner.plan.plan_table import SHARD_NONE
 from moreh.planner.plan.schedules import check_schedule
 from moreh.planner.search.candidates import candidate_tables
 from moreh.planner.search.constraints import Constraints
@@ -70,3 +72,13 @@ def test_batches_and_stages_that_cannot_be_split_are_refused():
         search(Training(GPT, 7, 64), environment, Constraints(pipeline=3))
     with pytest.raises(PlanError, match="both numbers must be at least 1"):
         search(Training(GPT, 0, 64), environment)
+
+
+def test_plans_for_adafactor_split_no_matrix():
+    training = Training(LLAMA, 16, 512, optimizer_state("adafactor", {}))
+    environment = environment_of("MI250 GCD", 8)
+    tables = list(candidate_tables(environment.roofline, environment.cluster, training, Constraints()))
+    assert sum(map(len, tables)) > 10
+    assert all((table.tensor == 1).all() and (table.sharding == SHARD_NONE).all() for table in tables)
+    with pytest.raises(PlanError, match="adafactor needs whole matrices: choose another optimizer, or give fewer"):
+        search(training, environment, Constraints(shard_parameters=True), count=1)

@@ -1,0 +1,58 @@
+"""What an optimizer keeps in memory, by its name in the settings of the training scripts.
+
+This module imports no torch. `moreh.runtime.engine.user_parameters` finds the optimizer that a script has made.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+
+@dataclass(frozen=True)
+class OptimizerState:
+    """The state of an optimizer. Counts of steps, and means of rows and columns, are too small to count."""
+
+    name: str
+    """What users call the optimizer."""
+    values: float
+    """Numbers kept for each trained weight."""
+    matrix_values: float | None = None
+    """Numbers kept for each weight of the layers' matrices, where that differs (Muon)."""
+    orthogonalizing_steps: int = 0
+    """Steps of the Newton-Schulz iteration on each matrix of the layers, which every device computes whole (Muon)."""
+    gathers_matrices: bool = False
+    """Whether an update needs whole matrices, so that the devices that share one gather it."""
+    works_on_shards: bool = True
+    """Whether the runtime lets it update matrices that devices share. Plans for others keep every matrix whole."""
+
+
+ADAMW = OptimizerState("adamw", 2)
+_MUON_STEPS = 5
+_KNOWN = (
+    ADAMW,
+    OptimizerState("adam", 2),
+    OptimizerState("nadam", 2),
+    OptimizerState("radam", 2),
+    OptimizerState("adamax", 2),
+    OptimizerState("adafactor", 0, works_on_shards=False),
+    OptimizerState("muon", 2, 1, _MUON_STEPS, gathers_matrices=True),
+    OptimizerState("sgd", 0),
+    OptimizerState("rmsprop", 1),
+    OptimizerState("adagrad", 1),
+    OptimizerState("adadelta", 2),
+)
+# By name, with torch's default settings.
+OPTIMIZER_STATES = {state.name: state for state in _KNOWN}
+
+
+def optimizer_state(name: str, settings: Mapping[str, Any]) -> OptimizerState:
+    """The state of an optimizer with its own settings."""
+    known = OPTIMIZER_STATES[name]
+    values = known.values
+    if name in ("adamw", "adam"):
+        values += bool(settings.get("amsgrad"))
+    elif name in ("sgd", "rmsprop"):
+        values += bool(settings.get("momentum")) + bool(settings.get("centered"))
+    steps = settings.get("ns_steps", _MUON_STEPS) if known.orthogonalizing_steps else 0
+    amsgrad = name == "muon" and bool(settings.get("adamw", {}).get("amsgrad"))
+    return replace(known, values=values + amsgrad, orthogonalizing_steps=steps)
