@@ -51,7 +51,7 @@ def main(config: Config, log: RunLog) -> None:
 
     from utils.data.batches import iter_steps, total_steps, training_loader
     from utils.data.dataset import prepare_data
-    from utils.training.checkpoint import Checkpoints
+    from utils.training.checkpoint.checkpoints import Checkpoints
     from utils.training.evaluation import Evaluation
     from utils.training.lr_schedule import make_scheduler
     from utils.training.model import load_model

@@ -152,7 +152,7 @@ def _import_libraries() -> None:
     """
     gc.disable()
     import utils.data.dataset
-    import utils.training.checkpoint
+    import utils.training.checkpoint.checkpoints
     import utils.training.model  # noqa: F401
 
     gc.freeze()

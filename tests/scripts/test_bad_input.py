@@ -226,7 +226,8 @@ def test_script_ends_with_exit_code_2(run, tiny_config):
     assert finished.returncode == 2
     assert finished.stderr == (
         "error: command line: train.stepz: unknown key; did you mean steps? Allowed here: steps, epochs, batch_size, "
-        "gradient_accumulation, lr, schedule, warmup_steps, min_lr_ratio, weight_decay, max_grad_norm, seed, loader_workers\n"
+        "gradient_accumulation, lr, optimizer, optimizer_settings, schedule, decay_steps, decay_shape, warmup_steps, "
+        "min_lr_ratio, weight_decay, decay_norms_and_biases, max_grad_norm, seed, loader_workers\n"
     )
 
 

@@ -15,7 +15,7 @@ from moreh.runtime.checkpoint.manifest import Manifest, write_manifest
 from tests.conftest import TINY_CONFIG
 from utils.cli import run_script
 from utils.config.schema import TrainSection
-from utils.training.checkpoint_files import prune, set_aside
+from utils.training.checkpoint.files import prune, set_aside
 from utils.training.lr_schedule import lr_factor
 
 STEPS = 8

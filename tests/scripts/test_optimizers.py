@@ -9,6 +9,7 @@ from tests.conftest import ROOT
 from tests.helpers.compare import max_difference
 from tests.helpers.scripts.fork_server import run_forked_workers
 from utils.config.yaml_file import load_config
+from utils.errors import UserError
 from utils.plan_only import plan_request, print_plan
 
 # eps keeps gradients that are nothing but rounding from being scaled up.
@@ -53,10 +54,19 @@ def test_resumed_run_goes_on_as_if_never_interrupted(train, read_metrics, name):
 
 def test_checkpoint_of_another_optimizer_is_refused(train):
     train("checkpoint.every_steps=2", "train.steps=2")
-    with pytest.raises(CheckpointError, match="has the state of AdamW, which SGD cannot use"):
-        train("train.optimizer=sgd", "checkpoint.resume=auto")
-    with pytest.raises(CheckpointError, match="AdamW has 2 parameter groups, the checkpoint has 1"):
-        train("train.decay_norms_and_biases=false", "checkpoint.resume=auto")
+    refused = (
+        ("train.optimizer=sgd", "train.optimizer adamw -> sgd", "has the state of AdamW, which SGD cannot use"),
+        (
+            "train.decay_norms_and_biases=false",
+            "train.decay_norms_and_biases True -> False",
+            "AdamW has 2 parameter groups",
+        ),
+    )
+    for setting, difference, reason in refused:
+        with pytest.raises(UserError, match=f"is of another training: {difference}"):
+            train(setting, "checkpoint.resume=auto")
+        with pytest.raises(CheckpointError, match=reason):
+            train(setting, "checkpoint.resume=auto", "checkpoint.resume_force=true")
 
 
 def test_plan_counts_the_state(tiny_config, state_directory, capsys):

@@ -6,6 +6,7 @@ import math
 import re
 import sys
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -16,6 +17,7 @@ from tests.helpers.scripts.tiny_runs import prepare
 from utils.config.schema import DataSection
 from utils.config.yaml_file import load_config
 from utils.data.batches import training_loader
+from utils.data.encoding import read_rows
 from utils.data.records import Record
 from utils.logging.run_log import METRIC_KEYS
 from utils.training.lr_schedule import lr_factor
@@ -168,9 +170,9 @@ print(losses / count, repr(tokenizer.decode(tokenizer("def f(x):")["input_ids"])
     script = tmp_path / "plain.py"
     script.write_text(source, encoding="utf-8")
     (cache,) = (directory.parent / "cache").glob("data-*")
-    finished = run(
-        sys.executable, script, directory, cache / "evaluation", cwd=tmp_path, TORCH_DEVICE_BACKEND_AUTOLOAD="0"
-    )
+    rows = tmp_path / "evaluation"
+    read_rows(cache).select(np.load(cache / "evaluation.npy")).save_to_disk(str(rows))
+    finished = run(sys.executable, script, directory, rows, cwd=tmp_path, TORCH_DEVICE_BACKEND_AUTOLOAD="0")
     assert finished.returncode == 0, finished.stderr
     loss, text = finished.stdout.split(" ", 1)
     assert float(loss) == pytest.approx(eval_loss, abs=1e-4)

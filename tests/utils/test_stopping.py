@@ -12,10 +12,10 @@ import torch
 
 from utils.config.schema import CheckpointSection, Config
 from utils.errors import Stopped, UserError
-from utils.training import checkpoint
-from utils.training.checkpoint import Checkpoints
-from utils.training.disk_space import bytes_of_run, require_disk_space
-from utils.training.stopping import STOP_SIGNALS, StopRequest, resume_command
+from utils.training.checkpoint import checkpoints as checkpoints_module
+from utils.training.checkpoint.checkpoints import Checkpoints
+from utils.training.checkpoint.disk_space import bytes_of_run, require_disk_space
+from utils.training.checkpoint.stopping import STOP_SIGNALS, StopRequest, resume_command
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def test_first_signal_asks_and_an_interrupt_after_it_ends_at_once(handlers, capf
 
 def test_second_termination_kills():
     source = (
-        "import os, signal, time\nfrom utils.training.stopping import StopRequest\n"
+        "import os, signal, time\nfrom utils.training.checkpoint.stopping import StopRequest\n"
         "request = StopRequest()\nos.kill(os.getpid(), signal.SIGTERM)\nassert request.signal\n"
         "os.kill(os.getpid(), signal.SIGTERM)\ntime.sleep(60)\n"
     )
@@ -101,7 +101,7 @@ def saved_steps(directory):
 
 def test_checkpoint_is_due_after_the_minutes_of_the_settings(handlers, tmp_path, monkeypatch):
     now = 1000.0
-    monkeypatch.setattr(checkpoint, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(checkpoints_module, "time", SimpleNamespace(monotonic=lambda: now))
     checkpoints, end_step = make_checkpoints(tmp_path, every_minutes=10)
     for step, minutes in ((1, 9), (2, 2), (3, 9), (4, 2)):
         now += minutes * 60
@@ -112,7 +112,7 @@ def test_checkpoint_is_due_after_the_minutes_of_the_settings(handlers, tmp_path,
 
 def test_no_minutes_save_nothing(handlers, tmp_path, monkeypatch):
     now = 1000.0
-    monkeypatch.setattr(checkpoint, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(checkpoints_module, "time", SimpleNamespace(monotonic=lambda: now))
     _, end_step = make_checkpoints(tmp_path, every_minutes=None)
     now += 1e6
     end_step(1)

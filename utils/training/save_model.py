@@ -10,7 +10,7 @@ from moreh.atomic_io import commit_directory, make_staging_directory, staging_pa
 from utils.config.schema import DataSection
 from utils.errors import UserError, first_line
 from utils.text.template import save_template
-from utils.training.stopping import resume_command
+from utils.training.checkpoint.stopping import resume_command
 from utils.workers import rank
 
 

@@ -17,7 +17,7 @@ from tests.helpers.scripts.fork_server import start_forked
 from tests.helpers.sharded import resume as cases
 from tests.helpers.workers import run_on_workers
 from utils.errors import UserError
-from utils.training.checkpoint_files import checkpoints_to_resume
+from utils.training.checkpoint.files import checkpoints_to_resume
 
 FOUR = {
     "pp-tp": {"stage_layers": (1, 2), "pipeline": 2, "tensor": 2, "micro_batches": 2, "micro_batch_size": 4},

@@ -7,7 +7,7 @@ from typing import Any
 from moreh.planner.units import gib
 from utils.config.schema import CheckpointSection
 from utils.errors import UserError
-from utils.training.checkpoint_files import checkpoints_in
+from utils.training.checkpoint.files import checkpoints_in
 
 # AdamW keeps two numbers for each parameter that it trains, in the parameter's type.
 _STATES_PER_PARAMETER = 2

@@ -1,6 +1,6 @@
 """The share of checksums in the time of saving and loading a checkpoint.
 
-python benchmarks/checkpoint_cost.py --mebibytes 500
+python benchmarks/checkpoints/checksums.py --mebibytes 500
 """
 
 import argparse

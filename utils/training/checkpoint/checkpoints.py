@@ -14,7 +14,8 @@ from utils.config.schema import Config
 from utils.data.dataset import RunData
 from utils.errors import Stopped, UserError, first_line
 from utils.logging.run_log import RunLog
-from utils.training.checkpoint_files import (
+from utils.training.checkpoint.disk_space import require_disk_space
+from utils.training.checkpoint.files import (
     checkpoints_in,
     checkpoints_to_resume,
     prune,
@@ -22,11 +23,10 @@ from utils.training.checkpoint_files import (
     set_aside,
     step_of,
 )
-from utils.training.disk_space import require_disk_space
+from utils.training.checkpoint.random_states import random_states, restore_random_states
+from utils.training.checkpoint.resume_settings import compare, describe_run, require_same, table_of
+from utils.training.checkpoint.stopping import StopRequest, resume_command
 from utils.training.evaluation import Evaluation
-from utils.training.random_states import random_states, restore_random_states
-from utils.training.resume_settings import compare, describe_run, require_same, table_of
-from utils.training.stopping import StopRequest, resume_command
 from utils.workers import max_over_ranks, rank
 
 # What a rank asks for after a step: nothing, a checkpoint because of the time, or, with the signal's number added, the
