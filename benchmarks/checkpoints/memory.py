@@ -1,4 +1,4 @@
-"""Memory that a rank needs to load and save its shards of a model: python benchmarks/checkpoints/memory.py [--gigabytes 1]
+"""Memory that a rank needs to load and save its shards: python benchmarks/checkpoints/memory.py [--gigabytes 1]
 
 Makes a checkpoint of a random Llama in a temporary directory, and shards it over 4 ranks in several ways. Prints for
 each rank, in MiB:
