@@ -41,8 +41,8 @@ def make_example(prompt: list[int], summary: list[int], end_of_text: int, loss_o
 
 
 def show_sample(prompt: str, written: str, summary: str) -> str:
-    """The log's text of what the model has written, after the prompt and above the summary in the data."""
-    return f"{prompt}{written.strip()}\nSummary in the data:\n{summary.strip()}"
+    """The log's text of what the model has written, after the prompt and above what the data has."""
+    return f"{prompt}{written.strip()}\nIn the data:\n{summary.strip()}"
 
 
 def main(config: Config, log: RunLog) -> None:

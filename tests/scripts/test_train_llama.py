@@ -42,7 +42,7 @@ def test_task_is_to_write_a_summary_of_a_text():
     assert train_llama3_70b.make_example([5, 6], [7], 0, "response") == ([5, 6, 7, 0], [-100, -100, 7, 0])
     assert train_llama3_70b.make_example([5, 6], [7], 0, "all") == ([5, 6, 7, 0], [5, 6, 7, 0])
     sample = train_llama3_70b.show_sample("Summary:\n", " Brief. ", "Short.\n")
-    assert sample == "Summary:\nBrief.\nSummary in the data:\nShort."
+    assert sample == "Summary:\nBrief.\nIn the data:\nShort."
 
 
 @pytest.mark.parametrize("name", ["llama3_70b", "llama_small"])
@@ -88,7 +88,7 @@ def test_llama_learns_to_summarize(tiny_config, tmp_path, read_metrics, capsys):
     assert lines[-1]["eval_loss"] < 0.8 * lines[0]["eval_loss"]
     output = capsys.readouterr().out
     assert re.search(r"^\[Step 12/12\] 100% \| Loss: \d+\.\d+ \| lr .* GiB$", output, re.M)
-    sample = r"^Sample:\nSummarize the following:\ndef add_\d+\(x\):\n\nSummary:\n.*?Summary in the data:\nreturn x"
+    sample = r"^Sample:\nSummarize the following:\ndef add_\d+\(x\):\n\nSummary:\n.*?In the data:\nreturn x"
     assert len(re.findall(sample, output, re.M | re.S)) == 2
 
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from utils.config.schema import CheckpointSection, Config
+from utils.config.schema import Config
 from utils.errors import Stopped, UserError
 from utils.training.checkpoint import checkpoints as checkpoints_module
 from utils.training.checkpoint.checkpoints import Checkpoints
@@ -74,17 +74,21 @@ class Log:
         return lambda *arguments: None
 
 
-def make_checkpoints(directory, **settings):
-    """The checkpoints of a run, and a function that ends a step of it; the model has one layer."""
-    config = Config.model_validate(
+def make_config(directory, optimizer="adamw", **settings):
+    return Config.model_validate(
         {
             "run": {"name": "tiny", "directory": str(directory)},
             "model": {"architecture": {"model_type": "gpt2"}},
             "data": {"docstrings": ["stdlib"]},
-            "train": {"steps": 9},
+            "train": {"steps": 9, "optimizer": optimizer},
             "checkpoint": settings,
         }
     )
+
+
+def make_checkpoints(directory, **settings):
+    """The checkpoints of a run, and a function that ends a step of it; the model has one layer."""
+    config = make_config(directory, **settings)
     evaluation = type("Evaluation", (), {"first_loss": 1.0, "last_step": -1, "__call__": lambda self, step: 1.0})()
     data = SimpleNamespace(content=dict.fromkeys(("train", "evaluation", "tokenizer"), "0"))
     checkpoints = Checkpoints(config, data, Log(directory / "tiny"), evaluation)
@@ -139,21 +143,26 @@ def test_signal_in_the_last_step_lets_the_run_finish(handlers, tmp_path):
 def test_disk_without_room_is_refused_before_the_first_step(tmp_path, monkeypatch):
     model = torch.nn.Linear(1024, 1024, bias=False)
     weights = 4 * 2**20
-    assert bytes_of_run(model, checkpoints=0) == weights
-    assert bytes_of_run(model, checkpoints=3) == weights + 3 * 3 * weights
+    assert bytes_of_run(model, 0, 2) == weights
+    assert bytes_of_run(model, 3, 2) == weights + 3 * 3 * weights
     model.weight.requires_grad_(False)
-    assert bytes_of_run(model, checkpoints=3) == weights + 3 * weights
+    assert bytes_of_run(model, 3, 2) == weights + 3 * weights
 
     free = 4 * weights
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=free))
     directory = tmp_path / "runs" / "tiny" / "checkpoints"
-    require_disk_space(directory, model, CheckpointSection(keep_last=2, keep_best=False))
+    require_disk_space(directory, model, make_config(tmp_path, keep_last=2, keep_best=False))
     free -= 1
     with pytest.raises(UserError, match=r"runs/tiny, whose disk has 0\.02 GiB free: .* lower checkpoint\.keep_last=2"):
-        require_disk_space(directory, model, CheckpointSection(keep_last=2, keep_best=False))
+        require_disk_space(directory, model, make_config(tmp_path, keep_last=2, keep_best=False))
+    model.weight.requires_grad_(True)  # now AdamW's state is written too; an optimizer without state has none
+    require_disk_space(directory, model, make_config(tmp_path, "sgd", keep_last=1, keep_best=False))
+    with pytest.raises(UserError, match="the run writes up to"):
+        require_disk_space(directory, model, make_config(tmp_path, keep_last=1, keep_best=False))
+    model.weight.requires_grad_(False)
     with pytest.raises(UserError, match="the run writes up to"):  # the best one as well
-        require_disk_space(directory, model, CheckpointSection(keep_last=1))
+        require_disk_space(directory, model, make_config(tmp_path, keep_last=1))
     # A run that goes on has its checkpoints already.
     (directory / "step-3").mkdir(parents=True)
-    require_disk_space(directory, model, CheckpointSection(keep_last=2, keep_best=False))
+    require_disk_space(directory, model, make_config(tmp_path, keep_last=2, keep_best=False))
     assert Path(directory).is_dir()

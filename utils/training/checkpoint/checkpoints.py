@@ -68,7 +68,7 @@ class Checkpoints:
         """
         step, self._total_steps = 0, total_steps
         self._described = describe_run(self._config, self._data, model)  # before the model is sharded
-        require_disk_space(self._directory, model, self._settings)
+        require_disk_space(self._directory, model, self._config)
         if not self._to_resume:
             self._log.start()
             self._log.log_step({"step": 0, "eval_loss": self._evaluation(0)})
