@@ -1,7 +1,7 @@
 """Write the model of a run as a plain directory of transformers, for other tools.
 
     python scripts/export.py runs/llama_smollm2_lora exported --merge   an adapter and its base
-    python scripts/export.py runs/gpt exported --dtype bfloat16         a model that was trained whole
+    python scripts/export.py runs/gpt exported --dtype bfloat16         a model without adapters
 
 The directory has the tokenizer and the template of the prompts too. Results in float32 are those of
 the run, to rounding.
