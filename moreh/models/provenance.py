@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import transformers
+import typing_extensions
 from torch import nn
 from torch.amp import autocast_mode
 from torch.nn.utils.parametrizations import _SpectralNorm
@@ -30,6 +31,8 @@ _LIBRARY_DIRECTORIES = tuple(
         *(str(Path(_TRANSFORMERS_DIRECTORY).parent / name) for name in ("peft", "accelerate")),
     )
 )
+# Its `deprecated` wraps functions of torch; what is wrapped is looked at as well.
+_DEPRECATION_FILE = str(typing_extensions.__file__)
 _LIBRARY_PACKAGES = frozenset(
     {"accelerate", "builtins", "functools", "moreh", "numpy", "packaging", "peft", "torch", "transformers", "typing"}
 )
@@ -145,8 +148,8 @@ def _is_in_library(function: Any) -> bool:
         )
     file = function.__code__.co_filename
     if file.startswith(_PYTHON_DIRECTORY):
-        return "site-packages" not in file or file.startswith(_LIBRARY_DIRECTORIES)
-    return file.startswith((*_LIBRARY_DIRECTORIES, "<frozen "))
+        return "site-packages" not in file or file == _DEPRECATION_FILE or file.startswith(_LIBRARY_DIRECTORIES)
+    return file == _DEPRECATION_FILE or file.startswith((*_LIBRARY_DIRECTORIES, "<frozen "))
 
 
 def _file_of(function: Any) -> str:

@@ -6,14 +6,17 @@ from unittest import mock
 
 import pytest
 import torch
+import typing_extensions
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, LlamaForCausalLM
 from transformers.activations import NewGELUActivation
 from transformers.loss import loss_utils
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama import modeling_llama
+from transformers.models.nemotron import modeling_nemotron
 
 from moreh.models.compatibility import unsupported_reason
+from moreh.models.library_functions import LibraryFunctions
 from moreh.options import DEFAULT_OPTIONS
 from moreh.runtime.engine.fast_path import FastPath
 from moreh.runtime.kernels.attention_dispatch import attention_layers, use_block_attention
@@ -199,6 +202,15 @@ def test_wrapper_of_the_script_runs_its_own_forward():
 def test_replaced_loss_of_transformers_is_noticed():
     with mock.patch.dict(loss_utils.LOSS_MAPPING, ForCausalLM=lambda *args, **kwargs: None):
         assert call(llama()) is NotImplemented
+
+
+def test_deprecated_function_of_torch_is_the_librarys_own():
+    """Nemotron reaches torch.cuda.amp, whose functions are wrapped by `typing_extensions.deprecated`."""
+    model = whole_model("nemotron", {"num_key_value_heads": 2})
+    assert LibraryFunctions(model).replaced is None
+    own = typing_extensions.deprecated("of the script")(lambda *args: args)
+    with mock.patch.object(modeling_nemotron, "_cast_if_autocast_enabled", own):
+        assert LibraryFunctions(model).replaced.endswith("modeling_nemotron._cast_if_autocast_enabled")
 
 
 def test_only_plain_lora_is_supported():
