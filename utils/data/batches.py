@@ -105,7 +105,7 @@ def total_steps(loader: DataLoader[Batch], config: Config) -> int:
     """The number of optimizer steps of the run.
 
     Raises:
-        UserError: the epochs hold less than one step, or fewer than the warm-up takes.
+        UserError: the epochs hold less than one step, or fewer than the warm-up and the decay take.
     """
     if config.train.steps is not None:
         return config.train.steps
@@ -118,6 +118,11 @@ def total_steps(loader: DataLoader[Batch], config: Config) -> int:
         )
     if config.train.warmup_steps > steps:
         raise UserError(f"train.warmup_steps is {config.train.warmup_steps}, but train.epochs makes only {steps} steps")
+    if config.train.warmup_steps + (config.train.decay_steps or 0) > steps:
+        raise UserError(
+            f"train.warmup_steps is {config.train.warmup_steps} and train.decay_steps is {config.train.decay_steps}, "
+            f"but train.epochs makes only {steps} steps"
+        )
     return steps
 
 

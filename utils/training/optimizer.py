@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moreh.errors import PlanError
+from moreh.errors import MorehError, PlanError
 from moreh.models.introspection import layer_list
 from utils.config.optimizers import OPTIMIZERS
 from utils.config.schema import TrainSection
@@ -36,6 +36,8 @@ def make_optimizer(
         info(f"Muon updates {sizes[0]} matrices of the layers, AdamW the other {sizes[1]} parameters")
         muon = make([parameter for _, parameter in matrices], **common, **settings)
         return MuonWithAdamW(muon, torch.optim.AdamW(_groups(others, train), **of_adamw))
+    except MorehError:  # what the line says of an optimizer is not about its settings
+        raise
     except ValueError as error:
         raise UserError(f"train.optimizer_settings: {train.optimizer}: {error}") from None
 

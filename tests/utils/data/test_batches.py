@@ -5,8 +5,9 @@ import torch
 
 from tests.helpers.scripts.tiny_runs import prepare
 from utils.config.yaml_file import load_config
-from utils.data.batches import collate_padded, evaluation_loader, iter_steps, training_loader
+from utils.data.batches import collate_padded, evaluation_loader, iter_steps, total_steps, training_loader
 from utils.data.labels import count_labels
+from utils.errors import UserError
 
 P = 9  # the pad token
 # Token ids of a row of at most 5 tokens, and whether comparing ids with the pad token would give another mask.
@@ -98,3 +99,21 @@ def test_evaluation_sees_every_row(tiny_config):
     assert [len(batch["locations"]) for batch in batches] == [3, 3, 2]
     assert [location for batch in batches for location in batch["locations"]] == data.evaluation["location"][:]
     assert batches[0]["input_ids"].shape == torch.Size([3, 48])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.warmup_steps=6"], r"train\.warmup_steps is 6, but train\.epochs makes only 5 steps"),
+        (
+            ["train.warmup_steps=2", "train.schedule=wsd", "train.decay_steps=4"],
+            r"warmup_steps is 2 and train\.decay_steps is 4, but train\.epochs makes only 5 steps",
+        ),
+        (["train.gradient_accumulation=6"], r"1 epoch\(s\) of 5 batches are less than the 6 batches of one step"),
+    ],
+)
+def test_epochs_that_are_too_short_are_refused(tiny_config, overrides, message):
+    settings = ["train.epochs=1", "train.steps=null"]
+    assert total_steps(range(5), load_config(str(tiny_config), settings)) == 5
+    with pytest.raises(UserError, match=message):
+        total_steps(range(5), load_config(str(tiny_config), [*settings, *overrides]))
