@@ -36,7 +36,7 @@ from utils.text.chat_template import drop_other_chat_template
 from utils.text.tokenizers import load_tokenizer
 
 # Part of each cache key: raise it when the same settings are to give other rows.
-_FORMAT = 6
+_FORMAT = 7
 
 
 @dataclass(frozen=True)
@@ -86,6 +86,8 @@ def prepare_data(
         content=counts["content"],
     )
     info(f"Rows of the data: {SourceCounts(**counts['source'])}")
+    if config.data.eval_files:
+        info(f"Rows of data.eval_files: {SourceCounts(**counts['eval_files'])}")
     info(f"Training rows: {data.train_counts}")
     info(f"Held-out rows: {data.evaluation_counts}")
     for note in data.notes:
@@ -111,19 +113,23 @@ def _prepare(
     held_out: ExampleReader[Any] = ExampleReader(data, held_out_records(data), make)
     source: ExampleReader[Any] = ExampleReader(data, source_records(data), make)
     store = target / "examples.arrow"
-    examples = store_examples(chain(held_out, source), store)
+    examples = store_examples(chain(held_out if data.eval_files else (), source), store)
     split = split_examples(
         examples.digests,
         data.eval_rows,
         config.train.seed,
         keeps_duplicates=data.duplicates == "keep",
-        held_out=None if data.eval_files is None else held_out.counts.used,
+        held_out=held_out.counts.used if data.eval_files else None,
     )
     is_training = np.zeros(len(examples.digests), bool)
     is_training[split.training] = True
     tokenizer = _tokenizer(config, examples.texts(is_training, decode_conversation if is_chat else decode_pair))
     encoded = encode_examples(examples, target, tokenizer, data, make_example)
-    counts: dict[str, Any] = {"source": asdict(replace(source.counts, duplicates=split.duplicates))}
+    equal_held_out = held_out.counts.used - len(split.held_out) if data.eval_files else 0
+    counts: dict[str, Any] = {
+        "eval_files": asdict(replace(held_out.counts, duplicates=equal_held_out)),
+        "source": asdict(replace(source.counts, duplicates=split.duplicates - equal_held_out)),
+    }
     content = {"tokenizer": hash_of_tokenizer(tokenizer)}
     for name, indices in (("train", split.training), ("evaluation", split.held_out)):
         row_counts = encoded.counts(indices)

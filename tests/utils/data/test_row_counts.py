@@ -69,13 +69,18 @@ def test_held_out_share_is_sensible_for_small_data(run_on, count, held_out):
 
 
 def test_rows_of_named_files_are_held_out_and_not_trained_on(run_on, tmp_path):
-    (tmp_path / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(13)), encoding="utf-8")
+    given = [*rows(13), {"prompt": "e", "response": ""}, *rows(2)]
+    (tmp_path / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in given), encoding="utf-8")
     files = f"data.eval_files={tmp_path / 'held_out.jsonl'}"
     data, lines = run_on(rows(40), files, "data.eval_rows=null")
     held_out = data.evaluation["location"][:]
     assert [Path(location).name for location in held_out] == [f"held_out.jsonl:{line}" for line in range(1, 14)]
     assert len(data.train) == 40 - 13
     assert any(line.startswith("Rows of the data: 40 read; left out: 13 equal to an earlier one") for line in lines)
+    (line,) = [line for line in lines if line.startswith("Rows of data.eval_files: ")]
+    assert line.startswith(
+        "Rows of data.eval_files: 16 read; left out: 2 equal to an earlier one (data.duplicates); 1 with"
+    )
     with pytest.raises(UserError, match=r"eval_rows is 8, but all rows of eval_files are held out"):
         run_on(rows(40), files)
 
