@@ -116,7 +116,7 @@ def package_version(name: str) -> str | None:
 
 
 def cpu_model() -> str:
-    """The name of the processor."""
+    """The name of the CPU."""
     return _field(_content(Path("/proc/cpuinfo")), "model name") or platform.processor() or platform.machine()
 
 
