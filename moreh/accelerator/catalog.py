@@ -67,6 +67,8 @@ def _allowed(field: "Field[Any]", value: Any) -> str | None:
     if kind.startswith("tuple"):
         is_texts = isinstance(value, list) and all(isinstance(text, str) and text for text in value)
         return None if is_texts else "a list of texts"
+    if kind.startswith("bool"):
+        return None if isinstance(value, bool) else "true or false"
     if kind.startswith("str"):
         return None if isinstance(value, str) and value else "a text"
     if kind.startswith("int"):

@@ -53,6 +53,8 @@ class Device:
     """The class of devices whose measured efficiency applies: a key of `planner/hardware/data/efficiency.json`."""
     source: str
     """Where the figures come from, and which of them are assumed."""
+    efficiency_assumed: bool = False
+    """Whether the class has published runs of other devices only."""
     driver_names: tuple[str, ...] = ()
     """Names that drivers give the device besides `name`, without brands such as "NVIDIA" and "AMD Instinct"."""
 

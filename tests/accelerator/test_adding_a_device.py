@@ -15,7 +15,9 @@ from moreh.errors import AcceleratorError
 from tests.helpers.fake_gpus import show_gpus
 from tests.helpers.planner.plan_tool import STEP, runner, write_model
 
+# A device that is not in the catalog, with the figures of one that is:
 # https://www.amd.com/en/products/accelerators/instinct/mi350/mi355x.html
+NAME = "MI555X"
 MI355X = {
     "memory_mib": 294_896,
     "bf16_flops_per_second": 2.5e15,
@@ -29,13 +31,13 @@ MI355X = {
     "node_bytes_per_second": 537.6e9,
     "network_bytes_per_second": 50e9,
     "efficiency_class": "CDNA3",
-    "driver_names": ["MI355X OAM"],
+    "driver_names": ["MI555X OAM"],
     "source": "AMD Instinct MI355X data sheet, "
     "https://www.amd.com/en/products/accelerators/instinct/mi350/mi355x.html (288 GB HBM3E, dense rates; 7 Infinity "
     "Fabric links of 76.8 GB/s a direction); usable memory, a network of 400 Gb/s a device and "
     "the efficiency of CDNA 3 assumed",
 }
-FLAVOR = {"name": "8xMI355X.2304GB", "device": "MI355X", "devices": 8, "nodes": 1}
+FLAVOR = {"name": "8xMI555X.2304GB", "device": "MI555X", "devices": 8, "nodes": 1}
 
 
 @pytest.fixture
@@ -61,22 +63,22 @@ def edit_data(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def with_mi355x(edit_data):
+def with_new_device(edit_data):
     """One more device, and one more flavor of it: an entry of a file each."""
-    edit_data("devices.json", lambda table: table.update({"MI355X": MI355X}))
+    edit_data("devices.json", lambda table: table.update({NAME: MI355X}))
     edit_data("flavors.json", lambda table: table["flavors"].append(FLAVOR))
 
 
-@pytest.mark.usefixtures("with_mi355x")
+@pytest.mark.usefixtures("with_new_device")
 def test_new_device_and_flavor_are_found():
-    flavor = find_flavor("8xmi355x.2304gb")
+    flavor = find_flavor("8xmi555x.2304gb")
     assert find_flavor(str(len(all_flavors()))) is flavor
-    assert flavor.device is find_device("mi355x")
+    assert flavor.device is find_device("mi555x")
     assert flavor.memory_mib == 8 * 294_896
     assert find_flavor("xLarge.512GB").device.name == "MI250 GCD"
 
 
-@pytest.mark.usefixtures("with_mi355x")
+@pytest.mark.usefixtures("with_new_device")
 def test_planner_plans_for_a_new_flavor(state_directory, monkeypatch, capsys, tmp_path):
     plan, model = runner(monkeypatch, capsys), write_model(tmp_path)
 
@@ -85,35 +87,35 @@ def test_planner_plans_for_a_new_flavor(state_directory, monkeypatch, capsys, tm
         assert (code, err) == (0, "")
         return json.loads(out)["plans"][0]
 
-    switch_model("8xMI355X.2304GB")
+    switch_model("8xMI555X.2304GB")
     new, old = best(), best("--accelerator", "xLarge.512GB")
-    assert new == best("--device", "MI355X", "--devices", "8")
+    assert new == best("--device", NAME, "--devices", "8")
     assert 0 < new["step_time_s"] < old["step_time_s"]
     assert best("--precision", "float8")["step_time_s"] < new["step_time_s"]
     code, out, err = plan(model, *STEP, "--flavors")
     assert (code, err) == (0, "")
-    assert "8xMI355X.2304GB" in out
+    assert "8xMI555X.2304GB" in out
     assert "xLarge.512GB" not in out  # device-hours of other devices would be no measure
 
 
-@pytest.mark.usefixtures("with_mi355x", "state_directory")
-@pytest.mark.parametrize("name", ["AMD Instinct MI355X OAM", "AMD Instinct MI355X"])
+@pytest.mark.usefixtures("with_new_device", "state_directory")
+@pytest.mark.parametrize("name", ["AMD Instinct MI555X OAM", "AMD Instinct MI555X"])
 def test_gpus_of_a_new_device_have_its_rates(monkeypatch, name):
     show_gpus(monkeypatch, [name] * 2, compute_units=256)
     assert this_machine().device.bf16_flops_per_second == MI355X["bf16_flops_per_second"]
 
 
-@pytest.mark.usefixtures("with_mi355x")
+@pytest.mark.usefixtures("with_new_device")
 def test_tools_offer_a_new_device(monkeypatch, capsys):
     code, out, _ = runner(monkeypatch, capsys)("--help")
     assert code == 0
-    assert "MI355X" in out
+    assert NAME in out
 
 
 def test_flavor_of_an_unknown_device_is_refused(edit_data):
     edit_data("flavors.json", lambda table: table["flavors"].append({**FLAVOR, "device": "MI999"}))
     with pytest.raises(
-        AcceleratorError, match=r"entry '8xMI355X\.2304GB': no device 'MI999': known devices are MI250 GCD, "
+        AcceleratorError, match=r"entry '8xMI555X\.2304GB': no device 'MI999': known devices are MI250 GCD, "
     ):
         all_flavors()
 
@@ -135,6 +137,7 @@ def change(**values):
         (change(package_bytes_per_second=None), "allowed is a rate where a package has several devices, else null"),
         (change(devices_per_node=7), "devices_per_node is 7; allowed is a multiple of devices_per_package, 2"),
         (change(source=""), "source is ''; allowed is a text"),
+        (change(efficiency_assumed="yes"), "efficiency_assumed is 'yes'; allowed is true or false"),
         (change(driver_names="MI250"), "driver_names is 'MI250'; allowed is a list of texts"),
         (change(driver_names=["MI250", 3]), r"driver_names is \['MI250', 3\]; allowed is a list of texts"),
         (lambda table: table.update({"MI250 GCD": 3}), "3 is no object"),
@@ -149,16 +152,16 @@ def test_wrong_entry_of_a_device_is_refused_by_its_key(edit_data, edit, message)
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"devices": 12}, "12 devices on 1 nodes; allowed are equally many on each node, at most 8 of MI355X"),
+        ({"devices": 12}, "12 devices on 1 nodes; allowed are equally many on each node, at most 8 of MI555X"),
         ({"devices": 9, "nodes": 2}, "9 devices on 2 nodes"),
         ({"memory": 3}, "unknown are memory; the keys are name, device, devices, nodes"),
         ({"nodes": 0}, "nodes is 0; allowed is a whole number from 1"),
     ],
 )
-@pytest.mark.usefixtures("with_mi355x")
+@pytest.mark.usefixtures("with_new_device")
 def test_wrong_entry_of_a_flavor_is_refused_by_its_key(edit_data, values, message):
     edit_data("flavors.json", lambda table: table["flavors"][-1].update(values))
-    with pytest.raises(AcceleratorError, match=rf"^flavors\.json, entry '8xMI355X\.2304GB': {message}"):
+    with pytest.raises(AcceleratorError, match=rf"^flavors\.json, entry '8xMI555X\.2304GB': {message}"):
         all_flavors()
 
 

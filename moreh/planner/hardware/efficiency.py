@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from moreh.accelerator.devices import Device
 from moreh.errors import PlanError
 
 _DATA = Path(__file__).parent / "data" / "efficiency.json"
@@ -114,3 +115,11 @@ def uncertainty(class_name: str) -> Uncertainty:
     """
     find_efficiency(class_name)
     return Uncertainty(**_table()["errors"][class_name])
+
+
+def errors_text(device: Device) -> str:
+    """How far predicted step times on a kind of device can be trusted: a continuation of "Step times came out ..."."""
+    known = uncertainty(device.efficiency_class)
+    if not device.efficiency_assumed or known.runs == 0:
+        return known.text
+    return f"{known.text}: {device.efficiency_class}; there is none on {device.name}"

@@ -4,7 +4,7 @@ from moreh.accelerator.devices import Device
 from moreh.accelerator.this_machine import THIS_MACHINE
 from moreh.models.architecture import Architecture
 from moreh.planner.cost.prediction import Prediction
-from moreh.planner.hardware.efficiency import uncertainty
+from moreh.planner.hardware.efficiency import errors_text
 from moreh.planner.optimizer_state import ADAMW, OptimizerState
 from moreh.planner.plan.notation import plan_text
 from moreh.planner.report.step_parts import short_overhead
@@ -32,8 +32,7 @@ def uncertainty_text(device: Device) -> str:
     if device.efficiency_class == THIS_MACHINE:
         text = "All figures are predictions from rates measured on this machine."
         return text if device.name == THIS_MACHINE else f"No entry of devices.json has the name {device.name}. {text}"
-    known = uncertainty(device.efficiency_class)
-    return f"All figures are predictions, not measurements. Step times came out {known.text}."
+    return f"All figures are predictions, not measurements. Step times came out {errors_text(device)}."
 
 
 def header_pairs(request: Request, result: SearchResult | None = None, idle: str = "") -> list[tuple[str, str]]:

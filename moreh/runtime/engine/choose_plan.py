@@ -18,7 +18,7 @@ from moreh.errors import PlanError
 from moreh.options import ParallelOptions, PlannerVariables
 from moreh.planner.cost.prediction import DeviceMemory, Prediction, predict
 from moreh.planner.hardware.cluster import cluster_for_flavor
-from moreh.planner.hardware.efficiency import uncertainty
+from moreh.planner.hardware.efficiency import errors_text
 from moreh.planner.hardware.environment import Environment, make_environment, measured_environment
 from moreh.planner.plan.notation import plan_text
 from moreh.planner.plan.plan import Plan, Recomputation, Training
@@ -121,7 +121,7 @@ def _uncertainty_text(device: Device) -> str:
     """How far a step time on a kind of device can be trusted."""
     if device.efficiency_class == THIS_MACHINE:
         return "Rates were measured on this machine."
-    return f"Step times came out {uncertainty(device.efficiency_class).text}."
+    return f"Step times came out {errors_text(device)}."
 
 
 def _write(path: Path, lines: list[str], log: Callable[[str], None]) -> None:
