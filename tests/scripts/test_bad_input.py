@@ -63,7 +63,7 @@ BAD_SETTINGS = {
     "key that is a list": ("steps: 4", "? [a, b] : 1, steps: 4", "tiny.yaml:9: a key must be a word"),
     "text for a model's number": ("n_layer: 1", "n_layer: two", "model.architecture: "),
     "unknown activation": ("n_layer: 1", "n_layer: 1, activation_function: foo", "model.architecture: KeyError: 'foo'"),
-    "two sources": ("max_length: 48", "max_length: 48, hub: some/data", "data: give exactly one of docstrings, summaries, files and hub; given: files, hub"),
+    "two sources": ("max_length: 48", "max_length: 48, hub: some/data", "data: give exactly one of docstrings, summaries, files, hub and sources; given: files, hub"),
     "no such file": ("pairs.jsonl", "other.jsonl", "there is no file "),
     "bad option of the hook": ("null}", "{num_stages: 0}}", "accelerator.advanced_parallelization.num_stages: 0 is not allowed: "),
     "stages without pipeline": ("null}", "{num_stages: 4, pipeline_parallel: false}}", "stages need pipeline_parallel=True"),

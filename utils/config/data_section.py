@@ -1,57 +1,29 @@
 """The section of the data: its keys, and which of them agree with each other."""
 
-import string
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 from typing_extensions import Self
 
-from utils.config.section import NonEmpty, PathText, Positive, Section
+from utils.config.section import NonEmpty, PathText, Positive
+from utils.config.source_section import MixedSource, SourceKeys, existing_files
 
-SOURCES = ("docstrings", "summaries", "files", "hub")
-"""The keys of which exactly one names where the data comes from."""
-# Files by which a directory of `save_to_disk` is known: of a dataset, and of a dictionary of splits.
-SAVED_DATASET = "state.json"
-SAVED_SPLITS = "dataset_dict.json"
+# What a source of a mix has from the section of the data if it does not say otherwise, by the source's format.
+_INHERITED = {"pairs": ("prompt_field", "response_field", "template"), "chat": ("messages_field",)}
 
 
-def is_saved_dataset(path: Path) -> bool:
-    """Whether a directory was written by `save_to_disk` of datasets."""
-    return any((path / name).is_file() for name in (SAVED_DATASET, SAVED_SPLITS))
+class DataSection(SourceKeys):
+    """The pairs or conversations to learn: exactly one of docstrings, summaries, files, hub and sources."""
 
+    ALTERNATIVES: ClassVar[tuple[str, ...]] = (*SourceKeys.ALTERNATIVES, "sources")
 
-class DataSection(Section):
-    """The pairs or conversations to learn: exactly one of docstrings, summaries, files and hub."""
-
-    docstrings: Annotated[list[NonEmpty], Field(min_length=1)] | None = None
-    """Installed packages whose sources give pairs of signature with docstring -> body; `stdlib` is Python's library."""
-    summaries: Annotated[list[NonEmpty], Field(min_length=1)] | None = None
-    """Installed packages whose docstrings give pairs of text -> first line; `stdlib` is Python's library."""
-    files: Annotated[list[PathText], Field(min_length=1)] | None = None
-    """Local files: JSONL (also `.ndjson`), JSON, CSV, TSV, text (a row a line, field `text`) or Parquet; all but
-    Parquet may be compressed (`.gz`, `.bz2`, `.xz`, `.zst`). A name may be a pattern such as `data/*.jsonl`, or a
-    directory of `save_to_disk`."""
-    hub: PathText | None = None
-    """A dataset of the Hugging Face hub, or a local directory that `datasets` can load."""
-    hub_configuration: NonEmpty | None = None
-    """The configuration of the hub's dataset where it has several, such as a version or a language."""
-    split: NonEmpty = "train"
-    """The split of the hub's dataset, or of a directory that `save_to_disk` has written with several."""
-    format: Literal["pairs", "chat"] = "pairs"
-    """What a row holds: a prompt and a response, or a conversation, which the tokenizer's chat template renders."""
-    messages_field: NonEmpty | None = None
-    """The field of a row that holds the messages of a conversation; null: `messages` or `conversations`. A message has
-    a `role` and a `content`, or a `from` and a `value`. The row's field `tools` is given to the template."""
+    sources: Annotated[list[MixedSource], Field(min_length=1)] | None = None
+    """A mix: a list of sources, each with keys of its own. The fields and the template of `data` hold for a source that
+    names no others; the template that is saved with the model is that of `data`. With `format: chat`, a source of pairs
+    gives conversations of two turns."""
     chat_template: PathText | None = None
     """A file with a chat template in Jinja; null: the one of the tokenizer, or ChatML where a tokenizer is trained."""
-    prompt_field: NonEmpty | None = "prompt"
-    """The field of a row that is the prompt; null: there is none, as with a column of plain texts."""
-    response_field: NonEmpty = "response"
-    """The field of a row that is the response."""
-    template: NonEmpty = "{prompt}"
-    """The text before the response. `{prompt}` is the prompt field; other fields may be named in braces as well, and
-    are empty where a row has null. It is saved with the model, and `generate.py` applies it."""
     control_tokens: Literal["text", "parse"] = "text"
     """How the name of a control token, such as `<|im_end|>`, is read in a field: as text, or as the token. In the
     template it is the token."""
@@ -79,29 +51,49 @@ class DataSection(Section):
     """Local files, like `files`, whose rows are held out in place of rows of the source. A row of the source that is
     equal to one of these is not trained on."""
 
-    @field_validator("docstrings", "summaries", "files", "eval_files", mode="before")
+    def each_source(self) -> list["DataSection"]:
+        """The section as it is for each source of a mix, or for the one that there is."""
+        if self.sources is None:
+            return [self]
+        return [
+            self.model_copy(update={**{key: getattr(source, key) for key in SourceKeys.model_fields}, "sources": None})
+            for source in self.sources
+        ]
+
+    def weights(self) -> list[float]:
+        """The weight of each source."""
+        return [1.0] if self.sources is None else [source.weight for source in self.sources]
+
+    def named_files(self) -> list[str]:
+        """All files that the section names, but those of a mix."""
+        return [*(self.files or []), *(self.eval_files or [])]
+
+    @field_validator("eval_files", mode="before")
     @classmethod
-    def _one_name_is_a_list_of_one(cls, names: Any) -> Any:
+    def _one_file_is_a_list_of_one(cls, names: Any) -> Any:
         return [names] if isinstance(names, str) else names
 
+    @model_validator(mode="before")
+    @classmethod
+    def _sources_have_its_fields(cls, content: Any) -> Any:
+        """The section with the keys written out that a source of a mix has from it."""
+        if not (isinstance(content, dict) and isinstance(content.get("sources"), list)):
+            return content
+        return {**content, "sources": [_written_out(source, content) for source in content["sources"]]}
+
     @model_validator(mode="after")
-    def _exactly_one_source(self) -> Self:
-        sources = [name for name in SOURCES if getattr(self, name) is not None]
-        if len(sources) != 1:
-            raise ValueError(
-                f"give exactly one of docstrings, summaries, files and hub; given: {', '.join(sources) or 'none'}"
-            )
-        if self.hub_configuration is not None and self.hub is None:
-            raise ValueError(
-                f"hub_configuration is {self.hub_configuration!r}, but there is no hub: give hub, or leave it out"
-            )
-        has_splits = any(
-            (Path(name) / SAVED_SPLITS).is_file() for name in [*(self.files or []), *(self.eval_files or [])]
-        )
-        if self.split != "train" and self.hub is None and not has_splits:
-            raise ValueError(
-                f"split is {self.split!r}, but there is no hub, whose splits it names: give hub, or leave it out"
-            )
+    def _sources_are_of_the_format(self) -> Self:
+        for number, source in enumerate(self.sources or []):
+            if source.format == "chat" and self.format == "pairs":
+                raise ValueError(
+                    f"sources.{number} has format: chat, and the section data has format: pairs: give data.format: "
+                    "chat, where a source of pairs gives conversations of two turns"
+                )
+            if source.format == "pairs" and self.format == "chat" and source.prompt_field is None:
+                raise ValueError(
+                    f"sources.{number} has prompt_field: null, but with data.format: chat its rows are to be "
+                    "conversations, which begin with a prompt: name the field of it"
+                )
         return self
 
     @model_validator(mode="after")
@@ -113,23 +105,14 @@ class DataSection(Section):
         return self
 
     @model_validator(mode="after")
-    def _keys_are_of_the_format(self) -> Self:
-        if self.format == "pairs":
-            for key in ("messages_field", "chat_template"):
-                if getattr(self, key) is not None:
-                    raise ValueError(f"{key} is {getattr(self, key)!r}, which needs format: chat")
-            if self.loss_on == "last":
-                raise ValueError("loss_on is 'last', which needs format: chat; a pair has one response")
+    def _keys_of_the_run_are_of_the_format(self) -> Self:
+        if self.format == "chat":
+            self.require_default("end_token")
             return self
-        for key in ("docstrings", "summaries"):
-            if getattr(self, key) is not None:
-                raise ValueError(f"format is 'chat', but {key} gives pairs: give files or hub, or leave format out")
-        for key in ("prompt_field", "response_field", "template", "end_token"):
-            if getattr(self, key) != type(self).model_fields[key].default:
-                raise ValueError(
-                    f"{key} is {getattr(self, key)!r}, but format is 'chat', where the chat template decides: "
-                    "leave one of them out"
-                )
+        if self.chat_template is not None:
+            raise ValueError(f"chat_template is {self.chat_template!r}, which needs format: chat")
+        if self.loss_on == "last":
+            raise ValueError("loss_on is 'last', which needs format: chat; a pair has one response")
         return self
 
     @field_validator("chat_template")
@@ -139,57 +122,20 @@ class DataSection(Section):
             raise ValueError(f"there is no file {name}: give one that holds a chat template in Jinja")
         return name
 
-    @model_validator(mode="after")
-    def _prompt_is_not_the_response(self) -> Self:
-        """A prompt that shows the answer teaches to copy, and its held-out loss is next to 0."""
-        if self.prompt_field == self.response_field:
-            raise ValueError(f"prompt_field and response_field are both {self.response_field!r}: name two fields")
-        if self.response_field in template_names(self.template) - {"prompt"}:
-            raise ValueError(
-                f"the template names {{{self.response_field}}}, which is the response: the model would be shown the "
-                "answer; leave it out, since the response follows the template anyway"
-            )
-        return self
-
-    @field_validator("template")
+    @field_validator("eval_files")
     @classmethod
-    def _names_prompt(cls, template: str) -> str:
-        try:
-            parts = list(string.Formatter().parse(template))
-        except ValueError as error:
-            raise ValueError(f"{template!r} is not a template: {error} (double a brace that is text)") from None
-        if any(
-            name is not None and (not name.strip() or format_ or conversion) for _, name, format_, conversion in parts
-        ):
-            raise ValueError(f"{template!r}: only names of fields may be in braces (double a brace that is text)")
-        if "prompt" not in template_names(template):
-            raise ValueError("the template must contain {prompt}")
-        return template
-
-    @field_validator("files", "eval_files")
-    @classmethod
-    def _files_exist(cls, files: list[str] | None) -> list[str] | None:
-        """The files, with the names that a pattern stands for in its place."""
-        if files is None:
-            return None
-        found, missing = [], []
-        for name in files:
-            path = Path(name)
-            matches = [name] if path.is_file() or is_saved_dataset(path) else _matches(name)
-            usable = [match for match in matches if Path(match).is_file() or is_saved_dataset(Path(match))]
-            found += usable
-            missing += [] if usable else [name]
-        if missing:
-            raise ValueError(f"there is no file {', '.join(missing)}")
-        return found
+    def _eval_files_exist(cls, files: list[str] | None) -> list[str] | None:
+        return existing_files(files)
 
 
-def _matches(pattern: str) -> list[str]:
-    """The paths that a pattern such as `data/*.jsonl` stands for, sorted."""
-    path = Path(pattern)
-    return sorted(map(str, Path(path.anchor).glob(str(path.relative_to(path.anchor)))))
+SOURCES = DataSection.ALTERNATIVES
+"""The keys of which exactly one names where the data comes from."""
 
 
-def template_names(template: str) -> frozenset[str]:
-    """The names in braces in a template."""
-    return frozenset(name for _, name, _, _ in string.Formatter().parse(template) if name)
+def _written_out(source: Any, data: dict[str, Any]) -> Any:
+    if not isinstance(source, dict):
+        return source
+    gives_pairs = source.get("docstrings") is not None or source.get("summaries") is not None
+    source = {"format": "pairs" if gives_pairs else data.get("format", "pairs"), **source}
+    inherited = _INHERITED.get(str(source["format"]), ())
+    return {**{key: data[key] for key in inherited if key in data}, **source}

@@ -76,6 +76,9 @@ def _section(path: str, section: dict[str, Any], schema: dict[str, Any]) -> list
         nested = next((_resolved(branch, schema) for branch in field.get("anyOf", []) if "$ref" in branch), None)
         if nested is not None:
             below += _section(f"{path}.{key}", nested, schema)
+        for branch in field.get("anyOf", []):
+            if "$ref" in branch.get("items", {}):
+                below += _item_section(f"{path}.{key}[]", _resolved(branch["items"], schema), section, schema)
         default = "required" if key in section.get("required", []) else f"default {_default_text(field, nested)}"
         items.append(_item(f"{path}.{key}", f"{_type_text(field)}; {default}.", field["description"]))
         if key == "disable":
@@ -83,6 +86,15 @@ def _section(path: str, section: dict[str, Any], schema: dict[str, Any]) -> list
         if key == "optimizer_settings":
             below += [optimizer_settings_markdown()]
     return [*parts, "\n".join(items) + "\n", *below]
+
+
+def _item_section(path: str, item: dict[str, Any], section: dict[str, Any], schema: dict[str, Any]) -> list[str]:
+    """The section of an item of a list: the keys that it has in common with the section of the list are only named."""
+    common = [f"`{key}`" for key in item["properties"] if key in section["properties"]]
+    description = f"{item['description']}\nThese keys are as above: {', '.join(common)}."
+    own = {key: field for key, field in item["properties"].items() if key not in section["properties"]}
+    lines = "\n".join(line for text in description.splitlines() for line in textwrap.wrap(text, _WIDTH))
+    return _section(path, {**item, "description": lines, "properties": own}, schema)
 
 
 def _item(name: str, first_sentence: str, description: str) -> str:
@@ -133,6 +145,8 @@ def _type_text(field: dict[str, Any]) -> str:
     if "pattern" in field:
         return f"text that matches `{field['pattern']}`"
     if field["type"] == "array":
+        if "$ref" in field["items"]:
+            return "list of sections with the keys below"
         return "list of names" if "enum" in field["items"] else "list of texts"
     words = {
         "boolean": "true or false",

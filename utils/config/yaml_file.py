@@ -180,10 +180,11 @@ def _scalars_in(annotation: Any) -> Iterator[type]:
 
 
 def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    """The sections among the branches of a key's type."""
-    for branch in (annotation, *get_args(annotation)):
-        if isinstance(branch, type) and issubclass(branch, BaseModel):
-            yield branch
+    """The sections among the branches of a key's type, and those of which it has a list."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for branch in get_args(annotation):
+        yield from _sections_in(branch)
 
 
 def _describe_all(errors: list[ErrorDetails], locations: Locations, path: str) -> list[str]:
@@ -231,7 +232,8 @@ def _keys_of(key_path: KeyPath) -> list[str]:
     """The keys that a section allows."""
     section: type[BaseModel] = Config
     for key in key_path:
-        section = next(_sections_in(section.model_fields[str(key)].annotation))
+        if isinstance(key, str):  # a number is the place in a list of sections
+            section = next(_sections_in(section.model_fields[key].annotation))
     return list(section.model_fields)
 
 

@@ -93,6 +93,13 @@ def read_conversation(record: Record, data: DataSection) -> Conversation:
     return conversation
 
 
+def conversation_of_pair(location: str, prompt: str, response: str) -> Conversation:
+    """A turn of the user, and the assistant's answer."""
+    return Conversation(
+        location, ({"role": "user", "content": str(prompt)}, {"role": "assistant", "content": response})
+    )
+
+
 def encode_conversation(
     conversation: Conversation, tokenizer: Any, end: str, data: DataSection, spelled: SpelledTokens
 ) -> Row:

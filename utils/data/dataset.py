@@ -12,13 +12,14 @@ from typing import Any
 import datasets
 import numpy as np
 
-from utils.config.schema import Config
+from utils.config.schema import Config, DataSection
 from utils.data.cache import make_once
 from utils.data.content import hash_of_tokenizer
 from utils.data.encoding import encode_examples, read_rows
 from utils.data.examples import decode_conversation, decode_pair, store_examples
-from utils.data.records import MakePair
+from utils.data.records import MakePair, Record
 from utils.data.rows import RowCounts
+from utils.data.sources.mixing import Mix, SourceRows, require_rows, rows_of_sources
 from utils.data.sources.reading import (
     ExampleReader,
     SourceCounts,
@@ -85,7 +86,12 @@ def prepare_data(
         notes=counts["notes"],
         content=counts["content"],
     )
-    info(f"Rows of the data: {SourceCounts(**counts['source'])}")
+    sources = [SourceRows(**source) for source in counts["sources"]]
+    if config.data.sources is None:
+        info(f"Rows of the data: {SourceCounts(**sources[0].read)}")
+    else:
+        for source in sources:
+            info(source.text(len(data.train)))
     if config.data.eval_files:
         info(f"Rows of data.eval_files: {SourceCounts(**counts['eval_files'])}")
     info(f"Training rows: {data.train_counts}")
@@ -109,28 +115,32 @@ def _prepare(
     info("Reading and tokenizing the data (later runs take it from the cache).")
     data = config.data
     is_chat = data.format == "chat"
-    make = maker_of_conversations(data) if is_chat else maker_of_pairs(data, make_pair)
-    held_out: ExampleReader[Any] = ExampleReader(data, held_out_records(data), make)
-    source: ExampleReader[Any] = ExampleReader(data, source_records(data), make)
+
+    def reader(section: DataSection, records: Iterable[Record]) -> ExampleReader[Any]:
+        make = maker_of_conversations(section, make_pair) if is_chat else maker_of_pairs(section, make_pair)
+        return ExampleReader(section, records, make)
+
+    held_out = reader(data, held_out_records(data))
+    sources = [reader(section, source_records(section)) for section in data.each_source()]
     store = target / "examples.arrow"
-    examples = store_examples(chain(held_out if data.eval_files else (), source), store)
+    examples = store_examples(chain(held_out if data.eval_files else (), *sources), store)
+    used = [reader.counts.used for reader in (held_out, *sources)]
+    mix = Mix(np.repeat(np.arange(-1, len(sources)), used), np.array(data.weights()))
     split = split_examples(
         examples.digests,
         data.eval_rows,
         config.train.seed,
         keeps_duplicates=data.duplicates == "keep",
-        held_out=held_out.counts.used if data.eval_files else None,
+        held_out=used[0] if data.eval_files else None,
+        mix=mix,
     )
     is_training = np.zeros(len(examples.digests), bool)
     is_training[split.training] = True
     tokenizer = _tokenizer(config, examples.texts(is_training, decode_conversation if is_chat else decode_pair))
     encoded = encode_examples(examples, target, tokenizer, data, make_example)
-    equal_held_out = held_out.counts.used - len(split.held_out) if data.eval_files else 0
-    counts: dict[str, Any] = {
-        "eval_files": asdict(replace(held_out.counts, duplicates=equal_held_out)),
-        "source": asdict(replace(source.counts, duplicates=split.duplicates - equal_held_out)),
-    }
     content = {"tokenizer": hash_of_tokenizer(tokenizer)}
+    counts: dict[str, Any] = {}
+    kept = {"train": encoded.kept(split.training), "evaluation": encoded.kept(split.held_out)}
     for name, indices in (("train", split.training), ("evaluation", split.held_out)):
         row_counts = encoded.counts(indices)
         if not row_counts.kept:
@@ -139,10 +149,18 @@ def _prepare(
                 f"than data.max_length={data.max_length} tokens, {row_counts.dropped_without_label} no label, "
                 f"and {row_counts.unusable} are unusable"
             )
-        np.save(target / f"{name}.npy", encoded.kept(indices))
         counts[name] = asdict(row_counts)
+    rows = {**kept, "train": mix.rows_of_epoch(kept["train"])}
+    require_rows(mix, kept["train"], rows["train"])
+    for name, indices in rows.items():
+        np.save(target / f"{name}.npy", indices)
         content[name] = encoded.content(indices)
     tokenizer.save_pretrained(str(target / "tokenizer"))
+    in_split = np.concatenate([split.training, split.held_out])
+    read = [reader.counts for reader in sources]
+    counts["sources"] = list(map(asdict, rows_of_sources(data, read, mix, in_split, kept, rows)))
+    equal_held_out = held_out.counts.used - len(split.held_out) if data.eval_files else 0
+    counts["eval_files"] = asdict(replace(held_out.counts, duplicates=equal_held_out))
     counts |= {"notes": encoded.notes, "content": content}
     (target / "counts.json").write_text(json.dumps(counts), encoding="utf-8")
     store.unlink()

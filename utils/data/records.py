@@ -7,7 +7,8 @@ from typing import Any
 
 from typing_extensions import Self
 
-from utils.config.data_section import DataSection, template_names
+from utils.config.data_section import DataSection
+from utils.config.source_section import template_names
 from utils.errors import UserError
 from utils.text.template import FilledPrompt, fill_template
 

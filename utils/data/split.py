@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from utils.data.sources.mixing import Mix
 from utils.errors import UserError
 
 # Rows held out where the settings do not say how many: a tenth of them, up to this number.
@@ -32,8 +33,11 @@ def split_examples(
     *,
     keeps_duplicates: bool,
     held_out: int | None = None,
+    mix: Mix | None = None,
 ) -> Split:
     """Choose the held-out examples at random. Equal ones, where they are kept, are on the same side.
+
+    They are chosen before a weight repeats or leaves out rows, so that no held-out example is trained on.
 
     Args:
         digests: a hash of each example: `[examples, 2]`.
@@ -41,6 +45,7 @@ def split_examples(
         seed: of the random choice.
         keeps_duplicates: whether an example that is equal to an earlier one is kept.
         held_out: if given, the first so many examples are held out, and no others; those equal to them are dropped.
+        mix: the sources of the examples, which share the held-out ones; None: there is one source.
 
     Raises:
         UserError: no examples would be left to train on.
@@ -51,23 +56,32 @@ def split_examples(
     if held_out is not None:
         is_held_out = groups.members[groups.starts] < held_out
         others = _Groups(groups.members, groups.starts[~is_held_out], groups.sizes[~is_held_out])
-        training, _ = _shuffled(others, seed)
+        training = _shuffled(others, seed).members
         evaluation = np.sort(groups.members[groups.members < held_out])
         if not len(training):
             raise UserError("data.eval_files: all rows of the source are equal to rows of these files")
     else:
-        indices, ends = _shuffled(groups, seed)
-        count = len(indices)
+        shuffled = _shuffled(groups, seed)
+        mix = mix or Mix(np.zeros(len(digests), np.int64), np.ones(1))
+        source_of_group = mix.source_of[shuffled.members[shuffled.starts]]
+        rows_of_source = np.bincount(source_of_group, shuffled.sizes, len(mix.weights)).astype(np.int64)
+        count = int(mix.rows_once(rows_of_source).sum())
         if eval_rows is None:
             eval_rows = min(_MAX_EVAL_ROWS, max(1, count // 10))
         if eval_rows >= count:
             raise UserError(f"data.eval_rows: {eval_rows} rows are to be held out, but the data has only {count}")
-        cut = int(ends[np.searchsorted(ends, eval_rows)])
-        if cut == count:
+        is_held_out = np.zeros(len(shuffled.sizes), bool)
+        for source, rows in enumerate(mix.to_hold_out(rows_of_source, eval_rows)):
+            if rows:
+                groups_of_source = np.flatnonzero(source_of_group == source)
+                ends = np.cumsum(shuffled.sizes[groups_of_source])
+                is_held_out[groups_of_source[: np.searchsorted(ends, rows) + 1]] = True
+        if is_held_out.all():
             raise UserError(
                 f"data.eval_rows: with {eval_rows} rows held out, none are left to train on: equal ones go along"
             )
-        training, evaluation = indices[cut:], indices[:cut]
+        is_held_out_row = np.repeat(is_held_out, shuffled.sizes)
+        training, evaluation = shuffled.members[~is_held_out_row], shuffled.members[is_held_out_row]
     return Split(training, evaluation, duplicates=len(digests) - len(training) - len(evaluation))
 
 
@@ -83,15 +97,16 @@ class _Groups:
     """How many members each group has."""
 
 
-def _shuffled(groups: _Groups, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The members of all groups, the groups shuffled, and where each group ends among them."""
+def _shuffled(groups: _Groups, seed: int) -> _Groups:
+    """The groups in random order."""
     shuffled = array("q", range(len(groups.starts)))  # a list of Python's numbers would take five times the memory
     random.Random(seed).shuffle(shuffled)
     order = np.frombuffer(shuffled, np.int64)
     starts, sizes = groups.starts[order], groups.sizes[order]
-    ends = np.cumsum(sizes)
-    # Place i of the result is in a group g that begins there at ends[g] - sizes[g].
-    return groups.members[np.repeat(starts - ends + sizes, sizes) + np.arange(sizes.sum())], ends
+    new_starts = np.cumsum(sizes) - sizes
+    # Place i of the result is in a group g that begins there at new_starts[g].
+    members = groups.members[np.repeat(starts - new_starts, sizes) + np.arange(sizes.sum())]
+    return _Groups(members, new_starts, sizes)
 
 
 def _groups(digests: NDArray[np.uint64]) -> _Groups:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from utils.config.data_section import template_names
+from utils.config.source_section import template_names
 from utils.text.template import fill_template
 
 _PROMPT = "\u2045prompt\u2046"

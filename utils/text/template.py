@@ -9,7 +9,8 @@ from typing import Literal
 
 from typing_extensions import Self
 
-from utils.config.data_section import DataSection, template_names
+from utils.config.data_section import DataSection
+from utils.config.source_section import template_names
 from utils.errors import UserError
 
 FILE_NAME = "prompt_template.json"

@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 from tqdm import tqdm
 
 from utils.config.data_section import DataSection
-from utils.data.conversations import Conversation, read_conversation
+from utils.data.conversations import Conversation, conversation_of_pair, read_conversation
 from utils.data.records import MakePair, Pair, Record, UnusableRow
 from utils.data.sources.docstring_pairs import read_docstring_pairs
 from utils.data.sources.file_readers import read_file
@@ -92,9 +92,11 @@ def maker_of_pairs(data: DataSection, make_pair: MakePair) -> Callable[[Record],
     return lambda record: Pair(record.location, *make_pair(record, data))
 
 
-def maker_of_conversations(data: DataSection) -> Callable[[Record], Conversation]:
-    """What an `ExampleReader` of conversations calls."""
-    return lambda record: read_conversation(record, data)
+def maker_of_conversations(data: DataSection, make_pair: MakePair) -> Callable[[Record], Conversation]:
+    """What an `ExampleReader` of conversations calls. A pair is a conversation of two turns."""
+    if data.format == "chat":
+        return lambda record: read_conversation(record, data)
+    return lambda record: conversation_of_pair(record.location, *make_pair(record, data))
 
 
 def held_out_records(data: DataSection) -> Iterator[Record]:

@@ -22,7 +22,7 @@ def state_of_data(data: DataSection) -> Any:
     """
     template = [] if data.chat_template is None else _states([Path(data.chat_template)])
     held_out = [_states(_files_of(Path(name))) for name in data.eval_files or []]
-    return [template, _state_of_source(data), held_out]
+    return [template, *map(_state_of_source, data.each_source()), held_out]
 
 
 def _state_of_source(data: DataSection) -> Any:

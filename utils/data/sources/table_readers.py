@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from utils.config.data_section import SAVED_SPLITS, is_saved_dataset
+from utils.config.source_section import SAVED_SPLITS, is_saved_dataset
 from utils.data.records import Record
 from utils.errors import UserError, first_line
 

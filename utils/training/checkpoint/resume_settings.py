@@ -19,7 +19,8 @@ _FREE_SECTIONS = ("run.", "log.", "checkpoint.", "accelerator.", "versions.")
 _FREE = ("train.steps", "train.epochs", "train.loader_workers")
 # Names of what is compared by its content as well. Another name of the same content may be given.
 _NAMES_OF_DATA = tuple(
-    f"data.{key}" for key in ("docstrings", "summaries", "files", "eval_files", "hub", "hub_configuration", "split")
+    f"data.{key}"
+    for key in ("docstrings", "summaries", "files", "eval_files", "hub", "hub_configuration", "split", "sources")
 )
 _NAMES = {
     **dict.fromkeys(_NAMES_OF_DATA, ("content.training_rows", "content.held_out_rows")),

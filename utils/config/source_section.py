@@ -1,0 +1,171 @@
+"""The keys that name one source of data and say how its rows are read, and a source of a mix."""
+
+import string
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, field_validator, model_validator
+from typing_extensions import Self
+
+from utils.config.section import NonEmpty, PathText, Section
+
+# Files by which a directory of `save_to_disk` is known: of a dataset, and of a dictionary of splits.
+SAVED_DATASET = "state.json"
+SAVED_SPLITS = "dataset_dict.json"
+
+
+def is_saved_dataset(path: Path) -> bool:
+    """Whether a directory was written by `save_to_disk` of datasets."""
+    return any((path / name).is_file() for name in (SAVED_DATASET, SAVED_SPLITS))
+
+
+class SourceKeys(Section):
+    """Where rows come from, and which of their fields are read."""
+
+    ALTERNATIVES: ClassVar[tuple[str, ...]] = ("docstrings", "summaries", "files", "hub")
+    """The keys of which exactly one names where the rows come from."""
+
+    docstrings: Annotated[list[NonEmpty], Field(min_length=1)] | None = None
+    """Installed packages whose sources give pairs of signature with docstring -> body; `stdlib` is Python's library."""
+    summaries: Annotated[list[NonEmpty], Field(min_length=1)] | None = None
+    """Installed packages whose docstrings give pairs of text -> first line; `stdlib` is Python's library."""
+    files: Annotated[list[PathText], Field(min_length=1)] | None = None
+    """Local files: JSONL (also `.ndjson`), JSON, CSV, TSV, text (a row a line, field `text`) or Parquet; all but
+    Parquet may be compressed (`.gz`, `.bz2`, `.xz`, `.zst`). A name may be a pattern such as `data/*.jsonl`, or a
+    directory of `save_to_disk`."""
+    hub: PathText | None = None
+    """A dataset of the Hugging Face hub, or a local directory that `datasets` can load."""
+    hub_configuration: NonEmpty | None = None
+    """The configuration of the hub's dataset where it has several, such as a version or a language."""
+    split: NonEmpty = "train"
+    """The split of the hub's dataset, or of a directory that `save_to_disk` has written with several."""
+    format: Literal["pairs", "chat"] = "pairs"
+    """What a row holds: a prompt and a response, or a conversation, which the tokenizer's chat template renders."""
+    messages_field: NonEmpty | None = None
+    """The field of a row that holds the messages of a conversation; null: `messages` or `conversations`. A message has
+    a `role` and a `content`, or a `from` and a `value`. The row's field `tools` is given to the template."""
+    prompt_field: NonEmpty | None = "prompt"
+    """The field of a row that is the prompt; null: there is none, as with a column of plain texts."""
+    response_field: NonEmpty = "response"
+    """The field of a row that is the response."""
+    template: NonEmpty = "{prompt}"
+    """The text before the response. `{prompt}` is the prompt field; other fields may be named in braces as well, and
+    are empty where a row has null. It is saved with the model, and `generate.py` applies it."""
+
+    def named_files(self) -> list[str]:
+        """All files that the section names."""
+        return self.files or []
+
+    @field_validator("docstrings", "summaries", "files", mode="before")
+    @classmethod
+    def _one_name_is_a_list_of_one(cls, names: Any) -> Any:
+        return [names] if isinstance(names, str) else names
+
+    @model_validator(mode="after")
+    def _exactly_one_source(self) -> Self:
+        given = [name for name in self.ALTERNATIVES if getattr(self, name) is not None]
+        if len(given) != 1:
+            *others, last = self.ALTERNATIVES
+            raise ValueError(f"give exactly one of {', '.join(others)} and {last}; given: {', '.join(given) or 'none'}")
+        if self.hub_configuration is not None and self.hub is None:
+            raise ValueError(
+                f"hub_configuration is {self.hub_configuration!r}, but there is no hub: give hub, or leave it out"
+            )
+        has_splits = any((Path(name) / SAVED_SPLITS).is_file() for name in self.named_files())
+        if self.split != "train" and self.hub is None and not has_splits:
+            raise ValueError(
+                f"split is {self.split!r}, but there is no hub, whose splits it names: give hub, or leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _keys_are_of_the_format(self) -> Self:
+        if self.format == "pairs":
+            if self.messages_field is not None:
+                raise ValueError(f"messages_field is {self.messages_field!r}, which needs format: chat")
+            return self
+        for key in ("docstrings", "summaries"):
+            if getattr(self, key) is not None:
+                raise ValueError(f"format is 'chat', but {key} gives pairs: give files or hub, or leave format out")
+        for key in ("prompt_field", "response_field", "template"):
+            self.require_default(key)
+        return self
+
+    def require_default(self, key: str) -> None:
+        """Refuse a key that the chat template decides."""
+        if getattr(self, key) != type(self).model_fields[key].default:
+            raise ValueError(
+                f"{key} is {getattr(self, key)!r}, but format is 'chat', where the chat template decides: "
+                "leave one of them out"
+            )
+
+    @model_validator(mode="after")
+    def _prompt_is_not_the_response(self) -> Self:
+        """A prompt that shows the answer teaches to copy, and its held-out loss is next to 0."""
+        if self.prompt_field == self.response_field:
+            raise ValueError(f"prompt_field and response_field are both {self.response_field!r}: name two fields")
+        if self.response_field in template_names(self.template) - {"prompt"}:
+            raise ValueError(
+                f"the template names {{{self.response_field}}}, which is the response: the model would be shown the "
+                "answer; leave it out, since the response follows the template anyway"
+            )
+        return self
+
+    @field_validator("template")
+    @classmethod
+    def _names_prompt(cls, template: str) -> str:
+        try:
+            parts = list(string.Formatter().parse(template))
+        except ValueError as error:
+            raise ValueError(f"{template!r} is not a template: {error} (double a brace that is text)") from None
+        if any(
+            name is not None and (not name.strip() or format_ or conversion) for _, name, format_, conversion in parts
+        ):
+            raise ValueError(f"{template!r}: only names of fields may be in braces (double a brace that is text)")
+        if "prompt" not in template_names(template):
+            raise ValueError("the template must contain {prompt}")
+        return template
+
+    @field_validator("files")
+    @classmethod
+    def _files_exist(cls, files: list[str] | None) -> list[str] | None:
+        return existing_files(files)
+
+
+class MixedSource(SourceKeys):
+    """A source of a mix: exactly one of docstrings, summaries, files and hub, and how much its rows count."""
+
+    weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
+    """How often an epoch has each of its training rows: 2 has each twice, 0.5 has half of them, 2.5 has each twice and
+    half of them once more. Which half, the seed decides, and it is the same half in each epoch."""
+
+
+def existing_files(files: list[str] | None) -> list[str] | None:
+    """Names of files, with the names that a pattern stands for in its place.
+
+    Raises:
+        ValueError: there is no such file.
+    """
+    if files is None:
+        return None
+    found, missing = [], []
+    for name in files:
+        path = Path(name)
+        matches = [name] if path.is_file() or is_saved_dataset(path) else _matches(name)
+        usable = [match for match in matches if Path(match).is_file() or is_saved_dataset(Path(match))]
+        found += usable
+        missing += [] if usable else [name]
+    if missing:
+        raise ValueError(f"there is no file {', '.join(missing)}")
+    return found
+
+
+def _matches(pattern: str) -> list[str]:
+    """The paths that a pattern such as `data/*.jsonl` stands for, sorted."""
+    path = Path(pattern)
+    return sorted(map(str, Path(path.anchor).glob(str(path.relative_to(path.anchor)))))
+
+
+def template_names(template: str) -> frozenset[str]:
+    """The names in braces in a template."""
+    return frozenset(name for _, name, _, _ in string.Formatter().parse(template) if name)
