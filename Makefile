@@ -8,6 +8,9 @@
 # make verify-families  the same for all families of models, with plans of each kind on four processes
 # make conformance      run patterns of users' scripts with the line and without, on 1, 2 and 4 workers: half an hour
 # make docs-check       run the commands of the documentation that take long
+# make gpu-check        what one GPU shows: results, speed, memory, predictions; at most 8 minutes, nothing is installed
+#                       (DRY=1: the same code with tiny sizes on the CPU)
+# make gpu-smoke        the same in a minute and a half, for a report of a bug
 # make bench            compare with other systems, each in an environment of its own, and write benchmarks/data: hours
 
 PYTHON ?= python3
@@ -21,7 +24,7 @@ LOSS ?=
 # a machine of one's own.
 train test conformance verify-plans verify-families docs-check: export GOMP_SPINCOUNT ?= 1000
 
-.PHONY: train test check install smollm2 conformance verify-plans verify-families docs-check bench clean
+.PHONY: train test check install smollm2 conformance verify-plans verify-families docs-check bench clean gpu-check gpu-smoke
 
 train: install
 	$(BIN)/python train_gpt.py --config configs/gpt.yaml
@@ -46,6 +49,15 @@ conformance: $(VENV)/installed-dev
 
 docs-check: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m slow tests/docs
+
+# The torch and transformers that are there: those of .venv if it exists, else those of PYTHON.
+gpu-check gpu-smoke: GPU_PYTHON = $(firstword $(wildcard $(BIN)/python) $(PYTHON))
+
+gpu-check:
+	$(GPU_PYTHON) benchmarks/gpu_check $(if $(DRY),--dry)
+
+gpu-smoke:
+	$(GPU_PYTHON) benchmarks/gpu_check --smoke $(if $(DRY),--dry)
 
 SYSTEMS := trl litgpt torchtune
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, ParamSpec
 
+from moreh.accelerator.gpus import shares_gpus
 from moreh.errors import OptionError
 from moreh.options import MAX_WORKERS, ParallelOptions, is_switched_off, parse_options, planner_variables
 from moreh.trace import read_variable
@@ -111,10 +112,11 @@ def _workers_to_start() -> int:
     # torchrun or this package started this process as a worker, or multiprocessing started it to help a worker.
     if {"RANK", "WORLD_SIZE"} & os.environ.keys() or multiprocessing.parent_process() is not None:
         return 1
-    if int(value) > gpus > 0:
+    if int(value) > gpus > 0 and not shares_gpus():
         raise OptionError(
             f"MOREH_WORKERS={value}: this machine has {gpus} GPU(s), and allowed is one worker for each; set "
-            "CUDA_VISIBLE_DEVICES to nothing to compute on the CPU"
+            "CUDA_VISIBLE_DEVICES to nothing to compute on the CPU, or MOREH_SHARE_GPUS=1 to test with several workers "
+            "on one GPU"
         )
     return int(value)
 

@@ -11,6 +11,13 @@ def rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
+def world_size() -> int:
+    """The number of workers of the run."""
+    import torch.distributed as dist
+
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
 def max_over_ranks(number: int) -> int:
     """The largest number of all ranks; collective, so all ranks have to call it."""
     import torch

@@ -3,14 +3,19 @@
 Nothing here imports torch on a machine without a driver of GPUs, so that the command-line tools answer at once there.
 """
 
+import os
 import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from moreh.errors import OptionError
+
 # One of these is there wherever torch can see a GPU: drivers of NVIDIA, of AMD, of GPUs in WSL, and of Jetson.
 DRIVER_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg", "/dev/nvhost-gpu")
+
+SHARE_VARIABLE = "MOREH_SHARE_GPUS"
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,21 @@ def visible_gpus() -> tuple[Gpu, ...]:
         name = properties.name or getattr(properties, "gcnArchName", "") or "GPU without a name"
         gpus.append(Gpu(name, properties.total_memory // 2**20, properties.multi_processor_count))
     return tuple(gpus)
+
+
+def shares_gpus() -> bool:
+    """Whether more workers than GPUs are allowed, as MOREH_SHARE_GPUS says: for tests, since they are slower than one.
+
+    Raises:
+        OptionError: its value is neither 0 nor 1.
+    """
+    text = os.environ.get(SHARE_VARIABLE, "").strip() or "0"
+    if text not in ("0", "1"):
+        raise OptionError(
+            f"{SHARE_VARIABLE}={text!r}: allowed is 1 (several workers may have one GPU, and talk over gloo) or 0 (one "
+            "worker for each GPU), which it is if unset"
+        )
+    return text == "1"
 
 
 def gpu_uses() -> tuple[GpuUse, ...]:

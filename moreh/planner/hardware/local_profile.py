@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 
+from moreh.accelerator.gpus import shares_gpus
 from moreh.accelerator.state_files import read_json, replace_json, state_directory
 from moreh.errors import PlanError, RegistryError
 from moreh.log import logger
@@ -154,7 +155,7 @@ def _require_workers(workers: int) -> None:
     import torch
 
     devices = torch.cuda.device_count()
-    if workers < 1 or 0 < devices < workers:
+    if workers < 1 or (0 < devices < workers and not shares_gpus()):
         allowed = f"1 to {devices}, a GPU each" if devices else "1 or more"
         raise PlanError(f"workers={workers}: this machine can have {allowed}")
 

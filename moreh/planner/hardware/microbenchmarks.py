@@ -47,14 +47,16 @@ class Worker:
 
     def __init__(self, rank: int, workers: int, rendezvous: Path) -> None:
         self.rank, self.workers = rank, workers
-        self.device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
+        gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        self.device = torch.device("cuda", rank % gpus) if gpus else torch.device("cpu")
         self.half, self.scale = torch.bfloat16, 1
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
             self.half = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
             self.scale = GPU_SCALE
         if workers > 1:
-            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            # NCCL refuses two ranks on one GPU.
+            backend = "nccl" if gpus >= workers else "gloo"
             dist.init_process_group(backend, init_method=f"file://{rendezvous}", rank=rank, world_size=workers)
 
     def measure(self) -> dict[str, Any]:

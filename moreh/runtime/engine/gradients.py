@@ -12,6 +12,7 @@ from moreh.runtime.batch.loss_output import BACKWARD_TWICE_MESSAGE
 from moreh.runtime.batch.model_inputs import ONE_WORKER
 from moreh.runtime.engine.parallel_model import ParallelModel, local_tensor
 from moreh.runtime.sharding.global_tensor import GlobalTensor
+from moreh.runtime.sharding.transfers import outgoing
 from moreh.runtime.sharding.user_view import as_user_grad
 from moreh.trace import span
 
@@ -88,12 +89,13 @@ def _reduce_tied_grad(grad: torch.Tensor, model: ParallelModel, pipeline_ranks: 
     """Sum the gradient of a tied parameter over the pipeline ranks that hold it, in the same order on each of them."""
     mesh = model.mesh
     own_rank = mesh.rank("pipeline")
-    grads = {rank: grad if rank == own_rank else torch.empty_like(grad) for rank in pipeline_ranks}
+    message = outgoing(grad)
+    grads = {rank: message if rank == own_rank else torch.empty_like(message) for rank in pipeline_ranks}
     operations = []
     for rank in pipeline_ranks:
         if rank != own_rank:
             peer = mesh.global_rank(rank, mesh.rank("data"), mesh.rank("tensor"))
-            operations.append(dist.P2POp(dist.isend, grad.contiguous(), peer))
+            operations.append(dist.P2POp(dist.isend, message, peer))
             operations.append(dist.P2POp(dist.irecv, grads[rank], peer))
     with span("exchange_tied_grad", grad.nbytes * len(operations)):
         for work in dist.batch_isend_irecv(operations):

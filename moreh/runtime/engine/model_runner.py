@@ -7,6 +7,7 @@ over to the script.
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from moreh.runtime.batch.micro_batches import is_causal_model, label_positions
 from moreh.runtime.batch.model_inputs import ONE_WORKER, ModelInputs
 from moreh.runtime.engine.calls.checks import check_labels
 from moreh.runtime.engine.calls.logits import LogitsPasses, MicroBatchSeeds, batch_logits
+from moreh.runtime.engine.calls.out_of_memory import MicroBatchLimit
 from moreh.runtime.engine.gradients import collect_grads, loss_with_deferred_grads
 from moreh.runtime.engine.parallel_model import (
     ParallelModel,
@@ -59,6 +61,7 @@ class ModelRunner:
         self.plan = plan
         # The maximum number of tokens in a micro-batch; None for as many as the plan's rows have.
         self.max_tokens: int | None = None
+        self._limit = MicroBatchLimit()
         self._options = options
         self._micro_batches: list[ModelInputs] = []
         self._vocabulary_size = causal.get_output_embeddings().weight.shape[0]
@@ -133,9 +136,9 @@ class ModelRunner:
         keeps_memory = self._options.uses("keep_freed_memory") and model.mesh.device.type == "cpu"
         if keeps_memory:
             before_training_step(self._training_steps)
-        hidden_shape = self._cut_batch(inputs, self.plan.micro_batches)
         with self._rank_local_rng():
-            losses, grads = self._forward_backward(hidden_shape)
+            cut = partial(self._cut_batch, inputs, self.plan.micro_batches)
+            losses, grads = self._limit.compute(cut, self._forward_backward, model.mesh)
         loss = self._sum_over_ranks(losses)
         if keeps_memory:
             after_training_step(self._training_steps)
@@ -235,7 +238,7 @@ class ModelRunner:
     def _cut_batch(self, inputs: ModelInputs, num_micro_batches: int) -> tuple[int, int, int]:
         """Cut a batch into this rank's micro-batches; returns the shape of the hidden states between stages."""
         with span("cut_batch"):
-            self._micro_batches = self._cutter.cut(inputs, num_micro_batches, self.max_tokens)
+            self._micro_batches = self._limit.cut(self._cutter, inputs, num_micro_batches, self.max_tokens)
         return self._hidden_shape(self._micro_batches[0])
 
     def _hidden_shape(self, micro_batch: ModelInputs) -> tuple[int, int, int]:

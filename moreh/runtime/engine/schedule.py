@@ -16,6 +16,7 @@ from torch.distributed.pipelining import (
 from moreh.runtime.engine.parallel_model import ParallelModel
 from moreh.runtime.pipeline.lean_stage import LeanPipelineStage, Pipeline
 from moreh.runtime.sharding.placement import stage_placements
+from moreh.runtime.sharding.transfers import outgoing, transfer_device
 from moreh.trace import span
 
 _SCHEDULES = {
@@ -72,15 +73,17 @@ def run_forward(model: ParallelModel, num_micro_batches: int, hidden_shape: tupl
         hidden: torch.Tensor | None = None
         for number, stage in stages.items():
             if not stage.is_first and placements[number - 1].pipeline_rank != pipeline_rank:
-                hidden = torch.empty(hidden_shape, dtype=model.dtype, device=model.mesh.device)
+                device = model.mesh.device
+                hidden = torch.empty(hidden_shape, dtype=model.dtype, device=transfer_device(device))
                 with span("recv_hidden_states", hidden.nbytes):
                     dist.recv(hidden, _peer(model, placements[number - 1].pipeline_rank))
+                hidden = hidden.to(device)
             with span("forward"):
                 hidden = stage(*(() if stage.is_first else (hidden,)), micro_batch=micro_batch)
             if stage.is_last:
                 outputs.append(hidden)
             elif placements[number + 1].pipeline_rank != pipeline_rank:
-                hidden = hidden.contiguous()
+                hidden = outgoing(hidden)
                 # The buffer must live until it has been sent.
                 sends.append((dist.isend(hidden, _peer(model, placements[number + 1].pipeline_rank)), hidden))
     with span("send_hidden_states", sum(hidden.nbytes for _, hidden in sends)) if sends else nullcontext():

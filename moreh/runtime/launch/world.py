@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from moreh.accelerator.gpus import shares_gpus
 from moreh.accelerator.job import local_job
 from moreh.accelerator.waiting import SECONDS_BETWEEN_ATTEMPTS, waits_for_accelerator, warn_of_waiting
 from moreh.errors import AcceleratorBusyError, AcceleratorError, MorehError, OptionError
@@ -123,7 +124,7 @@ def _world_from_environment() -> World:
 
 
 def _init_process_group(world: World) -> None:
-    """Make the process group: NCCL and gloo with GPUs, gloo without.
+    """Make the process group: NCCL and gloo with GPUs, gloo without, and where workers share a GPU.
 
     Raises:
         OptionError: this machine has fewer GPUs than workers.
@@ -131,14 +132,18 @@ def _init_process_group(world: World) -> None:
     excepthook = sys.excepthook
     if torch.cuda.is_available():
         gpus = torch.cuda.device_count()
-        if world.local_size > gpus:
+        if world.local_size > gpus and not shares_gpus():
             raise OptionError(
                 f"{world.local_size} workers on this machine, which has {gpus} GPU(s): allowed is one worker for each; "
                 f"start {gpus}, or set CUDA_VISIBLE_DEVICES to nothing to compute on the CPU"
             )
-        torch.cuda.set_device(world.local_rank)
-        device = torch.device("cuda", world.local_rank)
-        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=TIMEOUT, device_id=device)
+        device = torch.device("cuda", world.local_rank % gpus)
+        torch.cuda.set_device(device)
+        if world.local_size > gpus:
+            # NCCL refuses two ranks on one GPU.
+            dist.init_process_group("cpu:gloo,cuda:gloo", timeout=TIMEOUT)
+        else:
+            dist.init_process_group("cpu:gloo,cuda:nccl", timeout=TIMEOUT, device_id=device)
     else:
         dist.init_process_group("gloo", timeout=TIMEOUT)
     sys.excepthook = excepthook  # torch's puts the rank before each line of a traceback

@@ -28,6 +28,7 @@ import torch.distributed as dist
 from torch.distributed.pipelining import PipelineStage
 
 from moreh import trace
+from moreh.runtime.sharding.transfers import outgoing, transfer_device
 
 
 class LeanPipelineStage(PipelineStage):
@@ -63,7 +64,7 @@ class LeanPipelineStage(PipelineStage):
 
     def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
         """The sends of a micro-batch's hidden states."""
-        return _marked("post_send_hidden_states", super().get_fwd_send_ops(fwd_chunk_id))
+        return _marked("post_send_hidden_states", _as_sent(super().get_fwd_send_ops(fwd_chunk_id)))
 
     def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
         """The receives of the gradients of a micro-batch's hidden states."""
@@ -73,16 +74,19 @@ class LeanPipelineStage(PipelineStage):
 
     def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
         """The sends of the gradients of a micro-batch's hidden states."""
-        return _marked("post_send_gradients", super().get_bwd_send_ops(bwd_chunk_id))
+        return _marked("post_send_gradients", _as_sent(super().get_bwd_send_ops(bwd_chunk_id)))
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         """Compute a micro-batch. Autograd keeps what it needs of the hidden states, so their buffer is freed."""
+        self._move_buffers(self.args_recv_info[fwd_chunk_id])
         output = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
         _free_buffers(self.args_recv_info[fwd_chunk_id])
         return output
 
     def backward_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
         """Compute a micro-batch's gradients; a zero-bubble schedule computes those of the hidden states first."""
+        if self.has_backward:
+            self._move_buffers(self.grad_recv_info[bwd_chunk_id])
         with trace.span("stage_backward"):
             super().backward_one_chunk(bwd_chunk_id, *args, **kwargs)
         if self.has_backward:
@@ -106,7 +110,14 @@ class LeanPipelineStage(PipelineStage):
         """Allocate the buffers of one micro-batch, which `infos` describe."""
         for info in infos:
             if not info.is_root_arg:
-                info.buffer = torch.empty(self.hidden_shape, dtype=info.tensor_meta.dtype, device=self.device)
+                device = transfer_device(self.device)
+                info.buffer = torch.empty(self.hidden_shape, dtype=info.tensor_meta.dtype, device=device)
+
+    def _move_buffers(self, infos: tuple[Any, ...]) -> None:
+        """Move what was received to the device that computes with it, if it lies elsewhere."""
+        for info in infos:
+            if info.buffer is not None:
+                info.buffer = info.buffer.to(self.device)
 
 
 @dataclass(frozen=True)
@@ -122,6 +133,13 @@ class Pipeline:
 def _free_buffers(infos: tuple[Any, ...]) -> None:
     for info in infos:
         info.buffer = None
+
+
+def _as_sent(ops: list[dist.P2POp]) -> list[dist.P2POp]:
+    """The sends, of tensors that lie where messages do."""
+    for op in ops:
+        op.tensor = outgoing(op.tensor)
+    return ops
 
 
 def _marked(name: str, ops: list[dist.P2POp]) -> list[dist.P2POp]:

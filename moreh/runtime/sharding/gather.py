@@ -9,6 +9,7 @@ import torch.distributed as dist
 from moreh.runtime.sharding.mesh import Mesh
 from moreh.runtime.sharding.shards import LocalShard, all_shards, global_rank_of
 from moreh.runtime.sharding.spec import ParamSpec
+from moreh.runtime.sharding.transfers import outgoing, transfer_device
 
 # The maximum bytes of one message. A rank needs this much memory beyond the full tensor and its own shards.
 _MESSAGE_BYTES = 1 << 24
@@ -31,10 +32,10 @@ def gather_to_rank0(spec: ParamSpec, local: torch.Tensor | None, mesh: Mesh | No
                     target.copy_(message.view_of_local(local))
                 else:
                     assert mesh is not None
-                    _receive(target, message.rank, mesh.device)
+                    _receive(target, message.rank, transfer_device(mesh.device))
             elif message.rank == rank:
                 assert local is not None
-                dist.send(message.view_of_local(local).contiguous(), 0)
+                dist.send(outgoing(message.view_of_local(local)), 0)
     return full
 
 
