@@ -1,142 +1,86 @@
-"""Fit the planner's efficiency constants to published measurements: `python benchmarks/fit_planner.py RUNS.csv`.
+"""Fit the planner's constants to published measurements: `python benchmarks/fit_planner.py RUNS.csv`.
 
-Every second run of each group is used; the others are left for testing (benchmarks/planner_accuracy.py). Each class of
-devices gets one set of constants, the most probable one given its rows and a prior. The prior is the set of the class
-it descends from, or `PRIOR`, with `WIDTH` (a Gaussian on the logarithm, or on the log-odds of a fraction). The result
-is written to moreh/planner/hardware/data/efficiency.json.
+All rows are used. The constants of each class of devices are those of a program that nobody has measured, and come with
+their covariance (accuracy/hierarchy.py). How far predictions are off is found by leaving out one program at a time
+(planner_accuracy.py). The result is written to moreh/planner/hardware/data/efficiency.json.
 
     python benchmarks/fit_planner.py benchmarks/data/published_runs.csv
 """
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+from accuracy.hierarchy import CHOICES, Hierarchy, fit_hierarchy, predict_rows
 from published_runs import PublishedRun, read_rows, usable_runs
-from scipy.optimize import least_squares
 
 from moreh.accelerator.devices import all_devices
-from moreh.planner.cost.prediction import step_seconds
-from moreh.planner.cost.stage_time import stage_time
-from moreh.planner.hardware.efficiency import MIN_RUNS_FOR_QUANTILE, Efficiency
-from moreh.planner.hardware.environment import Environment
+from moreh.planner.calibration.memory_factor import predicted_bytes_of
+from moreh.planner.hardware.belief import from_coordinates
+from moreh.planner.hardware.efficiency import MIN_RUNS_FOR_QUANTILE
 from moreh.planner.plan.arrays import FloatArray
-from moreh.planner.plan.plan_table import PlanTable
+from moreh.planner.units import GIB
 
 OUTPUT = Path(__file__).parent.parent / "moreh" / "planner" / "hardware" / "data" / "efficiency.json"
-
-# What is usual on GPUs, and by how much it may be wrong: one standard deviation of the logarithm or of half the
-# log-odds. Both are judgment. The width of attention was narrowed after errors of all rows had been seen.
-PRIOR = Efficiency(
-    matmul=0.75,
-    float8=0.55,
-    matmul_depth=150,
-    matmul_waves=0.3,
-    attention=0.35,
-    memory=0.8,
-    kernel_s=4e-6,
-    node=0.75,
-    network=0.75,
-    node_hop_s=2e-6,
-    network_hop_s=6e-6,
-    contention=0.3,
-    skew=0.03,
-    partial_node=0.5,
-)
-WIDTH = Efficiency(
-    matmul=0.3,
-    float8=0.3,
-    matmul_depth=0.7,
-    matmul_waves=0.7,
-    attention=0.2,
-    memory=0.3,
-    kernel_s=0.5,
-    node=0.3,
-    network=0.3,
-    node_hop_s=0.7,
-    network_hop_s=0.7,
-    contention=0.8,
-    skew=0.8,
-    partial_node=0.7,
-)
-FRACTIONS = ("matmul", "float8", "attention", "memory", "node", "network", "contention")
-# The classes whose prior is another class: the same chip with other memory or another power limit.
-PARENTS = {"A100 40GB": "A100 80GB", "H100 96GB": "H100", "H200": "H100"}
-# Groups that are not used. The platform does not say enough about how it computes.
-LEFT_OUT = ("Moreh docs MI250",)
-# Relative error that a published figure is taken to have; larger ones count less than quadratically.
-NOISE = 0.04
+# A program that is not used. The platform does not say enough about how it computes.
+LEFT_OUT = "MoAI Platform"
+# The least spread of memory between programs and between rows of one: there are few programs to tell it from.
+LEAST_MEMORY_SPREAD = 0.1
 
 
-def select_runs_to_fit(runs: Sequence[PublishedRun]) -> list[PublishedRun]:
-    """Every second run of each group, from the second on, without the groups that are left out.
-
-    Rows about the same plan of the same program, such as a log and a summary of it, count as one run and stay together.
-    """
-    groups: dict[str, dict[object, list[PublishedRun]]] = {}
-    for run in runs:
-        identity = (run.training, run.plans, run.cluster, run.software)
-        groups.setdefault(run.group, {}).setdefault(identity, []).append(run)
-    chosen = [rows for name, group in groups.items() if name not in LEFT_OUT for rows in list(group.values())[1::2]]
-    return [run for rows in chosen for run in rows]
+def usable_for_fitting(runs: Sequence[PublishedRun]) -> list[PublishedRun]:
+    """Runs with a step time, without the program that is left out."""
+    return [run for run in runs if run.step_time_s is not None and run.program != LEFT_OUT]
 
 
-def step_time_s(run: PublishedRun, efficiency: Efficiency) -> float:
-    """The predicted seconds of a step: of the fastest plan if the row leaves the micro-batch size open."""
-    table = PlanTable.from_plans(run.plans)
-    environment = Environment(run.cluster, efficiency, run.software)
-    times = stage_time(environment.roofline, run.cluster, table, run.training)
-    return min(step_seconds(table, row, times) for row in range(len(table)))
+def blind_errors(hierarchy: Hierarchy) -> FloatArray:
+    """Relative errors of step times when each program is predicted from all others, [rows]."""
+    rows = hierarchy.rows
+    errors = np.zeros(len(rows.labels))
+    for program in rows.programs:
+        left = rows.of_program(program)
+        mean, _ = predict_rows(rows.take(~left), rows.take(left), hierarchy.spreads)
+        errors[left] = np.exp(mean - rows.seconds[left]) - 1
+    return errors
 
 
-def to_coordinates(efficiency: Efficiency) -> FloatArray:
-    """The logarithm of each constant, or the log-odds of a fraction."""
-    values = asdict(efficiency)
-    return np.array([np.log(v / (1 - v)) if name in FRACTIONS else np.log(v) for name, v in values.items()])
-
-
-def from_coordinates(coordinates: FloatArray) -> Efficiency:
-    """The inverse of `to_coordinates`."""
-    names = [field.name for field in fields(Efficiency)]
-    pairs = zip(names, coordinates.tolist(), strict=True)
-    return Efficiency(**{name: float(1 / (1 + np.exp(-v)) if name in FRACTIONS else np.exp(v)) for name, v in pairs})
-
-
-def fit(runs: Sequence[PublishedRun], prior: Efficiency) -> Efficiency:
-    """The most probable constants, given the runs and a prior."""
-    center = to_coordinates(prior)
-    width = np.array([v * (2 if name in FRACTIONS else 1) for name, v in asdict(WIDTH).items()])
-
-    def residuals(steps: FloatArray) -> FloatArray:
-        efficiency = from_coordinates(center + steps * width)
-        errors = [np.log(step_time_s(run, efficiency) / run.step_time_s) / NOISE for run in runs if run.step_time_s]
-        return np.concatenate([errors, steps])
-
-    solution = least_squares(residuals, np.zeros(len(center)), loss="soft_l1", diff_step=1e-3)
-    return from_coordinates(center + solution.x * width)
-
-
-def errors_of_classes(
-    runs: Sequence[PublishedRun], fitted: set[str], constants: dict[str, Efficiency]
-) -> dict[str, dict[str, float]]:
-    """How far predictions are off for runs that were not fitted: the fields of `Uncertainty`, for each class."""
-    tested = [run for run in runs if run.digest not in fitted]
-
-    def errors(rows: Sequence[PublishedRun], efficiency: Efficiency) -> list[float]:
-        return [step_time_s(run, efficiency) / run.step_time_s - 1 for run in rows if run.step_time_s]
-
+def errors_of_classes(hierarchy: Hierarchy, classes: Sequence[str]) -> dict[str, dict[str, float]]:
+    """How far predictions of programs that were left out are off: the fields of `Uncertainty`, for each class."""
+    errors = blind_errors(hierarchy)
     table = {}
-    for name, efficiency in constants.items():
-        own_errors = errors([run for run in tested if run.cluster.device.efficiency_class == name], efficiency)
-        known = own_errors or errors(tested, PRIOR)
-        share = 1.0 if 0 < len(own_errors) < MIN_RUNS_FOR_QUANTILE else 0.8
-        figures = {"error": np.quantile(np.abs(known), share), "lowest": min(known), "highest": max(known)}
-        table[name] = {"runs": len(own_errors), **{key: float(f"{value:.3g}") for key, value in figures.items()}}
+    for name in classes:
+        own = errors[[label.class_name == name for label in hierarchy.rows.labels]]
+        known = own if len(own) else errors
+        share = 1.0 if 0 < len(own) < MIN_RUNS_FOR_QUANTILE else 0.8
+        figures = {"error": np.quantile(np.abs(known), share), "lowest": known.min(), "highest": known.max()}
+        table[name] = {"runs": len(own), **{key: rounded(value) for key, value in figures.items()}}
     return table
+
+
+def memory_spread(runs: Sequence[PublishedRun]) -> dict[str, float]:
+    """Mean and spreads of the logarithm of measured over predicted memory: the fields of `MemorySpread`."""
+    ratios: dict[str, list[float]] = {}
+    for run in runs:
+        if run.memory_gib is not None and len(run.plans) == 1:
+            predicted = predicted_bytes_of(run.plans[0], run.training, run.software)
+            ratios.setdefault(run.program, []).append(float(np.log(run.memory_gib * GIB / predicted)))
+    means = [float(np.mean(values)) for values in ratios.values()]
+    rest = [value - mean for values, mean in zip(ratios.values(), means, strict=True) for value in values]
+    return {
+        "mean": rounded(float(np.mean(means))),
+        "programs": rounded(max(LEAST_MEMORY_SPREAD, float(np.std(means)))),
+        "rows": rounded(max(LEAST_MEMORY_SPREAD / 2, float(np.std(rest)))),
+    }
+
+
+def rounded(value: float) -> float:
+    """Four significant digits."""
+    return float(f"{value:.4g}")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -145,26 +89,33 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("runs", type=Path, help="a file of published runs")
     parser.add_argument("--out", type=Path, default=OUTPUT)
     options = parser.parse_args(arguments)
-    runs = [run for _, run, _ in usable_runs(read_rows(options.runs)) if run is not None and run.step_time_s]
-    chosen = select_runs_to_fit(runs)
-    classes = sorted(
-        {device.efficiency_class for device in all_devices().values()}, key=lambda name: (name in PARENTS, name)
-    )
-    constants: dict[str, Efficiency] = {}
-    for name in classes:
-        rows = [run for run in chosen if run.cluster.device.efficiency_class == name]
-        prior = constants[PARENTS[name]] if name in PARENTS else PRIOR
-        constants[name] = fit(rows, prior) if rows else prior
-        print(f"{name}: {len(rows)} rows; {constants[name]}", flush=True)
+    runs = [run for _, run, _ in usable_runs(read_rows(options.runs)) if run is not None]
+    chosen = usable_for_fitting(runs)
+    hierarchy = fit_hierarchy(chosen)
+    spreads = hierarchy.spreads
+    classes = sorted({device.efficiency_class for device in all_devices().values()})
+    beliefs = {name: hierarchy.of("", name) for name in classes}
+    constants = {name: from_coordinates(belief.mean) for name, belief in beliefs.items()}
+    for name, efficiency in constants.items():
+        print(f"{name}: {efficiency}")
+    print(f"spread between programs {spreads.programs}, noise {spreads.noise}, of {len(CHOICES)} choices")
     table = {
         "source": f"benchmarks/fit_planner.py {options.runs.name}",
         "fitted_rows": [run.digest for run in chosen],
-        "errors": errors_of_classes(runs, {run.digest for run in chosen}, constants),
+        "errors": errors_of_classes(hierarchy, classes),
         "constants": {
-            name: {key: float(f"{value:.4g}") for key, value in asdict(row).items()} for name, row in constants.items()
+            name: {key: rounded(value) for key, value in asdict(row).items()} for name, row in constants.items()
+        },
+        "noise": rounded(float(np.hypot(spreads.noise, spreads.models))),
+        "memory": memory_spread(runs),
+        "covariances": {
+            name: [[rounded(value) for value in row] for row in belief.covariance.tolist()]
+            for name, belief in beliefs.items()
         },
     }
-    options.out.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    # A matrix has a line for each of its rows.
+    text = re.sub(r"\[\s+([-\d.e,\s]+?)\s+\]", lambda row: f"[{' '.join(row[1].split())}]", json.dumps(table, indent=1))
+    options.out.write_text(text + "\n", encoding="utf-8")
     print(f"wrote {options.out}")
     return 0
 

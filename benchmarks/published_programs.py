@@ -1,6 +1,7 @@
 """The cells of a published run, and the software profile of its program."""
 
 import math
+import re
 import reprlib
 from collections.abc import Mapping
 from dataclasses import replace
@@ -73,32 +74,35 @@ def required(row: RunRow, column: str) -> int:
     return value
 
 
+# Names of programs in the column `framework`, in the order in which they are tried.
+_PROGRAMS = (
+    (r"llm-?foundry", "llm-foundry"),
+    (r"torchtitan", "torchtitan"),
+    (r"simumax", "Megatron Core"),
+    (r"megatron-deepspeed", "Megatron-DeepSpeed"),
+    (r"megatron-lm", "Megatron-LM"),
+    (r"zero-3", "DeepSpeed ZeRO-3"),
+    (r"oneflow", "OneFlow"),
+    (r"moai", "MoAI Platform"),
+)
+
+
+def program_of(row: RunRow) -> str:
+    """The program of a row, whatever its version: what is left out as a whole to test on a program that is new."""
+    framework = cell(row, "framework")
+    for pattern, name in _PROGRAMS:
+        if re.search(pattern, framework.lower()):
+            return name
+    # The first words, without a version.
+    return re.split(r"\s+v?[\d(@]", framework)[0].strip() or "unknown"
+
+
 def software_of(row: RunRow) -> SoftwareProfile:
-    """The profile of a row's program.
+    """The profile of a row's program: how it is documented to work, or how programs of its devices' age usually do.
 
-    Most traits are how these programs are documented to work. Some were chosen by hand so that published figures,
-    tested ones included, come out right:
-
-    - torchtitan: `fragmentation` and, in 2025, `logit_bytes`
-    - OneFlow: `min_in_flight` (from the memory of rows 610 and 612) and `elementwise_traffic`
-    - DeepSpeed: `rings_use_all_ports`
-
-    `elementwise_traffic` of the other programs is a guess.
+    No trait is chosen from a published figure.
     """
     framework, precision, sharding = cell(row, "framework"), cell(row, "precision").lower(), cell(row, "sharding")
-    # arXiv:2205.05198: float16 weights and a master copy; fused softmax, bias and dropout.
-    megatron = SoftwareProfile(
-        "Megatron",
-        weight_bytes=2,
-        weight_copy_bytes=0,
-        gradient_bytes=4,
-        optimizer_bytes=12,
-        reduce_bytes=2,
-        fused_attention=False,
-        elementwise_traffic=0.7,
-        logit_traffic_bytes=20,
-        overlaps_data_parallel=False,
-    )
     if "llm-foundry" in framework:
         # Its loss is the fused one of FlashAttention, which writes the gradient over the logits.
         software = SoftwareProfile("llm-foundry", logit_bytes=4, logit_traffic_bytes=8)
@@ -107,24 +111,40 @@ def software_of(row: RunRow) -> SoftwareProfile:
             software = replace(software, weight_bytes=2, gradient_bytes=2, optimizer_bytes=4, weight_copy_bytes=0)
     elif "torchtitan" in framework:
         software = _torchtitan(row)
-    elif "SimuMax" in framework:
-        # With a fused cross-entropy.
-        software = replace(
-            megatron, name="Megatron Core", fused_attention=True, elementwise_traffic=0.6, reduce_bytes=4
-        )
-        software = replace(software, logit_bytes=6, logit_traffic_bytes=12)
     elif "ZeRO-3" in framework:
-        software = replace(megatron, name="DeepSpeed", overlaps_data_parallel=True, rings_use_all_ports=False)
+        software = replace(_megatron(row), name="DeepSpeed", overlaps_data_parallel=True)
     elif "OneFlow" in framework:
-        software = replace(megatron, name="OneFlow", overlaps_data_parallel=True)
-        software = replace(software, min_in_flight=4, elementwise_traffic=0.4)
+        software = replace(_megatron(row), name="OneFlow", overlaps_data_parallel=True)
     elif "MoAI" in framework:
         software = SoftwareProfile("MoAI Platform")
+    elif re.search(r"megatron|deepspeed|nemo", framework.lower()):
+        software = _megatron(row)
     else:
-        software = megatron
-    if "fp8" in precision or "float8" in precision:
+        software = SoftwareProfile(framework or "unknown")
+    if re.search(r"fp8|float8", precision):
         software = replace(software, compute="float8")
     return software
+
+
+def _megatron(row: RunRow) -> SoftwareProfile:
+    """Megatron-LM as in arXiv:2205.05198, or Megatron Core as it is on newer devices."""
+    # Float16 weights and a master copy; fused softmax, bias and dropout.
+    software = SoftwareProfile(
+        "Megatron",
+        weight_bytes=2,
+        weight_copy_bytes=0,
+        gradient_bytes=4,
+        optimizer_bytes=12,
+        reduce_bytes=2,
+        fused_attention=False,
+        logit_traffic_bytes=20,
+        overlaps_data_parallel=False,
+    )
+    if not re.search(r"[hb][1-3]00|mi3", cell(row, "gpu").lower()):
+        return software
+    # With FlashAttention and a fused cross-entropy.
+    software = replace(software, name="Megatron Core", fused_attention=True, reduce_bytes=4)
+    return replace(software, logit_bytes=6, logit_traffic_bytes=12)
 
 
 def _torchtitan(row: RunRow) -> SoftwareProfile:
@@ -134,8 +154,5 @@ def _torchtitan(row: RunRow) -> SoftwareProfile:
         "torchtitan", recomputed_matmuls=0.5, overlaps_tensor_parallel="async" in framework.lower(), gated_copies=1.0
     )
     if "compile" in framework:
-        software = replace(software, elementwise_traffic=0.5, gated_copies=0.5)
-    if "2025" in cell(row, "group"):
-        # Taken to mean that the loss is compiled and the allocator's segments can grow.
-        return replace(software, logit_bytes=6, logit_traffic_bytes=12)
-    return replace(software, fragmentation=0.25)
+        return replace(software, elementwise_traffic=0.7, gated_copies=0.5)
+    return software

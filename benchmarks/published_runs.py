@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from published_models import architecture_of
-from published_programs import RunRow, Unusable, cell, measurement, optional, required, software_of
+from published_programs import RunRow, Unusable, cell, measurement, optional, program_of, required, software_of
 
 from moreh.accelerator.devices import Device, find_device
 from moreh.errors import PlanError
@@ -67,6 +67,8 @@ class PublishedRun:
     """Identifies what the row says, whatever its id."""
     group: str
     """The publication or the system."""
+    program: str
+    """The program, whatever its version."""
     sweep: str
     """What runs have in common that differ in the plan only."""
     training: Training
@@ -147,6 +149,7 @@ def published_run(row: RunRow) -> PublishedRun:
         id=cell(row, "id"),
         digest=row_digest(row),
         group=cell(row, "group"),
+        program=program_of(row),
         sweep="/".join((*names, str(units), str(batch), str(length), cell(row, "precision"))),
         training=training,
         plans=plans,

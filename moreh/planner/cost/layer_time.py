@@ -76,7 +76,7 @@ def _one_layer(
     matmuls_s, grad_inputs_s, grad_weights_s = _linear_s(roofline, plans, layer, tokens)
     attention_s, attention_backward_s = _attention_s(roofline, plans, training, layer, tokens)
     moved_bytes = elementwise_bytes(plans, training.architecture, layer, tokens, software.activation_bytes)
-    moved_bytes = moved_bytes * software.elementwise_traffic
+    moved_bytes = moved_bytes * software.elementwise_traffic * roofline.efficiency.elementwise
     elementwise_s = roofline.memory_s(moved_bytes, software.layer_kernels)
     elementwise_backward_s = roofline.memory_s(
         moved_bytes * ELEMENTWISE_BACKWARD, software.layer_kernels * ELEMENTWISE_BACKWARD
@@ -101,6 +101,10 @@ def _one_layer(
     # Ranks wait for the slowest of them at every exchange.
     skew = np.where(plans.tensor > 1, roofline.efficiency.skew, 0.0)
     backward_s = grad_inputs_s + grad_weights_s + attention_backward_s + elementwise_backward_s
+
+    # Where the host launches kernels more slowly than the device computes them, the device waits.
+    forward_s = forward_s + roofline.host_wait_s(forward_s + exchange_s)
+    backward_s = backward_s + roofline.host_wait_s(backward_s + exchange_s)
 
     is_selective, is_full = plans.recomputation == RECOMPUTE_SELECTIVE, plans.recomputation == RECOMPUTE_FULL
     selective_s = software.recomputed_matmuls * matmuls_s

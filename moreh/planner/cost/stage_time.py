@@ -4,7 +4,7 @@
 of pipeline_time.py and its bounds work on the result.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
@@ -45,7 +45,7 @@ class StageTime:
     gradients_s: FloatArray
     """Communication of gradients and parameters at the end of a step that computation does not hide, [n]."""
     optimizer_s: FloatArray
-    """The optimizer's step, [n]."""
+    """The optimizer's step, and what the host does between steps, [n]."""
     computation_s: FloatArray
     """Matmuls and other kernels of one micro-batch on the busiest rank, [n]."""
     recomputation_s: FloatArray
@@ -59,6 +59,13 @@ class StageTime:
     def tail_s(self) -> FloatArray:
         """What follows the last micro-batch, [n]."""
         return self.gradients_s + self.optimizer_s
+
+    def slower(self, factor: float) -> "StageTime":
+        """The same with all seconds multiplied by `factor`."""
+        if factor == 1:
+            return self
+        seconds = (field.name for field in fields(self) if field.name.endswith("_s"))
+        return replace(self, **{name: factor * getattr(self, name) for name in seconds})
 
 
 @dataclass(frozen=True)
@@ -171,18 +178,19 @@ def stage_time(roofline: Roofline, cluster: Cluster, plans: PlanTable, training:
     recomputation = layers * layer.recompute_s
     exchange = layers * (layer.forward_exchange_s + layer.backward_exchange_s + layer.recompute_exchange_s)
     gradients, optimizer = _step_end_s(roofline, plans, parameters, trainable, links, backward, training)
-    return StageTime(
+    times = StageTime(
         forward_s=forward,
         backward_s=backward,
         weight_fraction=layer.weights_s / layer_backward,
         send_s=_send_s(roofline, cluster, plans, stage_output_bytes(plans, training, roofline.software)),
         gradients_s=gradients + _tied_exchange_s(roofline, cluster, plans, training),
-        optimizer_s=optimizer,
+        optimizer_s=optimizer + roofline.efficiency.step_host_s,
         computation_s=computation,
         recomputation_s=recomputation,
         tensor_exchange_s=exchange,
         data_exchange_s=np.maximum(0.0, rank_totals[rows, busiest] - computation - recomputation - exchange),
     )
+    return times.slower(roofline.efficiency.slowdown)
 
 
 def _edge_s(edge: EdgeTime, applies: BoolArray) -> FloatArray:

@@ -9,8 +9,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from moreh.accelerator.devices import Device
 from moreh.errors import PlanError
+from moreh.planner.plan.arrays import FloatArray
 
 _DATA = Path(__file__).parent / "data" / "efficiency.json"
 # With fewer published runs than this, a quantile says nothing: the worst run counts.
@@ -50,6 +53,14 @@ class Efficiency:
     partial_node: float
     """The rate inside a node falls with this power of the share of the node's devices that are in a group: 1 where each
     pair of devices has a link of its own, 0 where all links lead to a switch and any group can fill them."""
+    elementwise: float = 1.0
+    """Memory traffic of norms, activations and residuals, as a multiple of what the program is taken to have."""
+    layer_host_s: float = 0.0
+    """Seconds in which the host launches one layer's forward pass, or its backward pass. Small layers take as long."""
+    step_host_s: float = 0.0
+    """Seconds of a step outside of all micro-batches: data, the optimizer's launches, logging."""
+    slowdown: float = 1.0
+    """Seconds of a step for each second that the other constants account for."""
 
 
 @cache
@@ -79,12 +90,44 @@ def find_efficiency(name: str) -> Efficiency:
     return table[name]
 
 
+def class_covariance(name: str) -> FloatArray:
+    """How far the coordinates of a class's constants may be off for a program that is not known.
+
+    [constants, constants], in the order of the fields of `Efficiency`; for coordinates see `belief.to_coordinates`.
+
+    Raises:
+        PlanError: there is no such class.
+    """
+    find_efficiency(name)
+    return np.array(_table()["covariances"][name], dtype=np.float64)
+
+
+def residual_spread() -> float:
+    """Standard deviation of the logarithm of step times around what the right constants of a program give."""
+    return float(_table()["noise"])
+
+
+@dataclass(frozen=True)
+class MemorySpread:
+    """The logarithm of measured over predicted memory, in published runs."""
+
+    mean: float
+    programs: float
+    """Standard deviation between programs."""
+    rows: float
+    """Standard deviation between the runs of a program."""
+
+
+def memory_spread() -> MemorySpread:
+    """How measured memory compares with predicted memory for a program that is not known."""
+    return MemorySpread(**_table()["memory"])
+
+
 @dataclass(frozen=True)
 class Uncertainty:
-    """How far predicted step times are off for a class of devices, in published runs that were not used for fitting.
+    """How far predicted step times are off for a class of devices, in published runs of programs that were left out.
 
-    Errors are relative (fractions). A class without runs has the errors of all runs together, predicted with the
-    constants that such a class is given.
+    Errors are relative (fractions). A class without runs has the errors of all runs together.
     """
 
     runs: int

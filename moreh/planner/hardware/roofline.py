@@ -14,6 +14,8 @@ Number = IntArray | FloatArray | int | float
 
 # The tile of the result that one compute unit works on at a time in large matmuls (cuBLAS, hipBLASLt, CUTLASS).
 TILE_ELEMENTS = 128 * 256
+# How suddenly a layer becomes bound by its host as it gets smaller.
+HOST_SHARPNESS = 6
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,16 @@ class Roofline:
     def memory_s(self, moved_bytes: Number, kernels: Number = 1) -> FloatArray:
         """Seconds of memory-bound kernels that together read and write `moved_bytes`."""
         return np.asarray(moved_bytes / self.memory_rate + kernels * self.efficiency.kernel_s, dtype=np.float64)
+
+    def host_wait_s(self, device_s: FloatArray) -> FloatArray:
+        """Seconds that a device waits for the host while it has `device_s` of work in one pass of a layer."""
+        host_s = self.efficiency.layer_host_s
+        if host_s == 0:
+            return np.zeros_like(device_s)
+        # A maximum with rounded corner: a few kernels wait even where most of them do not.
+        longer_s = np.maximum(device_s, host_s)
+        ratio = np.minimum(device_s, host_s) / longer_s
+        return longer_s * (1 + ratio**HOST_SHARPNESS) ** (1 / HOST_SHARPNESS) - device_s
 
     def ring_s(self, whole_bytes: Number, links: RingLinks) -> FloatArray:
         """Seconds of a ring all-gather or reduce-scatter whose whole tensor has `whole_bytes`; 0 in a group of one.

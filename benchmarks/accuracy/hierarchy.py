@@ -1,0 +1,230 @@
+"""The constants of all programs and classes of devices together: a population, and draws from it.
+
+The coordinates of the constants of a program on a class of devices are the sum of five Gaussian draws: what all have in
+common, and what is particular to the generation of the devices, to the class, to the program, and to the program on
+that generation. The logarithm of a step time is taken as linear in them. Then what rows say about any of these draws
+has a closed form (Rasmussen and Williams 2006, chapter 2, https://gaussianprocess.org/gpml).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+
+import numpy as np
+from published_runs import PublishedRun
+
+from accuracy.priors import GENERATIONS, prior_mean, width
+from moreh.planner.calibration.sensitivity import log_step_time, log_step_time_slopes
+from moreh.planner.hardware.belief import CONSTANTS, from_coordinates, to_coordinates
+from moreh.planner.hardware.efficiency import Efficiency
+from moreh.planner.hardware.environment import Environment
+from moreh.planner.plan.arrays import BoolArray, FloatArray
+
+
+@dataclass(frozen=True)
+class Spreads:
+    """How far draws differ, as multiples of `WIDTH`. `noise` and `models` are those of a step time's logarithm."""
+
+    programs: float
+    noise: float
+    population: float = 1.0
+    generations: float = 1.0
+    classes: float = 0.2
+    pairs: float = 0.3
+    """Of a program on a generation."""
+    models: float = 0.03
+    """What the steps of one model with one program on one class have in common."""
+
+
+# The spreads that `choose_spreads` tries.
+CHOICES = tuple(Spreads(programs, noise) for programs, noise in product((0.35, 0.5, 0.7), (0.04, 0.06)))
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Which draws a step time depends on."""
+
+    program: str
+    class_name: str
+    model: str
+    strangeness: float = 1.0
+    """How much farther than usual the program is from the population: 1 unless its runs surprise (`strange_labels`)."""
+
+    @property
+    def generation(self) -> str:
+        """The generation of the class."""
+        return GENERATIONS.get(self.class_name, self.class_name)
+
+    @property
+    def step(self) -> str:
+        """The program, the class and the model in one text."""
+        return "/".join((self.program, self.class_name, self.model))
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Runs with their step times, linear around the constants at which they were predicted."""
+
+    labels: tuple[Labels, ...]
+    slopes: FloatArray
+    """Derivatives of the logarithm of the step time by the coordinates, [rows, constants]."""
+    seconds: FloatArray
+    """Logarithm of measured over predicted seconds, where the prediction is the linear one with prior constants,
+    [rows]."""
+
+    def take(self, chosen: BoolArray) -> "Rows":
+        """Some of the rows."""
+        labels = tuple(label for label, keep in zip(self.labels, chosen, strict=True) if keep)
+        return Rows(labels, self.slopes[chosen], self.seconds[chosen])
+
+    def of_program(self, program: str) -> BoolArray:
+        """Which rows are of a program, [rows]."""
+        return np.array([label.program == program for label in self.labels])
+
+    @property
+    def programs(self) -> list[str]:
+        """All programs, in their order."""
+        return list(dict.fromkeys(label.program for label in self.labels))
+
+
+@dataclass(frozen=True, eq=False)
+class Posterior:
+    """A Gaussian over the coordinates of a program on a class of devices."""
+
+    mean: FloatArray
+    """[constants]"""
+    covariance: FloatArray
+    """[constants, constants]"""
+
+
+def labels_of(run: PublishedRun) -> Labels:
+    """The draws that a run depends on."""
+    return Labels(run.program, run.cluster.device.efficiency_class, run.training.architecture.name)
+
+
+def linear_rows(runs: Sequence[PublishedRun], constants: Sequence[Efficiency]) -> Rows:
+    """Runs that give a step time, predicted with constants of each run."""
+    labels = tuple(labels_of(run) for run in runs)
+    slopes, seconds = np.zeros((len(runs), len(CONSTANTS))), np.zeros(len(runs))
+    for index, (run, efficiency) in enumerate(zip(runs, constants, strict=True)):
+        environment = Environment(run.cluster, efficiency, run.software)
+        times = [log_step_time(plan, run.training, environment) for plan in run.plans]
+        fastest = run.plans[int(np.argmin(times))]
+        slopes[index] = log_step_time_slopes(fastest, run.training, environment)
+        distance = to_coordinates(efficiency) - prior_mean(labels[index].class_name)
+        assert run.step_time_s is not None
+        seconds[index] = np.log(run.step_time_s) - min(times) + slopes[index] @ distance
+    return Rows(labels, slopes, seconds)
+
+
+def _equal(first: Sequence[str], second: Sequence[str]) -> BoolArray:
+    """Which names are the same, [first, second]."""
+    numbers = {name: number for number, name in enumerate({*first, *second})}
+    mine, theirs = (np.array([numbers[name] for name in names]) for names in (first, second))
+    return np.asarray(mine[:, None] == theirs[None, :])
+
+
+def _shared(first: Sequence[Labels], second: Sequence[Labels], spreads: Spreads) -> FloatArray:
+    """How much of `WIDTH` squared the coordinates of two lists of labels have in common, [first, second]."""
+
+    def same(name: str) -> BoolArray:
+        return _equal([getattr(label, name) for label in first], [getattr(label, name) for label in second])
+
+    program, generation = same("program"), same("generation")
+    return np.asarray(
+        spreads.population**2
+        + spreads.generations**2 * generation
+        + spreads.classes**2 * same("class_name")
+        + np.array([label.strangeness**2 for label in first])[:, None]
+        * program
+        * (spreads.programs**2 + spreads.pairs**2 * generation)
+    )
+
+
+def _covariance(first: Rows, second: Rows, spreads: Spreads) -> FloatArray:
+    """Covariance of the step times of two sets of rows without noise, [first, second]."""
+    weighted = (first.slopes * width() ** 2) @ second.slopes.T
+    shared = _shared(first.labels, second.labels, spreads)
+    models = _equal([label.step for label in first.labels], [label.step for label in second.labels])
+    return weighted * shared + spreads.models**2 * models
+
+
+def posterior(rows: Rows, of: Labels, spreads: Spreads) -> Posterior:
+    """What rows say about the coordinates of a program on a class. Either may be new to the rows."""
+    sigma = width()
+    own = float(_shared([of], [of], spreads)[0, 0])
+    if not len(rows.labels):
+        return Posterior(prior_mean(of.class_name), np.diag(own * sigma**2))
+    inverse = np.linalg.inv(_covariance(rows, rows, spreads) + spreads.noise**2 * np.eye(len(rows.labels)))
+    cross = sigma[:, None] ** 2 * rows.slopes.T * _shared([of], rows.labels, spreads)
+    gain = cross @ inverse
+    covariance = np.diag(own * sigma**2) - gain @ cross.T
+    return Posterior(prior_mean(of.class_name) + gain @ rows.seconds, (covariance + covariance.T) / 2)
+
+
+def predict_rows(known: Rows, rows: Rows, spreads: Spreads) -> tuple[FloatArray, FloatArray]:
+    """Mean and variance of the logarithms of step times, as in `Rows.seconds`, given other rows; [rows] each."""
+    noise = spreads.noise**2
+    cross = _covariance(known, rows, spreads)
+    gain = np.linalg.solve(_covariance(known, known, spreads) + noise * np.eye(len(known.labels)), cross)
+    variance = np.diag(_covariance(rows, rows, spreads)) - np.sum(gain * cross, axis=0) + noise
+    return gain.T @ known.seconds, variance
+
+
+def strange_labels(rows: Rows, spreads: Spreads) -> Rows:
+    """The rows with the strangeness of their programs: programs are draws of a distribution with heavy tails.
+
+    A program whose step times are far from what all other programs predict says little about the population.
+    """
+    labels = list(rows.labels)
+    for program in rows.programs:
+        left = rows.of_program(program)
+        mean, variance = predict_rows(rows.take(~left), rows.take(left), spreads)
+        deviations = float(np.sqrt(np.mean((rows.seconds[left] - mean) ** 2 / variance)))
+        for index in np.flatnonzero(left):
+            labels[index] = replace(labels[index], strangeness=max(1.0, deviations))
+    return Rows(tuple(labels), rows.slopes, rows.seconds)
+
+
+def blind_density(rows: Rows, spreads: Spreads) -> float:
+    """Mean log density of the step times of each program given all other programs; the heavy tails of Student's t."""
+    degrees = 4.0
+    total = 0.0
+    for program in rows.programs:
+        left = rows.of_program(program)
+        mean, variance = predict_rows(rows.take(~left), rows.take(left), spreads)
+        squares = (rows.seconds[left] - mean) ** 2 / variance
+        total += float(np.sum(-(degrees + 1) / 2 * np.log1p(squares / degrees) - np.log(variance) / 2))
+    return total / len(rows.labels)
+
+
+def choose_spreads(rows: Rows) -> Spreads:
+    """The spreads with which each program is predicted best from the others."""
+    return max(CHOICES, key=lambda spreads: blind_density(rows, spreads))
+
+
+@dataclass(frozen=True, eq=False)
+class Hierarchy:
+    """Everything that a set of runs says."""
+
+    rows: Rows
+    spreads: Spreads
+
+    def of(self, program: str, class_name: str) -> Posterior:
+        """The belief about a program on a class; a program without runs is any program."""
+        return posterior(self.rows, Labels(program, class_name, ""), self.spreads)
+
+
+def fit_hierarchy(runs: Sequence[PublishedRun], rounds: int = 2) -> Hierarchy:
+    """Fit all constants to runs, in rounds with the slopes at the constants of the round before."""
+    labels = [labels_of(run) for run in runs]
+    means = {label: prior_mean(label.class_name) for label in labels}
+    hierarchy = Hierarchy(Rows((), np.zeros((0, len(CONSTANTS))), np.zeros(0)), CHOICES[0])
+    for _ in range(rounds):
+        rows = linear_rows(runs, [from_coordinates(means[label]) for label in labels])
+        spreads = choose_spreads(rows)
+        hierarchy = Hierarchy(strange_labels(rows, spreads), spreads)
+        pairs = {(label.program, label.class_name) for label in means}
+        found = {pair: hierarchy.of(*pair).mean for pair in pairs}
+        means = {label: found[label.program, label.class_name] for label in means}
+    return hierarchy

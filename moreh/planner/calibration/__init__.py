@@ -1,0 +1,1 @@
+"""Predictions with an interval, which a few measured steps of the same program narrow."""
