@@ -21,7 +21,9 @@ def least_factor(plan: Plan, training: Training, environment: Environment) -> tu
         return NOT_MODELED, "no published run with context parallelism was compared with"
     if environment.software.compute == "float8":
         return NOT_MODELED, "the share of a step that a program computes in float8 is not modeled"
-    if device.efficiency_class != THIS_MACHINE and uncertainty(device.efficiency_class).runs == 0:
+    if device.efficiency_class == THIS_MACHINE:
+        return 1.0, ""
+    if device.efficiency_assumed or uncertainty(device.efficiency_class).runs == 0:
         return HARDLY_MEASURED, f"no published run on a {device.name} was compared with"
     return 1.0, ""
 
