@@ -140,7 +140,7 @@ def _megatron(row: RunRow) -> SoftwareProfile:
         logit_traffic_bytes=20,
         overlaps_data_parallel=False,
     )
-    if not re.search(r"[hb][1-3]00|mi3", cell(row, "gpu").lower()):
+    if not re.search(r"[hb][1-3]00|h20|mi3", cell(row, "gpu").lower()):
         return software
     # With FlashAttention and a fused cross-entropy.
     software = replace(software, name="Megatron Core", fused_attention=True, reduce_bytes=4)

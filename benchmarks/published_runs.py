@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from accuracy.clusters import device_of, network_bytes_per_second
 from published_models import architecture_of
 from published_programs import RunRow, Unusable, cell, measurement, optional, program_of, required, software_of
 
-from moreh.accelerator.devices import Device, find_device
 from moreh.errors import PlanError
 from moreh.models.architecture import Architecture
 from moreh.planner.hardware.cluster import Cluster, cluster_for_devices
@@ -25,37 +25,9 @@ from moreh.planner.plan.plan import Plan, Recomputation, Schedule, Sharding, Tra
 from moreh.planner.plan.schedules import check_schedule
 from moreh.planner.software_profile import SoftwareProfile
 
-_NETWORKS = Path(__file__).parent / "data" / "networks.csv"
 # Passes of a micro-batch through a stage. This is several times the largest published run, and takes a second to
 # simulate.
 MAX_PASSES = 2**20
-# Patterns in the order in which they are tried.
-_DEVICES = (
-    (r"mi250x", "MI250X GCD"),
-    (r"mi250", "MI250 GCD"),
-    (r"mi210", "MI210"),
-    (r"mi300x", "MI300X"),
-    (r"mi325x", "MI325X"),
-    (r"mi350x", "MI350X"),
-    (r"mi355x", "MI355X"),
-    (r"a800", "A800 80GB"),
-    (r"h800", "H800"),
-    (r"h20.?3e|h20.*141", "H20 141GB"),
-    (r"h20(?!0)", "H20"),
-    (r"gh200.*144", "GH200 144GB"),
-    (r"gh200", "GH200 96GB"),
-    (r"gb300", "GB300"),
-    (r"gb200", "GB200"),
-    (r"b300", "B300"),
-    (r"a100.*40", "A100 40GB"),
-    (r"a100", "A100 80GB"),
-    (r"h100.*96", "H100 96GB"),
-    (r"h100", "H100 80GB"),
-    (r"h200", "H200"),
-    (r"b200", "B200"),
-    (r"v100.*32", "V100 32GB"),
-    (r"v100", "V100 16GB"),
-)
 
 
 @dataclass(frozen=True)
@@ -108,7 +80,7 @@ def published_run(row: RunRow) -> PublishedRun:
         Unusable: the row does not give what a prediction needs.
     """
     architecture, framework = architecture_of(row), cell(row, "framework")
-    device, per_unit = _device(row)
+    device, per_unit = device_of(row)
     units = required(row, "n_gpus")
     devices = units * per_unit
     tensor, pipeline = optional(row, "tp"), optional(row, "pp")
@@ -123,7 +95,7 @@ def published_run(row: RunRow) -> PublishedRun:
     given_data = optional(row, "dp")
     if given_data is not None and tensor * pipeline * context * given_data not in (units, devices):
         raise Unusable(f"dp={given_data} contradicts {devices} devices / (tp x pp x cp) = {data}")
-    cluster = cluster_for_devices(device, devices, _network_bytes_per_second(row))
+    cluster = cluster_for_devices(device, devices, network_bytes_per_second(row, device))
     length = optional(row, "seq_len")
     if length is None:
         if "torchtitan" not in framework:
@@ -160,24 +132,6 @@ def published_run(row: RunRow) -> PublishedRun:
         memory_gib=measurement(row, "peak_mem_gib_per_gpu"),
         out_of_memory=measured is None and re.search(r"\boom\b|out.of.memory", text) is not None,
     )
-
-
-def _device(row: RunRow) -> tuple[Device, int]:
-    """The kind of device, and how many devices a unit of the row holds."""
-    name = cell(row, "gpu").lower()
-    for pattern, device in _DEVICES:
-        if re.search(pattern, name):
-            return find_device(device), 2 if "package" in name else 1
-    raise Unusable(f"no data of device {cell(row, 'gpu')!r}")
-
-
-def _network_bytes_per_second(row: RunRow) -> float | None:
-    """Bytes/s of a device to other nodes, for the system that was measured; None if that is unknown."""
-    with _NETWORKS.open(encoding="utf-8", newline="") as file:
-        for entry in csv.DictReader(file):
-            if entry["group"] == cell(row, "group") and entry["gpu"] in ("", cell(row, "gpu")):
-                return float(entry["network_gbit_per_s_per_device"]) * 1e9 / 8
-    return None
 
 
 def _micro_batch_sizes(row: RunRow, batch: int | None, data: int) -> tuple[int, ...]:
