@@ -12,10 +12,14 @@ from moreh.cli.plan_options import PRECISIONS
 from moreh.errors import AcceleratorError, PlanError
 from moreh.planner.hardware.cluster import Cluster, StatedLinks, cluster_for_devices, cluster_for_flavor
 from moreh.planner.hardware.environment import Environment, make_environment, measured_environment
-from moreh.planner.software_profile import TRANSFORMERS, TRANSFORMERS_AUTOCAST, moreh_software
+from moreh.planner.software_profile import (
+    TRANSFORMERS,
+    TRANSFORMERS_AUTOCAST,
+    SoftwareProfile,
+    moreh_on_cpu,
+    moreh_software,
+)
 
-# The software of this machine's workers: transformers' models without advanced parallelization, by precision.
-LOCAL_SOFTWARE = {"bfloat16": TRANSFORMERS_AUTOCAST, "float32": TRANSFORMERS}
 BYTES_PER_GBYTE, BYTES_PER_GBIT = 1e9, 1e9 / 8
 
 
@@ -37,7 +41,7 @@ def find_place(options: argparse.Namespace) -> tuple[Flavor | None, Environment]
         else options.network_gbit_per_device * BYTES_PER_GBIT,
     )
     if options.device is not None and options.device.strip().lower() == THIS_MACHINE:
-        measured = measured_environment(options.devices, LOCAL_SOFTWARE.get(options.precision, software))
+        measured = measured_environment(options.devices, _local_software(options.devices, options.precision))
         return None, replace(measured, cluster=_restated(measured.cluster.device, options.devices, stated))
     if options.cluster is not None:
         return None, make_environment(_cluster_of_file(options, stated), software)
@@ -49,6 +53,15 @@ def find_place(options: argparse.Namespace) -> tuple[Flavor | None, Environment]
         return flavor, make_environment(cluster_for_flavor(flavor), software)
     device = replace(flavor.device, devices_per_node=flavor.devices // flavor.nodes)
     return None, make_environment(_restated(device, devices, stated), software)
+
+
+def _local_software(workers: int, precision: str) -> SoftwareProfile:
+    """The software of this machine's workers: one computes as transformers does, several as this project does."""
+    if precision not in ("bfloat16", "float32"):
+        return moreh_software(PRECISIONS[precision])
+    if workers > 1:
+        return moreh_on_cpu(PRECISIONS[precision])
+    return TRANSFORMERS if precision == "float32" else TRANSFORMERS_AUTOCAST
 
 
 def _flavor(options: argparse.Namespace) -> Flavor:

@@ -1,9 +1,12 @@
 """The software that runs a plan: which kernels it has, what it keeps in memory, and what it overlaps.
 
 A plan says how the work is split. Two programs that carry out the same plan still differ in the traits of a
-`SoftwareProfile`. `MOREH` is this project on several workers, `TRANSFORMERS` and `TRANSFORMERS_AUTOCAST` are a plain
-loop on one worker. The programs of published measurements, which the planner is fitted to and tested on, are in
-benchmarks/published_programs.py, with a word on which traits are known and which were chosen.
+`SoftwareProfile`:
+
+- `MOREH` is this project on several devices, and `moreh_on_cpu` on several workers of a CPU.
+- `TRANSFORMERS` and `TRANSFORMERS_AUTOCAST` are a plain loop on one worker.
+- The programs of published measurements, which the planner is fitted to and tested on, are in
+  benchmarks/published_programs.py, with a word on which traits are known and which were chosen.
 """
 
 from dataclasses import dataclass, replace
@@ -58,6 +61,11 @@ class SoftwareProfile:
     one stage. Otherwise that happens once a step, and both are whole in between (torch's PipelineStage with
     fully_shard)."""
 
+    uses_fully_shard: bool = False
+    """Whether sharding is torch's `fully_shard`. It shards stored weights even where only gradients or optimizer state
+    are to be sharded, and gathers a second copy of them. Its collectives go through flat buffers. It gathers the
+    embedding and the output layer together. Other programs keep stored weights whole unless parameters are sharded."""
+
     # Activations and logits in memory.
     norm_copies: float = 1.0
     """Tensors of the hidden size that a LayerNorm keeps besides its output, which the next matmul keeps."""
@@ -74,12 +82,23 @@ class SoftwareProfile:
     """Whether fused attention can apply dropout. Otherwise models with dropout use attention that is not fused."""
     score_bytes: int | None = None
     """Size of a score in attention that is not fused; None for `activation_bytes`."""
+    attention_block: int = 0
+    """Queries of a block of causal attention that keeps the probabilities of its blocks; 0 for attention that keeps
+    none."""
+    max_blocked_length: int = 0
+    """Tokens of the longest sequence whose attention is computed in such blocks."""
+    keeps_gathered_inputs: bool = False
+    """Whether sequence parallelism keeps the inputs of column-split matmuls as gathered, besides a rank's part, and
+    selective recomputation the results of row-split matmuls before they are reduced."""
     logit_bytes: float = 10.0
     """Bytes held for each logit at the peak of the loss."""
     min_in_flight: int = 1
     """Micro-batches that a pipeline stage works on at once even where its schedule needs fewer."""
     fragmentation: float = 0.0
     """The share of temporary memory that the allocator cannot use, added on top."""
+
+    scratch_bytes: float = 0.0
+    """Buffers that kernels use again and again."""
 
     # The moments of a step. All but the first count only where memory is reused.
     reuses_memory: bool = False
@@ -170,3 +189,29 @@ TRANSFORMERS_AUTOCAST = replace(
     elementwise_traffic=14.0,
     logit_traffic_bytes=60,
 )
+
+
+def moreh_on_cpu(compute: str) -> SoftwareProfile:
+    """This project on several workers of a CPU, computing in "half" or in "float32" with float32 weights.
+
+    benchmarks/workers/own_accuracy.py compares its memory and time with measurements.
+    """
+    return replace(
+        TRANSFORMERS if compute == "float32" else TRANSFORMERS_AUTOCAST,
+        name="moreh on CPU",
+        uses_fully_shard=True,
+        reshards_in_pipeline=False,
+        # gloo's collectives run on the cores that compute.
+        overlaps_data_parallel=False,
+        # Kernels of moreh/runtime/kernels: the norm keeps only its result, the activation only its input and its
+        # result, the loss the logits and then their gradient, AdamW nothing.
+        rms_norm_copies=0.0,
+        activation_copies=1.0,
+        logit_bytes=8,
+        forward_logit_bytes=4,
+        optimizer_temporaries=0.0,
+        attention_block=128,
+        max_blocked_length=1024,
+        keeps_gathered_inputs=True,
+        scratch_bytes=10 * 2**20,
+    )

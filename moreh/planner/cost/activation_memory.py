@@ -96,6 +96,8 @@ def _layer_tensors(
     column_matmuls = sum(linear.active for linear in layer.linears if linear.split == "column")
     matmul_inputs = column_matmuls if software.autocast else 2
     norms = 2 * norm_saved_bytes(residual, architecture, software) + matmul_inputs * residual * element_bytes
+    if software.keeps_gathered_inputs:
+        norms = norms + np.where(plans.sequence_parallel, 2 * tokens * architecture.hidden * element_bytes, 0.0)
     masks = 2 * residual * dropout_mask_bytes(element_bytes, software) if architecture.dropout else 0.0 * residual
     attention = (2 * queries + 2 * keys) * element_bytes
     scores = score_matrix = np.zeros(len(plans))
@@ -108,6 +110,11 @@ def _layer_tensors(
         )
         pairs = layer.heads / plans.tensor * tokens * training.sequence_length
         scores, score_matrix = pairs * kept_bytes, pairs * score_bytes
+    elif training.sequence_length <= software.max_blocked_length:
+        mean_keys = (
+            min(layer.window or training.sequence_length, training.sequence_length) + software.attention_block
+        ) / 2
+        scores = score_matrix = layer.heads / plans.tensor * tokens * mean_keys * element_bytes
     activated_copies = software.gated_copies if architecture.gated else software.activation_copies
     return _LayerTensors(
         residual=residual * residual_element_bytes(software),
@@ -144,8 +151,11 @@ def _kept_by_selective(
     if not attention_is_fused(training.architecture, software):
         return tensors.all - tensors.scores
     # The layer's input, and the results of its matmuls and of attention.
-    kept = tensors.residual + 2 * residual_elements(plans, training) * software.activation_bytes
-    kept = kept + tensors.attention + tensors.matmul_outputs + tensors.adapters
+    outputs = residual_elements(plans, training)
+    if software.keeps_gathered_inputs:
+        outputs = outputs * np.where(plans.sequence_parallel, plans.tensor, 1)
+    kept = tensors.residual + 2 * outputs * software.activation_bytes
+    kept = kept + tensors.attention + tensors.scores + tensors.matmul_outputs + tensors.adapters
     return kept - software.recomputed_matmuls * (kept - tensors.residual)
 
 

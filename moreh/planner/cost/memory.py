@@ -20,6 +20,7 @@ from moreh.planner.cost.layer_time import micro_batch_tokens
 from moreh.planner.cost.memory_states import (
     ModelStates,
     autocast_copies,
+    edge_exchange,
     edge_ranks,
     held_gradients,
     largest_edge_parameters,
@@ -137,8 +138,11 @@ def _moments(states: ModelStates, plans: PlanTable, training: Training, software
     in_first_layer = kept - stage + layer.backward[:, None]
 
     # The largest single gather and reduction.
+    edges = edge_exchange(states, plans, training, software)
     gathered = largest_edge_parameters(states, plans) * (software.gather_bytes + software.reduce_bytes)
-    edge = np.maximum(states.exchange_bytes, np.where(plans.sharding[:, None] == SHARD_PARAMETERS, gathered, 0.0))
+    gathers_edge = (plans.sharding[:, None] == SHARD_PARAMETERS) & (not software.uses_fully_shard)
+    edge = np.maximum(states.exchange_bytes, np.where(gathers_edge, gathered, 0.0)) + edges.gathered
+    layer_exchange = states.exchange_bytes + edges.gathered + edges.head_gradient
     # autocast gives a matrix a gradient in low precision, which is then converted.
     low_bytes = software.activation_bytes if software.autocast else software.gradient_bytes
     converted_bytes = low_bytes + software.gradient_bytes if software.autocast else 0
@@ -150,6 +154,7 @@ def _moments(states: ModelStates, plans: PlanTable, training: Training, software
         logits: FloatArray = zeros,
         buffers: FloatArray = zeros,
     ) -> PeakMemory:
+        buffers = buffers + software.scratch_bytes
         temporary = activations + logits + buffers
         return PeakMemory(
             parameters=states.weight_bytes + copies,
@@ -181,12 +186,16 @@ def _moments(states: ModelStates, plans: PlanTable, training: Training, software
             in_last_layer,
             gradients.last_layer,
             np.maximum(copies.backward_start, copies.layer),
-            buffers=states.exchange_bytes + zeros,
+            buffers=layer_exchange,
         ),
         # The backward pass of a stage's first layer.
-        moment(in_first_layer, gradients.first_layer, copies.layer, buffers=states.exchange_bytes + zeros),
+        moment(in_first_layer, gradients.first_layer, copies.layer, buffers=layer_exchange),
         # The backward pass of the embedding.
-        moment(kept - stage + first * residual_gradient, gradients.embedding, buffers=edge),
+        moment(
+            kept - stage + first * residual_gradient,
+            gradients.embedding,
+            buffers=np.maximum(edge, edges.gathered + edges.reduced),
+        ),
         # The optimizer's step.
         moment(zeros, states.rank_trainable * states.gradient_bytes, buffers=optimizer),
     ]

@@ -15,6 +15,7 @@ from moreh.planner.plan.plan import Schedule, Training
 from moreh.planner.plan.plan_table import (
     RECOMPUTE_FULL,
     SHARD_GRADIENTS,
+    SHARD_NONE,
     SHARD_OPTIMIZER,
     SHARD_PARAMETERS,
     PlanTable,
@@ -60,15 +61,22 @@ def model_states(plans: PlanTable, training: Training, software: SoftwareProfile
     rank_parameters = sum_by_rank(plans, parameters.of_stages(plans))
     reshards = reshards_each_micro_batch(plans.pipeline, software)
     # Two layers are gathered at a time, the one in use and the next, and one layer's gradients wait to be reduced.
+    # Gradients that go through a flat buffer are there twice.
     gathered = np.where(
         (plans.sharding == SHARD_PARAMETERS) & reshards, 2 * parameters.layer * software.gather_bytes, 0.0
     )
-    reduced = np.where((plans.sharding >= SHARD_GRADIENTS) & reshards, trainable.layer * software.reduce_bytes, 0.0)
+    copies_of_gradients = 2 if software.uses_fully_shard else 1
+    reduced = np.where(
+        (plans.sharding >= SHARD_GRADIENTS) & reshards,
+        copies_of_gradients * trainable.layer * software.reduce_bytes,
+        0.0,
+    )
     # Copies that last: sharded weights that are gathered once a step, or low-precision copies of weights that are
     # whole.
-    gathered_copies = rank_parameters * (0 if reshards else software.gather_bytes)
+    gathers_once = np.where(sharding == SHARD_PARAMETERS, not reshards, software.uses_fully_shard)
     whole_copies = 0.0 if software.autocast else rank_parameters * software.weight_copy_bytes
-    copies = np.where(sharding == SHARD_PARAMETERS, gathered_copies, whole_copies)
+    shards_weights = (sharding == SHARD_PARAMETERS) | (software.uses_fully_shard & (sharding > SHARD_NONE))
+    copies = np.where(shards_weights, rank_parameters * software.gather_bytes * gathers_once, whole_copies)
     optimizer_share = 1 / np.where(sharding >= SHARD_OPTIMIZER, shards, 1)
     optimizer_bytes = sum_by_rank(plans, optimizer_bytes_of(trainable, training, software).of_stages(plans))
     return ModelStates(
@@ -76,8 +84,7 @@ def model_states(plans: PlanTable, training: Training, software: SoftwareProfile
         trainable=trainable,
         rank_parameters=rank_parameters,
         rank_trainable=sum_by_rank(plans, trainable.of_stages(plans)),
-        weight_bytes=rank_parameters * software.weight_bytes / np.where(sharding == SHARD_PARAMETERS, shards, 1)
-        + copies,
+        weight_bytes=rank_parameters * software.weight_bytes / np.where(shards_weights, shards, 1) + copies,
         gradient_bytes=software.gradient_bytes / np.where((sharding >= SHARD_GRADIENTS) & reshards, shards, 1),
         optimizer_bytes=optimizer_bytes * optimizer_share,
         optimizer_share=optimizer_share,
@@ -113,6 +120,45 @@ def matrix_share(architecture: Architecture) -> float:
         if linear.is_trained_matrix
     )
     return matrices / max(sum(count * layer.trainable_parameters for layer, count in kinds), 1)
+
+
+@dataclass(frozen=True)
+class EdgeExchange:
+    """Bytes of the embedding and the output layer, which `fully_shard` gathers together, [n, pipeline] each.
+
+    All are 0 for other software.
+    """
+
+    gathered: FloatArray
+    """Both, from the beginning of the forward pass to the end of the backward pass."""
+    head_gradient: FloatArray
+    """The output layer's gradient, which waits for the embedding's."""
+    reduced: FloatArray
+    """The gradients of both and their flat buffer, at the end of the backward pass."""
+
+
+def edge_exchange(states: ModelStates, plans: PlanTable, training: Training, software: SoftwareProfile) -> EdgeExchange:
+    """What the exchange of the embedding and the output layer takes."""
+    first, last = edge_ranks(plans)
+    sharding = plans.sharding[:, None]
+    reshards = reshards_each_micro_batch(plans.pipeline, software)
+    parameters = first * states.parameters.first[:, None] + last * states.parameters.last[:, None]
+    trainable = first * states.trainable.first[:, None] + last * states.trainable.last[:, None]
+    head = last * states.trainable.last[:, None]
+    if plans.stages == 1 and training.architecture.tied:
+        head = (
+            first
+            * np.minimum(training.architecture.embedding_parameters / plans.tensor, states.trainable.first)[:, None]
+        )
+    gathers = software.uses_fully_shard & (sharding == SHARD_PARAMETERS) & reshards
+    reduces = software.uses_fully_shard & (sharding >= SHARD_GRADIENTS) & reshards
+    flattens = software.uses_fully_shard & (sharding > SHARD_NONE)
+    return EdgeExchange(
+        gathered=np.where(gathers, parameters * software.gather_bytes, 0.0),
+        head_gradient=np.where(reduces, head * software.gradient_bytes, 0.0),
+        reduced=np.where(flattens, trainable * software.reduce_bytes, 0.0)
+        + np.where(reduces, trainable * software.gradient_bytes, 0.0),
+    )
 
 
 @dataclass(frozen=True)

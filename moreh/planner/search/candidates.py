@@ -133,6 +133,9 @@ def _column_grids(cluster: Cluster, training: Training, constraints: Constraints
             counts = np.array(divisors(sequences))
             if constraints.micro_batches is not None:
                 counts = counts[counts == constraints.micro_batches]
+            elif constraints.max_micro_batch_tokens is not None and pipeline == 1:
+                most = max(1, constraints.max_micro_batch_tokens // training.sequence_length)
+                counts = counts[sequences // counts <= most]
             grid = np.meshgrid(
                 counts,
                 _recomputations(constraints),

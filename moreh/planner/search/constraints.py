@@ -25,6 +25,8 @@ class Constraints:
     """Largest tensor-parallel size; None for no limit."""
     max_context: int = 1
     """Largest context-parallel size. 1 by default, because the local runtime has no context parallelism."""
+    max_micro_batch_tokens: int | None = None
+    """Most tokens of a micro-batch of several sequences without a pipeline; None for no limit."""
     sequence_parallel: bool | None = None
     """True for plans with sequence parallelism, False for plans without."""
     memory_fraction: float = DEFAULT_MEMORY_PERCENT / 100

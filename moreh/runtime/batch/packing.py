@@ -58,6 +58,11 @@ def can_pack(
     return mask.dim() == 2 and bool((mask.cpu() == 1)[is_useful].all())
 
 
+def max_row_tokens(sequence_length: int) -> int | None:
+    """The most tokens of a packed row of sequences of at most `sequence_length`; None if these cannot be packed."""
+    return None if sequence_length > MAX_SEQUENCE_LENGTH else MAX_ROW_LENGTH - MAX_SEQUENCE_LENGTH
+
+
 def num_packed_rows(seq_lens: torch.Tensor, max_tokens: int, data_ranks: int, prefix_len: int = 0) -> int:
     """The number of packed rows for sequences of `seq_lens` tokens, a multiple of `data_ranks`.
 

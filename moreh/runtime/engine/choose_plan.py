@@ -27,8 +27,15 @@ from moreh.planner.search.constraints import Constraints, constraints_from_optio
 from moreh.planner.search.relaxations import has_candidates
 from moreh.planner.search.request import Request
 from moreh.planner.search.search import SearchResult, search, search_on_most_devices
-from moreh.planner.software_profile import TRANSFORMERS, TRANSFORMERS_AUTOCAST, SoftwareProfile, moreh_software
+from moreh.planner.software_profile import (
+    TRANSFORMERS,
+    TRANSFORMERS_AUTOCAST,
+    SoftwareProfile,
+    moreh_on_cpu,
+    moreh_software,
+)
 from moreh.planner.units import gib, seconds_text
+from moreh.runtime.batch.packing import max_row_tokens
 from moreh.runtime.tensor.partition import max_tensor_parallel, sequence_parallel_refusal
 
 SELECTED_CONFIG = "advanced_parallelization_selected_config.dump"
@@ -280,10 +287,13 @@ def select_worker_plan(
     Raises:
         PlanError: no plan divides the model under the options, or none fits the memory of the machine.
     """
-    environment = local_environment(flavor, workers, moreh_software("half" if bfloat16 else "float32"))
+    software = moreh_on_cpu if flavor.simulated else moreh_software
+    environment = local_environment(flavor, workers, software("half" if bfloat16 else "float32"))
+    packs_rows = flavor.simulated and options.uses("pack_rows")
     constraints = replace(
         within_runtime_limits(constraints_from_options(options, variables, workers), model),
         memory_fraction=usable_fraction(flavor, variables),
+        max_micro_batch_tokens=max_row_tokens(training.sequence_length) if packs_rows else None,
     )
     request = Request(training, environment, constraints)
     if not has_candidates(request):

@@ -74,6 +74,25 @@ def test_batches_and_stages_that_cannot_be_split_are_refused():
         search(Training(GPT, 0, 64), environment)
 
 
+def test_micro_batches_stay_below_the_limit_of_tokens_where_there_is_no_pipeline():
+    training = Training(LLAMA, 24, 512)
+    environment = environment_of("MI250 GCD", 8)
+
+    def sizes(constraints):
+        tables = candidate_tables(environment.roofline, environment.cluster, training, constraints)
+        plans = [table.plan(row) for table in tables for row in range(len(table))]
+        return {
+            is_pipeline: {p.micro_batch_size for p in plans if (p.pipeline > 1) == is_pipeline}
+            for is_pipeline in (0, 1)
+        }
+
+    limited = sizes(Constraints(max_micro_batch_tokens=1024 + 511))
+    assert max(limited[0]) == 2
+    assert limited[1] == sizes(Constraints())[1]
+    # One sequence is not cut.
+    assert sizes(Constraints(max_micro_batch_tokens=100))[0] == {1}
+
+
 def test_plans_for_adafactor_split_no_matrix():
     training = Training(LLAMA, 16, 512, optimizer_state("adafactor", {}))
     environment = environment_of("MI250 GCD", 8)
