@@ -16,11 +16,11 @@ from moreh.planner.cost.activation_memory import (
     residual_element_bytes,
     residual_elements,
 )
+from moreh.planner.cost.edge_exchange import edge_exchange
 from moreh.planner.cost.layer_time import micro_batch_tokens
 from moreh.planner.cost.memory_states import (
     ModelStates,
     autocast_copies,
-    edge_exchange,
     edge_ranks,
     held_gradients,
     largest_edge_parameters,
