@@ -22,6 +22,7 @@ from moreh.planner.hardware.efficiency import errors_text
 from moreh.planner.hardware.environment import Environment, make_environment, measured_environment
 from moreh.planner.plan.notation import plan_text
 from moreh.planner.plan.plan import Plan, Recomputation, Training
+from moreh.planner.report.platform_lines import detailed_line, selected_config
 from moreh.planner.search.attainable import attainable, lowered_options
 from moreh.planner.search.constraints import Constraints, constraints_from_options
 from moreh.planner.search.relaxations import has_candidates
@@ -89,7 +90,7 @@ def select_plan(
         _log_search(result, log)
     if variables.detailed_log:
         word = "simulated" if flavor.simulated else "predicted"
-        lines = [_detailed_line(rank, prediction, word) for rank, prediction in enumerate(result.best, start=1)]
+        lines = [detailed_line(rank, prediction, word) for rank, prediction in enumerate(result.best, start=1)]
         if variables.detailed_log == 1:
             for line in lines:
                 log(line)
@@ -148,37 +149,6 @@ def _log_search(result: SearchResult, log: Callable[[str], None]) -> None:
     log("SelectBestGraphFromCandidates start...")
     log(f"Elapsed Time to compute cost for survived candidates = {result.search_s * 1000:.0f} [ms]")
     log("SelectBestGraphFromCandidates finished.")
-
-
-def selected_config(plan: Plan) -> str:
-    """A plan in the platform's words.
-
-    >>> plan = Plan((10,) * 8, pipeline=8, data=8, micro_batches=64, recomputation="full", sharding="parameters")
-    >>> selected_config(plan)
-    'num_stages : 8, num_micro_batches : 64, batch_per_device : 1, No TP, recomputation : full(2), \
-distribute_param : true, distribute_low_prec_param : false'
-    """
-    recomputation = {"none": "none(0)", "selective": "selective(1)", "full": "full(2)"}[plan.recomputation]
-    return (
-        f"num_stages : {plan.pipeline}, num_micro_batches : {plan.micro_batches}, "
-        f"batch_per_device : {plan.micro_batch_size}, {f'TP {plan.tensor}' if plan.tensor > 1 else 'No TP'}, "
-        f"recomputation : {recomputation}, "
-        f"distribute_param : {str(plan.sharding == 'parameters').lower()}, distribute_low_prec_param : false"
-    )
-
-
-def _detailed_line(rank: int, prediction: Prediction, word: str) -> str:
-    """A line of the detailed log. Candidate 1 is the best. `word` says what kind of figure its step time is."""
-    plan = prediction.plan
-    parts = ", ".join(
-        f"{name.removesuffix('_s')} {getattr(prediction.parts, name):.3f} s"
-        for name in prediction.parts.__dataclass_fields__
-    )
-    return (
-        f"candidate {rank}: {selected_config(plan)}, schedule : {plan.schedule}({plan.chunks}), "
-        f"sharding : {plan.sharding}, data_parallel : {plan.data}, stage_layers : {list(plan.stage_layers)}; "
-        f"{word} step {prediction.step_time_s:.3f} s ({parts}), {gib(prediction.memory_bytes)}"
-    )
 
 
 def predicted_use(prediction: Prediction, devices: int) -> PredictedUse:
