@@ -4,7 +4,8 @@ import functools
 import inspect
 import os
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from types import FunctionType, MethodType
 from typing import Any
@@ -38,6 +39,8 @@ _LIBRARY_PACKAGES = frozenset(
 )
 _PYTHON_DIRECTORY = f"{sysconfig.get_paths()['stdlib']}{os.sep}"
 _FUNCTION_TYPES = (FunctionType, MethodType)
+# The attributes that torch gives to each module: its parameters, hooks and the like.
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _AUTOCAST_FILE = str(autocast_mode.__file__)
 # The end of the file with accelerate's wrapper that converts outputs from bfloat16 to float32.
 _ACCELERATE_FILE = str(Path("accelerate") / "utils" / "operations.py")
@@ -120,16 +123,34 @@ def norm_of_whole_calls(model: nn.Module) -> str | None:
 
 
 def forward_counts(model: nn.Module) -> dict[str, list[Any]]:
-    """What modules of the script's own may count in a forward pass, by name: numbers, and the versions of buffers."""
+    """What modules of the script's own may count or keep in a forward pass, by name.
+
+    These are numbers, texts, lists and dictionaries, results with a history, and the versions of buffers.
+    """
     counts: dict[str, list[Any]] = {}
     for name, module in model.named_modules():
         # FSDP gives modules a class of its own.
         classes = (base for base in type(module).__mro__ if not base.__module__.startswith("torch.distributed."))
         if not next(classes).__module__.startswith(LIBRARIES):
-            numbers = {key: value for key, value in vars(module).items() if isinstance(value, int | float)}
+            own = {key: _content(value) for key, value in vars(module).items() if key not in _OF_EVERY_MODULE}
             buffers = [(id(buffer), buffer._version) for buffer in module._buffers.values() if buffer is not None]
-            counts[name] = [numbers, buffers]
+            counts[name] = [own, buffers]
     return counts
+
+
+def _content(value: Any) -> Any:
+    """What changes when a module counts in an attribute or keeps a result in it; None for anything else.
+
+    Tensors without a history may be caches of constants, such as rotary angles.
+    """
+    if isinstance(value, int | float | str):
+        return value
+    if isinstance(value, torch.Tensor):
+        return None if value.grad_fn is None else id(value)
+    if isinstance(value, Mapping | Sequence | Set | deque):
+        items = value.values() if isinstance(value, Mapping) else value
+        return len(value), [item for item in items if isinstance(item, int | float)]
+    return None
 
 
 def wrapped_chain(function: Any) -> Iterator[Any]:

@@ -23,6 +23,8 @@ AfterCall = Callable[[torch.nn.Module, Any], Any]
 # Takes the model and the arguments; returns the outputs in place of the module's own forward pass, or NotImplemented to
 # let that happen.
 InsteadOfCall = Callable[[torch.nn.Module, tuple[Any, ...], dict[str, Any]], Any]
+# Takes a module that is called in a backward pass; raises an error if it may not be.
+CheckCall = Callable[[torch.nn.Module], None]
 
 MODULE_CALL = Patch(
     target="torch.nn.Module._call_impl",
@@ -34,6 +36,7 @@ MODULE_CALL = Patch(
 
 _instead: list[InsteadOfCall] = []
 _around: list[tuple[MakeContext, AfterCall]] = []
+_in_backward: list[CheckCall] = []
 _inside = threading.local()
 
 
@@ -50,6 +53,15 @@ def instead_of_model_calls(function: InsteadOfCall) -> None:
     """
     _patch_module_call()
     _instead.append(function)
+
+
+def before_calls_in_backward(check: CheckCall) -> None:
+    """From now on, call the function before each module that a script calls in a backward pass, as recomputation does.
+
+    No other function is asked about such a call, which the module's own forward pass computes.
+    """
+    _patch_module_call()
+    _in_backward.append(check)
 
 
 @contextmanager
@@ -71,9 +83,13 @@ def _patch_module_call() -> None:
 
 def _make_call(original: Any) -> Any:
     def call(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        # A compiler traces what a model computes, not what is done around it. In the backward pass, recomputation calls
-        # parts of a model by themselves.
-        if torch.compiler.is_compiling() or getattr(_inside, "model_call", False) or _in_backward_pass():
+        # A compiler traces what a model computes, not what is done around it.
+        if torch.compiler.is_compiling() or getattr(_inside, "model_call", False):
+            return original(self, *args, **kwargs)
+        # In the backward pass, recomputation calls parts of a model by themselves.
+        if _in_backward_pass():
+            for check in _in_backward:
+                check(self)
             return original(self, *args, **kwargs)
         if not _has_parameters(self):
             return original(self, *args, **kwargs)

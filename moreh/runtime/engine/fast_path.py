@@ -9,8 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd import forward_ad
-from torch.utils._device import DeviceContext
 from transformers import PreTrainedModel
 
 from moreh.errors import OptionError, PlanError
@@ -18,6 +16,7 @@ from moreh.log import logger
 from moreh.models.compatibility import uses_fp16_loss_scaling, uses_neftune
 from moreh.models.introspection import unwrapped
 from moreh.models.known_computation import KnownComputation
+from moreh.models.observers import observer_of_operations
 from moreh.models.parts import split_into_parts
 from moreh.options import ParallelOptions
 from moreh.planner.plan.plan import Plan
@@ -159,19 +158,4 @@ def _asks_for_the_loss(kwargs: dict[str, Any]) -> bool:
 def _does_more_than_the_loss(module: nn.Module) -> bool:
     """Whether a call has effects that computing its loss from micro-batches would not have."""
     device = next(module.parameters()).device
-    return _is_transformed() or uses_neftune(module) or uses_fp16_loss_scaling(device)
-
-
-def _is_transformed() -> bool:
-    """Whether the script lets torch see, transform or store each operation of a call."""
-    autograd: Any = torch._C._autograd
-    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
-        return True
-    if torch._C._len_torch_dispatch_stack() > 0:
-        return True
-    modes = (torch._C._get_function_stack_at(index) for index in range(torch._C._len_torch_function_stack()))
-    if any(not isinstance(mode, DeviceContext) for mode in modes):
-        return True
-    hooks = autograd._top_saved_tensors_default_hooks(True) if autograd._saved_tensors_hooks_is_enabled() else None
-    # Hooks of this package count what a call keeps.
-    return hooks is not None and not str(getattr(hooks[0], "__module__", "")).startswith("moreh.")
+    return observer_of_operations() is not None or uses_neftune(module) or uses_fp16_loss_scaling(device)

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from moreh.errors import OptionError
 from moreh.models.introspection import unwrapped, wrappers
+from moreh.runtime.checkpoint.copies import copy_to_other_directories
 from moreh.runtime.checkpoint.hf_save import save_sharded_model
 from moreh.runtime.engine.parallel_model import ParallelModel, local_tensor
 from moreh.runtime.sharding.global_tensor import GlobalTensor, WholeTensor
@@ -27,7 +28,7 @@ def replace_methods(model: ParallelModel) -> None:
     for wrapper in wrappers(root):
         # DataParallel and others have none, and torch.compile's has that of what is inside.
         if hasattr(wrapper, "peft_config"):
-            wrapper.__dict__["save_pretrained"] = _save_adapters(wrapper)
+            wrapper.__dict__["save_pretrained"] = _save_adapters(wrapper, model.mesh.device)
     causal: Any = unwrapped(root)
     if isinstance(causal, PreTrainedModel):
         causal.__dict__["save_pretrained"] = functools.partial(_save_model, causal, model)
@@ -52,6 +53,7 @@ def _save_model(module: Any, model: ParallelModel, directory: str | os.PathLike[
     shards = {name: local[source] for name, source in names.items() if source in local}
     with span("save_pretrained"):
         save_sharded_model(module, directory, specs, shards, model.mesh, **kwargs)
+        copy_to_other_directories(directory, model.mesh.device)
 
 
 def _names_in(module: nn.Module, model: ParallelModel) -> dict[str, str]:
@@ -125,7 +127,7 @@ def _stay(
     return module
 
 
-def _save_adapters(wrapper: Any) -> Any:
+def _save_adapters(wrapper: Any, device: torch.device) -> Any:
     """PEFT's own `save_pretrained`, with what it saves gathered into whole tensors, because adapters are small.
 
     Raises (from what is returned):
@@ -148,6 +150,7 @@ def _save_adapters(wrapper: Any) -> Any:
             is_first = torch.distributed.get_rank() == 0
             original(directory, **{**kwargs, "state_dict": whole, "is_main_process": is_first})
             torch.distributed.barrier()
+            copy_to_other_directories(directory, device)
 
     return save
 

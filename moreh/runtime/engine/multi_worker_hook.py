@@ -24,6 +24,7 @@ from moreh.planner.report.chosen_plan import flavor_plan, local_plan
 from moreh.planner.search.constraints import constraints_from_options
 from moreh.planner.units import gib, seconds_text
 from moreh.runtime.batch.model_inputs import ModelInputs, read_inputs
+from moreh.runtime.engine.calls.checks import check_surroundings
 from moreh.runtime.engine.checkpoint_api import is_waiting_for_state, load_pending
 from moreh.runtime.engine.choose_plan import (
     predicted_use,
@@ -43,6 +44,7 @@ from moreh.runtime.engine.registry import (
 )
 from moreh.runtime.engine.user_parameters import optimizer_in_use
 from moreh.runtime.kernels.precision import autocast_if, choose_bfloat16, in_float32, inside_autocast
+from moreh.runtime.launch.script_files import share_script_files
 from moreh.runtime.launch.world import World
 from moreh.runtime.sharding.local_weights import patch_lazy_loading, target_dtypes
 from moreh.trace import span
@@ -80,6 +82,7 @@ class MultiWorkerHook:
         bfloat16 = not inside_autocast() and self._target_dtype(module) == torch.float32 and self._uses_bfloat16()
         with autocast_if(bfloat16, self._device.type):
             if runner_of(module) is None:
+                check_surroundings()
                 inputs = read_inputs(unwrapped(module), args, kwargs)
                 if not self._must_be_sharded(module, inputs):
                     if inputs.labels is None or unsupported_reason(module) is not None:
@@ -203,6 +206,7 @@ def install_multi_worker_hook(
     workers: list[Any] = [None] * world.size
     dist.all_gather_object(workers, (world.rank, socket.gethostname(), os.getpid()))
     job.worker_pids = tuple((rank, pid) for rank, host, pid in workers if host == socket.gethostname())
+    share_script_files(world.rank)
     patch_lazy_loading()
     support_optimizers_and_clipping()
     instead_of_model_calls(MultiWorkerHook(options, variables, job, world).call)

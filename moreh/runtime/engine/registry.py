@@ -12,13 +12,13 @@ from moreh.models.compatibility import has_call_hooks, uses_fp16_loss_scaling
 from moreh.models.introspection import unwrapped, wrappers
 from moreh.models.structure import check_structure, structure_of
 from moreh.options import DEFAULT_OPTIONS, ParallelOptions
-from moreh.patches.module_call import instead_of_model_calls
+from moreh.patches.module_call import before_calls_in_backward, instead_of_model_calls
 from moreh.patches.optimizer_creation import on_optimizer_created, revisit_optimizers
 from moreh.patches.total_norm import on_total_norm
 from moreh.planner.plan.plan import Plan
 from moreh.runtime.batch.loss_output import output_class_of, with_lazy_outputs
 from moreh.runtime.batch.model_inputs import ONE_WORKER, check_same_on_all_ranks, read_inputs
-from moreh.runtime.engine.calls.checks import check_call, refusing_counts
+from moreh.runtime.engine.calls.checks import check_call, check_surroundings, recomputed_call, refusing_counts
 from moreh.runtime.engine.calls.history import CallHistories
 from moreh.runtime.engine.calls.logits import weight_versions
 from moreh.runtime.engine.calls.recorded import mode_of
@@ -45,13 +45,14 @@ _answers_calls = False
 def support_optimizers_and_clipping() -> None:
     """Let optimizers and gradient clipping work on sharded models. Call it before the script makes its optimizer.
 
-    A second call does nothing.
+    Calls of sharded models in a backward pass are refused from then on. A second call does nothing.
     """
     global _supports_optimizers
     if not _supports_optimizers:
         _supports_optimizers = True
         on_optimizer_created(_check_supported)
         on_total_norm(_total_norm)
+        before_calls_in_backward(_check_call_in_backward)
 
 
 def install_sharding_support() -> None:
@@ -135,6 +136,16 @@ def call_sharded(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     return NotImplemented
 
 
+def _check_call_in_backward(module: nn.Module) -> None:
+    """Refuse a script's call of a sharded model in a backward pass, such as recomputation makes.
+
+    Raises:
+        OptionError: the module is a sharded model.
+    """
+    if runner_of(whole_model(module)) is not None:
+        raise OptionError(recomputed_call("torch.utils.checkpoint (use_reentrant=True) or a hook in the backward pass"))
+
+
 def _refuse_copy(memo: Any) -> NoReturn:
     raise OptionError(
         "a model that is sharded over workers was copied, as copy.deepcopy and AveragedModel do: copy it before its "
@@ -161,6 +172,8 @@ def _answer(runner: ModelRunner, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     causal: Any = model.parts.causal
     if has_call_hooks(model.parts.root):
         raise OptionError(f"a forward hook on the whole model would see no worker's call of it: {ONE_WORKER}")
+    if model.plan.devices > 1:
+        check_surroundings()
     as_tuple, output_class = kwargs.get("return_dict") is False, output_class_of(causal)
     with span("check_inputs"):
         inputs = read_inputs(causal, args, kwargs)

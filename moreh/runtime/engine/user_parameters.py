@@ -32,6 +32,8 @@ _NAMES = {
         "Adadelta",
     )
 }
+# A key in the `__dict__` that a parameter from before sharding shares with its replacement.
+_REPLACEMENT = "_moreh_replacement"
 _optimizers_of_shards: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 
 
@@ -47,13 +49,13 @@ class _ReplacedParameter(nn.Parameter):
         cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         args, kwargs = tree_map_only(
-            _ReplacedParameter, lambda replaced: replaced.__dict__["_replacement"], (args, kwargs or {})
+            _ReplacedParameter, lambda replaced: replaced.__dict__[_REPLACEMENT], (args, kwargs or {})
         )
         return function(*args, **kwargs)
 
     def __eq__(self, other: object) -> Any:
         """Elementwise; true for the replacement, so that a dictionary whose key is the original finds it."""
-        return True if other is self.__dict__["_replacement"] else super().__eq__(other)
+        return True if other is self.__dict__[_REPLACEMENT] else super().__eq__(other)
 
     __hash__ = nn.Parameter.__hash__
 
@@ -62,8 +64,8 @@ def replace_params(replacements: dict[int, nn.Parameter], originals: list[nn.Par
     """Put new parameters in the place of a model's originals, in optimizers and in lists that the script has made.
 
     `replacements` maps the id of an original to the new parameter. The data of the originals is freed. State that an
-    optimizer has for an original, such as `load_state_dict` gives, is sharded as the new parameter is. Attributes that
-    the script has given to an original are the new parameter's, too, and dictionaries whose keys are originals take it.
+    optimizer has for an original, such as `load_state_dict` gives, is sharded as the new parameter is. Both have the
+    same attributes, whichever the script gives them to and when, and dictionaries whose keys are originals take either.
     """
     for optimizer in existing_optimizers():
         for group in optimizer.param_groups:
@@ -79,7 +81,8 @@ def replace_params(replacements: dict[int, nn.Parameter], originals: list[nn.Par
                 original.register_hook(_refuse_earlier_graph)
             # Without memory, in the shape that a graph from before goes on with, until it comes to the hook.
             original.data = original.data.new_zeros(()).expand(original.shape)
-            original.__dict__["_replacement"] = replacement
+            replacement.__dict__[_REPLACEMENT] = replacement
+            original.__dict__ = replacement.__dict__
             original.__class__ = _ReplacedParameter
 
 

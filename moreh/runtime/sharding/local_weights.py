@@ -7,7 +7,8 @@ a part of another module, until `materialize_local_shards` reads and converts wh
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -100,6 +101,20 @@ def target_dtypes(model: nn.Module) -> dict[str, torch.dtype]:
         name: getattr(parameter, _TARGET_DTYPES, remembered.get(name, parameter.dtype))
         for name, parameter in model.named_parameters()
     }
+
+
+@contextmanager
+def with_target_dtypes(model: nn.Module) -> Iterator[None]:
+    """A block in which a lazy model's parameters have the dtypes that they are to have; converted ones need memory."""
+    dtypes = target_dtypes(model)
+    converted = [(p, p.data) for name, p in model.named_parameters() if p.dtype != dtypes[name]]
+    try:
+        for name, parameter in model.named_parameters():
+            parameter.data = parameter.data.to(dtypes[name])
+        yield
+    finally:
+        for parameter, data in converted:
+            parameter.data = data
 
 
 @torch.no_grad()

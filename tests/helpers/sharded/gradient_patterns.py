@@ -192,13 +192,16 @@ def embeddings_of_a_projector(model):
 def attributes_from_before_the_first_step(model):
     """`difference` gives them, and a dictionary whose keys are parameters, to models that are whole."""
     backward(model)
+    for parameter in model.numbers:
+        parameter.later = 2 * parameter.mark
     file = io.BytesIO()
     torch.save(next(model.parameters()), file)
     file.seek(0)
     saved = torch.load(file, weights_only=False)
     numbers = [model.numbers[p] for p in model.parameters()]
     assert all(key in set(model.parameters()) for key in model.numbers)
-    return [*(p.mark for p in model.parameters()), saved.mark, *numbers, *weights(model)]
+    later = [p.later for p in model.parameters()]
+    return [*(p.mark for p in model.parameters()), *later, saved.mark, saved.later, *numbers, *weights(model)]
 
 
 def gradients_from_before_the_first_labelled_call(model):

@@ -6,6 +6,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
 from moreh.planner.plan.plan import Plan
@@ -65,11 +67,11 @@ def errors_of_earlier_graphs(plan):
 
 
 class Counting(torch.nn.Module):
-    """Counts the calls of a norm, in a number or in a buffer, unless it is `kind` "nothing"."""
+    """Counts the calls of a norm, or keeps a result of it, as `kind` says."""
 
     def __init__(self, norm, kind):
         super().__init__()
-        self.norm, self.kind, self.calls = norm, kind, 0
+        self.norm, self.kind, self.calls, self.history, self.kept = norm, kind, 0, [], None
         self.register_buffer("seen", torch.zeros(1))
 
     def forward(self, hidden_states):
@@ -77,6 +79,10 @@ class Counting(torch.nn.Module):
             self.calls += 1
         elif self.kind == "buffer":
             self.seen.add_(1)
+        elif self.kind == "list":
+            self.history.append(len(hidden_states))
+        elif self.kind == "result":
+            self.kept = hidden_states.square().mean()
         return self.norm(hidden_states)
 
 
@@ -87,6 +93,28 @@ def error_of_counting(plan, kind):
     shard_model(model, Plan(**plan))
     ids, _, labels = batch(0, model.config.vocab_size)
     return error_of(lambda: model(input_ids=ids, labels=labels).loss.backward())
+
+
+def errors_of_recomputed_calls(plan):
+    """The errors of calls inside of torch's recomputation, and of an operation counter; two losses around them."""
+    whole, sharded, _ = sharded_copy("llama", plan)
+    ids, _, labels = batch(0, whole.config.vocab_size)
+    anchor = torch.zeros((), requires_grad=True)
+
+    def loss(_=None):
+        return sharded(input_ids=ids, labels=labels).loss
+
+    def counted():
+        with FlopCounterMode(display=False):
+            loss()
+
+    first = loss().item()
+    errors = [
+        error_of(lambda: checkpoint(loss, use_reentrant=False)),
+        error_of(lambda: checkpoint(loss, anchor, use_reentrant=True).backward()),
+        error_of(counted),
+    ]
+    return errors, [first, loss().item()]
 
 
 def saved_from_inside_a_wrapper(plan):

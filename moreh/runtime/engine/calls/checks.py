@@ -10,10 +10,31 @@ from torch import nn
 from moreh.errors import OptionError
 from moreh.models.compatibility import uses_neftune
 from moreh.models.losses import IGNORED_LABEL
+from moreh.models.observers import observer_of_operations
 from moreh.models.provenance import forward_counts
 from moreh.runtime.batch.model_inputs import ONE_WORKER, ModelInputs
 from moreh.runtime.sharding.mesh import Mesh
 from moreh.trace import span
+
+
+def check_surroundings() -> None:
+    """Check what the script has put around a call of a causal language model.
+
+    Raises:
+        OptionError: it would see, or compute once more, one worker's part of the call.
+    """
+    observer = observer_of_operations()
+    if observer is not None:
+        raise OptionError(recomputed_call(observer))
+
+
+def recomputed_call(observer: str) -> str:
+    """The message of a call in the middle of `observer`, which would go wrong on several workers."""
+    return (
+        f"a model was called inside of {observer}, which would see one worker's part of the computation: call the "
+        "model outside of it (model.gradient_checkpointing_enable() or activation_recomputation=True saves the memory "
+        f"of activations), or {ONE_WORKER}"
+    )
 
 
 def check_call(causal: Any, inputs: ModelInputs) -> None:
@@ -40,7 +61,8 @@ def refusing_counts(root: nn.Module, mesh: Mesh) -> Iterator[None]:
     """A block that computes a call; modules of the script's own must not have counted its passes. Collective.
 
     Raises:
-        OptionError: one has, on whichever rank computes it: a number or a buffer of it has changed.
+        OptionError: one has, on whichever rank computes it: a number, a list or a buffer of it has changed, or a
+            result that it keeps.
     """
     before = forward_counts(root)
     yield
@@ -53,8 +75,8 @@ def refusing_counts(root: nn.Module, mesh: Mesh) -> Iterator[None]:
     for name, count in zip(names, changed.tolist(), strict=True):
         if count:
             raise OptionError(
-                f"{name} changed a number or a buffer of its own in the forward pass, which several workers compute in "
-                f"several parts: its count or its statistics would not be those of one worker; {ONE_WORKER}"
+                f"{name} changed a number, a list, a tensor or a buffer of its own in the forward pass, which several "
+                f"workers compute in several parts: it would not be what it is on one worker; {ONE_WORKER}"
             )
 
 

@@ -29,17 +29,26 @@ def test_calls_with_wrong_ids_caches_and_noise(plan):
 
 
 @pytest.mark.parametrize("plan", PLANS)
+def test_calls_that_are_recomputed_or_watched_are_refused(plan):
+    for (recomputed, in_backward, counted), losses in on_workers(unusual_calls.errors_of_recomputed_calls, PLANS[plan]):
+        assert "called inside of torch.utils.checkpoint, which" in recomputed
+        assert "use_reentrant=True" in in_backward
+        assert "a dispatch mode (_FlopCounterMode)" in counted
+        assert losses[1] == losses[0]
+
+
+@pytest.mark.parametrize("plan", PLANS)
 def test_graphs_from_before_the_model_was_sharded_are_refused(plan):
     for errors, are_gradients_unchanged in on_workers(unusual_calls.errors_of_earlier_graphs, PLANS[plan]):
         assert all("sharded them over workers since" in error for error in errors.values()), errors
         assert are_gradients_unchanged
 
 
-@pytest.mark.parametrize("kind", ["number", "buffer"])
+@pytest.mark.parametrize("kind", ["number", "buffer", "list", "result"])
 @pytest.mark.parametrize("plan", BY_STAGES_AND_ROWS)
 def test_modules_that_count_their_calls_are_refused_on_every_worker(plan, kind):
     for error in on_workers(unusual_calls.error_of_counting, PLANS[plan], kind):
-        assert "post_attention_layernorm changed a number or a buffer of its own" in error
+        assert "post_attention_layernorm changed a number, a list, a tensor or a buffer of its own" in error
 
 
 @pytest.mark.parametrize("plan", BY_STAGES_AND_ROWS)

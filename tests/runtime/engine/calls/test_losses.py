@@ -197,7 +197,7 @@ def test_inputs_are_freed_by_the_backward_pass():
     calls = Calls(model)
     # Hooks of a script have the model's own forward pass. These shall see the tensors of the fast path.
     with (
-        mock.patch("moreh.runtime.engine.fast_path._is_transformed", return_value=False),
+        mock.patch("moreh.runtime.engine.fast_path.observer_of_operations", return_value=None),
         torch.autograd.graph.saved_tensors_hooks(pack, lambda packed: packed.tensor),
     ):
         total = calls(**inputs_of(model, 0)).loss

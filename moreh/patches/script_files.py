@@ -1,0 +1,59 @@
+"""Functions with which a script makes files and directories: on several workers, each of which runs the script."""
+
+from collections.abc import Callable
+from typing import Any
+
+from moreh.patches.patch import Patch
+
+_NO_PUBLIC_WAY = "The script calls it, and Python and the libraries have no hook around it."
+
+OPEN = Patch(
+    target="builtins.open",
+    why="On several workers, only worker 0 appends to files: each line would be written once by each worker.",
+    no_public_way=_NO_PUBLIC_WAY,
+    tested=("Python 3.11",),
+)
+IO_OPEN = Patch(
+    target="io.open",
+    why="The same function for `pathlib`, which looks it up there.",
+    no_public_way=_NO_PUBLIC_WAY,
+    tested=("Python 3.11",),
+)
+MKDIR = Patch(
+    target="os.mkdir",
+    why="On several workers, a directory that another worker has made in the same call is no error. `os.makedirs`, "
+    "`Path.mkdir` and `tempfile` use it.",
+    no_public_way=_NO_PUBLIC_WAY,
+    tested=("Python 3.11",),
+)
+TORCH_SAVE = Patch(
+    target="torch.save",
+    why="On several workers, which all write the file, it is complete at any time, so that each can read it.",
+    no_public_way=_NO_PUBLIC_WAY,
+    tested=("torch 2.13",),
+)
+SAVE_PRETRAINED = Patch(
+    target="transformers.modeling_utils.PreTrainedModel.save_pretrained",
+    why="On several workers, one of them saves a model that is not sharded, in the dtype that was asked for, and the "
+    "others wait for its files.",
+    no_public_way=_NO_PUBLIC_WAY,
+    tested=("transformers 5.23",),
+)
+
+# Makes the function that takes the place of an original.
+MakeFunction = Callable[[Any], Any]
+
+
+def install_script_files(open_file: MakeFunction, mkdir: MakeFunction, save: MakeFunction, model: MakeFunction) -> None:
+    """Replace the functions: `open`, `os.mkdir`, `torch.save`, and `save_pretrained` of models. Once in a process."""
+    OPEN.install(open_file)
+    IO_OPEN.install(open_file)
+    MKDIR.install(mkdir)
+    TORCH_SAVE.install(save)
+    SAVE_PRETRAINED.install(model)
+
+
+def uninstall_script_files() -> None:
+    """Put the originals back."""
+    for patch in (OPEN, IO_OPEN, MKDIR, TORCH_SAVE, SAVE_PRETRAINED):
+        patch.uninstall()
