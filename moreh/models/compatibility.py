@@ -5,6 +5,7 @@ such a model runs its own forward pass, and on several workers it is refused.
 """
 
 import ast
+import functools
 import inspect
 import re
 import textwrap
@@ -23,6 +24,7 @@ from moreh.models.provenance import (
     LIBRARIES,
     first_custom_module,
     is_accelerate_bf16_forward,
+    is_library_function,
     is_stock_transformers,
     norm_of_whole_calls,
 )
@@ -103,6 +105,16 @@ def replaced_loss(root: Any) -> str | None:
 def has_call_hooks(root: nn.Module) -> bool:
     """Whether a forward hook sees or changes whole calls of a model."""
     return any(module._forward_hooks or module._forward_pre_hooks for module in (*wrappers(root), unwrapped(root)))
+
+
+def inner_hook(root: nn.Module) -> str | None:
+    """The name of a module inside a model that has a forward hook of the script's own; None if there is none."""
+    for name, module in unwrapped(root).named_modules():
+        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
+            function = hook.func if isinstance(hook, functools.partial) else hook
+            if name and not is_library_function(function):
+                return name
+    return None
 
 
 def has_gradient_hooks(root: nn.Module) -> bool:

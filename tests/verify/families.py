@@ -5,7 +5,7 @@ python -m tests.verify.families [FAMILY ...]
 
 import sys
 
-from moreh.models.families import tensor_parallel_families
+from moreh.models.families import FAMILIES, tensor_parallel_families
 from tests.helpers.models.families import NOT_TENSOR_PARALLEL, PLANS
 from tests.helpers.sharded import cases
 from tests.helpers.workers import WorkerError, run_on_workers
@@ -19,6 +19,8 @@ def main(families):
     for family in families or [*tensor_parallel_families(), *NOT_TENSOR_PARALLEL]:
         for name, plan in PLANS.items():
             if family in NOT_TENSOR_PARALLEL and plan.get("tensor", 1) > 1:
+                continue
+            if FAMILIES[family].whole and plan.get("sequence_parallel"):
                 continue
             try:
                 # Each difference is infinite where there is a NaN.

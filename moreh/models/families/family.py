@@ -6,7 +6,7 @@ from typing import Final, Literal
 
 from moreh.models.architecture import Architecture
 from moreh.models.families.hf_config import ConfigKeys, HFConfig
-from moreh.models.families.tp_blocks import TPBlock
+from moreh.models.families.tp_blocks import Experts, TPBlock
 
 # The value of Family.tensor_parallel for families that follow `config.base_model_tp_plan` of transformers.
 FROM_TRANSFORMERS: Final = "from transformers"
@@ -27,6 +27,12 @@ class Family:
     then by rows. Blocks of its own if transformers has no plan, or one that gathers results between the two. None if
     tensor parallelism is not known to compute the same; it is then refused. Test:
     tests/runtime/tensor/test_tensor_parallel.py."""
+    experts: Experts | None = None
+    """The experts of layers that have some, with `tensor_parallel`: the ranks divide them among themselves. Test: as
+    above."""
+    whole: tuple[str, ...] = ()
+    """Modules of a layer, with `tensor_parallel`, that every rank has and computes whole. They rule out sequence
+    parallelism. Test: as above."""
     packable: bool = False
     """Whether several sequences may share a row: transformers keeps their attention apart by their positions, which
     begin at 0 in each sequence. Test: tests/runtime/batch/test_packing.py."""
@@ -37,6 +43,8 @@ class Family:
     model on the meta device, which takes seconds. Test: tests/models/test_architecture.py."""
 
     def __post_init__(self) -> None:
+        if self.tensor_parallel is None and (self.experts is not None or self.whole):
+            raise ValueError(f"family {self.model_type!r}: experts and whole belong to tensor_parallel, which is None")
         if (self.config_keys is None) != (self.architecture is None):
             raise ValueError(
                 f"family {self.model_type!r}: give both config_keys and architecture, or neither: architecture "

@@ -1,4 +1,4 @@
-"""Mixtral: Mistral with a mixture of experts instead of the MLP. Tensor parallelism has no rule for experts."""
+"""Mixtral: Mistral with a mixture of experts instead of the MLP."""
 
 from dataclasses import replace
 
@@ -6,6 +6,7 @@ from moreh.models.architecture import Architecture, Linear
 from moreh.models.families.family import Family
 from moreh.models.families.hf_config import ConfigKeys, HFConfig
 from moreh.models.families.layers import llama_like, separate_projections
+from moreh.models.families.tp_blocks import SEPARATE_QKV, Experts
 
 
 def _architecture(config: HFConfig) -> Architecture:
@@ -29,6 +30,8 @@ def _architecture(config: HFConfig) -> Architecture:
 
 FAMILY = Family(
     "mixtral",
+    tensor_parallel=(SEPARATE_QKV,),
+    experts=Experts("mlp.experts", router="mlp.gate"),
     packable=True,
     config_keys=ConfigKeys(
         defaults={

@@ -37,7 +37,15 @@ from moreh.models.families import (
     starcoder2,
 )
 from moreh.models.families.family import FROM_TRANSFORMERS, Family
-from moreh.models.families.tp_blocks import FUSED_GATED_MLP, GATED_MLP, SEPARATE_QKV
+from moreh.models.families.tp_blocks import (
+    DENSE_LAYERS,
+    FUSED_GATED_MLP,
+    GATED_MLP,
+    SEPARATE_QKV,
+    SHARED_EXPERTS,
+    Experts,
+    attention_block,
+)
 
 _BUILT_IN = (
     Family("apertus", FROM_TRANSFORMERS, packable=True),
@@ -48,6 +56,13 @@ _BUILT_IN = (
     Family("cohere", FROM_TRANSFORMERS, packable=True),
     Family("cohere2", FROM_TRANSFORMERS, packable=True),
     Family("cwm", FROM_TRANSFORMERS),
+    # Attention with latent keys and values: the plan of transformers does not split it either.
+    Family(
+        "deepseek_v3",
+        (DENSE_LAYERS, SHARED_EXPERTS),
+        experts=Experts("mlp.experts", router="mlp.gate"),
+        whole=("self_attn",),
+    ),
     Family("ernie4_5", FROM_TRANSFORMERS, packable=True),
     Family("exaone4", FROM_TRANSFORMERS),
     falcon.FAMILY,
@@ -61,6 +76,11 @@ _BUILT_IN = (
     Family("gpt_bigcode", packable=True),
     gpt_neo.FAMILY,
     gpt_neox.FAMILY,
+    Family(
+        "gpt_oss",
+        (attention_block("self_attn", "q_proj k_proj v_proj", "o_proj", per_head_parameters=("sinks",)),),
+        experts=Experts("mlp.experts", router="mlp.router", skips_others=False),
+    ),
     gptj.FAMILY,
     Family("granite", FROM_TRANSFORMERS, packable=True),
     Family("helium", FROM_TRANSFORMERS),
@@ -86,6 +106,7 @@ _BUILT_IN = (
     phi3.FAMILY,
     qwen2.FAMILY,
     qwen3.FAMILY,
+    Family("qwen3_moe", (SEPARATE_QKV, DENSE_LAYERS), experts=Experts("mlp.experts", router="mlp.gate")),
     Family("seed_oss", FROM_TRANSFORMERS),
     Family("smollm3", FROM_TRANSFORMERS, packable=True),
     Family("stablelm", (SEPARATE_QKV, GATED_MLP)),

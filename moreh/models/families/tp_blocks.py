@@ -78,6 +78,26 @@ class TPBlock:
     """The number of groups of heads. Each group is split over the ranks, whose number must divide the group's heads."""
     cross_rank_norms: tuple[str, ...] = ()
     """RMS norms like Llama's over features that are split: of all heads together, or of a feed-forward network."""
+    per_head_parameters: tuple[str, ...] = ()
+    """Parameters of the attention module with one element for each query head, which are split like the heads."""
+    only_some_layers: bool = False
+    """Whether layers without the entry do without the block: dense layers beside those with experts."""
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The experts of a mixture, stacked in the parameters of one module: each rank has some experts, and they whole.
+
+    Every rank routes all tokens of its micro-batch, computes what its own experts add, and the ranks sum that.
+    """
+
+    module: str
+    """The module of the experts, by its name in the layer. It is called with hidden states [tokens, hidden], and with
+    the indices and the weights of the experts of each token, both [tokens, experts per token]."""
+    router: str
+    """The module that chooses the experts of a token; every rank has it whole."""
+    skips_others: bool = True
+    """Whether the experts in eager mode skip an index beyond the last one, as transformers' own kernels do."""
 
 
 def attention_block(module: str, columns: str, row: str, chunks: ChunkSizes = split_none, **options: Any) -> TPBlock:
@@ -113,3 +133,6 @@ GATED_MLP = mlp_block("mlp", "gate_proj up_proj", "down_proj")
 FUSED_GATED_MLP = mlp_block("mlp", "gate_up_proj", "down_proj", split_gate_up)
 NEOX_MLP = mlp_block("mlp", "dense_h_to_4h", "dense_4h_to_h")
 GPTJ_MLP = mlp_block("mlp", "fc_in", "fc_out")
+# Dense layers of a mixture of experts, and an expert that all tokens pass through.
+DENSE_LAYERS = mlp_block("mlp", "gate_proj up_proj", "down_proj", only_some_layers=True)
+SHARED_EXPERTS = mlp_block("mlp.shared_experts", "gate_proj up_proj", "down_proj", only_some_layers=True)

@@ -18,7 +18,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
 from moreh.errors import WorkerError
@@ -27,7 +26,7 @@ from moreh.runtime.sharding.local_weights import with_target_dtypes
 
 # How long a worker may take for a call that it has begun, before the others do without its result.
 TIMEOUT = timedelta(hours=1)
-_DONE = b"done"
+DONE = "done"
 
 
 class SharedCalls:
@@ -45,24 +44,25 @@ class SharedCalls:
     def first(self, key: str, call: Callable[[], Any]) -> str | None:
         """Make the call on the worker that comes first, and wait for it on the others.
 
-        Returns None on the first one; on the others the error's text, empty if there was none.
+        Returns None on the first one. On the others `DONE`, or the error that the first one had: its number if it is
+        one of the operating system, else its text.
         """
         name = f"moreh-files/{key}/{self._calls[key]}"
         self._calls[key] += 1
         if self._store.add(name, 1) == 1:
-            outcome = b"interrupted"
+            outcome = "interrupted"
             try:
                 call()
-                outcome = _DONE
+                outcome = DONE
             except Exception as error:
-                outcome = f"{type(error).__name__}: {error}".encode()
+                number = getattr(error, "errno", None)
+                outcome = f"{number}" if isinstance(error, OSError) and number else f"{type(error).__name__}: {error}"
                 raise
             finally:
                 self._store.set(f"{name}/outcome", outcome)
             return None
         self._store.wait([f"{name}/outcome"], TIMEOUT)
-        outcome = self._store.get(f"{name}/outcome")
-        return "" if outcome == _DONE else outcome.decode()
+        return str(self._store.get(f"{name}/outcome").decode())
 
 
 def share_script_files(rank: int) -> None:
@@ -81,7 +81,12 @@ def _make_open(rank: int, original: Any) -> Any:
     def open_file(file: Any, mode: Any = "r", *args: Any, **kwargs: Any) -> Any:
         opened = original(file, mode, *args, **kwargs)
         only_appends = isinstance(mode, str) and "a" in mode and "+" not in mode
-        if rank == 0 or not only_appends or isinstance(file, int) or not stat.S_ISREG(os.fstat(opened.fileno()).st_mode):
+        if (
+            rank == 0
+            or not only_appends
+            or isinstance(file, int)
+            or not stat.S_ISREG(os.fstat(opened.fileno()).st_mode)
+        ):
             return opened
         opened.close()
         return original(os.devnull, mode, *args, **kwargs)
@@ -96,11 +101,13 @@ def _make_mkdir(calls: SharedCalls, original: Any) -> Any:
             original(path, mode, dir_fd=dir_fd)
             return
         key = f"mkdir/{os.path.abspath(path)}"  # noqa: PTH100  the name, without asking the file system
-        error = calls.first(key, lambda: original(path, mode))
-        if error is None:
-            return
-        # Again, for the directory may be on another machine.
-        with contextlib.suppress(FileExistsError) if error == "" else contextlib.nullcontext():
+        outcome = calls.first(key, lambda: original(path, mode))
+        if outcome == DONE:
+            with contextlib.suppress(FileExistsError):
+                original(path, mode)  # again, for it may be on another machine, or removed since
+        elif outcome is not None and outcome.isdecimal():
+            raise OSError(int(outcome), os.strerror(int(outcome)), os.fspath(path))
+        elif outcome is not None:
             original(path, mode)
 
     return mkdir
@@ -109,7 +116,7 @@ def _make_mkdir(calls: SharedCalls, original: Any) -> Any:
 def _make_save(rank: int, original: Any) -> Any:
     @functools.wraps(original)
     def save(obj: Any, f: Any, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(f, str | os.PathLike) or (os.path.exists(f) and not Path(f).is_file()):
+        if not isinstance(f, str | os.PathLike) or (Path(f).exists() and not Path(f).is_file()):
             return original(obj, f, *args, **kwargs)
         target = Path(os.path.realpath(f))
         # The file has its own name, which torch writes into it, in a directory of this worker's.
@@ -132,16 +139,21 @@ def _make_save_pretrained(calls: SharedCalls, original: Any) -> Any:
     @functools.wraps(original)
     def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         def save() -> None:
-            with with_target_dtypes(self):
-                results.append(original(self, save_directory, *args, **kwargs))
+            # transformers would leave it to worker 0, which may not have come yet.
+            self.__dict__["should_save_on_this_rank"] = lambda is_main_process: is_main_process
+            try:
+                with with_target_dtypes(self):
+                    results.append(original(self, save_directory, *args, **kwargs))
+            finally:
+                del self.__dict__["should_save_on_this_rank"]
 
         results: list[Any] = []
         if not calls.are_here():
             save()
             return results[0]
-        error = calls.first(f"save_pretrained/{os.path.abspath(save_directory)}", save)  # noqa: PTH100
-        if error:
-            raise WorkerError(f"another worker failed while saving the model to {save_directory}: {error}")
+        outcome = calls.first(f"save_pretrained/{os.path.abspath(save_directory)}", save)  # noqa: PTH100
+        if outcome not in (None, DONE):
+            raise WorkerError(f"another worker failed while saving the model to {save_directory}: {outcome}")
         return results[0] if results else None
 
     return save_pretrained

@@ -27,6 +27,7 @@ from moreh.runtime.tensor.collectives import (
     reduce_scatter_to_sp,
     scatter_to_sp,
 )
+from moreh.runtime.tensor.experts import install_experts
 from moreh.runtime.tensor.partition import SplittableDecoder, splittable_decoder
 from moreh.runtime.tensor.vocab_parallel import vocab_parallel_embedding
 
@@ -67,8 +68,9 @@ def install_tensor_parallel(
     _install_embedding(decoder, state)
     dropout = has_dropout(decoder.config, decoder.parts.layers)
     for layer in decoder.parts.layers:
-        for block in decoder.blocks:
+        for block in decoder.blocks_of(layer):
             _install_block(layer, block, decoder, state, dropout=dropout)
+        install_experts(layer, decoder.experts, group, state)
     decoder.parts.layers[0].register_forward_pre_hook(_split_sequence(state), with_kwargs=True, prepend=True)
     if dropout:
         for layer in decoder.parts.layers:

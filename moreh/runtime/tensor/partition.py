@@ -11,12 +11,14 @@ from typing import Any
 from torch import nn
 
 from moreh.errors import PlanError
-from moreh.models.families.tp_blocks import AttentionShape, TPBlock
+from moreh.models.families import FAMILIES
+from moreh.models.families.tp_blocks import AttentionShape, Experts, TPBlock
 from moreh.models.introspection import is_matrix, text_config
 from moreh.models.lora import base_matrix, lora_pairs
 from moreh.models.parts import ModelParts, split_into_parts
 from moreh.runtime.sharding.spec import TPSplit
 from moreh.runtime.tensor.blocks import attention_shape, tp_blocks
+from moreh.runtime.tensor.experts import split_experts, whole_parameters
 
 # How messages about models that cannot be split end.
 _REMEDY = "use tensor parallelism of size 1"
@@ -47,9 +49,17 @@ class SplittableDecoder:
     last: nn.Module
     """The last module that computes on the residual stream: the final norm, or the last layer where there is none."""
     blocks: tuple[TPBlock, ...]
-    """The blocks of each layer."""
+    """The blocks of the layers."""
+    experts: Experts | None
+    """The experts of layers that have some."""
+    whole: tuple[str, ...]
+    """The modules of each layer that every rank computes whole."""
     shape: AttentionShape
     """The heads of each layer."""
+
+    def blocks_of(self, layer: nn.Module) -> tuple[TPBlock, ...]:
+        """The blocks that a layer has."""
+        return tuple(block for block in self.blocks if not block.only_some_layers or has_matrix(layer, block.row))
 
 
 @dataclass(frozen=True)
@@ -105,15 +115,18 @@ def describe_partition(model: nn.Module, size: int, *, sequence_parallel: bool) 
     partial: set[int] = set()
     for layer in decoder.parts.layers:
         summed: set[int] = set()
-        for block in decoder.blocks:
+        if decoder.experts is not None:
+            splits |= split_experts(layer, decoder.experts, size)
+        for block in decoder.blocks_of(layer):
             partition = _split_block(layer, block, decoder.shape, names)
             splits |= partition.splits
             partial |= partition.shared
             summed |= partition.summed
+        known = summed | whole_parameters(layer, decoder.experts, decoder.whole)
         for parameter in layer.parameters():
             if id(parameter) in splits or id(parameter) in partial:
                 continue
-            if parameter.dim() > 1 and id(parameter) not in summed:
+            if parameter.dim() > 1 and id(parameter) not in known:
                 raise PlanError(
                     f"{names[id(parameter)]} is a matrix that the tensor-parallel rules of its family do not know: "
                     f"{_REMEDY}"
@@ -144,6 +157,11 @@ def _check_sizes(decoder: SplittableDecoder, size: int, *, sequence_parallel: bo
         # The first layer splits the sequences. If it were left out, they would stay whole.
         raise PlanError(
             f"layerdrop is {layerdrop}, which leaves layers out: use no sequence parallelism, or set it to 0"
+        )
+    if sequence_parallel and decoder.whole:
+        raise PlanError(
+            f"{type(decoder.parts.causal).__name__}: every tensor-parallel rank computes {', '.join(decoder.whole)} "
+            "for whole sequences: use no sequence parallelism"
         )
     groups = max(block.head_groups for block in decoder.blocks)
     counts = {"attention heads": decoder.shape.heads, "key-value heads": decoder.shape.kv_heads}
@@ -192,9 +210,9 @@ def _split_block(layer: nn.Module, block: TPBlock, shape: AttentionShape, names:
     for name, parameter in layer.get_submodule(block.entry).named_parameters():
         if id(parameter) in splits or id(parameter) in shared | summed:
             continue
-        if _is_for_each_head(name, parameter, block, shape):
+        if name not in block.per_head_parameters and _is_for_each_head(name, parameter, block, shape):
             shared.add(id(parameter))
-        elif _is_by_head(name, parameter, block, shape):
+        elif name in block.per_head_parameters or _is_by_head(name, parameter, block, shape):
             splits[id(parameter)] = TPSplit(0, (parameter.shape[0],))
         else:
             raise PlanError(
@@ -240,8 +258,10 @@ def splittable_decoder(model: nn.Module) -> SplittableDecoder:
     blocks = tp_blocks(config)
     if isinstance(blocks, str):
         raise PlanError(f"{name}: {blocks}; {_REMEDY}")
+    family = FAMILIES[str(config.model_type)]
     for index, layer in enumerate(parts.layers):
-        missing = [matrix for matrix in _matrix_names(blocks) if not _has_matrix(layer, matrix)]
+        own = tuple(block for block in blocks if not block.only_some_layers or has_matrix(layer, block.row))
+        missing = [matrix for matrix in _matrix_names(own) if not has_matrix(layer, matrix)]
         if missing:
             raise PlanError(f"{name}: layer {index} has no matrix {missing[0]!r}: {_REMEDY}")
     embedding, head = parts.causal.get_input_embeddings(), parts.causal.get_output_embeddings()
@@ -256,7 +276,9 @@ def splittable_decoder(model: nn.Module) -> SplittableDecoder:
     if len(norms) > 1:
         raise PlanError(f"{name} has {len(norms)} norms after its layers: {_REMEDY}")
     last = norms[0] if norms else parts.layers[-1]
-    return SplittableDecoder(parts, config, embedding, head, last, blocks, attention_shape(config))
+    return SplittableDecoder(
+        parts, config, embedding, head, last, blocks, family.experts, family.whole, attention_shape(config)
+    )
 
 
 def _matrix_names(blocks: tuple[TPBlock, ...]) -> Iterator[str]:
@@ -265,7 +287,8 @@ def _matrix_names(blocks: tuple[TPBlock, ...]) -> Iterator[str]:
         yield block.row
 
 
-def _has_matrix(layer: nn.Module, name: str) -> bool:
+def has_matrix(layer: nn.Module, name: str) -> bool:
+    """Whether a layer has a matrix, in an adapter or not."""
     try:
         return is_matrix(base_matrix(layer.get_submodule(name)))
     except AttributeError:

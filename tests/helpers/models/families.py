@@ -21,9 +21,12 @@ FAMILIES = (
     "cohere",
     "starcoder2",
     "olmo",
+    "mixtral",
+    "gpt_oss",
+    "qwen3_moe",
 )
 # Families without rules of tensor parallelism.
-NOT_TENSOR_PARALLEL = ("mixtral", "gpt_bigcode")
+NOT_TENSOR_PARALLEL = ("gpt_bigcode",)
 
 # Plans of four ranks for the three layers of a tiny model and eight sequences.
 PP_TP = {"stage_layers": (1, 2), "pipeline": 2, "tensor": 2, "micro_batches": 2, "micro_batch_size": 4}

@@ -11,6 +11,40 @@ Changes = dict[str, Any]
 
 # As many key-value heads as tensor-parallel ranks.
 HEADS = {"num_key_value_heads": 4, "num_hidden_layers": 2}
+GPT_OSS = {
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "head_dim": 12,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "sliding_window": 6,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    "experts_implementation": "eager",
+}
+# Multi-head latent attention; the first layer is dense.
+LATENT_EXPERTS = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 20,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 12,
+    "v_head_dim": 10,
+    "moe_intermediate_size": 24,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "experts_implementation": "eager",
+}
+QWEN3_EXPERTS = {
+    "num_key_value_heads": 4,
+    "head_dim": 12,
+    "num_experts": 5,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "mlp_only_layers": [1],
+    "experts_implementation": "eager",
+}
 OLD_FALCON = {"multi_query": False, "bias": True}
 
 
@@ -58,6 +92,10 @@ FAMILY_CASES = {
     "cohere2": FamilyCases(),
     "cwm": FamilyCases(
         training={"num_key_value_heads": 2, "head_dim": 12},
+    ),
+    "deepseek_v3": FamilyCases(
+        training=LATENT_EXPERTS,
+        tensor_parallel=(LATENT_EXPERTS,),
     ),
     "ernie4_5": FamilyCases(),
     "exaone4": FamilyCases(
@@ -112,6 +150,14 @@ FAMILY_CASES = {
     "gpt_neo": FamilyCases(
         training={"attention_types": [[["global", "local"], 1], [["global"], 1]], "window_size": 6},
         tensor_parallel=({"attention_types": [[["global", "local"], 1]], "num_hidden_layers": 2},),
+    ),
+    "gpt_oss": FamilyCases(
+        training=GPT_OSS | {"num_key_value_heads": 2},
+        tensor_parallel=(
+            GPT_OSS | {"num_key_value_heads": 4},
+            # As many heads as elements in each: their sinks look like a norm of each head.
+            GPT_OSS | {"num_key_value_heads": 4, "head_dim": 4, "experts_implementation": "batched_mm"},
+        ),
     ),
     "gpt_neox": FamilyCases(
         architecture=(
@@ -174,7 +220,10 @@ FAMILY_CASES = {
     ),
     "mixtral": FamilyCases(
         training={"num_key_value_heads": 2, "num_local_experts": 4, "experts_implementation": "eager"},
-        tensor_parallel=(),
+        tensor_parallel=(
+            HEADS | {"num_local_experts": 7, "experts_implementation": "eager"},
+            HEADS | {"num_local_experts": 4, "experts_implementation": "batched_mm"},
+        ),
         architecture=(
             {"num_key_value_heads": 2},
             {"num_key_value_heads": 4, "num_local_experts": 5, "num_experts_per_tok": 3, "sliding_window": 16},
@@ -222,6 +271,10 @@ FAMILY_CASES = {
             {"num_key_value_heads": 4},
             {"num_key_value_heads": 2, "use_sliding_window": True, "max_window_layers": 1, "tie_word_embeddings": True},
         ),
+    ),
+    "qwen3_moe": FamilyCases(
+        training=QWEN3_EXPERTS,
+        tensor_parallel=(QWEN3_EXPERTS | {"num_experts": 7}, QWEN3_EXPERTS | {"num_experts": 4}),
     ),
     "qwen3": FamilyCases(
         training={"num_key_value_heads": 2, "head_dim": 16},

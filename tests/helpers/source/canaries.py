@@ -9,6 +9,7 @@ import hashlib
 import inspect
 import json
 import re
+import sys
 import textwrap
 from collections.abc import Mapping
 from importlib import metadata
@@ -30,8 +31,16 @@ Store = dict[str, dict[str, Fingerprint]]
 
 
 def names() -> dict[str, Patch | None]:
-    """Every name that has a canary, with the patch that replaces it; None if the package only uses it."""
-    patched: dict[str, Patch | None] = {target: patch for patch in declared() for target in patch.targets}
+    """Every name that has a canary, with the patch that replaces it; None if the package only uses it.
+
+    Python's own functions have none: they are documented and stay as they are.
+    """
+    patched: dict[str, Patch | None] = {
+        target: patch
+        for patch in declared()
+        for target in patch.targets
+        if target.partition(".")[0] not in sys.stdlib_module_names
+    }
     return dict.fromkeys(INTERNALS) | patched
 
 
@@ -124,13 +133,15 @@ def _signature(function: Any) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class _Default:
-    """A default value that is shown without an address in memory."""
+    """A default value that is shown without an address in memory, a module without its file."""
 
     text: str
 
     @staticmethod
     def of(value: Any) -> Any:
-        return value if value is inspect.Parameter.empty else _Default(_ADDRESS.sub("", repr(value)))
+        if value is inspect.Parameter.empty:
+            return value
+        return _Default(value.__name__ if inspect.ismodule(value) else _ADDRESS.sub("", repr(value)))
 
     def __repr__(self) -> str:
         return self.text

@@ -75,6 +75,7 @@ INTERNALS: dict[str, str] = {
     "torch.ops.aten._scaled_dot_product_efficient_attention": _ATTENTION,
     "torch.ops.aten._scaled_dot_product_cudnn_attention": _ATTENTION,
     # torch: distributed
+    "torch.distributed.distributed_c10d._get_default_store": "The store in which workers note the calls they share.",
     "torch.distributed.fsdp._fully_shard._fsdp_api.ReduceScatter": (
         "The interface of what set_custom_reduce_scatter takes."
     ),

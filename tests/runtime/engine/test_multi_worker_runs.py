@@ -161,7 +161,11 @@ from transformers import GPT2Config, GPT2LMHeadModel
 torch.manual_seed(0)
 model = GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=64, n_head=2, vocab_size=100, n_positions=32))
 dtypes = []
-model.transformer.h[0].mlp.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
+class Recorder:
+    __module__ = "moreh.recorder"  # hooks of a script are refused
+    def __call__(self, module, inputs, output):
+        dtypes.append(output.dtype)
+model.transformer.h[0].mlp.register_forward_hook(Recorder())
 ids = torch.arange(64).view(4, 16)
 model.train()
 for _ in range(3):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from moreh.models.families import tensor_parallel_families
+from moreh.models.families import FAMILIES, tensor_parallel_families
 from moreh.runtime.tensor import apply as tensor_parallel
 from moreh.runtime.tensor import collectives
 from moreh.runtime.tensor.partition import (
@@ -55,8 +55,9 @@ def wrong(results):
 
 @pytest.mark.parametrize("family", tensor_parallel_families())
 def test_every_family_computes_what_one_process_does(family):
+    splits_sequences = not FAMILIES[family].whole
     for changes in FAMILY_CASES[family].tensor_parallel:
-        cases = [(family, changes, 2, False), (family, changes, 4, True)]
+        cases = [(family, changes, 2, False), (family, changes, 4, splits_sequences)]
         for results in run_on_workers(compare_with_one_process, cases, size=4):
             assert len(results[0]) > 10
             assert wrong(results) == {}
@@ -195,6 +196,19 @@ def test_layerdrop_is_refused_with_sequence_parallelism_only():
     model = build(tiny_config_of("opt", {"layerdrop": 0.1}), device="meta")
     assert tensor_parallel_refusal(model, 2) is None
     assert "layerdrop is 0.1" in sequence_parallel_refusal(model, 2)
+
+
+def test_whole_attention_is_refused_with_sequence_parallelism_only():
+    model = build(tiny_config_of("deepseek_v3", FAMILY_CASES["deepseek_v3"].training), device="meta")
+    assert tensor_parallel_refusal(model, 2) is None
+    assert "computes self_attn for whole sequences" in sequence_parallel_refusal(model, 2)
+
+
+def test_each_rank_needs_an_expert():
+    changes = HEADS | {"num_local_experts": 3, "num_experts_per_tok": 2}
+    model = build(tiny_config_of("mixtral", changes), device="meta")
+    assert "has 3 experts, of which 4 tensor-parallel ranks cannot each have some" in tensor_parallel_refusal(model, 4)
+    assert max_tensor_parallel(model) == 2
 
 
 def test_largest_size_divides_query_and_key_value_heads():

@@ -8,13 +8,27 @@ import torch
 from torch import nn
 
 from moreh.errors import OptionError
-from moreh.models.compatibility import uses_neftune
+from moreh.models.compatibility import inner_hook, uses_neftune
 from moreh.models.losses import IGNORED_LABEL
 from moreh.models.observers import observer_of_operations
 from moreh.models.provenance import forward_counts
 from moreh.runtime.batch.model_inputs import ONE_WORKER, ModelInputs
 from moreh.runtime.sharding.mesh import Mesh
 from moreh.trace import span
+
+
+def check_hooks(root: nn.Module) -> None:
+    """Check that a script has no forward hooks inside of a model.
+
+    Raises:
+        OptionError: one would see one worker's part of the batch, and what it keeps or changes would be wrong.
+    """
+    name = inner_hook(root)
+    if name is not None:
+        raise OptionError(
+            f"a forward hook on {name} would see parts of the batch, and on some workers nothing: remove it, compute "
+            f"what it gives from the logits, or {ONE_WORKER}"
+        )
 
 
 def check_surroundings() -> None:
