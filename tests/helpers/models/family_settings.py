@@ -151,14 +151,6 @@ FAMILY_CASES = {
         training={"attention_types": [[["global", "local"], 1], [["global"], 1]], "window_size": 6},
         tensor_parallel=({"attention_types": [[["global", "local"], 1]], "num_hidden_layers": 2},),
     ),
-    "gpt_oss": FamilyCases(
-        training=GPT_OSS | {"num_key_value_heads": 2},
-        tensor_parallel=(
-            GPT_OSS | {"num_key_value_heads": 4},
-            # As many heads as elements in each: their sinks look like a norm of each head.
-            GPT_OSS | {"num_key_value_heads": 4, "head_dim": 4, "experts_implementation": "batched_mm"},
-        ),
-    ),
     "gpt_neox": FamilyCases(
         architecture=(
             {},
@@ -168,6 +160,14 @@ FAMILY_CASES = {
                 "tie_word_embeddings": True,
                 "hidden_dropout": 0.1,
             },
+        ),
+    ),
+    "gpt_oss": FamilyCases(
+        training=GPT_OSS | {"num_key_value_heads": 2},
+        tensor_parallel=(
+            GPT_OSS | {"num_key_value_heads": 4},
+            # As many heads as elements in each: their sinks look like a norm of each head.
+            GPT_OSS | {"num_key_value_heads": 4, "head_dim": 4, "experts_implementation": "batched_mm"},
         ),
     ),
     "gptj": FamilyCases(
@@ -272,10 +272,6 @@ FAMILY_CASES = {
             {"num_key_value_heads": 2, "use_sliding_window": True, "max_window_layers": 1, "tie_word_embeddings": True},
         ),
     ),
-    "qwen3_moe": FamilyCases(
-        training=QWEN3_EXPERTS,
-        tensor_parallel=(QWEN3_EXPERTS | {"num_experts": 7}, QWEN3_EXPERTS | {"num_experts": 4}),
-    ),
     "qwen3": FamilyCases(
         training={"num_key_value_heads": 2, "head_dim": 16},
         tensor_parallel=(HEADS | {"head_dim": 16},),
@@ -283,6 +279,10 @@ FAMILY_CASES = {
             {"num_key_value_heads": 2},
             {"num_key_value_heads": 4, "head_dim": 8, "attention_bias": True, "tie_word_embeddings": True},
         ),
+    ),
+    "qwen3_moe": FamilyCases(
+        training=QWEN3_EXPERTS,
+        tensor_parallel=(QWEN3_EXPERTS | {"num_experts": 7}, QWEN3_EXPERTS | {"num_experts": 4}),
     ),
     "seed_oss": FamilyCases(
         training={"num_key_value_heads": 2, "head_dim": 12},

@@ -17,6 +17,7 @@ INTERNALS: dict[str, str] = {
         "It is None where no hooks on saved tensors are active; the argument ignores those of a tracer."
     ),
     "torch._C._functorch.peek_interpreter_stack": "It is None outside of the transforms of torch.func.",
+    "torch._C._get_dispatch_stack_at": "A dispatch mode that a script has put around a call.",
     "torch._C._len_torch_dispatch_stack": "The number of active modes that see each operation.",
     "torch._C._len_torch_function_stack": "The number of active modes that see each call of torch's functions.",
     "torch._C._get_function_stack_at": "The active mode with an index.",
@@ -119,6 +120,8 @@ INTERNALS: dict[str, str] = {
     "transformers.activations.NewGELUActivation.forward": "What fused_activation stands in for.",
     "transformers.loss.loss_utils.ForCausalLMLoss": "The loss that the runtime computes in its own way.",
     "transformers.modeling_utils.PreTrainedModel.warn_if_padding_and_no_attention_mask": "Models call it.",
+    "transformers.PreTrainedConfig._experts_implementation": "How a model computes its experts.",
+    "transformers.models.mixtral.modeling_mixtral.MixtralExperts:_is_expert_parallel": "Kernels skip others' experts.",
     "transformers.PreTrainedConfig._attn_implementation": "The attention function that a model uses.",
     "accelerate.utils.operations.ConvertOutputsToFp32": "accelerate's wrapper of a forward pass in bfloat16.",
 }
