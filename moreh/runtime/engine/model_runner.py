@@ -19,7 +19,6 @@ from moreh.models.dropout import draws_random_numbers
 from moreh.models.introspection import unwrapped
 from moreh.models.losses import is_known_loss, token_loss_of
 from moreh.options import ParallelOptions
-from moreh.patches.module_call import inside_of_call
 from moreh.planner.plan.plan import Plan
 from moreh.runtime.batch.batch_cutter import BatchCutter
 from moreh.runtime.batch.input_gradients import detached_inputs, reduced_grad
@@ -199,8 +198,7 @@ class ModelRunner:
     ) -> dict[str, torch.Tensor]:
         """The gradients of the sum of `logits * grad_logits`, which has one tensor for each micro-batch."""
         device = self.model.mesh.device
-        gpus = [device] if device.type == "cuda" else []
-        with inside_of_call(), torch.random.fork_rng(gpus), torch.enable_grad():
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
             self._micro_batches, self._seeds, self._grad_logits = micro_batches, MicroBatchSeeds(seed), grad_logits
             try:
                 return self._forward_backward(self._hidden_shape(micro_batches[0]))[1]

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from moreh.errors import OptionError
+from moreh.patches.module_call import inside_of_call
 from moreh.runtime.batch.model_inputs import (
     LOGITS_TO_KEEP,
     ONE_WORKER,
@@ -221,7 +222,8 @@ class _Logits(torch.autograd.Function):
         if weight_versions(model) != state.versions:
             raise RuntimeError(CHANGED_WEIGHTS_MESSAGE)
         micro_batches = _cut_rows(state.passes, replace(state.inputs, tensors=tensors))
-        with state.as_in_call():
+        # The stages call the model in this backward pass.
+        with state.as_in_call(), inside_of_call():
             parts = _own_part(state.passes, grad_outputs[0], micro_batches)
             grads = state.passes.second_pass(micro_batches, state.seed, parts)
         computed = names_with_grads(model, grads)
