@@ -11,6 +11,8 @@
 # make gpu-check        what one GPU shows: results, speed, memory, predictions; at most 8 minutes, nothing is installed
 #                       (DRY=1: the same code with tiny sizes on the CPU)
 # make gpu-smoke        the same in a minute and a half, for a report of a bug
+
+# make lock             write requirements.lock: the pinned packages and all that they need, with hashes
 # make bench            compare with other systems, each in an environment of its own, and write benchmarks/data: hours
 
 PYTHON ?= python3
@@ -24,7 +26,8 @@ LOSS ?=
 # a machine of one's own.
 train test conformance verify-plans verify-families docs-check: export GOMP_SPINCOUNT ?= 1000
 
-.PHONY: train test check install smollm2 conformance verify-plans verify-families docs-check bench clean gpu-check gpu-smoke
+.PHONY: train test check install smollm2 conformance verify-plans verify-families docs-check lock bench clean \
+	gpu-check gpu-smoke
 
 train: install
 	$(BIN)/python train_gpt.py --config configs/gpt.yaml
@@ -58,6 +61,12 @@ gpu-check:
 
 gpu-smoke:
 	$(GPU_PYTHON) benchmarks/gpu_check --smoke $(if $(DRY),--dry)
+
+# For Python 3.10 and later on all systems. The names of package indices stay out of the file.
+lock: $(VENV)/installed
+	$(BIN)/python -m pip install --disable-pip-version-check uv
+	$(BIN)/python -m uv pip compile requirements.txt --output-file requirements.lock --universal --python-version 3.10 \
+		--generate-hashes --no-annotate --no-emit-index-url --no-emit-find-links --custom-compile-command "make lock" --quiet
 
 SYSTEMS := trl litgpt torchtune
 

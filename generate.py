@@ -27,7 +27,7 @@ from utils.text.encoding import encode_prompts
 from utils.text.prompt_input import checked_argument, read_prompt
 from utils.text.template import PromptTemplate, load_template
 from utils.text.tokenizers import load_tokenizer
-from utils.training.model import end_token_ids, load_pretrained
+from utils.training.pretrained import end_token_ids, load_pretrained
 
 DEFAULT_NEW_TOKENS = 128
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE

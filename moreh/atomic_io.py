@@ -6,8 +6,9 @@ and names are on the disk, so that the promise holds also if the machine goes do
 
 import os
 import re
+import secrets
 import shutil
-import tempfile
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,14 +16,14 @@ from typing import TextIO
 
 
 @contextmanager
-def replacing_file(path: Path, *, durable: bool) -> Iterator[TextIO]:
+def replacing_file(path: Path, *, durable: bool, mode: int = 0o666) -> Iterator[TextIO]:
     """A text file to write, which takes the place of `path` when the block ends without an error.
 
     Readers see the old content or the new one. If several processes do it at once, the last one wins. After an error,
-    `path` is as it was and nothing else is left.
+    `path` is as it was and nothing else is left. The file gets those permissions of `mode` that the umask leaves.
     """
-    descriptor, name = tempfile.mkstemp(prefix=f"{path.name}.", suffix=".tmp", dir=path.parent)
-    temporary = Path(name)
+    temporary = _unused_path(path, ".tmp")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             yield file
@@ -57,8 +58,8 @@ def make_staging_directory(target: Path, *, inside: bool = False, shared: bool =
         raise FileExistsError(f"{target} is a file; give the name of a directory to save in.")
     if shared:
         target.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
-        staging.chmod(0o755)  # mkdtemp's is for the user alone
+        staging = _unused_path(target)
+        staging.mkdir()
         return staging
     staging = staging_path(target)
     if inside and target.is_dir():
@@ -74,6 +75,7 @@ def commit_directory(staging: Path, target: Path, *, replace: bool = True, durab
     Raises:
         OSError: the target exists and is not empty, and is not to be replaced.
     """
+    _follow_umask(staging)
     if durable:
         _sync_directory(staging)
     old = target.parent / f".{target.name}-older"
@@ -101,6 +103,7 @@ def commit_files(staging: Path, target: Path, entry_points: set[str], obsolete: 
     if not target.is_dir():
         commit_directory(staging, target)
         return
+    _follow_umask(staging)
     _sync_directory(staging)
     names = sorted((path.name for path in staging.iterdir()), key=lambda name: name in entry_points)
     for path in list(target.iterdir()):
@@ -111,8 +114,25 @@ def commit_files(staging: Path, target: Path, entry_points: set[str], obsolete: 
     _sync(target)
 
 
+def _unused_path(path: Path, suffix: str = "") -> Path:
+    """A path beside another one that no other process chooses."""
+    return path.with_name(f"{path.name}.{secrets.token_hex(6)}{suffix}")
+
+
+def _follow_umask(directory: Path) -> None:
+    """Give the files in a directory the permissions of a new file. Some libraries write theirs for the user alone."""
+    probe = directory / ".permissions"
+    descriptor = os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
+    os.close(descriptor)
+    probe.unlink()
+    for path in directory.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(mode)
+
+
 def _sync_directory(directory: Path) -> None:
-    for path in (*directory.iterdir(), directory):
+    for path in (*directory.rglob("*"), directory):
         _sync(path)
 
 

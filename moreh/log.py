@@ -4,6 +4,9 @@ import logging
 import sys
 from typing import TextIO
 
+from moreh.output import say
+from moreh.printable import printable
+
 logger = logging.getLogger("moreh")
 
 
@@ -11,7 +14,8 @@ class LevelInBrackets(logging.Formatter):
     """Formats a record as `[info] message`."""
 
     def format(self, record: logging.LogRecord) -> str:  # noqa: D102
-        return f"[{record.levelname.lower()}] {super().format(record)}"
+        text = f"[{record.levelname.lower()}] {super().format(record)}"
+        return printable(text, kept="\n\t", mark="\ufffd")
 
 
 class StandardOutputHandler(logging.StreamHandler[TextIO]):
@@ -24,6 +28,17 @@ class StandardOutputHandler(logging.StreamHandler[TextIO]):
     @stream.setter
     def stream(self, value: TextIO) -> None:
         """Ignores the stream that StreamHandler's constructor sets."""
+
+    _has_warned = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Say once that lines cannot be written. Logging's own answer is a traceback for each line."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._has_warned and not isinstance(error, BrokenPipeError):
+            self._has_warned = True
+            say(f"warning: standard output cannot be written: {error.strerror}")
 
 
 def set_up_logger() -> None:

@@ -10,7 +10,6 @@ the run, to rounding.
 import argparse
 import shutil
 import sys
-import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -18,13 +17,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 from transformers import logging
 
+from moreh.atomic_io import commit_directory, make_staging_directory
 from utils.cli import exit_code_of, show_any_text
 from utils.config.section import expand_home
-from utils.errors import UserError, first_line
+from utils.errors import UserError, first_line, system_word
 from utils.text.template import FILE_NAME
 from utils.text.tokenizers import load_tokenizer
 from utils.training.lora import is_adapter
-from utils.training.model import load_pretrained
+from utils.training.pretrained import load_pretrained
 
 
 def export(source: str, target: Path, *, merge: bool, dtype: str) -> None:
@@ -52,14 +52,21 @@ def export(source: str, target: Path, *, merge: bool, dtype: str) -> None:
         except ValueError as error:  # a weight that is not finite
             raise UserError(f"--merge: the adapter in {source} cannot be merged: {first_line(error)}") from error
     model.to(getattr(torch, dtype))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f"{target.name}.", dir=target.parent) as temporary:
-        directory = Path(temporary) / "model"
-        model.save_pretrained(directory)
-        tokenizer.save_pretrained(directory)
-        if (template := Path(source) / FILE_NAME).is_file():
-            shutil.copy(template, directory)
-        directory.rename(target)
+    try:
+        directory = make_staging_directory(target)
+        try:
+            model.save_pretrained(directory)
+            tokenizer.save_pretrained(directory)
+            if (template := Path(source) / FILE_NAME).is_file():
+                shutil.copy(template, directory)
+            commit_directory(directory, target)
+        finally:
+            shutil.rmtree(directory, ignore_errors=True)
+    except Exception as error:  # each library that writes has errors of its own
+        reason = system_word(error)
+        if reason is None:
+            raise
+        raise UserError(f"{target} cannot be written: {reason}") from error
     print(f"{target} is ready")
 
 

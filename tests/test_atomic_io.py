@@ -1,5 +1,6 @@
 """Files and directories are complete or absent."""
 
+import os
 import re
 import stat
 
@@ -49,7 +50,6 @@ def test_a_directory_appears_as_a_whole(tmp_path, exists):
 def test_two_processes_that_write_one_directory_do_not_meet(tmp_path):
     target = tmp_path / "cache" / "entry"
     first, second = (make_staging_directory(target, shared=True) for _ in range(2))
-    assert stat.S_IMODE(first.stat().st_mode) == 0o755
     for staging in (first, second):
         (staging / "content").write_text("same")
     commit_directory(first, target, replace=False, durable=False)
@@ -77,3 +77,26 @@ def test_files_move_into_a_directory_that_keeps_its_others(tmp_path):
     staging.rmdir()
     contents = {path.name: path.read_text() for path in target.iterdir()}
     assert contents == {"index": "new", "part-1": "new", "tokenizer": "old"}
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_permissions_follow_the_umask_whoever_wrote_a_file(tmp_path, umask, mode):
+    """As safetensors, whose files are for the user alone."""
+    before = os.umask(umask)
+    try:
+        with replacing_file(tmp_path / "report", durable=False) as file:
+            file.write("text")
+        staging = make_staging_directory(tmp_path / "model", shared=True)
+        (staging / "tokenizer").mkdir()
+        for name in ("weights", "tokenizer/table"):
+            (staging / name).touch(0o600)
+        commit_directory(staging, tmp_path / "model")
+        staging = make_staging_directory(tmp_path / "model", inside=True)
+        (staging / "more").touch(0o600)
+        commit_files(staging, tmp_path / "model", entry_points=set(), obsolete=re.compile("none"))
+    finally:
+        os.umask(before)
+    files = {path: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.rglob("*") if path.is_file()}
+    assert len(files) == 4
+    assert set(files.values()) == {mode}
+    assert stat.S_IMODE((tmp_path / "model").stat().st_mode) == 0o777 & ~umask

@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING
 from moreh.accelerator.waiting import VARIABLE as WAIT_VARIABLE
 from moreh.errors import MorehError
 from moreh.options import PLATFORM_LINES_VARIABLE
+from moreh.output import flush_output, say
+from moreh.printable import printable
 from moreh.tables import terminal_width
 from utils.accelerator import accelerator_of
 from utils.config.schema import RESUME_WITH_KEYS, Config
 from utils.config.section import expand_home
 from utils.config.yaml_file import load_config
 from utils.environment import restored_variables
-from utils.errors import DryRunEnd, Stopped, UserError
+from utils.errors import DryRunEnd, Stopped, UserError, system_word
 from utils.logging.run_log import RunLog, disable_progress_bars
 
 if TYPE_CHECKING:
@@ -167,14 +169,24 @@ def exit_code_of(program: Callable[[], None], *, debug: bool) -> int:
         if debug:
             raise
         for problem in str(error).splitlines():
-            print(f"error: {problem}", file=sys.stderr)
+            say(f"error: {printable(problem)}")
         return EXIT_USER_ERROR
     except DryRunEnd as end:
         print(end)
     except Stopped as stop:
-        print(stop, file=sys.stderr)
+        say(str(stop))
         return EXIT_SIGNAL + stop.signal_number
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        say("interrupted")
         return EXIT_SIGNAL + signal.SIGINT
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        return EXIT_SIGNAL + signal.SIGPIPE
+    except OSError as error:  # such as a full disk
+        if debug or error.errno is None:
+            raise
+        what = "standard output" if error.filename is None else str(error.filename)
+        say(f"error: {printable(what)}: {system_word(error)}")
+        return EXIT_USER_ERROR
+    finally:
+        flush_output()
     return 0

@@ -1,12 +1,33 @@
 """Errors that a user's input causes. They are shown as lines, without a traceback."""
 
 import importlib.util
+import os
+import re
 from collections.abc import Sequence
+
+# How libraries in Rust end what the operating system says.
+_OS_ERROR = re.compile(r"([^:]+) \(os error \d+\)")
 
 
 def first_line(error: BaseException) -> str:
     """The first line of a library's error, or its class name where it has no message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def in_one_line(text: str, characters: int = 300) -> str:
+    """A library's message in one line, without what is beyond so many characters."""
+    return " ".join(text.split())[:characters]
+
+
+def system_word(error: BaseException) -> str | None:
+    """What the operating system says in an error of reading or writing, such as a full disk; None in other errors.
+
+    safetensors and tokenizers raise errors of their own, and pyarrow puts a sentence in the place of the system's.
+    """
+    if isinstance(error, OSError):
+        return os.strerror(error.errno) if error.errno else error.strerror or first_line(error)
+    match = _OS_ERROR.search(first_line(error))
+    return None if match is None else match[1].strip()
 
 
 class UserError(Exception):

@@ -149,9 +149,9 @@ def _require_idle(registry: Registry, index: int, verb: str) -> None:
     job = registry.job_on(index)
     if job is not None:
         raise AcceleratorBusyError(
-            f"accelerator {index} is in use by job {job.id} (process {job.pid}: {job.command}) and cannot be {verb}: "
-            "wait until it ends, end it with 'moreh-smi --reset', or add another accelerator with "
-            "'moreh-smi device --add' and select it with 'moreh-smi device --switch'"
+            f"accelerator {index} is in use by {job.shown} and cannot be {verb}: wait until it ends, end it with "
+            "'moreh-smi --reset', or add another accelerator with 'moreh-smi device --add' and select it with "
+            "'moreh-smi device --switch'"
         )
 
 

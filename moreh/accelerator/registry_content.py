@@ -14,6 +14,7 @@ import psutil
 from moreh.accelerator.flavors import Flavor, default_flavor, find_flavor
 from moreh.accelerator.this_machine import find_model, this_machine
 from moreh.errors import AcceleratorError, RegistryError
+from moreh.printable import in_one_line
 
 # A process's start time is derived from the boot time, which moves by fractions of a second when the clock is set.
 START_TIME_TOLERANCE_SECONDS = 1.0
@@ -66,6 +67,11 @@ class Job:
     """The command line."""
     run: str = ""
     """The id of all processes that torchrun starts together, of which the first is the job; empty otherwise."""
+
+    @property
+    def shown(self) -> str:
+        """The job in a sentence. Its command may be of any length, and hold what a terminal would obey."""
+        return f"job {self.id} (process {self.pid}: {in_one_line(self.command)})"
 
     def is_running(self) -> bool:
         """Whether the process that registered this job is still running (a zombie is not)."""

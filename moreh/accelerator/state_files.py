@@ -93,7 +93,7 @@ def replace_json(path: Path, content: Any, *, durable: bool) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing_file(path, durable=durable) as file:
+        with replacing_file(path, durable=durable, mode=0o600) as file:  # it has the tokens
             json.dump(content, file, indent=1)
     except OSError as error:
         raise _unusable(path, error) from None

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from moreh.errors import AcceleratorBusyError, OptionError
 from moreh.log import logger
+from moreh.printable import printable
 
 VARIABLE = "MOREH_WAIT"
 SECONDS_BETWEEN_ATTEMPTS = 1.0
@@ -51,5 +52,4 @@ def when_free(start: Callable[[], Result]) -> Result:
 def warn_of_waiting(busy: AcceleratorBusyError | str) -> None:
     """The log line of a process that begins to wait."""
     reason = str(busy).partition(" and cannot be ")[0]
-    shown = "".join(character if character.isprintable() else "?" for character in reason)
-    logger.warning("%s. This process waits until it is free (%s=0 refuses instead).", shown, VARIABLE)
+    logger.warning("%s. This process waits until it is free (%s=0 refuses instead).", printable(reason), VARIABLE)

@@ -116,7 +116,7 @@ def _end_job(index: int | None) -> str:
     job = registry.job_on(accelerator.index)
     if job is None:
         return f"No job is running on accelerator {accelerator.index}: nothing was ended."
-    name = f"job {job.id} (process {job.pid}: {job.command}) on accelerator {accelerator.index}"
+    name = f"{job.shown} on accelerator {accelerator.index}"
     try:
         process = psutil.Process(job.pid)
         if not job.is_running():  # the process id may already belong to somebody else

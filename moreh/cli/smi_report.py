@@ -8,6 +8,7 @@ from typing import Any
 
 from moreh.accelerator.job_status import measured_worker_bytes
 from moreh.cli.smi_collect import AcceleratorReport, PhysicalDevice, PhysicalGpu, physical_devices
+from moreh.printable import in_one_line
 from moreh.tables import Column, draw_table, terminal_width, wrap_line
 from moreh.version import __version__
 
@@ -150,7 +151,7 @@ def _process_row(report: AcceleratorReport) -> tuple[str, ...]:
         str(report.accelerator.index),
         str(report.job.id),
         str(report.job.pid),
-        _in_one_line(report.job.command),
+        _in_table(report.job.command),
         _mib(report.job_memory_mib),
     )
 
@@ -188,11 +189,10 @@ def _is_simulated(report: AcceleratorReport) -> bool | None:
     return None if report.status is None else report.status.simulated
 
 
-def _in_one_line(command: str) -> str:
-    """A command line for a table: unprintable characters replaced, shortened to what the terminal has left."""
-    printable = "".join(character if character.isprintable() else "?" for character in command)
+def _in_table(command: str) -> str:
+    """A command line for a table: shortened to what the terminal has left."""
     width = max(shutil.get_terminal_size((PIPE_WIDTH, 24)).columns - REST_OF_TABLE, MIN_COMMAND_WIDTH)
-    return printable if len(printable) <= width else printable[: width - 3] + "..."
+    return in_one_line(command, width)
 
 
 def _mib(amount: int | None) -> str:

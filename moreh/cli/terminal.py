@@ -9,6 +9,8 @@ from functools import partial
 
 from moreh.accelerator.this_machine import listed_models
 from moreh.errors import MorehError
+from moreh.output import flush_output, say
+from moreh.printable import printable
 from moreh.tables import terminal_width
 
 # argparse ends with 2 when the command line itself is wrong.
@@ -24,19 +26,26 @@ def run_tool(main: Callable[[list[str]], int]) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a job's command line may hold what the terminal cannot show
     try:
-        return main(sys.argv[1:])
+        code = main(sys.argv[1:])
+        failure = flush_output()  # here, not when Python ends and can only fail
+        if failure is not None:
+            raise failure
+        return code
     except MorehError as error:
-        print(f"error: {error}", file=sys.stderr)
+        text = printable(str(error), kept="\n")
+        say(f"error: {text}")
         return EXIT_REFUSED
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        sys.stderr.close()
         return EXIT_REFUSED
     except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
+        what = "standard output" if error.filename is None else error.filename
+        say(f"error: {what}: {error.strerror or error}")
         return EXIT_REFUSED
+    finally:
+        flush_output()
 
 
 def whole(maximum: int) -> Callable[[str], int]:

@@ -3,6 +3,7 @@
 import hashlib
 import inspect
 import json
+import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
@@ -12,6 +13,7 @@ from typing import Any
 import datasets
 import numpy as np
 
+from moreh.planner.units import gib
 from utils.config.schema import Config, DataSection
 from utils.data.cache import make_once
 from utils.data.content import hash_of_tokenizer
@@ -28,7 +30,7 @@ from utils.data.sources.reading import (
     maker_of_pairs,
     source_records,
 )
-from utils.data.sources.states import state_of_data, state_of_tokenizer
+from utils.data.sources.states import size_of_data, state_of_data, state_of_tokenizer
 from utils.data.split import split_examples
 from utils.data.tokenization import END_OF_TEXT, MakeExample, train_tokenizer
 from utils.errors import UserError
@@ -37,7 +39,10 @@ from utils.text.chat_template import drop_other_chat_template
 from utils.text.tokenizers import load_tokenizer
 
 # Part of each cache key: raise it when the same settings are to give other rows.
-_FORMAT = 7
+_FORMAT = 8
+# How much larger the cache is than the files that it is made of while it is made: the texts, and for each token, which
+# is three or four bytes of a text, eight bytes of ids and labels.
+_TIMES_ITS_FILES = 3
 
 
 @dataclass(frozen=True)
@@ -114,6 +119,12 @@ def _prepare(
     """
     info("Reading and tokenizing the data (later runs take it from the cache).")
     data = config.data
+    expected, free = _TIMES_ITS_FILES * size_of_data(data), shutil.disk_usage(target).free
+    if expected > free:
+        info(
+            f"warning: run.cache_directory: the tokenized data takes about {gib(expected)}, and the disk of "
+            f"{target.parent} has {gib(free)} free"
+        )
     is_chat = data.format == "chat"
 
     def reader(section: DataSection, records: Iterable[Record]) -> ExampleReader[Any]:

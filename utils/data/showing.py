@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from itertools import groupby
 from typing import Any
 
+from moreh.printable import printable
 from utils.config.schema import Config
 from utils.data.dataset import prepare_data
 from utils.data.labels import IGNORED
@@ -38,6 +39,6 @@ def shown_rows(rows: Iterable[Mapping[str, Any]], tokenizer: Any) -> Iterable[st
         labels = sum(is_label for _, is_label in tokens)
         text = ""
         for is_label, run in groupby(tokens, key=lambda token: token[1]):
-            piece = tokenizer.decode([token for token, _ in run])
+            piece = printable(tokenizer.decode([token for token, _ in run]), kept="\n\t", mark="\ufffd")
             text += f"{begin}{piece}{end}" if is_label else piece
         yield f"--- {row['location']}: {len(tokens)} tokens, {labels} of them labels\n{text}"

@@ -10,6 +10,8 @@ from tqdm import tqdm
 
 from moreh.log import LevelInBrackets, set_up_logger
 from moreh.log import logger as moreh_logger
+from moreh.output import say
+from moreh.printable import printable
 from moreh.tables import terminal_width, wrap_line
 
 train_logger = logging.getLogger("train")
@@ -27,7 +29,7 @@ class LogFileHandler(logging.handlers.MemoryHandler):
         Raises:
             OSError: the file cannot be made.
         """
-        file = logging.FileHandler(path, encoding="utf-8", errors="replace")
+        file = _LogFile(path, encoding="utf-8", errors="replace")
         file.setFormatter(_FileFormatter())
         self.setTarget(file)
         self.flushLevel = logging.NOTSET  # the next line is written with those that were kept
@@ -38,13 +40,15 @@ class LogFileHandler(logging.handlers.MemoryHandler):
             logger.removeHandler(self)
         if self.target is not None:
             self.flush()
-            self.target.close()
+            with contextlib.suppress(OSError):  # a full disk, of which a line has told
+                self.target.close()
         self.close()
 
 
 def set_up_loggers() -> LogFileHandler:
     """Show the lines of the run and of moreh on the console from now on; returns the handler of their file."""
     log_file = LogFileHandler()
+    _ConsoleHandler.has_warned = False
     train_logger.setLevel(logging.INFO)
     train_logger.propagate = False
     set_up_logger()
@@ -57,19 +61,43 @@ def set_up_loggers() -> LogFileHandler:
     return log_file
 
 
+class _LogFile(logging.FileHandler):
+    """A file of log lines. Lines that the disk does not take are no reason to end a training: one line tells of it."""
+
+    _has_warned = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Called with the error of a line in hand. Logging's own answer is a traceback for each line."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._has_warned:
+            self._has_warned = True
+            say(f"warning: {self.baseFilename} cannot be written: {error.strerror}; the training goes on")
+
+
 class _ConsoleHandler(logging.Handler):
     """Writes lines to standard output, above a progress bar that is on the screen."""
 
+    has_warned = False
+    """Whether a line has told that they cannot be written. The handlers of both loggers share it."""
+
     def emit(self, record: logging.LogRecord) -> None:
-        text = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in self.format(record))
+        text = printable(self.format(record), kept="\n\t", mark="\ufffd")
         width = terminal_width()
         if len(text) > width and "\n" not in text:  # the lines of a sample are what the model has written
             text = wrap_line(text, width, indent=2)
-        # A closed pipe, as after `| head`, does not end the run: train.log goes on.
-        with contextlib.suppress(BrokenPipeError, AttributeError):
+        # A closed pipe, as after `| head`, or a full disk does not end the run: train.log goes on.
+        try:
             encoding = sys.stdout.encoding
             tqdm.write(text.encode(encoding, "replace").decode(encoding), file=sys.stdout)
             sys.stdout.flush()
+        except (BrokenPipeError, AttributeError):
+            pass
+        except OSError as error:
+            if not _ConsoleHandler.has_warned:
+                _ConsoleHandler.has_warned = True
+                say(f"warning: standard output cannot be written: {error.strerror}; the training goes on")
 
 
 class _FileFormatter(logging.Formatter):

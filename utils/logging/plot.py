@@ -3,16 +3,14 @@
 import json
 from pathlib import Path
 
+from moreh.figures import new_figure
+
 
 def draw_losses(metrics: Path, picture: Path) -> Path:
     """Draw the training and held-out losses of a metrics.jsonl file over the steps, as a PNG; returns its path."""
-    import matplotlib
-
-    matplotlib.use("Agg")  # needs no screen
-    from matplotlib import pyplot
-
     lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    figure, axes = pyplot.subplots(figsize=(8, 5), dpi=120)
+    figure = new_figure(figsize=(8, 5), dpi=120)
+    axes = figure.subplots()
     for key, label, style in (("loss", "training", {"linewidth": 0.8}), ("eval_loss", "held-out", {"marker": "o"})):
         points = [(line["step"], line[key]) for line in lines if key in line]
         if points:
@@ -23,5 +21,4 @@ def draw_losses(metrics: Path, picture: Path) -> Path:
     axes.legend()
     figure.tight_layout()
     figure.savefig(picture)
-    pyplot.close(figure)
     return picture

@@ -6,16 +6,18 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 from typing_extensions import Self
 
+from moreh.atomic_io import replacing_file
 from utils.config.schema import Config
 from utils.config.yaml_file import save_config
-from utils.errors import DryRunEnd, Stopped, UserError, first_line, require_package
+from utils.errors import DryRunEnd, Stopped, UserError, first_line, in_one_line, require_package, system_word
 from utils.logging.console import set_up_loggers, train_logger
+from utils.logging.metrics_file import MetricsFile
 from utils.logging.trackers import Trackers, tracker_names
 from utils.report.curves import ROUGE_NAMES
 from utils.report.run_state import FAILED, FINISHED, STOPPED, Sample
@@ -57,7 +59,7 @@ class RunLog:
         self.evaluated: dict[str, float] = {}
         """Metrics of an evaluation that belong to the next step that is logged, some of `ROUGE_NAMES`."""
         self._config = config
-        self._metrics: TextIO | None = None
+        self._metrics: MetricsFile | None = None
         self._bar: tqdm[Any] | None = None
         self._report: LiveReport | None = None
         self._trackers = Trackers(tracker_names(config), train_logger.warning)
@@ -93,14 +95,14 @@ class RunLog:
             return
         # The steps after the checkpoint are repeated.
         metrics = self.directory / "metrics.jsonl"
-        lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True) if metrics.exists() else []
         try:
+            lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True) if metrics.exists() else []
             kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
         except (ValueError, KeyError, TypeError):
             raise UserError(
                 f"{metrics} has a line that no step has written: delete the file, or choose another run.name"
             ) from None
-        self._open(lambda: metrics.write_text("".join(kept), encoding="utf-8"), step=step)
+        self._open(lambda: _replace(metrics, "".join(kept)), step=step)
 
     def _open(self, prepare: Callable[[], object], *, step: int) -> None:
         try:
@@ -108,7 +110,7 @@ class RunLog:
             self._lock.acquire()
             prepare()
             save_config(self._config, self.directory / "config.yaml")
-            self._metrics = (self.directory / "metrics.jsonl").open("a", encoding="utf-8")
+            self._metrics = MetricsFile(self.directory / "metrics.jsonl", train_logger.warning)
             self._log_file.open(self.directory / "train.log")
         except Timeout:
             raise UserError(f"run.name: another run is writing {self.directory}: choose another run.name") from None
@@ -169,7 +171,7 @@ class RunLog:
         if not self.is_writer or self.is_dry:
             return
         assert self._metrics is not None, "start() comes first"
-        print(json.dumps(metrics, allow_nan=False), file=self._metrics, flush=True)
+        self._metrics.add(metrics)
         self._trackers.log(metrics)
         if self._report is not None:
             self._report.add(metrics)
@@ -193,8 +195,11 @@ class RunLog:
 
         decrease = 1 - last_eval_loss / first_eval_loss
         self.info(f"Held-out loss: {first_eval_loss:.4f} before, {last_eval_loss:.4f} after ({decrease:.1%} less)")
-        picture = draw_losses(self.directory / "metrics.jsonl", self.directory / "loss.png")
-        self.info(f"Loss curves: {picture}")
+        try:
+            picture = draw_losses(self.directory / "metrics.jsonl", self.directory / "loss.png")
+            self.info(f"Loss curves: {picture}")
+        except Exception as error:  # the model is saved; a picture is no reason to end with an error
+            self.info(f"warning: the loss curves could not be drawn: {system_word(error) or in_one_line(str(error))}")
         if self._config.log.report:
             self.info(f"Report: {self.directory / 'report.html'}")
         self.info(f"Model: {self.directory / 'model'}")
@@ -207,6 +212,11 @@ def _how_it_ended(error: BaseException | None) -> tuple[str, str]:
     if isinstance(error, Stopped):
         return STOPPED, str(error)
     return FAILED, f"{type(error).__name__}: {first_line(error)}"
+
+
+def _replace(path: Path, text: str) -> None:
+    with replacing_file(path, durable=False) as file:
+        file.write(text)
 
 
 def _make_directory(directory: Path) -> None:

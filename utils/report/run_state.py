@@ -1,8 +1,6 @@
 """run.json of a run: what its report shows beside metrics and settings."""
 
 import json
-import os
-import stat
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -87,10 +85,6 @@ def write_text(path: Path, text: str) -> None:
     """
     with replacing_file(path, durable=False) as file:
         file.write(text)
-        # A temporary file is for the user alone; the report is for whom the other files of the run are for.
-        settings = path.with_name("config.yaml")
-        if settings.exists():
-            os.fchmod(file.fileno(), stat.S_IMODE(settings.stat().st_mode))
 
 
 def is_being_written(directory: Path) -> bool:

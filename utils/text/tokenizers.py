@@ -6,7 +6,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from utils.config.section import expand_home
-from utils.errors import UserError, first_line
+from utils.errors import UserError, first_line, in_one_line
 
 # Files of which one is enough to make a tokenizer.
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -17,7 +17,7 @@ _TABLES = ("tokenizer.model", "spiece.model", "tekken.json", "qwen.tiktoken")
 def load_tokenizer(name: str, end_token: str | None = None) -> Any:
     """The tokenizer of a local directory or of the hub, with another end-of-text token where one is given.
 
-    One without a pad token pads with its end-of-text token.
+    One without a pad token pads with its end-of-text token. Code that comes with a tokenizer is not run.
 
     Raises:
         UserError: it cannot be loaded, or has no such token.
@@ -26,7 +26,7 @@ def load_tokenizer(name: str, end_token: str | None = None) -> Any:
     if (reason := _reason_for_no_tokenizer(Path(name))) is not None:
         raise UserError(f"the tokenizer of {name!r} cannot be loaded: {reason}")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # transformers raises many types for files that are missing or broken
         raise UserError(f"the tokenizer of {name!r} cannot be loaded: {_remedy(Path(name), error)}") from error
     if tokenizer.eos_token_id is None and end_token is None:
@@ -79,4 +79,6 @@ def _remedy(path: Path, error: Exception) -> str:
             f"{table} alone needs its library (pip install sentencepiece tiktoken) and may need tokenizer_config.json: "
             f"better add the model's tokenizer.json ({type(error).__name__}: {first_line(error)})"
         )
-    return first_line(error)
+    if "trust_remote_code" in str(error):
+        return "it needs code of its own, which is not run: give one of a type that transformers has"
+    return in_one_line(str(error)) or type(error).__name__

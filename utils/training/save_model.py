@@ -4,11 +4,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from moreh.atomic_io import commit_directory, make_staging_directory, staging_path
 from utils.config.schema import DataSection
-from utils.errors import UserError, first_line
+from utils.errors import UserError, system_word
 from utils.text.template import save_template
 from utils.training.checkpoint.stopping import resume_command
 from utils.workers import rank
@@ -32,8 +30,10 @@ def save_model(model: Any, tokenizer: Any, data: DataSection, directory: Path) -
             tokenizer.save_pretrained(staging)
             save_template(data, staging)
             commit_directory(staging, directory)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or first_line(error)
+    except Exception as error:  # each library that writes has errors of its own
+        reason = system_word(error)
+        if reason is None:
+            raise
         raise UserError(
             f"run.directory: the model cannot be saved in {directory}: {reason}; mend that, and go on from the last "
             f"checkpoint: {resume_command()}"

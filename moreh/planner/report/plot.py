@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from moreh.errors import PlanError
+from moreh.figures import new_figure
 from moreh.planner.cost.pipeline_time import Timeline, simulate
 from moreh.planner.cost.prediction import DeviceMemory, Prediction
 from moreh.planner.plan.notation import plan_text
@@ -55,13 +56,13 @@ def draw_plan(prediction: Prediction, request: Request, path: Path) -> None:
         PlanError: matplotlib is not installed, or the file cannot be written.
     """
     try:
-        from matplotlib.figure import Figure  # without pyplot, which would look for a screen
+        figure = new_figure(dpi=110, layout="constrained")
     except ImportError:
         raise PlanError("the picture needs matplotlib: install it with pip, or leave --plot out") from None
     plan, training = prediction.plan, request.training
     ranks = plan.pipeline
     timeline_height = 1.4 + 0.3 * max(2, ranks)
-    figure = Figure(figsize=(12, timeline_height + 4.6), dpi=110, layout="constrained")
+    figure.set_size_inches(12, timeline_height + 4.6)
     above, below = figure.subfigures(2, 1, height_ratios=(timeline_height, 4.2), squeeze=False)[:, 0]
     step = f"{training.global_batch_size} x {training.sequence_length} tokens"
     figure.suptitle(f"{training.architecture.name} on {request.accelerator}, {step}\n{plan_text(plan)}", fontsize=11)

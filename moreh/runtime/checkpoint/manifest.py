@@ -1,7 +1,8 @@
 """The manifest of a checkpoint: the checksum of each of its files, and what the checkpoint says about itself.
 
-It is JSON, is written last, and is checked before anything else is read. CRC-32 notices files that were damaged,
-exchanged or cut off. It does not notice an intention: nothing that is read here runs code, see `safe_metadata`.
+Entries of the data cache have one as well. It is JSON, is written last, and is checked before anything else is read.
+CRC-32 notices files that were damaged, exchanged or cut off. It does not notice an intention: nothing that is read here
+runs code, see `dcp_files`.
 """
 
 import io
@@ -11,7 +12,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from moreh.errors import CheckpointError
 
@@ -63,7 +64,7 @@ def read_manifest(directory: Path) -> Manifest:
         if content["format"] != _FORMAT:
             raise CheckpointError(f"{path} has format {content['format']}, and this version reads format {_FORMAT}.")
         files = {name: FileSum(file["bytes"], file["crc32"]) for name, file in content["files"].items()}
-        if elsewhere := [name for name in files if Path(name).name != name]:
+        if elsewhere := [name for name in files if ".." in Path(name).parts or Path(name).is_absolute() or not name]:
             raise ValueError(f"{elsewhere[0]!r} is no name of a file in it")
         return Manifest(files, dict(content["about"]))
     except FileNotFoundError:
@@ -95,21 +96,20 @@ def find_damage(directory: Path, share: tuple[int, int] = (0, 1)) -> str | None:
         return str(error)
     first, step = share
     for name, expected in sorted(files.items())[first::step]:
-        found = _reason_against(directory / name, expected)
+        found = reason_against(directory / name, expected)
         if found is not None:
             return f"{directory / name} is damaged: {found}. Give an earlier checkpoint."
     return None
 
 
-def _reason_against(path: Path, expected: FileSum) -> str | None:
+def reason_against(path: Path, expected: FileSum, *, reads: bool = True) -> str | None:
+    """What speaks against a file, as the end of a sentence; None where nothing does. Without `reads`, only its size."""
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size != expected.bytes:
                 return f"it has {size:,} bytes, not {expected.bytes:,} as {MANIFEST} says"
-            checksum = 0
-            while chunk := file.read(_CHUNK_BYTES):
-                checksum = zlib.crc32(chunk, checksum)
+            checksum = _checksum(file) if reads else expected.crc32
     except FileNotFoundError:
         return "it is missing"
     except OSError as error:
@@ -117,6 +117,23 @@ def _reason_against(path: Path, expected: FileSum) -> str | None:
     if checksum != expected.crc32:
         return f"its checksum is {checksum:08x}, not {expected.crc32:08x} as {MANIFEST} says"
     return None
+
+
+def sum_of_file(path: Path) -> FileSum:
+    """What a file has to be from now on.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        return FileSum(os.fstat(file.fileno()).st_size, _checksum(file))
+
+
+def _checksum(file: BinaryIO) -> int:
+    checksum = 0
+    while chunk := file.read(_CHUNK_BYTES):
+        checksum = zlib.crc32(chunk, checksum)
+    return checksum
 
 
 class ChecksumFile(io.BufferedWriter):

@@ -25,6 +25,12 @@ def state_of_data(data: DataSection) -> Any:
     return [template, *map(_state_of_source, data.each_source()), held_out]
 
 
+def size_of_data(data: DataSection) -> int:
+    """The bytes of the files that a run's data is read from; 0 where that is not known, as for data of the hub."""
+    names = [*(data.files or []), *(data.eval_files or []), *filter(None, [data.hub])]
+    return sum(file.stat().st_size for name in names for file in _files_of(Path(name)) if file.is_file())
+
+
 def _state_of_source(data: DataSection) -> Any:
     if data.docstrings is not None:
         return _states(source_files(data.docstrings, "data.docstrings"))

@@ -12,9 +12,9 @@ from moreh.runtime.checkpoint.manifest import MANIFEST
 from moreh.runtime.engine.checkpoint_api import check_training, load_training, save_training
 from utils.config.schema import Config
 from utils.data.dataset import RunData
-from utils.errors import Stopped, UserError, first_line
+from utils.errors import Stopped, UserError, first_line, system_word
 from utils.logging.run_log import RunLog
-from utils.training.checkpoint.disk_space import require_disk_space
+from utils.training.checkpoint.disk_space import bytes_of_checkpoint, lack_of_space, require_disk_space
 from utils.training.checkpoint.files import (
     checkpoints_in,
     checkpoints_to_resume,
@@ -34,6 +34,8 @@ from utils.workers import max_over_ranks, rank
 _NOTHING, _SAVE, _STOP = 0, 1, 2
 # Settings of the optimizer's groups that come from the settings of the run, which have been compared.
 _OF_SETTINGS = ("lr", "initial_lr", "weight_decay")
+# After a checkpoint that could not be saved, another one is tried after so long, if none is due before.
+_RETRY_MINUTES = 5
 
 
 class Checkpoints:
@@ -51,6 +53,8 @@ class Checkpoints:
         self._saving: tuple[Path, Future[None]] | None = None
         self._last_saved: Path | None = None
         self._last_save = time.monotonic()
+        self._has_failed = False
+        self._checkpoint_bytes = 0
         self._total_steps = 0
         self._described: dict[str, Any] = {}
         self._stop = StopRequest()
@@ -69,6 +73,7 @@ class Checkpoints:
         step, self._total_steps = 0, total_steps
         self._described = describe_run(self._config, self._data, model)  # before the model is sharded
         require_disk_space(self._directory, model, self._config)
+        self._checkpoint_bytes = bytes_of_checkpoint(model, self._config)
         if not self._to_resume:
             self._log.start()
             self._log.log_step({"step": 0, "eval_loss": self._evaluation(0)})
@@ -137,6 +142,7 @@ class Checkpoints:
             return max_over_ranks(_STOP + self._stop.signal)
         minutes = (time.monotonic() - self._last_save) / 60
         is_due = self._settings.every_minutes is not None and minutes >= self._settings.every_minutes
+        is_due |= self._has_failed and minutes >= _RETRY_MINUTES
         return max_over_ranks(_SAVE if is_due else _NOTHING)
 
     def maybe_save(self, step: int, model: Any, optimizer: Any, scheduler: Any) -> None:
@@ -155,18 +161,25 @@ class Checkpoints:
         if not (stops or request == _SAVE or (every is not None and step % every == 0)):
             return
         self.flush()
-        self._save(step, model, optimizer, scheduler)
+        is_saving = self._save(step, model, optimizer, scheduler)
         if stops:
             path = self._directory / f"step-{step}"
-            saved = f"saved in {path}" if self.flush() else f"not saved; the last checkpoint is {self._last_saved}"
+            is_saved = self.flush() and is_saving
+            saved = f"saved in {path}" if is_saved else f"not saved; the last checkpoint is {self._last_saved}"
             name = signal.Signals(request - _STOP).name
             raise Stopped(
                 f"stopped by {name} after step {step}, and {saved}; to go on: {resume_command()}", request - _STOP
             )
 
-    def _save(self, step: int, model: Any, optimizer: Any, scheduler: Any) -> None:
+    def _save(self, step: int, model: Any, optimizer: Any, scheduler: Any) -> bool:
+        """Start to write the state after a step. Returns False if the disk has no room for it."""
         evaluation = self._evaluation
         path = self._directory / f"step-{step}"
+        self._last_save = time.monotonic()
+        lack = lack_of_space(self._directory, self._checkpoint_bytes) if rank() == 0 else None
+        if max_over_ranks(int(lack is not None)):
+            self._say_not_saved(path, lack or "")
+            return False
         extra = {
             "step": step,
             "scheduler": scheduler.state_dict(),
@@ -181,7 +194,7 @@ class Checkpoints:
             **self._described,
         }
         self._saving = path, save_training(model, [optimizer], path, extra, about)
-        self._last_save = time.monotonic()
+        return True
 
     def flush(self) -> bool:
         """Wait until the checkpoint that is being written is complete. Then remove all but the last ones.
@@ -194,13 +207,17 @@ class Checkpoints:
         try:
             saving.result()
         except (OSError, MorehError) as error:
-            last = "there is none yet" if self._last_saved is None else f"the last one is {self._last_saved}"
-            self._log.info(f"warning: {path} could not be saved: {_reason(error)}; {last}; the training goes on")
+            self._say_not_saved(path, _reason(error))
             return False
-        self._last_saved = path
+        self._last_saved, self._has_failed = path, False
         if rank() == 0:
             prune(self._directory, self._settings.keep_last, keep_best=self._settings.keep_best)
         return True
+
+    def _say_not_saved(self, path: Path, reason: str) -> None:
+        self._has_failed = True
+        last = "there is none yet" if self._last_saved is None else f"the last one is {self._last_saved}"
+        self._log.info(f"warning: {path} could not be saved: {reason}; {last}; the training goes on")
 
 
 def _checked(checkpoint: Path) -> dict[str, Any]:
@@ -224,7 +241,7 @@ def _checked(checkpoint: Path) -> dict[str, Any]:
 
 def _reason(error: Exception) -> str:
     """The system's word for a file that cannot be written, or the sentence of another rank's error."""
-    return error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+    return system_word(error) or first_line(error)
 
 
 def _restore_scheduler(scheduler: Any, optimizer: Any, state: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Whether the disk has room for the files of a run, asked before the first step."""
+"""Whether the disk has room for the files of a run, asked before the first step and before each checkpoint."""
 
 import shutil
 from pathlib import Path
@@ -9,6 +9,29 @@ from moreh.planner.units import gib
 from utils.config.schema import Config
 from utils.errors import UserError
 from utils.training.checkpoint.files import checkpoints_in
+
+# A save is tried unless the disk clearly lacks room: the bytes of a checkpoint are an estimate.
+_CLEARLY = 0.9
+
+
+def bytes_of_checkpoint(model: Any, config: Config) -> int:
+    """The bytes of a checkpoint of a run, with the optimizer's state."""
+    state = optimizer_state(config.train.optimizer, config.train.optimizer_settings)
+    return bytes_of_run(model, 1, state.values) - bytes_of_run(model, 0, state.values)
+
+
+def lack_of_space(directory: Path, needed: int) -> str | None:
+    """Why a checkpoint of so many bytes does not fit the disk of a directory; None where it may."""
+    free = free_bytes(directory)
+    if free >= _CLEARLY * needed:
+        return None
+    return f"a checkpoint takes {gib(needed)}, and the disk has {gib(free)} free"
+
+
+def free_bytes(directory: Path) -> int:
+    """The bytes that are free on the disk of a directory, which need not exist yet."""
+    existing = next(path for path in (directory, *directory.absolute().parents) if path.is_dir())
+    return shutil.disk_usage(existing).free
 
 
 def bytes_of_run(model: Any, checkpoints: int, state_values: float) -> int:
@@ -34,8 +57,7 @@ def require_disk_space(directory: Path, model: Any, config: Config) -> None:
     is_regular = settings.every_steps is not None or settings.every_minutes is not None
     kept = settings.keep_last + settings.keep_best if is_regular else 0
     needed = bytes_of_run(model, max(0, kept + 1 - present), state.values)
-    existing = next(path for path in (directory, *directory.absolute().parents) if path.is_dir())
-    free = shutil.disk_usage(existing).free
+    free = free_bytes(directory)
     if needed > free:
         raise UserError(
             f"run.directory: the run writes up to {gib(needed)} to {directory.parent}, whose disk has {gib(free)} "

@@ -1,0 +1,15 @@
+"""Text of others, such as the commands of their processes, for a terminal or a log: in one piece, without escapes."""
+
+# The most characters of another process's command in a sentence.
+COMMAND_CHARACTERS = 80
+
+
+def printable(text: str, kept: str = "", mark: str = "?") -> str:
+    """The text with `mark` for what a terminal would obey or cannot show; characters of `kept` stay as they are."""
+    return "".join(character if character.isprintable() or character in kept else mark for character in text)
+
+
+def in_one_line(text: str, width: int = COMMAND_CHARACTERS) -> str:
+    """A text in one line of at most `width` characters, with dots for what is left out."""
+    shown = printable(text[: width + 1])
+    return shown if len(shown) <= width else shown[: width - 3] + "..."
