@@ -231,10 +231,15 @@ def _parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-if __name__ == "__main__":
+def main() -> int:
+    """Entry point; returns the exit code."""
     show_any_text()
     logging.set_verbosity_error()
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     options = _parse_arguments()
-    sys.exit(exit_code_of(lambda: answer_to_pipe(options), debug=options.debug))
+    return exit_code_of(lambda: answer_to_pipe(options), debug=options.debug)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

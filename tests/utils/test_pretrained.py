@@ -71,6 +71,19 @@ def test_buffers_that_older_versions_saved_are_left_out(saved):
     assert load_pretrained(directory, "the model").num_parameters() == model.num_parameters()
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.architecture.n_inner=0", "c_fc.weight would have no values"),
+        ("model.architecture.resid_pdrop=.nan", "resid_pdrop: nan is not allowed"),
+        ("model.architecture={model_type: bert, num_hidden_layers: 1}", "'bert' sees the tokens that it is to predict"),
+    ],
+)
+def test_new_model_that_cannot_learn_is_refused(tiny_config, override, message):
+    with pytest.raises(UserError, match=message):
+        load_model(load_config(str(tiny_config), [override]), chat_tokenizer())
+
+
 @pytest.mark.parametrize("size", ["n_layer", "n_head", "n_embd", "n_positions", "vocab_size"])
 @pytest.mark.parametrize("value", [0, -3])
 def test_new_model_of_no_layers_is_refused(tiny_config, size, value):

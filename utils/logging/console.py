@@ -89,7 +89,7 @@ class _ConsoleHandler(logging.Handler):
             text = wrap_line(text, width, indent=2)
         # A closed pipe, as after `| head`, or a full disk does not end the run: train.log goes on.
         try:
-            encoding = sys.stdout.encoding
+            encoding = sys.stdout.encoding or "utf-8"  # a StringIO has none
             tqdm.write(text.encode(encoding, "replace").decode(encoding), file=sys.stdout)
             sys.stdout.flush()
         except (BrokenPipeError, AttributeError):

@@ -1,5 +1,6 @@
 """The model of a run: a pretrained one, or a new one of the architecture in the settings."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -34,6 +35,7 @@ def load_model(config: Config, tokenizer: Any, info: Callable[[str], None] = lam
 
 
 def _new_model(architecture: dict[str, Any], tokenizer: Any, max_length: int) -> Any:
+    _check_finite(architecture, "model.architecture")
     of_tokenizer = {
         "vocab_size": vocabulary_size(tokenizer),
         "bos_token_id": tokenizer.bos_token_id,
@@ -44,11 +46,23 @@ def _new_model(architecture: dict[str, Any], tokenizer: Any, max_length: int) ->
         model_config = AutoConfig.for_model(**with_tokenizer_keys(architecture, of_tokenizer))
         check_sizes(model_config, "model.architecture")
         _check_fits(model_config, "model.architecture", tokenizer, max_length)
-        return AutoModelForCausalLM.from_config(model_config)
+        model = AutoModelForCausalLM.from_config(model_config)
     except UserError:
         raise
     except Exception as error:  # transformers checks some values in many ways, and leaves others to torch
         raise UserError(f"model.architecture: {type(error).__name__}: {in_one_line(str(error))}") from error
+    empty = next((name for name, parameter in model.named_parameters() if not parameter.numel()), None)
+    if empty is not None:
+        raise UserError(f"model.architecture: {empty} would have no values: give sizes of at least 1")
+    return model
+
+
+def _check_finite(values: Any, key: str) -> None:
+    for name, value in values.items() if isinstance(values, dict) else enumerate(values):
+        if isinstance(value, dict | list):
+            _check_finite(value, f"{key}.{name}")
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{key}.{name}: {value} is not allowed: give a finite number")
 
 
 def _with_loss_type(model: Any) -> Any:

@@ -141,12 +141,17 @@ def _stored_values(directory: Path) -> int | None:
 
 
 def check_sizes(model_config: Any, key: str) -> None:
-    """Check that no size of a model is below 1; an error begins with `key`.
+    """Check that no size of a model is below 1, and that it is a decoder; an error begins with `key`.
 
     Raises:
-        UserError: one is.
+        UserError: one is, or it is an encoder.
     """
     text_config = model_config.get_text_config()
+    if getattr(text_config, "is_decoder", None) is False and hasattr(text_config, "type_vocab_size"):
+        raise UserError(
+            f"{key}: a model of model_type {model_config.model_type!r} sees the tokens that it is to predict: give one "
+            "of a decoder-only type, or set is_decoder to true"
+        )
     for name in _SIZES:
         value = getattr(text_config, name, None)
         if isinstance(value, int) and (isinstance(value, bool) or value < 1):

@@ -1,6 +1,7 @@
 """The report of a run while it goes on: when it is renewed, what is left after a kill, and errors that end nothing."""
 
 import json
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -62,8 +63,11 @@ def test_page_is_renewed_at_most_once_in_some_seconds_and_at_evaluations(directo
 
 
 def test_page_is_readable_for_whom_the_other_files_are(directory):
-    (directory / "config.yaml").chmod(0o640)
-    live_report(directory)
+    before = os.umask(0o027)
+    try:
+        live_report(directory)
+    finally:
+        os.umask(before)
     assert (directory / "report.html").stat().st_mode & 0o777 == 0o640
 
 
