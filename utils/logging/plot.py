@@ -18,7 +18,8 @@ def draw_losses(metrics: Path, picture: Path) -> Path:
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats per label token)")
     axes.grid(alpha=0.3)
-    axes.legend()
+    if axes.has_data():
+        axes.legend()
     figure.tight_layout()
     figure.savefig(picture)
     return picture

@@ -98,7 +98,7 @@ class RunLog:
         try:
             lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True) if metrics.exists() else []
             kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise UserError(
                 f"{metrics} has a line that no step has written: delete the file, or choose another run.name"
             ) from None

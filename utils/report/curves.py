@@ -125,7 +125,7 @@ def read_curves(metrics: Path) -> RunCurves:
         for line in lines:
             try:
                 content = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
             if isinstance(content, dict):
                 curves.add(content)

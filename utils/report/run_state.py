@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from pydantic import TypeAdapter
 
+from moreh.accelerator.job_status import ChosenPlan
 from moreh.atomic_io import replacing_file
 
 FILE = "run.json"
@@ -59,12 +61,19 @@ class RunState:
         return replace(self, samples=[*self.samples[:1], sample])
 
 
+# The file is checked, since a person or another program may have changed it.
+_STATE, _SAMPLES = TypeAdapter(RunState), TypeAdapter(list[Sample])
+
+
 def read_state(directory: Path) -> RunState | None:
     """The state of the run in a directory; None if it has left none, or one that cannot be read."""
     try:
         content = json.loads((directory / FILE).read_text(encoding="utf-8"))
-        return RunState(**{**content, "samples": [Sample(**sample) for sample in content["samples"]]})
-    except (OSError, ValueError, KeyError, TypeError):
+        samples = _SAMPLES.validate_python(content.pop("samples"))
+        for plan in content.get("plans", []):
+            TypeAdapter(ChosenPlan).validate_python(plan)
+        return replace(_STATE.validate_python({**content, "samples": []}), samples=samples)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 

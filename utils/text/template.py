@@ -84,6 +84,19 @@ def save_template(data: DataSection, directory: Path) -> None:
     (directory / FILE_NAME).write_text(json.dumps(asdict(saved), indent=2) + "\n", encoding="utf-8")
 
 
+def _checked(template: PromptTemplate) -> PromptTemplate:
+    """The template as `data.template` allows it.
+
+    Raises:
+        ValueError: a value is of another type, or is no template of a prompt.
+    """
+    if not isinstance(template.template, str) or template.control_tokens not in ("text", "parse"):
+        raise ValueError(f"{template} is not allowed")
+    if "prompt" not in template_names(template.template):
+        raise ValueError("the template must contain {prompt}")
+    return template
+
+
 def load_template(name: str) -> PromptTemplate | Literal["chat"] | None:
     """The template that is saved with a model, or "chat" where that is the tokenizer's chat template.
 
@@ -97,6 +110,6 @@ def load_template(name: str) -> PromptTemplate | Literal["chat"] | None:
         return None
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
-        return "chat" if saved == _CHAT else PromptTemplate(**saved)
-    except (ValueError, TypeError) as error:
+        return "chat" if saved == _CHAT else _checked(PromptTemplate(**saved))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: not the template of a prompt: {error}; give --raw, or repair the file") from None

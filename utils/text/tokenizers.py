@@ -27,6 +27,7 @@ def load_tokenizer(name: str, end_token: str | None = None) -> Any:
         raise UserError(f"the tokenizer of {name!r} cannot be loaded: {reason}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer("a", add_special_tokens=False)  # some files are found wanting only here
     except Exception as error:  # transformers raises many types for files that are missing or broken
         raise UserError(f"the tokenizer of {name!r} cannot be loaded: {_remedy(Path(name), error)}") from error
     if tokenizer.eos_token_id is None and end_token is None:

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,6 +61,8 @@ def load_pretrained(name: str, label: str, dtype: str = "auto") -> Any:
     except Exception as error:  # transformers raises many types for files that are missing or broken
         text = in_one_line(str(error))
         reason = text if " " in text else f"{type(error).__name__}: {text}"
+        if "weights_only" in str(error):
+            reason = "its weights hold something else than tensors, which could run code: give them as safetensors"
         if "trust_remote_code" in str(error):
             reason = "it needs code of its own, which is not run: give a model of a type that transformers has"
         raise UserError(f"{label}: {name!r} cannot be loaded: {reason}") from error
@@ -94,7 +97,9 @@ def _without_load_report() -> Iterator[None]:
     loader = logging.getLogger("transformers.modeling_utils")
     loader.addFilter(is_other)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected pickle protocol")
+            yield
     finally:
         loader.removeFilter(is_other)
 
@@ -160,9 +165,17 @@ def check_sizes(model_config: Any, key: str) -> None:
 
 
 def end_token_ids(model: Any) -> list[int]:
-    """The tokens at which a model's generation stops."""
+    """The tokens at which a model's generation stops.
+
+    Raises:
+        UserError: its generation_config.json has something else than ids.
+    """
     ids = model.generation_config.eos_token_id
-    return [] if ids is None else list(ids) if isinstance(ids, list | tuple) else [ids]
+    ids = [] if ids is None else list(ids) if isinstance(ids, list | tuple) else [ids]
+    wrong = [index for index in ids if isinstance(index, bool) or not isinstance(index, int)]
+    if wrong:
+        raise UserError(f"eos_token_id of generation_config.json has {wrong[0]!r}: give ids of tokens")
+    return ids
 
 
 def end_at_trained_token(model: Any, tokenizer: Any, info: Callable[[str], None]) -> None:

@@ -228,9 +228,20 @@ def _checked(checkpoint: Path) -> dict[str, Any]:
         UserError: it was not written by a training script.
     """
     about = check_training(checkpoint)
-    script = about["script"]
-    if not {"settings", "content", "step"} <= script.keys():
+    script = about.get("script")
+    if not (isinstance(script, dict) and {"settings", "content", "step"} <= script.keys()):
         raise UserError(f"--resume (checkpoint.resume): {checkpoint} was not written by a training script")
+    if not (
+        isinstance(script["step"], int)
+        and isinstance(script["settings"], dict)
+        and isinstance(script["content"], dict)
+        and isinstance(about.get("versions"), dict)
+        and isinstance(about.get("optimizers"), list)
+        and all(isinstance(name, str) for name in about["optimizers"])
+    ):
+        raise CheckpointError(
+            f"{checkpoint / MANIFEST} is not what a training script writes. Give an earlier checkpoint."
+        )
     if step_of(checkpoint) not in (-1, script["step"]):
         raise CheckpointError(
             f"{checkpoint / MANIFEST} is of another checkpoint: it says step {script['step']}. "
