@@ -4,8 +4,8 @@ import logging
 import sys
 from typing import TextIO
 
-from moreh.output import say
-from moreh.printable import printable
+from moreh.console.output import say
+from moreh.console.printable import printable
 
 logger = logging.getLogger("moreh")
 

@@ -10,8 +10,8 @@ from moreh.accelerator import registry as r
 from moreh.accelerator.job_status import CpuSample, JobStatus, write_status
 from moreh.accelerator.waiting import warn_of_waiting
 from moreh.cli import smi
+from moreh.console.printable import COMMAND_CHARACTERS, in_one_line, printable
 from moreh.errors import AcceleratorBusyError
-from moreh.printable import COMMAND_CHARACTERS, in_one_line, printable
 
 HOSTILE = "python \x1b]0;title\x07\x1b[2Jtrain.py \u202e" + "x" * 5000
 

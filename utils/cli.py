@@ -10,10 +10,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from moreh.accelerator.waiting import VARIABLE as WAIT_VARIABLE
+from moreh.console.output import flush_output, say
+from moreh.console.printable import printable
 from moreh.errors import MorehError
 from moreh.options import PLATFORM_LINES_VARIABLE
-from moreh.output import flush_output, say
-from moreh.printable import printable
 from moreh.tables import terminal_width
 from utils.accelerator import accelerator_of
 from utils.config.schema import RESUME_WITH_KEYS, Config

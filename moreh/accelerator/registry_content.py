@@ -13,8 +13,8 @@ import psutil
 
 from moreh.accelerator.flavors import Flavor, default_flavor, find_flavor
 from moreh.accelerator.this_machine import find_model, this_machine
+from moreh.console.printable import in_one_line
 from moreh.errors import AcceleratorError, RegistryError
-from moreh.printable import in_one_line
 
 # A process's start time is derived from the boot time, which moves by fractions of a second when the clock is set.
 START_TIME_TOLERANCE_SECONDS = 1.0
@@ -164,5 +164,8 @@ def _check_types(registry: Registry) -> None:
     for job in registry.jobs:
         if job.pid < 1:
             raise TypeError(f"pid is {job.pid}")
+    indices = [accelerator.index for accelerator in registry.accelerators]
+    if len(set(indices)) < len(indices) or min(indices, default=0) < 0:
+        raise TypeError(f"the accelerators have the indices {indices}")
     for accelerator in registry.accelerators:
         find_flavor(accelerator.model)

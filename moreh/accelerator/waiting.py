@@ -5,9 +5,9 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from moreh.console.printable import printable
 from moreh.errors import AcceleratorBusyError, OptionError
 from moreh.log import logger
-from moreh.printable import printable
 
 VARIABLE = "MOREH_WAIT"
 SECONDS_BETWEEN_ATTEMPTS = 1.0

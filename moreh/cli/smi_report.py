@@ -8,7 +8,7 @@ from typing import Any
 
 from moreh.accelerator.job_status import measured_worker_bytes
 from moreh.cli.smi_collect import AcceleratorReport, PhysicalDevice, PhysicalGpu, physical_devices
-from moreh.printable import in_one_line
+from moreh.console.printable import in_one_line
 from moreh.tables import Column, draw_table, terminal_width, wrap_line
 from moreh.version import __version__
 

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from functools import partial
 
 from moreh.accelerator.this_machine import listed_models
+from moreh.console.output import flush_output, say
+from moreh.console.printable import printable
 from moreh.errors import MorehError
-from moreh.output import flush_output, say
-from moreh.printable import printable
 from moreh.tables import terminal_width
 
 # argparse ends with 2 when the command line itself is wrong.

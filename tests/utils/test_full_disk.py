@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from moreh.figures import new_figure
+from moreh.planner.report.figures import new_figure
 from tests.helpers.scripts.tiny_runs import prepare
 from utils.config.yaml_file import load_config
 from utils.logging import plot, run_log

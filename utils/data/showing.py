@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from itertools import groupby
 from typing import Any
 
-from moreh.printable import printable
+from moreh.console.printable import printable
 from utils.config.schema import Config
 from utils.data.dataset import prepare_data
 from utils.data.labels import IGNORED

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from moreh.console.output import say
+from moreh.console.printable import printable
 from moreh.log import LevelInBrackets, set_up_logger
 from moreh.log import logger as moreh_logger
-from moreh.output import say
-from moreh.printable import printable
 from moreh.tables import terminal_width, wrap_line
 
 train_logger = logging.getLogger("train")

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from moreh.figures import new_figure
+from moreh.planner.report.figures import new_figure
 
 
 def draw_losses(metrics: Path, picture: Path) -> Path:

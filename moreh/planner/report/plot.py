@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 
 from moreh.errors import PlanError
-from moreh.figures import new_figure
 from moreh.planner.cost.pipeline_time import Timeline, simulate
 from moreh.planner.cost.prediction import DeviceMemory, Prediction
 from moreh.planner.plan.notation import plan_text
 from moreh.planner.plan.schedules import OPERATION_KINDS, SPLIT_BACKWARD
+from moreh.planner.report.figures import new_figure
 from moreh.planner.search.request import Request
 from moreh.planner.units import GIB, seconds_text
 

@@ -1,0 +1,1 @@
+"""What reaches a terminal: text without escapes, and streams that cannot be written."""
