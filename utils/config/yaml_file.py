@@ -225,7 +225,7 @@ def _describe(errors: list[ErrorDetails], key_path: KeyPath) -> str:
 
 def _is_union_branch(part: str | int) -> bool:
     """Whether a part of pydantic's location is a branch of a union, not a key: `constrained-int`, `literal['auto']`."""
-    return isinstance(part, str) and (part in {"constrained-int", "int", "bool"} or "[" in part)
+    return isinstance(part, str) and (part in {"constrained-int", "constrained-str", "int", "bool"} or "[" in part)
 
 
 def _keys_of(key_path: KeyPath) -> list[str]:

@@ -98,7 +98,8 @@ def _without_load_report() -> Iterator[None]:
     loader.addFilter(is_other)
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Detected pickle protocol")
+            for message in ("Detected pickle protocol", "Initializing zero-element tensors"):
+                warnings.filterwarnings("ignore", message)
             yield
     finally:
         loader.removeFilter(is_other)

@@ -27,7 +27,9 @@ def state_of_data(data: DataSection) -> Any:
 
 def size_of_data(data: DataSection) -> int:
     """The bytes of the files that a run's data is read from; 0 where that is not known, as for data of the hub."""
-    names = [*(data.files or []), *(data.eval_files or []), *filter(None, [data.hub])]
+    names = list(data.eval_files or [])
+    for source in data.each_source():
+        names += [*(source.files or []), *filter(None, [source.hub])]
     return sum(file.stat().st_size for name in names for file in _files_of(Path(name)) if file.is_file())
 
 
