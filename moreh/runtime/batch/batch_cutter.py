@@ -50,13 +50,14 @@ class BatchCutter:
         max_tokens = max_tokens or self.plan.micro_batch_size * padded_length
         causal = self.parts.causal
         prefix_len = 0
-        if self.pack_rows and self.share_prefix:
+        # Variable-length attention on GPUs takes the keys of a sequence from one place.
+        if self.pack_rows and self.share_prefix and self.mesh.device.type == "cpu":
             prefix_len = shared_prefix(self.parts.root, causal.config.get_text_config(), inputs, seq_lens)
         has_pipeline = self.plan.pipeline > 1
         num_rows = (
             self.plan.data * num_micro_batches
             if has_pipeline
-            else num_packed_rows(seq_lens, max_tokens, self.plan.data, prefix_len)
+            else num_packed_rows(seq_lens, max_tokens, self.plan.data, prefix_len, self.mesh.device)
         )
         if self.pack_rows and can_pack(causal, inputs, seq_lens, num_rows, self.mesh, prefix_len):
             return pack_micro_batches(causal, inputs, seq_lens, num_rows, *ranks, prefix_len)

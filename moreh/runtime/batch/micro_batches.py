@@ -12,6 +12,7 @@ import torch
 
 from moreh.models.families import planned_families
 from moreh.models.losses import IGNORED_LABEL
+from moreh.runtime.batch.host_copies import to_device
 from moreh.runtime.batch.model_inputs import ModelInputs, pad_inputs, slice_rows
 from moreh.runtime.kernels.shape_buckets import bucket_size
 from moreh.runtime.sharding.mesh import Mesh
@@ -106,13 +107,15 @@ def label_positions(micro_batch: ModelInputs) -> torch.Tensor | None:
     Their number is rounded up by positions whose labels are ignored.
     """
     assert micro_batch.labels is not None
-    labels = micro_batch.labels.flatten()
+    # To find them on a GPU would wait for it.
+    labels = (micro_batch.labels if micro_batch.host_labels is None else micro_batch.host_labels).flatten()
     has_label = labels != IGNORED_LABEL
     positions = has_label.nonzero().squeeze(1)
     extra = bucket_size(len(positions), POSITIONS_MULTIPLE) - len(positions)
     if len(positions) + extra >= len(labels):
         return None
-    return torch.cat([positions, (~has_label).nonzero().squeeze(1)[:extra]])
+    positions = torch.cat([positions, (~has_label).nonzero().squeeze(1)[:extra]])
+    return to_device(positions, micro_batch.labels.device)
 
 
 def _pad_rows(inputs: ModelInputs, seq_lens: torch.Tensor, batch_size: int) -> tuple[ModelInputs, torch.Tensor]:

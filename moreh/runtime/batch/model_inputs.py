@@ -2,7 +2,7 @@
 
 import inspect
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from moreh.errors import OptionError, WorkerError
 from moreh.models.losses import IGNORED_LABEL
+from moreh.runtime.batch.host_copies import to_device
 from moreh.trace import span
 
 # Arguments that ask for tensors of all layers, which exist only in parts on different ranks.
@@ -33,6 +34,8 @@ class ModelInputs:
     loss_divisor: float
     """The sum of the tokens' losses is divided by this: the script's `num_items_in_batch`, else the number of label
     tokens in the whole batch. NaN without labels."""
+    host_labels: torch.Tensor | None = None
+    """The labels of a micro-batch in the CPU's memory too, where they were cut there for another device."""
 
     @property
     def batch_size(self) -> int:
@@ -171,9 +174,19 @@ def _pad(tensor: torch.Tensor, extra_rows: int, extra_tokens: int, value: int) -
 
 def slice_rows(inputs: ModelInputs, first: int, last: int, device: torch.device) -> ModelInputs:
     """The rows `first` to `last`, not included, on a device."""
-    tensors = {name: tensor[first:last].to(device) for name, tensor in inputs.tensors.items()}
-    labels = None if inputs.labels is None else inputs.labels[first:last].to(device)
-    return ModelInputs(tensors, inputs.others, labels, inputs.loss_divisor)
+    tensors = {name: to_device(tensor[first:last], device) for name, tensor in inputs.tensors.items()}
+    labels = None if inputs.labels is None else inputs.labels[first:last]
+    return with_labels_on(device, ModelInputs(tensors, inputs.others, labels, inputs.loss_divisor))
+
+
+def with_labels_on(device: torch.device, inputs: ModelInputs) -> ModelInputs:
+    """The inputs with their labels on a device. Labels in the CPU's memory are kept there too."""
+    labels = inputs.labels
+    if labels is None or labels.device == device:
+        return inputs
+    return replace(
+        inputs, labels=to_device(labels, device), host_labels=labels if labels.device.type == "cpu" else None
+    )
 
 
 def check_same_on_all_ranks(inputs: ModelInputs, device: torch.device) -> None:

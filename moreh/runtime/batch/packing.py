@@ -13,8 +13,10 @@ import torch
 
 from moreh.models.families import packable_families
 from moreh.models.losses import IGNORED_LABEL
-from moreh.runtime.batch.model_inputs import ModelInputs
+from moreh.runtime.batch.host_copies import to_device
+from moreh.runtime.batch.model_inputs import ModelInputs, with_labels_on
 from moreh.runtime.batch.shared_prefix import accepts_pairwise_mask
+from moreh.runtime.kernels import varlen_attention
 from moreh.runtime.kernels.attention import MAX_SEQUENCE_LENGTH
 from moreh.runtime.kernels.shape_buckets import bucket_size
 from moreh.runtime.sharding.mesh import Mesh
@@ -23,6 +25,9 @@ from moreh.runtime.sharding.mesh import Mesh
 LENGTH_MULTIPLE = 64
 # The maximum length of a packed row: where attention is not computed in blocks, a mask has an entry per pair of tokens.
 MAX_ROW_LENGTH = 4096
+# On GPUs, where a mask of that many entries is made in a millisecond.
+GPU_SEQUENCE_LENGTH, GPU_ROW_LENGTH = 4096, 8192
+CPU = torch.device("cpu")
 _MASK = "attention_mask"
 _IDS = "input_ids"
 _ATTENTION_IMPLEMENTATIONS = ("sdpa", "eager")
@@ -35,12 +40,17 @@ def can_pack(
 
     No useful token may be masked. The first `prefix_len` tokens of the sequences are in each packed row once.
 
-    Sequences are packed on CPUs only, and only if block attention can compute them. On other devices torch's kernels
-    are faster with one sequence per row.
+    Sequences are packed only if there is an attention that computes each of them by itself: block attention on CPUs,
+    and on GPUs variable-length attention in half precision, where the rows differ in length.
     """
     max_len = int(seq_lens.max())
     num_tokens = int(_lengths_after_prefix(seq_lens, prefix_len).sum()) + prefix_len * num_rows
-    if mesh.device.type != "cpu" or max_len > MAX_SEQUENCE_LENGTH or num_tokens > (MAX_ROW_LENGTH - max_len) * num_rows:
+    longest_sequence, longest_row = row_limits(mesh.device)
+    if max_len > longest_sequence or num_tokens > (longest_row - max_len) * num_rows:
+        return False
+    if mesh.device.type != "cpu" and (
+        int(seq_lens.min()) == max_len or not varlen_attention.is_usable(mesh.device, next(causal.parameters()).dtype)
+    ):
         return False
     if causal.config.get_text_config().model_type not in packable_families():
         return False
@@ -59,18 +69,26 @@ def can_pack(
 
 
 def max_row_tokens(sequence_length: int) -> int | None:
-    """The most tokens of a packed row of sequences of at most `sequence_length`; None if these cannot be packed."""
+    """The most tokens of a packed row on a CPU, of sequences of at most so many; None if these cannot be packed."""
     return None if sequence_length > MAX_SEQUENCE_LENGTH else MAX_ROW_LENGTH - MAX_SEQUENCE_LENGTH
 
 
-def num_packed_rows(seq_lens: torch.Tensor, max_tokens: int, data_ranks: int, prefix_len: int = 0) -> int:
+def row_limits(device: torch.device) -> tuple[int, int]:
+    """The longest sequence that is packed on a device, and the longest packed row."""
+    return (MAX_SEQUENCE_LENGTH, MAX_ROW_LENGTH) if device.type == "cpu" else (GPU_SEQUENCE_LENGTH, GPU_ROW_LENGTH)
+
+
+def num_packed_rows(
+    seq_lens: torch.Tensor, max_tokens: int, data_ranks: int, prefix_len: int = 0, device: torch.device = CPU
+) -> int:
     """The number of packed rows for sequences of `seq_lens` tokens, a multiple of `data_ranks`.
 
     A row has about `max_tokens` tokens at most, or one sequence. The first `prefix_len` tokens of the sequences are
     in each packed row once.
     """
     rest_lens = _lengths_after_prefix(seq_lens, prefix_len)
-    capacity = max(1, min(max_tokens, MAX_ROW_LENGTH - MAX_SEQUENCE_LENGTH) - prefix_len)
+    longest_sequence, longest_row = row_limits(device)
+    capacity = max(1, min(max_tokens, longest_row - longest_sequence) - prefix_len)
     rows_by_tokens = -(-int(rest_lens.sum()) // (capacity * data_ranks))
     rows_by_sequences = -(-int((rest_lens > 0).sum()) // data_ranks)
     return min(rows_by_tokens, rows_by_sequences) * data_ranks
@@ -101,20 +119,43 @@ def pack_micro_batches(
     length = bucket_size(fullest + prefix_len, LENGTH_MULTIPLE)
     length = -(-length // sequence_multiple) * sequence_multiple
     own_bins = bins[mesh.rank("data") :: data_ranks]
-    packed = [_packed_row(inputs, seq_lens, sequences, length, prefix_len, mesh) for sequences in own_bins]
-    return [_with_pairwise_mask(row, prefix_len) for row in packed] if with_mask else packed
+    rows = [_packed_row(inputs, seq_lens, sequences, length, prefix_len) for sequences in own_bins]
+    masks = [_pairwise_mask(row, prefix_len, mesh.device) if with_mask else None for row in rows]
+    return [_on_device(row, mask, mesh.device) for row, mask in zip(rows, masks, strict=True)]
 
 
-def _with_pairwise_mask(packed: ModelInputs, prefix_len: int) -> ModelInputs:
-    """Add the mask `[1, 1, sequence, sequence]`, which is True where a query sees a key."""
+def _pairwise_mask(packed: ModelInputs, prefix_len: int, device: torch.device) -> torch.Tensor:
+    """The mask `[1, 1, sequence, sequence]` on a device, True where a query sees a key. GPUs have no shared prefix."""
+    length = packed.sequence_length
+    if device.type != "cpu":
+        return _mask_made_on(device, packed.others["cu_seq_lens_q"])
     cu_seqlens = packed.others["cu_seq_lens_q"].tolist()
-    ids = packed.tensors[_IDS]
-    mask = torch.zeros(ids.shape[1], ids.shape[1], dtype=torch.bool)
+    mask = torch.zeros(length, length, dtype=torch.bool)
     causal = torch.ones(packed.others["max_length_q"], packed.others["max_length_q"], dtype=torch.bool).tril()
     for start, stop in pairwise(cu_seqlens):
         mask[start:stop, start:stop] = causal[: stop - start, : stop - start]
     mask[cu_seqlens[1] :, :prefix_len] = True
-    return replace(packed, tensors={**packed.tensors, _MASK: mask[None, None].to(ids.device)})
+    return mask[None, None]
+
+
+def _mask_made_on(device: torch.device, cu_seqlens: torch.Tensor) -> torch.Tensor:
+    """The mask of sequences with boundaries in the CPU's memory, made on a GPU: to copy it would take longer."""
+    lengths = cu_seqlens.diff()
+    numbers = to_device(torch.arange(len(lengths)).repeat_interleave(lengths), device)
+    earlier = torch.ones(len(numbers), len(numbers), dtype=torch.bool, device=device).tril()
+    return ((numbers.unsqueeze(1) == numbers) & earlier)[None, None]
+
+
+def _on_device(packed: ModelInputs, mask: torch.Tensor | None, device: torch.device) -> ModelInputs:
+    """A packed row with its mask, if it has one, on the device that computes it."""
+    tensors = {name: to_device(tensor, device) for name, tensor in packed.tensors.items()}
+    others = {
+        name: to_device(value, device) if name.startswith("cu_seq_lens") else value
+        for name, value in packed.others.items()
+    }
+    varlen_attention.trust(others["cu_seq_lens_q"])
+    tensors |= {} if mask is None else {_MASK: mask}
+    return with_labels_on(device, replace(packed, tensors=tensors, others=others))
 
 
 def _pack_bins(lengths: list[int], num_bins: int) -> tuple[list[list[int]], int]:
@@ -136,9 +177,9 @@ def _pack_bins(lengths: list[int], num_bins: int) -> tuple[list[list[int]], int]
 
 
 def _packed_row(
-    inputs: ModelInputs, seq_lens: torch.Tensor, sequences: list[int], length: int, prefix_len: int, mesh: Mesh
+    inputs: ModelInputs, seq_lens: torch.Tensor, sequences: list[int], length: int, prefix_len: int
 ) -> ModelInputs:
-    """A row of `length` tokens: some sequences of the batch one after the other, on the device that computes it."""
+    """A row of `length` tokens: some sequences of the batch one after the other."""
     assert inputs.labels is not None
     # The first sequence has the tokens that the others share with it.
     ranges = [(0 if index == 0 else prefix_len, int(seq_lens[sequence])) for index, sequence in enumerate(sequences)]
@@ -151,14 +192,14 @@ def _packed_row(
         # Sequences without labels, none longer than those of the batch: a model may have no later positions.
         max_len = int(seq_lens.max()) - prefix_len
         ranges += [(prefix_len, prefix_len + min(max_len, num_free - filled)) for filled in range(0, num_free, max_len)]
-    cu_seqlens = _cu_seqlens([stop - start for start, stop in ranges]).to(mesh.device)
+    cu_seqlens = _cu_seqlens([stop - start for start, stop in ranges])
     tensors = {
-        _IDS: torch.cat(ids).unsqueeze(0).to(mesh.device),
-        "position_ids": torch.cat([torch.arange(start, stop) for start, stop in ranges]).unsqueeze(0).to(mesh.device),
+        _IDS: torch.cat(ids).unsqueeze(0),
+        "position_ids": torch.cat([torch.arange(start, stop) for start, stop in ranges]).unsqueeze(0),
     }
     attention = {
         "cu_seq_lens_q": cu_seqlens,
-        "cu_seq_lens_k": _cu_seqlens([stop for _, stop in ranges]).to(mesh.device) if prefix_len else cu_seqlens,
+        "cu_seq_lens_k": _cu_seqlens([stop for _, stop in ranges]) if prefix_len else cu_seqlens,
         "max_length_q": max(stop - start for start, stop in ranges),
         "max_length_k": max(stop for _, stop in ranges),
     }
@@ -166,7 +207,7 @@ def _packed_row(
         inputs,
         tensors=tensors,
         others={**inputs.others, **attention},
-        labels=torch.cat(labels).unsqueeze(0).to(mesh.device),
+        labels=torch.cat(labels).unsqueeze(0),
     )
 
 

@@ -20,6 +20,7 @@ from moreh.models.observers import observer_of_operations
 from moreh.models.parts import split_into_parts
 from moreh.options import ParallelOptions
 from moreh.planner.plan.plan import Plan
+from moreh.runtime.batch.host_copies import on_host
 from moreh.runtime.batch.loss_output import output_class_of, with_lazy_outputs
 from moreh.runtime.batch.model_inputs import WHOLE_MODEL_OUTPUTS, ModelInputs, read_inputs
 from moreh.runtime.engine.calls.history import CallHistories, CallHistory
@@ -63,7 +64,7 @@ class FastPath:
             return NotImplemented
         try:
             with span("check_inputs"):
-                inputs = read_inputs(runner.model.parts.causal, args, kwargs)
+                inputs = read_inputs(runner.model.parts.causal, *on_host(args, kwargs))
         except OptionError:
             return NotImplemented
         runner.max_tokens = max_tokens
@@ -99,7 +100,7 @@ class FastPath:
                 if not is_alone:
                     return call.own_gradients(tensors, parameters)
                 runner.max_tokens = max_tokens
-                again = read_inputs(runner.model.parts.causal, args, kwargs)
+                again = read_inputs(runner.model.parts.causal, *on_host(args, kwargs))
                 computed = runner.loss_and_grads(again, with_grads=True)[1]
             return [computed.get(name) for name in trainable]
 

@@ -24,7 +24,7 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from moreh.models.provenance import is_stock_transformers
-from moreh.runtime.kernels import attention
+from moreh.runtime.kernels import attention, varlen_attention
 
 NAME = "moreh_block"
 """The name under which transformers knows `block_attention`."""
@@ -46,6 +46,8 @@ def block_attention(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """An attention function of transformers: attention in blocks where the result is the same, else torch's ("sdpa").
 
+    On GPUs, variable-length attention takes the place of blocks, for packed rows only.
+
     Packed sequences are those of `cu_seq_lens_q`, the argument through which transformers passes their boundaries to
     Flash Attention. Where `cu_seq_lens_k` counts more keys of a sequence than queries, the additional ones are the
     shared prefix.
@@ -56,15 +58,23 @@ def block_attention(
     length = query.shape[2]
     longest = max(kwargs.get("max_length_q", 0), kwargs.get("max_length_k", 0)) or length
     window = kwargs.get("sliding_window")
-    if not (
+    is_plain = (
         causal
         and dropout == 0.0
-        and query.device.type == "cpu"
         and 1 < length == key.shape[2]
-        and longest <= attention.MAX_SEQUENCE_LENGTH
-        and (attention_mask is None or _is_packed_row(cu_seqlens, query.shape[0], length))
         and (window is None or window >= longest)
         and all(kwargs.get(name) is None for name in _EXTRA_ARGUMENTS)
+    )
+    if is_plain and packed_by_varlen(query.device) and cu_seqlens is not None and query.shape[0] == 1:
+        scale = scaling if scaling is not None else float(query.shape[-1] ** -0.5)
+        output = varlen_attention.attend(query, key, value, cu_seqlens, longest, scale)
+        if output is not None:
+            return output, None
+    if not (
+        is_plain
+        and query.device.type == "cpu"
+        and longest <= attention.MAX_SEQUENCE_LENGTH
+        and (attention_mask is None or _is_packed_row(cu_seqlens, query.shape[0], length))
     ):
         return ALL_ATTENTION_FUNCTIONS[_SDPA](
             module,
@@ -85,6 +95,11 @@ def block_attention(
 
 
 AttentionInterface.register(NAME, block_attention)
+
+
+def packed_by_varlen(device: torch.device) -> bool:
+    """Whether packed rows on a device are computed by variable-length attention."""
+    return device.type == "cuda"
 
 
 def attention_layers(model: nn.Module) -> list[nn.Module]:

@@ -11,7 +11,9 @@ from collections.abc import Iterator
 import torch
 
 CHUNK_ELEMENTS = 2**19
-"""Elements of the first tensor that are processed at a time."""
+"""Elements of the first tensor that are processed at a time on a CPU."""
+GPU_CHUNK_ELEMENTS = 2**26
+"""The same on GPUs, where launching a kernel takes as long as a million elements: 256 MiB in float32."""
 MAX_SCRATCH_BYTES = 2**22
 """The largest buffer that `scratch` keeps for a slot and dtype."""
 _buffers = threading.local()
@@ -20,15 +22,20 @@ _buffers = threading.local()
 def chunks(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
     """Tensors `[..., size]` as `[rows, size]`, a few rows of all of them at a time.
 
-    A chunk of the first tensor has at most `CHUNK_ELEMENTS` elements, or one row.
+    A chunk of the first tensor has at most `chunk_elements` elements, or one row.
     """
     flat = [tensor.flatten(0, -2) for tensor in tensors]
     # A narrow layer may be split over more tensor-parallel ranks than it has columns: size is then 0 on some.
-    rows = max(1, CHUNK_ELEMENTS // max(1, flat[0].shape[1]))
+    rows = max(1, chunk_elements(flat[0].device.type) // max(1, flat[0].shape[1]))
     if len(flat[0]) <= rows:
         yield tuple(flat)
     else:
         yield from zip(*(tensor.split(rows) for tensor in flat), strict=True)
+
+
+def chunk_elements(device_type: str) -> int:
+    """Elements that are processed at a time on a type of device."""
+    return CHUNK_ELEMENTS if device_type == "cpu" else GPU_CHUNK_ELEMENTS
 
 
 def scratch(slot: int, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
