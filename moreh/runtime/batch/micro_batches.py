@@ -14,7 +14,7 @@ from moreh.models.families import planned_families
 from moreh.models.losses import IGNORED_LABEL
 from moreh.runtime.batch.host_copies import to_device
 from moreh.runtime.batch.model_inputs import ModelInputs, pad_inputs, slice_rows
-from moreh.runtime.kernels.shape_buckets import bucket_size
+from moreh.runtime.batch.shape_buckets import bucket_size
 from moreh.runtime.sharding.mesh import Mesh
 
 _MASK = "attention_mask"

@@ -15,10 +15,10 @@ from moreh.models.families import packable_families
 from moreh.models.losses import IGNORED_LABEL
 from moreh.runtime.batch.host_copies import to_device
 from moreh.runtime.batch.model_inputs import ModelInputs, with_labels_on
+from moreh.runtime.batch.shape_buckets import bucket_size
 from moreh.runtime.batch.shared_prefix import accepts_pairwise_mask
 from moreh.runtime.kernels import varlen_attention
 from moreh.runtime.kernels.attention import MAX_SEQUENCE_LENGTH
-from moreh.runtime.kernels.shape_buckets import bucket_size
 from moreh.runtime.sharding.mesh import Mesh
 
 # The length of packed rows is rounded up to a multiple of this.

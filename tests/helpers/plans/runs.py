@@ -9,9 +9,9 @@ import numpy as np
 from moreh.planner.plan.notation import plan_text
 from moreh.planner.plan.plan import Plan
 from moreh.runtime.batch.packing import LENGTH_MULTIPLE
+from moreh.runtime.batch.shape_buckets import bucket_size
 from moreh.runtime.engine import registry
 from moreh.runtime.engine.parallel_model import local_tensor
-from moreh.runtime.kernels.shape_buckets import bucket_size
 from moreh.runtime.sharding.spec import shard_boxes
 from tests.helpers.compare import curve_difference, relative_difference, worst
 from tests.helpers.plans.cases import CALLS, LENGTH, STEPS, batch_size_of, can_be_packed

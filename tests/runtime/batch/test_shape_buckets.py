@@ -5,8 +5,8 @@ import statistics
 
 import pytest
 
-from moreh.runtime.kernels import shape_buckets
-from moreh.runtime.kernels.shape_buckets import bucket_size
+from moreh.runtime.batch import shape_buckets
+from moreh.runtime.batch.shape_buckets import bucket_size
 
 
 @pytest.mark.parametrize("multiple", [1, 4, 64])
