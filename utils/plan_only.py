@@ -14,13 +14,13 @@ from moreh.models.describe.with_lora import Lora, with_lora
 from moreh.options import planner_variables
 from moreh.planner.hardware.cluster import cluster_for_flavor
 from moreh.planner.hardware.environment import make_environment
-from moreh.planner.optimizer_state import optimizer_state
+from moreh.planner.optimizer_state import FLOAT32_BYTES, OptimizerState, optimizer_state
 from moreh.planner.plan.plan import Training
 from moreh.planner.report.plan_rows import DEFAULT_COUNT
 from moreh.planner.report.printing import print_plans
 from moreh.planner.search.attainable import attainable, lowered_options
 from moreh.planner.search.constraints import Constraints, constraints_from_options
-from moreh.planner.search.request import Request
+from moreh.planner.search.request import BFLOAT16_WEIGHTS, Request
 from moreh.planner.search.search import search_on_most_devices
 from moreh.planner.search.suggestions import smallest_sufficient
 from moreh.planner.software_profile import moreh_software
@@ -80,20 +80,27 @@ def plan_request(config: Config) -> Request:
         )
     parallelization = config.accelerator.advanced_parallelization or ParallelizationSection()
     flavor = _flavor(config)
+    precision = "bfloat16" if parallelization.mixed_precision else "float32"
+    has_half_weights = config.model.dtype == "bfloat16"
+    software = moreh_software("half" if parallelization.mixed_precision else "float32", half_weights=has_half_weights)
     return Request(
         training=Training(
             architecture,
             config.train.batch_size,
             max_length,
-            optimizer_state(config.train.optimizer, config.train.optimizer_settings),
+            _optimizer_state(config),
         ),
-        environment=make_environment(
-            cluster_for_flavor(flavor), moreh_software("half" if parallelization.mixed_precision else "float32")
-        ),
+        environment=make_environment(cluster_for_flavor(flavor), software),
         constraints=_constraints(parallelization, flavor.devices),
         flavor=flavor,
-        precision="bfloat16" if parallelization.mixed_precision else "float32",
+        precision=BFLOAT16_WEIGHTS if has_half_weights else precision,
     )
+
+
+def _optimizer_state(config: Config) -> OptimizerState:
+    state = optimizer_state(config.train.optimizer, config.train.optimizer_settings)
+    has_own_type = config.model.dtype == "bfloat16" and config.train.optimizer_state_dtype == "float32"
+    return replace(state, value_bytes=FLOAT32_BYTES) if has_own_type else state
 
 
 def _constraints(parallelization: ParallelizationSection, devices: int) -> Constraints:

@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from contextlib import suppress
+from dataclasses import replace
 
 from moreh.accelerator.devices import all_devices
 from moreh.cli.plan_options import YES_NO_AUTO, parse_options
@@ -15,7 +16,7 @@ from moreh.models.describe.from_source import describe
 from moreh.models.describe.with_lora import ALL_LINEAR, Lora, with_lora
 from moreh.planner.cost.prediction import Prediction, predict
 from moreh.planner.hardware.environment import Environment
-from moreh.planner.optimizer_state import optimizer_state
+from moreh.planner.optimizer_state import FLOAT32_BYTES, optimizer_state
 from moreh.planner.plan.notation import parse_plan, plan_text
 from moreh.planner.plan.plan import Plan, Training
 from moreh.planner.report.explanation import explanation_json, explanation_sentences, explanation_table_forms
@@ -26,7 +27,7 @@ from moreh.planner.report.plan_rows import DEFAULT_COUNT, header_pairs
 from moreh.planner.report.plot import check_plot_path, draw_plan
 from moreh.planner.report.printing import print_pairs, print_plans, print_sentences
 from moreh.planner.search.constraints import Constraints
-from moreh.planner.search.request import Request
+from moreh.planner.search.request import BFLOAT16_WEIGHTS, Request
 from moreh.planner.search.search import SearchOutcome, search_plans
 from moreh.planner.search.suggestions import nothing_fits_text
 from moreh.tables import draw_widest, terminal_width
@@ -72,7 +73,10 @@ def _request(options: argparse.Namespace) -> Request:
             _architecture(options),
             options.batch_size,
             options.sequence_length,
-            optimizer_state(options.optimizer, {"momentum": options.momentum}),
+            replace(
+                optimizer_state(options.optimizer, {"momentum": options.momentum}),
+                value_bytes=FLOAT32_BYTES if options.float32_state else None,
+            ),
         ),
         environment=setting,
         constraints=Constraints(
@@ -86,7 +90,7 @@ def _request(options: argparse.Namespace) -> Request:
             memory_fraction=options.memory_percent / 100,
         ),
         flavor=flavor,
-        precision=options.precision,
+        precision=options.precision if options.weights == "float32" else BFLOAT16_WEIGHTS,
     )
 
 

@@ -23,6 +23,7 @@ MAX_ROWS, MAX_TOKENS, MAX_PLANS, MAX_RANK = 1_000_000, 100_000_000, 1_000, 1_000
 YES_NO_AUTO = {"yes": True, "no": False, "auto": None}
 # The name of each precision in SoftwareProfile.
 PRECISIONS = {"bfloat16": "half", "float32": "float32", "float8": "float8"}
+WEIGHTS = ("float32", "bfloat16")
 DESCRIPTION = (
     "Find the fastest ways to train a model on an accelerator, and predict how long a step takes and how much memory "
     "it needs. Neither the weights nor the accelerator itself are needed."
@@ -92,6 +93,10 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
         "--plot cannot be combined with --flavors": options.plot is None or not options.flavors,
         "--lora-targets needs --lora": options.lora_targets is None or options.lora is not None,
         "--momentum needs --optimizer sgd or rmsprop": not options.momentum or options.optimizer in ("sgd", "rmsprop"),
+        "--weights bfloat16 needs --precision bfloat16": options.weights == "float32"
+        or options.precision == "bfloat16",
+        "--float32-state needs --weights bfloat16 and --optimizer adamw": not options.float32_state
+        or (options.weights == "bfloat16" and options.optimizer == ADAMW.name),
         "--dataset-tokens needs --flavors": options.dataset_tokens is None or options.flavors,
         "--price-per-device-hour needs --dataset-tokens": options.price_per_device_hour is None
         or options.dataset_tokens,
@@ -121,6 +126,15 @@ def _add_what_is_trained(group: argparse._ArgumentGroup) -> None:
         default=ADAMW.name,
         metavar="NAME",
         help=f"The optimizer, one of {', '.join(OPTIMIZER_STATES)} (default {ADAMW.name}).",
+    )
+    group.add_argument(
+        "--weights",
+        choices=WEIGHTS,
+        default=WEIGHTS[0],
+        help="Store weights, and with them gradients and optimizer state, in this type (default float32).",
+    )
+    group.add_argument(
+        "--float32-state", action="store_true", help="With --weights bfloat16, keep AdamW's state in float32."
     )
     group.add_argument("--momentum", action="store_true", help="With --optimizer sgd or rmsprop, use momentum.")
 

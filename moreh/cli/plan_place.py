@@ -12,13 +12,7 @@ from moreh.cli.plan_options import PRECISIONS
 from moreh.errors import AcceleratorError, PlanError
 from moreh.planner.hardware.cluster import Cluster, StatedLinks, cluster_for_devices, cluster_for_flavor
 from moreh.planner.hardware.environment import Environment, make_environment, measured_environment
-from moreh.planner.software_profile import (
-    TRANSFORMERS,
-    TRANSFORMERS_AUTOCAST,
-    SoftwareProfile,
-    moreh_on_cpu,
-    moreh_software,
-)
+from moreh.planner.software_profile import SoftwareProfile, moreh_on_cpu, moreh_software, worker_software
 
 BYTES_PER_GBYTE, BYTES_PER_GBIT = 1e9, 1e9 / 8
 
@@ -33,7 +27,7 @@ def find_place(options: argparse.Namespace) -> tuple[Flavor | None, Environment]
         PlanError: the file of the cluster is not valid, or this machine has no GPU or could not be measured.
         RegistryError: the state directory cannot be used.
     """
-    software = moreh_software(PRECISIONS[options.precision])
+    software = moreh_software(PRECISIONS[options.precision], half_weights=options.weights == "bfloat16")
     stated = StatedLinks(
         devices_per_node=options.devices_per_node,
         network_bytes_per_second=None
@@ -41,7 +35,7 @@ def find_place(options: argparse.Namespace) -> tuple[Flavor | None, Environment]
         else options.network_gbit_per_device * BYTES_PER_GBIT,
     )
     if options.device is not None and options.device.strip().lower() == THIS_MACHINE:
-        measured = measured_environment(options.devices, _local_software(options.devices, options.precision))
+        measured = measured_environment(options.devices, _local_software(options))
         return None, replace(measured, cluster=_restated(measured.cluster.device, options.devices, stated))
     if options.cluster is not None:
         return None, make_environment(_cluster_of_file(options, stated), software)
@@ -55,13 +49,14 @@ def find_place(options: argparse.Namespace) -> tuple[Flavor | None, Environment]
     return None, make_environment(_restated(device, devices, stated), software)
 
 
-def _local_software(workers: int, precision: str) -> SoftwareProfile:
+def _local_software(options: argparse.Namespace) -> SoftwareProfile:
     """The software of this machine's workers: one computes as transformers does, several as this project does."""
-    if precision not in ("bfloat16", "float32"):
-        return moreh_software(PRECISIONS[precision])
-    if workers > 1:
-        return moreh_on_cpu(PRECISIONS[precision])
-    return TRANSFORMERS if precision == "float32" else TRANSFORMERS_AUTOCAST
+    compute, half_weights = PRECISIONS[options.precision], options.weights == "bfloat16"
+    if options.precision not in ("bfloat16", "float32"):
+        return moreh_software(compute)
+    if options.devices > 1:
+        return moreh_on_cpu(compute, half_weights=half_weights)
+    return worker_software(bfloat16=options.precision == "bfloat16", half_weights=half_weights)
 
 
 def _flavor(options: argparse.Namespace) -> Flavor:

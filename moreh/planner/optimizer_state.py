@@ -22,11 +22,14 @@ class OptimizerState:
     """Steps of the Newton-Schulz iteration on each matrix of the layers, which every device computes whole (Muon)."""
     gathers_matrices: bool = False
     """Whether an update needs whole matrices, so that the devices that share one gather it."""
+    value_bytes: int | None = None
+    """Size of one of the numbers; None: as the software has it, which is that of a weight."""
     works_on_shards: bool = True
     """Whether the runtime lets it update matrices that devices share. Plans for others keep every matrix whole."""
 
 
 ADAMW = OptimizerState("adamw", 2)
+FLOAT32_BYTES = 4
 _MUON_STEPS = 5
 _KNOWN = (
     ADAMW,
@@ -56,3 +59,16 @@ def optimizer_state(name: str, settings: Mapping[str, Any]) -> OptimizerState:
     steps = settings.get("ns_steps", _MUON_STEPS) if known.orthogonalizing_steps else 0
     amsgrad = name == "muon" and bool(settings.get("adamw", {}).get("amsgrad"))
     return replace(known, values=values + amsgrad, orthogonalizing_steps=steps)
+
+
+def state_bytes(values: float, optimizer: OptimizerState, moment_bytes: int, adamw_bytes: int) -> float:
+    """Bytes of optimizer state for each trained weight.
+
+    Args:
+        values: numbers that the optimizer keeps for it.
+        optimizer: of the training.
+        moment_bytes: size of a number as the software has it.
+        adamw_bytes: what AdamW's state takes there, with a master copy of the weight if there is one.
+    """
+    size = moment_bytes if optimizer.value_bytes is None else optimizer.value_bytes
+    return adamw_bytes - ADAMW.values * moment_bytes + values * size

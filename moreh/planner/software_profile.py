@@ -129,11 +129,36 @@ MOREH = SoftwareProfile(
 )
 
 
-def moreh_software(compute: str) -> SoftwareProfile:
-    """This project, computing in "half" or "float8" with float32 weights and half-precision copies, or in "float32"."""
+def moreh_software(compute: str, *, half_weights: bool = False) -> SoftwareProfile:
+    """This project, computing in "half" or "float8" with float32 weights and half-precision copies, or in "float32".
+
+    With `half_weights`, it computes in half precision, since the weights are stored in it.
+    """
+    if half_weights:
+        return with_half_weights(MOREH)
     if compute == "float32":
         return replace(MOREH, compute=compute, activation_bytes=4, weight_copy_bytes=0, gather_bytes=4)
     return replace(MOREH, compute=compute)
+
+
+def with_half_weights(software: SoftwareProfile) -> SoftwareProfile:
+    """The software with weights in half precision, and gradients and optimizer state like them.
+
+    torch gives a gradient, and a moment of AdamW, the type of its weight. There is no copy in another precision.
+    """
+    return replace(
+        software,
+        compute="half",
+        autocast=False,
+        activation_bytes=2,
+        weight_bytes=2,
+        weight_copy_bytes=0,
+        gradient_bytes=2,
+        optimizer_bytes=4,
+        moment_bytes=2,
+        gather_bytes=2,
+        reduce_bytes=2,
+    )
 
 
 # A plain loop over a model of transformers on CPU in float32, with `use_cache=False` and sequences without padding.
@@ -189,15 +214,24 @@ TRANSFORMERS_AUTOCAST = replace(
     elementwise_traffic=14.0,
     logit_traffic_bytes=60,
 )
+# The same loop over a model whose weights are in bfloat16, without autocast.
+TRANSFORMERS_BFLOAT16 = replace(
+    with_half_weights(TRANSFORMERS_AUTOCAST),
+    name="transformers in bfloat16",
+    # LlamaRMSNorm computes in float32: autograd keeps its input so, and the normalized hidden states in bfloat16.
+    rms_norm_copies=3.0,
+)
 
 
-def moreh_on_cpu(compute: str) -> SoftwareProfile:
+def moreh_on_cpu(compute: str, *, half_weights: bool = False) -> SoftwareProfile:
     """This project on several workers of a CPU, computing in "half" or in "float32" with float32 weights.
+
+    With `half_weights`, it computes in half precision, since the weights are stored in it.
 
     benchmarks/workers/own_accuracy.py compares its memory and time with measurements.
     """
     return replace(
-        TRANSFORMERS if compute == "float32" else TRANSFORMERS_AUTOCAST,
+        worker_software(bfloat16=compute != "float32", half_weights=half_weights),
         name="moreh on CPU",
         uses_fully_shard=True,
         reshards_in_pipeline=False,
@@ -215,3 +249,13 @@ def moreh_on_cpu(compute: str) -> SoftwareProfile:
         keeps_gathered_inputs=True,
         scratch_bytes=10 * 2**20,
     )
+
+
+def worker_software(*, bfloat16: bool, half_weights: bool) -> SoftwareProfile:
+    """The loop on one worker of this machine, with float32 weights if they are not half-precision ones.
+
+    `bfloat16` is whether it computes in bfloat16 under autocast.
+    """
+    if half_weights:
+        return TRANSFORMERS_BFLOAT16
+    return TRANSFORMERS_AUTOCAST if bfloat16 else TRANSFORMERS

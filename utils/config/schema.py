@@ -3,17 +3,18 @@
 `yaml_file` reads them, and `markdown` writes docs/configuration.md from these declarations and their docstrings.
 """
 
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, StringConstraints, ValidationInfo, field_validator, model_validator
 from typing_extensions import Self
 
 from moreh.options import MAX_WORKERS
-from utils.config.architecture_keys import check_architecture_keys
 from utils.config.data_section import SOURCES
 from utils.config.data_section import DataSection as DataSection
 from utils.config.hook_section import ParallelizationSection
+from utils.config.model_section import ADAPTER_FILE as ADAPTER_FILE
+from utils.config.model_section import LoraSection as LoraSection
+from utils.config.model_section import ModelSection as ModelSection
 from utils.config.optimizers import check_optimizer_settings
 from utils.config.section import NonEmpty, NotNegative, PathText, Positive, Section
 
@@ -35,8 +36,6 @@ RESUME_WITH_KEYS = tuple(
 """Settings that `--resume-with` may change."""
 RESUME_KEYS = ("resume", "resume_with", "resume_force")
 """Keys of the section checkpoint that are about one start of a run. Its `config.yaml` does not have them."""
-# The file of PEFT that makes a directory one of an adapter.
-ADAPTER_FILE = "adapter_config.json"
 
 
 class RunSection(Section):
@@ -77,69 +76,6 @@ class AcceleratorSection(Section):
         return self
 
 
-class LoraSection(Section):
-    """LoRA adapters (https://arxiv.org/abs/2106.09685) of matrices of the layers: only they are trained and saved."""
-
-    r: Positive = 16
-    """The rank of the adapters."""
-    alpha: Positive | None = None
-    """The result of an adapter counts `alpha / r` times; null: 2 r."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """The probability at which an element of an adapter's input is dropped in training."""
-    targets: Literal["all-linear"] | Annotated[list[NonEmpty], Field(min_length=1)] = "all-linear"
-    """The matrices that get an adapter, by their names in the model, such as `[q_proj, v_proj]`.
-    `all-linear` stands for all matrices of the layers."""
-
-    def scale_numerator(self) -> int:
-        """`alpha`, or its default."""
-        return 2 * self.r if self.alpha is None else self.alpha
-
-
-class ModelSection(Section):
-    """The model: exactly one of `pretrained` and `architecture`."""
-
-    pretrained: PathText | None = None
-    """A model of the Hugging Face hub or a local directory; its own tokenizer is used."""
-    architecture: dict[str, Any] | None = None
-    """A new model with random weights: `model_type` and the keys of that type's configuration in transformers."""
-    lora: LoraSection | None = None
-    """Train LoRA adapters around the matrices of a pretrained model; null trains all parameters.
-    Needs the package `peft`."""
-
-    @model_validator(mode="after")
-    def _exactly_one(self) -> Self:
-        if (self.pretrained is None) == (self.architecture is None):
-            raise ValueError("give exactly one of pretrained and architecture")
-        if self.lora is not None and self.pretrained is None:
-            raise ValueError(
-                "lora trains adapters of a pretrained model, and architecture is a new one with random weights: give "
-                "pretrained, or leave lora out"
-            )
-        return self
-
-    @field_validator("pretrained")
-    @classmethod
-    def _directory_exists(cls, pretrained: str | None) -> str | None:
-        """Refuse a path that is not there. The hub would answer with an error about repository names."""
-        if pretrained is not None and pretrained.startswith((".", "/")) and not Path(pretrained).is_dir():
-            raise ValueError(
-                f"there is no directory {pretrained}: give one that holds a model, or the name of one on the hub"
-            )
-        if pretrained is not None and (Path(pretrained) / ADAPTER_FILE).is_file():
-            raise ValueError(
-                f"{pretrained} holds an adapter: merge it into its base model with `python scripts/export.py "
-                f"{pretrained} DIRECTORY --merge`, and give DIRECTORY"
-            )
-        return pretrained
-
-    @field_validator("architecture")
-    @classmethod
-    def _known_keys(cls, architecture: dict[str, Any] | None) -> dict[str, Any] | None:
-        if architecture is not None:
-            check_architecture_keys(architecture)
-        return architecture
-
-
 class TokenizerSection(Section):
     """The tokenizer of a new model."""
 
@@ -177,6 +113,9 @@ class TrainSection(Section):
     """The highest learning rate, reached at the end of the warm-up."""
     optimizer: Literal["adamw", "adam", "nadam", "radam", "adafactor", "muon", "sgd", "rmsprop"] = "adamw"
     """The optimizer of torch that updates the weights."""
+    optimizer_state_dtype: Literal["weights", "float32"] = "weights"
+    """The type of the optimizer's state: that of the weights, or float32. With `model.dtype: bfloat16`, float32 is for
+    adamw, and computes its update in float32."""
     optimizer_settings: dict[str, Any] = Field({})
     """Settings of the optimizer other than its learning rate and weight decay, such as `{betas: [0.9, 0.95]}`."""
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
@@ -292,5 +231,15 @@ class Config(Section):
         if self.model.pretrained is not None and self.tokenizer != TokenizerSection():
             raise ValueError(
                 "model.pretrained brings its own tokenizer: leave the section tokenizer out (or say tokenizer={})"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _state_can_have_its_type(self) -> Self:
+        train = self.train
+        if self.model.dtype == "bfloat16" and train.optimizer_state_dtype == "float32" and train.optimizer != "adamw":
+            raise ValueError(
+                f"train.optimizer_state_dtype is 'float32' with weights in bfloat16, which {train.optimizer} does not "
+                "have here: give train.optimizer: adamw, or train.optimizer_state_dtype: weights"
             )
         return self

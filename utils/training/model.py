@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from utils.config.architecture_keys import with_tokenizer_keys
@@ -15,7 +16,7 @@ from utils.training.pretrained import check_sizes, end_at_trained_token, load_pr
 
 
 def load_model(config: Config, tokenizer: Any, info: Callable[[str], None] = lambda line: None) -> Any:
-    """A causal language model for the tokenizer, in float32, on the CPU; `info` gets lines for the log.
+    """A causal language model for the tokenizer, in `model.dtype`, on the CPU; `info` gets lines for the log.
 
     With `model.lora`, adapters are put around its matrices, and all else is frozen. Its generation stops at the
     tokenizer's end-of-text token, which training ends the rows with.
@@ -24,17 +25,17 @@ def load_model(config: Config, tokenizer: Any, info: Callable[[str], None] = lam
         UserError: the model cannot be loaded, or has too small a vocabulary or too few positions for the data.
     """
     if config.model.pretrained is not None:
-        model = load_pretrained(config.model.pretrained, "model.pretrained", dtype="float32")
+        model = load_pretrained(config.model.pretrained, "model.pretrained", config.model.dtype)
         _check_fits(model.config, "model.pretrained", tokenizer, config.data.max_length)
     else:
         assert config.model.architecture is not None
-        model = _new_model(config.model.architecture, tokenizer, config.data.max_length)
+        model = _new_model(config.model.architecture, tokenizer, config.data.max_length, config.model.dtype)
     end_at_trained_token(model, tokenizer, info)
     model = _with_loss_type(model)
     return model if config.model.lora is None else add_lora(model, config.model.lora, info)
 
 
-def _new_model(architecture: dict[str, Any], tokenizer: Any, max_length: int) -> Any:
+def _new_model(architecture: dict[str, Any], tokenizer: Any, max_length: int, dtype: str) -> Any:
     _check_finite(architecture, "model.architecture")
     of_tokenizer = {
         "vocab_size": vocabulary_size(tokenizer),
@@ -46,7 +47,7 @@ def _new_model(architecture: dict[str, Any], tokenizer: Any, max_length: int) ->
         model_config = AutoConfig.for_model(**with_tokenizer_keys(architecture, of_tokenizer))
         check_sizes(model_config, "model.architecture")
         _check_fits(model_config, "model.architecture", tokenizer, max_length)
-        model = AutoModelForCausalLM.from_config(model_config)
+        model = AutoModelForCausalLM.from_config(model_config, dtype=getattr(torch, dtype))
     except UserError:
         raise
     except Exception as error:  # transformers checks some values in many ways, and leaves others to torch

@@ -11,6 +11,7 @@ from moreh.models.introspection import layer_list
 from utils.config.optimizers import OPTIMIZERS
 from utils.config.schema import TrainSection
 from utils.errors import UserError
+from utils.training.adamw_in_float32 import AdamWInFloat32
 
 Groups = list[dict[str, Any]]
 
@@ -28,6 +29,8 @@ def make_optimizer(
     common = {"lr": train.lr, "weight_decay": train.weight_decay}
     make = getattr(torch.optim, kind.class_name)
     try:
+        if train.optimizer_state_dtype == "float32" and any(p.dtype != torch.float32 for p in model.parameters()):
+            make = AdamWInFloat32  # the settings allow no other optimizer
         if train.optimizer != "muon":
             return make(_groups(list(model.named_parameters()), train), **common, **settings)
         of_adamw = {**common, **settings.pop("adamw", {})}

@@ -9,7 +9,7 @@ import numpy as np
 from moreh.models.architecture import Architecture, DecoderLayer, Linear
 from moreh.planner.cost.layer_time import micro_batch_tokens
 from moreh.planner.cost.stage_time import StageParameters, parameters_per_device, reshards_each_micro_batch
-from moreh.planner.optimizer_state import ADAMW
+from moreh.planner.optimizer_state import state_bytes
 from moreh.planner.plan.arrays import FloatArray, IntArray
 from moreh.planner.plan.plan import Schedule, Training
 from moreh.planner.plan.plan_table import (
@@ -97,7 +97,7 @@ def optimizer_bytes_of(trainable: StageParameters, training: Training, software:
     optimizer, architecture = training.optimizer, training.architecture
 
     def bytes_of(values: float) -> float:
-        return software.optimizer_bytes + software.moment_bytes * (values - ADAMW.values)
+        return state_bytes(values, optimizer, software.moment_bytes, software.optimizer_bytes)
 
     layer_bytes = bytes_of(optimizer.values)
     if optimizer.matrix_values is not None:

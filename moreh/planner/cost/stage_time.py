@@ -12,7 +12,7 @@ from moreh.models.architecture import Architecture
 from moreh.planner.cost.layer_time import EdgeTime, embedding_time, head_time, layer_time, micro_batch_tokens
 from moreh.planner.hardware.cluster import Cluster, RingLinks, ring_links
 from moreh.planner.hardware.roofline import Roofline
-from moreh.planner.optimizer_state import ADAMW
+from moreh.planner.optimizer_state import state_bytes
 from moreh.planner.plan.arrays import BoolArray, FloatArray
 from moreh.planner.plan.plan import Training
 from moreh.planner.plan.plan_table import (
@@ -262,8 +262,9 @@ def _step_end_s(
         gathers_s = roofline.overlapped_s(last_s, gathers_s) - last_s
 
     # AdamW reads gradient, weight and state and writes the latter two; clipping reads the gradient once more.
-    state_bytes = software.optimizer_bytes + software.moment_bytes * (training.optimizer.values - ADAMW.values)
-    moved_bytes = 2 * software.gradient_bytes + 2 * (software.weight_bytes + state_bytes)
+    optimizer = training.optimizer
+    kept_bytes = state_bytes(optimizer.values, optimizer, software.moment_bytes, software.optimizer_bytes)
+    moved_bytes = 2 * software.gradient_bytes + 2 * (software.weight_bytes + kept_bytes)
     shards = np.where(plans.sharding >= SHARD_OPTIMIZER, plans.data * plans.context, 1)
     optimizer_s = most_trainable / shards * (moved_bytes + software.weight_copy_bytes) / roofline.memory_rate
     return gradients_s + gathers_s, optimizer_s + _orthogonalizing_s(roofline, training)

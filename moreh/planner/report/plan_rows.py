@@ -70,7 +70,8 @@ def header_pairs(request: Request, result: SearchResult | None = None, idle: str
 def optimizer_text(optimizer: OptimizerState, devices: int) -> str:
     """An optimizer with the size of its state, and what is not predicted of it."""
     matrices = "" if optimizer.matrix_values is None else f" ({optimizer.matrix_values:g} in the layers' matrices)"
-    text = f"{optimizer.name}, {optimizer.values:g} values of state for each trained weight{matrices}"
+    size = "" if optimizer.value_bytes is None else f" of {optimizer.value_bytes} bytes"
+    text = f"{optimizer.name}, {optimizer.values:g} values of state{size} for each trained weight{matrices}"
     if devices > 1 and not optimizer.works_on_shards:
         return f"{text}; plans with tensor parallelism or sharding are left out, because it needs whole matrices"
     if devices == 1 or not optimizer.gathers_matrices:

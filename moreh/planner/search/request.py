@@ -9,6 +9,9 @@ from moreh.planner.hardware.environment import Environment, make_environment
 from moreh.planner.plan.plan import Training
 from moreh.planner.search.constraints import Constraints
 
+BFLOAT16_WEIGHTS = "bfloat16 weights"
+"""The precision in which weights, gradients and arithmetic are all bfloat16."""
+
 
 @dataclass(frozen=True)
 class Request:
@@ -21,7 +24,8 @@ class Request:
     flavor: Flavor | None = None
     """The accelerator that the devices make up; None for devices that the user named or changed."""
     precision: str = "bfloat16"
-    """The precision of arithmetic as users write it: bfloat16, float32 or float8."""
+    """The precision of arithmetic as users write it: bfloat16, float32 or float8; they have float32 weights.
+    Or it is `BFLOAT16_WEIGHTS`."""
 
     @property
     def accelerator(self) -> str:

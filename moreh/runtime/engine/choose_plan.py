@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from moreh.accelerator.devices import Device
@@ -28,15 +27,10 @@ from moreh.planner.search.constraints import Constraints, constraints_from_optio
 from moreh.planner.search.relaxations import has_candidates
 from moreh.planner.search.request import Request
 from moreh.planner.search.search import SearchResult, search, search_on_most_devices
-from moreh.planner.software_profile import (
-    TRANSFORMERS,
-    TRANSFORMERS_AUTOCAST,
-    SoftwareProfile,
-    moreh_on_cpu,
-    moreh_software,
-)
+from moreh.planner.software_profile import SoftwareProfile, moreh_on_cpu, moreh_software, worker_software
 from moreh.planner.units import gib, seconds_text
 from moreh.runtime.batch.packing import max_row_tokens
+from moreh.runtime.sharding.local_weights import has_half_weights
 from moreh.runtime.tensor.partition import max_tensor_parallel, sequence_parallel_refusal
 
 SELECTED_CONFIG = "advanced_parallelization_selected_config.dump"
@@ -66,17 +60,21 @@ def select_plan(
     options: ParallelOptions,
     variables: PlannerVariables,
     log: Callable[[str], None],
+    *,
+    bfloat16: bool,
+    half_weights: bool,
 ) -> Selection:
     """Search for an accelerator's best plan; log the platform's lines and write its files to the current directory.
 
-    With `MOREH_PLATFORM_LINES=0`, one line of the plan takes the place of the platform's lines.
+    With `MOREH_PLATFORM_LINES=0`, one line of the plan takes the place of the platform's lines. `bfloat16` is whether
+    the workers compute in bfloat16 with float32 weights, and counts where they are the accelerator's devices.
 
     Raises:
         PlanError: no plan divides the batch under the constraints.
     """
-    environment = make_environment(
-        cluster_for_flavor(flavor), moreh_software("half" if options.mixed_precision else "float32")
-    )
+    mixed_precision = options.mixed_precision if flavor.simulated else bfloat16
+    software = moreh_software("half" if mixed_precision else "float32", half_weights=half_weights)
+    environment = make_environment(cluster_for_flavor(flavor), software)
     attained = attainable(Request(training, environment, constraints)).constraints
     for text in lowered_options(constraints, attained):
         log(text)
@@ -180,32 +178,26 @@ def local_environment(flavor: Flavor, workers: int, software: SoftwareProfile) -
     return make_environment(cluster_for_flavor(flavor), software)
 
 
-def with_precision(options: ParallelOptions, flavor: Flavor, dtype: torch.dtype, *, bfloat16: bool) -> ParallelOptions:
-    """The options with the precision in which the devices compute: of GPUs of this machine what they really do.
-
-    Args:
-        dtype: of the model's weights.
-        bfloat16: Whether the workers compute in bfloat16 with float32 weights.
-    """
-    if flavor.simulated:
-        return options
-    return replace(options, mixed_precision=bfloat16 or dtype in (torch.bfloat16, torch.float16))
-
-
 def usable_fraction(flavor: Flavor, variables: PlannerVariables) -> float:
     """The share (0 to 1) of a worker's memory that its plan may use: of a CPU's free memory, all."""
     return 1.0 if flavor.simulated else variables.memory_percent / 100
 
 
 def select_local_plan(
-    training: Training, flavor: Flavor, options: ParallelOptions, variables: PlannerVariables, *, bfloat16: bool
+    training: Training,
+    flavor: Flavor,
+    options: ParallelOptions,
+    variables: PlannerVariables,
+    *,
+    bfloat16: bool,
+    half_weights: bool,
 ) -> Prediction:
     """The plan for this machine's one worker: the rows of a micro-batch, and recomputation or none.
 
     Of the plans that fit the memory and take at most `MAX_SLOWDOWN` times the fastest plan's time, it is the one that
     needs the least memory. If no plan fits, it is the one that needs the least memory of all.
     """
-    environment = local_environment(flavor, 1, TRANSFORMERS_AUTOCAST if bfloat16 else TRANSFORMERS)
+    environment = local_environment(flavor, 1, worker_software(bfloat16=bfloat16, half_weights=half_weights))
     limit_bytes = environment.cluster.device.memory_bytes * usable_fraction(flavor, variables)
     layers = (len(training.architecture.layers),)
     batch_size = training.global_batch_size
@@ -257,8 +249,10 @@ def select_worker_plan(
     Raises:
         PlanError: no plan divides the model under the options, or none fits the memory of the machine.
     """
-    software = moreh_on_cpu if flavor.simulated else moreh_software
-    environment = local_environment(flavor, workers, software("half" if bfloat16 else "float32"))
+    software = (moreh_on_cpu if flavor.simulated else moreh_software)(
+        "half" if bfloat16 else "float32", half_weights=has_half_weights(model)
+    )
+    environment = local_environment(flavor, workers, software)
     packs_rows = flavor.simulated and options.uses("pack_rows")
     constraints = replace(
         within_runtime_limits(constraints_from_options(options, variables, workers), model),

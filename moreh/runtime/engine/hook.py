@@ -25,12 +25,13 @@ from moreh.planner.plan.plan import Training
 from moreh.planner.report.chosen_plan import flavor_plan, local_plan
 from moreh.planner.search.constraints import constraints_from_options
 from moreh.planner.units import gib, seconds_text
-from moreh.runtime.engine.choose_plan import predicted_use, select_local_plan, select_plan, with_precision
+from moreh.runtime.engine.choose_plan import predicted_use, select_local_plan, select_plan
 from moreh.runtime.engine.user_parameters import optimizer_in_use
 from moreh.runtime.kernels.fused_adam import use_fused_kernels
 from moreh.runtime.kernels.precision import autocast_if, choose_bfloat16, in_float32, inside_autocast
 from moreh.runtime.kernels.recomputation import recompute_activations
 from moreh.runtime.launch.world import current_world
+from moreh.runtime.sharding.local_weights import has_half_weights
 from moreh.threads import CALL_THREADS
 from moreh.trace import span
 
@@ -141,14 +142,16 @@ class SingleWorkerHook:
         except PlanError as reason:
             logger.info("This model is not planned for the accelerator, and is trained as it is: %s", reason)
             return math.inf
+        precision = {"bfloat16": bfloat16, "half_weights": has_half_weights(model)}
         accelerator = self.job.accelerator
         flavor = accelerator.flavor
         if not flavor.simulated:
             flavor = flavor.with_devices(1, 1)  # one worker computes on one GPU
         try:
             constraints = constraints_from_options(self.options, self.variables, flavor.devices)
-            options = with_precision(self.options, flavor, next(model.parameters()).dtype, bfloat16=bfloat16)
-            selection = select_plan(training, flavor, constraints, options, self.variables, logger.info)
+            selection = select_plan(
+                training, flavor, constraints, self.options, self.variables, logger.info, **precision
+            )
         except PlanError as reason:
             if model not in self._planned_tokens:
                 raise
@@ -167,7 +170,7 @@ class SingleWorkerHook:
             self.job.keep_plan(flavor_plan(flavor, selection.prediction, training))
             if self.job.simulated:
                 self.job.use_prediction(model, predicted_use(selection.prediction, flavor.devices))
-        local = select_local_plan(training, flavor, self.options, self.variables, bfloat16=bfloat16)
+        local = select_local_plan(training, flavor, self.options, self.variables, **precision)
         if local.plan.recomputation == "full" and self.options.activation_recomputation == "auto":
             recompute_activations(model, "full")  # for good: a smaller batch later is not worth another change
         self._micro_batch_tokens[model] = local.plan.micro_batch_size * sequence_length

@@ -30,7 +30,6 @@ from moreh.runtime.engine.choose_plan import (
     predicted_use,
     select_plan,
     select_worker_plan,
-    with_precision,
     within_runtime_limits,
 )
 from moreh.runtime.engine.evaluation import evaluate_unsharded
@@ -46,7 +45,7 @@ from moreh.runtime.engine.user_parameters import optimizer_in_use
 from moreh.runtime.kernels.precision import autocast_if, choose_bfloat16, in_float32, inside_autocast
 from moreh.runtime.launch.script_files import share_script_files
 from moreh.runtime.launch.world import World
-from moreh.runtime.sharding.local_weights import patch_lazy_loading, target_dtypes
+from moreh.runtime.sharding.local_weights import has_half_weights, patch_lazy_loading, target_dtypes
 from moreh.trace import span
 
 Decision = TypeVar("Decision")
@@ -138,8 +137,16 @@ class MultiWorkerHook:
         constraints = constraints_from_options(self.options, self.variables, flavor.devices)
         if flavor.devices == workers:
             constraints = within_runtime_limits(constraints, module)
-        options = with_precision(self.options, flavor, self._target_dtype(module), bfloat16=bfloat16)
-        selection = select_plan(training, flavor, constraints, options, self.variables, logger.info)
+        selection = select_plan(
+            training,
+            flavor,
+            constraints,
+            self.options,
+            self.variables,
+            logger.info,
+            bfloat16=bfloat16,
+            half_weights=has_half_weights(module),
+        )
         if selection.prediction is None:
             raise nothing_fits_error(selection.smallest_bytes, self.variables.memory_percent / 100, accelerator, flavor)
         self.job.keep_plan(flavor_plan(flavor, selection.prediction, training))

@@ -4,6 +4,7 @@ Also finds the optimizer that a script has made for a model, as the planner coun
 """
 
 import weakref
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
@@ -122,7 +123,9 @@ def optimizer_in_use(model: nn.Module) -> OptimizerState:
         group = next((group for group in optimizer.param_groups if own & set(map(id, group["params"]))), None)
         name = next((_NAMES[kind] for kind in type(optimizer).__mro__ if kind in _NAMES), None)
         if group is not None and name is not None:
-            found.append(optimizer_state(name, group))
+            dtype: torch.dtype | None = getattr(optimizer, "state_dtype", None)  # if it is not that of the weights
+            state = optimizer_state(name, group)
+            found.append(state if dtype is None else replace(state, value_bytes=dtype.itemsize))
         elif group is not None and not _is_wrapper(optimizer):
             found.append(ADAMW)
     muon = next((state for state in found if state.name == "muon"), None)

@@ -117,6 +117,11 @@ def with_target_dtypes(model: nn.Module) -> Iterator[None]:
             parameter.data = data
 
 
+def has_half_weights(model: nn.Module) -> bool:
+    """Whether a model's weights are in half precision, as the first one is or will be once the model is sharded."""
+    return next(iter(target_dtypes(model).values())) in (torch.bfloat16, torch.float16)
+
+
 @torch.no_grad()
 def materialize_local_shards(
     model: nn.Module, specs: Mapping[str, ParamSpec], mesh: Mesh | None

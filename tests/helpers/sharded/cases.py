@@ -26,14 +26,19 @@ from tests.helpers.plans.training import new_model
 from tests.helpers.sharded.loop import train
 
 
-def compare(family, plan, change=None, *, settings=None, positions_multiple=4, fault=None, **loop):
-    """Train a sharded and a whole model: the largest relative difference of losses and norms, and that of a weight."""
+def compare(
+    family, plan, change=None, *, settings=None, positions_multiple=4, fault=None, precision=exact_float64, **loop
+):
+    """Train a sharded and a whole model: the largest relative difference of losses and norms, and that of a weight.
+
+    `precision` makes the context in which both compute.
+    """
     install_sharding_support()
     initial, expected, whole = _trained_whole(
-        family, change, tuple((settings or {}).items()), positions_multiple, tuple(loop.items())
+        family, change, tuple((settings or {}).items()), positions_multiple, precision, tuple(loop.items())
     )
     sharded = copy.deepcopy(initial)
-    with exact_float64(), label_positions_rounded_to(positions_multiple):
+    with precision(), label_positions_rounded_to(positions_multiple):
         runner = shard_model(sharded, Plan(**plan))
         with FAULTS[fault]():
             curve = train(sharded, **loop)
@@ -41,13 +46,13 @@ def compare(family, plan, change=None, *, settings=None, positions_multiple=4, f
 
 
 @functools.cache
-def _trained_whole(family, change, settings, positions_multiple, loop):
+def _trained_whole(family, change, settings, positions_multiple, precision, loop):
     """A model that was not trained, the losses and norms of a training, and the model that it gives."""
     initial = make_model(family, **dict(settings))
     if change is not None:
         initial = change(initial)
     whole = copy.deepcopy(initial)
-    with exact_float64(), label_positions_rounded_to(positions_multiple):
+    with precision(), label_positions_rounded_to(positions_multiple):
         return initial, train(whole, **dict(loop)), whole
 
 

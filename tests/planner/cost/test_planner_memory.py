@@ -13,7 +13,7 @@ from moreh.planner.cost.activation_memory import layer_activations
 from moreh.planner.cost.memory import PeakMemory, peak_memory
 from moreh.planner.plan.plan import Plan, Training
 from moreh.planner.plan.plan_table import PlanTable
-from moreh.planner.software_profile import MOREH, TRANSFORMERS, TRANSFORMERS_AUTOCAST, SoftwareProfile
+from moreh.planner.software_profile import MOREH, TRANSFORMERS, TRANSFORMERS_AUTOCAST, SoftwareProfile, worker_software
 
 TOLERANCE = 0.05
 HEADS = 4
@@ -36,6 +36,7 @@ class Case:
     inner: int = 3  # width of a Llama's feed-forward network, in hidden sizes
     dropout: float = 0.1
     autocast: bool = False
+    bfloat16: bool = False  # the weights
 
     def __str__(self):
         # pytest shows what differs from the defaults.
@@ -45,6 +46,9 @@ class Case:
         )
 
     def build(self, device="cpu"):
+        return self._build(device).to(torch.bfloat16 if self.bfloat16 else torch.float32)
+
+    def _build(self, device):
         common = {"vocab_size": self.vocabulary, "tie_word_embeddings": self.tied, "bos_token_id": 0, "eos_token_id": 0}
         torch.manual_seed(0)
         with torch.device(device):
@@ -72,9 +76,8 @@ class Case:
             recomputation=self.recomputation,
         )
         training = Training(describe_module(self.build("meta")), self.batch * self.micro_batches, self.length)
-        return peak_memory(
-            PlanTable.from_plans([plan]), training, TRANSFORMERS_AUTOCAST if self.autocast else TRANSFORMERS
-        )
+        software = worker_software(bfloat16=self.autocast, half_weights=self.bfloat16)
+        return peak_memory(PlanTable.from_plans([plan]), training, software)
 
     def measure(self):
         """The highest number of bytes in live tensors during the second step of a plain loop."""
@@ -129,6 +132,11 @@ CASES = [
     Case("llama", 4, 256, autocast=True),
     Case("llama", 4, 256, "full", autocast=True, kv_heads=2),
     Case("llama", 2, 64, "full", autocast=True, micro_batches=2, hidden=256, vocabulary=2000),
+    Case("gpt2", 4, 128, bfloat16=True, tied=True),
+    Case("gpt2", 1, 64, "full", bfloat16=True, tied=True, hidden=256, vocabulary=5000, micro_batches=2),
+    Case("llama", 4, 256, bfloat16=True),
+    Case("llama", 4, 256, "full", bfloat16=True, kv_heads=2),
+    Case("llama", 2, 64, "full", bfloat16=True, micro_batches=2, hidden=256, vocabulary=2000),
 ]
 
 
