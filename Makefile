@@ -7,6 +7,8 @@
 #                       (SAMPLE=40: so many plans of each model; LOSS=custom: with a loss that the script makes)
 # make verify-families  the same for all families of models, with plans of each kind on four processes
 # make conformance      run patterns of users' scripts with the line and without, on 1, 2 and 4 workers: half an hour
+# make chaos            train on two workers while they are killed, stopped and their checkpoints damaged: 20 minutes
+#                       (MINUTES=5 SEED=2)
 # make docs-check       run the commands of the documentation that take long
 # make gpu-check        what one GPU shows: results, speed, memory, predictions; at most 8 minutes, nothing is installed
 #                       (DRY=1: the same code with tiny sizes on the CPU)
@@ -20,13 +22,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 SAMPLE ?=
 LOSS ?=
+MINUTES ?= 20
+SEED ?= 1
 
 # OpenMP threads spin for a while before they sleep. With the default, a step takes up to ten times as long when another
 # process wants a core; with 1000 iterations, twice as long. Benchmarks keep the default, which is a few percent faster on
 # a machine of one's own.
-train test conformance verify-plans verify-families docs-check: export GOMP_SPINCOUNT ?= 1000
+train test conformance verify-plans verify-families chaos docs-check: export GOMP_SPINCOUNT ?= 1000
 
-.PHONY: train test check install smollm2 conformance verify-plans verify-families docs-check lock bench clean \
+.PHONY: train test check install smollm2 conformance verify-plans verify-families chaos docs-check lock bench clean \
 	gpu-check gpu-smoke
 
 train: install
@@ -49,6 +53,9 @@ verify-families: $(VENV)/installed-dev
 
 conformance: $(VENV)/installed-dev
 	$(BIN)/python -m tests.conformance
+
+chaos: $(VENV)/installed-dev
+	$(BIN)/python -m tests.verify.chaos --minutes $(MINUTES) --seed $(SEED)
 
 docs-check: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m slow tests/docs

@@ -48,6 +48,7 @@ def main(config: Config, log: RunLog) -> None:
     from utils.data.dataset import prepare_data
     from utils.training.checkpoint.checkpoints import Checkpoints
     from utils.training.evaluation import Evaluation
+    from utils.training.loss_guard import LossGuard
     from utils.training.lr_schedule import make_scheduler
     from utils.training.model import load_model
     from utils.training.optimizer import make_optimizer
@@ -80,6 +81,7 @@ def main(config: Config, log: RunLog) -> None:
     evaluation = Evaluation(model, data, config, show_sample, log, steps)
     checkpoints = Checkpoints(config, data, log, evaluation)
     start_step = checkpoints.start_or_resume(model, optim, scheduler, steps)
+    guard = LossGuard(config, log, steps, checkpoints)
     meter = StepMeter(config, log, steps)
 
     for step, batches in meter.timed(iter_steps(loader, config.train.gradient_accumulation, steps, start_step)):
@@ -97,9 +99,9 @@ def main(config: Config, log: RunLog) -> None:
             loss.backward()
             step_loss += loss.item()
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.train.max_grad_norm).item()
-        meter.require_finite(step, step_loss, grad_norm, batches)
         lr = scheduler.get_last_lr()[0]
-        optim.step()
+        if guard.allows(step, step_loss, grad_norm, batches, model, optim):
+            optim.step()
         scheduler.step()
         model.zero_grad(set_to_none=True)
 

@@ -10,7 +10,15 @@ from typing import Any, ParamSpec
 
 from moreh.accelerator.gpus import shares_gpus
 from moreh.errors import OptionError
-from moreh.options import MAX_WORKERS, ParallelOptions, is_switched_off, parse_options, planner_variables
+from moreh.options import (
+    MAX_WORKERS,
+    ParallelOptions,
+    is_switched_off,
+    launch_variables,
+    parse_options,
+    planner_variables,
+)
+from moreh.system import refused_processes
 from moreh.trace import read_variable
 
 Options = ParamSpec("Options")
@@ -76,16 +84,17 @@ def enable_advanced_parallelization(*args: Any, **options: Any) -> None:
         return
     variables = planner_variables()
     read_variable()
+    launching = launch_variables()
     workers = _workers_to_start()
     if _enabled == parsed:
         return
     if _enabled is not None:
         raise OptionError(f"advanced parallelization is already enabled, with {_enabled}: call it once for a process")
     # These imports need torch, which is not imported yet when this file runs.
-    if workers > 1:
+    if workers > 1 or (workers == 1 and launching.max_restarts > 0):
         from moreh.runtime.launch.launcher import launch
 
-        launch(workers, start_directory=_START_DIRECTORY)  # does not return
+        launch(workers, _START_DIRECTORY, launching)  # does not return
     from moreh.runtime.engine.hook import install_hook
     from moreh.runtime.launch.world import join_world
 
@@ -95,10 +104,11 @@ def enable_advanced_parallelization(*args: Any, **options: Any) -> None:
 
 
 def _workers_to_start() -> int:
-    """How many workers this process has to start: 1 if it is a worker itself, or computes alone.
+    """How many workers this process has to start: 1 if it computes alone, 0 if it is a worker itself.
 
     Raises:
-        OptionError: MOREH_WORKERS is not a whole number from 1 to MAX_WORKERS, or exceeds the number of GPUs.
+        OptionError: MOREH_WORKERS is not a whole number from 1 to MAX_WORKERS, or exceeds the number of GPUs or what
+            this machine's cores and memory allow.
     """
     import torch
 
@@ -111,13 +121,16 @@ def _workers_to_start() -> int:
         )
     # torchrun or this package started this process as a worker, or multiprocessing started it to help a worker.
     if {"RANK", "WORLD_SIZE"} & os.environ.keys() or multiprocessing.parent_process() is not None:
-        return 1
+        return 0
     if int(value) > gpus > 0 and not shares_gpus():
         raise OptionError(
             f"MOREH_WORKERS={value}: this machine has {gpus} GPU(s), and allowed is one worker for each; set "
             "CUDA_VISIBLE_DEVICES to nothing to compute on the CPU, or MOREH_SHARE_GPUS=1 to test with several workers "
             "on one GPU"
         )
+    refusal = None if gpus else refused_processes(int(value))
+    if refusal is not None:
+        raise OptionError(f"MOREH_WORKERS={value} (accelerator.workers): {refusal}")
     return int(value)
 
 

@@ -4,6 +4,7 @@ Nothing here imports torch, so a wrong YAML file is refused before torch is load
 """
 
 import difflib
+import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
@@ -22,6 +23,10 @@ DEFAULT_MEMORY_PERCENT = 80
 _VARIABLE_PREFIX = "MOREH_ADVANCED_PARALLELIZATION_"
 ENABLE_VARIABLE = "MOREH_ENABLE_ADVANCED_PARALLELIZATION"
 PLATFORM_LINES_VARIABLE = "MOREH_PLATFORM_LINES"
+MAX_RESTARTS_VARIABLE = "MOREH_MAX_RESTARTS"
+HANG_VARIABLE = "MOREH_HANG_SECONDS"
+# A script may do other things than to train for a long time, such as to prepare data in one worker.
+DEFAULT_HANG_S = 3600.0
 
 # What an option allows, as errors word it.
 SWITCH = "True or False"
@@ -176,6 +181,37 @@ def planner_variables() -> PlannerVariables:
         threads=_number_in_environment("MAX_PARALLEL_COMPILE_THREADS", default=16, minimum=1, maximum=1024),
         platform_lines=_shows_platform_lines(),
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchVariables:
+    """The launcher's environment variables, checked."""
+
+    max_restarts: int
+    """MOREH_MAX_RESTARTS: how often the workers are started again after one of them has died or hung."""
+    hang_seconds: float | None
+    """MOREH_HANG_SECONDS: how long all workers may be silent before they are ended; None (0): for ever."""
+
+
+def launch_variables() -> LaunchVariables:
+    """Read the launcher's environment variables.
+
+    Raises:
+        OptionError: a variable is not a number, or is out of range.
+    """
+    restarts = os.environ.get(MAX_RESTARTS_VARIABLE, "0").strip()
+    if not (restarts.isascii() and restarts.isdecimal()):
+        raise OptionError(f"{MAX_RESTARTS_VARIABLE}={restarts!r}: allowed is a whole number from 0; 0 if unset")
+    text = os.environ.get(HANG_VARIABLE, "").strip()
+    try:
+        seconds = float(text) if text else DEFAULT_HANG_S
+    except ValueError:
+        seconds = math.nan
+    if not (0 <= seconds < math.inf):
+        raise OptionError(
+            f"{HANG_VARIABLE}={text!r}: allowed is a number of seconds from 0 (never); {DEFAULT_HANG_S:g} if unset"
+        )
+    return LaunchVariables(max_restarts=int(restarts), hang_seconds=seconds or None)
 
 
 def _shows_platform_lines() -> bool:

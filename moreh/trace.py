@@ -17,6 +17,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Any
@@ -29,6 +30,8 @@ PREFIX = "moreh::"
 # A child of the log's logger: a filter that silences the info lines of ranks other than 0 does not apply to it.
 _logger = logger.getChild("trace")
 _logs_spans = False
+# What is told of each span as it begins and ends.
+_watcher: tuple[Callable[[str], None], Callable[[], None]] | None = None
 _nesting = threading.local()
 
 
@@ -38,7 +41,15 @@ def span(name: str, bytes: int | None = None) -> AbstractContextManager[Any]:
     `bytes` is the size of the tensors that a collective communicates, in bytes; None for a phase.
     """
     recorded = _profiler_span(name)
-    return _LoggedSpan(name, bytes, recorded) if _logs_spans else recorded
+    if _logs_spans:
+        recorded = _LoggedSpan(name, bytes, recorded)
+    return recorded if _watcher is None else _WatchedSpan(name, recorded, *_watcher)
+
+
+def watch_spans(enter: Callable[[str], None], leave: Callable[[], None]) -> None:
+    """From now on, call `enter` with the name of each span as it begins, and `leave` as it ends."""
+    global _watcher
+    _watcher = enter, leave
 
 
 def logs_spans() -> bool:
@@ -68,6 +79,31 @@ def _profiler_span(name: str) -> AbstractContextManager[Any]:
     # The range of torch.profiler.record_function in a twentieth of its time: half a microsecond while no profiler runs.
     recorded: AbstractContextManager[Any] = torch._C._profiler._RecordFunctionFast(PREFIX + name)
     return recorded
+
+
+class _WatchedSpan:
+    """A span whose begin and end are told."""
+
+    __slots__ = ("_enter", "_leave", "_name", "_recorded")
+
+    def __init__(
+        self,
+        name: str,
+        recorded: AbstractContextManager[Any],
+        enter: Callable[[str], None],
+        leave: Callable[[], None],
+    ) -> None:
+        self._name, self._recorded, self._enter, self._leave = name, recorded, enter, leave
+
+    def __enter__(self) -> None:
+        self._enter(self._name)
+        self._recorded.__enter__()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._recorded.__exit__(kind, error, traceback)
+        self._leave()
 
 
 class _LoggedSpan:

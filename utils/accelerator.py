@@ -6,23 +6,26 @@ from collections.abc import Iterator
 
 from moreh.accelerator.registry import read_registry, switch_model
 from moreh.log import logger, set_up_logger
-from moreh.options import ENABLE_VARIABLE
-from utils.config.schema import AcceleratorSection
+from moreh.options import ENABLE_VARIABLE, HANG_VARIABLE, MAX_RESTARTS_VARIABLE
+from utils.config.schema import Config
 from utils.environment import restored_variables
 
 WORKERS_VARIABLE = "MOREH_WORKERS"
 
 
 @contextlib.contextmanager
-def accelerator_of(settings: AcceleratorSection) -> Iterator[None]:
+def accelerator_of(config: Config) -> Iterator[None]:
     """Switch to the accelerator of the settings. While the context is open, the one line obeys the settings.
 
-    If the environment variable MOREH_WORKERS is set already, it overrides the settings.
+    Variables of the environment that are set already override the settings.
 
     Raises:
         AcceleratorError: there is no such accelerator, or a job is running on the current one.
     """
-    with restored_variables(WORKERS_VARIABLE, ENABLE_VARIABLE):
+    settings, launch = config.accelerator, config.launch
+    with restored_variables(WORKERS_VARIABLE, ENABLE_VARIABLE, MAX_RESTARTS_VARIABLE, HANG_VARIABLE):
+        os.environ.setdefault(MAX_RESTARTS_VARIABLE, str(launch.max_restarts))
+        os.environ.setdefault(HANG_VARIABLE, str(launch.hang_seconds or 0))
         if settings.workers is not None:
             os.environ.setdefault(WORKERS_VARIABLE, str(settings.workers))
         if settings.advanced_parallelization is None:

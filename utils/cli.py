@@ -1,12 +1,15 @@
 """The command line of a training script, and its exit: errors that the user has to correct show no traceback."""
 
 import argparse
+import contextlib
 import gc
 import io
 import os
 import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from moreh.accelerator.waiting import VARIABLE as WAIT_VARIABLE
@@ -20,15 +23,21 @@ from utils.config.schema import RESUME_WITH_KEYS, Config
 from utils.config.section import expand_home
 from utils.config.yaml_file import load_config
 from utils.environment import restored_variables
-from utils.errors import DryRunEnd, Stopped, UserError, system_word
+from utils.errors import (
+    EXIT_FAILURE,
+    EXIT_SIGNAL,
+    EXIT_USER_ERROR,
+    DryRunEnd,
+    Stopped,
+    UserError,
+    system_word,
+)
 from utils.logging.run_log import RunLog, disable_progress_bars
+from utils.machine_errors import dead_loader_text, out_of_memory_text
 
 if TYPE_CHECKING:
     from utils.data.records import MakePair
     from utils.data.tokenization import MakeExample
-
-EXIT_USER_ERROR = 2
-EXIT_SIGNAL = 128  # plus the number of the signal
 
 # The main function of a training script.
 Main = Callable[[Config, RunLog], None]
@@ -143,7 +152,7 @@ def run_main(main: Main, config: Config, *, is_dry: bool = False) -> None:
     """Call the main function of a training script, with the accelerator of the settings and the log of the run."""
     if "torch" not in sys.modules:
         _import_libraries()
-    with RunLog(config, is_dry=is_dry) as log, accelerator_of(config.accelerator):
+    with RunLog(config, is_dry=is_dry) as log, accelerator_of(config):
         main(config, log)
 
 
@@ -153,12 +162,33 @@ def _import_libraries() -> None:
     Imported objects stay, so searching them again and again would be in vain. It takes a quarter of the import time.
     """
     gc.disable()
-    import utils.data.dataset
-    import utils.training.checkpoint.checkpoints
-    import utils.training.model  # noqa: F401
+    with _leaving_at_interrupt():
+        import utils.data.dataset
+        import utils.training.checkpoint.checkpoints
+        import utils.training.model  # noqa: F401
 
     gc.freeze()
     gc.enable()
+
+
+@contextlib.contextmanager
+def _leaving_at_interrupt() -> Iterator[None]:
+    """Let Ctrl-C end the process at once. Libraries turn a KeyboardInterrupt in their imports into other errors."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        with contextlib.suppress(OSError):
+            os.write(2, b"interrupted\n")
+        os._exit(EXIT_SIGNAL + number)
+
+    is_default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not is_default or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def exit_code_of(program: Callable[[], None], *, debug: bool) -> int:
@@ -175,7 +205,7 @@ def exit_code_of(program: Callable[[], None], *, debug: bool) -> int:
         print(end)
     except Stopped as stop:
         say(str(stop))
-        return EXIT_SIGNAL + stop.signal_number
+        return stop.exit_code
     except KeyboardInterrupt:
         say("interrupted")
         return EXIT_SIGNAL + signal.SIGINT
@@ -187,6 +217,12 @@ def exit_code_of(program: Callable[[], None], *, debug: bool) -> int:
         what = "standard output" if error.filename is None else str(error.filename)
         say(f"error: {printable(what)}: {system_word(error)}")
         return EXIT_USER_ERROR
+    except (MemoryError, RuntimeError) as error:
+        text = out_of_memory_text(error) or dead_loader_text(error)
+        if debug or text is None:
+            raise
+        say(f"error: {text}")
+        return EXIT_FAILURE
     finally:
         flush_output()
     return 0

@@ -7,6 +7,13 @@ from collections.abc import Sequence
 
 # How libraries in Rust end what the operating system says.
 _OS_ERROR = re.compile(r"([^:]+) \(os error \d+\)")
+EXIT_FAILURE = 1
+"""The machine has failed the run, which may go well another time."""
+EXIT_USER_ERROR = 2
+EXIT_REQUEUE = 75
+"""A run has saved before its time limit, and wants to be started again: EX_TEMPFAIL of sysexits.h."""
+EXIT_SIGNAL = 128
+"""A run was stopped by a signal, whose number is added."""
 
 
 def first_line(error: BaseException) -> str:
@@ -46,10 +53,10 @@ class DryRunEnd(Exception):
 
 
 class Stopped(Exception):
-    """The run was asked to stop by a signal, and has saved what it had done."""
+    """The run was asked to stop by a signal or a time limit, and has saved what it had done."""
 
-    def __init__(self, message: str, signal_number: int) -> None:
-        self.signal_number = signal_number
+    def __init__(self, message: str, exit_code: int) -> None:
+        self.exit_code = exit_code
         super().__init__(message)
 
 

@@ -17,13 +17,19 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from moreh.accelerator.environment import warn_of_a_line_that_was_not_called, warn_of_variables_without_effect
-from moreh.accelerator.flavors import Flavor
-from moreh.accelerator.job_status import ChosenPlan, JobStatus, PredictedUse, sample_cpu_time, write_status
+from moreh.accelerator.job_status import (
+    DEFAULT_GRACE_S,
+    ChosenPlan,
+    JobStatus,
+    PredictedUse,
+    sample_cpu_time,
+    write_status,
+)
 from moreh.accelerator.memory.ledger import MemoryLedger, adamw_training_bytes, weight_bytes
 from moreh.accelerator.memory.out_of_memory import out_of_memory_error
 from moreh.accelerator.registry import end_job, read_registry, start_job
 from moreh.accelerator.registry_content import Accelerator, Job
-from moreh.accelerator.this_machine import THIS_MACHINE, machine_text
+from moreh.accelerator.this_machine import log_devices
 from moreh.accelerator.waiting import when_free
 from moreh.errors import RegistryError
 from moreh.log import logger, set_up_logger
@@ -32,6 +38,8 @@ from moreh.system import available_cores
 from moreh.version import __version__
 
 SECONDS_BETWEEN_REPORTS = 1.0
+# A smaller change of the time that a job needs to save is not worth a report.
+_GRACE_CHANGE = 0.1
 
 
 class LocalJob:
@@ -51,6 +59,8 @@ class LocalJob:
         self._planned: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
         # Rank and process id of each worker on this machine; empty if there is one worker.
         self.worker_pids: tuple[tuple[int, int], ...] = ()
+        # Seconds that the job needs to save, once it is asked to end.
+        self._grace_s = DEFAULT_GRACE_S
         # CPU time is counted for the job's process and its descendants. One of these processes makes the reports.
         self._process = psutil.Process(job.pid)
         self._reporting_pid = job.pid
@@ -136,6 +146,7 @@ class LocalJob:
             self._latest,
             self.predicted,
             self.worker_pids,
+            self._grace_s,
         )
         try:
             write_status(self.job, status)
@@ -146,6 +157,13 @@ class LocalJob:
     def report_soon(self) -> None:
         """Let the next `report` write, however recent the last one is."""
         self._next_report = 0.0
+
+    def need_grace(self, seconds: float) -> None:
+        """Tell who ends this job, such as `moreh-smi --reset`, how long it then needs to save."""
+        if abs(seconds - self._grace_s) > _GRACE_CHANGE * self._grace_s:
+            self._grace_s = seconds
+            self.report_soon()
+            self.report()
 
     def report_from_here(self) -> None:
         """Let this process make the reports. A worker calls this, because the launcher only waits for its workers."""
@@ -238,31 +256,10 @@ def _start_own_job(run: str, may_wait: bool) -> LocalJob:
     logger.info("Moreh Version: %s", __version__)
     logger.info("Moreh Job ID: %d", job.id)
     warn_of_variables_without_effect()
-    _log_devices(accelerator.flavor, on_cpu=started.simulated)
+    log_devices(accelerator.flavor, on_cpu=started.simulated)
     started.report()
     started.report_soon()
     return started
-
-
-def _log_devices(flavor: Flavor, *, on_cpu: bool) -> None:
-    """Say on which devices the job computes and, if these are not those of the accelerator, that it is simulated."""
-    if not flavor.simulated:
-        logger.info(machine_text(flavor))
-        return
-    model = f"{flavor.name} ({flavor.devices} x {flavor.device.name}, {flavor.memory_mib} MiB)"
-    if on_cpu:
-        logger.info(
-            "Simulated: this machine has no GPU, so %s is simulated and the job computes on %d CPU core(s).",
-            model,
-            available_cores(),
-        )
-    else:
-        logger.info(
-            "Simulated: %s was chosen, so its plans are predictions and the job computes on this machine's GPUs; "
-            "'moreh-switch-model \"%s\"' plans for these.",
-            model,
-            THIS_MACHINE,
-        )
 
 
 def _join_job_of_ancestor() -> LocalJob | None:

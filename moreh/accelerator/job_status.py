@@ -14,6 +14,8 @@ from moreh.errors import RegistryError
 
 # The kernel counts CPU time in hundredths of a second, so a percentage over a shorter time would be mostly rounding.
 MIN_SAMPLE_SECONDS = 0.5
+DEFAULT_GRACE_S = 60.0
+"""How long a job that is asked to end may take to save, in seconds, if it has not said how long it needs."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,8 @@ class JobStatus:
     """The predicted use of the job's plan; None until a training run has been planned."""
     worker_pids: tuple[tuple[int, int], ...] = ()
     """Rank and process id of each worker on this machine; empty if there is one worker."""
+    grace_s: float = DEFAULT_GRACE_S
+    """Seconds that the job needs to save, once it is asked to end."""
 
     @property
     def total_memory_bytes(self) -> int:
@@ -119,6 +123,12 @@ def read_status(job: Job) -> JobStatus | None:
         return JobStatus(**{**content, **samples, "predicted": predicted, "worker_pids": workers})
     except (RegistryError, KeyError, TypeError):
         return None
+
+
+def grace_of(job: Job) -> float:
+    """Seconds that a job may take to save, once it is asked to end."""
+    status = read_status(job)
+    return DEFAULT_GRACE_S if status is None else status.grace_s
 
 
 def measured_worker_bytes(status: JobStatus) -> list[tuple[int, int, int]]:

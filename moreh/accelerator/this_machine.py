@@ -10,6 +10,8 @@ from dataclasses import replace
 from moreh.accelerator.devices import Device, device_of_driver
 from moreh.accelerator.flavors import Flavor, all_flavors, find_flavor
 from moreh.accelerator.gpus import Gpu, visible_gpus
+from moreh.log import logger
+from moreh.system import available_cores
 
 # The name of this accelerator, of this machine as a device of `moreh-plan`, and of the class of efficiency that is
 # measured on it.
@@ -58,6 +60,27 @@ def machine_text(machine: Flavor) -> str:
     """What the log says of this machine as the accelerator."""
     device = machine.device
     return f"This machine: {machine.devices} x {device.name}, {device.memory_mib} MiB each; {device.source}."
+
+
+def log_devices(flavor: Flavor, *, on_cpu: bool) -> None:
+    """Say on which devices the job computes and, if these are not those of the accelerator, that it is simulated."""
+    if not flavor.simulated:
+        logger.info(machine_text(flavor))
+        return
+    model = f"{flavor.name} ({flavor.devices} x {flavor.device.name}, {flavor.memory_mib} MiB)"
+    if on_cpu:
+        logger.info(
+            "Simulated: this machine has no GPU, so %s is simulated and the job computes on %d CPU core(s).",
+            model,
+            available_cores(),
+        )
+    else:
+        logger.info(
+            "Simulated: %s was chosen, so its plans are predictions and the job computes on this machine's GPUs; "
+            "'moreh-switch-model \"%s\"' plans for these.",
+            model,
+            THIS_MACHINE,
+        )
 
 
 def find_model(selection: str) -> Flavor:

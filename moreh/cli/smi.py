@@ -8,6 +8,7 @@ import time
 
 import psutil
 
+from moreh.accelerator.job_status import grace_of
 from moreh.accelerator.registry import ensure_registry, read_registry
 from moreh.accelerator.registry_content import Job
 from moreh.cli.device_commands import add_device, list_devices, remove_device, switch_device
@@ -17,8 +18,8 @@ from moreh.cli.terminal import help_formatter, run_tool
 from moreh.errors import AcceleratorError
 from moreh.version import __version__
 
-# How long a job may take to end once it was asked to.
-SECONDS_UNTIL_KILL = 10.0
+# A job that ends others, as a launcher its workers, ends a moment after them.
+SECONDS_AFTER_GRACE = 10.0
 MAX_SECONDS_BETWEEN = 86_400.0
 # The value of a device option that was given without its argument: the tool asks for it.
 ASK = ""
@@ -121,12 +122,13 @@ def _end_job(index: int | None) -> str:
         process = psutil.Process(job.pid)
         if not job.is_running():  # the process id may already belong to somebody else
             return f"The {name} ended by itself."
+        seconds = grace_of(job) + SECONDS_AFTER_GRACE
         process.terminate()
-        if _ends_within(SECONDS_UNTIL_KILL, job):
+        if _ends_within(seconds, job):
             return f"Ended {name}."
         process.kill()
-        if _ends_within(SECONDS_UNTIL_KILL, job):
-            return f"Killed {name}: it did not end within {SECONDS_UNTIL_KILL:g} s of being asked to."
+        if _ends_within(SECONDS_AFTER_GRACE, job):
+            return f"Killed {name}: it did not end within {seconds:.0f} s of being asked to."
     except psutil.NoSuchProcess:
         return f"The {name} ended by itself."
     except psutil.AccessDenied:
@@ -175,7 +177,10 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         "-t", "--token", action="store_true", help="Print the token of the current accelerator, or of the one with -i."
     )
     parser.add_argument(
-        "-r", "--reset", action="store_true", help="End the job on the current accelerator, or on the one with -i."
+        "-r",
+        "--reset",
+        action="store_true",
+        help="End the job on the current accelerator, or on the one with -i, once it has saved.",
     )
     parser.add_argument("-l", "--loop", type=_seconds, metavar="SECONDS", help="Show everything again every SECONDS.")
     parser.add_argument("--json", action="store_true", help="Print JSON instead of tables and sentences.")

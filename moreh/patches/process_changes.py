@@ -90,28 +90,43 @@ PROCESS_CHANGES = (
     ),
     ProcessChange(
         "signal.signal",
-        "moreh/runtime/launch/bootstrap.py",
+        "moreh/bootstrap.py",
         "In a new worker before it becomes the script: Ctrl-C shows no traceback of the bootstrap.",
     ),
     ProcessChange(
         "prctl",
-        "moreh/runtime/launch/bootstrap.py",
+        "moreh/bootstrap.py",
         "In a new worker on Linux: the system kills it when the process that started it ends.",
     ),
     ProcessChange(
         "os.chdir",
-        "moreh/runtime/launch/bootstrap.py",
+        "moreh/bootstrap.py",
         "In a new worker: the script runs in the directory in which it was started.",
     ),
     ProcessChange(
         "os.dup2",
-        "moreh/runtime/launch/bootstrap.py",
+        "moreh/bootstrap.py",
         "In a worker other than rank 0: errors go to its log, and there is no input.",
     ),
     ProcessChange(
         "os.execv",
-        "moreh/runtime/launch/bootstrap.py",
+        "moreh/bootstrap.py",
         "In a new worker: the bootstrap becomes the script.",
+    ),
+    ProcessChange(
+        "global hooks of torch",
+        "moreh/runtime/launch/watch/pulse.py",
+        "In a worker: counts the steps of optimizers, so that the launcher sees how far the worker has come.",
+    ),
+    ProcessChange(
+        "atexit.register",
+        "moreh/runtime/launch/watch/pulse.py",
+        "In a worker: tells the launcher that the script has ended, and that Python takes its time to shut down.",
+    ),
+    ProcessChange(
+        "faulthandler.enable",
+        "moreh/runtime/launch/watch/pulse.py",
+        "In a worker: writes its stack to a file when it crashes, and at a real-time signal of the launcher.",
     ),
     ProcessChange(
         "sys.excepthook",

@@ -159,7 +159,8 @@ def test_reset_kills_a_job_that_does_not_end(environment, tmp_path, monkeypatch)
     )
     process = subprocess.Popen([sys.executable, str(script)], env=environment, stdout=subprocess.PIPE, text=True)
     assert any(line == "ready\n" for line in process.stdout)
-    monkeypatch.setattr("moreh.cli.smi.SECONDS_UNTIL_KILL", 0.3)
+    monkeypatch.setattr("moreh.cli.smi.SECONDS_AFTER_GRACE", 0.3)
+    monkeypatch.setattr("moreh.cli.smi.grace_of", lambda job: 0.1)
     from moreh.cli.smi import _end_job
 
     assert "did not end" in _end_job(None)

@@ -20,7 +20,7 @@ def variables(monkeypatch, tiny_config):
         monkeypatch.delenv(name, raising=False)
 
     def read(settings):
-        with accelerator_of(load_config(str(tiny_config), [f"accelerator={settings}"]).accelerator):
+        with accelerator_of(load_config(str(tiny_config), [f"accelerator={settings}"])):
             return os.environ.get(WORKERS_VARIABLE), os.environ.get(ENABLE_VARIABLE)
 
     return read

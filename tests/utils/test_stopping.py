@@ -4,18 +4,23 @@ import os
 import signal
 import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from pydantic import ValidationError
 
+from utils.config.running_section import StopSection
 from utils.config.schema import Config
-from utils.errors import Stopped, UserError
+from utils.errors import EXIT_REQUEUE, Stopped, UserError
 from utils.training.checkpoint import checkpoints as checkpoints_module
+from utils.training.checkpoint import time_limit as limit_module
 from utils.training.checkpoint.checkpoints import Checkpoints
 from utils.training.checkpoint.disk_space import bytes_of_run, require_disk_space
 from utils.training.checkpoint.stopping import STOP_SIGNALS, StopRequest, resume_command
+from utils.training.checkpoint.time_limit import MINIMUM_GRACE_S, GracePeriod, TimeLimit, slurm_end
 
 
 @pytest.fixture
@@ -74,7 +79,7 @@ class Log:
         return lambda *arguments: None
 
 
-def make_config(directory, optimizer="adamw", **settings):
+def make_config(directory, optimizer="adamw", stop=None, **settings):
     return Config.model_validate(
         {
             "run": {"name": "tiny", "directory": str(directory)},
@@ -82,6 +87,7 @@ def make_config(directory, optimizer="adamw", **settings):
             "data": {"docstrings": ["stdlib"]},
             "train": {"steps": 9, "optimizer": optimizer},
             "checkpoint": settings,
+            "stop": stop or {},
         }
     )
 
@@ -166,3 +172,69 @@ def test_disk_without_room_is_refused_before_the_first_step(tmp_path, monkeypatc
     (directory / "step-3").mkdir(parents=True)
     require_disk_space(directory, model, make_config(tmp_path, keep_last=2, keep_best=False))
     assert Path(directory).is_dir()
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The time since the start of the run, which tests set, in seconds."""
+    now = SimpleNamespace(seconds=0.0)
+    watched = SimpleNamespace(time=lambda: 5000 + now.seconds, monotonic=lambda: now.seconds)
+    monkeypatch.setattr(checkpoints_module, "time", watched)
+    monkeypatch.setattr(limit_module, "time", watched)
+    monkeypatch.setattr(limit_module, "_start_of_run", lambda: 5000.0)
+    return now
+
+
+def test_grace_is_twice_a_step_and_a_save_or_as_set(clock):
+    grace = GracePeriod(StopSection())
+    assert grace.seconds == MINIMUM_GRACE_S
+    grace.end_step()
+    for clock.seconds in (100, 120, 140):  # the first one had an evaluation
+        grace.end_step()
+    grace.end_save(30)
+    assert grace.seconds == 2 * (100 + 30)
+    for _ in range(10):
+        clock.seconds += 20
+        grace.end_step()
+    assert grace.seconds == 2 * (20 + 30)
+    assert GracePeriod(StopSection(grace_seconds=5)).seconds == 5
+
+
+def test_run_saves_before_its_time_limit_and_asks_to_be_started_again(handlers, tmp_path, clock):
+    _, end_step = make_checkpoints(tmp_path, every_minutes=None, stop={"before": "1h10m", "grace_seconds": 100})
+    clock.seconds = 4200 - 101
+    end_step(1)
+    clock.seconds += 1
+    with pytest.raises(Stopped, match=r"because of stop.before=1h10m after step 2, and saved in .*step-2; to") as stop:
+        end_step(2)
+    assert stop.value.exit_code == EXIT_REQUEUE == 75
+    assert saved_steps(tmp_path) == ["step-2"]
+
+
+def test_time_limit_without_time_for_a_step_is_an_error(handlers, tmp_path, clock):
+    with pytest.raises(UserError, match=r"stop.before=59s is nearer than the grace period of 60 s, so no step can be"):
+        make_checkpoints(tmp_path, stop={"before": "59s"})
+
+
+def test_end_of_a_slurm_job_is_a_limit(tmp_path, monkeypatch):
+    assert slurm_end({}) is None
+    end = slurm_end({"SLURM_JOB_ID": "17", "SLURM_JOB_END_TIME": "1700000000"})
+    assert end == TimeLimit(1.7e9, "the end time of Slurm's job 17")
+    (tmp_path / "scontrol").write_text(
+        '#!/bin/sh\ntest "$*" = "show job 17 --oneliner" && echo "JobId=17 JobName=a EndTime=2026-05-01T12:00:00 A=b"\n'
+    )
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert slurm_end({"SLURM_JOB_ID": "17"}).ends == datetime(2026, 5, 1, 12).timestamp()
+    assert slurm_end({"SLURM_JOB_ID": "18"}) is None
+
+
+@pytest.mark.parametrize("text", ["23h50m", "90m", "45s", "1h1m1s"])
+def test_durations(text):
+    assert StopSection(before=text).before == text
+
+
+@pytest.mark.parametrize("text", ["", "90", "1.5h", "5m1h", "1d"])
+def test_wrong_durations_are_refused(text):
+    with pytest.raises(ValidationError):
+        StopSection(before=text)

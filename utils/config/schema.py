@@ -16,6 +16,8 @@ from utils.config.model_section import ADAPTER_FILE as ADAPTER_FILE
 from utils.config.model_section import LoraSection as LoraSection
 from utils.config.model_section import ModelSection as ModelSection
 from utils.config.optimizers import check_optimizer_settings
+from utils.config.running_section import CheckpointSection as CheckpointSection
+from utils.config.running_section import LaunchSection, StopSection
 from utils.config.section import NonEmpty, NotNegative, PathText, Positive, Section
 
 EXCLUSIVE_KEYS = {"data": SOURCES, "model": ("pretrained", "architecture"), "train": ("steps", "epochs")}
@@ -136,6 +138,10 @@ class TrainSection(Section):
     """Whether the weight decay counts for norms and biases as well as for matrices and embeddings."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradients are clipped to this global norm."""
+    non_finite: Literal["stop", "skip", "go_back"] = "stop"
+    """What happens at a step whose loss or gradient norm is not finite: the run ends, or the step changes no weights.
+    `go_back` also takes the weights and the optimizer's state of the last checkpoint, and goes on with the next rows.
+    Three such steps in a row end the run."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Decides the held-out rows, the order of the data, the weights of a new model and dropout."""
     loader_workers: NotNegative = 0
@@ -165,29 +171,6 @@ class TrainSection(Section):
         if "optimizer" in info.data:
             check_optimizer_settings(info.data["optimizer"], settings)
         return settings
-
-
-class CheckpointSection(Section):
-    """Checkpoints of the training, from which `--resume` continues."""
-
-    every_steps: Positive | None = None
-    """Save a checkpoint every so many steps; null: not by steps."""
-    every_minutes: Annotated[float, Field(gt=0)] | None = 20.0
-    """Save a checkpoint once so many minutes have passed since the last one; null: not by time. A run that is stopped
-    by a signal saves one in any case."""
-    keep_last: Positive = 2
-    """The number of checkpoints to keep; older ones are removed."""
-    keep_best: bool = True
-    """Keep the checkpoint with the lowest held-out loss as well, of those after whose step there was an evaluation."""
-    resume: PathText | None = None
-    """What `--resume` resumes: `auto` (the last checkpoint of the run, if any), or the directory of one or of a run.
-    The `config.yaml` of a run does not have it, so running that file again starts anew."""
-    resume_with: list[NonEmpty] | None = None
-    """The settings that may differ from the checkpoint's, such as `[train.lr]`; null: none of them.
-    `--resume-with train.lr=1e-5` sets one, and names it here."""
-    resume_force: bool = False
-    """Go on although the data, the tokenizer, the model or another setting is not that of the checkpoint
-    (`--resume-force`)."""
 
 
 class LogSection(Section):
@@ -224,6 +207,8 @@ class Config(Section):
     data: DataSection
     train: TrainSection
     checkpoint: CheckpointSection = CheckpointSection()
+    stop: StopSection = StopSection()
+    launch: LaunchSection = LaunchSection()
     log: LogSection = LogSection()
 
     @model_validator(mode="after")

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from moreh.trace import span
 from utils.config.schema import Config
 from utils.data.batches import Batch, evaluation_loader
 from utils.data.dataset import RunData
@@ -103,12 +104,13 @@ def evaluate(model: Any, batches: Iterable[Batch]) -> float:
     loss_sum, label_tokens = 0.0, 0
     with _evaluating(model):
         for batch in batches:
-            outputs = model(
-                batch["input_ids"].cuda(),
-                attention_mask=batch["attention_mask"].cuda(),
-                labels=batch["labels"].cuda(),
-                use_cache=False,
-            )
+            with span("evaluate_batch"):
+                outputs = model(
+                    batch["input_ids"].cuda(),
+                    attention_mask=batch["attention_mask"].cuda(),
+                    labels=batch["labels"].cuda(),
+                    use_cache=False,
+                )
             batch_label_tokens = count_labels(batch["labels"])
             loss_sum += outputs.loss.item() * batch_label_tokens
             label_tokens += batch_label_tokens
@@ -129,7 +131,7 @@ def generate_sample(
         return ""
     input_ids = torch.tensor([prompt_ids])
     # Forked, so that the training draws the same random numbers afterwards as without a sample.
-    with _evaluating(model), torch.random.fork_rng():
+    with span("generate_sample"), _evaluating(model), torch.random.fork_rng():
         torch.manual_seed(0)
         generated = model.generate(
             input_ids.cuda(),

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from moreh.atomic_io import commit_directory, make_staging_directory, staging_path
+from moreh.trace import span
 from utils.config.schema import DataSection
 from utils.errors import UserError, system_word
 from utils.text.template import save_template
@@ -23,13 +24,14 @@ def save_model(model: Any, tokenizer: Any, data: DataSection, directory: Path) -
     staging = staging_path(directory)
     is_writer = rank() == 0
     try:
-        if is_writer:
-            make_staging_directory(directory)
-        model.save_pretrained(staging)
-        if is_writer:
-            tokenizer.save_pretrained(staging)
-            save_template(data, staging)
-            commit_directory(staging, directory)
+        with span("save_model"):
+            if is_writer:
+                make_staging_directory(directory)
+            model.save_pretrained(staging)
+            if is_writer:
+                tokenizer.save_pretrained(staging)
+                save_template(data, staging)
+                commit_directory(staging, directory)
     except Exception as error:  # each library that writes has errors of its own
         reason = system_word(error)
         if reason is None:

@@ -1,5 +1,6 @@
 """Measures the steps of a run: tokens per second, memory, and the line that the console shows."""
 
+import functools
 import math
 import statistics
 import time
@@ -9,10 +10,11 @@ from typing import Any
 import psutil
 import torch
 
+from moreh.runtime.launch.watch.pulse import begin_step
 from utils.config.schema import Config
 from utils.data.batches import Batch
 from utils.data.labels import count_labels
-from utils.errors import DryRunEnd, UserError
+from utils.errors import DryRunEnd
 from utils.logging.run_log import RunLog
 
 # Steps of a dry run; the first, which plans and allocates, does not count.
@@ -37,7 +39,7 @@ class StepMeter:
         self._step_s: list[float] = []
 
     def timed(self, steps: Iterable[tuple[int, list[Batch]]]) -> Iterator[tuple[int, list[Batch]]]:
-        """The same steps, each with the clock started before its batches are loaded."""
+        """The same steps, each with the clock started before its batches are loaded, and known to a launcher."""
         iterator = iter(steps)
         while True:
             self._start = time.perf_counter()
@@ -46,22 +48,8 @@ class StepMeter:
             step = next(iterator, None)
             if step is None:
                 return
+            begin_step(step[0], functools.partial(rows_of, step[1]))
             yield step
-
-    def require_finite(self, step: int, loss: float, grad_norm: float, batches: list[Batch]) -> None:
-        """Stop the run at a loss or gradient that is not finite, with the rows of the step in the log.
-
-        Raises:
-            UserError: the loss or the gradient norm is not finite.
-        """
-        if math.isfinite(loss) and math.isfinite(grad_norm):
-            return
-        rows = ", ".join(location for batch in batches for location in batch["locations"])
-        self._log.info(f"[Step {step}/{self._total_steps}] | Loss: {loss} | Gradient norm: {grad_norm} | Rows: {rows}")
-        raise UserError(
-            f"step {step}: the loss is {loss} and the gradient norm {grad_norm}. Try a smaller train.lr or a longer "
-            f"train.warmup_steps, or look at the rows of the step in {self._log.directory / 'train.log'}"
-        )
 
     def finish(self, step: int, batches: list[Batch], *, loss: float, lr: Any, grad_norm: float) -> dict[str, Any]:
         """Stop the clock; returns the metrics of the step."""
@@ -83,11 +71,12 @@ class StepMeter:
                 f"norm {grad_norm:.2f} | {speed:,.0f} tokens/s | {memory:.1f} GiB{self._time_left(step)}"
             )
             self._real_tokens, self._seconds = 0, 0.0
+        # JSON has no NaN: a step that changed no weights because of one has no loss.
+        finite = {key: value for key, value in (("loss", loss), ("grad_norm", grad_norm)) if math.isfinite(value)}
         return {
             "step": step,
-            "loss": loss,
             "lr": lr,
-            "grad_norm": grad_norm,
+            **finite,
             "real_tokens_per_s": real_tokens / seconds,
             "label_tokens_per_s": label_tokens / seconds,
             "padded_tokens_per_s": padded_tokens / seconds,
@@ -118,6 +107,11 @@ def evaluations_of(config: Config, total_steps: int) -> int:
     """How many evaluations a run has: before the first step, every `log.eval_every_steps`, and after the last step."""
     every = config.log.eval_every_steps or total_steps
     return 1 + total_steps // every + (total_steps % every > 0)
+
+
+def rows_of(batches: list[Batch]) -> str:
+    """Where the rows of a step were read, as a message lists them."""
+    return ", ".join(location for batch in batches for location in batch["locations"])
 
 
 def _memory_in_use() -> int:

@@ -17,7 +17,7 @@ from moreh.accelerator.gpus import shares_gpus
 from moreh.accelerator.state_files import read_json, replace_json, state_directory
 from moreh.errors import PlanError, RegistryError
 from moreh.log import logger
-from moreh.system import available_cores
+from moreh.system import available_cores, refused_processes
 
 # Of the measurements and of the file that keeps them. Files of another format are not read.
 FORMAT = 2
@@ -145,6 +145,9 @@ def measure(workers: int) -> LocalProfile:
     from moreh.planner.hardware.worker_processes import run_workers
 
     _require_workers(workers)
+    refusal = refused_processes(workers)
+    if refusal is not None:
+        raise PlanError(f"workers={workers}: each is measured as a process, and {refusal}")
     threads = _threads_per_worker(workers)
     figures = run_workers(workers, threads)
     return _profile_from_json(figures | {"workers": workers, "threads_per_worker": threads})

@@ -5,6 +5,7 @@ What each of them measures is in microbenchmarks.py.
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -12,11 +13,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
+
+from moreh import bootstrap
 from moreh.errors import PlanError
 
 # The file, in the directory of a measurement, into which rank 0 writes the figures.
 FIGURES_FILE = "figures.json"
 TIMEOUT_S = 180.0
+# Names of directories begin with this and the id of the process that measures.
+_PREFIX = "moreh-measure-"
 
 
 def run_workers(workers: int, threads: int) -> dict[str, Any]:
@@ -25,10 +31,12 @@ def run_workers(workers: int, threads: int) -> dict[str, Any]:
     Raises:
         PlanError: one of the processes failed, or they took too long.
     """
-    with tempfile.TemporaryDirectory(prefix="moreh-measure-") as name:
+    _remove_leftovers()
+    with tempfile.TemporaryDirectory(prefix=f"{_PREFIX}{os.getpid()}-") as name:
         directory = Path(name)
-        # Not multiprocessing, which would run a script without a main guard again.
-        command = [sys.executable, "-m", "moreh.planner.hardware.microbenchmarks", f"--directory={directory}"]
+        # Not multiprocessing, which would run a script without a main guard again. The processes end with this one.
+        command = [sys.executable, "-I", "-S", bootstrap.__file__, str(os.getpid()), "", "console"]
+        command += [sys.executable, "-m", "moreh.planner.hardware.microbenchmarks", f"--directory={directory}"]
         command += [f"--workers={workers}", f"--threads={threads}"]
         path = os.pathsep.join(filter(None, (str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH"))))
         # Threads that sleep while they wait are disturbed least by other programs.
@@ -46,6 +54,14 @@ def run_workers(workers: int, threads: int) -> dict[str, Any]:
                 process.kill()
                 process.wait()
         return json.loads((directory / FIGURES_FILE).read_text(encoding="utf-8"))
+
+
+def _remove_leftovers() -> None:
+    """Remove the directories of processes that were killed while they measured."""
+    for path in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*-*"):
+        pid = path.name.removeprefix(_PREFIX).partition("-")[0]
+        if pid.isdecimal() and not psutil.pid_exists(int(pid)):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _wait(processes: list[subprocess.Popen[bytes]], directory: Path) -> None:

@@ -5,12 +5,34 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from moreh.runtime.launch.paths import error_path, log_path, pulse_path, stack_path
 from moreh.runtime.launch.supervisor import STOP_SIGNALS, LaunchResult, WorkerExit
+from moreh.runtime.launch.watch.hangs import Hang
+from moreh.runtime.launch.watch.pulse import read_pulse
+from moreh.runtime.launch.watch.stacks import innermost_frames
 from moreh.runtime.launch.worker_errors import WorkerErrorRecord, read_error_record
 
 # The last line of a log is searched in this many bytes at its end.
 LOG_TAIL_BYTES = 4096
-_OUT_OF_MEMORY = ", which is often the system's answer to a machine that has no memory left"
+EXIT_HANG = 124
+"""The exit code after workers that hung, as that of `timeout`."""
+# What a signal says about the cause of a death.
+_CAUSES = {
+    signal.SIGABRT: "a library has found something that cannot be, or an allocation in C++ failed",
+    signal.SIGBUS: "memory that could not be had: /dev/shm is full, or a mapped file was cut off",
+    signal.SIGSEGV: "a fault in compiled code, of torch, of a driver or of an extension",
+    signal.SIGFPE: "a division by zero in compiled code",
+    signal.SIGILL: "an instruction that this processor does not have, in compiled code",
+    signal.SIGSYS: "a system call that is forbidden here, as in a sandbox",
+    signal.SIGXCPU: "the limit of CPU time (`ulimit -t`)",
+    signal.SIGXFSZ: "the limit of the size of a file (`ulimit -f`)",
+    signal.SIGKILL: "not by the system for want of memory, so somebody or a batch system has sent it",
+}
+_OUT_OF_MEMORY = (
+    "the system has ended processes since the start because the machine, or the container, had no memory left: use "
+    "fewer workers or a smaller batch"
+)
+_PERHAPS_OUT_OF_MEMORY = "which is often the system's answer to a machine that has no memory left"
 
 
 @dataclass(frozen=True)
@@ -24,28 +46,18 @@ class FailedWorker:
 
     @property
     def is_consequence(self) -> bool:
-        """Whether it failed only because another worker failed. NCCL's watchdog aborts when a connection is lost."""
-        return self.exit.exit_code == -signal.SIGABRT if self.error is None else self.error.lost_connection
+        """Whether it failed only because another worker failed."""
+        return self.error is not None and self.error.lost_connection
+
+    @property
+    def may_be_consequence(self) -> bool:
+        """Whether it may have failed because another worker failed: NCCL's watchdog aborts at a lost connection."""
+        return self.is_consequence or (self.error is None and self.exit.exit_code == -signal.SIGABRT)
 
     @property
     def time(self) -> float:
         """When the worker failed, in seconds since the epoch."""
         return self.exit.time if self.error is None else self.error.time
-
-
-def log_path(logs: Path, rank: int) -> Path:
-    """The log of a worker. Worker 0 has the console; its log has only an error that was kept off the console."""
-    return logs / f"rank{rank}.log"
-
-
-def error_path(logs: Path, rank: int) -> Path:
-    """The file in which a worker records the error that ends it."""
-    return logs / f"rank{rank}.error.json"
-
-
-def joined_path(logs: Path) -> Path:
-    """The file that a worker makes when it has joined the others."""
-    return logs / "joined"
 
 
 def make_report(result: LaunchResult, logs: Path) -> tuple[list[str], int]:
@@ -54,16 +66,27 @@ def make_report(result: LaunchResult, logs: Path) -> tuple[list[str], int]:
     An error that worker 0 has already shown is not repeated.
     """
     failed = _failed_workers(result, logs)
-    first = min(failed, key=lambda f: (f.is_consequence, f.time, f.exit.exit_code > 0), default=None)
+    first = first_failure(result, logs)
     rank0 = next((f for f in failed if f.exit.rank == 0), None)
     if result.stopped_by is not None:
         return _report_after_signal(result, result.stopped_by, failed, logs)
+    if result.hang is not None:
+        return _describe_hang(result, result.hang, logs), EXIT_HANG
     if first is None:
         return [], 0
     if rank0 is not None and _has_shown(rank0, first):
         return [], rank0.exit.exit_code
     code = first.exit.exit_code
     return _describe(first, result, logs), code if code > 0 else 128 - code
+
+
+def first_failure(result: LaunchResult, logs: Path) -> FailedWorker | None:
+    """The worker whose failure came first, and so is the cause; None if none has failed."""
+    return min(
+        _failed_workers(result, logs),
+        key=lambda f: (f.is_consequence, f.may_be_consequence, f.time, f.exit.exit_code > 0),
+        default=None,
+    )
 
 
 def _report_after_signal(
@@ -113,8 +136,7 @@ def _describe(failed: FailedWorker, result: LaunchResult, logs: Path) -> list[st
     last_line = _last_line(log)
     if exit_code < 0:
         number = -exit_code
-        name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
-        text = f"{worker} was killed by {name}{_OUT_OF_MEMORY if number == signal.SIGKILL else ''}"
+        text = f"{worker} was killed by {_signal_text(number, result)}, {_place(logs, failed.exit.rank)}"
     elif failed.error is None:
         text = f"{worker} ended with exit code {exit_code}{f': {last_line}' if last_line else ''}"
     elif failed.is_consequence:
@@ -122,6 +144,32 @@ def _describe(failed: FailedWorker, result: LaunchResult, logs: Path) -> list[st
     else:
         text = f"{worker} failed: {failed.error.message}"
     return [text, f"its log: {log}" if log.exists() else "what it said is above"]
+
+
+def _describe_hang(result: LaunchResult, hang: Hang, logs: Path) -> list[str]:
+    behind = hang.behind
+    text = (
+        f"no worker has made progress for {hang.seconds:.0f} s (launch.hang_seconds, or MOREH_HANG_SECONDS), so all "
+        f"are ended. Worker {behind.rank} of {len(result.pids)} (pid {behind.pid}) is behind: {behind.text}"
+    )
+    return [text, f"the stacks of all workers: {stack_path(logs, behind.rank).with_name('rank*.stack')}"]
+
+
+def _signal_text(number: int, result: LaunchResult) -> str:
+    """The name of a signal and what it says about the cause."""
+    if number not in set(signal.Signals):
+        return f"signal {number}"
+    name, cause = signal.Signals(number).name, _CAUSES.get(signal.Signals(number), "")
+    if number == signal.SIGKILL:
+        cause = {None: _PERHAPS_OUT_OF_MEMORY, True: _OUT_OF_MEMORY, False: cause}[result.killed_for_memory]
+    return f"{name}{f' ({cause})' if cause else ''}"
+
+
+def _place(logs: Path, rank: int) -> str:
+    """Where a worker died, as its last beat and the stack that it wrote say."""
+    pulse, frames = read_pulse(pulse_path(logs, rank)), innermost_frames(stack_path(logs, rank))
+    place = pulse.place if pulse.beats else "before it had joined the others"
+    return f"{place}; it stood in {frames[0].text}: {stack_path(logs, rank)}" if frames else place
 
 
 def _last_line(log: Path) -> str:

@@ -10,6 +10,9 @@ import signal
 import socket
 import sys
 import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,16 +20,20 @@ import psutil
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, but not for mypy
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, SubprocessContext, start_processes
 
-from moreh import trace
+from moreh import bootstrap, trace
 from moreh.accelerator.job import local_job
+from moreh.accelerator.job_status import grace_of
 from moreh.accelerator.registry import end_job, read_registry
 from moreh.accelerator.state_files import state_directory
 from moreh.errors import MorehError, OptionError, RegistryError
 from moreh.log import logger
-from moreh.runtime.launch import bootstrap
-from moreh.runtime.launch.exit_report import error_path, joined_path, log_path, make_report, print_errors
+from moreh.options import LaunchVariables
+from moreh.runtime.launch.exit_report import make_report, print_errors
+from moreh.runtime.launch.paths import error_path, joined_path, log_path
+from moreh.runtime.launch.restarts import Restarts
 from moreh.runtime.launch.supervisor import LaunchResult, SignalQueue, supervise
-from moreh.runtime.launch.world import LAUNCHER_PID
+from moreh.runtime.launch.watch.hangs import HangWatch
+from moreh.runtime.launch.world import LAUNCHER_PID, RESTARTED_SINCE
 from moreh.system import available_cores
 
 LOCALHOST = "127.0.0.1"
@@ -37,12 +44,13 @@ TERMINATION_GRACE_S = 3
 _ELASTIC_SIGNALS = "TORCHELASTIC_SIGNALS_TO_HANDLE"
 
 
-def launch(workers: int, start_directory: str) -> NoReturn:
+def launch(workers: int, start_directory: str, settings: LaunchVariables) -> NoReturn:
     """Run the command line of this process in several workers, with the environment variables that torchrun sets.
 
     Worker 0 has this process's console. Each other worker writes to its own log. The directory of the logs is kept if a
     worker fails, or with MOREH_TRACE=1. This process stays the accelerator's job and passes signals on to the workers.
-    It names the worker that failed and ends with its exit code, without returning to the script.
+    It names the worker that failed, starts all of them again if `settings` allows it, and ends with the exit code of
+    the one that failed, without returning to the script.
 
     Raises:
         OptionError: there is no script that can be started again, or the call is not in the main thread.
@@ -50,17 +58,31 @@ def launch(workers: int, start_directory: str) -> NoReturn:
     """
     command = _command_line(workers)
     job = local_job().job
-    logs = _make_log_directory(job.id)
+    first_logs = logs = _make_log_directory(job.id)
+    started, restarts = time.time(), Restarts(settings.max_restarts)
     sys.stdout.flush()
     sys.stderr.flush()
     with SignalQueue() as signals:
-        result = _run(command, workers, start_directory, logs, signals)
-        lines, exit_code = make_report(result, logs)
-        print_errors(lines)
+        while True:
+            variables = {RESTARTED_SINCE: repr(started)} if restarts.done else {}
+            world = _World(command, workers, start_directory, logs, variables, settings.hang_seconds)
+            result = _run(world, signals, lambda: grace_of(job))
+            lines, exit_code = make_report(result, logs)
+            print_errors(lines)
+            starts_again, text = restarts.decide(result, exit_code, logs)
+            if text:
+                print(f"{'warning' if starts_again else 'error'}: {text}", file=sys.stderr, flush=True)
+            if not starts_again:
+                break
+            if restarts.wait(signals):
+                exit_code = -signals.stops[0][0]
+                break
+            logs = first_logs / f"restart-{restarts.done}"
+            logs.mkdir()
         if exit_code == 0 and trace.logs_spans():
             logger.info("The traces of the other workers are in %s.", logs)
         elif exit_code == 0:
-            shutil.rmtree(logs, ignore_errors=True)
+            shutil.rmtree(first_logs, ignore_errors=True)
         with contextlib.suppress(MorehError):
             end_job(job.id)
     _exit(exit_code)
@@ -90,11 +112,30 @@ def _file_of(module: Any) -> str:
     return getattr(module, "__file__", None) or ""
 
 
-def _run(command: list[str], workers: int, start_directory: str, logs: Path, signals: SignalQueue) -> LaunchResult:
+@dataclass(frozen=True)
+class _World:
+    """Workers to start."""
+
+    command: list[str]
+    """The command line of each."""
+    size: int
+    """Their number."""
+    directory: str
+    """The directory that they start in; empty: the current one."""
+    logs: Path
+    """The directory of their logs."""
+    variables: dict[str, str]
+    """Variables of their environment, beside those of every world."""
+    hang_seconds: float | None
+    """How long all of them may be silent in a step; None: for ever."""
+
+
+def _run(world: _World, signals: SignalQueue, grace_s: Callable[[], float]) -> LaunchResult:
     """Start the workers, wait for them, and leave none running."""
+    workers, logs = world.size, world.logs
     # torch.distributed.elastic logs each signal that it sends, and would handle signals in its own way.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    elastic_signals = os.environ.get(_ELASTIC_SIGNALS, "SIGTERM,SIGINT,SIGHUP,SIGQUIT")
+    elastic_signals = os.environ.get(_ELASTIC_SIGNALS) or "SIGTERM,SIGINT,SIGHUP,SIGQUIT"
     os.environ[_ELASTIC_SIGNALS] = ""
     store = _start_store()
     variables = {
@@ -106,20 +147,24 @@ def _run(command: list[str], workers: int, start_directory: str, logs: Path, sig
         "MASTER_PORT": str(store.port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         **_default_variables(workers),
+        **world.variables,
     }
-    start = ["-I", "-S", bootstrap.__file__, str(os.getpid()), start_directory]
+    start = ["-I", "-S", bootstrap.__file__, str(os.getpid()), world.directory]
     context = start_processes(
         name="moreh",
         entrypoint=sys.executable,
-        args={rank: (*start, "console" if rank == 0 else "log", *command) for rank in range(workers)},
+        args={rank: (*start, "console" if rank == 0 else "log", *world.command) for rank in range(workers)},
         envs={rank: {**variables, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(workers)},
         logs_specs=_WorkerLogs(logs),
     )
     assert isinstance(context, SubprocessContext)
     processes = {rank: handler.proc for rank, handler in context.subprocess_handlers.items()}
-    result = supervise(processes, {rank: error_path(logs, rank) for rank in processes}, joined_path(logs), signals)
-    # After a signal, the workers have had their time to end: those that still run are killed.
-    context.close(signal.SIGTERM if result.stopped_by is None else signal.SIGKILL, TERMINATION_GRACE_S)
+    error_files = {rank: error_path(logs, rank) for rank in processes}
+    watch = HangWatch(logs, {rank: process.pid for rank, process in processes.items()}, world.hang_seconds)
+    result = supervise(processes, error_files, joined_path(logs), signals, grace_s, watch)
+    # After a signal, the workers have had their time to end: those that still run are killed, as those that hang.
+    is_polite = result.stopped_by is None and result.hang is None
+    context.close(signal.SIGTERM if is_polite else signal.SIGKILL, TERMINATION_GRACE_S)
     if any(worker_exit.exit_code != 0 for worker_exit in result.exits.values()) or len(result.exits) < workers:
         # Kill the processes that a killed worker had started.
         for process in processes.values():

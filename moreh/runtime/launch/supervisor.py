@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,10 +14,11 @@ from typing import Any
 
 from typing_extensions import Self
 
+from moreh.runtime.launch.watch.hangs import Hang, HangWatch
+from moreh.runtime.launch.watch.memory_kills import OutOfMemoryKills
+
 POLL_INTERVAL_S = 0.05
-# Grace periods, after which workers that are still running are killed.
-# After a signal: the workers may want to save what they have.
-SIGNAL_GRACE_S = 60.0
+# Grace periods, after which workers that are still running are killed. That after a signal is the job's own.
 # After a signal, once worker 0 has ended and so has saved what it alone saves.
 SIGNAL_GRACE_AFTER_RANK0_S = 15.0
 # After a signal, while no worker has joined the others, so that there is nothing to save. Python may lose an interrupt
@@ -63,6 +65,12 @@ class LaunchResult:
     """Whether this process got a second stop signal, which ends the waiting at once."""
     joined: bool = True
     """Whether any worker had joined the others."""
+    hang: Hang | None = None
+    """The silence that ended the waiting, if one did."""
+    killed_for_memory: bool | None = None
+    """Whether the system has killed processes meanwhile because memory ran out; None where it does not say."""
+    was_told: bool = False
+    """Whether this process got a signal that it passed on, and that does not stop a program by itself."""
 
 
 @dataclass
@@ -73,6 +81,8 @@ class SignalQueue:
     """Those that have not been passed on yet."""
     stops: list[tuple[signal.Signals, float]] = field(default_factory=list)
     """Those that stop a program, with their times in seconds since the epoch."""
+    told: bool = False
+    """Whether there was one of a script's own meaning."""
     _previous_handlers: dict[signal.Signals, Any] = field(default_factory=dict)
 
     def __enter__(self) -> Self:
@@ -92,10 +102,17 @@ class SignalQueue:
         self.pending.append(caught)
         if caught in STOP_SIGNALS:
             self.stops.append((caught, time.time()))
+        elif caught in USER_SIGNALS:
+            self.told = True
 
 
 def supervise(
-    workers: dict[int, subprocess.Popen[bytes]], error_files: dict[int, Path], joined_file: Path, signals: SignalQueue
+    workers: dict[int, subprocess.Popen[bytes]],
+    error_files: dict[int, Path],
+    joined_file: Path,
+    signals: SignalQueue,
+    grace_s: Callable[[], float],
+    watch: HangWatch,
 ) -> LaunchResult:
     """Wait until all workers have ended, or until the caller has to kill those that are left.
 
@@ -107,9 +124,12 @@ def supervise(
         error_files: where each worker leaves the error that ends it.
         joined_file: exists once a worker has joined the others.
         signals: those that this process gets.
+        grace_s: how long the workers may take to save, once they are asked to end, in seconds.
+        watch: notices that the workers hang.
     """
     exits: dict[int, WorkerExit] = {}
     error_seen: dict[int, float] = {}
+    oom_kills = OutOfMemoryKills()
     while True:
         now = time.time()
         for rank in workers.keys() - exits.keys():
@@ -122,14 +142,26 @@ def supervise(
         while signals.pending:
             _pass_on(signals.pending.pop(0), running)
         joined = joined_file.exists()
-        if not running or now >= _deadline(exits, signals, joined):
+        hang = None if len(running) < len(workers) or signals.stops else _look(watch)
+        if not running or hang is not None or now >= _deadline(exits, signals, joined, grace_s):
             stopped_by = signals.stops[0][0] if signals.stops else None
             pids = {rank: worker.pid for rank, worker in workers.items()}
-            return LaunchResult(pids, exits, stopped_by, stopped_twice=len(signals.stops) > 1, joined=joined)
+            was_stopped_twice = len(signals.stops) > 1
+            return LaunchResult(
+                pids, exits, stopped_by, was_stopped_twice, joined, hang, oom_kills.has_grown(), signals.told
+            )
         time.sleep(POLL_INTERVAL_S)
 
 
-def _deadline(exits: dict[int, WorkerExit], signals: SignalQueue, joined: bool) -> float:
+def _look(watch: HangWatch) -> Hang | None:
+    """The hang that the watch has noticed; what it has to say is said."""
+    warning, hang = watch.look()
+    if warning is not None:
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
+    return hang
+
+
+def _deadline(exits: dict[int, WorkerExit], signals: SignalQueue, joined: bool, grace_s: Callable[[], float]) -> float:
     """When the waiting for workers that are still running ends, in seconds since the epoch."""
     rank0 = exits.get(0)
     if len(signals.stops) > 1:
@@ -139,7 +171,7 @@ def _deadline(exits: dict[int, WorkerExit], signals: SignalQueue, joined: bool) 
         if not joined:
             return stop_time + SIGNAL_GRACE_BEFORE_JOIN_S
         after_rank0 = rank0.time + SIGNAL_GRACE_AFTER_RANK0_S if rank0 is not None else float("inf")
-        return min(stop_time + SIGNAL_GRACE_S, after_rank0)
+        return min(stop_time + grace_s(), after_rank0)
     failures = [worker_exit for worker_exit in exits.values() if worker_exit.exit_code != 0]
     if not failures:
         return float("inf")

@@ -7,7 +7,6 @@ import os
 import sys
 import threading
 import time
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -19,23 +18,29 @@ from moreh.accelerator.job import local_job
 from moreh.accelerator.waiting import SECONDS_BETWEEN_ATTEMPTS, waits_for_accelerator, warn_of_waiting
 from moreh.errors import AcceleratorBusyError, AcceleratorError, MorehError, OptionError
 from moreh.log import logger
-from moreh.runtime.launch.exit_report import joined_path
+from moreh.options import launch_variables
+from moreh.runtime.launch.meeting import MEETING_S, REQUIRED_VARIABLES, meet, world_from_environment
+from moreh.runtime.launch.meeting import World as World
+from moreh.runtime.launch.paths import joined_path, pulse_path, stack_path
 from moreh.runtime.launch.random_states import share_random_states
+from moreh.runtime.launch.watch.pulse import start_pulse
 from moreh.runtime.launch.worker_errors import ERROR_FILE, record_errors
 
 # The variable with the process id of the launcher that started this worker; torchrun does not set it.
 LAUNCHER_PID = "MOREH_LAUNCHER"
+# The variable that workers have which were started again: when the launcher was started, in seconds since the epoch.
+RESTARTED_SINCE = "MOREH_RESTARTED_SINCE"
 # The timeout of collectives ends workers that wait for one that hangs. A worker that dies is noticed at once by the
 # process that started it. One worker may download or tokenize for a long time while the others wait.
 TIMEOUT = timedelta(hours=1)
 PARENT_POLL_INTERVAL_S = 1.0
 # How long the process group's threads may take to end.
 THREADS_END_S = 2.0
-_REQUIRED_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # Variables that are removed from the environment once the world is known.
 _WORLD_VARIABLES = (
-    *_REQUIRED_VARIABLES,
+    *REQUIRED_VARIABLES,
     LAUNCHER_PID,
+    RESTARTED_SINCE,
     "GROUP_RANK",
     "GROUP_WORLD_SIZE",
     "ROLE_RANK",
@@ -45,22 +50,17 @@ _WORLD_VARIABLES = (
 )
 
 
-@dataclass(frozen=True)
-class World:
-    """Where this process is among the workers."""
-
-    rank: int
-    """Its rank among all workers."""
-    size: int
-    """The number of all workers."""
-    local_rank: int
-    """Its rank among the workers on this machine."""
-    local_size: int
-    """The number of workers on this machine."""
-
-
 SINGLE_WORKER = World(rank=0, size=1, local_rank=0, local_size=1)
 _world: World | None = None
+_restarted_since: float | None = None
+
+
+def restarted_since() -> float | None:
+    """When the launcher was started, if it has started this worker again after a failure; None otherwise.
+
+    In seconds since the epoch. What a script has saved since then is of this run.
+    """
+    return _restarted_since
 
 
 def current_world() -> World:
@@ -79,22 +79,25 @@ def join_world() -> World:
 
     Raises:
         OptionError: the environment does not describe a world, or this machine has too few GPUs for it.
+        WorkerError: some workers have not come.
         AcceleratorError: another process is using the accelerator.
     """
-    global _world
+    global _world, _restarted_since
     if _world is None:
-        world = _world_from_environment() if started_in_world() else SINGLE_WORKER
+        world = world_from_environment() if started_in_world() else SINGLE_WORKER
+        has_launcher = os.environ.get(LAUNCHER_PID) == str(os.getppid())
+        if has_launcher:
+            _act_as_part_of_one_program(world)
+            _restarted_since = float(os.environ[RESTARTED_SINCE]) if RESTARTED_SINCE in os.environ else None
         if world.size > 1:
-            has_launcher = os.environ.get(LAUNCHER_PID) == str(os.getppid())
-            if has_launcher:
-                _act_as_part_of_one_program(world)
             _init_process_group(world)
-            if has_launcher:
-                joined_path(Path(os.environ[ERROR_FILE]).parent).touch()
-                if world.rank == 0:
-                    local_job().report_from_here()
-            else:
-                _register_as_one_job(world)
+        if has_launcher:
+            joined_path(Path(os.environ[ERROR_FILE]).parent).touch()
+            if world.rank == 0:
+                local_job().report_from_here()
+        elif world.size > 1:
+            _register_as_one_job(world)
+        if world.size > 1:
             share_random_states()
         _remove_world_variables()
         _world = world
@@ -106,30 +109,17 @@ def started_in_world() -> bool:
     return "RANK" in os.environ or os.environ.get("WORLD_SIZE", "1") != "1"
 
 
-def _world_from_environment() -> World:
-    present = [name for name in _REQUIRED_VARIABLES if name in os.environ]
-    missing = [name for name in _REQUIRED_VARIABLES if name not in os.environ]
-    if missing:
-        raise OptionError(
-            f"{', '.join(f'{name}={os.environ[name]}' for name in present)} without {', '.join(missing)}: start the "
-            f"script with torchrun, which sets all of them, or unset {', '.join(present)} and set MOREH_WORKERS to the "
-            "number of workers"
-        )
-    numeric = {name: os.environ[name] for name in _REQUIRED_VARIABLES[:4]}
-    if not all(value.isascii() and value.isdecimal() for value in numeric.values()):
-        given = ", ".join(f"{name}={value!r}" for name, value in numeric.items())
-        raise OptionError(f"{given}: allowed are whole numbers; start the script with torchrun, which sets them")
-    rank, size, local_rank, local_size = map(int, numeric.values())
-    return World(rank, size, local_rank, local_size)
-
-
 def _init_process_group(world: World) -> None:
     """Make the process group: NCCL and gloo with GPUs, gloo without, and where workers share a GPU.
 
     Raises:
         OptionError: this machine has fewer GPUs than workers.
+        WorkerError: some workers have not come.
     """
     excepthook = sys.excepthook
+    timeout_s = min(launch_variables().hang_seconds or MEETING_S, MEETING_S)
+    device: torch.device | None = None
+    backend = "gloo"
     if torch.cuda.is_available():
         gpus = torch.cuda.device_count()
         if world.local_size > gpus and not shares_gpus():
@@ -137,15 +127,16 @@ def _init_process_group(world: World) -> None:
                 f"{world.local_size} workers on this machine, which has {gpus} GPU(s): allowed is one worker for each; "
                 f"start {gpus}, or set CUDA_VISIBLE_DEVICES to nothing to compute on the CPU"
             )
-        device = torch.device("cuda", world.local_rank % gpus)
-        torch.cuda.set_device(device)
-        if world.local_size > gpus:
-            # NCCL refuses two ranks on one GPU.
-            dist.init_process_group("cpu:gloo,cuda:gloo", timeout=TIMEOUT)
+        own = torch.device("cuda", world.local_rank % gpus)
+        torch.cuda.set_device(own)
+        if world.local_size <= gpus:
+            device, backend = own, "cpu:gloo,cuda:nccl"
         else:
-            dist.init_process_group("cpu:gloo,cuda:nccl", timeout=TIMEOUT, device_id=device)
-    else:
-        dist.init_process_group("gloo", timeout=TIMEOUT)
+            backend = "cpu:gloo,cuda:gloo"  # NCCL refuses two ranks on one GPU
+    store = meet(world, timeout_s)
+    dist.init_process_group(
+        backend, store=store, rank=world.rank, world_size=world.size, timeout=TIMEOUT, device_id=device
+    )
     sys.excepthook = excepthook  # torch's puts the rank before each line of a traceback
     atexit.register(_destroy_process_group, os.getpid())
 
@@ -184,6 +175,7 @@ def _act_as_part_of_one_program(world: World) -> None:
     """
     error_file = Path(os.environ[ERROR_FILE])
     record_errors(lost_connection_log=error_file.with_name("rank0.log") if world.rank == 0 else None)
+    start_pulse(pulse_path(error_file.parent, world.rank), stack_path(error_file.parent, world.rank))
     if world.rank > 0 and hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(line_buffering=True)  # the log of a worker that is killed has all that it printed
     if sys.platform != "linux":  # on Linux, the kernel ends the worker (bootstrap.py)

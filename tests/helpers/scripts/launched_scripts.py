@@ -42,7 +42,7 @@ def processes_of(directory):
 def finish(process, input=None):
     """The exit code, what the script printed, stderr's lines, and the seconds until the end."""
     begun = time.monotonic()
-    output, errors = process.communicate(input, timeout=120)
+    output, errors = process.communicate(input, timeout=300)
     printed = [line for line in output.splitlines() if not line.startswith("[info]")]
     return process.returncode, printed, errors.splitlines(), time.monotonic() - begun
 

@@ -122,17 +122,17 @@ def test_a_run_stopped_by_ctrl_c_and_resumed_has_the_bits_of_a_run_left_alone(
 
 def test_resume_takes_auto_a_run_or_a_checkpoint(tmp_path):
     run = tmp_path / "runs" / "tiny"
-    assert checkpoints_to_resume(None, run) == []
-    assert checkpoints_to_resume("auto", run) == []
+    assert checkpoints_to_resume(None, run, None) == []
+    assert checkpoints_to_resume("auto", run, None) == []
     for argument in ("/nowhere", str(tmp_path), str(run)):
         with pytest.raises(UserError, match="there is no checkpoint"):
-            checkpoints_to_resume(argument, run)
+            checkpoints_to_resume(argument, run, None)
     for step in (9, 10, 8):
         (run / "checkpoints" / f"step-{step}").mkdir(parents=True)
     (run / "checkpoints" / ".step-11.unfinished").mkdir()
     (run / "checkpoints" / "step-12.abandoned-1").mkdir()
     newest_first = [run / "checkpoints" / name for name in ("step-10", "step-9", "step-8")]
     for argument in ("auto", str(run), str(run / "checkpoints")):
-        assert checkpoints_to_resume(argument, run) == newest_first
+        assert checkpoints_to_resume(argument, run, None) == newest_first
     for name in ("step-10", "step-12.abandoned-1"):
-        assert checkpoints_to_resume(str(run / "checkpoints" / name), run) == [run / "checkpoints" / name]
+        assert checkpoints_to_resume(str(run / "checkpoints" / name), run, None) == [run / "checkpoints" / name]

@@ -3,7 +3,10 @@
 import json
 import signal
 
-from moreh.runtime.launch.exit_report import error_path, log_path, make_report
+import pytest
+
+from moreh.runtime.launch.exit_report import make_report
+from moreh.runtime.launch.paths import error_path, log_path
 from moreh.runtime.launch.supervisor import LaunchResult, WorkerExit
 from moreh.runtime.launch.worker_errors import is_lost_connection
 
@@ -31,6 +34,22 @@ def test_a_killed_worker_is_reported_before_those_that_lost_it(tmp_path):
     lines, exit_code = report_on(tmp_path, w0=(1, "lost"), w1=(1, "lost"), w2=(-signal.SIGKILL, None))
     assert lines[0].startswith("worker 2 of 4 (pid 102) was killed by SIGKILL")
     assert exit_code == 137
+
+
+def test_a_worker_that_aborted_is_reported_before_those_that_lost_it(tmp_path):
+    """Also if the loss was noticed first."""
+    lines, exit_code = report_on(tmp_path, w0=(1, "lost"), w1=(-signal.SIGABRT, None))
+    assert lines[0].startswith("worker 1 of 4 (pid 101) was killed by SIGABRT (a library has found")
+    assert exit_code == 134
+
+
+@pytest.mark.parametrize(
+    ("count", "cause"), [(True, "had no memory left"), (False, "not by the system"), (None, "oft")]
+)
+def test_killer_of_processes_without_memory_is_told_from_others(tmp_path, count, cause):
+    killed = {1: WorkerExit(1, 101, -signal.SIGKILL, 0.0)}
+    lines, _ = make_report(LaunchResult({0: 100, 1: 101}, killed, killed_for_memory=count), tmp_path)
+    assert cause in lines[0]
 
 
 def test_an_error_that_worker_0_has_shown_is_not_repeated(tmp_path):

@@ -71,6 +71,8 @@ def fail():
         sys.exit(2)
     if what == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    if what == "abort":
+        os.abort()
     if what == "raise with a collective under way":
         dist.all_reduce(torch.ones(2), async_op=True)
         raise ValueError("bad row 17")
@@ -99,7 +101,16 @@ print("not reached")
             "kill",
             1,
             137,
-            [r"error: worker 1 of 2 \(pid \d+\) was killed by SIGKILL, .*memory.*", r"error: its log: (.+)"],
+            [r"error: worker 1 of 2 \(pid \d+\) was killed by SIGKILL \(.*memory.*", r"error: its log: (.+)"],
+        ),
+        (
+            "abort",
+            1,
+            134,
+            [
+                r"error: worker 1 of 2 \(pid \d+\) was killed by SIGABRT \(a library .*\), .*; it stood in fail \(.*",
+                r"error: its log: (.+)",
+            ],
         ),
         ("raise with a collective under way", 0, 1, ["Traceback (.*\n)*ValueError: bad row 17"]),
     ],

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from moreh.runtime.launch.supervisor import SignalQueue, WorkerExit, _deadline, supervise
+from moreh.runtime.launch.watch.hangs import HangWatch
 
 IGNORES_INTERRUPT = "import signal, time; signal.signal(2, print); print(); time.sleep(60)"
 
@@ -18,7 +19,8 @@ def test_a_second_signal_ends_the_waiting(tmp_path):
     with SignalQueue() as signals:
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGINT)
-        result = supervise({0: worker}, {0: tmp_path / "none"}, tmp_path / "none", signals)
+        watch = HangWatch(tmp_path, {0: worker.pid}, None)
+        result = supervise({0: worker}, {0: tmp_path / "none"}, tmp_path / "none", signals, lambda: 60.0, watch)
     worker.kill()
     worker.wait()
     assert (result.exits, result.stopped_by, result.stopped_twice) == ({}, signal.SIGINT, True)
@@ -44,4 +46,4 @@ def test_waiting_ends_after_the_grace_period_that_applies(exits, stops, joined, 
     """Workers are given as rank: (exit code, time), stop signals as times."""
     ended = {rank: WorkerExit(rank, 100, code, time) for rank, (code, time) in exits.items()}
     signals = SignalQueue(stops=[(signal.SIGTERM, time) for time in stops])
-    assert _deadline(ended, signals, joined) == deadline
+    assert _deadline(ended, signals, joined, lambda: 60.0) == deadline

@@ -1,7 +1,6 @@
 """Checkpoints of a run: written while training goes on, complete or absent, the last ones kept, and resumed from."""
 
 import math
-import signal
 import time
 from concurrent.futures import Future
 from pathlib import Path
@@ -10,9 +9,11 @@ from typing import Any
 from moreh.errors import CheckpointError, MorehError
 from moreh.runtime.checkpoint.manifest import MANIFEST
 from moreh.runtime.engine.checkpoint_api import check_training, load_training, save_training
+from moreh.runtime.launch.world import restarted_since
+from moreh.trace import span
 from utils.config.schema import Config
 from utils.data.dataset import RunData
-from utils.errors import Stopped, UserError, first_line, system_word
+from utils.errors import UserError, first_line, system_word
 from utils.logging.run_log import RunLog
 from utils.training.checkpoint.disk_space import bytes_of_checkpoint, lack_of_space, require_disk_space
 from utils.training.checkpoint.files import (
@@ -26,11 +27,12 @@ from utils.training.checkpoint.files import (
 from utils.training.checkpoint.random_states import random_states, restore_random_states
 from utils.training.checkpoint.resume_settings import compare, describe_run, require_same, table_of
 from utils.training.checkpoint.stopping import StopRequest, resume_command
+from utils.training.checkpoint.time_limit import GracePeriod, end_of_run, time_limit
 from utils.training.evaluation import Evaluation
 from utils.workers import max_over_ranks, rank
 
-# What a rank asks for after a step: nothing, a checkpoint because of the time, or, with the signal's number added, the
-# end of the run.
+# What a rank asks for after a step: nothing, a checkpoint because of the time, or the end of the run, because of a time
+# limit or, with the signal's number added, a signal.
 _NOTHING, _SAVE, _STOP = 0, 1, 2
 # Settings of the optimizer's groups that come from the settings of the run, which have been compared.
 _OF_SETTINGS = ("lr", "initial_lr", "weight_decay")
@@ -47,7 +49,7 @@ class Checkpoints:
 
     def __init__(self, config: Config, data: RunData, log: RunLog, evaluation: Evaluation) -> None:
         self._directory = log.directory / "checkpoints"
-        self._to_resume = checkpoints_to_resume(config.checkpoint.resume, log.directory)
+        self._to_resume = checkpoints_to_resume(config.checkpoint.resume, log.directory, restarted_since())
         self._config, self._settings, self._data = config, config.checkpoint, data
         self._log, self._evaluation = log, evaluation
         self._saving: tuple[Path, Future[None]] | None = None
@@ -58,6 +60,8 @@ class Checkpoints:
         self._total_steps = 0
         self._described: dict[str, Any] = {}
         self._stop = StopRequest()
+        self._grace = GracePeriod(config.stop)
+        self._limit = time_limit(config.stop)
 
     def start_or_resume(self, model: Any, optimizer: Any, scheduler: Any, total_steps: int) -> int:
         """Evaluate the model and start the run, or read the checkpoint to resume; returns the number of steps done.
@@ -66,25 +70,31 @@ class Checkpoints:
 
         Raises:
             CheckpointError: the checkpoint is damaged, or of another model or optimizer.
-            UserError: the checkpoint is of another training, or has more steps than the run; or the disk has no room
-                for the files of the run.
+            UserError: the checkpoint is of another training, or has more steps than the run; the disk has no room for
+                the files of the run; or the time limit leaves no time to train.
             Stopped: a signal came during the first evaluation.
         """
         step, self._total_steps = 0, total_steps
         self._described = describe_run(self._config, self._data, model)  # before the model is sharded
         require_disk_space(self._directory, model, self._config)
         self._checkpoint_bytes = bytes_of_checkpoint(model, self._config)
+        self._grace.expect_save(self._checkpoint_bytes)
         if not self._to_resume:
             self._log.start()
             self._log.log_step({"step": 0, "eval_loss": self._evaluation(0)})
         else:
             step = self._resume(model, optimizer, scheduler)
         request = self._request()
-        if request >= _STOP and step < total_steps:
-            name = signal.Signals(request - _STOP).name
-            raise Stopped(f"stopped by {name} before step {step + 1}: nothing new to save", request - _STOP)
+        if request == _STOP and step < total_steps:
+            raise UserError(  # an exit code that asks for another start would do so for ever
+                f"{'the time limit' if self._limit is None else self._limit.name} is nearer than the grace period of "
+                f"{self._grace.seconds:.0f} s, so no step can be trained: raise it, or lower stop.grace_seconds"
+            )
+        if request > _STOP and step < total_steps:
+            raise end_of_run(request - _STOP, self._limit, f"before step {step + 1}: nothing new to save")
         self._log.show_progress(total_steps)
         self._last_save = time.monotonic()
+        self._grace.end_step()
         return step
 
     def _resume(self, model: Any, optimizer: Any, scheduler: Any) -> int:
@@ -140,6 +150,8 @@ class Checkpoints:
         """What any rank asks for; the end of the run comes before a checkpoint."""
         if self._stop.signal is not None:
             return max_over_ranks(_STOP + self._stop.signal)
+        if self._limit is not None and time.time() + self._grace.seconds >= self._limit.ends:
+            return max_over_ranks(_STOP)
         minutes = (time.monotonic() - self._last_save) / 60
         is_due = self._settings.every_minutes is not None and minutes >= self._settings.every_minutes
         is_due |= self._has_failed and minutes >= _RETRY_MINUTES
@@ -149,10 +161,11 @@ class Checkpoints:
         """Start to write the state after a step if the settings ask for it. Training goes on meanwhile.
 
         Raises:
-            Stopped: a signal has asked a worker to stop, and the state is saved.
+            Stopped: a signal has asked a worker to stop, or the time limit is near, and the state is saved.
         """
         if self._log.is_dry:
             return
+        self._grace.end_step()
         if self._saving is not None and self._saving[1].done():
             self.flush()
         request = self._request()
@@ -166,10 +179,22 @@ class Checkpoints:
             path = self._directory / f"step-{step}"
             is_saved = self.flush() and is_saving
             saved = f"saved in {path}" if is_saved else f"not saved; the last checkpoint is {self._last_saved}"
-            name = signal.Signals(request - _STOP).name
-            raise Stopped(
-                f"stopped by {name} after step {step}, and {saved}; to go on: {resume_command()}", request - _STOP
+            raise end_of_run(
+                request - _STOP, self._limit, f"after step {step}, and {saved}; to go on: {resume_command()}"
             )
+
+    def go_back(self, model: Any, optimizer: Any) -> Path:
+        """Load the weights and the optimizer's state of the last checkpoint; collective. Returns the checkpoint.
+
+        Raises:
+            CheckpointError: it is damaged.
+            UserError: there is none yet.
+        """
+        self.flush()
+        if self._last_saved is None:
+            raise UserError("train.non_finite: there is no checkpoint to go back to; lower checkpoint.every_steps")
+        load_training(model, [optimizer], self._last_saved, keep=_OF_SETTINGS)
+        return self._last_saved
 
     def _save(self, step: int, model: Any, optimizer: Any, scheduler: Any) -> bool:
         """Start to write the state after a step. Returns False if the disk has no room for it."""
@@ -193,7 +218,10 @@ class Checkpoints:
             "parent": None if self._last_saved is None else str(self._last_saved),
             **self._described,
         }
-        self._saving = path, save_training(model, [optimizer], path, extra, about)
+        started = time.monotonic()
+        future = save_training(model, [optimizer], path, extra, about)
+        future.add_done_callback(lambda saved: self._grace.end_save(time.monotonic() - started))
+        self._saving = path, future
         return True
 
     def flush(self) -> bool:
@@ -205,7 +233,8 @@ class Checkpoints:
             return True
         (path, saving), self._saving = self._saving, None
         try:
-            saving.result()
+            with span("flush_checkpoint"):
+                saving.result()
         except (OSError, MorehError) as error:
             self._say_not_saved(path, _reason(error))
             return False

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from moreh.errors import CheckpointError
-from moreh.runtime.checkpoint.manifest import read_manifest
+from moreh.runtime.checkpoint.manifest import MANIFEST, read_manifest
 from utils.errors import UserError
 
 # Names of checkpoints: step-<number of steps done>. Others, such as step-20.abandoned-1, are never resumed or removed.
@@ -29,16 +29,22 @@ def checkpoints_in(directory: Path) -> list[Path]:
     return sorted((path for path in directory.iterdir() if step_of(path) >= 0), key=step_of)
 
 
-def checkpoints_to_resume(resume: str | None, run_directory: Path) -> list[Path]:
+def checkpoints_to_resume(resume: str | None, run_directory: Path, restarted_since: float | None) -> list[Path]:
     """The checkpoints that `--resume` means, the first choice first: none, those of the run ("auto"), or a directory's.
+
+    A run that was started again goes on from its own checkpoints, once it has written one. `restarted_since` is when it
+    was started first, in seconds since the epoch; None where it is started for the first time.
 
     Raises:
         UserError: there is no such checkpoint.
     """
+    own = checkpoints_in(run_directory / "checkpoints")
+    if restarted_since is not None and any(_written(checkpoint) >= restarted_since for checkpoint in own):
+        resume = "auto"
     if resume is None:
         return []
     if resume == "auto":
-        return checkpoints_in(run_directory / "checkpoints")[::-1]
+        return own[::-1]
     directory = Path(resume)
     checkpoints = checkpoints_in(directory / "checkpoints") or checkpoints_in(directory)
     if checkpoints:
@@ -49,6 +55,13 @@ def checkpoints_to_resume(resume: str | None, run_directory: Path) -> list[Path]
         f"--resume {resume} (checkpoint.resume): there is no checkpoint; give auto, the directory of a run, or one "
         "of its checkpoints/step-<number>"
     )
+
+
+def _written(checkpoint: Path) -> float:
+    """When a checkpoint was complete, in seconds since the epoch; 0 where it is not."""
+    with contextlib.suppress(OSError):
+        return (checkpoint / MANIFEST).stat().st_mtime
+    return 0.0
 
 
 def set_aside(checkpoint: Path, reason: str) -> Path:

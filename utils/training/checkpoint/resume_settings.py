@@ -15,8 +15,8 @@ from utils.errors import UserError
 
 # Settings that a run may change when it goes on: they change none of its numbers but the plan's rounding, or are the
 # length of the run.
-_FREE_SECTIONS = ("run.", "log.", "checkpoint.", "accelerator.", "versions.")
-_FREE = ("train.steps", "train.epochs", "train.loader_workers")
+_FREE_SECTIONS = ("run.", "log.", "checkpoint.", "stop.", "launch.", "accelerator.", "versions.")
+_FREE = ("train.steps", "train.epochs", "train.loader_workers", "train.non_finite")
 # Names of what is compared by its content as well. Another name of the same content may be given.
 _NAMES_OF_DATA = tuple(
     f"data.{key}"
