@@ -21,7 +21,6 @@ from published_runs import PublishedRun, read_rows, usable_runs
 
 from moreh.accelerator.devices import all_devices
 from moreh.planner.calibration.memory_factor import predicted_bytes_of
-from moreh.planner.hardware.belief import from_coordinates
 from moreh.planner.hardware.efficiency import MIN_RUNS_FOR_QUANTILE
 from moreh.planner.plan.arrays import FloatArray
 from moreh.planner.units import GIB
@@ -94,19 +93,19 @@ def main(arguments: Sequence[str]) -> int:
     hierarchy = fit_hierarchy(chosen)
     spreads = hierarchy.spreads
     classes = sorted({device.efficiency_class for device in all_devices().values()})
-    beliefs = {name: hierarchy.of("", name) for name in classes}
-    constants = {name: from_coordinates(belief.mean) for name, belief in beliefs.items()}
-    for name, efficiency in constants.items():
-        print(f"{name}: {efficiency}")
+    beliefs = {name: hierarchy.belief("", name) for name in classes}
+    for name, belief in beliefs.items():
+        print(f"{name}: {belief.efficiency}")
     print(f"spread between programs {spreads.programs}, noise {spreads.noise}, of {len(CHOICES)} choices")
     table = {
         "source": f"benchmarks/fit_planner.py {options.runs.name}",
         "fitted_rows": [run.digest for run in chosen],
         "errors": errors_of_classes(hierarchy, classes),
         "constants": {
-            name: {key: rounded(value) for key, value in asdict(row).items()} for name, row in constants.items()
+            name: {key: rounded(value) for key, value in asdict(belief.efficiency).items()}
+            for name, belief in beliefs.items()
         },
-        "noise": rounded(float(np.hypot(spreads.noise, spreads.models))),
+        "noise": rounded(next(iter(beliefs.values())).noise),
         "memory": memory_spread(runs),
         "covariances": {
             name: [[rounded(value) for value in row] for row in belief.covariance.tolist()]

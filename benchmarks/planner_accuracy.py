@@ -1,25 +1,33 @@
 """Score the planner against published runs: `python benchmarks/planner_accuracy.py RUNS.csv [--out predictions.csv]`.
 
-For every row its plan is predicted: step time, tokens/s of a device, memory. The figures that count are those of the
-rows that were not used to fit the constants. RUNS.csv has the columns of benchmarks/data/published_runs.csv and may
+Each program on each class of devices is taken as new: its step times are predicted with the planner's constants, and
+again after 1 and 3 of its rows were measured. RUNS.csv has the columns of benchmarks/data/published_runs.csv and may
 hold any rows. Rows that cannot be predicted are listed with the reason.
+
+The planner's constants are fitted to benchmarks/data/published_runs.csv. To score them on that file, each program is
+predicted with constants that are fitted to all other programs, which takes some minutes:
+
+    python benchmarks/planner_accuracy.py benchmarks/data/published_runs.csv --leave-one-program-out
 """
 
 import argparse
 import csv
 import io
 import math
-import statistics
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from pathlib import Path
 
+from accuracy.blind import leaving_programs_out, with_shipped_constants
+from accuracy.scores import error_line, score_lines, sweep_lines
+from fit_planner import LEFT_OUT
 from published_programs import cell
 from published_runs import PublishedRun, failure, read_rows, usable_runs
 
+from moreh.planner.calibration.prediction import Interval
+from moreh.planner.calibration.prediction import predict as predict_with_interval
 from moreh.planner.cost.prediction import Prediction, predict
 from moreh.planner.hardware.efficiency import fitted_rows
 from moreh.planner.hardware.environment import make_environment
@@ -32,9 +40,10 @@ COLUMNS = (
     "predicted_memory_gib",
     "fits",
     "skipped_because",
+    "step_time_low_s",
+    "step_time_high_s",
+    "interval_because",
 )
-# A sweep compares plans of the same training on the same devices. With fewer plans there is nothing to rank.
-MIN_PLANS_IN_SWEEP = 3
 
 
 @dataclass(frozen=True)
@@ -89,33 +98,11 @@ def score_or_reason(run: PublishedRun, fitted: frozenset[str]) -> tuple[Scored |
     return scored, ""
 
 
-def kendall_tau(predicted: Sequence[float], measured: Sequence[float]) -> float:
-    """Kendall's tau-b of two rankings, https://doi.org/10.1093/biomet/33.3.239: 1 if all pairs agree."""
-    agree = tied_predicted = tied_measured = 0
-    for (p, m), (q, n) in combinations(zip(predicted, measured, strict=True), 2):
-        sign = (p > q) - (p < q), (m > n) - (m < n)
-        agree += sign[0] * sign[1]
-        tied_predicted += sign[0] == 0
-        tied_measured += sign[1] == 0
-    pairs = len(predicted) * (len(predicted) - 1) / 2
-    scale = ((pairs - tied_predicted) * (pairs - tied_measured)) ** 0.5
-    return agree / scale if scale else 0.0
-
-
-def regret(predicted: Sequence[float], measured: Sequence[float]) -> float:
-    """How much slower the plan predicted to be the fastest is than the fastest one, as a fraction."""
-    chosen = min(range(len(predicted)), key=lambda i: predicted[i])
-    return measured[chosen] / min(measured) - 1
-
-
-def error_line(name: str, errors: Iterable[float | None]) -> str | None:
-    """Count, median, mean and maximum of absolute errors and their mean with sign, in percent."""
-    known = [error for error in errors if error is not None]
-    if not known:
-        return None
-    absolute = [abs(error) * 100 for error in known]
-    figures = (statistics.median(absolute), statistics.fmean(absolute), max(absolute), statistics.fmean(known) * 100)
-    return f"{name:42} {len(known):5} {figures[0]:9.1f} {figures[1]:9.1f} {figures[2]:9.1f} {figures[3]:+9.1f}"
+def interval(scored: Scored) -> tuple[Interval, str]:
+    """The interval of a step time, and why it is not narrower."""
+    environment = make_environment(scored.run.cluster, scored.run.software)
+    known = predict_with_interval(scored.prediction.plan, scored.run.training, environment)
+    return known.step_time_s, known.text
 
 
 def print_errors(title: str, scored: Sequence[Scored], error: Callable[[Scored], float | None]) -> None:
@@ -132,20 +119,6 @@ def print_errors(title: str, scored: Sequence[Scored], error: Callable[[Scored],
             print(line)
 
 
-def print_sweeps(title: str, scored: Sequence[Scored]) -> None:
-    """Ranking quality of every sweep."""
-    sweeps: dict[str, list[tuple[float, float]]] = {}
-    for entry in scored:
-        if entry.run.step_time_s is not None:
-            sweeps.setdefault(entry.run.sweep, []).append((entry.prediction.step_time_s, entry.run.step_time_s))
-    print(f"\n{title}: Kendall's tau, and how much slower the plan ranked first is than the fastest")
-    for name, pairs in sweeps.items():
-        if len(pairs) >= MIN_PLANS_IN_SWEEP:
-            predicted, measured = [p for p, _ in pairs], [m for _, m in pairs]
-            quality = f"tau {kendall_tau(predicted, measured):.2f}, regret {regret(predicted, measured):.1%}"
-            print(f"{name}: {len(pairs)} plans, {quality}")
-
-
 def write_predictions(path: Path, lines: Iterable[tuple[str, Scored | None, str]]) -> None:
     """Write one row for every row of the runs, in their order."""
     with path.open("w", encoding="utf-8", newline="") as file:
@@ -153,12 +126,14 @@ def write_predictions(path: Path, lines: Iterable[tuple[str, Scored | None, str]
         writer.writerow(COLUMNS)
         for name, scored, reason in lines:
             if scored is None:
-                writer.writerow([name, "", "", "", "", reason])
+                writer.writerow([name, "", "", "", "", reason, "", "", ""])
                 continue
             # Of a unit as the row counts devices: a package may hold two.
             rate = scored.prediction.tokens_per_second / scored.run.units
             seconds = f"{scored.prediction.step_time_s:.6g}"
-            writer.writerow([name, seconds, f"{rate:.6g}", f"{scored.memory_gib:.4g}", str(scored.fits).lower(), ""])
+            ends, because = interval(scored)
+            cells = [name, seconds, f"{rate:.6g}", f"{scored.memory_gib:.4g}", str(scored.fits).lower(), ""]
+            writer.writerow([*cells, f"{ends.low:.6g}", f"{ends.high:.6g}", because])
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -166,22 +141,31 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("runs", type=Path, help="a file of published runs")
     parser.add_argument("--out", type=Path, help="write every prediction to this CSV file")
+    parser.add_argument(
+        "--leave-one-program-out",
+        action="store_true",
+        help="predict each program with constants that are fitted to the other programs of the file",
+    )
     options = parser.parse_args(arguments)
     fitted = fitted_rows()
     lines: list[tuple[str, Scored | None, str]] = []
     for row, run, reason in usable_runs(read_rows(options.runs)):
         lines.append((cell(row, "id"), *((None, reason) if run is None else score_or_reason(run, fitted))))
     scored = [entry for _, entry, _ in lines if entry is not None]
-    tested = [entry for entry in scored if entry.tested]
-
-    fitted_count = len(scored) - len(tested)
+    fitted_count = sum(not entry.tested for entry in scored)
     print(f"{len(lines)} rows: {len(scored)} predicted, of which {fitted_count} were used to fit the constants")
     for reason, count in Counter(reason for _, entry, reason in lines if entry is None).most_common():
         print(f"  {count} not predicted: {reason}")
-    print_errors("Step time, rows that were not used to fit", tested, lambda entry: entry.time_error)
-    print_errors("Memory of the fullest device, all rows that give it", scored, lambda entry: entry.memory_error)
-    print_sweeps("Sweeps, rows that were not used to fit", tested)
-    print_sweeps("Sweeps, all rows", scored)
+    runs = [entry.run for entry in scored]
+    if options.leave_one_program_out:
+        print("\nStep time, in percent. The constants are fitted to all other programs of the file.")
+        groups = leaving_programs_out(runs, LEFT_OUT)
+    else:
+        print("\nStep time, in percent. The constants are the planner's.")
+        groups = with_shipped_constants(runs)
+    for line in (*score_lines(groups), "", *sweep_lines(groups)):
+        print(line)
+    print_errors("Memory of the fullest device", scored, lambda entry: entry.memory_error)
     out_of_memory = [entry for entry in scored if entry.run.out_of_memory]
     if out_of_memory:
         wrong = [entry.run.id for entry in out_of_memory if entry.fits]

@@ -97,12 +97,12 @@ def program_of(row: RunRow) -> str:
     return re.split(r"\s+v?[\d(@]", framework)[0].strip() or "unknown"
 
 
-def software_of(row: RunRow) -> SoftwareProfile:
+def software_of(row: RunRow, compute: str) -> SoftwareProfile:
     """The profile of a row's program: how it is documented to work, or how programs of its devices' age usually do.
 
-    No trait is chosen from a published figure.
+    `compute` is the precision, as in a `SoftwareProfile`. No trait is chosen from a published figure.
     """
-    framework, precision, sharding = cell(row, "framework"), cell(row, "precision").lower(), cell(row, "sharding")
+    framework, sharding = cell(row, "framework"), cell(row, "sharding")
     if "llm-foundry" in framework:
         # Its loss is the fused one of FlashAttention, which writes the gradient over the logits.
         software = SoftwareProfile("llm-foundry", logit_bytes=4, logit_traffic_bytes=8)
@@ -121,9 +121,7 @@ def software_of(row: RunRow) -> SoftwareProfile:
         software = _megatron(row)
     else:
         software = SoftwareProfile(framework or "unknown")
-    if re.search(r"fp8|float8", precision):
-        software = replace(software, compute="float8")
-    return software
+    return replace(software, compute=compute)
 
 
 def _megatron(row: RunRow) -> SoftwareProfile:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from accuracy.clusters import device_of, network_bytes_per_second
+from accuracy.modeled import check_modeled, compute_of
 from published_models import architecture_of
 from published_programs import RunRow, Unusable, cell, measurement, optional, program_of, required, software_of
 
@@ -86,8 +87,7 @@ def published_run(row: RunRow) -> PublishedRun:
     tensor, pipeline = optional(row, "tp"), optional(row, "pp")
     if tensor is None or pipeline is None:
         raise Unusable("the plan is not given (tp, pp)")
-    if (optional(row, "ep") or 1) > 1:
-        raise Unusable("expert parallelism is not modeled")
+    check_modeled(row)
     context = optional(row, "cp") or 1
     data = devices // (tensor * pipeline * context)
     if tensor * pipeline * context * data != devices:
@@ -108,7 +108,7 @@ def published_run(row: RunRow) -> PublishedRun:
     if len(architecture.layers) < pipeline:
         raise Unusable(f"fewer layers than stages ({len(architecture.layers)} < {pipeline})")
     training = Training(architecture, batch, length)
-    software = software_of(row)
+    software = software_of(row, compute_of(row))
     if "torchtitan" in framework and pipeline > 1:
         sizes = (_torchtitan_micro_batch_size(row, sizes[0], pipeline),)
     plans = tuple(

@@ -15,7 +15,7 @@ from published_runs import PublishedRun
 
 from accuracy.priors import GENERATIONS, prior_mean, width
 from moreh.planner.calibration.sensitivity import log_step_time, log_step_time_slopes
-from moreh.planner.hardware.belief import CONSTANTS, from_coordinates, to_coordinates
+from moreh.planner.hardware.belief import CONSTANTS, Belief, from_coordinates, to_coordinates
 from moreh.planner.hardware.efficiency import Efficiency
 from moreh.planner.hardware.environment import Environment
 from moreh.planner.plan.arrays import BoolArray, FloatArray
@@ -212,19 +212,35 @@ class Hierarchy:
 
     def of(self, program: str, class_name: str) -> Posterior:
         """The belief about a program on a class; a program without runs is any program."""
-        return posterior(self.rows, Labels(program, class_name, ""), self.spreads)
+        known = {label.program: label.strangeness for label in self.rows.labels}
+        return posterior(self.rows, Labels(program, class_name, "", known.get(program, 1.0)), self.spreads)
+
+    def belief(self, program: str, class_name: str) -> Belief:
+        """The same, as the planner uses it."""
+        found = self.of(program, class_name)
+        noise = float(np.hypot(self.spreads.noise, self.spreads.models))
+        return Belief(from_coordinates(found.mean), found.covariance, noise)
 
 
-def fit_hierarchy(runs: Sequence[PublishedRun], rounds: int = 2) -> Hierarchy:
-    """Fit all constants to runs, in rounds with the slopes at the constants of the round before."""
+def prior_rows(runs: Sequence[PublishedRun]) -> Rows:
+    """Runs with slopes at the prior, which know nothing of any measured figure."""
+    priors = {name: from_coordinates(prior_mean(name)) for name in {labels_of(run).class_name for run in runs}}
+    return linear_rows(runs, [priors[labels_of(run).class_name] for run in runs])
+
+
+def fit_hierarchy(runs: Sequence[PublishedRun], first: Rows | None = None) -> Hierarchy:
+    """Fit all constants to runs: with slopes at the prior, then with slopes at the constants of that fit.
+
+    Args:
+        first: `prior_rows` of the runs, if they are known.
+    """
+    rough = _fit(first or prior_rows(runs))
     labels = [labels_of(run) for run in runs]
-    means = {label: prior_mean(label.class_name) for label in labels}
-    hierarchy = Hierarchy(Rows((), np.zeros((0, len(CONSTANTS))), np.zeros(0)), CHOICES[0])
-    for _ in range(rounds):
-        rows = linear_rows(runs, [from_coordinates(means[label]) for label in labels])
-        spreads = choose_spreads(rows)
-        hierarchy = Hierarchy(strange_labels(rows, spreads), spreads)
-        pairs = {(label.program, label.class_name) for label in means}
-        found = {pair: hierarchy.of(*pair).mean for pair in pairs}
-        means = {label: found[label.program, label.class_name] for label in means}
-    return hierarchy
+    pairs = {(label.program, label.class_name) for label in labels}
+    constants = {pair: from_coordinates(rough.of(*pair).mean) for pair in pairs}
+    return _fit(linear_rows(runs, [constants[label.program, label.class_name] for label in labels]))
+
+
+def _fit(rows: Rows) -> Hierarchy:
+    spreads = choose_spreads(rows)
+    return Hierarchy(strange_labels(rows, spreads), spreads)

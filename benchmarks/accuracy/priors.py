@@ -52,8 +52,8 @@ WIDTH = Efficiency(
     slowdown=0.1,
 )
 # Power limits devices with more arithmetic sooner: the log-odds of `matmul` fall by this for each factor of e in peak
-# FLOP/s. AMD's libraries reach less of the peak than NVIDIA's. Both are judgment.
-PEAK_SLOPE, PEAK_OF_PRIOR = 0.3, 312e12
+# FLOP/s, and those of `float8`. AMD's libraries reach less of the peak than NVIDIA's. All of it is judgment.
+PEAK_SLOPE, PEAK_OF_PRIOR, FLOAT8_PEAK_OF_PRIOR = 0.3, 312e12, 1979e12
 AMD_MATMUL = 0.55
 # Classes of devices with a similar architecture.
 GENERATIONS = {
@@ -77,6 +77,9 @@ def prior_mean(class_name: str) -> FloatArray:
     elif devices:
         peak = max(device.bf16_flops_per_second or PEAK_OF_PRIOR for device in devices)
         mean[matmul] -= PEAK_SLOPE * np.log(peak / PEAK_OF_PRIOR)
+    float8_peak = max((device.float8_flops_per_second or FLOAT8_PEAK_OF_PRIOR for device in devices), default=0.0)
+    if float8_peak:
+        mean[CONSTANTS.index("float8")] -= PEAK_SLOPE * np.log(float8_peak / FLOAT8_PEAK_OF_PRIOR)
     return mean
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from moreh.planner.hardware.efficiency import fitted_rows
 from tests.helpers.compare import worst
-from tests.helpers.planner.published_rows import PUBLISHED_RUNS, planner_accuracy, published_runs
+from tests.helpers.planner.published_rows import PUBLISHED_RUNS, planner_accuracy, published_runs, scores
 
 # The platform's own speeds are shown beside the predictions, and neither fitted nor tested.
 REFERENCE = "Moreh docs MI250"
@@ -56,8 +56,8 @@ def check_rankings(scored):
     for predicted, measured in large:
         # A NaN would count as a tie.
         assert worst(predicted) < np.inf
-        assert planner_accuracy.kendall_tau(predicted, measured) > 0.55
-        assert planner_accuracy.regret(predicted, measured) < 0.06
+        assert scores.kendall_tau(predicted, measured) > 0.55
+        assert scores.regret(predicted, measured) < 0.06
 
 
 def test_step_times_are_close(scored):
@@ -116,11 +116,11 @@ def test_predictions_tell_plans_of_the_same_work_apart(scored):
 
 
 def test_kendall_tau_and_regret_of_known_rankings():
-    assert planner_accuracy.kendall_tau([1, 2, 3], [10, 20, 30]) == 1
-    assert planner_accuracy.kendall_tau([1, 2, 3], [30, 20, 10]) == -1
-    assert planner_accuracy.kendall_tau([1, 1, 1], [1, 2, 3]) == 0
-    assert planner_accuracy.kendall_tau([1, 2, 3, 4], [1, 3, 2, 4]) == pytest.approx(4 / 6)
-    assert planner_accuracy.regret([1, 2, 3], [12, 10, 11]) == pytest.approx(0.2)
+    assert scores.kendall_tau([1, 2, 3], [10, 20, 30]) == 1
+    assert scores.kendall_tau([1, 2, 3], [30, 20, 10]) == -1
+    assert scores.kendall_tau([1, 1, 1], [1, 2, 3]) == 0
+    assert scores.kendall_tau([1, 2, 3, 4], [1, 3, 2, 4]) == pytest.approx(4 / 6)
+    assert scores.regret([1, 2, 3], [12, 10, 11]) == pytest.approx(0.2)
 
 
 def test_fitted_rows_are_recognized_by_content_and_not_by_id(scored):

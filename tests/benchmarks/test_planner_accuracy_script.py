@@ -115,6 +115,9 @@ def test_script_predicts_rows_of_another_file(tmp_path):
         "predicted_memory_gib",
         "fits",
         "skipped_because",
+        "step_time_low_s",
+        "step_time_high_s",
+        "interval_because",
     ]
     assert float(written[0]["predicted_step_time_s"]) > 0
     assert float(written[0]["predicted_tokens_per_s_per_device"]) == pytest.approx(

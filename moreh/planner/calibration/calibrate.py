@@ -97,15 +97,26 @@ def calibrate(measured: Sequence[MeasuredStep], environment: Environment | None 
 
 def _updated(prior: Belief, measured: Sequence[MeasuredStep]) -> Belief:
     seconds = np.log([step.step_time_s for step in measured])
-    spread, noise = prior.covariance, prior.noise**2 * np.eye(len(measured))
-    limit = MAX_DEVIATIONS * np.sqrt(np.diag(spread))
-    moved, gain, slopes = np.zeros(len(spread)), np.zeros((len(spread), len(measured))), np.zeros((0, 0))
+    limit = MAX_DEVIATIONS * np.sqrt(np.diag(prior.covariance))
+    moved, covariance = np.zeros(len(limit)), prior.covariance
     for _ in range(ROUNDS):
         environments = [Environment(step.cluster, prior.moved(moved), step.software) for step in measured]
         pairs = list(zip(measured, environments, strict=True))
         slopes = np.stack([log_step_time_slopes(step.plan, step.training, where) for step, where in pairs])
         predicted = np.array([log_step_time(step.plan, step.training, where) for step, where in pairs])
-        gain = spread @ slopes.T @ np.linalg.inv(slopes @ spread @ slopes.T + noise)
-        moved = np.clip(gain @ (seconds - predicted + slopes @ moved), -limit, limit)
-    covariance: FloatArray = spread - gain @ slopes @ spread
-    return Belief(prior.moved(moved), (covariance + covariance.T) / 2, prior.noise)
+        moved, covariance = narrowed(prior, slopes, seconds - predicted + slopes @ moved)
+        moved = np.clip(moved, -limit, limit)
+    return Belief(prior.moved(moved), covariance, prior.noise)
+
+
+def narrowed(prior: Belief, slopes: FloatArray, seconds: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """How far the mean moves, in coordinates, and the covariance after steps that depend linearly on the coordinates.
+
+    Args:
+        slopes: Derivatives of the logarithms of the steps' times, [steps, constants].
+        seconds: Logarithms of measured over predicted times, with the constants at the mean of `prior`, [steps].
+    """
+    spread = prior.covariance
+    gain = spread @ slopes.T @ np.linalg.inv(slopes @ spread @ slopes.T + prior.noise**2 * np.eye(len(seconds)))
+    covariance = spread - gain @ slopes @ spread
+    return gain @ seconds, (covariance + covariance.T) / 2

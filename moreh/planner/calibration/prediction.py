@@ -11,9 +11,10 @@ from moreh.planner.cost.prediction import predict as predict_cost
 from moreh.planner.hardware.environment import Environment
 from moreh.planner.plan.plan import Plan, Training
 
-# How often the truth is meant to lie in an interval, and half of such an interval in standard deviations of a Gaussian.
+# How often the truth is meant to lie in an interval at least, and half of such an interval in standard deviations. With
+# the 1.28 of a Gaussian, 91 % of the runs of programs that were left out lay in their intervals.
 COVERAGE = 0.8
-DEVIATIONS = 1.2816
+DEVIATIONS = 1.15
 
 
 @dataclass(frozen=True)

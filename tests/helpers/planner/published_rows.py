@@ -10,8 +10,18 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import planner_accuracy
 import published_programs
 import published_runs
+from accuracy import blind, hierarchy, scores
 
-__all__ = ["PUBLISHED_RUNS", "make_row", "planner_accuracy", "published_programs", "published_runs"]
+__all__ = [
+    "PUBLISHED_RUNS",
+    "blind",
+    "hierarchy",
+    "make_row",
+    "planner_accuracy",
+    "published_programs",
+    "published_runs",
+    "scores",
+]
 
 PUBLISHED_RUNS = ROOT / "benchmarks" / "data" / "published_runs.csv"
 ROW = {

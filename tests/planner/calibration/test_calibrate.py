@@ -114,11 +114,11 @@ def test_a_step_as_predicted_moves_nothing(environment):
 def test_a_program_with_other_constants_is_found(environment):
     """A slow network shows in the steps that use it, and the calibrated constants predict the others."""
     slow = replace(environment, efficiency=replace(environment.efficiency, network=0.15))
-    calibration = calibrate(steps(slow, PLANS[:1]))
+    calibration = calibrate(steps(slow, [PLANS[0], *PLANS[2:]]))
     truth = predict_cost(PLANS[1], TRAINING, slow).step_time_s
     error = predict(PLANS[1], TRAINING, environment, calibration).cost.step_time_s / truth - 1
     uncalibrated_error = predict(PLANS[1], TRAINING, environment).cost.step_time_s / truth - 1
-    assert abs(error) < abs(uncalibrated_error)
+    assert abs(error) < 0.8 * abs(uncalibrated_error)
 
 
 def test_search_uses_calibrated_constants(environment):
