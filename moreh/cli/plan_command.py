@@ -86,6 +86,7 @@ def _request(options: argparse.Namespace) -> Request:
             shard_parameters=YES_NO_AUTO[options.shard_parameters],
             max_tensor=options.max_tensor,
             max_context=options.max_context,
+            max_expert=options.max_expert,
             schedules=tuple(options.schedules),
             memory_fraction=options.memory_percent / 100,
         ),

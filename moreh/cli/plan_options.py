@@ -175,6 +175,14 @@ def _add_constraints(group: argparse._ArgumentGroup) -> None:
         help="Use at most N context-parallel ranks (default 1: the local runtime has no context parallelism).",
     )
     group.add_argument(
+        "--max-expert",
+        type=whole(MAX_DEVICES),
+        default=1,
+        metavar="N",
+        help="Split the experts of a mixture over at most N ranks (default 1: the local runtime has no expert "
+        "parallelism).",
+    )
+    group.add_argument(
         "--memory-percent",
         type=amount(100),
         default=float(DEFAULT_MEMORY_PERCENT),

@@ -46,6 +46,16 @@ class Linear:
         return ".lora_B." in self.name
 
     @property
+    def in_attention(self) -> bool:
+        """Whether the matrix belongs to attention, by its name, and not to the feed-forward network."""
+        return "attn" in self.name or "attention" in self.name
+
+    @property
+    def is_expert(self) -> bool:
+        """Whether the copies are experts of a mixture, of which a token passes through some."""
+        return self.copies > self.active
+
+    @property
     def is_trained_matrix(self) -> bool:
         """Whether each copy is a trained tensor of two dimensions, which Muon, for example, updates as a whole."""
         return not self.frozen and not self.stacked
@@ -79,7 +89,7 @@ class DecoderLayer:
     kv_heads: int
     """Key-value heads."""
     head_dim: int
-    """Elements of a query or key head."""
+    """Elements of a head; the mean of queries and values where these differ."""
     linears: tuple[Linear, ...]
     """The matrices, in the order of the modules."""
     other_parameters: int
@@ -88,6 +98,8 @@ class DecoderLayer:
     """The tensors that `other_parameters` are in."""
     window: int | None = None
     """The positions that sliding-window attention sees; None for all."""
+    state_elements: int = 0
+    """Elements of the state of linear attention, over all heads; 0 for attention over positions."""
     frozen_other_parameters: int = 0
     """Those of `other_parameters` that are not trained."""
     frozen_other_tensors: int = 0
@@ -97,6 +109,12 @@ class DecoderLayer:
     def parameters(self) -> int:
         """All parameters of the layer."""
         return self.other_parameters + sum(linear.parameters for linear in self.linears)
+
+    @property
+    def active_parameters(self) -> int:
+        """Parameters that a token passes through: of experts only those that it is routed to."""
+        idle = sum(linear.parameters * (linear.copies - linear.active) // linear.copies for linear in self.linears)
+        return self.parameters - idle
 
     @property
     def trainable_parameters(self) -> int:
@@ -192,6 +210,11 @@ class Architecture:
         """All parameters, tied ones once."""
         outside = self.embedding_parameters + self.table_parameters + self.final_parameters + self.own_head_parameters
         return outside + sum(layer.parameters for layer in self.layers)
+
+    @property
+    def active_parameters(self) -> int:
+        """Parameters that a token passes through, tied ones once."""
+        return self.parameters - sum(layer.parameters - layer.active_parameters for layer in self.layers)
 
     @property
     def trainable_parameters(self) -> int:

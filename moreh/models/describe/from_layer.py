@@ -40,8 +40,11 @@ class ParameterCount:
             self.frozen_tensors += 1
 
 
-def describe_layer(layer: nn.Module, config: Any) -> DecoderLayer:
-    """The layer, with attention as in `config` of transformers. The caller fills in its window."""
+def describe_layer(layer: nn.Module, config: Any, layer_type: str = "") -> DecoderLayer:
+    """The layer, with attention as in `config` of transformers. The caller fills in its window.
+
+    `layer_type` is its entry in `config.layer_types`.
+    """
     experts = _expert_counts(config)
     linears: list[Linear] = []
     others = ParameterCount()
@@ -75,12 +78,16 @@ def describe_layer(layer: nn.Module, config: Any) -> DecoderLayer:
             else:
                 others.add(parameter)
     linears = _with_splits(_merge_experts(linears, experts), _declared_splits(config))
-    heads, head_dim = int(config.num_attention_heads), _head_dim(config)
+    heads, head_dim, state = int(config.num_attention_heads), _head_dim(config), 0
+    kv_heads = _kv_heads(linears, heads, head_dim, config)
+    if layer_type == "linear_attention":
+        heads, kv_heads, head_dim, state = _linear_attention(config)
     return DecoderLayer(
         heads=heads,
-        kv_heads=_kv_heads(linears, heads, head_dim, config),
+        kv_heads=kv_heads,
         head_dim=head_dim,
         linears=tuple(linears),
+        state_elements=state,
         other_parameters=others.parameters,
         other_tensors=others.tensors,
         frozen_other_parameters=others.frozen_parameters,
@@ -204,8 +211,22 @@ def _last(name: str) -> str:
     return name.rpartition(".")[2]
 
 
+def _linear_attention(config: Any) -> tuple[int, int, int, int]:
+    """Heads of values, heads of keys, elements of a head, and elements of the state, of linear attention."""
+    heads = getattr(config, "linear_num_value_heads", None) or getattr(config, "linear_num_heads", None)
+    head_dim = getattr(config, "linear_value_head_dim", None) or getattr(config, "linear_head_dim", None)
+    heads, head_dim = int(heads or config.num_attention_heads), int(head_dim or _head_dim(config))
+    key_heads = int(getattr(config, "linear_num_key_heads", None) or heads)
+    key_dim = int(getattr(config, "linear_key_head_dim", None) or head_dim)
+    return heads, key_heads, head_dim, heads * key_dim * head_dim
+
+
 def _head_dim(config: Any) -> int:
-    # Multi-head latent attention has a qk_head_dim. Its head_dim is the rotary part only.
+    # Multi-head latent attention has a qk_head_dim. Its head_dim is the rotary part only. Where its values are narrower
+    # than its queries and keys, the mean of both gives the right work and the right memory.
+    query, value = getattr(config, "qk_head_dim", None), getattr(config, "v_head_dim", None)
+    if isinstance(query, int) and isinstance(value, int):
+        return (query + value) // 2
     for key in ("qk_head_dim", "head_dim"):
         if isinstance(value := getattr(config, key, None), int):
             return value

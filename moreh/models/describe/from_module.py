@@ -28,7 +28,8 @@ def describe_module(module: nn.Module) -> Architecture:
     tied = head is embedding
     head_module: Any = model.get_output_embeddings()  # type: ignore[operator]
     table, final, head_bias = _count_outside(module, layers, embedding, head, head_module)
-    described = [describe_layer(layer, config) for layer in layers]
+    types = getattr(config, "layer_types", None) or [""] * len(layers)
+    described = [describe_layer(layer, config, layer_type) for layer, layer_type in zip(layers, types, strict=False)]
     windows = _windows(config, len(described))
     hidden = int(config.hidden_size)
     rotary = getattr(config, "rope_parameters", None) or getattr(config, "rotary_dim", None)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from moreh.models.architecture import Architecture, DecoderLayer
+from moreh.planner.cost.expert_time import experts_per_token
 from moreh.planner.cost.layer_time import feed_forward_columns, micro_batch_tokens
 from moreh.planner.plan.arrays import FloatArray
 from moreh.planner.plan.plan import Training
@@ -50,6 +51,8 @@ class _LayerTensors:
     """What the feed-forward network's activation keeps."""
     adapters: FloatArray
     """What LoRA adapters keep: the results of their first matrices, and inputs after a dropout with its masks."""
+    routed: FloatArray
+    """What a mixture of experts keeps: tokens in the order of their experts, and the results of these."""
 
     @property
     def all(self) -> FloatArray:
@@ -59,7 +62,7 @@ class _LayerTensors:
         half precision.
         """
         attention = self.norms + self.masks + self.attention + self.scores
-        return attention + self.matmul_outputs + self.activated + self.adapters
+        return attention + self.matmul_outputs + self.activated + self.adapters + self.routed
 
 
 def layer_activations(plans: PlanTable, training: Training, software: SoftwareProfile) -> LayerActivations:
@@ -126,6 +129,7 @@ def _layer_tensors(
         matmul_outputs=inner * element_bytes,
         activated=inner * element_bytes * activated_copies,
         adapters=tokens * _adapter_bytes(layer, software),
+        routed=2 * experts_per_token(layer) * tokens * architecture.hidden * element_bytes,
     )
 
 
@@ -155,7 +159,7 @@ def _kept_by_selective(
     if software.keeps_gathered_inputs:
         outputs = outputs * np.where(plans.sequence_parallel, plans.tensor, 1)
     kept = tensors.residual + 2 * outputs * software.activation_bytes
-    kept = kept + tensors.attention + tensors.scores + tensors.matmul_outputs + tensors.adapters
+    kept = kept + tensors.attention + tensors.scores + tensors.matmul_outputs + tensors.adapters + tensors.routed
     return kept - software.recomputed_matmuls * (kept - tensors.residual)
 
 

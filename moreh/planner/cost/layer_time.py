@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moreh.models.architecture import Architecture, DecoderLayer
+from moreh.planner.cost.expert_time import routing_s, token_exchange_s
 from moreh.planner.hardware.cluster import Cluster, RingLinks, ring_links
 from moreh.planner.hardware.roofline import Roofline
 from moreh.planner.plan.arrays import FloatArray, IntArray
@@ -21,6 +22,9 @@ FUSED_ATTENTION_BACKWARD = 2.5
 # Memory traffic of the backward pass of norms, activations and residuals against the forward pass: a gradient is read
 # besides the input, and both have the input's size.
 ELEMENTWISE_BACKWARD = 1.5
+# Linear attention works in chunks of so many positions: it computes scores inside each, and then reads and updates its
+# state, with 6 operations for each element (https://arxiv.org/abs/2412.06464).
+LINEAR_CHUNK, LINEAR_STATE_FLOPS = 64, 6
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,10 @@ class LayerTime:
     """Tensor-parallel communication of the backward pass."""
     recompute_exchange_s: FloatArray
     """Tensor-parallel communication that recomputation repeats."""
+    expert_forward_s: FloatArray
+    """Exchange of tokens with the ranks of their experts in the forward pass."""
+    expert_backward_s: FloatArray
+    """The same in the backward pass, with what recomputation repeats."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +90,10 @@ def _one_layer(
         moved_bytes * ELEMENTWISE_BACKWARD, software.layer_kernels * ELEMENTWISE_BACKWARD
     )
 
+    routing = routing_s(roofline, layer, hidden, tokens, software.activation_bytes)
+    elementwise_s, elementwise_backward_s = elementwise_s + routing, elementwise_backward_s + routing
+    token_exchange = 2 * token_exchange_s(roofline, cluster, plans, layer, hidden, tokens)
+
     # Context parallelism gathers the keys and values of the whole sequence.
     kv_bytes = 2 * layer.kv_heads * layer.head_dim / plans.tensor * tokens * plans.context * software.activation_bytes
     context_links = ring_links(cluster, plans.context, plans.tensor)
@@ -117,6 +129,8 @@ def _one_layer(
         forward_exchange_s=exchange_s + skew * forward_s,
         backward_exchange_s=exchange_s + skew * backward_s,
         recompute_exchange_s=np.where(is_full, exchange_s + skew * forward_s, 0.0),
+        expert_forward_s=token_exchange,
+        expert_backward_s=token_exchange * np.where(is_full, 2, 1),
     )
 
 
@@ -128,8 +142,10 @@ def _linear_s(
     for linear in layer.linears:
         inputs = linear.inputs / (plans.tensor if linear.split == "row" else 1)
         outputs = linear.outputs / (plans.tensor if linear.split == "column" else 1)
-        # Each expert gets its share of the tokens.
-        rows, batch = tokens * linear.active / linear.copies, linear.copies
+        # Each expert gets its share of the tokens, from all ranks of an expert-parallel group.
+        rows, batch = tokens * linear.active / linear.copies, np.asarray(linear.copies)
+        if linear.is_expert:
+            rows, batch = rows * plans.expert, batch / plans.expert
         forward = forward + roofline.matmul_s(rows, outputs, inputs, batch)
         grad_inputs = grad_inputs + roofline.matmul_s(rows, inputs, outputs, batch)
         if not linear.frozen:
@@ -142,9 +158,12 @@ def _attention_s(
 ) -> tuple[FloatArray, FloatArray]:
     """Seconds of attention without its projections, forward and backward, [n] each."""
     length = training.sequence_length
-    keys = length if layer.window is None else min(length, layer.window)
     heads = layer.heads / plans.tensor
     software = roofline.software
+    if layer.state_elements:
+        forward_s = roofline.attention_s(tokens * linear_attention_flops(layer) / plans.tensor)
+        return forward_s, 2 * forward_s
+    keys = length if layer.window is None else min(length, layer.window)
     if software.fused_attention:
         # Fused kernels skip what the causal mask hides: half of the scores, or less with a sliding window.
         mean_keys = keys - keys * keys / (2 * length)
@@ -163,10 +182,16 @@ def _attention_s(
     return forward_s, 2 * matmuls_s + roofline.memory_s(moved_bytes * ELEMENTWISE_BACKWARD, kernels=5)
 
 
+def linear_attention_flops(layer: DecoderLayer) -> int:
+    """FLOPs of linear attention for a token, forward."""
+    return LINEAR_STATE_FLOPS * layer.state_elements + 4 * LINEAR_CHUNK * layer.heads * layer.head_dim
+
+
 def feed_forward_columns(layer: DecoderLayer) -> int:
     """Columns of the feed-forward network's first matmuls for a token: its inner width, twice that if it is gated."""
-    columns = sum(linear.outputs * linear.active for linear in layer.linears if linear.split == "column")
-    return max(0, columns - _qkv_columns(layer))
+    return sum(
+        linear.outputs * linear.active for linear in layer.linears if linear.split == "column" and not linear.in_attention
+    )
 
 
 def _qkv_columns(layer: DecoderLayer) -> int:

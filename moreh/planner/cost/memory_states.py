@@ -43,22 +43,24 @@ class ModelStates:
     weight_bytes: FloatArray
     """Bytes of a rank's stored weights after sharding, and of copies that last for the whole step, [n, pipeline]."""
     gradient_bytes: FloatArray
-    """Bytes for each trainable parameter, after sharding, [n, 1]."""
+    """Bytes for each trainable parameter, after sharding: the mean over those of a rank, [n, pipeline]."""
     optimizer_bytes: FloatArray
     """Bytes of a rank's optimizer state, after sharding, [n, pipeline]."""
     optimizer_share: FloatArray
-    """The share of the weights that a rank updates after sharding (0 to 1), [n, 1]."""
+    """The share of the weights that a rank updates after sharding (0 to 1), [n, pipeline]."""
     exchange_bytes: FloatArray
     """Buffers for parameters that are gathered and gradients that are reduced, layer by layer, [n, 1]."""
 
 
 def model_states(plans: PlanTable, training: Training, software: SoftwareProfile) -> ModelStates:
     """What parameters, gradients and optimizer state take, and the buffers of their exchange."""
-    shards = (plans.data * plans.context)[:, None]
     sharding = plans.sharding[:, None]
     parameters = parameters_per_device(training.architecture, plans, trainable_only=False)
     trainable = parameters_per_device(training.architecture, plans, trainable_only=True)
     rank_parameters = sum_by_rank(plans, parameters.of_stages(plans))
+    rank_trainable = sum_by_rank(plans, trainable.of_stages(plans))
+    shards = _mean_shards(plans, rank_parameters, parameters.experts)
+    trainable_shards = _mean_shards(plans, rank_trainable, trainable.experts)
     reshards = reshards_each_micro_batch(plans.pipeline, software)
     # Two layers are gathered at a time, the one in use and the next, and one layer's gradients wait to be reduced.
     # Gradients that go through a flat buffer are there twice.
@@ -77,19 +79,30 @@ def model_states(plans: PlanTable, training: Training, software: SoftwareProfile
     whole_copies = 0.0 if software.autocast else rank_parameters * software.weight_copy_bytes
     shards_weights = (sharding == SHARD_PARAMETERS) | (software.uses_fully_shard & (sharding > SHARD_NONE))
     copies = np.where(shards_weights, rank_parameters * software.gather_bytes * gathers_once, whole_copies)
-    optimizer_share = 1 / np.where(sharding >= SHARD_OPTIMIZER, shards, 1)
+    optimizer_share = 1 / np.where(sharding >= SHARD_OPTIMIZER, trainable_shards, 1)
     optimizer_bytes = sum_by_rank(plans, optimizer_bytes_of(trainable, training, software).of_stages(plans))
     return ModelStates(
         parameters=parameters,
         trainable=trainable,
         rank_parameters=rank_parameters,
-        rank_trainable=sum_by_rank(plans, trainable.of_stages(plans)),
+        rank_trainable=rank_trainable,
         weight_bytes=rank_parameters * software.weight_bytes / np.where(shards_weights, shards, 1) + copies,
-        gradient_bytes=software.gradient_bytes / np.where((sharding >= SHARD_GRADIENTS) & reshards, shards, 1),
+        gradient_bytes=software.gradient_bytes / np.where((sharding >= SHARD_GRADIENTS) & reshards, trainable_shards, 1),
         optimizer_bytes=optimizer_bytes * optimizer_share,
         optimizer_share=optimizer_share,
         exchange_bytes=(gathered + reduced)[:, None],
     )
+
+
+def _mean_shards(plans: PlanTable, rank_parameters: FloatArray, experts: FloatArray) -> FloatArray:
+    """Into how many shards a rank's parameters are cut, where they are sharded, [n, pipeline].
+
+    Experts that an expert-parallel group splits have fewer replicas: the mean is weighted by parameters.
+    """
+    shards = (plans.data * plans.context)[:, None]
+    rank_experts = sum_by_rank(plans, experts[:, None] * plans.stage_layers)
+    share = rank_experts / np.maximum(rank_parameters, 1.0)
+    return shards / (1 + share * (plans.expert[:, None] - 1))
 
 
 def optimizer_bytes_of(trainable: StageParameters, training: Training, software: SoftwareProfile) -> StageParameters:
@@ -104,7 +117,9 @@ def optimizer_bytes_of(trainable: StageParameters, training: Training, software:
         share = matrix_share(architecture)
         layer_bytes = share * bytes_of(optimizer.matrix_values) + (1 - share) * layer_bytes
     others = bytes_of(optimizer.values)
-    return StageParameters(trainable.layer * layer_bytes, trainable.first * others, trainable.last * others)
+    return StageParameters(
+        trainable.layer * layer_bytes, trainable.first * others, trainable.last * others, trainable.experts * layer_bytes
+    )
 
 
 def matrix_share(architecture: Architecture) -> float:
@@ -232,11 +247,12 @@ def down_projection_parameters(plans: PlanTable, training: Training) -> FloatArr
 
     Their gradients exist when the backward pass comes to the feed-forward network's activation.
     """
-    layers = training.architecture.layers
-    parameters = sum(
-        linear.parameters for layer in layers for linear in trainable_feed_forward(layer) if linear.split == "row"
-    )
-    return np.asarray(parameters / len(layers) / plans.tensor)
+    parameters = np.zeros(len(plans))
+    for layer, count in training.architecture.layer_kinds():
+        for linear in trainable_feed_forward(layer):
+            if linear.split == "row":
+                parameters = parameters + count * linear.parameters / np.where(linear.is_expert, plans.expert, 1)
+    return np.asarray(parameters / len(training.architecture.layers) / plans.tensor)
 
 
 def trainable_feed_forward(layer: DecoderLayer) -> list[Linear]:
@@ -259,6 +275,7 @@ def optimizer_temporary_bytes(
             size = linear.inputs * linear.outputs * (linear.copies if linear.stacked else 1)
             # One of the temporaries lives until the next parameter has its own.
             elements = (temporaries * size + min(1.0, temporaries) * previous) / plans.tensor
+            elements = elements / np.where(linear.stacked, plans.expert, 1)
             largest = np.maximum(largest, elements[:, None])
             previous = 0 if linear.bias else size
     return largest * software.weight_bytes * states.optimizer_share

@@ -4,8 +4,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from moreh.models.architecture import Architecture
-from moreh.planner.cost.layer_time import head_is_frozen
+from moreh.models.architecture import Architecture, DecoderLayer
+from moreh.planner.cost.layer_time import head_is_frozen, linear_attention_flops
 from moreh.planner.cost.memory import PeakMemory, peak_memory
 from moreh.planner.cost.pipeline_time import makespan
 from moreh.planner.cost.stage_time import StageTime, stage_time
@@ -48,6 +48,8 @@ class StepBreakdown:
     """Tensor-parallel communication, with waiting for the slowest rank."""
     data_exchange_s: float
     """Waiting for sharded parameters and gradients while micro-batches are computed."""
+    expert_exchange_s: float
+    """Exchange of tokens with the ranks of their experts."""
     bubble_s: float
     """Waiting for other stages of the pipeline."""
     gradients_s: float
@@ -62,6 +64,7 @@ class StepBreakdown:
             "recomputation": self.recomputation_s,
             "tensor-parallel communication": self.tensor_exchange_s,
             "sharding communication": self.data_exchange_s,
+            "expert-parallel communication": self.expert_exchange_s,
             "pipeline bubble": self.bubble_s,
             "gradient reduction": self.gradients_s,
             "optimizer": self.optimizer_s,
@@ -115,10 +118,16 @@ def model_flops_per_step(training: Training) -> float:
         matmuls = sum(
             (4 if linear.frozen else 6) * linear.inputs * linear.outputs * linear.active for linear in layer.linears
         )
-        keys = length if layer.window is None else min(length, layer.window)
-        mean_keys = keys - keys * keys / (2 * length)
-        flops += count * tokens * (matmuls + 12 * layer.heads * layer.head_dim * mean_keys)
+        flops += count * tokens * (matmuls + 3 * attention_flops_per_token(layer, length))
     return flops
+
+
+def attention_flops_per_token(layer: DecoderLayer, length: int) -> float:
+    """FLOPs of a layer's attention for a token, forward: the mean over sequences of `length` tokens."""
+    if layer.state_elements:
+        return linear_attention_flops(layer)
+    keys = length if layer.window is None else min(length, layer.window)
+    return 4 * layer.heads * layer.head_dim * (keys - keys * keys / (2 * length))
 
 
 def predict(plan: Plan, training: Training, environment: Environment) -> Prediction:
@@ -154,11 +163,13 @@ def predict_row(
         recomputation_s=micro_batches * float(times.recomputation_s[row]),
         tensor_exchange_s=micro_batches * float(times.tensor_exchange_s[row]),
         data_exchange_s=micro_batches * float(times.data_exchange_s[row]),
+        expert_exchange_s=micro_batches * float(times.expert_exchange_s[row]),
         bubble_s=0.0,
         gradients_s=float(times.gradients_s[row]),
         optimizer_s=float(times.optimizer_s[row]),
     )
     busy_s = parts.computation_s + parts.recomputation_s + parts.tensor_exchange_s + parts.data_exchange_s
+    busy_s += parts.expert_exchange_s
     bubble_s = step_time_s - busy_s - parts.gradients_s - parts.optimizer_s
     names = DeviceMemory.__dataclass_fields__
     memory = tuple(

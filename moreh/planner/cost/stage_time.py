@@ -31,7 +31,7 @@ from moreh.planner.software_profile import SoftwareProfile
 class StageTime:
     """Seconds of the stages, of sends between them, and of a step's end.
 
-    The last four fields say what `forward_s` and `backward_s` consist of on the rank that has most to do.
+    The last five fields say what `forward_s` and `backward_s` consist of on the rank that has most to do.
     """
 
     forward_s: FloatArray
@@ -54,6 +54,8 @@ class StageTime:
     """Tensor-parallel communication of one micro-batch on the busiest rank, [n]."""
     data_exchange_s: FloatArray
     """Waiting for parameters and gradients of the data-parallel group, per micro-batch on the busiest rank, [n]."""
+    expert_exchange_s: FloatArray
+    """Exchange of tokens with their experts' ranks, per micro-batch on the busiest rank, [n]."""
 
     @property
     def tail_s(self) -> FloatArray:
@@ -78,6 +80,8 @@ class StageParameters:
     """What the first stage adds: the embedding, learned positions and the like."""
     last: FloatArray
     """What the last stage adds: the final norm and the output layer."""
+    experts: FloatArray
+    """The part of `layer` that an expert-parallel group of several ranks splits; 0 where there is none."""
 
     def of_stages(self, plans: PlanTable) -> FloatArray:
         """Parameters of every stage, [n, stages]. With one stage a tied output layer is counted once."""
@@ -107,10 +111,19 @@ def parameters_per_device(architecture: Architecture, plans: PlanTable, trainabl
         total = sum(count * layer.parameters for layer, count in kinds)
         split = sum(count * layer.sharded_parameters for layer, count in kinds)
     head = own_head + (embedding if architecture.tied and first_and_last_stage_on_different_ranks(plans) else 0)
+    # Of all experts on one tensor-parallel rank.
+    experts = sum(
+        count * (linear.sharded_parameters / tensor + (linear.parameters - linear.sharded_parameters))
+        for layer, count in kinds
+        for linear in layer.linears
+        if linear.is_expert and not (trainable_only and linear.frozen)
+    )
+    layers = len(architecture.layers)
     return StageParameters(
-        layer=(split / tensor + (total - split)) / len(architecture.layers),
+        layer=(split / tensor + (total - split) - experts * (1 - 1 / plans.expert)) / layers,
         first=embedding / tensor + tables,
         last=head / tensor + final,
+        experts=np.where(plans.expert > 1, experts / plans.expert / layers, 0.0),
     )
 
 
@@ -125,11 +138,35 @@ def reshards_each_micro_batch(pipeline: int, software: SoftwareProfile) -> bool:
     return pipeline == 1 or software.reshards_in_pipeline
 
 
-def data_parallel_links(roofline: Roofline, cluster: Cluster, plans: PlanTable) -> RingLinks:
-    """The links of the group that holds the same weights: data-parallel and context-parallel ranks."""
-    links = ring_links(cluster, plans.data * plans.context, plans.tensor)
-    if roofline.software.rings_use_all_ports:
-        return links
+@dataclass(frozen=True)
+class ReplicaRings:
+    """The groups of devices that hold the same weights, for the exchange of parameters and gradients."""
+
+    roofline: Roofline
+    weights: RingLinks
+    """Links of the data-parallel and context-parallel ranks."""
+    experts: RingLinks
+    """Links of those of them that hold the same experts."""
+
+    @classmethod
+    def of(cls, roofline: Roofline, cluster: Cluster, plans: PlanTable) -> "ReplicaRings":
+        """The groups of every plan."""
+        ranks = plans.data * plans.context
+        weights = ring_links(cluster, ranks, plans.tensor)
+        experts = ring_links(cluster, ranks // plans.expert, plans.tensor * plans.expert)
+        if roofline.software.rings_use_all_ports:
+            return cls(roofline, weights, experts)
+        return cls(roofline, _through_one_port(cluster, weights), _through_one_port(cluster, experts))
+
+    def exchange_s(self, parameters: FloatArray, experts: FloatArray, parameter_bytes: FloatArray | int) -> FloatArray:
+        """Seconds of a gather or reduction of `parameters`, of which `experts` are experts, [n]; 0 for 0 bytes."""
+        seconds = self.roofline.ring_s((parameters - experts) * parameter_bytes, self.weights)
+        expert_s = self.roofline.ring_s(experts * parameter_bytes, self.experts)
+        seconds = seconds + np.where(experts > 0, expert_s, 0.0)
+        return np.where(np.asarray(parameter_bytes) > 0, seconds, 0.0)
+
+
+def _through_one_port(cluster: Cluster, links: RingLinks) -> RingLinks:
     one_port = np.minimum(links.bytes_per_second, cluster.device.network_bytes_per_second)
     return replace(links, bytes_per_second=np.where(links.across_nodes, one_port, links.bytes_per_second))
 
@@ -142,7 +179,7 @@ def stage_time(roofline: Roofline, cluster: Cluster, plans: PlanTable, training:
     head = head_time(roofline, cluster, plans, training)
     parameters = parameters_per_device(training.architecture, plans, trainable_only=False)
     trainable = parameters_per_device(training.architecture, plans, trainable_only=True)
-    links = data_parallel_links(roofline, cluster, plans)
+    rings = ReplicaRings.of(roofline, cluster, plans)
 
     # Sharded parameters are gathered for each forward and each backward pass. Sharded gradients are reduced in each
     # backward pass. Bytes of a parameter, 0 where that happens once a step or never.
@@ -150,19 +187,34 @@ def stage_time(roofline: Roofline, cluster: Cluster, plans: PlanTable, training:
     gather_bytes = np.where((plans.sharding == SHARD_PARAMETERS) & reshards, software.gather_bytes, 0)
     reduce_bytes = np.where((plans.sharding >= SHARD_GRADIENTS) & reshards, software.reduce_bytes, 0)
 
-    def with_exchange(computation_s: FloatArray, gathered: FloatArray, reduced: FloatArray) -> FloatArray:
-        """Seconds of a computation while `gathered` parameters and `reduced` gradients are exchanged."""
-        exchange_s = np.where(gather_bytes > 0, roofline.ring_s(gathered * gather_bytes, links), 0.0)
-        exchange_s = exchange_s + np.where(reduce_bytes > 0, roofline.ring_s(reduced * reduce_bytes, links), 0.0)
+    zeros = np.zeros(len(plans))
+
+    def with_exchange(
+        computation_s: FloatArray,
+        gathered: FloatArray,
+        reduced: FloatArray,
+        gathered_experts: FloatArray = zeros,
+        reduced_experts: FloatArray = zeros,
+    ) -> FloatArray:
+        """Seconds of a computation while `gathered` parameters and `reduced` gradients are exchanged.
+
+        The experts among them are exchanged with the ranks that hold the same ones.
+        """
+        exchange_s = rings.exchange_s(gathered, gathered_experts, gather_bytes)
+        exchange_s = exchange_s + rings.exchange_s(reduced, reduced_experts, reduce_bytes)
         if software.overlaps_data_parallel:
             return roofline.overlapped_s(computation_s, exchange_s)
         return computation_s + exchange_s
 
-    zeros = np.zeros(len(plans))
     layer_forward = layer.forward_s + layer.forward_exchange_s
+    layer_forward = layer_forward + layer.expert_forward_s
     layer_backward = layer.backward_s + layer.backward_exchange_s + layer.recompute_s + layer.recompute_exchange_s
-    forward = with_exchange(layer_forward, parameters.layer, zeros)[:, None] * plans.stage_layers
-    backward = with_exchange(layer_backward, parameters.layer, trainable.layer)[:, None] * plans.stage_layers
+    layer_backward = layer_backward + layer.expert_backward_s
+    forward_s = with_exchange(layer_forward, parameters.layer, zeros, parameters.experts)
+    backward_s = with_exchange(
+        layer_backward, parameters.layer, trainable.layer, parameters.experts, trainable.experts
+    )
+    forward, backward = forward_s[:, None] * plans.stage_layers, backward_s[:, None] * plans.stage_layers
     forward[:, 0] += with_exchange(embedding.forward_s, parameters.first, zeros)
     backward[:, 0] += with_exchange(embedding.backward_s, zeros, trainable.first)
     forward[:, -1] += with_exchange(head.forward_s, parameters.last, zeros)
@@ -177,7 +229,8 @@ def stage_time(roofline: Roofline, cluster: Cluster, plans: PlanTable, training:
     computation += _edge_s(embedding, busiest == ranks[0]) + _edge_s(head, busiest == ranks[-1])
     recomputation = layers * layer.recompute_s
     exchange = layers * (layer.forward_exchange_s + layer.backward_exchange_s + layer.recompute_exchange_s)
-    gradients, optimizer = _step_end_s(roofline, plans, parameters, trainable, links, backward, training)
+    experts = layers * (layer.expert_forward_s + layer.expert_backward_s)
+    gradients, optimizer = _step_end_s(roofline, plans, parameters, trainable, rings, backward, training)
     times = StageTime(
         forward_s=forward,
         backward_s=backward,
@@ -188,7 +241,8 @@ def stage_time(roofline: Roofline, cluster: Cluster, plans: PlanTable, training:
         computation_s=computation,
         recomputation_s=recomputation,
         tensor_exchange_s=exchange,
-        data_exchange_s=np.maximum(0.0, rank_totals[rows, busiest] - computation - recomputation - exchange),
+        data_exchange_s=np.maximum(0.0, rank_totals[rows, busiest] - computation - recomputation - exchange - experts),
+        expert_exchange_s=experts,
     )
     return times.slower(roofline.efficiency.slowdown)
 
@@ -231,7 +285,7 @@ def _step_end_s(
     plans: PlanTable,
     parameters: StageParameters,
     trainable: StageParameters,
-    links: RingLinks,
+    rings: ReplicaRings,
     backward_s: FloatArray,
     training: Training,
 ) -> tuple[FloatArray, FloatArray]:
@@ -243,9 +297,11 @@ def _step_end_s(
     most_trainable = sum_by_rank(plans, trainable.of_stages(plans)).max(axis=1)
     most_parameters = sum_by_rank(plans, parameters.of_stages(plans)).max(axis=1)
 
-    reduce_s = roofline.ring_s(most_trainable * software.reduce_bytes, links)
-    gather_s = roofline.ring_s(most_parameters * software.gather_bytes, links)
-    gather_updated_s = roofline.ring_s(most_trainable * software.gather_bytes, links)
+    trained_experts = sum_by_rank(plans, trainable.experts[:, None] * plans.stage_layers).max(axis=1)
+    all_experts = sum_by_rank(plans, parameters.experts[:, None] * plans.stage_layers).max(axis=1)
+    reduce_s = rings.exchange_s(most_trainable, trained_experts, software.reduce_bytes)
+    gather_s = rings.exchange_s(most_parameters, all_experts, software.gather_bytes)
+    gather_updated_s = rings.exchange_s(most_trainable, trained_experts, software.gather_bytes)
     reshards = reshards_each_micro_batch(plans.pipeline, software)
     # Without sharding gradients need an all-reduce, which is two rings; with it a reduce-scatter, once a step.
     reduces_once = (plans.sharding == SHARD_OPTIMIZER) | (not reshards)
@@ -266,7 +322,9 @@ def _step_end_s(
     kept_bytes = state_bytes(optimizer.values, optimizer, software.moment_bytes, software.optimizer_bytes)
     moved_bytes = 2 * software.gradient_bytes + 2 * (software.weight_bytes + kept_bytes)
     shards = np.where(plans.sharding >= SHARD_OPTIMIZER, plans.data * plans.context, 1)
-    optimizer_s = most_trainable / shards * (moved_bytes + software.weight_copy_bytes) / roofline.memory_rate
+    # Experts have fewer replicas to shard them over.
+    trained = (most_trainable + trained_experts * (np.where(shards > 1, plans.expert, 1) - 1)) / shards
+    optimizer_s = trained * (moved_bytes + software.weight_copy_bytes) / roofline.memory_rate
     return gradients_s + gathers_s, optimizer_s + _orthogonalizing_s(roofline, training)
 
 

@@ -12,6 +12,7 @@ from math import gcd
 import numpy as np
 
 from moreh.errors import PlanError
+from moreh.planner.plan.expert_groups import expert_divisor
 from moreh.planner.plan.layer_balancing import even_layers
 from moreh.planner.plan.plan import RECOMPUTATIONS, SCHEDULES, SHARDINGS, Plan, Schedule, Training
 from moreh.planner.plan.schedules import SPLIT_BACKWARD, is_runnable
@@ -20,6 +21,7 @@ from moreh.planner.plan.schedules import SPLIT_BACKWARD, is_runnable
 LEGEND = """\
 The text of a plan has these fields, in any order:
   tp4 pp8 dp2 cp2       sizes of the tensor, pipeline, data and context groups
+  ep2                   how many data-parallel ranks hold the experts of a mixture together
   mb1x64                micro-batches of 1 row, 64 of them in a step
   interleaved:2         the pipeline's schedule and the chunks of each rank; also 1f1b, zero-bubble:N, zbv
   recompute:selective   what is recomputed; also none, full
@@ -37,6 +39,7 @@ _PATTERNS = {
     "pp": rf"pp({_NUMBER})",
     "dp": rf"dp({_NUMBER})",
     "cp": rf"cp({_NUMBER})",
+    "ep": rf"ep({_NUMBER})",
     "mb": rf"mb({_NUMBER}(?:x{_NUMBER})?)",
     "schedule": rf"(1f1b|zbv|(?:interleaved|zero-bubble)(?::{_NUMBER})?)",
     "recompute": f"recompute:({'|'.join(RECOMPUTATIONS)})",
@@ -46,7 +49,7 @@ _PATTERNS = {
 }
 # What an unknown field is compared with, and the example that the error shows for the nearest one.
 _EXAMPLES = {
-    **{name: f"{name}4" for name in ("tp", "pp", "dp", "cp")},
+    **{name: f"{name}4" for name in ("tp", "pp", "dp", "cp", "ep")},
     "mb": "mb1x64",
     "interleaved": "interleaved:2",
     **{name: name for name in ("1f1b", "zero-bubble", "zbv", "sp")},
@@ -70,6 +73,7 @@ def plan_fields(plan: Plan) -> dict[str, str]:
         "pp": f"pp{plan.pipeline}",
         "dp": f"dp{plan.data}",
         "cp": f"cp{plan.context}" if plan.context > 1 else "",
+        "ep": f"ep{plan.expert}" if plan.expert > 1 else "",
         "mb": f"mb{plan.micro_batch_size}x{plan.micro_batches}",
         "schedule": f"{plan.schedule}{chunks}" if plan.schedule != "1f1b" else "",
         "recompute": f"recompute:{plan.recomputation}" if plan.recomputation != "none" else "",
@@ -94,7 +98,7 @@ def parse_plan(text: str, training: Training, devices: int) -> Plan:
             not add up; a schedule whose order is not defined.
     """
     given = _parse_fields(text)
-    tensor, pipeline, context = (_size(given, name) for name in ("tp", "pp", "cp"))
+    tensor, pipeline, context, expert = (_size(given, name) for name in ("tp", "pp", "cp", "ep"))
     data = _data(given, tensor * pipeline * context, devices)
     micro_batch_size, micro_batches = _micro_batches(given, data, training.global_batch_size)
     schedule, chunks = _schedule(given, pipeline)
@@ -104,6 +108,7 @@ def parse_plan(text: str, training: Training, devices: int) -> Plan:
         pipeline=pipeline,
         data=data,
         context=context,
+        expert=expert,
         micro_batch_size=micro_batch_size,
         micro_batches=micro_batches,
         schedule=schedule,
@@ -272,6 +277,7 @@ def _problems(plan: Plan, training: Training) -> Iterator[str]:
         yield f"tp{tensor} does not divide the attention heads, whose common divisor is {heads}: give a divisor of it"
     if context > 1 and length % (2 * context):
         yield f"cp{context} needs sequences of a multiple of {2 * context} tokens, not of {length}: leave cp out"
+    yield from _expert_problems(plan, training)
     if plan.sequence_parallel and tensor == 1:
         yield "sp splits sequences over tensor-parallel ranks, but the plan has tp1: leave it out, or give another tp"
     if plan.sequence_parallel and length % tensor:
@@ -291,3 +297,12 @@ def _problems(plan: Plan, training: Training) -> Iterator[str]:
             f"recompute:{plan.recomputation} does not go with {plan.schedule}, whose split backward pass would "
             "recompute again for the gradient of every matrix: use interleaved or 1f1b"
         )
+
+
+def _expert_problems(plan: Plan, training: Training) -> Iterator[str]:
+    """What keeps the data-parallel ranks from sharing the experts."""
+    experts = expert_divisor(training.architecture)
+    if plan.expert > 1 and experts == 1:
+        yield f"ep{plan.expert} splits experts, but {training.architecture.name} has none: leave ep out"
+    elif experts % plan.expert or plan.data % plan.expert:
+        yield f"ep{plan.expert} does not divide dp{plan.data} and the {experts} experts: give a divisor of both"

@@ -40,6 +40,8 @@ class Plan:
     """Data-parallel size."""
     context: int = 1
     """Context-parallel size."""
+    expert: int = 1
+    """Expert-parallel size: so many neighboring data-parallel ranks hold the experts of a mixture together."""
     micro_batch_size: int = 1
     """Sequences that one data-parallel rank computes at once."""
     micro_batches: int = 1

@@ -23,6 +23,7 @@ class PlanTable:
     schedule: Schedule
     tensor: IntArray  # [n]
     context: IntArray  # [n]
+    expert: IntArray  # [n]
     data: IntArray  # [n]
     micro_batch_size: IntArray  # [n]
     micro_batches: IntArray  # [n]
@@ -59,6 +60,7 @@ class PlanTable:
             pipeline=self.pipeline,
             data=int(self.data[row]),
             context=int(self.context[row]),
+            expert=int(self.expert[row]),
             micro_batch_size=int(self.micro_batch_size[row]),
             micro_batches=int(self.micro_batches[row]),
             schedule=self.schedule,
@@ -82,6 +84,7 @@ class PlanTable:
             schedule=first.schedule,
             tensor=column([p.tensor for p in plans]),
             context=column([p.context for p in plans]),
+            expert=column([p.expert for p in plans]),
             data=column([p.data for p in plans]),
             micro_batch_size=column([p.micro_batch_size for p in plans]),
             micro_batches=column([p.micro_batches for p in plans]),

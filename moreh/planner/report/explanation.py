@@ -17,6 +17,7 @@ from moreh.tables import Column, Table
 # What the pieces that a plan's notation leaves out stand for.
 DEFAULT_PIECES = {
     "cp": "cp1",
+    "ep": "ep1",
     "schedule": "1f1b",
     "recompute": "recompute:none",
     "shard": "shard:none",
@@ -44,6 +45,8 @@ def _explanation_rows(predictions: Sequence[Prediction]) -> list[tuple[str, ...]
     rows = [
         (part.name, *(seconds_text(getattr(prediction.parts, field), step_s) for prediction in predictions))
         for field, part in STEP_PARTS.items()
+        # Only a mixture of experts has this part.
+        if field != "expert_exchange_s" or any(prediction.plan.expert > 1 for prediction in predictions)
     ]
     rows.append(("step time", *(seconds_text(prediction.step_time_s, step_s) for prediction in predictions)))
     rows.append(("tokens/s", *(f"{prediction.tokens_per_second:,.0f}" for prediction in predictions)))
@@ -154,6 +157,7 @@ def _reasons_to_pass_over(plan: Plan, request: Request) -> list[str]:
     recompute, sharding = f"recompute:{plan.recomputation}", f"shard:{plan.sharding}"
     reasons = {
         f"cp{plan.context} is above --max-context {constraints.max_context}": plan.context > constraints.max_context,
+        f"ep{plan.expert} is above --max-expert {constraints.max_expert}": plan.expert > constraints.max_expert,
         f"tp{plan.tensor} is above --max-tensor {constraints.max_tensor}": constraints.max_tensor is not None
         and plan.tensor > constraints.max_tensor,
         f"pp{plan.pipeline} contradicts --stages {constraints.pipeline}": constraints.pipeline

@@ -80,9 +80,10 @@ def optimizer_text(optimizer: OptimizerState, devices: int) -> str:
 
 
 def trained_text(architecture: Architecture) -> str:
-    """How many of the parameters are trained, as the end of a sentence; empty if all are."""
-    trained = architecture.trainable_parameters
-    return "" if trained == architecture.parameters else f", {trained:,} of them trained"
+    """How many of the parameters a token uses and how many are trained; empty if all are."""
+    active, trained = architecture.active_parameters, architecture.trainable_parameters
+    text = "" if active == architecture.parameters else f", {active:,} of them used by a token"
+    return text if trained == architecture.parameters else f"{text}, {trained:,} of them trained"
 
 
 def plan_table_forms(request: Request, result: SearchResult) -> list[Table]:

@@ -20,6 +20,7 @@ STEP_PARTS = {
     "recomputation_s": StepPart("recomputation", "recompute", ("recompute",)),
     "tensor_exchange_s": StepPart("tensor-parallel communication", "tensor", ("tp", "sp", "recompute")),
     "data_exchange_s": StepPart("sharding communication", "sharding", ("shard", "dp", "cp", "mb")),
+    "expert_exchange_s": StepPart("expert-parallel communication", "experts", ("ep", "tp", "sp", "recompute")),
     "bubble_s": StepPart("pipeline bubble", "bubble", ("pp", "schedule", "mb", "layers")),
     "gradients_s": StepPart("gradient reduction", "gradients", ("shard", "dp", "cp")),
     "optimizer_s": StepPart("optimizer", "optimizer", ("shard", "tp", "cp", "pp")),

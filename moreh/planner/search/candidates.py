@@ -13,6 +13,7 @@ from moreh.planner.cost.stage_time import reshards_each_micro_batch
 from moreh.planner.hardware.cluster import Cluster
 from moreh.planner.hardware.roofline import Roofline
 from moreh.planner.plan.arrays import FloatArray, IntArray
+from moreh.planner.plan.expert_groups import expert_divisor
 from moreh.planner.plan.layer_balancing import even_layers, layers_balanced_by_rank, layers_balanced_by_stage
 from moreh.planner.plan.plan import Schedule, Training
 from moreh.planner.plan.plan_table import (
@@ -37,6 +38,7 @@ class _Columns(NamedTuple):
 
     tensor: IntArray
     context: IntArray
+    expert: IntArray
     data: IntArray
     micro_batch_size: IntArray
     micro_batches: IntArray
@@ -81,7 +83,12 @@ def candidate_tables(
                 yield table
     if not has_plans:
         batch = f"{training.global_batch_size} x {training.sequence_length}"
-        if constraints == Constraints(max_context=constraints.max_context, memory_fraction=constraints.memory_fraction):
+        unrestricted = Constraints(
+            max_context=constraints.max_context,
+            max_expert=constraints.max_expert,
+            memory_fraction=constraints.memory_fraction,
+        )
+        if constraints == unrestricted:
             remedy = f"give a batch that has more divisors in common with {cluster.devices}"
         else:
             remedy = f"give fewer restrictions, or a batch that has more divisors in common with {cluster.devices}"
@@ -138,15 +145,17 @@ def _column_grids(cluster: Cluster, training: Training, constraints: Constraints
                 counts = counts[sequences // counts <= most]
             grid = np.meshgrid(
                 counts,
+                _expert_sizes(data, training, constraints),
                 _recomputations(constraints),
                 _shardings(data * context, constraints),
                 _sequence_parallel(tensor, training, constraints),
                 indexing="ij",
             )
-            micro_batches, recomputation, sharding, sequence_parallel = (axis.reshape(-1) for axis in grid)
+            micro_batches, expert, recomputation, sharding, sequence_parallel = (axis.reshape(-1) for axis in grid)
             yield _Columns(
                 tensor=np.full_like(micro_batches, tensor),
                 context=np.full_like(micro_batches, context),
+                expert=expert,
                 data=np.full_like(micro_batches, data),
                 micro_batch_size=sequences // micro_batches,
                 micro_batches=micro_batches,
@@ -154,6 +163,12 @@ def _column_grids(cluster: Cluster, training: Training, constraints: Constraints
                 sharding=sharding,
                 sequence_parallel=sequence_parallel,
             )
+
+
+def _expert_sizes(data: int, training: Training, constraints: Constraints) -> list[int]:
+    """The numbers of data-parallel ranks that can hold the experts of a mixture together."""
+    largest_group = int(np.gcd(data, expert_divisor(training.architecture)))
+    return [size for size in divisors(largest_group) if size <= constraints.max_expert]
 
 
 def _recomputations(constraints: Constraints) -> list[int]:
@@ -217,7 +232,7 @@ def _table(
         # Gradients are whole until the end of the step, so sharding them is the same as sharding the optimizer.
         allowed = allowed & (columns.sharding != SHARD_GRADIENTS)
     if not training.optimizer.works_on_shards:
-        allowed = allowed & (columns.tensor == 1) & (columns.sharding == SHARD_NONE)
+        allowed = allowed & (columns.tensor == 1) & (columns.expert == 1) & (columns.sharding == SHARD_NONE)
     columns = columns.take(allowed)
     stages = pipeline * chunks
     layers = len(training.architecture.layers)

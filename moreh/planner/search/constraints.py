@@ -27,6 +27,8 @@ class Constraints:
     """Largest context-parallel size. 1 by default, because the local runtime has no context parallelism."""
     max_micro_batch_tokens: int | None = None
     """Most tokens of a micro-batch of several sequences without a pipeline; None for no limit."""
+    max_expert: int = 1
+    """Largest expert-parallel size. 1 by default, because the local runtime has no expert parallelism."""
     sequence_parallel: bool | None = None
     """True for plans with sequence parallelism, False for plans without."""
     memory_fraction: float = DEFAULT_MEMORY_PERCENT / 100
@@ -73,4 +75,6 @@ def constraints_text(constraints: Constraints) -> str:
         texts.append(f"schedules {', '.join(constraints.schedules)}")
     if constraints.max_context != 1:
         texts.append(f"context at most {constraints.max_context}")
+    if constraints.max_expert != 1:
+        texts.append(f"experts over at most {constraints.max_expert} ranks")
     return ", ".join(texts)

@@ -26,6 +26,9 @@ def helpful_relaxations(request: Request, *, all_devices: bool) -> str:
         "with a larger --max-context": replace(
             constraints, max_context=max(constraints.max_context, request.environment.cluster.devices)
         ),
+        "with a larger --max-expert": replace(
+            constraints, max_expert=max(constraints.max_expert, request.environment.cluster.devices)
+        ),
     }
     requests = ((text, replace(request, constraints=other)) for text, other in relaxed.items() if other != constraints)
     return ", or ".join(
