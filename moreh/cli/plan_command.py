@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 from moreh.accelerator.devices import all_devices
+from moreh.cli.calibration_file import read_measured_steps
 from moreh.cli.plan_options import YES_NO_AUTO, parse_options
 from moreh.cli.plan_place import find_place
 from moreh.cli.terminal import run_tool
@@ -14,14 +15,18 @@ from moreh.errors import PlanError
 from moreh.models.architecture import Architecture
 from moreh.models.describe.from_source import describe
 from moreh.models.describe.with_lora import ALL_LINEAR, Lora, with_lora
+from moreh.planner.calibration.calibrate import Calibration, calibrate
+from moreh.planner.calibration.measured_step import MeasuredStep
 from moreh.planner.cost.prediction import Prediction, predict
 from moreh.planner.hardware.environment import Environment
 from moreh.planner.optimizer_state import FLOAT32_BYTES, optimizer_state
 from moreh.planner.plan.notation import parse_plan, plan_text
 from moreh.planner.plan.plan import Plan, Training
+from moreh.planner.report.comparison import comparison_json, comparison_sentences, comparison_table, compare_steps
 from moreh.planner.report.explanation import explanation_json, explanation_sentences, explanation_table_forms
 from moreh.planner.report.flavor_comparison import compare_flavors
 from moreh.planner.report.flavor_report import flavor_table_forms, flavors_json, no_flavor_text, recommendation
+from moreh.planner.report.interval import interval_json, interval_of, interval_text
 from moreh.planner.report.json_output import Json, request_json, search_json, search_outcome_json
 from moreh.planner.report.plan_rows import DEFAULT_COUNT, header_pairs
 from moreh.planner.report.plot import check_plot_path, draw_plan
@@ -43,6 +48,11 @@ def _plan(arguments: list[str]) -> int:
     if options.plot is not None:
         check_plot_path(options.plot)
     request = _request(options)
+    calibration, steps = None, []
+    if options.calibrate is not None:
+        steps = read_measured_steps(options.calibrate, request.training, request.environment)
+        calibration = calibrate(steps, request.environment)
+        request = replace(request, environment=calibration.applied_to(request.environment))
     max_positions = request.training.architecture.max_positions
     if max_positions is not None and options.sequence_length > max_positions:
         print(
@@ -53,9 +63,11 @@ def _plan(arguments: list[str]) -> int:
     width = None if options.wide else terminal_width()
     if options.flavors:
         return _compare(options, request, width)
+    if options.compare is not None:
+        return _compare_steps(options, request, calibration, steps, width)
     if options.explain is not None:
-        return _explain(options, request, width)
-    return _search(options, request, width)
+        return _explain(options, request, calibration, width)
+    return _search(options, request, calibration, width)
 
 
 def _request(options: argparse.Namespace) -> Request:
@@ -105,36 +117,46 @@ def _architecture(options: argparse.Namespace) -> Architecture:
         raise PlanError(f"--lora-targets: {error}") from None
 
 
-def _search(options: argparse.Namespace, request: Request, width: int | None) -> int:
+def _search(
+    options: argparse.Namespace, request: Request, calibration: Calibration | None, width: int | None
+) -> int:
     outcome = search_plans(request, options.count or DEFAULT_COUNT)
     best = outcome.result.best
     message = None if best else nothing_fits_text(request, outcome)
     if options.json:
         plot = str(options.plot) if best and options.plot else None
         plans = {**search_json(request, outcome.result), **search_outcome_json(outcome, message)}
-        _print_json({**request_json(request), **plans, "plot": plot})
+        interval = None
+        if best:
+            interval = interval_json(interval_of(best[0], request.training, outcome.environment, calibration))
+        _print_json({**request_json(request), **plans, "interval": interval, "plot": plot})
     elif best:
-        print_plans(request, outcome.result, width, outcome.idle)
+        print_plans(request, outcome.result, width, outcome.idle, calibration=calibration)
     if message:
         raise PlanError(message)
     _draw(options, request, best[0], "plan 1", width)
     return 0
 
 
-def _explain(options: argparse.Namespace, request: Request, width: int | None) -> int:
+def _explain(
+    options: argparse.Namespace, request: Request, calibration: Calibration | None, width: int | None
+) -> int:
     outcome = search_plans(request, count=1)
     plan, setting = _plan_to_explain(options.explain, request, outcome)
     asked = predict(plan, request.training, setting)
+    interval = interval_of(asked, request.training, setting, calibration)
     best = outcome.result.best[0] if outcome.result.best else None
     message = None if best else nothing_fits_text(request, outcome)
     if options.json:
         explanation = {**explanation_json(request, asked, best), **search_outcome_json(outcome, message)}
-        _print_json({**request_json(request), **explanation, "plot": str(options.plot) if options.plot else None})
+        plot = str(options.plot) if options.plot else None
+        _print_json({**request_json(request), **explanation, "interval": interval_json(interval), "plot": plot})
     else:
         plans = [("This plan", plan_text(plan))] + ([] if best is None else [("Best plan", plan_text(best.plan))])
         print_pairs([*header_pairs(request, outcome.result, outcome.idle), *plans], width)
         print(draw_widest(explanation_table_forms(asked, best), width))
-        print_sentences(explanation_sentences(request, asked, best), width)
+        sentences = [*explanation_sentences(request, asked, best), f"This plan {interval_text(interval)}."]
+        print_sentences(sentences, width)
     _draw(options, request, asked, "this plan", width)
     if message:
         raise PlanError(message)
@@ -161,6 +183,24 @@ def _compare(options: argparse.Namespace, request: Request, width: int | None) -
         raise PlanError(no_flavor_text(request, rows))
     if not options.json:
         print_sentences(recommendation(rows, tokens, price), width)
+    return 0
+
+
+def _compare_steps(
+    options: argparse.Namespace,
+    request: Request,
+    calibration: Calibration | None,
+    calibrated_with: list[MeasuredStep],
+    width: int | None,
+) -> int:
+    measured = read_measured_steps(options.compare, request.training, request.environment)
+    steps = compare_steps(measured, request.environment, calibration, calibrated_with)
+    if options.json:
+        _print_json({**request_json(request), "comparison": comparison_json(steps)})
+        return 0
+    print_pairs([*header_pairs(request), ("Interval", steps[0].predicted.text)], width)
+    print(draw_widest(comparison_table(steps), width))
+    print_sentences(comparison_sentences(steps), width)
     return 0
 
 

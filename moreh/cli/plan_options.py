@@ -91,7 +91,9 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     needs = {
         **needs_of_place(options),
         "--plot cannot be combined with --flavors": options.plot is None or not options.flavors,
+        "--plot cannot be combined with --compare": options.plot is None or options.compare is None,
         "--lora-targets needs --lora": options.lora_targets is None or options.lora is not None,
+        "--calibrate cannot be combined with --flavors": options.calibrate is None or not options.flavors,
         "--momentum needs --optimizer sgd or rmsprop": not options.momentum or options.optimizer in ("sgd", "rmsprop"),
         "--weights bfloat16 needs --precision bfloat16": options.weights == "float32"
         or options.precision == "bfloat16",
@@ -135,6 +137,13 @@ def _add_what_is_trained(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--float32-state", action="store_true", help="With --weights bfloat16, keep AdamW's state in float32."
+    )
+    group.add_argument(
+        "--calibrate",
+        type=Path,
+        metavar="FILE",
+        help="Measured steps of the program, from which its efficiency is learned: measured.jsonl of a run, or a JSON "
+        "object a line with plan, batch_size, sequence_length, step_time_s and more (docs/planning.md).",
     )
     group.add_argument("--momentum", action="store_true", help="With --optimizer sgd or rmsprop, use momentum.")
 
@@ -203,6 +212,12 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
         "--explain",
         metavar="PLAN",
         help="Compare a plan such as 'tp4 pp8 dp2 mb1x64' with the best one, and say why it is slower or does not fit.",
+    )
+    kind.add_argument(
+        "--compare",
+        type=Path,
+        metavar="FILE",
+        help="Predict the steps of a file like that of --calibrate, rank them, and compare with what was measured.",
     )
     kind.add_argument(
         "--flavors", action="store_true", help="Compare the best plans of all accelerators of moreh-switch-model."

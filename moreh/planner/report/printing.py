@@ -5,6 +5,8 @@
 
 from collections.abc import Iterable
 
+from moreh.planner.calibration.calibrate import Calibration
+from moreh.planner.report.interval import interval_of, interval_text
 from moreh.planner.report.plan_rows import header_pairs, plan_table_forms
 from moreh.planner.search.request import Request
 from moreh.planner.search.search import SearchResult
@@ -31,11 +33,15 @@ def print_plans(
     width: int | None,
     idle: str = "",
     notes: Iterable[tuple[str, str]] = (),
+    calibration: Calibration | None = None,
 ) -> None:
-    """Print what was planned and the table of the best plans.
+    """Print what was planned and the table of the best plans, of which there is at least one.
 
     `idle` says why some devices have nothing to do; empty where all have something to do. `notes` are more pairs of a
-    word and a text.
+    word and a text. `calibration` is what measured steps say of the program.
     """
-    print_pairs([*header_pairs(request, result, idle), *notes], width)
+    environment = request.environment.with_devices(result.best[0].plan.devices)
+    interval = interval_of(result.best[0], request.training, environment, calibration)
+    pairs = [*header_pairs(request, result, idle), ("Interval", f"Plan 1 {interval_text(interval)}"), *notes]
+    print_pairs(pairs, width)
     print(draw_widest(plan_table_forms(request, result), width))

@@ -1,0 +1,41 @@
+"""How far the figures of a plan may be off, in words and as JSON."""
+
+from moreh.planner.calibration.calibrate import Calibration
+from moreh.planner.calibration.prediction import Interval, IntervalPrediction
+from moreh.planner.calibration.prediction import predict as predict_interval
+from moreh.planner.cost.prediction import Prediction
+from moreh.planner.hardware.environment import Environment
+from moreh.planner.plan.plan import Training
+from moreh.planner.report.json_output import Json
+from moreh.planner.units import gib, seconds_text
+
+
+def interval_of(
+    prediction: Prediction, training: Training, environment: Environment, calibration: Calibration | None
+) -> IntervalPrediction:
+    """The intervals of a plan that was predicted; `calibration` is None where no step was measured."""
+    return predict_interval(prediction.plan, training, environment, calibration)
+
+
+def interval_text(interval: IntervalPrediction) -> str:
+    """The intervals in a sentence without its subject, such as "takes 48.10 s to 59.02 s a step ..."."""
+    seconds, memory = interval.step_time_s, interval.memory_bytes
+    return (
+        f"takes {seconds_text(seconds.low, seconds.high)} to {seconds_text(seconds.high)} a step and {gib(memory.low)} "
+        f"to {gib(memory.high)} on the fullest device in 4 of 5 cases; {interval.text}"
+    )
+
+
+def interval_json(interval: IntervalPrediction) -> Json:
+    """The intervals with what they rest on."""
+    return {
+        "step_time_s": _ends(interval.step_time_s),
+        "tokens_per_second": _ends(interval.tokens_per_second),
+        "memory_bytes": _ends(interval.memory_bytes),
+        "measured_steps": interval.measured_steps,
+        "basis": interval.text,
+    }
+
+
+def _ends(interval: Interval) -> list[float]:
+    return [interval.low, interval.high]
