@@ -60,6 +60,12 @@ class ChosenPlan:
     """Predicted seconds of a step with such a batch, whose rows have no padding."""
     memory_bytes: float
     """Predicted bytes on the fullest device."""
+    notation: str = ""
+    """The plan in the planner's notation, which `moreh-plan` reads."""
+    device: str = ""
+    """The kind of device, or "this machine" for its CPU."""
+    device_count: int = 0
+    """The number of devices or workers."""
 
 
 @dataclass(frozen=True)

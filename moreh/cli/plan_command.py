@@ -22,7 +22,7 @@ from moreh.planner.hardware.environment import Environment
 from moreh.planner.optimizer_state import FLOAT32_BYTES, optimizer_state
 from moreh.planner.plan.notation import parse_plan, plan_text
 from moreh.planner.plan.plan import Plan, Training
-from moreh.planner.report.comparison import comparison_json, comparison_sentences, comparison_table, compare_steps
+from moreh.planner.report.comparison import compare_steps, comparison_json, comparison_sentences, comparison_table
 from moreh.planner.report.explanation import explanation_json, explanation_sentences, explanation_table_forms
 from moreh.planner.report.flavor_comparison import compare_flavors
 from moreh.planner.report.flavor_report import flavor_table_forms, flavors_json, no_flavor_text, recommendation
@@ -117,9 +117,7 @@ def _architecture(options: argparse.Namespace) -> Architecture:
         raise PlanError(f"--lora-targets: {error}") from None
 
 
-def _search(
-    options: argparse.Namespace, request: Request, calibration: Calibration | None, width: int | None
-) -> int:
+def _search(options: argparse.Namespace, request: Request, calibration: Calibration | None, width: int | None) -> int:
     outcome = search_plans(request, options.count or DEFAULT_COUNT)
     best = outcome.result.best
     message = None if best else nothing_fits_text(request, outcome)
@@ -138,9 +136,7 @@ def _search(
     return 0
 
 
-def _explain(
-    options: argparse.Namespace, request: Request, calibration: Calibration | None, width: int | None
-) -> int:
+def _explain(options: argparse.Namespace, request: Request, calibration: Calibration | None, width: int | None) -> int:
     outcome = search_plans(request, count=1)
     plan, setting = _plan_to_explain(options.explain, request, outcome)
     asked = predict(plan, request.training, setting)

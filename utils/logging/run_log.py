@@ -195,6 +195,7 @@ class RunLog:
 
         decrease = 1 - last_eval_loss / first_eval_loss
         self.info(f"Held-out loss: {first_eval_loss:.4f} before, {last_eval_loss:.4f} after ({decrease:.1%} less)")
+        self._report_measured()
         try:
             picture = draw_losses(self.directory / "metrics.jsonl", self.directory / "loss.png")
             self.info(f"Loss curves: {picture}")
@@ -203,6 +204,20 @@ class RunLog:
         if self._config.log.report:
             self.info(f"Report: {self.directory / 'report.html'}")
         self.info(f"Model: {self.directory / 'model'}")
+
+    def _report_measured(self) -> None:
+        """Say what was predicted beside what was measured, and write it down for `moreh-plan --calibrate`."""
+        from utils.report.measured import measured_run, summary_text, write_measured
+
+        assert self._report is not None, "start() comes first"
+        measured = measured_run(self._report.state, self._report.curves, self._config.train.batch_size)
+        if measured is None:
+            return
+        self.info(summary_text(measured))
+        try:
+            write_measured(self.directory, measured)
+        except OSError as error:
+            train_logger.warning(f"{self.directory / 'measured.jsonl'} was not written: {error.strerror}")
 
 
 def _how_it_ended(error: BaseException | None) -> tuple[str, str]:

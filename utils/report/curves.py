@@ -63,6 +63,8 @@ class Curve:
         """The last values."""
         self.first = self.last = math.nan
         """The first and the last value that are finite."""
+        self.count_before_recent = 0
+        """How many finite values came before those of `recent`."""
         self.not_finite = 0
         """How many values were NaN or infinite. They are in no point."""
         self.first_not_finite_step: float | None = None
@@ -79,6 +81,7 @@ class Curve:
         self.last = value
         if math.isnan(self.first):
             self.first = value
+        self.count_before_recent += len(self.recent) == self.recent.maxlen
         self.recent.append(value)
         point = Point(step, step, 1, value, value, value)
         if self.points and self.points[-1].count < self._values_per_point:

@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from utils.report.curves import read_curves
+from utils.report.curves import RunCurves, read_curves
 from utils.report.environment import environment_rows
 from utils.report.page import Report, page_html
 from utils.report.run_state import (
@@ -61,6 +61,11 @@ class LiveReport:
             )
         self._guarded(self._take_environment)
         self.renew()
+
+    @property
+    def curves(self) -> RunCurves:
+        """The metrics of the run until now."""
+        return self._curves
 
     def add(self, metrics: Mapping[str, float]) -> None:
         """Take the metrics of a step. The page is renewed if it is due, or if the model was evaluated."""

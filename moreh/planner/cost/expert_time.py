@@ -44,8 +44,8 @@ def token_exchange_s(
     if not active or bool((plans.expert == 1).all()):
         return np.zeros(len(plans))
     device, efficiency, node = cluster.device, roofline.efficiency, cluster.devices_per_node
-    sent_bytes = tokens * active * hidden * roofline.software.activation_bytes
-    sent_bytes = sent_bytes / np.where(plans.sequence_parallel, plans.tensor, 1)
+    sent_tokens = tokens / np.where(plans.sequence_parallel, plans.tensor, 1)
+    sent_bytes = sent_tokens * active * hidden * roofline.software.activation_bytes
     stride = plans.tensor * plans.context
     in_node = np.minimum(np.maximum(1, np.gcd(node, plans.expert * stride) // stride), plans.expert)
     near_s = sent_bytes * (in_node - 1) / plans.expert / (device.node_bytes_per_second * efficiency.node)

@@ -190,7 +190,9 @@ def linear_attention_flops(layer: DecoderLayer) -> int:
 def feed_forward_columns(layer: DecoderLayer) -> int:
     """Columns of the feed-forward network's first matmuls for a token: its inner width, twice that if it is gated."""
     return sum(
-        linear.outputs * linear.active for linear in layer.linears if linear.split == "column" and not linear.in_attention
+        linear.outputs * linear.active
+        for linear in layer.linears
+        if linear.split == "column" and not linear.in_attention
     )
 
 

@@ -31,7 +31,7 @@ from moreh.planner.cost.memory_states import (
     peak_by_rank,
     stages_in_flight,
 )
-from moreh.planner.cost.stage_time import reshards_each_micro_batch
+from moreh.planner.cost.stage_parameters import reshards_each_micro_batch
 from moreh.planner.plan.arrays import FloatArray, IntArray
 from moreh.planner.plan.plan import Training
 from moreh.planner.plan.plan_table import SHARD_PARAMETERS, PlanTable

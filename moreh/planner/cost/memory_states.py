@@ -8,7 +8,12 @@ import numpy as np
 
 from moreh.models.architecture import Architecture, DecoderLayer, Linear
 from moreh.planner.cost.layer_time import micro_batch_tokens
-from moreh.planner.cost.stage_time import StageParameters, parameters_per_device, reshards_each_micro_batch
+from moreh.planner.cost.stage_parameters import (
+    StageParameters,
+    mean_shards,
+    parameters_per_device,
+    reshards_each_micro_batch,
+)
 from moreh.planner.optimizer_state import state_bytes
 from moreh.planner.plan.arrays import FloatArray, IntArray
 from moreh.planner.plan.plan import Schedule, Training
@@ -59,8 +64,8 @@ def model_states(plans: PlanTable, training: Training, software: SoftwareProfile
     trainable = parameters_per_device(training.architecture, plans, trainable_only=True)
     rank_parameters = sum_by_rank(plans, parameters.of_stages(plans))
     rank_trainable = sum_by_rank(plans, trainable.of_stages(plans))
-    shards = _mean_shards(plans, rank_parameters, parameters.experts)
-    trainable_shards = _mean_shards(plans, rank_trainable, trainable.experts)
+    shards = mean_shards(plans, rank_parameters, parameters.experts)
+    trainable_shards = mean_shards(plans, rank_trainable, trainable.experts)
     reshards = reshards_each_micro_batch(plans.pipeline, software)
     # Two layers are gathered at a time, the one in use and the next, and one layer's gradients wait to be reduced.
     # Gradients that go through a flat buffer are there twice.
@@ -87,22 +92,12 @@ def model_states(plans: PlanTable, training: Training, software: SoftwareProfile
         rank_parameters=rank_parameters,
         rank_trainable=rank_trainable,
         weight_bytes=rank_parameters * software.weight_bytes / np.where(shards_weights, shards, 1) + copies,
-        gradient_bytes=software.gradient_bytes / np.where((sharding >= SHARD_GRADIENTS) & reshards, trainable_shards, 1),
+        gradient_bytes=software.gradient_bytes
+        / np.where((sharding >= SHARD_GRADIENTS) & reshards, trainable_shards, 1),
         optimizer_bytes=optimizer_bytes * optimizer_share,
         optimizer_share=optimizer_share,
         exchange_bytes=(gathered + reduced)[:, None],
     )
-
-
-def _mean_shards(plans: PlanTable, rank_parameters: FloatArray, experts: FloatArray) -> FloatArray:
-    """Into how many shards a rank's parameters are cut, where they are sharded, [n, pipeline].
-
-    Experts that an expert-parallel group splits have fewer replicas: the mean is weighted by parameters.
-    """
-    shards = (plans.data * plans.context)[:, None]
-    rank_experts = sum_by_rank(plans, experts[:, None] * plans.stage_layers)
-    share = rank_experts / np.maximum(rank_parameters, 1.0)
-    return shards / (1 + share * (plans.expert[:, None] - 1))
 
 
 def optimizer_bytes_of(trainable: StageParameters, training: Training, software: SoftwareProfile) -> StageParameters:
@@ -118,7 +113,10 @@ def optimizer_bytes_of(trainable: StageParameters, training: Training, software:
         layer_bytes = share * bytes_of(optimizer.matrix_values) + (1 - share) * layer_bytes
     others = bytes_of(optimizer.values)
     return StageParameters(
-        trainable.layer * layer_bytes, trainable.first * others, trainable.last * others, trainable.experts * layer_bytes
+        trainable.layer * layer_bytes,
+        trainable.first * others,
+        trainable.last * others,
+        trainable.experts * layer_bytes,
     )
 
 

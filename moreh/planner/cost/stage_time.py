@@ -8,9 +8,15 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
-from moreh.models.architecture import Architecture
 from moreh.planner.cost.layer_time import EdgeTime, embedding_time, head_time, layer_time, micro_batch_tokens
-from moreh.planner.hardware.cluster import Cluster, RingLinks, ring_links
+from moreh.planner.cost.stage_parameters import (
+    ReplicaRings,
+    StageParameters,
+    first_and_last_stage_on_different_ranks,
+    parameters_per_device,
+    reshards_each_micro_batch,
+)
+from moreh.planner.hardware.cluster import Cluster
 from moreh.planner.hardware.roofline import Roofline
 from moreh.planner.optimizer_state import state_bytes
 from moreh.planner.plan.arrays import BoolArray, FloatArray
@@ -70,107 +76,6 @@ class StageTime:
         return replace(self, **{name: factor * getattr(self, name) for name in seconds})
 
 
-@dataclass(frozen=True)
-class StageParameters:
-    """Numbers of parameters on one device before any data-parallel sharding, [n] each."""
-
-    layer: FloatArray
-    """Of a layer: the mean over the model's layers."""
-    first: FloatArray
-    """What the first stage adds: the embedding, learned positions and the like."""
-    last: FloatArray
-    """What the last stage adds: the final norm and the output layer."""
-    experts: FloatArray
-    """The part of `layer` that an expert-parallel group of several ranks splits; 0 where there is none."""
-
-    def of_stages(self, plans: PlanTable) -> FloatArray:
-        """Parameters of every stage, [n, stages]. With one stage a tied output layer is counted once."""
-        stages = self.layer[:, None] * plans.stage_layers
-        stages[:, 0] += self.first
-        stages[:, -1] += self.last
-        return stages
-
-
-def parameters_per_device(architecture: Architecture, plans: PlanTable, trainable_only: bool) -> StageParameters:
-    """Parameters that one device of each plan's tensor-parallel group holds before any data-parallel sharding."""
-    tensor, kinds = plans.tensor, list(architecture.layer_kinds())
-    embedding, tables, final = (
-        architecture.embedding_parameters,
-        architecture.table_parameters,
-        architecture.final_parameters,
-    )
-    own_head = architecture.own_head_parameters
-    if trainable_only:
-        total = sum(count * layer.trainable_parameters for layer, count in kinds)
-        split = sum(count * layer.trainable_sharded_parameters for layer, count in kinds)
-        embedding = 0 if architecture.embedding_frozen else embedding
-        own_head = 0 if architecture.head_frozen else own_head
-        tables -= architecture.frozen_table_parameters
-        final -= architecture.frozen_final_parameters
-    else:
-        total = sum(count * layer.parameters for layer, count in kinds)
-        split = sum(count * layer.sharded_parameters for layer, count in kinds)
-    head = own_head + (embedding if architecture.tied and first_and_last_stage_on_different_ranks(plans) else 0)
-    # Of all experts on one tensor-parallel rank.
-    experts = sum(
-        count * (linear.sharded_parameters / tensor + (linear.parameters - linear.sharded_parameters))
-        for layer, count in kinds
-        for linear in layer.linears
-        if linear.is_expert and not (trainable_only and linear.frozen)
-    )
-    layers = len(architecture.layers)
-    return StageParameters(
-        layer=(split / tensor + (total - split) - experts * (1 - 1 / plans.expert)) / layers,
-        first=embedding / tensor + tables,
-        last=head / tensor + final,
-        experts=np.where(plans.expert > 1, experts / plans.expert / layers, 0.0),
-    )
-
-
-def first_and_last_stage_on_different_ranks(plans: PlanTable) -> bool:
-    """Whether two ranks would each hold a tied embedding: for the first stage, and as the last stage's output layer."""
-    ranks = plans.stage_ranks
-    return bool(ranks[0] != ranks[-1])
-
-
-def reshards_each_micro_batch(pipeline: int, software: SoftwareProfile) -> bool:
-    """Whether sharded parameters are gathered and gradients reduced for each micro-batch, and not once a step."""
-    return pipeline == 1 or software.reshards_in_pipeline
-
-
-@dataclass(frozen=True)
-class ReplicaRings:
-    """The groups of devices that hold the same weights, for the exchange of parameters and gradients."""
-
-    roofline: Roofline
-    weights: RingLinks
-    """Links of the data-parallel and context-parallel ranks."""
-    experts: RingLinks
-    """Links of those of them that hold the same experts."""
-
-    @classmethod
-    def of(cls, roofline: Roofline, cluster: Cluster, plans: PlanTable) -> "ReplicaRings":
-        """The groups of every plan."""
-        ranks = plans.data * plans.context
-        weights = ring_links(cluster, ranks, plans.tensor)
-        experts = ring_links(cluster, ranks // plans.expert, plans.tensor * plans.expert)
-        if roofline.software.rings_use_all_ports:
-            return cls(roofline, weights, experts)
-        return cls(roofline, _through_one_port(cluster, weights), _through_one_port(cluster, experts))
-
-    def exchange_s(self, parameters: FloatArray, experts: FloatArray, parameter_bytes: FloatArray | int) -> FloatArray:
-        """Seconds of a gather or reduction of `parameters`, of which `experts` are experts, [n]; 0 for 0 bytes."""
-        seconds = self.roofline.ring_s((parameters - experts) * parameter_bytes, self.weights)
-        expert_s = self.roofline.ring_s(experts * parameter_bytes, self.experts)
-        seconds = seconds + np.where(experts > 0, expert_s, 0.0)
-        return np.where(np.asarray(parameter_bytes) > 0, seconds, 0.0)
-
-
-def _through_one_port(cluster: Cluster, links: RingLinks) -> RingLinks:
-    one_port = np.minimum(links.bytes_per_second, cluster.device.network_bytes_per_second)
-    return replace(links, bytes_per_second=np.where(links.across_nodes, one_port, links.bytes_per_second))
-
-
 def stage_time(roofline: Roofline, cluster: Cluster, plans: PlanTable, training: Training) -> StageTime:
     """The time of every stage of every plan."""
     software = roofline.software
@@ -211,9 +116,7 @@ def stage_time(roofline: Roofline, cluster: Cluster, plans: PlanTable, training:
     layer_backward = layer.backward_s + layer.backward_exchange_s + layer.recompute_s + layer.recompute_exchange_s
     layer_backward = layer_backward + layer.expert_backward_s
     forward_s = with_exchange(layer_forward, parameters.layer, zeros, parameters.experts)
-    backward_s = with_exchange(
-        layer_backward, parameters.layer, trainable.layer, parameters.experts, trainable.experts
-    )
+    backward_s = with_exchange(layer_backward, parameters.layer, trainable.layer, parameters.experts, trainable.experts)
     forward, backward = forward_s[:, None] * plans.stage_layers, backward_s[:, None] * plans.stage_layers
     forward[:, 0] += with_exchange(embedding.forward_s, parameters.first, zeros)
     backward[:, 0] += with_exchange(embedding.backward_s, zeros, trainable.first)

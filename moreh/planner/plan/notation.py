@@ -4,18 +4,16 @@ LEGEND describes the fields. `plan_text` writes a plan, `parse_plan` reads what 
 """
 
 import re
-from collections.abc import Iterator
 from difflib import get_close_matches
 from itertools import groupby
-from math import gcd
 
 import numpy as np
 
 from moreh.errors import PlanError
-from moreh.planner.plan.expert_groups import expert_divisor
 from moreh.planner.plan.layer_balancing import even_layers
 from moreh.planner.plan.plan import RECOMPUTATIONS, SCHEDULES, SHARDINGS, Plan, Schedule, Training
-from moreh.planner.plan.schedules import SPLIT_BACKWARD, is_runnable
+from moreh.planner.plan.plan_problems import plan_problems
+from moreh.planner.plan.schedules import is_runnable
 
 # For the help of moreh-plan.
 LEGEND = """\
@@ -231,7 +229,7 @@ def _layers(fields: dict[str, str], layers: int, stages: int) -> tuple[int, ...]
 
 def _check(plan: Plan, training: Training) -> None:
     """Raise PlanError for problems between fields: heads, sequence length, groups of one rank, and the schedule."""
-    for problem in _problems(plan, training):
+    for problem in plan_problems(plan, training):
         raise PlanError(f"plan: {problem}")
     refusal = torch_refusal(plan)
     # With one chunk the order of operations is clear, so that it can be predicted all the same.
@@ -266,43 +264,3 @@ def _nearest_micro_batches(plan: Plan) -> str:
     counts = [count for count in range(1, rows + 1) if rows % count == 0 and _torch_runs(plan, count)]
     count = min(counts, key=lambda count: abs(count - plan.micro_batches))
     return f"mb{rows // count}x{count}"
-
-
-def _problems(plan: Plan, training: Training) -> Iterator[str]:
-    """What contradicts the model, the sequences or another field; each with the remedy."""
-    length = training.sequence_length
-    heads = gcd(*(number for layer in training.architecture.layers for number in (layer.heads, layer.kv_heads)))
-    tensor, context, ranks = plan.tensor, plan.context, plan.data * plan.context
-    if heads % tensor:
-        yield f"tp{tensor} does not divide the attention heads, whose common divisor is {heads}: give a divisor of it"
-    if context > 1 and length % (2 * context):
-        yield f"cp{context} needs sequences of a multiple of {2 * context} tokens, not of {length}: leave cp out"
-    yield from _expert_problems(plan, training)
-    if plan.sequence_parallel and tensor == 1:
-        yield "sp splits sequences over tensor-parallel ranks, but the plan has tp1: leave it out, or give another tp"
-    if plan.sequence_parallel and length % tensor:
-        yield f"sp with tp{tensor} needs sequences of a multiple of {tensor} tokens, not of {length}: leave sp out"
-    if plan.sharding != "none" and ranks == 1:
-        yield (
-            f"shard:{plan.sharding} shards over data-parallel ranks, but the plan has dp1: leave it out, or give "
-            "another dp"
-        )
-    if plan.sharding != "none" and plan.schedule in SPLIT_BACKWARD:
-        yield (
-            f"shard:{plan.sharding} does not go with {plan.schedule}, whose split backward pass leaves the gradients "
-            "of sharded parameters wrong: use interleaved or 1f1b"
-        )
-    if plan.recomputation != "none" and plan.schedule in SPLIT_BACKWARD:
-        yield (
-            f"recompute:{plan.recomputation} does not go with {plan.schedule}, whose split backward pass would "
-            "recompute again for the gradient of every matrix: use interleaved or 1f1b"
-        )
-
-
-def _expert_problems(plan: Plan, training: Training) -> Iterator[str]:
-    """What keeps the data-parallel ranks from sharing the experts."""
-    experts = expert_divisor(training.architecture)
-    if plan.expert > 1 and experts == 1:
-        yield f"ep{plan.expert} splits experts, but {training.architecture.name} has none: leave ep out"
-    elif experts % plan.expert or plan.data % plan.expert:
-        yield f"ep{plan.expert} does not divide dp{plan.data} and the {experts} experts: give a divisor of both"

@@ -2,24 +2,45 @@
 
 from moreh.accelerator.flavors import Flavor
 from moreh.accelerator.job_status import ChosenPlan
+from moreh.accelerator.this_machine import THIS_MACHINE
+from moreh.planner.cost.driver_memory import driver_memory
 from moreh.planner.cost.prediction import Prediction
 from moreh.planner.plan.notation import plan_text
 from moreh.planner.plan.plan import Training
+from moreh.planner.units import gib
 
 
 def flavor_plan(flavor: Flavor, prediction: Prediction, training: Training) -> ChosenPlan:
     """The plan for the devices of an accelerator, real or simulated."""
     devices = f"{flavor.devices} x {flavor.device.name}"
-    return _chosen(devices, plan_text(prediction.plan), prediction, training, simulated=flavor.simulated)
+    text = plan_text(prediction.plan)
+    return _chosen(devices, flavor.device.name, text, prediction, training, simulated=flavor.simulated)
 
 
-def local_plan(workers: int, plan: str, prediction: Prediction, training: Training) -> ChosenPlan:
-    """The plan that the workers on this machine carry out."""
+def local_plan(
+    workers: int, plan: str, prediction: Prediction, training: Training, device: str = THIS_MACHINE
+) -> ChosenPlan:
+    """The plan that the workers on this machine carry out; `device` is the kind of its GPUs, if it has some."""
     devices = f"this machine, {workers} worker{'s' if workers > 1 else ''}"
-    return _chosen(devices, plan, prediction, training, simulated=False)
+    return _chosen(devices, device, plan, prediction, training, simulated=False)
 
 
-def _chosen(devices: str, plan: str, prediction: Prediction, training: Training, *, simulated: bool) -> ChosenPlan:
+def local_device(flavor: Flavor) -> str:
+    """The kind of device that the workers compute on: the GPUs of this machine, or its CPU."""
+    return THIS_MACHINE if flavor.simulated else flavor.device.name
+
+
+def memory_text(prediction: Prediction, flavor: Flavor) -> str:
+    """The predicted memory, on a GPU by the names of the tools that show it."""
+    if flavor.simulated:
+        return gib(prediction.memory_bytes)
+    memory = driver_memory(prediction.plan, prediction.memory_bytes)
+    return f"{gib(memory.allocated)} in torch.cuda.max_memory_allocated(), {gib(memory.in_use)} in nvidia-smi"
+
+
+def _chosen(
+    devices: str, device: str, plan: str, prediction: Prediction, training: Training, *, simulated: bool
+) -> ChosenPlan:
     return ChosenPlan(
         devices,
         simulated,
@@ -28,4 +49,7 @@ def _chosen(devices: str, plan: str, prediction: Prediction, training: Training,
         training.sequence_length,
         prediction.step_time_s,
         prediction.memory_bytes,
+        plan_text(prediction.plan),
+        device,
+        prediction.plan.devices,
     )

@@ -3,6 +3,7 @@
 from moreh.planner.calibration.calibrate import Calibration
 from moreh.planner.calibration.prediction import Interval, IntervalPrediction
 from moreh.planner.calibration.prediction import predict as predict_interval
+from moreh.planner.cost.driver_memory import driver_memory
 from moreh.planner.cost.prediction import Prediction
 from moreh.planner.hardware.environment import Environment
 from moreh.planner.plan.plan import Training
@@ -23,6 +24,15 @@ def interval_text(interval: IntervalPrediction) -> str:
     return (
         f"takes {seconds_text(seconds.low, seconds.high)} to {seconds_text(seconds.high)} a step and {gib(memory.low)} "
         f"to {gib(memory.high)} on the fullest device in 4 of 5 cases; {interval.text}"
+    )
+
+
+def memory_names_text(prediction: Prediction) -> str:
+    """The memory of a plan's fullest device by the names of the tools that show it."""
+    memory = driver_memory(prediction.plan, prediction.memory_bytes)
+    return (
+        f"{gib(memory.allocated)} in torch.cuda.max_memory_allocated(), as in the table; about {gib(memory.reserved)} "
+        f"in max_memory_reserved() and {gib(memory.in_use)} in nvidia-smi"
     )
 
 

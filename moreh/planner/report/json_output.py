@@ -3,6 +3,7 @@
 from dataclasses import asdict
 from typing import Any
 
+from moreh.planner.cost.driver_memory import driver_memory
 from moreh.planner.cost.prediction import Prediction
 from moreh.planner.plan.notation import plan_text
 from moreh.planner.report.plan_rows import uncertainty_text
@@ -71,6 +72,7 @@ def prediction_json(request: Request, prediction: Prediction) -> Json:
         "limit": prediction.parts.largest_overhead,
         "parts": asdict(prediction.parts),
         "memory_bytes": prediction.memory_bytes,
+        "memory_by_tool": asdict(driver_memory(prediction.plan, prediction.memory_bytes)),
         "memory_fraction": prediction.memory_bytes / request.device.memory_bytes,
         "fits": prediction.memory_bytes <= request.limit_bytes,
         "memory_by_rank": [{**asdict(rank), "total": rank.total} for rank in prediction.memory],

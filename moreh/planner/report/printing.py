@@ -5,8 +5,9 @@
 
 from collections.abc import Iterable
 
+from moreh.accelerator.this_machine import THIS_MACHINE
 from moreh.planner.calibration.calibrate import Calibration
-from moreh.planner.report.interval import interval_of, interval_text
+from moreh.planner.report.interval import interval_of, interval_text, memory_names_text
 from moreh.planner.report.plan_rows import header_pairs, plan_table_forms
 from moreh.planner.search.request import Request
 from moreh.planner.search.search import SearchResult
@@ -42,6 +43,8 @@ def print_plans(
     """
     environment = request.environment.with_devices(result.best[0].plan.devices)
     interval = interval_of(result.best[0], request.training, environment, calibration)
-    pairs = [*header_pairs(request, result, idle), ("Interval", f"Plan 1 {interval_text(interval)}"), *notes]
-    print_pairs(pairs, width)
+    pairs = [*header_pairs(request, result, idle), ("Interval", f"Plan 1 {interval_text(interval)}")]
+    if request.device.efficiency_class != THIS_MACHINE:
+        pairs.append(("Memory of 1", memory_names_text(result.best[0])))
+    print_pairs([*pairs, *notes], width)
     print(draw_widest(plan_table_forms(request, result), width))

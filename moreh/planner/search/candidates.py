@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from moreh.errors import PlanError
 from moreh.planner.cost.layer_time import embedding_time, head_time, layer_time
-from moreh.planner.cost.stage_time import reshards_each_micro_batch
+from moreh.planner.cost.stage_parameters import reshards_each_micro_batch
 from moreh.planner.hardware.cluster import Cluster
 from moreh.planner.hardware.roofline import Roofline
 from moreh.planner.plan.arrays import FloatArray, IntArray

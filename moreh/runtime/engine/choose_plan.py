@@ -21,6 +21,7 @@ from moreh.planner.hardware.efficiency import errors_text
 from moreh.planner.hardware.environment import Environment, make_environment, measured_environment
 from moreh.planner.plan.notation import plan_text
 from moreh.planner.plan.plan import Plan, Recomputation, Training
+from moreh.planner.report.chosen_plan import memory_text
 from moreh.planner.report.platform_lines import detailed_line, selected_config
 from moreh.planner.search.attainable import attainable, lowered_options
 from moreh.planner.search.constraints import Constraints, constraints_from_options
@@ -112,7 +113,7 @@ def select_plan(
     log(
         f"{_prefix(flavor)}: on {flavor.name} ({devices}) the plan '{plan_text(best.plan)}' is "
         f"predicted to take {seconds_text(best.step_time_s)} a step, {best.tokens_per_second:,.0f} tokens/s, "
-        f"{best.mfu:.1%} of the peak, and {gib(best.memory_bytes)} of {gib(device.memory_bytes)} on the fullest "
+        f"{best.mfu:.1%} of the peak, and {memory_text(best, flavor)} of {gib(device.memory_bytes)} on the fullest "
         f"device. {_uncertainty_text(device)}"
     )
     return Selection(best, result.smallest_bytes)

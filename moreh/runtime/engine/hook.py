@@ -22,9 +22,9 @@ from moreh.options import ParallelOptions, PlannerVariables
 from moreh.patches.module_call import around_model_calls, instead_of_model_calls
 from moreh.patches.optimizer_creation import on_optimizer_created
 from moreh.planner.plan.plan import Training
-from moreh.planner.report.chosen_plan import flavor_plan, local_plan
+from moreh.planner.report.chosen_plan import flavor_plan, local_device, local_plan, memory_text
 from moreh.planner.search.constraints import constraints_from_options
-from moreh.planner.units import gib, seconds_text
+from moreh.planner.units import seconds_text
 from moreh.runtime.engine.choose_plan import predicted_use, select_local_plan, select_plan
 from moreh.runtime.engine.user_parameters import optimizer_in_use
 from moreh.runtime.kernels.fused_adam import use_fused_kernels
@@ -176,12 +176,12 @@ class SingleWorkerHook:
         self._micro_batch_tokens[model] = local.plan.micro_batch_size * sequence_length
         cut = f"micro-batches of at most {self._micro_batch_tokens[model]:,} tokens"
         words = f"{cut}, recomputation : {local.plan.recomputation}"
-        self.job.keep_plan(local_plan(1, words, local, training))
+        self.job.keep_plan(local_plan(1, words, local, training, local_device(flavor)))
         logger.info(
             "This machine: 1 worker, %s; predicted: %s a step and %s, for rows without padding.",
             words,
             seconds_text(local.step_time_s),
-            gib(local.memory_bytes),
+            memory_text(local, flavor),
         )
         if training.tokens * self._flops_of_token(model) < MIN_FLOPS:
             logger.info("Batches of this size are too small to gain: the model's own forward pass computes them.")

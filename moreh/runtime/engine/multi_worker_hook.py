@@ -20,9 +20,9 @@ from moreh.options import ParallelOptions, PlannerVariables
 from moreh.patches.module_call import instead_of_model_calls
 from moreh.planner.plan.notation import plan_text
 from moreh.planner.plan.plan import Plan, Training
-from moreh.planner.report.chosen_plan import flavor_plan, local_plan
+from moreh.planner.report.chosen_plan import flavor_plan, local_device, local_plan, memory_text
 from moreh.planner.search.constraints import constraints_from_options
-from moreh.planner.units import gib, seconds_text
+from moreh.planner.units import seconds_text
 from moreh.runtime.batch.model_inputs import ModelInputs, read_inputs
 from moreh.runtime.engine.calls.checks import check_hooks, check_surroundings
 from moreh.runtime.engine.checkpoint_api import is_waiting_for_state, load_pending
@@ -156,14 +156,14 @@ class MultiWorkerHook:
             logger.info(self.options.optimizations_text())
             return selection.prediction.plan
         local = select_worker_plan(module, training, flavor, self.options, self.variables, workers, bfloat16=bfloat16)
-        self.job.keep_plan(local_plan(workers, plan_text(local.plan), local, training))
+        self.job.keep_plan(local_plan(workers, plan_text(local.plan), local, training, local_device(flavor)))
         logger.info(
             "This machine: %d workers carry out the plan '%s'; predicted: %s a step and %s on the fullest worker, "
             "for rows without padding.",
             workers,
             plan_text(local.plan),
             seconds_text(local.step_time_s),
-            gib(local.memory_bytes),
+            memory_text(local, flavor),
         )
         logger.info(self.options.optimizations_text())
         return local.plan

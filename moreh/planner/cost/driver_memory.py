@@ -1,0 +1,37 @@
+"""The memory that a driver's tool shows (`nvidia-smi`, `rocm-smi`), from the live bytes that a plan needs.
+
+`DeviceMemory.total` counts live tensors: `torch.cuda.max_memory_allocated()`. The process holds more: blocks that the
+allocator keeps (`max_memory_reserved()`), the context of the driver with its kernels, and buffers of NCCL. The three
+constants are judgment from GPUs with 40 to 80 GB; no run of this project has measured them.
+"""
+
+from dataclasses import dataclass
+
+from moreh.planner.plan.plan import Plan
+from moreh.planner.units import GIB
+
+# Blocks that are free but kept, as a share of the live bytes. Blocks of 2 MiB and more are split only in part.
+RESERVED_SHARE = 0.06
+# The context of CUDA with the kernels of torch, and the workspaces of cuBLAS.
+CONTEXT_BYTES = 0.6 * GIB
+# Buffers of NCCL for each group of ranks that communicates.
+GROUP_BYTES = 0.25 * GIB
+
+
+@dataclass(frozen=True)
+class DriverMemory:
+    """Bytes of one device, as three tools name them."""
+
+    allocated: float
+    """Live tensors: `torch.cuda.max_memory_allocated()`."""
+    reserved: float
+    """With the blocks that the allocator keeps: `torch.cuda.max_memory_reserved()`."""
+    in_use: float
+    """With the driver's context and NCCL: what `nvidia-smi` shows of the process."""
+
+
+def driver_memory(plan: Plan, allocated: float) -> DriverMemory:
+    """What the tools show of a plan whose fullest device has `allocated` live bytes."""
+    reserved = allocated * (1 + RESERVED_SHARE)
+    groups = sum(size > 1 for size in (plan.tensor, plan.pipeline, plan.data, plan.context, plan.expert))
+    return DriverMemory(allocated, reserved, reserved + CONTEXT_BYTES + groups * GROUP_BYTES)
