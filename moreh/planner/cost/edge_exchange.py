@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moreh.planner.cost.memory_states import ModelStates, edge_ranks
-from moreh.planner.cost.stage_time import reshards_each_micro_batch
+from moreh.planner.cost.stage_parameters import reshards_each_micro_batch
 from moreh.planner.plan.arrays import FloatArray
 from moreh.planner.plan.plan import Training
 from moreh.planner.plan.plan_table import SHARD_GRADIENTS, SHARD_NONE, SHARD_PARAMETERS, PlanTable
