@@ -26,6 +26,12 @@ class ClusterFile:
     """Link of a device to the others of its node: GB/s in one direction."""
     network_gbit_per_device: float | None = None
     """Link of a device to other nodes: Gbit/s in one direction."""
+    network_gbit_per_node: float | None = None
+    """Link of a whole node to other nodes, which its devices share, instead: Gbit/s in one direction."""
+    nodes_per_switch: int | None = None
+    """Nodes that one switch joins at the full rate; None for all."""
+    oversubscription: float | None = None
+    """How many times less network there is between switches: 3 for a network of 3:1."""
 
 
 KEYS = tuple(field.name for field in fields(ClusterFile))
@@ -61,7 +67,22 @@ def read_cluster_file(path: Path) -> ClusterFile:
         values[key] = _read_value(where, key, value)
     if "device" not in values:
         raise PlanError(f"{path}: device is missing: give a kind of device that 'moreh-plan --help' lists")
+    _check_network(path, values)
     return ClusterFile(**values)
+
+
+def _check_network(path: Path, values: dict[str, Any]) -> None:
+    if "network_gbit_per_device" in values and "network_gbit_per_node" in values:
+        raise PlanError(f"{path}: network_gbit_per_node and network_gbit_per_device say the same: give one")
+    if ("nodes_per_switch" in values) != ("oversubscription" in values):
+        raise PlanError(
+            f"{path}: nodes_per_switch and oversubscription belong together: give both, or none for a network in which "
+            "all nodes have their full rate"
+        )
+    if values.get("oversubscription", 1) < 1:
+        raise PlanError(
+            f"{path}: oversubscription is {values['oversubscription']:g}: give at least 1, such as 2 for 2:1"
+        )
 
 
 def _entries(root: Any) -> Iterator[tuple[int, str, Any]]:
@@ -83,7 +104,7 @@ def _read_value(where: str, key: str, node: Any) -> str | int | float:
         if not isinstance(node.value, str) or not text.strip():
             raise PlanError(f"{where} is {text!r}: give the name of a kind of device that 'moreh-plan --help' lists")
         return text
-    if key in ("devices_per_node", "nodes"):
+    if key in ("devices_per_node", "nodes", "nodes_per_switch"):
         if is_plain and text.isascii() and text.isdecimal() and 1 <= int(text) <= MAX_COUNT:
             return int(text)
         raise PlanError(f"{where} is {text!r}: give a whole number from 1 to {MAX_COUNT:,}")

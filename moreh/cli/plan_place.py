@@ -91,14 +91,22 @@ def _cluster_of_file(options: argparse.Namespace, stated: StatedLinks) -> Cluste
     except (AcceleratorError, PlanError) as error:
         raise PlanError(f"{options.cluster}: device: {error}") from None
     gbyte, gbit = content.node_gbyte_per_device, content.network_gbit_per_device
+    node_gbit = content.network_gbit_per_node
     both = StatedLinks(
         stated.devices_per_node or content.devices_per_node,
         None if gbyte is None else gbyte * BYTES_PER_GBYTE,
         stated.network_bytes_per_second or (None if gbit is None else gbit * BYTES_PER_GBIT),
+        # The command line wins over the file.
+        None if stated.network_bytes_per_second or node_gbit is None else node_gbit * BYTES_PER_GBIT,
+        content.nodes_per_switch,
+        content.oversubscription,
     )
     devices_per_node = content.devices_per_node or device.devices_per_node
     return _restated(device, content.nodes * devices_per_node, both)
 
 
 def _restated(device: Device, devices: int, stated: StatedLinks) -> Cluster:
-    return cluster_for_devices(stated.changed(device), devices)
+    cluster = cluster_for_devices(stated.changed(device), devices)
+    if stated.nodes_per_switch is None:
+        return cluster
+    return replace(cluster, nodes_per_switch=stated.nodes_per_switch, oversubscription=stated.oversubscription or 1.0)

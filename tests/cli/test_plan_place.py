@@ -144,6 +144,18 @@ def test_cluster_of_a_file(plan_json, model, tmp_path):
     assert step_time(plan_json(model, *STEP, "--cluster", slow)) > step_time(content)
 
 
+def test_network_of_a_node_and_of_switches(plan_json, model, tmp_path):
+    def step(*lines):
+        text = "\n".join(("device: H200", "devices_per_node: 2", "nodes: 4", *lines))
+        return step_time(plan_json(model, *STEP, "--cluster", write_cluster(tmp_path, f"{text}\n")))
+
+    per_device, per_node = step("network_gbit_per_device: 10"), step("network_gbit_per_node: 20")
+    assert per_node == per_device
+    switches = step("network_gbit_per_node: 20", "nodes_per_switch: 2", "oversubscription: 4")
+    assert per_device < switches <= step("network_gbit_per_node: 5")
+    assert step("network_gbit_per_node: 20", "nodes_per_switch: 4", "oversubscription: 4") == per_device
+
+
 def test_cluster_without_links_has_the_usual_ones(plan_json, model, tmp_path):
     path = write_cluster(tmp_path, "device: h200\nnodes: 2\n")
     content = plan_json(model, *STEP, "--cluster", path)
@@ -177,6 +189,15 @@ def test_cluster_of_machines_like_this_one(plan_json, model, tmp_path, monkeypat
         ("device: H200\nnetwork_gbit_per_device: -1\n", ":2: network_gbit_per_device is '-1': give a number above 0"),
         ("device: H200\nnetwork_gbit_per_device: 1_0\n", ":2: network_gbit_per_device is '1_0': give a number"),
         ("device: H200\ndevice: B200\n", ":2: device is given twice: remove one"),
+        ("device: H200\nnodes_per_switch: 2\n", ": nodes_per_switch and oversubscription belong together: give both"),
+        (
+            "device: H200\nnodes_per_switch: 2\noversubscription: 0.5\n",
+            ": oversubscription is 0.5: give at least 1, such as 2 for 2:1",
+        ),
+        (
+            "device: H200\nnetwork_gbit_per_device: 2\nnetwork_gbit_per_node: 2\n",
+            ": network_gbit_per_node and network_gbit_per_device say the same: give one",
+        ),
         ("- H200\n", ": give keys such as 'device: H200', of device, devices_per_node, "),
         ("", ": give keys such as 'device: H200'"),
         ("device: [\n", ": not valid YAML: "),

@@ -49,7 +49,7 @@ def token_exchange_s(
     stride = plans.tensor * plans.context
     in_node = np.minimum(np.maximum(1, np.gcd(node, plans.expert * stride) // stride), plans.expert)
     near_s = sent_bytes * (in_node - 1) / plans.expert / (device.node_bytes_per_second * efficiency.node)
-    network_rate = device.network_bytes_per_second * efficiency.network
+    network_rate = cluster.network_rate(plans.expert * stride) * efficiency.network
     far_s = sent_bytes * (plans.expert - in_node) / plans.expert / network_rate
     # All messages are under way at once, so that latency counts once.
     hop_s = np.where(in_node < plans.expert, efficiency.network_hop_s, efficiency.node_hop_s)

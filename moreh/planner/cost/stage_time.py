@@ -168,7 +168,7 @@ def _send_s(roofline: Roofline, cluster: Cluster, plans: PlanTable, sent_bytes: 
     device, efficiency = cluster.device, roofline.efficiency
     stage_distance = plans.tensor * plans.context * plans.data
     across_nodes = stage_distance * plans.pipeline > cluster.devices_per_node
-    network_rate = device.network_bytes_per_second * efficiency.network
+    network_rate = cluster.network_rate(stage_distance * plans.pipeline) * efficiency.network
     rate = np.where(across_nodes, network_rate, device.node_bytes_per_second * efficiency.node)
     return sent_bytes / rate + np.where(across_nodes, efficiency.network_hop_s, efficiency.node_hop_s)
 

@@ -19,11 +19,24 @@ class Cluster:
     devices: int
     """Devices in use."""
     devices_per_node: int
+    nodes_per_switch: int | None = None
+    """Nodes that one switch joins at the full rate of the network; None for all."""
+    oversubscription: float = 1.0
+    """How many times less network a device has towards nodes of other switches."""
 
     @property
     def nodes(self) -> int:
         """Nodes in use. The last one may be used in part."""
         return -(-self.devices // self.devices_per_node)
+
+    def network_rate(self, span: IntArray) -> FloatArray:
+        """Peak bytes/s of one device to other nodes, for groups that each reach over `span` neighboring devices."""
+        rate = np.full(np.shape(span), self.device.network_bytes_per_second)
+        if self.nodes_per_switch is None:
+            return rate
+        switch = self.nodes_per_switch * self.devices_per_node
+        inside = (span <= switch) & (switch % np.maximum(span, 1) == 0)
+        return np.where(inside, rate, rate / self.oversubscription)
 
 
 def cluster_for_flavor(flavor: Flavor) -> Cluster:
@@ -51,6 +64,12 @@ class StatedLinks:
     """Link of one device to the others of its node, in one direction."""
     network_bytes_per_second: float | None = None
     """Link of one device to other nodes, in one direction."""
+    node_network_bytes_per_second: float | None = None
+    """Link of a whole node to other nodes, which its devices share."""
+    nodes_per_switch: int | None = None
+    """Nodes that one switch joins at the full rate."""
+    oversubscription: float | None = None
+    """How many times less network there is towards other switches."""
 
     def __bool__(self) -> bool:
         return self != StatedLinks()
@@ -69,6 +88,8 @@ class StatedLinks:
             )
         node_rate = self.node_bytes_per_second or device.node_bytes_per_second
         network_rate = self.network_bytes_per_second or device.network_bytes_per_second
+        if self.node_network_bytes_per_second is not None:
+            network_rate = self.node_network_bytes_per_second / per_node
         return replace(
             device,
             devices_per_node=per_node,
@@ -103,9 +124,10 @@ def ring_links(cluster: Cluster, size: IntArray, stride: IntArray) -> RingLinks:
     # Groups follow each other without gaps: where their span does not divide a node, some of them cross its border.
     inside_node = (span <= node) & ((node % span == 0) | (cluster.devices <= node))
     members_in_node = np.maximum(1, np.gcd(node, span) // stride)
-    network_rate = device.network_bytes_per_second * np.minimum(members_in_node, size)
+    one_port = cluster.network_rate(span)
+    network_rate = one_port * np.minimum(members_in_node, size)
     rate = np.where(inside_node, device.node_bytes_per_second, np.minimum(network_rate, device.node_bytes_per_second))
-    rate = np.where(~inside_node & (members_in_node == 1), device.network_bytes_per_second, rate)
+    rate = np.where(~inside_node & (members_in_node == 1), one_port, rate)
     if device.package_bytes_per_second is not None:
         inside_package = (span <= device.devices_per_package) & (device.devices_per_package % span == 0)
         rate = np.where(inside_package, device.package_bytes_per_second, rate)

@@ -28,6 +28,21 @@ LLAMA = describe_config(
 )
 
 
+MOE = describe_config(
+    {
+        "model_type": "mixtral",
+        "num_hidden_layers": 8,
+        "hidden_size": 1024,
+        "intermediate_size": 2048,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "num_local_experts": 16,
+        "num_experts_per_tok": 2,
+    },
+    "moe",
+)
+
+
 def environment_of(device, devices):
     """`devices` devices of a kind, by its name, with this project's software."""
     return make_environment(cluster_for_devices(find_device(device), devices))

@@ -65,7 +65,7 @@ def test_exchange_of_tokens_takes_what_the_links_give():
     sent_bytes = 2048 * 2 * 4096 * 2 * 7 / 8
     rate = device.node_bytes_per_second * efficiency.node
     # Out and back, in the forward and in the backward pass.
-    expected = 4 * LAYERS * (sent_bytes / rate + efficiency.node_hop_s)
+    expected = 4 * LAYERS * (sent_bytes / rate + efficiency.node_hop_s) * efficiency.slowdown
     prediction = predict(plan(expert=8), TRAINING, environment)
     assert prediction.parts.expert_exchange_s == pytest.approx(expected)
     recomputed = predict(plan(expert=8, recomputation="full"), TRAINING, environment)

@@ -17,7 +17,7 @@ from moreh.planner.plan.plan import Training
 from moreh.planner.search.candidates import candidate_tables
 from moreh.planner.search.constraints import Constraints
 from moreh.planner.search.search import search
-from tests.helpers.planner.cases import GPT, LLAMA, MODELS, environment_of, random_trainings, with_memory
+from tests.helpers.planner.cases import GPT, LLAMA, MODELS, MOE, environment_of, random_trainings, with_memory
 
 
 def search_exhaustively(training, environment, constraints):
@@ -53,6 +53,21 @@ def test_pruned_search_returns_the_optimum_of_the_exhaustive_one(
     expected = [seconds for seconds, _ in plans[:5]]
     assert [best.step_time_s for best in result.best] == pytest.approx(expected, rel=1e-8)
     assert len({plan for _, plan in plans}) == len(plans)  # no candidate twice
+
+
+def test_pruned_search_returns_the_optimum_with_experts_and_context():
+    """With expert and context parallelism in the space; the best plans use both."""
+    environment = with_memory(environment_of("H100 80GB", 16), 20_000)
+    environment = replace(environment, cluster=replace(environment.cluster, devices_per_node=4))
+    training = Training(MOE, 32, 4096)
+    constraints = Constraints(max_context=2, max_expert=8)
+    plans = search_exhaustively(training, environment, constraints)
+    result = search(training, environment, constraints, count=5)
+    assert 0 < len(plans) == result.possible < result.candidates
+    assert [best.step_time_s for best in result.best] == pytest.approx([seconds for seconds, _ in plans[:5]], rel=1e-8)
+    assert {plan.expert for _, plan in plans} == {1, 2, 4, 8}
+    assert {plan.context for _, plan in plans} == {1, 2}
+    assert result.best[0].plan.expert > 1
 
 
 def test_search_with_a_wrong_bound_misses_the_optimum(monkeypatch):
