@@ -5,8 +5,10 @@ allocator keeps (`max_memory_reserved()`), the context of the driver with its ke
 constants are judgment from GPUs with 40 to 80 GB; no run of this project has measured them.
 """
 
+import re
 from dataclasses import dataclass
 
+from moreh.accelerator.devices import Device
 from moreh.planner.plan.plan import Plan
 from moreh.planner.units import GIB
 
@@ -27,7 +29,12 @@ class DriverMemory:
     reserved: float
     """With the blocks that the allocator keeps: `torch.cuda.max_memory_reserved()`."""
     in_use: float
-    """With the driver's context and NCCL: what `nvidia-smi` shows of the process."""
+    """With the driver's context and NCCL: what `nvidia-smi` or `rocm-smi` shows."""
+
+
+def driver_tool(device: Device) -> str:
+    """The tool of a device's driver that shows the memory of processes."""
+    return "rocm-smi" if re.search(r"\bAMD\b|\bMI\d|\bRadeon\b|\bRX \d", device.name) else "nvidia-smi"
 
 
 def driver_memory(plan: Plan, allocated: float) -> DriverMemory:

@@ -3,7 +3,7 @@
 from moreh.accelerator.flavors import Flavor
 from moreh.accelerator.job_status import ChosenPlan
 from moreh.accelerator.this_machine import THIS_MACHINE
-from moreh.planner.cost.driver_memory import driver_memory
+from moreh.planner.cost.driver_memory import driver_memory, driver_tool
 from moreh.planner.cost.prediction import Prediction
 from moreh.planner.plan.notation import plan_text
 from moreh.planner.plan.plan import Training
@@ -35,7 +35,8 @@ def memory_text(prediction: Prediction, flavor: Flavor) -> str:
     if flavor.simulated:
         return gib(prediction.memory_bytes)
     memory = driver_memory(prediction.plan, prediction.memory_bytes)
-    return f"{gib(memory.allocated)} in torch.cuda.max_memory_allocated(), {gib(memory.in_use)} in nvidia-smi"
+    tool = driver_tool(flavor.device)
+    return f"{gib(memory.allocated)} in torch.cuda.max_memory_allocated(), {gib(memory.in_use)} in {tool}"
 
 
 def _chosen(

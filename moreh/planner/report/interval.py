@@ -1,9 +1,10 @@
 """How far the figures of a plan may be off, in words and as JSON."""
 
+from moreh.accelerator.devices import Device
 from moreh.planner.calibration.calibrate import Calibration
 from moreh.planner.calibration.prediction import Interval, IntervalPrediction
 from moreh.planner.calibration.prediction import predict as predict_interval
-from moreh.planner.cost.driver_memory import driver_memory
+from moreh.planner.cost.driver_memory import driver_memory, driver_tool
 from moreh.planner.cost.prediction import Prediction
 from moreh.planner.hardware.environment import Environment
 from moreh.planner.plan.plan import Training
@@ -27,12 +28,12 @@ def interval_text(interval: IntervalPrediction) -> str:
     )
 
 
-def memory_names_text(prediction: Prediction) -> str:
+def memory_names_text(prediction: Prediction, device: Device) -> str:
     """The memory of a plan's fullest device by the names of the tools that show it."""
     memory = driver_memory(prediction.plan, prediction.memory_bytes)
     return (
         f"{gib(memory.allocated)} in torch.cuda.max_memory_allocated(), as in the table; about {gib(memory.reserved)} "
-        f"in max_memory_reserved() and {gib(memory.in_use)} in nvidia-smi"
+        f"in max_memory_reserved() and {gib(memory.in_use)} in {driver_tool(device)}"
     )
 
 
