@@ -14,6 +14,8 @@
 #                       (DRY=1: the same code with tiny sizes on the CPU)
 # make gpu-smoke        the same in a minute and a half, for a report of a bug
 
+# make fuzz             give readers of files and settings what nobody would write: 10 minutes for each kind
+#                       (SEED=1 MINUTES=2: the same examples again, fewer of them)
 # make lock             write requirements.lock: the pinned packages and all that they need, with hashes
 # make bench            compare with other systems, each in an environment of its own, and write benchmarks/data: hours
 
@@ -22,15 +24,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 SAMPLE ?=
 LOSS ?=
-MINUTES ?= 20
-SEED ?= 1
+SEED ?=
+MINUTES ?=
 
 # OpenMP threads spin for a while before they sleep. With the default, a step takes up to ten times as long when another
 # process wants a core; with 1000 iterations, twice as long. Benchmarks keep the default, which is a few percent faster on
 # a machine of one's own.
 train test conformance verify-plans verify-families chaos docs-check: export GOMP_SPINCOUNT ?= 1000
 
-.PHONY: train test check install smollm2 conformance verify-plans verify-families chaos docs-check lock bench clean \
+.PHONY: train test check install smollm2 conformance verify-plans verify-families chaos docs-check fuzz lock bench clean \
 	gpu-check gpu-smoke
 
 train: install
@@ -55,7 +57,7 @@ conformance: $(VENV)/installed-dev
 	$(BIN)/python -m tests.conformance
 
 chaos: $(VENV)/installed-dev
-	$(BIN)/python -m tests.verify.chaos --minutes $(MINUTES) --seed $(SEED)
+	$(BIN)/python -m tests.verify.chaos --minutes $(or $(MINUTES),20) --seed $(or $(SEED),1)
 
 docs-check: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m slow tests/docs
@@ -68,6 +70,9 @@ gpu-check:
 
 gpu-smoke:
 	$(GPU_PYTHON) benchmarks/gpu_check --smoke $(if $(DRY),--dry)
+
+fuzz: $(VENV)/installed-dev
+	$(BIN)/python -m tests.fuzz $(if $(SEED),--seed $(SEED)) $(if $(MINUTES),--minutes $(MINUTES))
 
 # For Python 3.10 and later on all systems. The names of package indices stay out of the file.
 lock: $(VENV)/installed

@@ -53,7 +53,7 @@ def read_cluster_file(path: Path) -> ClusterFile:
         raise PlanError(f"{path}: cannot be read: {error}") from None
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a character beyond Unicode
         raise PlanError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(root, yaml.MappingNode):
         raise PlanError(f"{path}: give keys such as 'device: H200', of {', '.join(KEYS)}")

@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import io
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import utils.report.__main__ as report
 from moreh.cli import plan_command, smi, switch_model
 from tests.conftest import ROOT
 from utils.cli import run_script
+from utils.training.checkpoint.stopping import STOP_SIGNALS
 
 TRACEBACK = "Traceback (most recent call last)"
 
@@ -52,6 +54,7 @@ def run_tool(tool: str, arguments: list[str], settings: Path, input: str = "") -
     """The exit code of a tool and what it writes to standard error. An error that ends it is written there too."""
     given = ["--config", str(settings)] if tool == "train" and "--config" not in arguments else []
     before, errors = (sys.argv, sys.stdin), io.StringIO()
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}  # a training sets its own
     sys.argv, sys.stdin = [tool, *given, *arguments], _Input(io.BytesIO(input.encode()))
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(errors):
@@ -64,4 +67,6 @@ def run_tool(tool: str, arguments: list[str], settings: Path, input: str = "") -
                 traceback.print_exc(file=errors)
     finally:
         sys.argv, sys.stdin = before
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     return code, errors.getvalue()

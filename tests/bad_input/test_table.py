@@ -33,7 +33,11 @@ def test_table_is_long():
     ("command", "code", "says"),
     [
         (["train_gpt.py", "train.lr=fast"], 2, "error: command line: train.lr: 'fast' is not allowed"),
-        (["-m", "moreh.cli.plan_command", "/no/such.json", "--batch-size", "8", "--sequence-length", "8"], 1, "error: "),
+        (
+            ["-m", "moreh.cli.plan_command", "/no/such.json", "--batch-size", "8", "--sequence-length", "8"],
+            1,
+            "error: ",
+        ),
         (["-m", "utils.report", "/no/such"], 2, "error: /no/such: there is no config.yaml"),
         (["-m", "moreh.cli.smi", "-i", "9"], 1, "error: no accelerator 9"),
     ],

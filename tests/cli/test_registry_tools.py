@@ -50,33 +50,6 @@ def test_one_answer_through_a_pipe_is_enough(run):
     assert run("moreh-switch-model", input="3\n").returncode == 0
 
 
-@pytest.mark.parametrize(
-    ("command", "code", "message"),
-    [
-        (["moreh-switch-model", "999"], 1, "error: no model '999'"),
-        (["moreh-switch-model", "1", "2"], 2, "unrecognized arguments"),
-        (["moreh-switch-model"], 1, "give the value as an argument"),
-        (["moreh-smi", "-i", "3"], 1, "error: no accelerator 3"),
-        (["moreh-smi", "-i", "x"], 2, "invalid int value"),
-        (["moreh-smi", "-l", "0"], 2, "give a number of seconds above 0"),
-        (["moreh-smi", "-l", "abc"], 2, "abc: give a number of seconds above 0"),
-        (["moreh-smi", "-l", "1e18"], 2, "at most 86400"),
-        (["moreh-smi", "-v", "device", "--add", "3"], 2, "device and --version cannot be combined"),
-        (["moreh-smi", "-i", "0", "device", "--rm", "1"], 2, "--idx cannot be combined with device"),
-        (["moreh-smi", "-p", "--reset"], 2, "--physical cannot be combined with --reset"),
-        (["moreh-smi", "device"], 2, "one of the arguments"),
-        (["moreh-smi", "device", "--rm", "x"], 1, "no accelerator 'x'"),
-        (["moreh-smi", "device", "--rm", "0"], 1, "is the only one"),
-        (["moreh-smi", "device", "--add", "tiny"], 1, "no model 'tiny'"),
-    ],
-)
-def test_refusal_has_its_exit_code_and_message(run, command, code, message):
-    finished = run(*command, input="")
-    assert finished.returncode == code
-    assert message in finished.stderr
-    assert "Traceback" not in finished.stderr
-
-
 def test_state_directory_that_cannot_be_used_is_refused(run, tmp_path):
     (tmp_path / "file").write_text("", encoding="utf-8")
     finished = run("moreh-smi", MOREH_STATE_DIR=str(tmp_path / "file"))

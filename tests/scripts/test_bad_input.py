@@ -1,6 +1,5 @@
-"""Each mistake of a user gives one clear line that says where it is, exit code 2 and no traceback."""
+"""Mistakes in a settings file give one clear line that says where they are. See tests/bad_input for a table of more."""
 
-import json
 import re
 import sys
 
@@ -11,8 +10,6 @@ from tests.conftest import ROOT
 from utils.cli import run_script
 from utils.config.yaml_file import load_config, save_config
 from utils.errors import UserError
-
-GOOD_ROW = json.dumps({"prompt": "p", "response": "r"}) + "\n"
 
 
 @pytest.fixture
@@ -98,47 +95,6 @@ def test_wrong_settings_file_gives_one_line(script, tiny_config, case):
     assert lines[0].startswith("error: ")
 
 
-# The name and content of a data file, and the line that the user reads (`{}` is the file's path).
-BAD_DATA = {
-    "broken line": ("d.jsonl", GOOD_ROW + '{"prompt": "p", \n', "{}:2: not valid JSON: "),
-    "not an object": ("d.jsonl", GOOD_ROW + '"text"\n', "{}:2: expected an object with named fields, found str"),
-    "missing field": ("d.jsonl", GOOD_ROW + '{"prompt": "p"}\n', "{}:2: no field 'response': the fields are 'prompt'"),
-    "empty field": ("d.jsonl", GOOD_ROW + '{"prompt": null, "response": "r"}\n', "{}:2: field 'prompt' is empty, not a text"),
-    "number": ("d.jsonl", GOOD_ROW + '{"prompt": 5, "response": "r"}\n', "{}:2: field 'prompt' is 5, not a text"),
-    "empty file": ("d.jsonl", "", "{}: has no rows"),
-    "only a header": ("d.csv", "prompt,response\n", "{}: has no rows"),
-    "empty CSV": ("d.csv", "", "{}: has no rows"),
-    "column too many": ("d.csv", "prompt,response\np,r\np,r,s\n", "{}:3: 3 columns, but the header has 2"),
-    "column twice": ("d.csv", "prompt,prompt\np,r\n", "{}:1: a column's name is given twice: prompt, prompt"),
-    "half a surrogate pair": ("d.jsonl", GOOD_ROW + '{"prompt": "\\ud83d", "response": "r"}\n', "{}:2: field 'prompt' has half of"),
-    "open quote": ("d.csv", 'prompt,response\np,"r\n', "{}:2: not valid CSV: unexpected end of data"),
-    "JSON object": ("d.json", "{}", "{}: expected a list of objects, found dict"),
-    "broken JSON": ("d.json", '[{"prompt": "p"\n', "{}:2: not valid JSON: "),
-    "not Parquet": ("d.parquet", "PAR1 no", "{}: not a valid Parquet file: "),
-    "not UTF-8": ("d.jsonl", GOOD_ROW.encode() + b"\xff\n", "{}: not UTF-8 text: byte "),
-    "unknown extension": ("d.xls", "text", "{}: unknown extension '.xls': give a file that ends in .jsonl, .json, .csv, .parquet"),
-    "field of the template": ("d.jsonl", GOOD_ROW, "{}:1: no field 'input': the fields are 'prompt', 'response'"),
-    "no row is left": ("d.jsonl", "".join(json.dumps({"prompt": str(i), "response": "".join(chr(33 + (i + j * j) % 90) for j in range(400))}) + "\n" for i in range(20)),
-                       "no rows are left for train: of 12, 12 have more than data.max_length=48 tokens, 0 no label, and 0 are unusable"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", BAD_DATA)
-def test_wrong_data_file_gives_one_line(script, tmp_path, case):
-    name, content, expected = BAD_DATA[case]
-    path = tmp_path / name
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    overrides = [f"data.files=[{path}]"]
-    if case == "field of the template":
-        overrides.append('data.template="{prompt} {input}"')
-    if case == "no row is left":
-        overrides.append("data.too_long=drop")
-    code, lines = script(*overrides)
-    assert code == 2
-    assert len(lines) == 1, lines
-    assert lines[0].startswith("error: " + expected.replace("{}", str(path), 1)), lines[0]
-
-
 def test_all_problems_come_at_once(script, tiny_config):
     changed(tiny_config, "lr: 1.0e-3", "lrr: 1.0e-3")
     changed(tiny_config, "max_length: 48", "max_length: 1")
@@ -147,25 +103,6 @@ def test_all_problems_come_at_once(script, tiny_config):
     keys = [line.removeprefix("error: ").split(": ")[1] for line in lines]
     assert sorted(keys) == ["data.max_length", "log.every_steps", "run.name", "train.lrr"]
     assert sum(line.startswith("error: command line: ") for line in lines) == 2
-
-
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("nonsense", "command line: 'nonsense' is not a setting: write section.key=value"),
-        ("train..lr=1", "is not a setting"),
-        ("train.lr.x=1", "command line: train.lr.x: train.lr is 0.001, not a section with keys"),
-        ("train.int=1", "command line: train.int: unknown key. Allowed here: steps,"),
-        ("data.files[0]=x", "command line: data.files[0]: unknown key; did you mean files? Allowed here: docstrings,"),
-        ("train.lr=2024-13-45", "command line: train.lr: '2024-13-45' is not a valid YAML value"),
-        ("train.lr=[1", "command line: train.lr: '[1' is not a valid YAML value"),
-    ],
-)
-def test_wrong_override_gives_one_line(script, override, message):
-    code, lines = script(override)
-    assert code == 2
-    assert len(lines) == 1
-    assert message in lines[0]
 
 
 @pytest.mark.parametrize(
@@ -195,25 +132,6 @@ def test_overrides_may_stand_on_both_sides_of_an_option(script):
         "error: command line: train.x",
         "error: command line: train.y",
     ]
-
-
-@pytest.mark.parametrize(
-    ("setting", "message"),
-    [
-        (
-            "accelerator.workers=257",
-            "accelerator.workers: 257 is not allowed: input should be less than or equal to 256",
-        ),
-        ("data.split=test", "data: split is 'test', but there is no hub"),
-        ("train.lr=" + "[" * 3000, "train.lr: "),
-    ],
-    ids=["workers", "split", "brackets"],
-)
-def test_wrong_value_on_the_command_line_gives_one_line(script, setting, message):
-    code, lines = script(setting)
-    assert code == 2
-    assert len(lines) == 1
-    assert message in lines[0]
 
 
 def test_traceback_is_shown_with_debug(script):

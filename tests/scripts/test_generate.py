@@ -69,33 +69,6 @@ def test_answer_is_streamed(environment, checkpoint):
     assert len(chunks) > 1
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["none", "x"], "error: the checkpoint: 'none' cannot be loaded"),
-        (["{}", "x", "--file", "y"], "error: give the prompt on the command line or in --file, not both"),
-        (["{}", "--file", "/no/such"], "error: --file: /no/such cannot be read"),
-        (
-            ["{}", "one", "--max-new-tokens", "100"],
-            "error: the prompt has 1 tokens and 100 more are asked for, but the model",
-        ),
-        (["{}", "one", "--top-p", "0.5"], "need a --temperature above 0"),
-        (["{}", "one", "--temperature", "-1"], "allowed is a number from 0.001 to 100"),
-        (["{}", "one", "--temperature", "1", "--seed", str(2**64)], f"allowed is a whole number from 0 to {2**63 - 1}"),
-        (["{}", "one", "--seed", "1"], "need a --temperature above 0"),
-        (
-            ["./no/such", "x"],
-            "error: the checkpoint: there is no directory ./no/such: give one that holds a saved model",
-        ),
-    ],
-)
-def test_mistakes_give_one_line(run, checkpoint, arguments, message):
-    finished = run(sys.executable, "generate.py", *[a.replace("{}", str(checkpoint)) for a in arguments])
-    assert finished.returncode == 2
-    assert message in finished.stderr
-    assert "Traceback" not in finished.stderr
-
-
 def test_directory_of_a_run_suggests_its_model(run, checkpoint, tmp_path):
     shutil.copytree(checkpoint, tmp_path / "run" / "model")
     errors = run(sys.executable, "generate.py", tmp_path / "run", "x").stderr

@@ -33,7 +33,7 @@ from utils.data.sources.reading import (
 from utils.data.sources.states import size_of_data, state_of_data, state_of_tokenizer
 from utils.data.split import split_examples
 from utils.data.tokenization import END_OF_TEXT, MakeExample, train_tokenizer
-from utils.errors import UserError
+from utils.errors import UserError, in_one_line
 from utils.text.chat import CHATML, CHATML_TOKENS, end_of_turn
 from utils.text.chat_template import drop_other_chat_template
 from utils.text.tokenizers import load_tokenizer
@@ -80,17 +80,13 @@ def prepare_data(
     directory = Path(config.run.cache_directory) / f"data-{key}"
     make_once(directory, lambda target: _prepare(target, config, make_pair, make_example, info), info)
     info(f"Tokenized data: {directory}")
-    counts = json.loads((directory / "counts.json").read_text(encoding="utf-8"))
-    rows = read_rows(directory)
-    data = RunData(
-        tokenizer=load_tokenizer(str(directory / "tokenizer")),
-        train=rows.select(np.load(directory / "train.npy")),
-        evaluation=rows.select(np.load(directory / "evaluation.npy")),
-        train_counts=RowCounts(**counts["train"]),
-        evaluation_counts=RowCounts(**counts["evaluation"]),
-        notes=counts["notes"],
-        content=counts["content"],
-    )
+    try:
+        data, counts = _read_entry(directory)
+    except UserError:
+        raise
+    except Exception as error:  # the checksums fit, so somebody has written something else
+        reason = f"{type(error).__name__}: {in_one_line(str(error))}"
+        raise UserError(f"run.cache_directory: {directory} cannot be read: {reason}; delete it") from error
     sources = [SourceRows(**source) for source in counts["sources"]]
     if config.data.sources is None:
         info(f"Rows of the data: {SourceCounts(**sources[0].read)}")
@@ -108,6 +104,22 @@ def prepare_data(
     if config.data.format == "pairs" and drop_other_chat_template(data.tokenizer, config.data.template):
         info("The tokenizer's chat template is not saved: training uses data.template, which generate.py applies")
     return data
+
+
+def _read_entry(directory: Path) -> tuple[RunData, dict[str, Any]]:
+    """What is kept in a directory of the cache, and the counts of its sources."""
+    counts = json.loads((directory / "counts.json").read_text(encoding="utf-8"))
+    rows = read_rows(directory)
+    data = RunData(
+        tokenizer=load_tokenizer(str(directory / "tokenizer")),
+        train=rows.select(np.load(directory / "train.npy")),
+        evaluation=rows.select(np.load(directory / "evaluation.npy")),
+        train_counts=RowCounts(**counts["train"]),
+        evaluation_counts=RowCounts(**counts["evaluation"]),
+        notes=counts["notes"],
+        content=counts["content"],
+    )
+    return data, counts
 
 
 def _prepare(
