@@ -64,6 +64,17 @@ def text_config(model: nn.Module) -> Any:
     return config
 
 
+def is_causal_language_model(module: nn.Module) -> bool:
+    """Whether a module, in wrappers or not, is a decoder-only language model of transformers and nothing more."""
+    causal: Any = unwrapped(module)
+    if not hasattr(causal, "get_output_embeddings") or causal.get_output_embeddings() is None:
+        return False
+    try:
+        return text_config(causal) is causal.config
+    except PlanError:
+        return False
+
+
 def layer_list(model: nn.Module) -> nn.ModuleList:
     """The decoder's layers: the longest list of modules of one class that is not inside another such list.
 

@@ -15,7 +15,7 @@ from moreh.errors import MorehError, OptionError
 from moreh.log import logger
 from moreh.models.compatibility import unsupported_reason
 from moreh.models.describe.from_module import describe_module
-from moreh.models.introspection import unwrapped
+from moreh.models.introspection import is_causal_language_model, unwrapped
 from moreh.options import ParallelOptions, PlannerVariables
 from moreh.patches.module_call import instead_of_model_calls
 from moreh.planner.plan.notation import plan_text
@@ -45,7 +45,12 @@ from moreh.runtime.engine.user_parameters import optimizer_in_use
 from moreh.runtime.kernels.precision import autocast_if, choose_bfloat16, in_float32, inside_autocast
 from moreh.runtime.launch.script_files import share_script_files
 from moreh.runtime.launch.world import World
-from moreh.runtime.sharding.local_weights import has_half_weights, patch_lazy_loading, target_dtypes
+from moreh.runtime.sharding.local_weights import (
+    convert_to_target_dtypes,
+    has_half_weights,
+    patch_lazy_loading,
+    target_dtypes,
+)
 from moreh.trace import span
 
 Decision = TypeVar("Decision")
@@ -75,7 +80,7 @@ class MultiWorkerHook:
         module = whole_model(module)
         if is_submodule_of_sharded(module):
             return call_sharded(module, args, kwargs)  # refuses it
-        if runner_of(module) is None and not _is_language_model(module):
+        if runner_of(module) is None and not is_causal_language_model(module):
             self._log_unsharded(module)
             return NotImplemented
         check_surroundings()
@@ -85,6 +90,7 @@ class MultiWorkerHook:
             if runner_of(module) is None:
                 inputs = read_inputs(unwrapped(module), args, kwargs)
                 if not self._must_be_sharded(module, inputs):
+                    convert_to_target_dtypes(module)
                     if inputs.labels is None or unsupported_reason(module) is not None:
                         return NotImplemented
                     return evaluate_unsharded(module, inputs, self.world)
@@ -218,10 +224,3 @@ def install_multi_worker_hook(
     patch_lazy_loading()
     support_optimizers_and_clipping()
     instead_of_model_calls(MultiWorkerHook(options, variables, job, world).call)
-
-
-def _is_language_model(module: nn.Module) -> bool:
-    from transformers import PreTrainedModel
-
-    causal: Any = unwrapped(module)
-    return isinstance(causal, PreTrainedModel) and causal.get_output_embeddings() is not None

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from moreh.errors import OptionError
+from moreh.models.introspection import is_causal_language_model
 from moreh.patches.lazy_loading import install_lazy_loading
 from moreh.runtime.sharding.mesh import Mesh
 from moreh.runtime.sharding.shards import is_owner, local_shape, local_shards
@@ -33,7 +34,8 @@ _COPY_ELEMENTS = 1 << 24
 def patch_lazy_loading() -> None:
     """Make `from_pretrained` return lazy models from now on. Call it on each of several workers; again does nothing.
 
-    transformers renames, ties, merges and initializes weights as always. It loads files that cannot be mapped (.bin,
+    Models that are no causal language models, which each worker computes whole, are loaded as always. transformers
+    renames, ties, merges and initializes weights as always. It loads files that cannot be mapped (.bin,
     gguf, quantized) as always. The model's `config.dtype` is what the script asked for; its tensors have the dtypes of
     the files.
 
@@ -53,14 +55,15 @@ def _check_arguments(kwargs: Mapping[str, Any]) -> None:
 
 
 def _begin_loading(model: nn.Module, dtypes: dict[str, torch.dtype]) -> bool:
-    if is_lazy_model(model):
-        return False  # the model is loaded already, and now gets an adapter
+    if is_lazy_model(model) or not is_causal_language_model(model):
+        return False  # the model is loaded already, and now gets an adapter; or each worker will compute all of it
     _set_lazy(model, dtypes)
     return True
 
 
 def _finish_loading(model: nn.Module) -> None:
-    _mark_lazy(model, model.__dict__.get(_TARGET_DTYPES, {}))
+    if is_causal_language_model(model):
+        _mark_lazy(model, model.__dict__.get(_TARGET_DTYPES, {}))
 
 
 def _mark_lazy(model: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
@@ -79,10 +82,17 @@ def _set_lazy(model: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
 def _remember_dtypes(
     model: nn.Module, function: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
 ) -> nn.Module:
-    """Replaces `_apply`, through which torch moves and casts a module: remembers the dtypes that a cast would give."""
+    """Replaces `_apply`, through which torch moves and casts a module: remembers the dtypes that a cast would give.
+
+    Buffers are cast at once: they are in memory.
+    """
     dtypes = target_dtypes(model)
     empty = {dtype: torch.empty(0, dtype=dtype) for dtype in dtypes.values()}
     _mark_lazy(model, {name: function(empty[dtype]).dtype for name, dtype in dtypes.items()})
+    for module in model.modules():
+        for key, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[key] = buffer.to(function(buffer.new_empty(0)).dtype)
     return model
 
 
@@ -103,14 +113,25 @@ def target_dtypes(model: nn.Module) -> dict[str, torch.dtype]:
     }
 
 
+def convert_to_target_dtypes(model: nn.Module) -> list[tuple[nn.Parameter, torch.Tensor]]:
+    """Give a lazy model's parameters the dtypes that they are to have, whole, as a call or a file of the model needs.
+
+    Returns the parameters that had another one, with their data.
+    """
+    if not any(is_lazy_model(module) for module in model.modules()):
+        return []
+    dtypes = target_dtypes(model)
+    others = [(p, p.data, dtypes[name]) for name, p in model.named_parameters() if p.dtype != dtypes[name]]
+    for parameter, data, dtype in others:
+        parameter.data = data.to(dtype)
+    return [(parameter, data) for parameter, data, _ in others]
+
+
 @contextmanager
 def with_target_dtypes(model: nn.Module) -> Iterator[None]:
     """A block in which a lazy model's parameters have the dtypes that they are to have; converted ones need memory."""
-    dtypes = target_dtypes(model)
-    converted = [(p, p.data) for name, p in model.named_parameters() if p.dtype != dtypes[name]]
+    converted = convert_to_target_dtypes(model)
     try:
-        for name, parameter in model.named_parameters():
-            parameter.data = parameter.data.to(dtypes[name])
         yield
     finally:
         for parameter, data in converted:

@@ -10,15 +10,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaForCausalLM
 
 from moreh.errors import OptionError
 from moreh.patches.lazy_loading import uninstall_lazy_loading
 from moreh.runtime.sharding.local_weights import (
+    convert_to_target_dtypes,
     is_lazy_model,
     materialize_local_shards,
     patch_lazy_loading,
     target_dtypes,
+    with_target_dtypes,
 )
 from moreh.runtime.sharding.spec import ParamSpec, shard_boxes
 from tests.helpers.models.checkpoint_models import GRIDS, Grid, build_model, specs_of
@@ -252,3 +254,27 @@ def test_a_rank_needs_memory_for_its_own_shards_only(tmp_path):
         assert share < size / 3  # in bfloat16 here
         assert loaded < size / 12
         assert sharded < 1.2 * share + size / 12
+
+
+def test_model_that_is_called_whole_has_the_dtype_that_was_asked_for(lazily, tmp_path):
+    build_model("llama").save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    pointers = [parameter.data_ptr() for parameter in model.parameters()]
+    with with_target_dtypes(model):
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert [parameter.data_ptr() for parameter in model.parameters()] == pointers
+    convert_to_target_dtypes(model)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert is_lazy_model(model)
+    assert convert_to_target_dtypes(model) == []
+
+
+def test_model_that_each_worker_computes_whole_is_loaded_as_always(lazily, tmp_path):
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = AutoConfig.for_model("llama", vocab_size=50, **shape)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert {parameter.dtype for parameter in model.float().parameters()} == {torch.float32}
+    assert not is_lazy_model(model)
