@@ -142,12 +142,16 @@ class Uncertainty:
     @property
     def text(self) -> str:
         """A continuation of "Step times came out ..."."""
+        return self.text_for("such devices")
+
+    def text_for(self, devices: str) -> str:
+        """`text` with a name for the devices that the runs were on."""
         extremes = f"from {abs(self.lowest):.0%} too fast to {max(0.0, self.highest):.0%} too slow"
         if self.runs == 0:
             return f"within {self.error:.0%} for 4 of 5 published runs on other devices; there is none on these"
         if self.runs < MIN_RUNS_FOR_QUANTILE:
-            return f"{extremes} in {self.runs} published run{'s' if self.runs > 1 else ''} on such devices"
-        return f"within {self.error:.0%} for 4 of 5 of {self.runs} published runs on such devices ({extremes})"
+            return f"{extremes} in {self.runs} published run{'s' if self.runs > 1 else ''} on {devices}"
+        return f"within {self.error:.0%} for 4 of 5 of {self.runs} published runs on {devices} ({extremes})"
 
 
 def uncertainty(class_name: str) -> Uncertainty:
@@ -165,4 +169,4 @@ def errors_text(device: Device) -> str:
     known = uncertainty(device.efficiency_class)
     if not device.efficiency_assumed or known.runs == 0:
         return known.text
-    return f"{known.text}: {device.efficiency_class}; there is none on {device.name}"
+    return f"{known.text_for(device.efficiency_class)}; there is none on {device.name}"
