@@ -34,7 +34,15 @@ from utils.errors import UserError
 ARCHITECTURES = Path(__file__).parent.parent / "configs" / "models"
 # Models of the hub whose architecture is in that directory, so that planning for them needs no network.
 ARCHITECTURE_FILES = {
+    "cerebras/Cerebras-GPT-111M": "cerebras_gpt_111m",
+    "cerebras/Cerebras-GPT-256M": "cerebras_gpt_256m",
+    "cerebras/Cerebras-GPT-590M": "cerebras_gpt_590m",
+    "cerebras/Cerebras-GPT-1.3B": "cerebras_gpt_1_3b",
+    "cerebras/Cerebras-GPT-2.7B": "cerebras_gpt_2_7b",
+    "cerebras/Cerebras-GPT-6.7B": "cerebras_gpt_6_7b",
     "cerebras/Cerebras-GPT-13B": "cerebras_gpt_13b",
+    "google/gemma-3-1b-it": "gemma3_1b",
+    "google/gemma-3-1b-pt": "gemma3_1b",
     "openai-community/gpt2": "gpt2",
     "openai-community/gpt2-medium": "gpt2_medium",
     "openai-community/gpt2-large": "gpt2_large",
@@ -42,11 +50,19 @@ ARCHITECTURE_FILES = {
     "meta-llama/Llama-2-13b-hf": "llama2_13b",
     "meta-llama/Meta-Llama-3-8B": "llama3_8b",
     "meta-llama/Meta-Llama-3-70B": "llama3_70b",
+    "meta-llama/Llama-3.1-8B": "llama3_1_8b",
+    "meta-llama/Llama-3.1-8B-Instruct": "llama3_1_8b",
+    "meta-llama/Llama-3.1-70B": "llama3_1_70b",
+    "meta-llama/Llama-3.1-70B-Instruct": "llama3_1_70b",
     "meta-llama/Llama-3.1-405B": "llama3_405b",
+    "meta-llama/Llama-3.2-1B": "llama3_2_1b",
+    "meta-llama/Llama-3.2-1B-Instruct": "llama3_2_1b",
     "mistralai/Mistral-7B-v0.1": "mistral_7b",
+    "mistralai/Mistral-7B-Instruct-v0.3": "mistral_7b_v0_3",
     "mistralai/Mixtral-8x7B-v0.1": "mixtral_8x7b",
     "Qwen/Qwen1.5-7B": "qwen1_5_7b",
     "Qwen/Qwen2.5-7B": "qwen2_5_7b",
+    "Qwen/Qwen3-0.6B": "qwen3_0_6b",
     "Qwen/Qwen3-8B": "qwen3_8b",
 }
 
