@@ -1,5 +1,6 @@
 # make train            set everything up and train the default model (configs/gpt.yaml): minutes
 # make test             set everything up and run the tests: 15 to 25 minutes
+# make test-versions    runs them with the lowest and with the newest torch and transformers, each in an environment
 # make check            formatting, lint, types and the direction of imports
 # make install          only set up: .venv with the packages of requirements.txt and the package moreh
 # make smollm2          set everything up and fetch the pretrained model of configs/llama_smollm2.yaml
@@ -33,13 +34,30 @@ MINUTES ?=
 train test conformance verify-plans verify-families chaos docs-check: export GOMP_SPINCOUNT ?= 1000
 
 .PHONY: train test check install smollm2 conformance verify-plans verify-families chaos docs-check fuzz lock bench clean \
-	gpu-check gpu-smoke
+	gpu-check gpu-smoke test-versions
 
 train: install
 	$(BIN)/python train_gpt.py --config configs/gpt.yaml
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+
+# Of the newest releases, a canary may fail (docs/testing.md#canaries).
+PAIR_lowest := torch==2.11.0 transformers==5.17.0
+PAIR_newest := torch transformers
+VERSIONS := lowest newest
+
+test-versions: $(VERSIONS:%=build/versions/%/installed)
+	for pair in $(VERSIONS); do \
+		build/versions/$$pair/bin/python -m pytest --numprocesses 2 --dist worksteal || failed=1; \
+	done; test -z "$$failed"
+
+build/versions/%/installed: requirements.txt requirements-dev.txt pyproject.toml
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	grep -hvE '^(torch|transformers)==|^-r' requirements.txt requirements-dev.txt > $(@D)/requirements.txt
+	$(@D)/bin/python -m pip install --disable-pip-version-check --upgrade -r $(@D)/requirements.txt $(PAIR_$*)
+	$(@D)/bin/python -m pip install --disable-pip-version-check --no-deps --editable .
+	touch $@
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .

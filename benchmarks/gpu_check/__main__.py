@@ -8,14 +8,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 # Nothing is installed: the packages are those of the checkout.
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from gpu_check.isolation import Isolation  # noqa: E402
-from gpu_check.plan import BUDGET_S, SMOKE_BUDGET_S, full_check, smoke_check  # noqa: E402
+from gpu_check.isolation import Isolation, Part  # noqa: E402
+from gpu_check.plan import BUDGET_S, SMOKE_BUDGET_S, full_check, in_turns, smoke_check  # noqa: E402
 from gpu_check.report import Report  # noqa: E402
 from gpu_check.settings import DRY, SCRATCH  # noqa: E402
 
@@ -59,10 +60,19 @@ def main() -> int:
         if options.dry:
             _import_libraries(environment)
         isolation = Isolation(Path(scratch), environment, fork=options.dry)
-        for part in parts:
+
+        def run(part: Part) -> None:
             print(f"--- {part.title} ({time.monotonic() - started:.0f} s)", flush=True)
             for record in isolation.run(part, deadline):
                 report.add(part, record)
+
+        # Copies of this process are made from its main thread only.
+        for group in [[part] for part in parts] if options.dry else in_turns(parts):
+            if len(group) == 1:
+                run(group[0])
+            else:
+                with ThreadPoolExecutor(len(group)) as threads:
+                    list(threads.map(run, group))
     about["seconds"] = round(time.monotonic() - started)
     report.write()
     counts = report.counts()

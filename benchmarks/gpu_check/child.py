@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ def main(arguments: list[str]) -> int:
         except Skipped as reason:
             outcome = {"status": "skipped", "reason": str(reason)}
         except Exception as error:
+            traceback.print_exc()  # into the log of the part
             outcome = {"status": "failed", "reason": one_line(error)}
             poisoned = is_device_error(error)
         _write(Path(records), {"case": case, "seconds": round(time.perf_counter() - start, 2), **outcome})

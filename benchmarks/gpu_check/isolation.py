@@ -41,6 +41,8 @@ class Part:
     """Whether each case is a process of its own."""
     environment: tuple[tuple[str, str], ...] = ()
     """Variables of its processes."""
+    alone: bool = False
+    """Whether nothing else may compute meanwhile, since it measures speed or needs results of the parts before it."""
 
 
 class Isolation:
@@ -86,7 +88,8 @@ class Isolation:
         name = f"{part.name}-{self._processes}"
         records, log = self._scratch / f"{name}.jsonl", self._scratch / f"{name}.log"
         records.touch()
-        state = self._scratch / f"state-{name}"
+        # Parts that run at the same time must not wait for each other; and what one has measured, it need not again.
+        state = self._scratch / f"state-{part.name}"
         environment = {**self._environment, "MOREH_STATE_DIR": str(state), **dict(part.environment)}
         arguments = [part.module or part.name, str(records), *cases]
         processes: _Processes = (_Forked if self._fork else _Spawned)(arguments, environment, log)

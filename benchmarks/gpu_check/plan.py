@@ -34,13 +34,13 @@ def full_check(*, dry: bool) -> list[Part]:
     if dry:
         speed = tuple(case for case in speed if case.startswith(WORKLOADS[0]) or case.endswith(SYSTEMS[0]))
     return [
-        Part("machine", "Machine", ("versions", "device", "bfloat16 matmul"), 40),
-        Part("reference", "References without the line", references, 60),
+        Part("machine", "Machine", ("versions", "device", "bfloat16 matmul"), 40, alone=True),
+        Part("reference", "References without the line", references, 60, alone=True),
         *_correctness(FAMILIES, 45),
         Part("resume", "A resumed run", ("whole", "first half", "second half"), 60, own_processes=True),
         Part("gpu_tests", "Tests that need a GPU", ("runtime/test_gpu.py",), 60),
         *_workers(("tp2", "pp2", "dp2", "dp2 sharded"), 80),
-        Part("speed", "Speed and memory", speed, 330, own_processes=True),
+        Part("speed", "Speed and memory", speed, 330, own_processes=True, alone=True),
     ]
 
 
@@ -50,11 +50,22 @@ def smoke_check() -> list[Part]:
     references = tuple(f"{precision}/{family}" for precision in PRECISIONS for family in families)
     speed = tuple(f"smollm2/{system}" for system in ("line", "loop, bfloat16"))
     return [
-        Part("machine", "Machine", ("versions", "device", "bfloat16 matmul"), 25),
-        Part("reference", "References without the line", references, 25),
+        Part("machine", "Machine", ("versions", "device", "bfloat16 matmul"), 25, alone=True),
+        Part("reference", "References without the line", references, 25, alone=True),
         *_correctness(families, 20),
-        Part("speed", "Speed and memory", speed, 40, own_processes=True),
+        Part("speed", "Speed and memory", speed, 40, own_processes=True, alone=True),
     ]
+
+
+def in_turns(parts: list[Part]) -> list[list[Part]]:
+    """The parts in groups: those of a group may run at the same time, as most of their time is Python's."""
+    groups: list[list[Part]] = []
+    for part in parts:
+        if part.alone or not groups or groups[-1][0].alone:
+            groups.append([part])
+        else:
+            groups[-1].append(part)
+    return groups
 
 
 def _correctness(families: tuple[str, ...], budget_s: float) -> list[Part]:
@@ -84,5 +95,6 @@ def _workers(cases: tuple[str, ...], budget_s: float) -> list[Part]:
         module="workers",
         own_processes=True,
         environment=_TWO_WORKERS,
+        alone=True,
     )
     return [one, two]

@@ -1,6 +1,7 @@
 """The records of a check as JSON, and as tables in Markdown: written again after each record."""
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,15 @@ class Report:
     def __init__(self, directory: Path, about: dict[str, Any]) -> None:
         self._directory = directory
         self._about = about
+        self._lock = threading.Lock()
         self._records: list[tuple[Part, Record]] = []
 
     def add(self, part: Part, record: Record) -> None:
         """Print a record, and write both files."""
+        with self._lock:
+            self._add(part, record)
+
+    def _add(self, part: Part, record: Record) -> None:
         self._records.append((part, record))
         figures = "; ".join(f"{name} {shown(value)}" for name, value in record.get("figures", {}).items())
         words = [record["status"], f"{part.name} {record['case']}:", figures, record.get("reason", "")]
@@ -41,7 +47,7 @@ class Report:
         if self._about.get("dry"):
             lines += ["**Dry mode on the CPU with tiny sizes: no figure here says anything about a GPU.**", ""]
         lines += [f"- {name}: {shown(value)}" for name, value in self._about.items()]
-        parts = list(dict.fromkeys(part for part, _ in self._records))
+        parts = dict.fromkeys(part for part, _ in self._records)
         for part in parts:
             records = [record for of_part, record in self._records if of_part == part]
             names = list(dict.fromkeys(name for record in records for name in record.get("figures", {})))

@@ -92,7 +92,9 @@ def test_recomputation_keeps_less(make_gpt2, usage):
     for recompute in (False, True):
         model = make_gpt2(n_layer=4).cuda().train()
         if recompute:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            # Before transformers 5.20 it had only the older name.
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
         loss = model(IDS.cuda(), labels=IDS.cuda(), use_cache=False).loss
         activation_bytes.append(usage()["activations"])
         del model, loss

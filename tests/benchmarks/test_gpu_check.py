@@ -53,6 +53,13 @@ def test_budgets_of_the_parts_fit_the_check():
     assert plan.BUDGET_S <= 8 * 60
 
 
+def test_only_what_measures_nothing_runs_at_the_same_time():
+    groups = plan.in_turns(plan.full_check(dry=False))
+    together = [{part.name for part in group} for group in groups if len(group) > 1]
+    assert together == [{"correctness-float32", "correctness-bfloat16", "resume", "gpu_tests", "workers-1"}]
+    assert [part for group in groups for part in group] == plan.full_check(dry=False)
+
+
 @pytest.fixture
 def isolation(tmp_path, monkeypatch):
     monkeypatch.setenv(DRY, "1")

@@ -28,6 +28,7 @@ def show_gpus(monkeypatch, names, total_bytes=A100_BYTES, compute_units=108, use
         "get_device_name": lambda index=0: names[index],
         "mem_get_info": lambda index=0: (total_bytes - used_bytes, total_bytes),
         "memory_reserved": lambda index=None: 0,
+        "is_current_stream_capturing": lambda: False,
         **dict.fromkeys(("device_memory_used", "utilization", "temperature", "power_draw"), without_pynvml),
         **sensors,
     }

@@ -16,7 +16,7 @@ from moreh.runtime.tensor.partition import describe_partition
 from moreh.runtime.tensor.vocab_parallel import gather_logits, vocab_parallel_cross_entropy
 from tests.helpers.compare import max_difference, relative_difference, worst
 from tests.helpers.float64 import exact_float64
-from tests.helpers.models.tiny_models import build, tiny_config_of
+from tests.helpers.models.tiny_models import build, require_family, tiny_config_of
 
 BATCH, LENGTH = 3, 8
 
@@ -28,6 +28,7 @@ def tensor_group(size):
 
 def whole_model(family, changes):
     """A tiny model in float64 on one process, the same on each rank, in which no parameter is 0 or 1."""
+    require_family(family)
     keys = AutoConfig.for_model(family).get_text_config().to_dict()
     no_dropout = {key: 0.0 for key in keys if is_dropout_key(key)}
     model = build(tiny_config_of(family, {**no_dropout, **changes})).double()

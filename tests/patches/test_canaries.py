@@ -12,7 +12,7 @@ import torch
 
 from moreh.patches.catalog import declared
 from tests.helpers.source import canaries
-from tests.helpers.source.library_internals import INTERNALS
+from tests.helpers.source.library_internals import INTERNALS, NOT_EVERYWHERE
 from tests.helpers.source.private_names import is_covered, private_names_of_libraries
 from tests.helpers.source.source_tree import ROOT, Source, sources
 
@@ -37,7 +37,8 @@ def test_name_of_a_library_is_what_it_was_written_for(installed, name):
 
 def test_every_name_is_there(installed):
     added = {target for patch in declared() if patch.adds for target in patch.targets}
-    assert {name for name, value in installed.items() if value["signature"] == "not there"} == added
+    absent = {name for name, value in installed.items() if value["signature"] == "not there"}
+    assert absent - NOT_EVERYWHERE.keys() == added
 
 
 def test_stored_names_are_still_used():

@@ -85,11 +85,11 @@ def test_nothing_of_torch_is_replaced_without_the_face(run_asking):
         "print(callable(torch.moreh.option.enable_advanced_parallelization))\n"
         "try:\n"
         "    torch.ones(1).cuda()\n"
-        "except AssertionError as error:\n"
-        "    print(error)\n"
+        "except (AssertionError, RuntimeError):\n"  # of a CPU build, and of a CUDA build without a driver
+        "    print('no GPU')\n"
     )
     shown = run_asking(source, MOREH_CUDA_FACE="0")
-    assert shown == ["[]", "True", "Torch not compiled with CUDA enabled"]
+    assert shown == ["[]", "True", "no GPU"]
 
 
 def test_other_values_are_refused_in_one_line(run_python, monkeypatch):

@@ -28,15 +28,21 @@ import torch.distributed as dist
 from torch.distributed.pipelining import PipelineStage
 
 from moreh import trace
+from moreh.runtime.pipeline.older_torch import OlderPipelineStage, needs_older_stage
 from moreh.runtime.sharding.transfers import outgoing, transfer_device
 
+# The base is chosen at run time, which a type checker cannot follow.
+_Stage: Any = OlderPipelineStage if needs_older_stage() else PipelineStage
 
-class LeanPipelineStage(PipelineStage):
+
+class LeanPipelineStage(_Stage):  # type: ignore[misc]
     """A stage whose receive buffers exist from the posting of a receive until the computation with what was received.
 
     An empty span marks each transfer that is posted, with its bytes. The schedule starts the transfer later.
     """
 
+    device: torch.device
+    """Where the stage computes."""
     hidden_shape: tuple[int, int, int]
     """[batch, sequence, hidden] of this step's hidden states; may change from step to step."""
 

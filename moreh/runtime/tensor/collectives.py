@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 
 from moreh import trace
+from moreh.collectives import all_gather_single, reduce_scatter_single
 
 
 def copy_to_tp(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
@@ -63,7 +64,7 @@ def reduce_scatter(out: torch.Tensor, parts: torch.Tensor, group: dist.ProcessGr
     """
     with trace.span(span_name, bytes=parts.nbytes):
         if parts.device.type != "cpu":
-            dist.reduce_scatter_single(out, parts.view(-1, *out.shape[1:]), group=group)
+            reduce_scatter_single(out, parts.view(-1, *out.shape[1:]), group=group)
             return
         received = torch.empty_like(parts)
         dist.all_to_all_single(received, parts, group=group)
@@ -83,7 +84,7 @@ def _all_gather(x: torch.Tensor, dim: int, group: dist.ProcessGroup, span_name: 
     size, dim = group.size(), dim % x.dim()
     gathered = x.new_empty(size * x.shape[0], *x.shape[1:])
     with trace.span(span_name, bytes=gathered.nbytes):
-        dist.all_gather_single(gathered, x.contiguous(), group=group)
+        all_gather_single(gathered, x.contiguous(), group=group)
     if dim == 0:
         return gathered
     # [world_size * batch, n, hidden] -> [world_size, batch, n, hidden] -> [batch, world_size, n, hidden]

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional
 
 from moreh import trace
+from moreh.collectives import all_gather_single
 from moreh.models.losses import IGNORED_LABEL
 from moreh.runtime.kernels.row_chunks import chunks
 from moreh.runtime.sharding.spec import shard_range
@@ -54,7 +55,7 @@ def gather_logits(local_logits: torch.Tensor, group: dist.ProcessGroup | None, v
     padded = functional.pad(local_logits.detach(), (0, longest - local_logits.shape[-1])).contiguous()
     gathered = padded.new_empty(group.size() * padded.numel())
     with trace.span("all_gather_logits", bytes=gathered.nbytes):
-        dist.all_gather_single(gathered, padded.view(-1), group=group)
+        all_gather_single(gathered, padded.view(-1), group=group)
     return gathered.view(group.size(), *padded.shape).movedim(0, -2).flatten(-2)[..., :vocabulary_size]
 
 

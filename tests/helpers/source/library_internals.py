@@ -6,7 +6,17 @@ here. `module.Class:attribute` is an attribute that the class gives to its insta
 
 _STAGE = "torch.distributed.pipelining.stage.PipelineStage"
 _MODULE = "torch.nn.Module"
+_EXPERTS = "transformers.models.mixtral.modeling_mixtral.MixtralExperts"
 _ATTENTION = "Recomputation keeps the outputs of this operator, if it is the one that attention used."
+
+# Names that some of the supported releases do not have, and what is done there.
+NOT_EVERYWHERE = {
+    f"{_STAGE}._setup_forward_recv_info": "torch 2.11: see moreh/runtime/pipeline/older_torch.py",
+    f"{_STAGE}._setup_backward_recv_info": "torch 2.11: see moreh/runtime/pipeline/older_torch.py",
+    f"{_STAGE}:_runtime_validate": "torch 2.11: see moreh/runtime/pipeline/older_torch.py",
+    f"{_STAGE}._validate_fwd_outputs": "torch 2.13: see moreh/runtime/pipeline/older_torch.py",
+    f"{_EXPERTS}:_is_expert_parallel": "transformers 5.17: its kernels always skip them",
+}
 
 INTERNALS: dict[str, str] = {
     # torch: autograd and tensors
@@ -90,6 +100,10 @@ INTERNALS: dict[str, str] = {
     f"{_STAGE}:grad_recv_info": "By micro-batch: what is received in the backward pass.",
     f"{_STAGE}:has_backward": "Whether there is a backward pass.",
     f"{_STAGE}:device": "Where the buffers are made.",
+    f"{_STAGE}._prepare_forward_infra": "Before torch 2.13, makes args_recv_info, with buffers on self.device.",
+    f"{_STAGE}._prepare_backward_infra": "Before torch 2.13, makes grad_recv_info, with buffers on self.device.",
+    f"{_STAGE}._retrieve_recv_activations": "Gives the buffers of a micro-batch's hidden states.",
+    f"{_STAGE}._validate_fwd_outputs": "Before torch 2.13, compares shapes with those of the first step.",
     f"{_STAGE}:_runtime_validate": "Whether shapes are compared with those of the first step.",
     "torch.distributed.pipelining.stage._RecvInfo": "is_root_arg, tensor_meta and buffer of what is received.",
     "torch.distributed._checkpointable._Checkpointable": (
