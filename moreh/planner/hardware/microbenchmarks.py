@@ -18,7 +18,6 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional
 
-from moreh.collectives import all_gather_single
 from moreh.planner.hardware.worker_processes import FIGURES_FILE
 
 # Rows, inner and outer size of matmuls on CPU: several depths of one result, and several results of one depth. Each
@@ -150,11 +149,13 @@ class Worker:
     def _collectives(self) -> Figures:
         """Seconds of all-reduces and all-gathers, by the bytes of the whole result."""
         figures: Figures = {}
+        # Releases of torch before 2.13 have only the older name.
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         for size, repetitions in COLLECTIVES.items():
             shard = torch.ones(-(-size // 4 // self.workers), device=self.device)
             full = torch.ones(shard.numel() * self.workers, device=self.device)
             all_reduce = functools.partial(dist.all_reduce, full, dist.ReduceOp.MAX)
-            all_gather = functools.partial(all_gather_single, full, shard)
+            all_gather = functools.partial(gather, full, shard)
             figures["collective", "all-reduce", full.nbytes] = self._typical_s(all_reduce, repetitions)
             figures["collective", "all-gather", full.nbytes] = self._typical_s(all_gather, repetitions)
         return figures

@@ -27,7 +27,10 @@ import torch
 import torch.distributed as dist
 
 from moreh import trace
-from moreh.collectives import all_gather_single, reduce_scatter_single
+
+# Releases of torch before 2.13 have only the older names, with the same arguments.
+all_gather_single: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_single: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 def copy_to_tp(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:

@@ -8,11 +8,10 @@ from torch import nn
 from torch.nn import functional
 
 from moreh import trace
-from moreh.collectives import all_gather_single
 from moreh.models.losses import IGNORED_LABEL
 from moreh.runtime.kernels.row_chunks import chunks
 from moreh.runtime.sharding.spec import shard_range
-from moreh.runtime.tensor.collectives import reduce_from_tp
+from moreh.runtime.tensor.collectives import all_gather_single, reduce_from_tp
 
 
 def vocab_parallel_cross_entropy(
