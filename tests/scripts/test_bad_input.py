@@ -142,10 +142,9 @@ def test_traceback_is_shown_with_debug(script):
 def test_script_ends_with_exit_code_2(run, tiny_config):
     finished = run(sys.executable, "train_gpt.py", "--config", tiny_config, "train.stepz=3")
     assert finished.returncode == 2
-    assert finished.stderr == (
-        "error: command line: train.stepz: unknown key; did you mean steps? Allowed here: steps, epochs, batch_size, "
-        "gradient_accumulation, lr, optimizer, optimizer_settings, schedule, decay_steps, decay_shape, warmup_steps, "
-        "min_lr_ratio, weight_decay, decay_norms_and_biases, max_grad_norm, seed, loader_workers\n"
+    (line,) = finished.stderr.splitlines()
+    assert line.startswith(
+        "error: command line: train.stepz: unknown key; did you mean steps? Allowed here: steps, epochs,"
     )
 
 
