@@ -75,6 +75,7 @@ conformance: $(VENV)/installed-dev
 	$(BIN)/python -m tests.conformance
 
 chaos: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -m slow tests/runtime/launch
 	$(BIN)/python -m tests.verify.chaos --minutes $(or $(MINUTES),20) --seed $(or $(SEED),1)
 
 docs-check: $(VENV)/installed-dev
