@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -62,3 +64,12 @@ def test_loader_process_that_dies_is_one_line(capsys):
     line = said.splitlines()[-1]
     assert line.startswith("error: a process that prepares batches has died (DataLoader worker (pid")
     assert dead_loader_text(RuntimeError("else")) is None
+
+
+def test_interrupt_while_libraries_are_imported_is_one_word():
+    source = (
+        "import os, signal\nfrom utils.cli import _leaving_at_interrupt\n"
+        "with _leaving_at_interrupt():\n    os.kill(os.getpid(), signal.SIGINT)\n"
+    )
+    finished = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=False)
+    assert (finished.returncode, finished.stderr) == (130, "interrupted\n")

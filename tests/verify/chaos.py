@@ -105,7 +105,7 @@ def disturbed_round(
         while process.poll() is None and time.monotonic() < moment:
             time.sleep(0.05)
         if process.poll() is None and is_disturbed:
-            done = disturb(run, process, fault, chance)
+            fault, done = disturb(run, process, fault, chance)
             counts[fault] += 1
             print(f"  {fault:14} after step {len(run.metrics()) - 1}: {done}", flush=True)
         try:
@@ -121,39 +121,39 @@ def disturbed_round(
     return [f"not ended after {MAX_STARTS} starts"]
 
 
-def disturb(run: DisturbedRun, process, fault: str, chance: random.Random) -> str:
-    """Disturb a run in one way; what was done."""
+def disturb(run: DisturbedRun, process, fault: str, chance: random.Random) -> tuple[str, str]:
+    """Disturb a run in one way; what was done. The launcher is killed where that way is not possible yet."""
     workers = run.workers()
     worker = workers[chance.choice(sorted(workers))] if workers else None
     try:
         if fault in ("kill-worker", "abort-worker") and worker is not None:
             worker.send_signal(signal.SIGKILL if fault == "kill-worker" else signal.SIGABRT)
-            return f"worker {worker.pid}"
+            return fault, f"worker {worker.pid}"
         if fault == "stop-worker" and worker is not None and run.metrics():
             worker.suspend()  # for ever: launch.hang_seconds ends it
-            return f"worker {worker.pid}"
+            return fault, f"worker {worker.pid}"
         if fault == "pause" and worker is not None:
             worker.suspend()
             time.sleep(3)
             worker.resume()
-            return "3 s"
+            return fault, "3 s"
         if fault in ("signal", "two-signals"):
             number = chance.choice(STOP_SIGNALS)
             process.send_signal(number)
             if fault == "two-signals":
                 time.sleep(chance.uniform(0, 0.5))
                 process.send_signal(signal.SIGINT)
-            return number.name
+            return fault, number.name
         if fault == "flip" and len(run.checkpoints()) > 1:
             process.kill()
             process.wait()
-            return flip_bit(run.checkpoints()[-1], chance)
+            return fault, flip_bit(run.checkpoints()[-1], chance)
         if fault in ("full-disk", "go-back"):
-            return "from the start"
+            return fault, "from the start"
     except psutil.NoSuchProcess:
-        return "it had ended"
+        return fault, "it had ended"
     process.kill()
-    return "launcher killed"
+    return "kill-launcher", f"process {process.pid}"
 
 
 def flip_bit(checkpoint: Path, chance: random.Random) -> str:
