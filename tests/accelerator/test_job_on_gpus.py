@@ -11,6 +11,7 @@ from moreh.accelerator import job as job_module
 from moreh.accelerator.job import LocalJob
 from moreh.accelerator.memory.out_of_memory import PredictedOutOfMemoryError, SimulatedOutOfMemoryError
 from moreh.accelerator.registry import start_job, switch_model
+from moreh.accelerator.this_machine import log_devices
 from moreh.errors import MorehError
 from moreh.options import DEFAULT_OPTIONS, planner_variables
 from moreh.planner.hardware import environment as environment_module
@@ -46,7 +47,7 @@ def plan_on(workers, model, *, local_size=None, bfloat16=True):
     """The plan that so many workers carry out for a batch of 16 x 2048 tokens, and their job."""
     job, accelerator = start_job(psutil.Process(), "train.py")
     local_job = LocalJob(job, accelerator)
-    job_module._log_devices(accelerator.flavor, on_cpu=local_job.simulated)
+    log_devices(accelerator.flavor, on_cpu=local_job.simulated)
     world = World(rank=0, size=workers, local_rank=0, local_size=local_size or workers)
     hook = MultiWorkerHook(DEFAULT_OPTIONS, planner_variables(), local_job, world)
     ids = torch.zeros(16, 2048, dtype=torch.long)
