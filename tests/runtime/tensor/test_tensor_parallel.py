@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from moreh.models.families import FAMILIES, tensor_parallel_families
 from moreh.runtime.tensor import apply as tensor_parallel
-from moreh.runtime.tensor import collectives
+from moreh.runtime.tensor import collectives, experts
 from moreh.runtime.tensor.partition import (
     TensorPartition,
     describe_partition,
@@ -88,6 +88,8 @@ BREAKAGES = {
     "partial gradients not summed": (True, "model.layers.1.input_layernorm.weight"),
     "gradients of gathered sequences not summed": (True, "model.layers.0.input_layernorm.weight"),
     "losses over the rank's own vocabulary": (False, "loss"),
+    "experts not summed": (False, "loss"),
+    "gradients of experts' inputs not summed": (False, "model.layers.0.mlp.gate.weight"),
     "NaN in the loss": (False, "loss"),
     "NaN in the logits": (False, "logits"),
     "NaN in a gradient": (True, "lm_head.weight"),
@@ -154,6 +156,10 @@ def compare_broken(breakage, sequence_parallel):
         "losses over the rank's own vocabulary": lambda: mock.patch(
             "moreh.runtime.tensor.vocab_parallel.dist.all_reduce"
         ),
+        "experts not summed": lambda: mock.patch.object(experts, "reduce_from_tp", lambda tensor, group: tensor),
+        "gradients of experts' inputs not summed": lambda: mock.patch.object(
+            experts, "copy_to_tp", lambda tensor, group: tensor
+        ),
         "NaN in the loss": lambda: mock.patch.object(
             tensor_cases, "mean_loss", lambda *args: poison(mean_loss(*args), args[2]) if args[2:] else mean_loss(*args)
         ),
@@ -162,13 +168,14 @@ def compare_broken(breakage, sequence_parallel):
         ),
         "NaN in a gradient": lambda: mock.patch.object(tensor_cases, "tensor_parallel_copy", poison_gradient),
     }
+    changes = HEADS | {"attention_bias": True}
+    family, changes = ("mixtral", FAMILY_CASES["mixtral"].training) if "experts" in breakage else ("llama", changes)
     with patches[breakage]():
-        return compare_with_one_process("llama", HEADS | {"attention_bias": True}, 2, sequence_parallel)
+        return compare_with_one_process(family, changes, 2, sequence_parallel)
 
 
 REFUSED = {
-    "mixtral": ({}, "model_type is 'mixtral', which tensor parallelism is not known to compute right"),
-    "gpt_bigcode": ({}, "model_type is 'gpt_bigcode'"),
+    "gpt_bigcode": ({}, "model_type is 'gpt_bigcode', which tensor parallelism is not known to compute right"),
     "falcon": (
         {},
         "FalconForCausalLM has 1 key-value heads, which 2 tensor-parallel ranks cannot divide: use a divisor of 1",
