@@ -20,6 +20,7 @@ from moreh.accelerator.environment import warn_of_a_line_that_was_not_called, wa
 from moreh.accelerator.job_status import (
     DEFAULT_GRACE_S,
     ChosenPlan,
+    JobProgress,
     JobStatus,
     PredictedUse,
     sample_cpu_time,
@@ -59,6 +60,8 @@ class LocalJob:
         self._planned: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
         # Rank and process id of each worker on this machine; empty if there is one worker.
         self.worker_pids: tuple[tuple[int, int], ...] = ()
+        # What the training script says of how far it is.
+        self.progress: JobProgress | None = None
         # Seconds that the job needs to save, once it is asked to end.
         self._grace_s = DEFAULT_GRACE_S
         # CPU time is counted for the job's process and its descendants. One of these processes makes the reports.
@@ -147,6 +150,7 @@ class LocalJob:
             self.predicted,
             self.worker_pids,
             self._grace_s,
+            self.progress,
         )
         try:
             write_status(self.job, status)

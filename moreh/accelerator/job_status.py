@@ -69,6 +69,22 @@ class ChosenPlan:
 
 
 @dataclass(frozen=True)
+class JobProgress:
+    """How far a training script says that it is. All of it is measured."""
+
+    step: int
+    """Steps that are done."""
+    total_steps: int
+    """Steps of the whole run."""
+    loss: float
+    """The loss of the last of them."""
+    tokens_per_s: float
+    """Tokens per second of the last steps, without padding."""
+    time_left: str
+    """What the rest takes, such as "12 min"; empty if nothing is left."""
+
+
+@dataclass(frozen=True)
 class JobStatus:
     """The last report of a running job."""
 
@@ -88,6 +104,8 @@ class JobStatus:
     """Rank and process id of each worker on this machine; empty if there is one worker."""
     grace_s: float = DEFAULT_GRACE_S
     """Seconds that the job needs to save, once it is asked to end."""
+    progress: JobProgress | None = None
+    """How far the job is; None for a script that does not say it."""
 
     @property
     def total_memory_bytes(self) -> int:
@@ -126,7 +144,9 @@ def read_status(job: Job) -> JobStatus | None:
         samples = {name: CpuSample(**content[name]) for name in ("earlier", "latest")}
         predicted = None if content["predicted"] is None else PredictedUse(**content["predicted"])
         workers = tuple((int(rank), int(pid)) for rank, pid in content["worker_pids"])
-        return JobStatus(**{**content, **samples, "predicted": predicted, "worker_pids": workers})
+        progress = None if content["progress"] is None else JobProgress(**content["progress"])
+        changed = {**samples, "predicted": predicted, "worker_pids": workers, "progress": progress}
+        return JobStatus(**{**content, **changed})
     except (RegistryError, KeyError, TypeError):
         return None
 

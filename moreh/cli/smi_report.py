@@ -54,6 +54,14 @@ WORKER_COLUMNS = (
     Column("PID", 7, "right"),
     Column("Measured Memory", 15),
 )
+PROGRESS_COLUMNS = (
+    Column("Job ID", 6, "right"),
+    Column("Step", 13, "right"),
+    Column("Done", 4, "right"),
+    Column("Loss", 8, "right"),
+    Column("Tokens/s", 9, "right"),
+    Column("Time Left", 9, "right"),
+)
 GPU_NOTE = (
     "Memory usage and utilization of this machine's GPUs are what their driver says, of all processes together; N/A is "
     "what it says only with pynvml (pip install nvidia-ml-py) or amdsmi."
@@ -91,6 +99,9 @@ def draw_reports(reports: Sequence[AcceleratorReport], *, physical: bool) -> str
         parts += ["", "Workers:", draw_table(WORKER_COLUMNS, workers), wrap_line(WORKERS_NOTE, width)]
     if running:
         parts += ["", "Processes:", draw_table(PROCESS_COLUMNS, [_process_row(report) for report in running])]
+    progress = [row for report in running for row in _progress_rows(report)]
+    if progress:
+        parts += ["", "Progress (measured):", draw_table(PROGRESS_COLUMNS, progress)]
     simulated = [report.status for report in reports if report.status is not None and report.status.simulated]
     notes = [PREDICTED_NOTE.format(plan=s.predicted.plan) if s.predicted else SIMULATED_NOTE for s in simulated]
     if any(report.gpus for report in reports):
@@ -120,10 +131,16 @@ def as_json(reports: Sequence[AcceleratorReport], *, physical: bool) -> dict[str
             "processes": [],
         }
         if report.job is not None:
-            memory_bytes = None if report.status is None else report.status.memory_bytes
-            job = report.job
+            status, job = report.status, report.job
+            progress = None if status is None or status.progress is None else asdict(status.progress)
             row["processes"].append(
-                {"job_id": job.id, "pid": job.pid, "command": job.command, "memory_bytes": memory_bytes}
+                {
+                    "job_id": job.id,
+                    "pid": job.pid,
+                    "command": job.command,
+                    "memory_bytes": None if status is None else status.memory_bytes,
+                    "progress": progress,
+                }
             )
         if physical:
             row["physical_devices"] = [asdict(device) for device in physical_devices(report)]
@@ -154,6 +171,23 @@ def _process_row(report: AcceleratorReport) -> tuple[str, ...]:
         _in_table(report.job.command),
         _mib(report.job_memory_mib),
     )
+
+
+def _progress_rows(report: AcceleratorReport) -> list[tuple[str, ...]]:
+    assert report.job is not None
+    progress = None if report.status is None else report.status.progress
+    if progress is None:
+        return []
+    return [
+        (
+            str(report.job.id),
+            f"{progress.step} of {progress.total_steps}",
+            f"{progress.step / progress.total_steps:.0%}",
+            f"{progress.loss:.4f}",
+            f"{progress.tokens_per_s:,.0f}",
+            progress.time_left or "-",
+        )
+    ]
 
 
 def _worker_rows(report: AcceleratorReport) -> list[tuple[str, ...]]:

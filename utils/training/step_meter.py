@@ -10,6 +10,8 @@ from typing import Any
 import psutil
 import torch
 
+from moreh.accelerator.job import local_job_if_started
+from moreh.accelerator.job_status import JobProgress
 from moreh.runtime.launch.watch.pulse import begin_step
 from utils.config.schema import Config
 from utils.data.batches import Batch
@@ -66,10 +68,13 @@ class StepMeter:
                 raise DryRunEnd(self._dry_report())
         if step % self._every == 0 or step == self._total_steps:
             speed, memory = self._real_tokens / self._seconds, _memory_in_use() / 2**30
+            left = self._time_left(step)
             self._log.info(
                 f"[Step {step}/{self._total_steps}] {step / self._total_steps:.0%} | Loss: {loss:.4f} | lr {lr:.1e} | "
-                f"norm {grad_norm:.2f} | {speed:,.0f} tokens/s | {memory:.1f} GiB{self._time_left(step)}"
+                f"norm {grad_norm:.2f} | {speed:,.0f} tokens/s | {memory:.1f} GiB{f' | {left} left' if left else ''}"
             )
+            if (job := local_job_if_started()) is not None:
+                job.progress = JobProgress(step, self._total_steps, loss, speed, left)
             self._real_tokens, self._seconds = 0, 0.0
         # JSON has no NaN: a step that changed no weights because of one has no loss.
         finite = {key: value for key, value in (("loss", loss), ("grad_norm", grad_norm)) if math.isfinite(value)}
@@ -100,7 +105,7 @@ class StepMeter:
         if step == self._total_steps:
             return ""
         pace = (time.perf_counter() - self._first_start) / self._steps_done
-        return f" | {duration_text(pace * (self._total_steps - step))} left"
+        return duration_text(pace * (self._total_steps - step))
 
 
 def evaluations_of(config: Config, total_steps: int) -> int:
