@@ -149,10 +149,10 @@ def _explain(options: argparse.Namespace, request: Request, calibration: Calibra
         _print_json({**request_json(request), **explanation, "interval": interval_json(interval), "plot": plot})
     else:
         plans = [("This plan", plan_text(plan))] + ([] if best is None else [("Best plan", plan_text(best.plan))])
-        print_pairs([*header_pairs(request, outcome.result, outcome.idle), *plans], width)
+        pairs = [*header_pairs(request, outcome.result, outcome.idle), *plans]
+        print_pairs([*pairs, ("Interval", f"This plan {interval_text(interval)}")], width)
         print(draw_widest(explanation_table_forms(asked, best), width))
-        sentences = [*explanation_sentences(request, asked, best), f"This plan {interval_text(interval)}."]
-        print_sentences(sentences, width)
+        print_sentences(explanation_sentences(request, asked, best), width)
     _draw(options, request, asked, "this plan", width)
     if message:
         raise PlanError(message)

@@ -29,7 +29,6 @@ def test_run_leaves_the_documented_files(train, read_metrics, capsys):
     assert sorted(path.name for path in directory.iterdir()) == [
         "config.yaml",
         "loss.png",
-        "measured.jsonl",
         "metrics.jsonl",
         "model",
         "report.html",

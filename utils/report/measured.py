@@ -15,7 +15,7 @@ from utils.report.run_state import RunState
 
 FILE = "measured.jsonl"
 # The steps at the beginning that plan, allocate and load.
-FIRST_STEPS = 2
+FIRST_STEPS = 1
 # Fewer steps say little about how long one takes.
 MIN_STEPS = 3
 # Lengths are a multiple of this, as those that kernels work on are.

@@ -37,7 +37,7 @@ def curves_of(*step_s, tokens=8 * 130 * 2):
 
 def test_median_of_the_steps_is_that_of_a_batch():
     state = RunState(0.0, plans=[PLAN], batches_per_step=2)
-    run = measured_run(state, curves_of(9.0, 5.0, 1.0, 1.2, 1.1), rows_of_batch=8)
+    run = measured_run(state, curves_of(9.0, 1.0, 1.2, 1.1), rows_of_batch=8)
     assert (run.batch_s, run.memory_bytes) == (0.55, 2**31)
     assert run.row_tokens == pytest.approx(130)
     assert summary_text(run) == (
@@ -48,7 +48,7 @@ def test_median_of_the_steps_is_that_of_a_batch():
 
 def test_file_of_a_run_calibrates(tmp_path):
     state = RunState(0.0, plans=[PLAN], batches_per_step=2)
-    write_measured(tmp_path, measured_run(state, curves_of(9.0, 5.0, 1.0, 1.2, 1.1), rows_of_batch=8))
+    write_measured(tmp_path, measured_run(state, curves_of(9.0, 1.0, 1.2, 1.1), rows_of_batch=8))
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text(json.dumps(MODEL), encoding="utf-8")
     asked = Training(describe_config({"model_type": "gpt2"}, "another"), 8, 128)
@@ -59,7 +59,7 @@ def test_file_of_a_run_calibrates(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("plans", "steps"), [([], (1.0,) * 9), ([{**PLAN, "simulated": True}], (1.0,) * 9), ([PLAN], (1.0,) * 4)]
+    ("plans", "steps"), [([], (1.0,) * 9), ([{**PLAN, "simulated": True}], (1.0,) * 9), ([PLAN], (1.0,) * 3)]
 )
 def test_nothing_is_said_of_runs_that_are_too_short_or_simulated(plans, steps):
     assert measured_run(RunState(0.0, plans=plans), curves_of(*steps), rows_of_batch=8) is None
