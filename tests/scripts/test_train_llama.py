@@ -150,7 +150,6 @@ def test_of_two_ranks_one_writes_and_both_compute_the_same(run_python, tiny_conf
     assert sorted(path.name for path in (runs / "tiny").iterdir()) == [
         "config.yaml",
         "loss.png",
-        "measured.jsonl",
         "metrics.jsonl",
         "model",
         "report.html",
