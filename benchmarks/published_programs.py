@@ -103,6 +103,7 @@ def software_of(row: RunRow, compute: str) -> SoftwareProfile:
     `compute` is the precision, as in a `SoftwareProfile`. No trait is chosen from a published figure.
     """
     framework, sharding = cell(row, "framework"), cell(row, "sharding")
+    name = framework.lower()
     if "llm-foundry" in framework:
         # Its loss is the fused one of FlashAttention, which writes the gradient over the logits.
         software = SoftwareProfile("llm-foundry", logit_bytes=4, logit_traffic_bytes=8)
@@ -117,8 +118,12 @@ def software_of(row: RunRow, compute: str) -> SoftwareProfile:
         software = replace(_megatron(row), name="OneFlow", overlaps_data_parallel=True)
     elif "MoAI" in framework:
         software = SoftwareProfile("MoAI Platform")
-    elif re.search(r"megatron|deepspeed|nemo", framework.lower()):
+    elif re.search(r"megatron|nemo", name) or name == "deepspeed":
         software = _megatron(row)
+    elif re.search(r"transformers|hugging|\btrl\b|axolotl|llama.?factory|accelerate|torchtune|lightning", name):
+        # Eager kernels of transformers: a norm in float32 moves 32 bytes for each of its numbers, a fused one 4, and
+        # rotary embeddings move twice as much. For a Llama's widths that is twice the traffic of fused kernels.
+        software = SoftwareProfile(framework, layer_kernels=32, elementwise_traffic=2.0)
     else:
         software = SoftwareProfile(framework or "unknown")
     return replace(software, compute=compute)
@@ -138,10 +143,14 @@ def _megatron(row: RunRow) -> SoftwareProfile:
         logit_traffic_bytes=20,
         overlaps_data_parallel=False,
     )
-    if not re.search(r"[hb][1-3]00|h20|mi3", cell(row, "gpu").lower()):
+    name = cell(row, "framework").lower()
+    modern = re.search(r"core|bridge|nemo|transformer.?engine", name) is not None
+    if not modern and not re.search(r"[hb][1-3]00|h20|mi3", cell(row, "gpu").lower()):
         return software
-    # With FlashAttention and a fused cross-entropy.
+    # With FlashAttention and a fused cross-entropy. NeMo's recipes overlap the exchange of gradients, Megatron's own
+    # scripts do so only when asked to.
     software = replace(software, name="Megatron Core", fused_attention=True, reduce_bytes=4)
+    software = replace(software, overlaps_data_parallel=re.search(r"bridge|nemo", name) is not None)
     return replace(software, logit_bytes=6, logit_traffic_bytes=12)
 
 

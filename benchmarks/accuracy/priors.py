@@ -27,8 +27,8 @@ PRIOR = Efficiency(
     skew=0.03,
     partial_node=0.5,
     elementwise=0.8,
-    layer_host_s=3e-4,
-    step_host_s=1e-2,
+    layer_host_s=8e-4,
+    step_host_s=2e-2,
     slowdown=1.05,
 )
 WIDTH = Efficiency(
@@ -47,7 +47,7 @@ WIDTH = Efficiency(
     skew=0.8,
     partial_node=0.7,
     elementwise=0.5,
-    layer_host_s=0.8,
+    layer_host_s=0.6,
     step_host_s=1.0,
     slowdown=0.1,
 )

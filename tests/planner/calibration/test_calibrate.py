@@ -84,7 +84,7 @@ def test_a_prediction_without_measurement_has_an_interval_around_it(environment)
     assert prediction.cost == predict_cost(PLANS[0], TRAINING, environment)
     assert prediction.cost.step_time_s in prediction.step_time_s
     assert prediction.cost.tokens_per_second in prediction.tokens_per_second
-    assert 1.1 < width(prediction) < 3
+    assert 1.1 < width(prediction) < 5
     assert prediction.memory_bytes.low < prediction.memory_bytes.high
     assert (prediction.measured_steps, prediction.text) == (0, "not calibrated")
 
