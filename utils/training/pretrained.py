@@ -27,6 +27,8 @@ _SIZES = (
     "vocab_size",
     "max_position_embeddings",
 )
+# So many values, half a GiB, fit any memory, and transformers then says which tensors are of another model.
+_MANY_VALUES = 2**27
 # Tensors in files of older versions of transformers that no model reads: they are computed from its configuration.
 _COMPUTED = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias", "attention.bias", "attention.masked_bias")
 
@@ -127,7 +129,7 @@ def _check_amount(name: str, label: str) -> None:
         return
     with torch.device("meta"):
         values = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(model_config).parameters())
-    if values > 2 * stored:
+    if values > max(2 * stored, _MANY_VALUES):
         raise UserError(
             f"{label}: {name!r} cannot be loaded, because its config.json is of another model than its weights: it is "
             f"of {values:,} parameters, and its files hold {stored:,}"
