@@ -169,6 +169,11 @@ def _device(name: str, asked: Device) -> Device:
     """The kind of device that a line names, the one that the command plans for where that is meant."""
     if name.strip().lower() in (asked.name.lower(), THIS_MACHINE) and asked.efficiency_class == THIS_MACHINE:
         return asked
+    if name.strip().lower() == THIS_MACHINE:
+        raise PlanError(
+            f"it was measured on the CPU of a machine, which says nothing about {asked.name}: plan for it with --device "
+            f"'{THIS_MACHINE}', or give steps measured on {asked.name}"
+        )
     try:
         device = find_device(name)
     except AcceleratorError:

@@ -93,6 +93,7 @@ def test_a_line_may_name_its_model_and_devices(tool, tmp_path):
         ({**LINE, "devices": 2.5}, "measured.jsonl:2: devices is 2.5: give a whole number of at least 1"),
         ({**LINE, "plan": "dp3"}, "measured.jsonl:2: plan: dp3 is for 3 devices, but there are 8"),
         ({**LINE, "device": "H9"}, "measured.jsonl:2: no device 'H9': known devices are"),
+        ({**LINE, "device": "this machine"}, "it was measured on the CPU of a machine, which says nothing about H100"),
         ({**LINE, "device": "MI300X"}, "a step measured on MI300X cannot calibrate H100 80GB"),
         ({**LINE, "optimizer": "magic"}, "measured.jsonl:2: optimizer is 'magic': give one of adamw"),
     ],
