@@ -171,7 +171,7 @@ def _device(name: str, asked: Device) -> Device:
         return asked
     if name.strip().lower() == THIS_MACHINE:
         raise PlanError(
-            f"it was measured on the CPU of a machine, which says nothing about {asked.name}: plan for it with --device "
+            f"it was measured on the CPU of a machine, which says nothing about {asked.name}: plan with --device "
             f"'{THIS_MACHINE}', or give steps measured on {asked.name}"
         )
     try:
