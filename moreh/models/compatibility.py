@@ -117,6 +117,12 @@ def inner_hook(root: nn.Module) -> str | None:
     return None
 
 
+def compiled_module(root: nn.Module) -> str | None:
+    """The name of a module inside a model that the script has compiled by itself, `layer.compile()`; None if none."""
+    modules = unwrapped(root).named_modules()
+    return next((name for name, module in modules if name and vars(module).get("_compiled_call_impl")), None)
+
+
 def has_gradient_hooks(root: nn.Module) -> bool:
     """Whether a hook sees or changes the gradients of whole batches in the backward pass."""
     if any(module._backward_hooks or module._backward_pre_hooks for module in root.modules()):

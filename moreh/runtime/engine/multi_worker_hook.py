@@ -24,7 +24,7 @@ from moreh.planner.report.chosen_plan import flavor_plan, local_device, local_pl
 from moreh.planner.search.constraints import constraints_from_options
 from moreh.planner.units import seconds_text
 from moreh.runtime.batch.model_inputs import ModelInputs, read_inputs
-from moreh.runtime.engine.calls.checks import check_hooks, check_surroundings
+from moreh.runtime.engine.calls.checks import check_modules, check_surroundings
 from moreh.runtime.engine.checkpoint_api import is_waiting_for_state, load_pending
 from moreh.runtime.engine.choose_plan import (
     predicted_use,
@@ -84,7 +84,7 @@ class MultiWorkerHook:
             self._log_unsharded(module)
             return NotImplemented
         check_surroundings()
-        check_hooks(module)
+        check_modules(module)
         bfloat16 = not inside_autocast() and self._target_dtype(module) == torch.float32 and self._uses_bfloat16()
         with autocast_if(bfloat16, self._device.type):
             if runner_of(module) is None:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from moreh.errors import OptionError
-from moreh.models.compatibility import inner_hook, uses_neftune
+from moreh.models.compatibility import compiled_module, inner_hook, uses_neftune
 from moreh.models.losses import IGNORED_LABEL
 from moreh.models.observers import observer_of_operations
 from moreh.models.provenance import forward_counts
@@ -17,12 +17,18 @@ from moreh.runtime.sharding.mesh import Mesh
 from moreh.trace import span
 
 
-def check_hooks(root: nn.Module) -> None:
-    """Check that a script has no forward hooks inside of a model.
+def check_modules(root: nn.Module) -> None:
+    """Check that a script has no forward hooks inside of a model, and has not compiled its layers.
 
     Raises:
-        OptionError: one would see one worker's part of the batch, and what it keeps or changes would be wrong.
+        OptionError: a hook would see one worker's part of the batch, and what it keeps or changes would be wrong; or
+            layers are compiled one by one, for which neither communication nor faster kernels are made.
     """
+    compiled = compiled_module(root)
+    if compiled is not None:
+        raise OptionError(
+            f"{compiled} is compiled by itself: leave out its compile() on several workers, or {ONE_WORKER}"
+        )
     name = inner_hook(root)
     if name is not None:
         raise OptionError(
