@@ -21,6 +21,16 @@ class ProcessChange:
 
 PROCESS_CHANGES = (
     ProcessChange(
+        "os.dup2",
+        "moreh/console/output.py",
+        "At the end of a tool that cannot write to standard output: what Python writes at its exit goes nowhere.",
+    ),
+    ProcessChange(
+        "os.environ",
+        "moreh/planner/report/figures.py",
+        "While matplotlib is imported: a value of MPLBACKEND that it does not know would end the import. Put back.",
+    ),
+    ProcessChange(
         "warnings.filterwarnings",
         "moreh/patches/cuda/face.py",
         "Where torch is imported without a GPU: hides a DataLoader's warning that pinned memory needs an accelerator.",
