@@ -32,10 +32,10 @@ from moreh.runtime.batch.packing import max_row_tokens
 
 SHAPES = {
     "8 layers of 512": Shape(
-        layers=8, hidden=512, heads=8, intermediate=1408, vocabulary=8192, batch_size=16, sequence_length=256
+        layers=8, hidden=512, heads=8, intermediate=1408, vocabulary=8192, batch_size=8, sequence_length=256
     ),
     "4 layers of 768": Shape(
-        layers=4, hidden=768, heads=12, intermediate=2048, vocabulary=16384, batch_size=8, sequence_length=512
+        layers=4, hidden=768, heads=12, intermediate=2048, vocabulary=16384, batch_size=8, sequence_length=256
     ),
 }
 WORKERS = (2, 4, 8)
