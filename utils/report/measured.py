@@ -55,9 +55,14 @@ def measured_run(state: RunState, curves: RunCurves, rows_of_batch: int) -> Meas
 
 
 def summary_text(run: MeasuredRun) -> str:
-    """Predicted beside measured, in a line."""
+    """Predicted beside measured, in a line.
+
+    The prediction is for rows of the length that was planned. It is given in proportion to the tokens that the rows
+    had, which is too much where attention takes most of the time, and too little where a step's overheads do.
+    """
     plan, memory = run.plan, ""
-    error = plan["step_time_s"] / run.batch_s - 1
+    predicted_s = plan["step_time_s"] * run.row_tokens / plan["sequence_length"]
+    error = predicted_s / run.batch_s - 1
     if run.memory_bytes is not None:
         memory = (
             f"; torch.cuda.max_memory_allocated() {gib(run.memory_bytes)} measured, {gib(plan['memory_bytes'])} "
@@ -65,7 +70,8 @@ def summary_text(run: MeasuredRun) -> str:
         )
     return (
         f"A batch took {seconds_text(run.batch_s)} (rows of {run.row_tokens:,.0f} tokens without padding); predicted "
-        f"{seconds_text(plan['step_time_s'])} for rows of {plan['sequence_length']:,} ({error:+.0%}){memory}"
+        f"{seconds_text(predicted_s)} ({error:+.0%}), in proportion to {seconds_text(plan['step_time_s'])} for rows of "
+        f"{plan['sequence_length']:,}{memory}"
     )
 
 

@@ -41,8 +41,9 @@ def test_median_of_the_steps_is_that_of_a_batch():
     assert (run.batch_s, run.memory_bytes) == (0.55, 2**31)
     assert run.row_tokens == pytest.approx(130)
     assert summary_text(run) == (
-        "A batch took 550.00 ms (rows of 130 tokens without padding); predicted 600.00 ms for rows of 256 (+9%); "
-        "torch.cuda.max_memory_allocated() 2.00 GiB measured, 3.00 GiB predicted"
+        "A batch took 550.00 ms (rows of 130 tokens without padding); predicted 304.69 ms (-45%), in "
+        "proportion to 600.00 ms for rows of 256; torch.cuda.max_memory_allocated() 2.00 GiB measured, "
+        "3.00 GiB predicted"
     )
 
 
