@@ -20,7 +20,7 @@ from moreh.log import logger
 from moreh.system import available_cores, refused_processes
 
 # Of the measurements and of the file that keeps them. Files of another format are not read.
-FORMAT = 2
+FORMAT = 3
 LOCK_TIMEOUT_S = 300.0
 # With a smaller share of confirmed figures, the log says that the measurement was disturbed.
 CONFIRMED = 0.9

@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn import functional
 
 from moreh.planner.hardware.worker_processes import FIGURES_FILE
+from moreh.system import available_cores
 
 # Rows, inner and outer size of matmuls on CPU: several depths of one result, and several results of one depth. Each
 # takes a few milliseconds, less than what the system gives another program at a time.
@@ -50,6 +51,7 @@ class Worker:
         gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
         self.device = torch.device("cuda", rank % gpus) if gpus else torch.device("cpu")
         self.half, self.scale = torch.bfloat16, 1
+        self.shares_cores = self.device.type == "cpu" and workers * torch.get_num_threads() > available_cores()
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
             self.half = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
@@ -195,7 +197,9 @@ class Worker:
         return dict(zip(figures, (values / self.workers).tolist(), strict=True))
 
     def _typical_s(self, run: Callable[[], object], repetitions: int | None = None) -> float:
-        """The lower quartile of the seconds of `run`, without its first call.
+        """The lower quartile of the seconds of `run`, without its first call; the mean where workers share cores.
+
+        A run on a shared core is either not interrupted, as if the core were its own, or waits for the other workers.
 
         Args:
             repetitions: How often to run; None for as often as BUDGET_S allows, and at least 3 times.
@@ -211,6 +215,8 @@ class Worker:
             run()
             self._synchronize()
             seconds.append(time.perf_counter() - start)
+        if self.shares_cores:
+            return sum(seconds) / len(seconds)
         return sorted(seconds)[len(seconds) // 4]
 
     def _synchronize(self) -> None:
