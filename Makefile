@@ -14,7 +14,6 @@
 # make gpu-check        what one GPU shows: results, speed, memory, predictions; at most 8 minutes, nothing is installed
 #                       (DRY=1: the same code with tiny sizes on the CPU)
 # make gpu-smoke        the same in a minute and a half, for a report of a bug
-
 # make fuzz             give readers of files and settings what nobody would write: 10 minutes for each kind
 #                       (SEED=1 MINUTES=2: the same examples again, fewer of them)
 # make lock             write requirements.lock: the pinned packages and all that they need, with hashes

@@ -1,5 +1,6 @@
 """Files and folders stay small enough to be read."""
 
+import subprocess
 from collections import Counter
 from pathlib import PurePath
 
@@ -9,6 +10,7 @@ from tests.helpers.source.source_tree import ROOT
 
 MAX_LINES = 300
 MAX_FILES = 14
+TOP_FOLDERS = {".ci", ".github", "benchmarks", "configs", "docs", "examples", "moreh", "scripts", "tests", "utils"}
 # Folders of like things: one file for each family of transformers.
 FOLDERS_OF_LIKE_THINGS = {"moreh/models/families"}
 
@@ -29,6 +31,23 @@ def full_folders(paths):
     return {
         folder: files for folder, files in folders.items() if files > MAX_FILES and folder not in FOLDERS_OF_LIKE_THINGS
     }
+
+
+def strange_folders(paths):
+    return {PurePath(path).parts[0] for path in paths if "/" in path} - TOP_FOLDERS
+
+
+def test_no_run_is_left_among_the_tracked_files():
+    """A test or a command that trains into the checkout leaves a folder, which `git add` then takes."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("needs the git repository")
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    strange = strange_folders(tracked.strip("\0").split("\0"))
+    assert not strange, f"folders that are none of the project's: {strange}. Delete them, or add them to TOP_FOLDERS"
+
+
+def test_strange_folder_is_seen():
+    assert strange_folders(["moreh/log.py", "README.md", "null/tiny/run.json"]) == {"null"}
 
 
 def test_files_are_short():
