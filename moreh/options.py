@@ -1,6 +1,6 @@
-"""The options of the hook and the planner's environment variables, each declared once: what it allows and does.
+"""The options of the hook and the environment variables of planner and launcher, with their types and meanings.
 
-Nothing here imports torch, so a wrong YAML file is refused before torch is loaded.
+Nothing here imports torch, so a settings file with an error is rejected before torch is loaded.
 """
 
 import difflib
@@ -38,14 +38,14 @@ OPTIMIZATIONS: Mapping[str, str] = {
     "skip_padding": "Tokens after a sequence's last label are dropped: in a causal model they cannot affect the loss.",
     "pack_rows": "Sequences are packed into rows of equal length instead of being padded to the longest one (CPU).",
     "share_prefix": "Tokens that every sequence of a batch begins with are computed once per packed row (CPU).",
-    "logits_at_labels": "The output layer and the last layer's MLP are computed only at positions with labels.",
+    "logits_at_labels": "The output layer and the last layer's MLP are computed only at label positions.",
     "sparse_embedding": "With tied embeddings on one worker, the input embedding's gradient is scatter-added into the "
     "output layer's instead of materializing a second dense [vocabulary, hidden] gradient.",
     "block_attention": "Causal attention is computed as batched matmuls over blocks of queries (CPU).",
     "fused_activation": "GPT-2's tanh-GELU is one operation with one rounding instead of eight.",
     "fused_norm": "Llama's RMSNorm is one operation that saves only its input (CPU).",
-    "fused_optimizer": "Adam and AdamW use torch's fused kernels where the script has chosen no implementation.",
-    "keep_freed_memory": "glibc keeps the memory that a step frees for the next step (CPU).",
+    "fused_optimizer": "Adam and AdamW use torch's fused kernels, unless the script chose an implementation.",
+    "keep_freed_memory": "glibc keeps the memory freed by a step for the next step (CPU).",
 }
 """The optimizations by name. Each changes losses and gradients by rounding only; the option `disable` turns it off."""
 
@@ -58,27 +58,24 @@ def _option(default: Any, allowed: str, doc: str) -> Any:
 class ParallelOptions:
     """The options of `enable_advanced_parallelization`; each field's metadata says what it allows and what it does."""
 
-    pipeline_parallel: bool = _option(True, SWITCH, "Whether a model's layers may be split into pipeline stages.")
-    num_stages: int | Auto = _option(
-        "auto", COUNT_OR_AUTO, "The number of pipeline ranks; fewer if no plan has that many."
-    )
+    pipeline_parallel: bool = _option(True, SWITCH, "Allow splitting the layers into pipeline stages.")
+    num_stages: int | Auto = _option("auto", COUNT_OR_AUTO, "Number of pipeline ranks; fewer if no plan has that many.")
     num_micro_batches: int | Auto = _option(
-        "auto", COUNT_OR_AUTO, "The number of micro-batches of a batch; fewer if no plan has that many."
+        "auto", COUNT_OR_AUTO, "Number of micro-batches per batch; fewer if no plan has that many."
     )
     activation_recomputation: bool | Auto = _option(
         "auto",
         SWITCH_OR_AUTO,
-        'Recompute activations in the backward pass instead of keeping them. With "auto" the planner decides, for the '
-        "accelerator and for this machine.",
+        'Recompute activations in the backward pass instead of storing them. With "auto", the planner decides.',
     )
     distribute_parameter: bool | Auto = _option(
         "auto", SWITCH_OR_AUTO, "Shard parameters, gradients and optimizer state over data-parallel ranks."
     )
     mixed_precision: bool = _option(
-        True, SWITCH, "Compute in bfloat16 with float32 weights, where bfloat16 matmuls are measured to be faster."
+        True, SWITCH, "Compute in bfloat16 with float32 weights if bfloat16 matmuls are faster on this machine."
     )
     disable: tuple[str, ...] = _option(
-        (), NAMES, f"Optimizations to switch off, for debugging: any of {', '.join(OPTIMIZATIONS)}."
+        (), NAMES, f"Optimizations to turn off for debugging: any of {', '.join(OPTIMIZATIONS)}."
     )
 
     def uses(self, optimization: str) -> bool:

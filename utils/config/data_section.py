@@ -14,42 +14,43 @@ _INHERITED = {"pairs": ("prompt_field", "response_field", "template"), "chat": (
 
 
 class DataSection(SourceKeys):
-    """The pairs or conversations to learn: exactly one of docstrings, summaries, files, hub and sources."""
+    """The training data: exactly one of docstrings, summaries, files, hub and sources."""
 
     ALTERNATIVES: ClassVar[tuple[str, ...]] = (*SourceKeys.ALTERNATIVES, "sources")
 
     sources: Annotated[list[MixedSource], Field(min_length=1)] | None = None
-    """A mix: a list of sources, each with keys of its own. The fields and the template of `data` hold for a source that
-    names no others; the template that is saved with the model is that of `data`. With `format: chat`, a source of pairs
+    """A mix of several sources, each with its own keys. A source inherits the fields and the template of `data` unless
+    it sets its own. The template of `data` is saved with the model. With `format: chat`, a source of pairs
     gives conversations of two turns."""
     chat_template: PathText | None = None
-    """A file with a chat template in Jinja; null: the one of the tokenizer, or ChatML where a tokenizer is trained."""
+    """A file with a Jinja chat template; null: the tokenizer's own, or ChatML for a newly trained tokenizer."""
     control_tokens: Literal["text", "parse"] = "text"
-    """How the name of a control token, such as `<|im_end|>`, is read in a field: as text, or as the token. In the
-    template it is the token."""
+    """How to tokenize the name of a control token, such as `<|im_end|>`, in a field: as plain text, or as the token.
+    In the template, the name is always the token."""
     end_token: NonEmpty | None = None
     """The token that ends a response, such as `<|im_end|>`; null: the tokenizer's end-of-text token. The saved
-    tokenizer and model have it as theirs."""
+    tokenizer and model use it as their end-of-text token."""
     max_length: Annotated[int, Field(ge=2)] = 1024
-    """Tokens of a row; each row is padded to it."""
+    """The maximum number of tokens per row; shorter rows are padded to this length."""
     too_long: Literal["truncate", "drop"] = "truncate"
-    """What happens to pairs with more tokens than `max_length`. A truncated one has no end-of-text token."""
+    """How to treat pairs with more tokens than `max_length`. A truncated pair has no end-of-text token."""
     duplicates: Literal["drop", "keep"] = "drop"
-    """What happens to a pair that is equal to an earlier one. Those kept are all held out, or all trained on."""
+    """How to treat a pair that equals an earlier one. With `keep`, equal pairs are either all held out or all trained
+    on."""
     empty_responses: Literal["drop", "keep", "refuse"] = "drop"
-    """What happens to a pair whose response is empty. One that is kept teaches to say nothing."""
+    """How to treat a pair with an empty response. Such a pair teaches the model to answer with nothing."""
     unusable: Literal["refuse", "skip"] = "refuse"
-    """What happens to a row that lacks a field, or has null or something else that is no text in it."""
+    """How to treat a row in which a field is missing, null or not text."""
     numbers: Literal["refuse", "text"] = "refuse"
-    """Whether a number in a field is unusable, or the text of its digits."""
+    """How to treat a number in a field: as unusable, or as the text of its digits."""
     loss_on: Literal["response", "last", "all"] = "response"
-    """The tokens that are labels: those of the response and the end of text, or those of the prompt as well (`all`).
-    In a conversation, a response is each turn of the assistant, with the token that ends it; `last`: only the last."""
+    """The tokens with labels: the response and the end-of-text token, or the prompt as well (`all`).
+    In a conversation, the response is every assistant turn with its end token, or only the last one (`last`)."""
     eval_rows: Positive | None = None
-    """Rows held out of training for evaluation, chosen at random with the seed; null: a tenth, at most 200."""
+    """The number of rows held out for evaluation, drawn at random with the seed; null: a tenth, at most 200."""
     eval_files: Annotated[list[PathText], Field(min_length=1)] | None = None
-    """Local files, like `files`, whose rows are held out in place of rows of the source. A row of the source that is
-    equal to one of these is not trained on."""
+    """Local files, like `files`, with rows for evaluation; no rows of the source are then held out. A source row that
+    equals one of these rows is not trained on."""
 
     def each_source(self) -> list["DataSection"]:
         """The section as it is for each source of a mix, or for the one that there is."""

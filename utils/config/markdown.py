@@ -17,13 +17,13 @@ _INTRODUCTION = """\
 # Configuration
 
 A training script reads its settings from a YAML file, `--config FILE`.
-Any setting can be replaced on the command line, as `section.key=value`:
+The command line overrides any setting with `section.key=value`:
 
 ```bash
 python train_gpt.py --config configs/gpt.yaml --plan-only train.batch_size=32 accelerator.model=Large.256GB
 ```
 
-The shortest file names a run, a model, data and how long to train:
+The shortest file has a name, a model, data and the length of the training:
 
 ```yaml
 run: {name: mine}
@@ -32,20 +32,18 @@ data: {docstrings: [stdlib]}
 train: {steps: 100}
 ```
 
-On the command line, the value of a text key is taken literally, line breaks and `#` included.
-Quotes around the whole value are read as in YAML.
-The value of any other key is read as YAML 1.2: `010` is ten, and `yes` is text.
-A path may begin with `~`.
-A list of one name may be written as the name: `data.files=pairs.jsonl`.
-Of the keys of which exactly one is given, such as `data.files` and `data.docstrings`, the one on the command line takes
-the place of the other in the file.
+- Values are read as YAML 1.2: `010` is ten, and `yes` is a string.
+- On the command line, the value of a string key is taken literally, line breaks and `#` included.
+  Quotes around the whole value are read as in YAML.
+- A path may begin with `~`.
+- A list with one name may be written as the name: `data.files=pairs.jsonl`.
+- Some keys exclude each other, such as `data.files` and `data.docstrings`.
+  Such a key on the command line replaces the other key in the file.
+- An unknown key or an invalid value is an error that names the file and the line.
+  All errors in a file are reported at once.
+- `config.yaml` in the run's directory has all settings of the run, defaults included.
 
-An unknown key or a value that is not allowed is an error that names the file and the line.
-All errors of a file are reported at once.
-The settings of a run, defaults included, are in its directory as `config.yaml`.
-
-This page is written by `python -m utils.config` from the declarations in `utils/config/schema.py` and
-`moreh/options.py`.
+`python -m utils.config` generates this page from `utils/config/schema.py` and `moreh/options.py`.
 """
 
 
@@ -91,7 +89,7 @@ def _section(path: str, section: dict[str, Any], schema: dict[str, Any]) -> list
 def _item_section(path: str, item: dict[str, Any], section: dict[str, Any], schema: dict[str, Any]) -> list[str]:
     """The section of an item of a list: the keys that it has in common with the section of the list are only named."""
     common = [f"`{key}`" for key in item["properties"] if key in section["properties"]]
-    description = f"{item['description']}\nThese keys are as above: {', '.join(common)}."
+    description = f"{item['description']}\nThese keys work as in `data`: {', '.join(common)}."
     own = {key: field for key, field in item["properties"].items() if key not in section["properties"]}
     lines = "\n".join(line for text in description.splitlines() for line in textwrap.wrap(text, _WIDTH))
     return _section(path, {**item, "description": lines, "properties": own}, schema)
@@ -105,7 +103,7 @@ def _item(name: str, first_sentence: str, description: str) -> str:
 
 
 def _optimizations() -> str:
-    return "What `disable` can name:\n\n" + "\n".join(_optimization(*item) for item in OPTIMIZATIONS.items()) + "\n"
+    return "Names for `disable`:\n\n" + "\n".join(_optimization(*item) for item in OPTIMIZATIONS.items()) + "\n"
 
 
 def _optimization(name: str, description: str) -> str:
@@ -130,7 +128,7 @@ def _default_text(field: dict[str, Any], nested: dict[str, Any] | None) -> str:
 
 
 def _type_text(field: dict[str, Any]) -> str:
-    """A type in plain words, such as "whole number from 1, or null"."""
+    """A type in words, such as "integer from 1, or null"."""
     if "anyOf" in field:
         *others, last = (_type_text(branch) for branch in field["anyOf"])
         needs_comma = len(others) > 1 or " or " in others[0]
@@ -143,17 +141,17 @@ def _type_text(field: dict[str, Any]) -> str:
         *others, last = (f"`{value}`" for value in field["enum"])
         return f"{', '.join(others)} or {last}"
     if "pattern" in field:
-        return f"text that matches `{field['pattern']}`"
+        return f"string that matches `{field['pattern']}`"
     if field["type"] == "array":
         if "$ref" in field["items"]:
             return "list of sections with the keys below"
-        return "list of names" if "enum" in field["items"] else "list of texts"
+        return "list of names" if "enum" in field["items"] else "list of strings"
     words = {
         "boolean": "true or false",
-        "integer": "whole number",
+        "integer": "integer",
         "number": "number",
-        "string": "text",
-        "object": "keys with values",
+        "string": "string",
+        "object": "mapping",
         "null": "null",
     }
     return words[field["type"]] + _bounds_text(field)

@@ -14,16 +14,17 @@ ADAPTER_FILE = "adapter_config.json"
 
 
 class LoraSection(Section):
-    """LoRA adapters (https://arxiv.org/abs/2106.09685) of matrices of the layers: only they are trained and saved."""
+    """LoRA adapters (https://arxiv.org/abs/2106.09685) of the layers' matrices; only the adapters are trained and
+    saved."""
 
     r: Positive = 16
     """The rank of the adapters."""
     alpha: Positive | None = None
-    """The result of an adapter counts `alpha / r` times; null: 2 r."""
+    """The output of an adapter is scaled by `alpha / r`; null: 2 r."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """The probability at which an element of an adapter's input is dropped in training."""
+    """The dropout probability on an adapter's input."""
     targets: Literal["all-linear"] | Annotated[list[NonEmpty], Field(min_length=1)] = "all-linear"
-    """The matrices that get an adapter, by their names in the model, such as `[q_proj, v_proj]`.
+    """The names of the matrices with adapters, such as `[q_proj, v_proj]`.
     `all-linear` stands for all matrices of the layers."""
 
     def scale_numerator(self) -> int:
@@ -35,14 +36,15 @@ class ModelSection(Section):
     """The model: exactly one of `pretrained` and `architecture`."""
 
     pretrained: PathText | None = None
-    """A model of the Hugging Face hub or a local directory; its own tokenizer is used."""
+    """A model on the Hugging Face Hub or in a local directory; the run uses its tokenizer."""
     architecture: dict[str, Any] | None = None
-    """A new model with random weights: `model_type` and the keys of that type's configuration in transformers."""
+    """A new model with random weights: `model_type` and the keys of transformers' configuration for that type."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """The type of the weights. In float32, matrices are multiplied in bfloat16 where `mixed_precision` says so. In
-    bfloat16, weights and gradients take half of the memory, and updates below 1/256 of a weight may be rounded away."""
+    """The dtype of the weights. With float32 weights, `mixed_precision` may still compute matmuls in bfloat16.
+    With bfloat16 weights, weights and gradients take half the memory, and updates below 1/256 of a weight may be
+    rounded away."""
     lora: LoraSection | None = None
-    """Train LoRA adapters around the matrices of a pretrained model; null trains all parameters.
+    """Train LoRA adapters of a pretrained model; null trains all parameters.
     Needs the package `peft`."""
 
     @model_validator(mode="after")

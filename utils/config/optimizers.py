@@ -104,8 +104,8 @@ def _check(owner: str, types: dict[str, Any], settings: dict[str, Any]) -> None:
 
 
 def optimizer_settings_markdown() -> str:
-    """What the documentation says of the settings of each optimizer."""
-    lines = ["What `optimizer_settings` can have, with the defaults and the meaning of the class in `torch.optim`:", ""]
+    """The part of docs/configuration.md about the settings of each optimizer."""
+    lines = ["Keys of `optimizer_settings`, with the defaults and meanings of the class in `torch.optim`:", ""]
     for name, kind in OPTIMIZERS.items():
         keys = ", ".join(f"`{key}`" for key in kind.settings)
         lines.append(f"- `{name}` ({kind.class_name}): {keys}.")

@@ -22,25 +22,24 @@ def seconds_of(duration: str) -> int:
 
 
 class CheckpointSection(Section):
-    """Checkpoints of the training, from which `--resume` continues."""
+    """Checkpoints, from which `--resume` continues a run."""
 
     every_steps: Positive | None = None
-    """Save a checkpoint every so many steps; null: not by steps."""
+    """Steps between two checkpoints; null: no checkpoints by step."""
     every_minutes: Annotated[float, Field(gt=0)] | None = 20.0
-    """Save a checkpoint once so many minutes have passed since the last one; null: not by time. A run that is stopped
-    by a signal saves one in any case."""
+    """Minutes between two checkpoints; null: no checkpoints by time. A run stopped by a signal always saves one."""
     keep_last: Positive = 2
-    """The number of checkpoints to keep; older ones are removed."""
+    """The number of checkpoints to keep; older ones are deleted."""
     keep_best: bool = True
-    """Keep the checkpoint with the lowest held-out loss as well, of those after whose step there was an evaluation."""
+    """Also keep the checkpoint with the lowest held-out loss, among those saved at an evaluated step."""
     resume: PathText | None = None
-    """What `--resume` resumes: `auto` (the last checkpoint of the run, if any), or the directory of one or of a run.
-    The `config.yaml` of a run does not have it, so running that file again starts anew."""
+    """The checkpoint to resume, as with `--resume`: `auto` (the run's last checkpoint, if any), or the directory of a
+    checkpoint or of a run. A run's `config.yaml` omits this key, so that running the file again starts a new run."""
     resume_with: list[NonEmpty] | None = None
-    """The settings that may differ from the checkpoint's, such as `[train.lr]`; null: none of them.
-    `--resume-with train.lr=1e-5` sets one, and names it here."""
+    """The settings that may differ from those of the checkpoint, such as `[train.lr]`; null: none.
+    `--resume-with train.lr=1e-5` changes a setting and adds it to this list."""
     resume_force: bool = False
-    """Go on although the data, the tokenizer, the model or another setting is not that of the checkpoint
+    """Resume even if the data, the tokenizer, the model or another setting differs from the checkpoint
     (`--resume-force`)."""
 
 
@@ -48,20 +47,20 @@ class StopSection(Section):
     """When a run saves and ends before its last step."""
 
     grace_seconds: Annotated[float, Field(gt=0)] | None = None
-    """The time that a run gets to save after a signal, from `moreh-smi --reset`, and before a time limit; null: twice
-    the time of a step and a save, and at least 60."""
+    """Seconds that a run has for saving after a signal or `moreh-smi --reset`, and before a time limit; null: twice
+    the duration of a step and a save, and at least 60."""
     before: Duration | None = None
-    """Save and end before the run has taken so long, such as `23h50m`, with exit code 75; null: no limit.
-    A job of Slurm has the end time of the job as a limit as well."""
+    """The time limit of the run, such as `23h50m`: the run saves and ends before it, with exit code 75; null: no limit.
+    In a Slurm job, the end time of the job is a limit too."""
 
 
 class LaunchSection(Section):
-    """What is done about workers that die or hang."""
+    """Restarts of workers that die or hang."""
 
     max_restarts: NotNegative = 0
-    """How often the workers are started again, from the last good checkpoint, after one of them has died or hung.
-    A step that fails twice, and an error that the user has to correct, end the run at once. The variable
-    MOREH_MAX_RESTARTS overrides it."""
+    """How often the workers are restarted from the last intact checkpoint after one of them died or hung.
+    A step that fails twice, or an error that the user has to fix, ends the run at once. The variable
+    MOREH_MAX_RESTARTS overrides this key."""
     hang_seconds: Annotated[float, Field(gt=0)] | None = 600.0
-    """End the workers when none of them has made progress for so long in a step, and six times as long while they
-    plan, compile, load or save; null: never. The variable MOREH_HANG_SECONDS overrides it."""
+    """Seconds without progress of any worker in a step after which the workers are ended; null: never. Planning,
+    compiling, loading and saving may take six times as long. The variable MOREH_HANG_SECONDS overrides this key."""

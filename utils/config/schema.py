@@ -44,24 +44,24 @@ class RunSection(Section):
     """Where the run writes its files."""
 
     name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-    """Everything is written to `<directory>/<name>/`; an earlier run of that name is kept as `<name>.1`."""
+    """The run writes its files to `<directory>/<name>/`; an earlier run with that name is renamed to `<name>.1`."""
     directory: PathText = "runs"
-    """The directory of all runs."""
+    """The parent directory of all runs."""
     cache_directory: PathText = ".cache"
-    """Tokenizers and tokenized data are kept here and reused by later runs."""
+    """The directory for tokenizers and tokenized data, which later runs reuse."""
     tensorboard: bool = False
-    """The same as `tensorboard` among `log.trackers`."""
+    """Adds `tensorboard` to `log.trackers`."""
 
 
 class AcceleratorSection(Section):
     """The accelerator that the run uses."""
 
     model: NonEmpty | Positive | None = None
-    """Switch the current accelerator to this model first, given by name or number; null leaves it as it is."""
+    """The flavor to switch the current accelerator to, by name or number; null: no switch."""
     workers: Annotated[int, Field(ge=1, le=MAX_WORKERS)] | None = None
-    """The number of processes that compute; null: one for each GPU, or one. The variable MOREH_WORKERS overrides it."""
+    """The number of worker processes; null: one per GPU, or one. The variable MOREH_WORKERS overrides this key."""
     advanced_parallelization: ParallelizationSection | None = ParallelizationSection()
-    """The options of the one line; null: train as if the line were not there, on one device in full precision."""
+    """The options of the one line; null: train without the line, on one device in full precision."""
 
     def options(self) -> dict[str, Any]:
         """The arguments of `enable_advanced_parallelization`: the options that are not left at their defaults."""
@@ -82,9 +82,10 @@ class TokenizerSection(Section):
     """The tokenizer of a new model."""
 
     pretrained: PathText | None = None
-    """A tokenizer of the hub or a local directory; null trains a byte-level BPE tokenizer on the data."""
+    """A tokenizer on the Hub or in a local directory; null: train a byte-level BPE tokenizer on the data."""
     vocabulary_size: Annotated[int, Field(ge=300, le=1_000_000)] | None = None
-    """Entries of a tokenizer that is trained, including the 256 bytes and the end-of-text token; null: 4096."""
+    """The vocabulary size of a newly trained tokenizer, including the 256 bytes and the end-of-text token; null:
+    4096."""
 
     def entries_to_train(self) -> int:
         """`vocabulary_size`, or its default."""
@@ -104,48 +105,48 @@ class TrainSection(Section):
     """The training loop."""
 
     steps: Positive | None = None
-    """Optimizer steps; exactly one of steps and epochs."""
+    """The number of optimizer steps; give exactly one of steps and epochs."""
     epochs: Positive | None = None
-    """Passes over the training rows; exactly one of steps and epochs."""
+    """The number of passes over the training rows; give exactly one of steps and epochs."""
     batch_size: Positive = 16
-    """Rows of a forward pass."""
+    """Rows per forward pass."""
     gradient_accumulation: Positive = 1
-    """Forward passes of an optimizer step. Each label token counts the same, however the rows are cut into batches."""
+    """Forward passes per optimizer step. Every label token has the same weight, however the rows are batched."""
     lr: Annotated[float, Field(gt=0)] = 1e-4
-    """The highest learning rate, reached at the end of the warm-up."""
+    """The peak learning rate, reached at the end of the warm-up."""
     optimizer: Literal["adamw", "adam", "nadam", "radam", "adafactor", "muon", "sgd", "rmsprop"] = "adamw"
-    """The optimizer of torch that updates the weights."""
+    """The optimizer from `torch.optim`."""
     optimizer_state_dtype: Literal["weights", "float32"] = "weights"
-    """The type of the optimizer's state: that of the weights, or float32. With `model.dtype: bfloat16`, float32 is for
-    adamw, and computes its update in float32."""
+    """The dtype of the optimizer state: that of the weights, or float32. With `model.dtype: bfloat16`, only adamw
+    supports float32; it then computes each update in float32."""
     optimizer_settings: dict[str, Any] = Field({})
-    """Settings of the optimizer other than its learning rate and weight decay, such as `{betas: [0.9, 0.95]}`."""
+    """Settings of the optimizer besides learning rate and weight decay, such as `{betas: [0.9, 0.95]}`."""
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
-    """How the learning rate falls after the warm-up.
-    `wsd` (warm-up, stable, decay) keeps it at `lr` and lets it fall in the last `decay_steps` steps."""
+    """The learning-rate schedule after the warm-up.
+    `wsd` (warm-up, stable, decay) stays at `lr` until the last `decay_steps` steps, which decay it."""
     decay_steps: Positive | None = None
-    """Steps over which the learning rate falls with `wsd`; null: a fifth of the steps."""
+    """The number of decay steps of `wsd`; null: a fifth of the steps."""
     decay_shape: Literal["linear", "cosine", "1-sqrt"] = "linear"
-    """How the learning rate falls in the last steps of `wsd`."""
+    """The shape of the decay of `wsd`."""
     warmup_steps: NotNegative = 0
-    """Steps over which the learning rate rises; the first one already learns."""
+    """The number of steps in which the learning rate rises linearly; it is above 0 in the first step."""
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
     """The learning rate of the last step, as a fraction of `lr`; a constant schedule ignores it."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     """The optimizer's weight decay.
     In adamw, muon and adafactor it shrinks the weights (decoupled); in the others it is added to the gradient (L2)."""
     decay_norms_and_biases: bool = True
-    """Whether the weight decay counts for norms and biases as well as for matrices and embeddings."""
+    """Apply weight decay to norms and biases as well as to matrices and embeddings."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    """Gradients are clipped to this global norm."""
+    """The global norm to which gradients are clipped."""
     non_finite: Literal["stop", "skip", "go_back"] = "stop"
-    """What happens at a step whose loss or gradient norm is not finite: the run ends, or the step changes no weights.
-    `go_back` also takes the weights and the optimizer's state of the last checkpoint, and goes on with the next rows.
-    Three such steps in a row end the run."""
+    """How to treat a step whose loss or gradient norm is not finite: end the run, or skip the weight update.
+    `go_back` also restores the weights and the optimizer state of the last checkpoint, and continues with the next
+    rows. Three such steps in a row end the run."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Decides the held-out rows, the order of the data, the weights of a new model and dropout."""
+    """The random seed for held-out rows, data order, initial weights and dropout."""
     loader_workers: NotNegative = 0
-    """Processes that prepare batches in the background."""
+    """The number of background processes that prepare batches."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -174,27 +175,28 @@ class TrainSection(Section):
 
 
 class LogSection(Section):
-    """What a run reports."""
+    """Logs, evaluation and reports of a run."""
 
     every_steps: Positive = 10
-    """Steps between two lines on the console; metrics.jsonl has every step."""
+    """Steps between two console lines; `metrics.jsonl` has every step."""
     eval_every_steps: Positive | None = None
-    """Steps between two evaluations on the held-out rows. The first is before the training, the last after it."""
+    """Steps between two evaluations on the held-out rows; null: only before and after training. Every run evaluates
+    before and after training."""
     eval_batch_size: Positive | None = None
-    """Rows of a forward pass in evaluation; null: as in training. The result does not depend on it."""
+    """Rows per forward pass in evaluation; null: as in training. The loss does not depend on this key."""
     sample_tokens: NotNegative = 64
-    """Tokens of the sample that each evaluation generates from a held-out prompt; 0: no sample."""
+    """The number of tokens that each evaluation generates from a held-out prompt, as a sample; 0: no sample."""
     rouge_rows: NotNegative = 0
-    """Held-out rows whose responses are generated before and after the training, for ROUGE-1, ROUGE-2 and ROUGE-L:
-    what they have in common with those in the data. 0: none. Needs the package `rouge-score`."""
+    """The number of held-out rows for ROUGE-1, ROUGE-2 and ROUGE-L, which compare generated responses with those in
+    the data before and after training; 0: none. Needs the package `rouge-score`."""
     platform_lines: bool = False
-    """Log the MoAI Platform's lines about the search for a plan, instead of one line of the plan. The variable
-    MOREH_PLATFORM_LINES overrides it."""
+    """Log the search for a plan in the MoAI Platform's lines instead of one line. The variable MOREH_PLATFORM_LINES
+    overrides this key."""
     report: bool = True
-    """Write `report.html` in the directory of the run, and renew it while the run goes on."""
+    """Write `report.html` to the run's directory, and update it during the run."""
     trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(default=[])
-    """Also send the metrics to these: event files of TensorBoard, Weights & Biases, MLflow.
-    Each needs its package; their own variables, such as `WANDB_PROJECT` or `MLFLOW_TRACKING_URI`, say where to."""
+    """Trackers that also receive the metrics: TensorBoard event files, Weights & Biases, MLflow.
+    Each tracker needs its package, and reads its own variables, such as `WANDB_PROJECT` or `MLFLOW_TRACKING_URI`."""
 
 
 class Config(Section):

@@ -20,37 +20,38 @@ def is_saved_dataset(path: Path) -> bool:
 
 
 class SourceKeys(Section):
-    """Where rows come from, and which of their fields are read."""
+    """Where the rows come from, and which fields the run reads."""
 
     ALTERNATIVES: ClassVar[tuple[str, ...]] = ("docstrings", "summaries", "files", "hub")
     """The keys of which exactly one names where the rows come from."""
 
     docstrings: Annotated[list[NonEmpty], Field(min_length=1)] | None = None
-    """Installed packages whose sources give pairs of signature with docstring -> body; `stdlib` is Python's library."""
+    """Installed packages whose functions become pairs of signature with docstring -> body. `stdlib` is Python's
+    standard library."""
     summaries: Annotated[list[NonEmpty], Field(min_length=1)] | None = None
-    """Installed packages whose docstrings give pairs of text -> first line; `stdlib` is Python's library."""
+    """Installed packages whose docstrings become pairs of text -> first line. `stdlib` is Python's standard library."""
     files: Annotated[list[PathText], Field(min_length=1)] | None = None
-    """Local files: JSONL (also `.ndjson`), JSON, CSV, TSV, text (a row a line, field `text`) or Parquet; all but
-    Parquet may be compressed (`.gz`, `.bz2`, `.xz`, `.zst`). A name may be a pattern such as `data/*.jsonl`, or a
-    directory of `save_to_disk`."""
+    """Local files: JSONL (also `.ndjson`), JSON, CSV, TSV, text (one row per line, field `text`) or Parquet.
+    All formats except Parquet may be compressed (`.gz`, `.bz2`, `.xz`, `.zst`). A name may be a pattern such as
+    `data/*.jsonl`, or a directory written by `save_to_disk`."""
     hub: PathText | None = None
-    """A dataset of the Hugging Face hub, or a local directory that `datasets` can load."""
+    """A dataset on the Hugging Face Hub, or a local directory that `datasets` can load."""
     hub_configuration: NonEmpty | None = None
-    """The configuration of the hub's dataset where it has several, such as a version or a language."""
+    """The configuration of a Hub dataset that has several, such as a version or a language."""
     split: NonEmpty = "train"
-    """The split of the hub's dataset, or of a directory that `save_to_disk` has written with several."""
+    """The split of a Hub dataset, or of a directory that `save_to_disk` wrote with several splits."""
     format: Literal["pairs", "chat"] = "pairs"
-    """What a row holds: a prompt and a response, or a conversation, which the tokenizer's chat template renders."""
+    """The content of a row: a prompt and a response, or a conversation, which the tokenizer's chat template renders."""
     messages_field: NonEmpty | None = None
-    """The field of a row that holds the messages of a conversation; null: `messages` or `conversations`. A message has
-    a `role` and a `content`, or a `from` and a `value`. The row's field `tools` is given to the template."""
+    """The field with the messages of a conversation; null: `messages` or `conversations`. A message has `role` and
+    `content`, or `from` and `value`. The chat template also receives the row's field `tools`."""
     prompt_field: NonEmpty | None = "prompt"
-    """The field of a row that is the prompt; null: there is none, as with a column of plain texts."""
+    """The field with the prompt; null: the rows have no prompt, as in plain text."""
     response_field: NonEmpty = "response"
-    """The field of a row that is the response."""
+    """The field with the response."""
     template: NonEmpty = "{prompt}"
-    """The text before the response. `{prompt}` is the prompt field; other fields may be named in braces as well, and
-    are empty where a row has null. It is saved with the model, and `generate.py` applies it."""
+    """The text before the response. `{prompt}` stands for the prompt field, and any other field may be named in
+    braces; null becomes empty text. The template is saved with the model, and `generate.py` applies it."""
 
     def named_files(self) -> list[str]:
         """All files that the section names."""
@@ -133,11 +134,11 @@ class SourceKeys(Section):
 
 
 class MixedSource(SourceKeys):
-    """A source of a mix: exactly one of docstrings, summaries, files and hub, and how much its rows count."""
+    """A source of a mix: exactly one of docstrings, summaries, files and hub, and its weight."""
 
     weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
-    """How often an epoch has each of its training rows: 2 has each twice, 0.5 has half of them, 2.5 has each twice and
-    half of them once more. Which half, the seed decides, and it is the same half in each epoch."""
+    """How often an epoch uses each training row of the source: 2 uses each row twice, 0.5 uses half of the rows, 2.5
+    uses each row twice and half of them a third time. The seed selects that half, which is the same in every epoch."""
 
 
 def existing_files(files: list[str] | None) -> list[str] | None:
