@@ -1,6 +1,6 @@
 """Disturb trainings on two workers at random, until so many minutes are over, and compare their ends with a quiet run.
 
-python -m tests.verify.chaos [--minutes 20] [--seed 1] [--steps 60] [--faults kill-worker,flip]
+python -m tests.verify.chaos [--minutes 20] [--seed 1] [--steps 60] [--faults kill-worker,flip] [--timeout 1800]
 
 A run that ends before its last step is started again with `--resume auto`, as a batch system would do it, and its
 workers are started again by `launch.max_restarts`. At its end, all losses, gradient norms and weights have to be the
@@ -9,38 +9,52 @@ bits of the run that nobody disturbed, and nothing may be left.
 
 import argparse
 import random
-import resource
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import psutil
-
 from tests.helpers.scripts.disturbed_runs import DisturbedRun, kill_all
+from tests.verify.disturbing import AT_START, FAULTS, KILLS, disturb, limit_files
+from tests.verify.phases import PHASES, phase_of, wait_for_phase
 
 MAX_STARTS = 60
-# Of one start, until it counts as stuck.
-START_TIMEOUT_S = 600
-# Files of a process cannot be larger, as on a full disk: too small for a checkpoint.
-SMALL_FILES_BYTES = 200_000
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-FAULTS = (
-    "kill-worker",
-    "kill-launcher",
-    "abort-worker",
-    "stop-worker",
-    "pause",
-    "signal",
-    "two-signals",
-    "flip",
-    "full-disk",
-    "go-back",
-)
+# After so many faults, a round is left to end.
+MAX_FAULTS = 25
+# A fault comes so long after the beginning of the phase that was drawn.
+LONGEST_DELAY_S = 0.3
+EXIT_USER_ERROR = 2
+
+
+@dataclass
+class Chaos:
+    """What is done to the runs, and what was done."""
+
+    chance: random.Random
+    """Draws faults, phases and moments."""
+    faults: list[str]
+    """Those that may be drawn."""
+    steps: int
+    """Of a run."""
+    end: float
+    """After this time of time.monotonic, nobody disturbs any more."""
+    timeout_s: float
+    """Of one start, until it counts as stuck."""
+    counts: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """Faults by their kind and phase."""
+
+    def draw(self, allowed: list[str]) -> str:
+        """One of the faults, by their weights."""
+        return self.chance.choices(allowed, [FAULTS[fault] for fault in allowed])[0]
+
+    def count(self, fault: str, phase: str, run: DisturbedRun, done: str) -> None:
+        """Note a fault."""
+        self.counts[fault, phase] += 1
+        print(f"  {fault:14} {phase:15} after step {max(len(run.metrics()) - 1, 0):3}: {done}", flush=True)
 
 
 def main() -> int:
@@ -50,26 +64,24 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--faults", default=",".join(FAULTS))
+    parser.add_argument("--timeout", type=float, default=1800.0, help="seconds until a start counts as stuck")
     parser.add_argument("--keep", action="store_true", help="keep the directory")
     options = parser.parse_args()
     faults = options.faults.split(",")
-    assert set(faults) <= set(FAULTS), f"allowed are {', '.join(FAULTS)}"
+    assert set(faults) <= FAULTS.keys(), f"allowed are {', '.join(FAULTS)}"
     print(f"seed {options.seed}, {options.minutes:g} minutes, faults: {', '.join(faults)}", flush=True)
-    chance, counts = random.Random(options.seed), Counter()
     end = time.monotonic() + 60 * options.minutes
+    chaos = Chaos(random.Random(options.seed), faults, options.steps, end, options.timeout)
     directory = Path(tempfile.mkdtemp(prefix="chaos-"))
     problems: list[str] = []
+    rounds = 0
     try:
         quiet = DisturbedRun(directory / "quiet", "tiny", options.steps)
-        begun = time.monotonic()
-        assert quiet.start().wait(timeout=START_TIMEOUT_S) == 0, quiet.console()
-        quiet_s = time.monotonic() - begun
-        print(f"quiet run: {quiet_s:.0f} s", flush=True)
-        rounds = 0
+        assert quiet.start().wait(timeout=options.timeout) == 0, quiet.console()
         while time.monotonic() < end and not problems:
             rounds += 1
             run = DisturbedRun(directory / f"round-{rounds}", "tiny", options.steps)
-            problems = disturbed_round(run, chance, faults, quiet_s, end, counts) or run.differences(quiet)
+            problems = disturbed_round(run, chaos) or run.differences(quiet)
             problems += run.leftovers()
             print(f"round {rounds}: {'equal' if not problems else 'NOT equal'}", flush=True)
             if problems:
@@ -81,93 +93,84 @@ def main() -> int:
             kill_all(DisturbedRun(leftover, "tiny", options.steps))
         if not (options.keep or problems):
             shutil.rmtree(directory, ignore_errors=True)
-    print(f"{rounds} rounds, faults: {', '.join(f'{count} {fault}' for fault, count in sorted(counts.items()))}")
+    print(f"{rounds} rounds\n{table_of(chaos.counts)}")
     print("\n".join([*problems, f"kept: {directory}"]) if problems else "all ended as the quiet run")
     return 1 if problems else 0
 
 
-def disturbed_round(
-    run: DisturbedRun, chance: random.Random, faults: list[str], quiet_s: float, end: float, counts: Counter
-) -> list[str]:
-    """Train to the end under faults; what went wrong. After `end` (of time.monotonic) nobody disturbs any more."""
+def disturbed_round(run: DisturbedRun, chaos: Chaos) -> list[str]:
+    """Train to the end under faults; what went wrong."""
+    before = chaos.counts.total()
     for _ in range(MAX_STARTS):
-        is_disturbed = time.monotonic() < end
-        fault = chance.choice(faults) if is_disturbed else ""
-        arguments = ["--resume", "auto", f"launch.max_restarts={chance.choice((0, 2))}"]
-        limited = {}
-        if fault == "full-disk":
-            limited["preexec_fn"] = _limit_files
+        is_disturbed = time.monotonic() < chaos.end and chaos.counts.total() - before < MAX_FAULTS
+        fault = chaos.draw(chaos.faults) if is_disturbed else ""
+        arguments = ["--resume", "auto", f"launch.max_restarts={chaos.chance.choice((0, 2))}"]
         checkpoints = run.checkpoints()
+        if fault == "edit-data" and checkpoints:
+            problems = refuse_other_data(run, chaos)
+            if problems:
+                return problems
+            continue
+        limited = {"preexec_fn": limit_files} if fault == "full-disk" else {}
         if fault == "go-back" and len(checkpoints) > 1:
-            arguments[1] = str(chance.choice(checkpoints[:-1]))
+            arguments[1] = str(chaos.chance.choice(checkpoints[:-1]))
+        if fault == "full-disk" or (fault == "go-back" and len(checkpoints) > 1):
+            chaos.count(fault, "starting", run, arguments[1])
         process = run.start(*arguments, **limited)
-        moment = time.monotonic() + chance.uniform(0, 1.2 * quiet_s)
-        while process.poll() is None and time.monotonic() < moment:
-            time.sleep(0.05)
-        if process.poll() is None and is_disturbed:
-            fault, done = disturb(run, process, fault, chance)
-            counts[fault] += 1
-            print(f"  {fault:14} after step {len(run.metrics()) - 1}: {done}", flush=True)
+        kinds = [kind for kind in chaos.faults if kind not in AT_START]
+        while is_disturbed and kinds and process.poll() is None and time.monotonic() < chaos.end:
+            disturb_once(run, process, fault if fault in kinds else chaos.draw(kinds), chaos)
+            fault = ""
         try:
-            code = process.wait(timeout=START_TIMEOUT_S)
+            code = process.wait(timeout=chaos.timeout_s)
         except subprocess.TimeoutExpired as error:
-            return [f"stuck after {fault}: {error}"]
+            return [f"stuck: {error}"]
         if "Traceback (most recent call last)" in run.console():
-            return [f"a traceback after {fault}"]
+            return ["a traceback"]
         if code == 0:
             return []
-        if code == 2 and fault != "full-disk":
-            return [f"exit code 2 after {fault}"]
+        if code == EXIT_USER_ERROR and not limited:
+            return [f"exit code {EXIT_USER_ERROR}"]
     return [f"not ended after {MAX_STARTS} starts"]
 
 
-def disturb(run: DisturbedRun, process, fault: str, chance: random.Random) -> tuple[str, str]:
-    """Disturb a run in one way; what was done. The launcher is killed where that way is not possible yet."""
-    workers = run.workers()
-    worker = workers[chance.choice(sorted(workers))] if workers else None
+def disturb_once(run: DisturbedRun, process, fault: str, chaos: Chaos) -> None:
+    """Disturb a run when it is in a phase that is drawn, unless it ends before."""
+    phase = chaos.chance.choice(PHASES)
+    delay_s = chaos.chance.uniform(0, LONGEST_DELAY_S)
+    if phase == "preparing data" and phase_of(run, chaos.steps) == "starting":
+        shutil.rmtree(run.directory / "cache", ignore_errors=True)
+    if wait_for_phase(run, process, phase, chaos.steps, chaos.timeout_s):
+        time.sleep(delay_s)
+        phase = phase_of(run, chaos.steps)
+        if process.poll() is None:
+            fault, done = disturb(run, process, fault, chaos.chance)
+            chaos.count(fault, phase, run, done)
+
+
+def refuse_other_data(run: DisturbedRun, chaos: Chaos) -> list[str]:
+    """Change a row of the data, and see that the run does not go on with it; then change it back."""
+    data = run.directory / "pairs.jsonl"
+    content = data.read_text(encoding="utf-8")
+    data.write_text(content.replace("x + 1", "x + 2", 1), encoding="utf-8")
+    begun_at = len(run.console())
     try:
-        if fault in ("kill-worker", "abort-worker") and worker is not None:
-            worker.send_signal(signal.SIGKILL if fault == "kill-worker" else signal.SIGABRT)
-            return fault, f"worker {worker.pid}"
-        if fault == "stop-worker" and worker is not None and run.metrics():
-            worker.suspend()  # for ever: launch.hang_seconds ends it
-            return fault, f"worker {worker.pid}"
-        if fault == "pause" and worker is not None:
-            worker.suspend()
-            time.sleep(3)
-            worker.resume()
-            return fault, "3 s"
-        if fault in ("signal", "two-signals"):
-            number = chance.choice(STOP_SIGNALS)
-            process.send_signal(number)
-            if fault == "two-signals":
-                time.sleep(chance.uniform(0, 0.5))
-                process.send_signal(signal.SIGINT)
-            return fault, number.name
-        if fault == "flip" and len(run.checkpoints()) > 1:
-            process.kill()
-            process.wait()
-            return fault, flip_bit(run.checkpoints()[-1], chance)
-        if fault in ("full-disk", "go-back"):
-            return fault, "from the start"
-    except psutil.NoSuchProcess:
-        return fault, "it had ended"
-    process.kill()
-    return "kill-launcher", f"process {process.pid}"
+        code = run.start("--resume", "auto").wait(timeout=chaos.timeout_s)
+    finally:
+        data.write_text(content, encoding="utf-8")
+    chaos.count("edit-data", "starting", run, "a row was changed, and changed back")
+    if code != EXIT_USER_ERROR or "--resume-force" not in run.console()[begun_at:]:
+        return [f"other data: exit code {code}: {run.console()[begun_at:]}"]
+    return []
 
 
-def flip_bit(checkpoint: Path, chance: random.Random) -> str:
-    """Change one bit of a file of a checkpoint."""
-    path = chance.choice(sorted(path for path in checkpoint.iterdir() if path.stat().st_size > 0))
-    content = bytearray(path.read_bytes())
-    position = chance.randrange(len(content))
-    content[position] ^= 1 << chance.randrange(8)
-    path.write_bytes(content)
-    return f"{checkpoint.name}/{path.name}, byte {position}"
-
-
-def _limit_files() -> None:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (SMALL_FILES_BYTES, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+def table_of(counts: Counter[tuple[str, str]]) -> str:
+    """Faults by kind and phase, and how many processes were killed."""
+    kinds = sorted({fault for fault, _ in counts})
+    lines = [f"{'fault':22}" + "".join(f"{phase:>16}" for phase in PHASES)]
+    lines += [f"{kind:22}" + "".join(f"{counts[kind, phase]:16}" for phase in PHASES) for kind in kinds]
+    kills = sum(count for (fault, _), count in counts.items() if fault in KILLS)
+    return "\n".join([*lines, f"{counts.total()} faults, {kills} of them SIGKILL"])
 
 
 if __name__ == "__main__":

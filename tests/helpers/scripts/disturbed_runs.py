@@ -35,6 +35,7 @@ class DisturbedRun:
 
     def __init__(self, directory: Path, name: str, steps: int) -> None:
         self.directory, self.run = directory, directory / "runs" / name
+        self.begun_at = 0
         self.config = directory / f"{name}.yaml"
         self.environment = {
             **os.environ,
@@ -55,6 +56,7 @@ class DisturbedRun:
 
     def start(self, *arguments: str, **options) -> subprocess.Popen:
         """Start the script with its output in `console.log`, in a session of its own as in a terminal."""
+        self.begun_at = len(self.console())  # characters of the console that are of earlier starts
         with (self.directory / "console.log").open("ab") as console:
             return subprocess.Popen(
                 [sys.executable, ROOT / "train_gpt.py", "--config", self.config, *arguments],
