@@ -37,6 +37,7 @@ def changed(config, old, new):
 BAD_SETTINGS = {
     "unknown key": ("lr: 1.0e-3", "lrr: 1.0e-3", "tiny.yaml:9: train.lrr: unknown key; did you mean lr? Allowed here: steps,"),
     "unknown section": ("log: {", "logs: {", "tiny.yaml:10: logs: unknown key; did you mean log? Allowed here: run,"),
+    "empty section": ("log: {", "'': {", "tiny.yaml:10: '': unknown key. Allowed here: run,"),
     "missing section": ("run: {name", "#run: {name", "tiny.yaml: run: this key is missing"),
     "missing key": ("{name: tiny, ", "{", "tiny.yaml:2: run.name: this key is missing"),
     "text for a number": ("lr: 1.0e-3", "lr: fast", "tiny.yaml:9: train.lr: 'fast' is not allowed: input should be a valid number"),

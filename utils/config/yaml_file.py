@@ -191,9 +191,9 @@ def _describe_all(errors: list[ErrorDetails], locations: Locations, path: str) -
     """One line for each wrong key: where it is written, its name, its value and what is allowed."""
     errors_of: dict[KeyPath, list[ErrorDetails]] = {}
     for details in errors:
-        *sections, last = details["loc"] or ("",)
+        *sections, last = details["loc"] or (None,)
         key_path = tuple(part for part in sections if not _is_union_branch(part))
-        if last != "" and (details["type"] == "extra_forbidden" or not _is_union_branch(last)):
+        if last is not None and (details["type"] == "extra_forbidden" or not _is_union_branch(last)):
             key_path = (*key_path, last)
         if details["type"] == "key_error":
             key_path = (*key_path, details["ctx"]["key"])
@@ -202,7 +202,7 @@ def _describe_all(errors: list[ErrorDetails], locations: Locations, path: str) -
     for key_path, errors_of_key in errors_of.items():
         # A missing key has no line, so its section's line is given.
         known = next((key_path[:n] for n in range(len(key_path), 0, -1) if key_path[:n] in locations), None)
-        prefix = [path if known is None else locations[known], ".".join(map(str, key_path))]
+        prefix = [path if known is None else locations[known], ".".join(str(part) or "''" for part in key_path)]
         problems.append(": ".join([*filter(None, prefix), _describe(errors_of_key, key_path)]))
     return problems
 
