@@ -38,6 +38,8 @@ class Chaos:
     """Draws faults, phases and moments."""
     faults: list[str]
     """Those that may be drawn."""
+    settings: list[str]
+    """Of all runs."""
     steps: int
     """Of a run."""
     end: float
@@ -65,19 +67,21 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--faults", default=",".join(FAULTS))
     parser.add_argument("--timeout", type=float, default=1800.0, help="seconds until a start counts as stuck")
+    parser.add_argument("--hang-seconds", type=float, default=10.0, help="launch.hang_seconds; more on a busy machine")
     parser.add_argument("--keep", action="store_true", help="keep the directory")
     options = parser.parse_args()
     faults = options.faults.split(",")
     assert set(faults) <= FAULTS.keys(), f"allowed are {', '.join(FAULTS)}"
     print(f"seed {options.seed}, {options.minutes:g} minutes, faults: {', '.join(faults)}", flush=True)
-    end = time.monotonic() + 60 * options.minutes
-    chaos = Chaos(random.Random(options.seed), faults, options.steps, end, options.timeout)
+    settings = [f"launch.hang_seconds={options.hang_seconds:g}"]
     directory = Path(tempfile.mkdtemp(prefix="chaos-"))
     problems: list[str] = []
     rounds = 0
     try:
         quiet = DisturbedRun(directory / "quiet", "tiny", options.steps)
-        assert quiet.start().wait(timeout=options.timeout) == 0, quiet.console()
+        assert quiet.start(*settings).wait(timeout=options.timeout) == 0, quiet.console()
+        end = time.monotonic() + 60 * options.minutes
+        chaos = Chaos(random.Random(options.seed), faults, settings, options.steps, end, options.timeout)
         while time.monotonic() < end and not problems:
             rounds += 1
             run = DisturbedRun(directory / f"round-{rounds}", "tiny", options.steps)
@@ -104,7 +108,7 @@ def disturbed_round(run: DisturbedRun, chaos: Chaos) -> list[str]:
     for _ in range(MAX_STARTS):
         is_disturbed = time.monotonic() < chaos.end and chaos.counts.total() - before < MAX_FAULTS
         fault = chaos.draw(chaos.faults) if is_disturbed else ""
-        arguments = ["--resume", "auto", f"launch.max_restarts={chaos.chance.choice((0, 2))}"]
+        arguments = ["--resume", "auto", *chaos.settings, f"launch.max_restarts={chaos.chance.choice((0, 2))}"]
         checkpoints = run.checkpoints()
         if fault == "edit-data" and checkpoints:
             problems = refuse_other_data(run, chaos)
@@ -155,7 +159,7 @@ def refuse_other_data(run: DisturbedRun, chaos: Chaos) -> list[str]:
     data.write_text(content.replace("x + 1", "x + 2", 1), encoding="utf-8")
     begun_at = len(run.console())
     try:
-        code = run.start("--resume", "auto").wait(timeout=chaos.timeout_s)
+        code = run.start("--resume", "auto", *chaos.settings).wait(timeout=chaos.timeout_s)
     finally:
         data.write_text(content, encoding="utf-8")
     chaos.count("edit-data", "starting", run, "a row was changed, and changed back")
