@@ -10,6 +10,7 @@
 # make conformance      run patterns of users' scripts with the line and without, on 1, 2 and 4 workers: half an hour
 # make chaos            train on two workers while they are killed, stopped and their checkpoints damaged: 20 minutes
 #                       (MINUTES=5 SEED=2)
+# make soak             train on two workers with a checkpoint every 20 steps: nothing may grow. 30 minutes (MINUTES=10)
 # make docs-check       run the commands of the documentation that take long
 # make gpu-check        what one GPU shows: results, speed, memory, predictions; at most 8 minutes, nothing is installed
 #                       (DRY=1: the same code with tiny sizes on the CPU)
@@ -30,10 +31,10 @@ MINUTES ?=
 # OpenMP threads spin for a while before they sleep. With the default, a step takes up to ten times as long when another
 # process wants a core; with 1000 iterations, twice as long. Benchmarks keep the default, which is a few percent faster on
 # a machine of one's own.
-train test conformance verify-plans verify-families chaos docs-check: export GOMP_SPINCOUNT ?= 1000
+train test conformance verify-plans verify-families chaos soak docs-check: export GOMP_SPINCOUNT ?= 1000
 
-.PHONY: train test check install smollm2 conformance verify-plans verify-families chaos docs-check fuzz lock bench clean \
-	gpu-check gpu-smoke test-versions
+.PHONY: train test check install smollm2 conformance verify-plans verify-families chaos soak docs-check fuzz lock \
+	bench clean gpu-check gpu-smoke test-versions
 
 train: install
 	$(BIN)/python train_gpt.py --config configs/gpt.yaml
@@ -76,6 +77,9 @@ conformance: $(VENV)/installed-dev
 chaos: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m slow tests/runtime/launch
 	$(BIN)/python -m tests.verify.chaos --minutes $(or $(MINUTES),20) --seed $(or $(SEED),1)
+
+soak: $(VENV)/installed-dev
+	$(BIN)/python -m tests.verify.soak $(if $(MINUTES),--minutes $(MINUTES))
 
 docs-check: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m slow tests/docs
