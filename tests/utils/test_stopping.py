@@ -159,7 +159,7 @@ def test_disk_without_room_is_refused_before_the_first_step(tmp_path, monkeypatc
     directory = tmp_path / "runs" / "tiny" / "checkpoints"
     require_disk_space(directory, model, make_config(tmp_path, keep_last=2, keep_best=False))
     free -= 1
-    with pytest.raises(UserError, match=r"runs/tiny, whose disk has 0\.02 GiB free: .* lower checkpoint\.keep_last=2"):
+    with pytest.raises(UserError, match=r"runs/tiny, whose disk has 16\.0 MiB free: .* lower checkpoint\.keep_last=2"):
         require_disk_space(directory, model, make_config(tmp_path, keep_last=2, keep_best=False))
     model.weight.requires_grad_(True)  # now AdamW's state is written too; an optimizer without state has none
     require_disk_space(directory, model, make_config(tmp_path, "sgd", keep_last=1, keep_best=False))

@@ -12,6 +12,8 @@ from utils.training.checkpoint.files import checkpoints_in
 
 # A save is tried unless the disk clearly lacks room: the bytes of a checkpoint are an estimate.
 _CLEARLY = 0.9
+# In GiB, less would be shown with one figure.
+_LEAST_IN_GIB = 2**30 // 10
 
 
 def bytes_of_checkpoint(model: Any, config: Config) -> int:
@@ -25,7 +27,7 @@ def lack_of_space(directory: Path, needed: int) -> str | None:
     free = free_bytes(directory)
     if free >= _CLEARLY * needed:
         return None
-    return f"a checkpoint takes {gib(needed)}, and the disk has {gib(free)} free"
+    return f"a checkpoint takes {_text(needed)}, and the disk has {_text(free)} free"
 
 
 def free_bytes(directory: Path) -> int:
@@ -60,6 +62,11 @@ def require_disk_space(directory: Path, model: Any, config: Config) -> None:
     free = free_bytes(directory)
     if needed > free:
         raise UserError(
-            f"run.directory: the run writes up to {gib(needed)} to {directory.parent}, whose disk has {gib(free)} "
+            f"run.directory: the run writes up to {_text(needed)} to {directory.parent}, whose disk has {_text(free)} "
             f"free: choose another directory, or lower checkpoint.keep_last={settings.keep_last}"
         )
+
+
+def _text(size: int) -> str:
+    """So many bytes."""
+    return gib(size) if size >= _LEAST_IN_GIB else f"{size / 2**20:.1f} MiB"
