@@ -64,6 +64,7 @@ def disturb(run: DisturbedRun, process, fault: str, chance: random.Random) -> tu
     except psutil.NoSuchProcess:
         return f"{fault} (too late)", "it had ended"
     process.kill()
+    process.wait()
     return "kill-launcher", f"process {process.pid}"
 
 
