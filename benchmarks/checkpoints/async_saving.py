@@ -39,7 +39,8 @@ def main() -> None:
     config = load_config(arguments.config, [])
     if config.model.architecture is None:
         parser.error(f"{arguments.config} has no model.architecture: give settings of a new model")
-    torch.moreh.option.enable_advanced_parallelization(**config.accelerator.options())
+    option = torch.moreh.option  # type: ignore[attr-defined]
+    option.enable_advanced_parallelization(**config.accelerator.options())
     torch.manual_seed(0)
     sizes = {"vocab_size": config.tokenizer.entries_to_train(), **config.model.architecture}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**sizes))
