@@ -138,8 +138,17 @@ def predict(plan: Plan, training: Training, environment: Environment) -> Predict
 
 
 def step_seconds(table: PlanTable, row: int, times: StageTime) -> float:
-    """Seconds of one step: the simulated pipeline and what follows the last micro-batch."""
-    pipeline_s = makespan(
+    """Seconds of one step: the simulated pipeline and what follows the last micro-batch.
+
+    Cores that workers share are never idle while any worker can compute. So the micro-batches take as long as the work
+    of all workers, unless they take longer even with a core for each worker.
+    """
+    return max(_pipeline_s(table, row, times), float(times.all_work_s[row])) + float(times.tail_s[row])
+
+
+def _pipeline_s(table: PlanTable, row: int, times: StageTime) -> float:
+    """Seconds of the simulated pipeline, with a core for each worker."""
+    return makespan(
         table.schedule,
         table.pipeline,
         int(table.micro_batches[row]),
@@ -149,21 +158,23 @@ def step_seconds(table: PlanTable, row: int, times: StageTime) -> float:
         float(times.weight_fraction[row]),
         float(times.send_s[row]),
     )
-    return pipeline_s + float(times.tail_s[row])
 
 
 def predict_row(
     table: PlanTable, row: int, times: StageTime, needed: PeakMemory, training: Training, environment: Environment
 ) -> Prediction:
     """The cost of one row of a table, from the arrays that were computed for all of it."""
-    step_time_s = step_seconds(table, row, times)
-    micro_batches = int(table.micro_batches[row])
+    pipeline_s = _pipeline_s(table, row, times)
+    # Cores that workers share are slower for each of them.
+    sharing = max(pipeline_s, float(times.all_work_s[row])) / pipeline_s
+    step_time_s = sharing * pipeline_s + float(times.tail_s[row])
+    passes = sharing * int(table.micro_batches[row])
     parts = StepBreakdown(
-        computation_s=micro_batches * float(times.computation_s[row]),
-        recomputation_s=micro_batches * float(times.recomputation_s[row]),
-        tensor_exchange_s=micro_batches * float(times.tensor_exchange_s[row]),
-        data_exchange_s=micro_batches * float(times.data_exchange_s[row]),
-        expert_exchange_s=micro_batches * float(times.expert_exchange_s[row]),
+        computation_s=passes * float(times.computation_s[row]),
+        recomputation_s=passes * float(times.recomputation_s[row]),
+        tensor_exchange_s=passes * float(times.tensor_exchange_s[row]),
+        data_exchange_s=passes * float(times.data_exchange_s[row]),
+        expert_exchange_s=passes * float(times.expert_exchange_s[row]),
         bubble_s=0.0,
         gradients_s=float(times.gradients_s[row]),
         optimizer_s=float(times.optimizer_s[row]),
@@ -183,8 +194,8 @@ def predict_row(
         mfu=model_flops_per_step(training) / step_time_s / environment.peak_flops_per_second,
         parts=replace(parts, bubble_s=max(0.0, bubble_s)),
         memory=memory,
-        stage_forward_s=tuple(times.forward_s[row].tolist()),
-        stage_backward_s=tuple(times.backward_s[row].tolist()),
+        stage_forward_s=tuple((sharing * times.forward_s[row]).tolist()),
+        stage_backward_s=tuple((sharing * times.backward_s[row]).tolist()),
         weight_fraction=float(times.weight_fraction[row]),
-        send_s=float(times.send_s[row]),
+        send_s=sharing * float(times.send_s[row]),
     )

@@ -37,7 +37,8 @@ from moreh.planner.software_profile import SoftwareProfile
 class StageTime:
     """Seconds of the stages, of sends between them, and of a step's end.
 
-    The last five fields say what `forward_s` and `backward_s` consist of on the rank that has most to do.
+    In the seconds of stages, each device has a core of its own. The last five fields say what `forward_s` and
+    `backward_s` consist of on the rank that has most to do.
     """
 
     forward_s: FloatArray
@@ -52,6 +53,8 @@ class StageTime:
     """Communication of gradients and parameters at the end of a step that computation does not hide, [n]."""
     optimizer_s: FloatArray
     """The optimizer's step, and what the host does between steps, [n]."""
+    all_work_s: FloatArray
+    """All devices' micro-batches, if the CPU cores that they share are never idle; 0 where none are shared, [n]."""
     computation_s: FloatArray
     """Matmuls and other kernels of one micro-batch on the busiest rank, [n]."""
     recomputation_s: FloatArray
@@ -134,13 +137,19 @@ def stage_time(roofline: Roofline, cluster: Cluster, plans: PlanTable, training:
     exchange = layers * (layer.forward_exchange_s + layer.backward_exchange_s + layer.recompute_exchange_s)
     experts = layers * (layer.expert_forward_s + layer.expert_backward_s)
     gradients, optimizer = _step_end_s(roofline, plans, parameters, trainable, rings, backward, training)
+    # All devices do a step's end at the same time, each with its share of a core.
+    sharing = cluster.devices_per_core
+    gradients = sharing * (gradients + _tied_exchange_s(roofline, cluster, plans, training))
+    optimizer = sharing * (optimizer + roofline.efficiency.step_host_s)
+    all_work = sharing * plans.micro_batches * rank_totals.mean(axis=1) if sharing > 1 else zeros
     times = StageTime(
         forward_s=forward,
         backward_s=backward,
         weight_fraction=layer.weights_s / layer_backward,
         send_s=_send_s(roofline, cluster, plans, stage_output_bytes(plans, training, roofline.software)),
-        gradients_s=gradients + _tied_exchange_s(roofline, cluster, plans, training),
-        optimizer_s=optimizer + roofline.efficiency.step_host_s,
+        gradients_s=gradients,
+        optimizer_s=optimizer,
+        all_work_s=all_work,
         computation_s=computation,
         recomputation_s=recomputation,
         tensor_exchange_s=exchange,

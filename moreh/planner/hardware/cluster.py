@@ -23,6 +23,13 @@ class Cluster:
     """Nodes that one switch joins at the full rate of the network; None for all."""
     oversubscription: float = 1.0
     """How many times less network a device has towards nodes of other switches."""
+    concurrent_devices: float | None = None
+    """Devices that can compute at the same time: on a CPU, the workers that its cores suffice for. None for all."""
+
+    @property
+    def devices_per_core(self) -> float:
+        """How many devices share what one device can compute with alone; 1 where each has its own."""
+        return 1.0 if self.concurrent_devices is None else max(1.0, self.devices / self.concurrent_devices)
 
     @property
     def nodes(self) -> int:

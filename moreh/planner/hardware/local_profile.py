@@ -20,7 +20,7 @@ from moreh.log import logger
 from moreh.system import available_cores, refused_processes
 
 # Of the measurements and of the file that keeps them. Files of another format are not read.
-FORMAT = 3
+FORMAT = 4
 LOCK_TIMEOUT_S = 300.0
 # With a smaller share of confirmed figures, the log says that the measurement was disturbed.
 CONFIRMED = 0.9
@@ -56,11 +56,16 @@ class MeasuredCollective:
 
 @dataclass(frozen=True)
 class LocalProfile:
-    """What one worker of this machine reaches while all `workers` do the same."""
+    """What one worker of this machine reaches while all `workers` do the same.
+
+    Where workers share cores, all seconds are CPU seconds: what a worker needs of a core, however long it waits for it.
+    """
 
     workers: int
     threads_per_worker: int
     """CPU threads of each worker."""
+    concurrent_workers: float | None
+    """Workers that can compute at the same time, where they share CPU cores; None where all can."""
     memory_mib: int
     """MiB that each worker may use."""
     compute_units: int
@@ -150,7 +155,16 @@ def measure(workers: int) -> LocalProfile:
         raise PlanError(f"workers={workers}: each is measured as a process, and {refusal}")
     threads = _threads_per_worker(workers)
     figures = run_workers(workers, threads)
-    return _profile_from_json(figures | {"workers": workers, "threads_per_worker": threads})
+    shared = {"concurrent_workers": concurrent_workers(workers, threads)}
+    return _profile_from_json(figures | shared | {"workers": workers, "threads_per_worker": threads})
+
+
+def concurrent_workers(workers: int, threads: int) -> float | None:
+    """Workers of `threads` CPU threads that the cores suffice for; None if they suffice for all, and on GPUs."""
+    import torch
+
+    cores = available_cores()
+    return None if torch.cuda.is_available() or workers * threads <= cores else cores / threads
 
 
 def _require_workers(workers: int) -> None:

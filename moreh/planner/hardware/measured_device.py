@@ -54,7 +54,8 @@ def with_measured_rates(device: Device, profile: LocalProfile) -> Device:
 
 def measured_cluster(profile: LocalProfile) -> Cluster:
     """The workers as one node."""
-    return Cluster(measured_device(profile), profile.workers, profile.workers)
+    device = measured_device(profile)
+    return Cluster(device, profile.workers, profile.workers, concurrent_devices=profile.concurrent_workers)
 
 
 def measured_efficiency(profile: LocalProfile, compute: str = "half") -> Efficiency:

@@ -1,7 +1,8 @@
 """What one worker of this machine measures while all others do: `python -m moreh.planner.hardware.microbenchmarks`.
 
-Workers share cores, memory and links, so a rate that one worker reaches alone means little. Each worker is a process of
-its own, started by worker_processes.py. The workers wait for each other before every measurement.
+Workers share memory and links, so a rate that one worker reaches alone means little. Each worker is a process of its
+own, started by worker_processes.py. The workers wait for each other before every measurement. Where there are more
+workers than cores, CPU time is measured: how long a worker waits for a core depends on what the others do.
 """
 
 import argparse
@@ -18,8 +19,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional
 
+from moreh.planner.hardware.local_profile import concurrent_workers
 from moreh.planner.hardware.worker_processes import FIGURES_FILE
-from moreh.system import available_cores
 
 # Rows, inner and outer size of matmuls on CPU: several depths of one result, and several results of one depth. Each
 # takes a few milliseconds, less than what the system gives another program at a time.
@@ -51,7 +52,7 @@ class Worker:
         gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
         self.device = torch.device("cuda", rank % gpus) if gpus else torch.device("cpu")
         self.half, self.scale = torch.bfloat16, 1
-        self.shares_cores = self.device.type == "cpu" and workers * torch.get_num_threads() > available_cores()
+        self.shares_cores = concurrent_workers(workers, torch.get_num_threads()) is not None
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
             self.half = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
@@ -197,9 +198,9 @@ class Worker:
         return dict(zip(figures, (values / self.workers).tolist(), strict=True))
 
     def _typical_s(self, run: Callable[[], object], repetitions: int | None = None) -> float:
-        """The lower quartile of the seconds of `run`, without its first call; the mean where workers share cores.
+        """The lower quartile of the seconds of `run`, without its first call.
 
-        A run on a shared core is either not interrupted, as if the core were its own, or waits for the other workers.
+        Where workers share cores, it is the mean of the CPU seconds of a thread: each switch between workers adds some.
 
         Args:
             repetitions: How often to run; None for as often as BUDGET_S allows, and at least 3 times.
@@ -209,14 +210,15 @@ class Worker:
         if self.workers > 1:
             dist.barrier()
         seconds: list[float] = []
+        clock = time.process_time if self.shares_cores else time.perf_counter
         begin = time.perf_counter()
         while len(seconds) < (repetitions or 3) or (repetitions is None and time.perf_counter() < begin + BUDGET_S):
-            start = time.perf_counter()
+            start = clock()
             run()
             self._synchronize()
-            seconds.append(time.perf_counter() - start)
+            seconds.append(clock() - start)
         if self.shares_cores:
-            return sum(seconds) / len(seconds)
+            return sum(seconds) / len(seconds) / torch.get_num_threads()
         return sorted(seconds)[len(seconds) // 4]
 
     def _synchronize(self) -> None:

@@ -178,7 +178,7 @@ def _cost_table(table: PlanTable, needed: PeakMemory, training: Training, enviro
             times.weight_fraction[:, None],
             times.send_s,
         )
-    return _CostedTable(table, times, needed, pipeline_s + times.tail_s)
+    return _CostedTable(table, times, needed, np.maximum(pipeline_s, times.all_work_s) + times.tail_s)
 
 
 def _fastest(costed: list[_CostedTable], count: int) -> list[tuple[float, int, int]]:

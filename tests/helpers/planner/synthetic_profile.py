@@ -54,6 +54,7 @@ def synthetic_profile(workers=1, depth=20.0, waves=0.5, latency_s=2e-4, rate=2e9
     return LocalProfile(
         workers=workers,
         threads_per_worker=1,
+        concurrent_workers=None,
         memory_mib=1024,
         compute_units=1,
         matmuls=tuple(matmuls),

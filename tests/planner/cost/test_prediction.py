@@ -1,5 +1,7 @@
 """Predictions of whole steps: what none may claim, and what they are made of."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -9,6 +11,7 @@ from moreh.planner.cost.prediction import model_flops_per_step, predict, step_se
 from moreh.planner.cost.stage_time import stage_time
 from moreh.planner.hardware.cluster import cluster_for_devices
 from moreh.planner.hardware.environment import make_environment
+from moreh.planner.plan.notation import parse_plan
 from moreh.planner.plan.plan import Training
 from moreh.planner.search.candidates import candidate_tables
 from moreh.planner.search.constraints import Constraints
@@ -36,6 +39,40 @@ def test_parts_of_a_step_add_up_to_the_step_time():
         parts = best.parts
         total = sum(getattr(parts, name) for name in parts.__dataclass_fields__)
         assert total == pytest.approx(best.step_time_s, rel=1e-6)
+
+
+def sharing_cores(environment, concurrent_devices):
+    """The same devices, of which so many can compute at the same time."""
+    return replace(environment, cluster=replace(environment.cluster, concurrent_devices=concurrent_devices))
+
+
+def test_a_step_on_shared_cores_takes_the_work_of_all_workers():
+    own_cores = environment_of("A100 80GB", 8)
+    training = Training(LLAMA, 64, 2048)
+    for best in search(training, own_cores, count=400).best:
+        alone, shared = (predict(best.plan, training, sharing_cores(own_cores, count)) for count in (8, 2))
+        assert alone == best
+        parts = shared.parts
+        total = sum(getattr(parts, name) for name in parts.__dataclass_fields__)
+        assert total == pytest.approx(shared.step_time_s, rel=1e-6)
+        assert shared.step_time_s <= 4 * alone.step_time_s * (1 + 1e-9)
+        if best.plan.pipeline == 1:
+            # No worker waits for another, so none leaves its core to others.
+            assert shared.step_time_s == pytest.approx(4 * alone.step_time_s)
+        else:
+            # While a worker waits for its stage's input, others compute.
+            assert alone.step_time_s <= shared.step_time_s < 4 * alone.step_time_s
+
+
+def test_pipeline_with_one_micro_batch_gains_nothing_from_cores_of_its_own():
+    """One stage computes at a time, so two cores are as good as eight."""
+    own_cores = environment_of("A100 80GB", 8)
+    training = Training(LLAMA, 1, 2048)
+    plan = parse_plan("tp1 pp8 dp1 mb1x1", training, 8)
+    alone, shared = (predict(plan, training, sharing_cores(own_cores, count)) for count in (8, 2))
+    assert shared.parts.computation_s == alone.parts.computation_s
+    assert shared.parts.bubble_s == pytest.approx(alone.parts.bubble_s)
+    assert shared.parts.optimizer_s == pytest.approx(4 * alone.parts.optimizer_s)
 
 
 def test_model_flops_are_those_counted_by_hand():

@@ -3,13 +3,15 @@
 import dataclasses
 import json
 import threading
+import time
+from dataclasses import replace
 
 import pytest
 
 from moreh.errors import PlanError
 from moreh.planner.hardware import local_profile as module
-from moreh.planner.hardware.local_profile import local_profile, measure
-from moreh.planner.hardware.measured_device import measured_device, ring_latency_and_rate
+from moreh.planner.hardware.local_profile import concurrent_workers, local_profile, measure
+from moreh.planner.hardware.measured_device import measured_cluster, measured_device, ring_latency_and_rate
 from moreh.planner.hardware.microbenchmarks import CHAIN, Worker
 from tests.helpers.planner.synthetic_profile import roofline_of, synthetic_profile
 
@@ -60,6 +62,23 @@ def test_forward_pass_takes_no_longer_than_with_its_backward_pass(monkeypatch, t
         figures = worker.measure()
         assert figures["forward_operation_s"] == pytest.approx(expected_s / CHAIN)
         assert figures["autograd_operation_s"] == pytest.approx(0.3 / CHAIN)
+
+
+def test_cores_are_shared_where_there_are_fewer_than_threads(monkeypatch):
+    monkeypatch.setattr(module, "available_cores", lambda: 4)
+    assert [concurrent_workers(workers, 2) for workers in (1, 2, 3, 8)] == [None, None, 2.0, 2.0]
+    clusters = [measured_cluster(replace(synthetic_profile(8), concurrent_workers=count)) for count in (None, 2.0)]
+    assert [cluster.devices_per_core for cluster in clusters] == [1.0, 4.0]
+
+
+def test_workers_on_shared_cores_measure_cpu_seconds(monkeypatch, tmp_path):
+    """A worker that waits for a core needs no more of it."""
+    monkeypatch.setattr("moreh.planner.hardware.microbenchmarks.BUDGET_S", 0.0)
+    worker = Worker(0, 1, tmp_path / "rendezvous")
+    for shares_cores in (False, True):
+        worker.shares_cores = shares_cores
+        seconds = worker._typical_s(lambda: time.sleep(0.02))
+        assert (seconds < 0.01) == shares_cores
 
 
 def test_each_number_of_threads_has_a_profile_of_its_own(state_directory, monkeypatch):

@@ -32,19 +32,21 @@ def search_exhaustively(training, environment, constraints):
 
 
 @pytest.mark.parametrize(
-    ("architecture", "device", "devices", "batch", "length", "memory_mib"),
+    ("architecture", "device", "devices", "batch", "length", "memory_mib", "concurrent_devices"),
     [
-        (GPT, "MI250 GCD", 8, 16, 512, 65520),
-        (GPT, "A100 40GB", 12, 24, 1024, 2000),
-        (LLAMA, "H100 80GB", 8, 32, 2048, 81559),
-        (LLAMA, "MI250 GCD", 16, 32, 1024, 9000),
-        (LLAMA, "V100 16GB", 8, 8, 512, 5000),
+        (GPT, "MI250 GCD", 8, 16, 512, 65520, None),
+        (GPT, "A100 40GB", 12, 24, 1024, 2000, None),
+        (GPT, "A100 40GB", 12, 24, 1024, 2000, 4),
+        (LLAMA, "H100 80GB", 8, 32, 2048, 81559, None),
+        (LLAMA, "MI250 GCD", 16, 32, 1024, 9000, None),
+        (LLAMA, "V100 16GB", 8, 8, 512, 5000, None),
     ],
 )
 def test_pruned_search_returns_the_optimum_of_the_exhaustive_one(
-    architecture, device, devices, batch, length, memory_mib
+    architecture, device, devices, batch, length, memory_mib, concurrent_devices
 ):
     environment = with_memory(environment_of(device, devices), memory_mib)
+    environment = replace(environment, cluster=replace(environment.cluster, concurrent_devices=concurrent_devices))
     training = Training(architecture, batch, length)
     plans = search_exhaustively(training, environment, Constraints())
     result = search(training, environment, count=5)
