@@ -96,10 +96,8 @@ def replaced_loss(root: Any) -> str | None:
     Several workers compute that loss without calling it, unless the model has a loss that was registered.
     """
     causal: Any = unwrapped(root)
-    functions = LibraryFunctions(root)
-    if not functions.replaces_the_loss or is_registered_loss(causal.loss_function):
-        return None
-    return f"{functions.replaced} has been replaced"
+    function = LibraryFunctions(root).replaced_loss
+    return None if function is None or is_registered_loss(causal.loss_function) else f"{function} has been replaced"
 
 
 def has_call_hooks(root: nn.Module) -> bool:
@@ -113,6 +111,15 @@ def inner_hook(root: nn.Module) -> str | None:
         for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
             function = hook.func if isinstance(hook, functools.partial) else hook
             if name and not is_library_function(function):
+                return name
+    return None
+
+
+def inner_backward_hook(root: nn.Module) -> str | None:
+    """The name of a module, "" for the whole model, with a backward hook of the script's own; None if none has one."""
+    for name, module in root.named_modules():
+        for hook in (*module._backward_pre_hooks.values(), *module._backward_hooks.values()):
+            if not is_library_function(hook.func if isinstance(hook, functools.partial) else hook):
                 return name
     return None
 

@@ -53,16 +53,14 @@ class LibraryFunctions:
         self._recorded: list[tuple[Mapping[str, Any], Callable[[Any], Any], Any]] = []
         # How many names each class has: one that is added may hide another of a base class.
         self._sizes = [(vars(cls), len(vars(cls))) for cls in (*classes, torch.Tensor)]
-        self.replaced: str | None = None
-        """The dotted name of the first function that is not the library's own; None if all are."""
+        self.all_replaced: list[str] = []
+        """The dotted names of the functions that are not the library's own."""
         for label, namespace in namespaces.items():
             used = tuple(name for name in names if name in namespace and _is_function(namespace[name]))
             if used:
                 get = itemgetter(*used)
                 self._recorded.append((namespace, get, get(namespace)))
-            for name in used:
-                if self.replaced is None and not _is_own(label, name, namespace[name]):
-                    self.replaced = f"{label}.{name}"
+            self.all_replaced += [f"{label}.{name}" for name in used if not _is_own(label, name, namespace[name])]
         # A function of the script would hide what the library's own reaches.
         if self.replaced is None:
             _known_reachable[classes] = namespaces, names
@@ -70,9 +68,14 @@ class LibraryFunctions:
                 del _known_reachable[next(iter(_known_reachable))]
 
     @property
-    def replaces_the_loss(self) -> bool:
-        """Whether the replaced function is one that transformers' loss is computed with."""
-        return self.replaced is not None and _LOSS.fullmatch(self.replaced) is not None
+    def replaced(self) -> str | None:
+        """The first function that is not the library's own; None if all are."""
+        return next(iter(self.all_replaced), None)
+
+    @property
+    def replaced_loss(self) -> str | None:
+        """The first one that transformers' loss is computed with; None if that is the library's own."""
+        return next(filter(_LOSS.fullmatch, self.all_replaced), None)
 
     def are_unchanged(self) -> bool:
         """Whether all names still stand for what they stood for."""

@@ -143,7 +143,10 @@ def _file_differences(name, expected, actual, tolerance):
     elif name.endswith((".pt", ".pth", ".bin", ".ckpt")):
         values = [plain(torch.load(path, weights_only=False), _type_name) for path in pair]
     elif name.endswith(".json"):
-        values = [json.loads(path.read_text(encoding="utf-8")) for path in pair]
+        try:
+            values = [json.loads(path.read_text(encoding="utf-8")) for path in pair]
+        except ValueError as error:
+            return [f"{name} is not JSON: {error}"]
     else:
         try:
             texts = [path.read_text(encoding="utf-8") for path in pair]

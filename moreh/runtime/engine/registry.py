@@ -10,6 +10,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from moreh.errors import OptionError
 from moreh.models.compatibility import has_call_hooks, uses_fp16_loss_scaling
 from moreh.models.introspection import unwrapped, wrappers
+from moreh.models.library_functions import LibraryFunctions
 from moreh.models.structure import check_structure, structure_of
 from moreh.options import DEFAULT_OPTIONS, ParallelOptions
 from moreh.patches.module_call import before_calls_in_backward, instead_of_model_calls
@@ -18,7 +19,13 @@ from moreh.patches.total_norm import on_total_norm
 from moreh.planner.plan.plan import Plan
 from moreh.runtime.batch.loss_output import output_class_of, with_lazy_outputs
 from moreh.runtime.batch.model_inputs import ONE_WORKER, check_same_on_all_ranks, read_inputs
-from moreh.runtime.engine.calls.checks import check_call, check_surroundings, recomputed_call, refusing_counts
+from moreh.runtime.engine.calls.checks import (
+    check_call,
+    check_functions,
+    check_surroundings,
+    recomputed_call,
+    refusing_counts,
+)
 from moreh.runtime.engine.calls.history import CallHistories
 from moreh.runtime.engine.calls.logits import weight_versions
 from moreh.runtime.engine.calls.recorded import mode_of
@@ -30,10 +37,12 @@ from moreh.runtime.sharding.global_ops import total_norm
 from moreh.runtime.sharding.global_tensor import GlobalTensor, GlobalView
 from moreh.trace import span
 
-# Keys in a `__dict__`: of the runner and of the model's structure, in a sharded model; of a weak reference to the
-# sharded model, in the model of transformers that it wraps; of a mark, in a sharded model and in each of its modules.
+# Keys in a `__dict__`: of the runner, the model's structure and the functions that it computes with, in a sharded model;
+# of a weak reference to the sharded model, in the model of transformers that it wraps; of a mark, in a sharded model and
+# in each of its modules.
 _RUNNER = "_moreh_runner"
 _STRUCTURE = "_moreh_structure"
+_FUNCTIONS = "_moreh_functions"
 _WHOLE = "_moreh_whole_model"
 _IS_SHARDED = "_moreh_is_sharded"
 _histories = CallHistories()
@@ -91,7 +100,7 @@ def shard_model(root: nn.Module, plan: Plan, options: ParallelOptions = DEFAULT_
             unwrapped(root).__dict__[_WHOLE] = weakref.ref(root)
         for module in root.modules():
             module.__dict__[_IS_SHARDED] = True
-        root.__dict__[_STRUCTURE] = structure_of(root)
+        root.__dict__.update({_STRUCTURE: structure_of(root), _FUNCTIONS: LibraryFunctions(root)})
     return runner
 
 
@@ -126,6 +135,7 @@ def call_sharded(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     runner = runner_of(module)
     if runner is not None:
         check_structure(module, module.__dict__[_STRUCTURE])
+        module.__dict__[_FUNCTIONS] = check_functions(module, module.__dict__[_FUNCTIONS])
         with refusing_counts(module, runner.model.mesh):
             return _answer(runner, args, kwargs)
     if is_submodule_of_sharded(module):

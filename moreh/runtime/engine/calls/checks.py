@@ -6,9 +6,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from moreh.errors import OptionError
-from moreh.models.compatibility import compiled_module, inner_hook, uses_neftune
+from moreh.models.compatibility import compiled_module, inner_backward_hook, inner_hook, uses_neftune
+from moreh.models.library_functions import LibraryFunctions
 from moreh.models.losses import IGNORED_LABEL
 from moreh.models.observers import observer_of_operations
 from moreh.models.provenance import forward_counts
@@ -18,7 +20,7 @@ from moreh.trace import span
 
 
 def check_modules(root: nn.Module) -> None:
-    """Check that a script has no forward hooks inside of a model, and has not compiled its layers.
+    """Check that a script has no hooks on modules of a model, and has not compiled its layers.
 
     Raises:
         OptionError: a hook would see one worker's part of the batch, and what it keeps or changes would be wrong; or
@@ -35,6 +37,37 @@ def check_modules(root: nn.Module) -> None:
             f"a forward hook on {name} would see parts of the batch, and on some workers nothing: remove it, compute "
             f"what it gives from the logits, or {ONE_WORKER}"
         )
+    name = inner_backward_hook(root)
+    if name is not None:
+        raise OptionError(
+            f"a backward hook on {name or 'the whole model'} would see parts of the batch, and on some workers nothing: "
+            f"remove it, or {ONE_WORKER}"
+        )
+    if _has_any_global_hook():
+        raise OptionError(
+            "a hook on all modules (torch.nn.modules.module.register_module_forward_hook and its like) would see parts "
+            f"of the batch, and other modules than one worker has: remove it, or {ONE_WORKER}"
+        )
+
+
+def check_functions(root: nn.Module, expected: LibraryFunctions) -> LibraryFunctions:
+    """Check that no function of the libraries that a model computes with was replaced since `expected` was recorded.
+
+    Returns what is there now. A model is cut, and batches are, for the functions that it was sharded with.
+
+    Raises:
+        OptionError: one was replaced.
+    """
+    if expected.are_unchanged():
+        return expected
+    actual = LibraryFunctions(root)
+    replaced = next((name for name in actual.all_replaced if name not in expected.all_replaced), None)
+    if replaced is not None:
+        raise OptionError(
+            f"{replaced} was replaced after the model was sharded over workers, which was done for the function before: "
+            f"replace it before the first training step, or {ONE_WORKER}"
+        )
+    return actual
 
 
 def check_surroundings() -> None:
