@@ -54,7 +54,7 @@ def split_into_parts(root: nn.Module) -> ModelParts:
     """The parts of a model.
 
     Raises:
-        PlanError: the model is not a causal language model of transformers.
+        PlanError: the model is not a causal language model of transformers, or has a layer twice.
     """
     from transformers import PreTrainedModel
 
@@ -65,6 +65,10 @@ def split_into_parts(root: nn.Module) -> ModelParts:
             "give one of transformers.AutoModelForCausalLM, or run on 1 worker"
         )
     layers = layer_list(causal)
+    if len(set(layers)) < len(layers):
+        raise PlanError(
+            f"{type(causal).__name__} has one layer in several places: give each a copy, or run on 1 worker"
+        )
     head = causal.get_output_embeddings()
     pre_layers, post_layers, parameterless_norms, layers_seen = [], [], [], False
     for name, slot in _slots_outside(causal, layers):

@@ -26,6 +26,16 @@ MKDIR = Patch(
     no_public_way=_NO_PUBLIC_WAY,
     tested=("Python 3.11",),
 )
+REMOVALS = tuple(
+    Patch(
+        target=target,
+        why="On several workers, a script's call is made once, when all workers have come to it: the others would find "
+        "nothing, or take away what a slower worker still writes.",
+        no_public_way=_NO_PUBLIC_WAY,
+        tested=("Python 3.11",),
+    )
+    for target in ("os.remove", "os.unlink", "os.rename", "os.replace", "shutil.rmtree")
+)
 TORCH_SAVE = Patch(
     target="torch.save",
     why="On several workers, which all write the file, it is complete at any time, so that each can read it.",
@@ -44,16 +54,20 @@ SAVE_PRETRAINED = Patch(
 MakeFunction = Callable[[Any], Any]
 
 
-def install_script_files(open_file: MakeFunction, mkdir: MakeFunction, save: MakeFunction, model: MakeFunction) -> None:
-    """Replace the functions: `open`, `os.mkdir`, `torch.save`, and `save_pretrained` of models. Once in a process."""
+def install_script_files(
+    open_file: MakeFunction, mkdir: MakeFunction, removal: MakeFunction, save: MakeFunction, model: MakeFunction
+) -> None:
+    """Replace `open`, `os.mkdir`, what removes and renames, `torch.save`, and models' `save_pretrained`; once."""
     OPEN.install(open_file)
     IO_OPEN.install(open_file)
     MKDIR.install(mkdir)
+    for patch in REMOVALS:
+        patch.install(removal)
     TORCH_SAVE.install(save)
     SAVE_PRETRAINED.install(model)
 
 
 def uninstall_script_files() -> None:
     """Put the originals back."""
-    for patch in (OPEN, IO_OPEN, MKDIR, TORCH_SAVE, SAVE_PRETRAINED):
+    for patch in (OPEN, IO_OPEN, MKDIR, *REMOVALS, TORCH_SAVE, SAVE_PRETRAINED):
         patch.uninstall()

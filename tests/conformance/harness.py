@@ -91,21 +91,25 @@ class Harness:
             if plan is not None:
                 yield judged(pattern, number, plan, *compare(plain, self.run(pattern, number, plan), pattern.tolerance))
 
-    def run(self, pattern, workers, plan="auto", *, with_line=True):
-        """Run the script in a directory of its own."""
+    def run(self, pattern, workers, plan="auto", *, with_line=True, fault=""):
+        """Run the script in a directory of its own; `fault` names one of the `faults` that the runtime then has."""
         for _ in range(ATTEMPTS):
-            done = self._run(pattern, workers, plan, with_line=with_line)
+            done = self._run(pattern, workers, plan, with_line=with_line, fault=fault)
             if PORT_TAKEN not in done.errors:
                 break
         return done
 
-    def _run(self, pattern, workers, plan, *, with_line):
+    def _run(self, pattern, workers, plan, *, with_line, fault):
         place = Path(tempfile.mkdtemp(prefix=f"{pattern.name}-", dir=self.directory))
         cwd = place / "work"
         cwd.mkdir()
         script = place / "script.py"
         script.write_text(pattern.source(with_line=with_line), encoding="utf-8")
-        variables = {"CONFORMANCE_RESULTS": str(place / "results"), "CONFORMANCE_PLAN": plan}
+        variables = {
+            "CONFORMANCE_RESULTS": str(place / "results"),
+            "CONFORMANCE_PLAN": plan,
+            "CONFORMANCE_FAULT": fault,
+        }
         processes = run_forked_workers(
             [RUN_SCRIPT, script], workers, cwd=cwd, env=self.environment | variables, timeout=TIMEOUT_S
         )

@@ -1,6 +1,7 @@
 """Run a script of the suite, and write what it has reported and how it has ended: `run_script.py SCRIPT`.
 
-The environment says where to (`CONFORMANCE_RESULTS`) and under which plan (`CONFORMANCE_PLAN`).
+The environment says where to (`CONFORMANCE_RESULTS`), under which plan (`CONFORMANCE_PLAN`), and with which of the
+`faults` (`CONFORMANCE_FAULT`).
 """
 
 import os
@@ -13,6 +14,7 @@ import torch
 
 from moreh.errors import MorehError
 from tests.conformance import prelude
+from tests.conformance.faults import put_back
 from tests.conformance.plans import force_plan, plan_for_fixed_devices
 
 # Scripts replace it, and so does the line.
@@ -26,6 +28,8 @@ def main(script):
     plan_for_fixed_devices()
     if os.environ.get("WORLD_SIZE", "1") != "1":
         force_plan(os.environ["CONFORMANCE_PLAN"])
+    if fault := os.environ["CONFORMANCE_FAULT"]:
+        put_back(fault)
     sys.argv = [script]
     error = None
     try:

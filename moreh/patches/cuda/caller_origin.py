@@ -21,7 +21,7 @@ def caller_is_user_code(frames_up: int) -> bool:
     User code is what stands neither in the standard library nor in a directory of installed packages. A notebook's
     cells and what is typed at a prompt are user code.
     """
-    return _is_user_file(sys._getframe(frames_up + 1).f_code.co_filename)
+    return is_user_file(sys._getframe(frames_up + 1).f_code.co_filename)
 
 
 def caller_is_torch_or_moreh(frames_up: int) -> bool:
@@ -40,7 +40,8 @@ def caller_asks_for_bfloat16(frames_up: int) -> bool:
 
 
 @cache
-def _is_user_file(file_name: str) -> bool:
+def is_user_file(file_name: str) -> bool:
+    """Whether a file is the user's: see `caller_is_user_code`."""
     if file_name.startswith("<frozen"):
         return False
     if file_name.startswith("<"):  # <stdin>, <string>, <ipython-input-...>

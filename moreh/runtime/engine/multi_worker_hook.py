@@ -220,7 +220,7 @@ def install_multi_worker_hook(
     workers: list[Any] = [None] * world.size
     dist.all_gather_object(workers, (world.rank, socket.gethostname(), os.getpid()))
     job.worker_pids = tuple((rank, pid) for rank, host, pid in workers if host == socket.gethostname())
-    share_script_files(world.rank)
+    share_script_files(world)
     patch_lazy_loading()
     support_optimizers_and_clipping()
     instead_of_model_calls(MultiWorkerHook(options, variables, job, world).call)

@@ -37,9 +37,9 @@ from moreh.runtime.sharding.global_ops import total_norm
 from moreh.runtime.sharding.global_tensor import GlobalTensor, GlobalView
 from moreh.trace import span
 
-# Keys in a `__dict__`: of the runner, the model's structure and the functions that it computes with, in a sharded model;
-# of a weak reference to the sharded model, in the model of transformers that it wraps; of a mark, in a sharded model and
-# in each of its modules.
+# Keys in a `__dict__`: of the runner, the model's structure and the functions that it computes with, in a sharded
+# model; of a weak reference to the sharded model, in the model of transformers that it wraps; of a mark, in a sharded
+# model and in each of its modules.
 _RUNNER = "_moreh_runner"
 _STRUCTURE = "_moreh_structure"
 _FUNCTIONS = "_moreh_functions"

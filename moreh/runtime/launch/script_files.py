@@ -2,19 +2,19 @@
 
 - Only worker 0 appends to files: logs have each line once. The other workers write such lines nowhere.
 - Of equal calls of `os.mkdir` on all workers, the first one makes the directory and decides about an error.
+- A script's calls of `os.remove`, `os.rename`, `os.replace` and `shutil.rmtree` are made once, when all workers have
+  come to them (`removals.py`).
 - `torch.save` writes under another name first, so that a file is complete whenever any worker reads it.
 - A model that is not sharded is saved by the first worker that comes to `save_pretrained`; the others wait for it.
 
-No worker waits for one that has not come to the call: a function that only some workers call does not hang.
+No worker waits for long for one that has not come to the call: a function that only some workers call does not hang.
 """
 
 import contextlib
 import functools
 import os
 import stat
-from collections import Counter
-from collections.abc import Callable
-from datetime import timedelta
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,55 +22,22 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 from moreh.errors import WorkerError
 from moreh.patches.script_files import install_script_files
+from moreh.runtime.launch.removals import Removals, is_called_by_tempfile, make_removal
+from moreh.runtime.launch.shared_calls import DONE, SharedCalls
+from moreh.runtime.launch.world import World
 from moreh.runtime.sharding.local_weights import with_target_dtypes
 
-# How long a worker may take for a call that it has begun, before the others do without its result.
-TIMEOUT = timedelta(hours=1)
-DONE = "done"
 
-
-class SharedCalls:
-    """Equal calls of several workers, of which the first one decides: a store, and how often this worker has called."""
-
-    def __init__(self, store: Any) -> None:
-        self._store = store
-        self._calls: Counter[str] = Counter()
-        self._pid = os.getpid()
-
-    def are_here(self) -> bool:
-        """Whether this is the worker's own process: one that it has forked must not use its connection."""
-        return os.getpid() == self._pid
-
-    def first(self, key: str, call: Callable[[], Any]) -> str | None:
-        """Make the call on the worker that comes first, and wait for it on the others.
-
-        Returns None on the first one. On the others `DONE`, or the error that the first one had: its number if it is
-        one of the operating system, else its text.
-        """
-        name = f"moreh-files/{key}/{self._calls[key]}"
-        self._calls[key] += 1
-        if self._store.add(name, 1) == 1:
-            outcome = "interrupted"
-            try:
-                call()
-                outcome = DONE
-            except Exception as error:
-                number = getattr(error, "errno", None)
-                outcome = f"{number}" if isinstance(error, OSError) and number else f"{type(error).__name__}: {error}"
-                raise
-            finally:
-                self._store.set(f"{name}/outcome", outcome)
-            return None
-        self._store.wait([f"{name}/outcome"], TIMEOUT)
-        return str(self._store.get(f"{name}/outcome").decode())
-
-
-def share_script_files(rank: int) -> None:
+def share_script_files(world: World) -> None:
     """Let the files that the script makes from now on be those of one process, on each of several workers."""
-    calls = SharedCalls(_get_default_store())
+    calls, private = SharedCalls(_get_default_store()), set[str]()
+    rank = world.rank
     install_script_files(
         functools.partial(_make_open, rank),
-        functools.partial(_make_mkdir, calls),
+        functools.partial(_make_mkdir, calls, private),
+        functools.partial(
+            make_removal, Removals(calls, private, world.size, one_machine=world.local_size == world.size)
+        ),
         functools.partial(_make_save, rank),
         functools.partial(_make_save_pretrained, calls),
     )
@@ -94,9 +61,11 @@ def _make_open(rank: int, original: Any) -> Any:
     return open_file
 
 
-def _make_mkdir(calls: SharedCalls, original: Any) -> Any:
+def _make_mkdir(calls: SharedCalls, private: set[str], original: Any) -> Any:
     @functools.wraps(original)
     def mkdir(path: Any, mode: int = 0o777, *, dir_fd: int | None = None) -> None:
+        if not isinstance(path, bytes) and is_called_by_tempfile(sys._getframe(1)):
+            private.add(os.path.abspath(path))  # noqa: PTH100
         if dir_fd is not None or not calls.are_here() or isinstance(path, bytes):
             original(path, mode, dir_fd=dir_fd)
             return

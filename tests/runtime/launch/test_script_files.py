@@ -1,7 +1,14 @@
 """Files that a script makes on every worker are those of one process."""
 
+import functools
 import os
+import shutil
+import tempfile
+import threading
+import time
 import zipfile
+from dataclasses import replace
+from datetime import timedelta
 from unittest import mock
 
 import pytest
@@ -10,7 +17,9 @@ from safetensors.torch import load_file
 from torch.distributed import HashStore
 
 from moreh.errors import WorkerError
-from moreh.runtime.launch.script_files import SharedCalls, _make_mkdir, _make_open, _make_save, _make_save_pretrained
+from moreh.runtime.launch.removals import Removals, make_removal
+from moreh.runtime.launch.script_files import _make_mkdir, _make_open, _make_save, _make_save_pretrained
+from moreh.runtime.launch.shared_calls import SharedCalls
 from moreh.runtime.sharding import local_weights
 from tests.helpers.models.tiny_models import build, tiny_config_of
 
@@ -31,7 +40,7 @@ def outcome(call, *arguments):
 
 
 def test_directory_is_made_once_and_made_twice_is_an_error_on_each_worker(workers, tmp_path):
-    mkdirs = [_make_mkdir(worker, os.mkdir) for worker in workers]
+    mkdirs = [_make_mkdir(worker, set(), os.mkdir) for worker in workers]
     (tmp_path / "older").mkdir()
     # The second worker is first for one directory and last for the others.
     assert [outcome(mkdir, tmp_path / "new") for mkdir in mkdirs] == ["done", "done"]
@@ -42,19 +51,19 @@ def test_directory_is_made_once_and_made_twice_is_an_error_on_each_worker(worker
 
 def test_parents_that_another_worker_has_made_do_not_change_the_outcome(workers, tmp_path):
     """`Path.mkdir(parents=True)` tries without parents first."""
-    first, second = (_make_mkdir(worker, os.mkdir) for worker in workers)
+    first, second = (_make_mkdir(worker, set(), os.mkdir) for worker in workers)
     for mkdir in (first, second):
         assert outcome(mkdir, tmp_path / "new" / "inside") == "FileNotFoundError"
         assert [outcome(mkdir, tmp_path / "new"), outcome(mkdir, tmp_path / "new" / "inside")] == ["done", "done"]
 
 
 def test_directory_that_one_worker_makes_alone_is_made(workers, tmp_path):
-    _make_mkdir(workers[1], os.mkdir)(tmp_path / "own")
+    _make_mkdir(workers[1], set(), os.mkdir)(tmp_path / "own")
     assert (tmp_path / "own").is_dir()
 
 
 def test_directory_that_was_removed_since_is_made_again(workers, tmp_path):
-    first, second = (_make_mkdir(worker, os.mkdir) for worker in workers)
+    first, second = (_make_mkdir(worker, set(), os.mkdir) for worker in workers)
     first(tmp_path / "new")
     (tmp_path / "new").rmdir()
     second(tmp_path / "new")
@@ -141,3 +150,64 @@ def test_error_of_the_worker_that_saves_is_an_error_of_all(workers, tmp_path):
         methods[0](model, tmp_path / "out")
     with pytest.raises(WorkerError, match="another worker failed while saving the model"):
         methods[1](model, tmp_path / "out")
+
+
+def removals(workers, function, **changes):
+    """A function as each of two workers has it, called from here as a script calls it."""
+    made = [Removals(calls, set(), 2, one_machine=True) for calls in workers]
+    return [make_removal(replace(each, **changes), function) for each in made]
+
+
+@pytest.mark.parametrize("function", [os.remove, os.unlink, shutil.rmtree, os.replace, os.rename])
+def test_all_workers_remove_what_is_there_once(workers, tmp_path, function):
+    path, target = tmp_path / "old", tmp_path / "new"
+    made = []
+
+    def counted(*paths):
+        made.append(paths)
+        function(*paths)
+
+    arguments = (path, target) if function in (os.replace, os.rename) else (path,)
+    calls = removals(workers, functools.wraps(function)(counted))
+    for _ in range(2):
+        (path.mkdir if function is shutil.rmtree else path.touch)()
+        first = threading.Thread(target=lambda: calls[0](*arguments))
+        first.start()
+        calls[1](*arguments)
+        first.join()
+        assert not path.exists()
+    assert len(made) == 2
+
+
+def test_first_worker_waits_until_the_other_has_written(workers, tmp_path):
+    """A directory is renamed while another worker still writes to it."""
+    part, whole = tmp_path / "step.part", tmp_path / "step"
+    part.mkdir()
+    first, second = removals(workers, os.replace)
+    thread = threading.Thread(target=lambda: first(part, whole))
+    thread.start()
+    time.sleep(0.05)
+    (part / "state.pt").touch()
+    second(part, whole)
+    thread.join()
+    assert [path.name for path in whole.iterdir()] == ["state.pt"]
+
+
+def test_worker_that_comes_alone_goes_ahead(workers, tmp_path, monkeypatch):
+    monkeypatch.setattr("moreh.runtime.launch.removals.PATIENCE", timedelta(milliseconds=20))
+    first, second = removals(workers, os.remove)
+    (tmp_path / "file").touch()
+    first(tmp_path / "file")
+    assert not (tmp_path / "file").exists()
+    second(tmp_path / "file")  # its part of the same call
+    assert [outcome(call, tmp_path / "none") for call in (first, second)] == ["FileNotFoundError"] * 2
+
+
+def test_own_temporary_files_are_removed_without_the_others(workers, tmp_path):
+    remove, _ = removals(workers, shutil.rmtree, private={str(tmp_path)})
+    (tmp_path / "own").mkdir()
+    remove(tmp_path / "own")
+    assert not (tmp_path / "own").exists()
+    private = set()
+    with mock.patch("os.mkdir", _make_mkdir(workers[0], private, os.mkdir)), tempfile.TemporaryDirectory() as directory:
+        assert private == {directory}

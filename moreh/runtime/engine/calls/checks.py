@@ -40,8 +40,8 @@ def check_modules(root: nn.Module) -> None:
     name = inner_backward_hook(root)
     if name is not None:
         raise OptionError(
-            f"a backward hook on {name or 'the whole model'} would see parts of the batch, and on some workers nothing: "
-            f"remove it, or {ONE_WORKER}"
+            f"a backward hook on {name or 'the whole model'} would see parts of the batch, and on some workers "
+            f"nothing: remove it, or {ONE_WORKER}"
         )
     if _has_any_global_hook():
         raise OptionError(
@@ -64,8 +64,8 @@ def check_functions(root: nn.Module, expected: LibraryFunctions) -> LibraryFunct
     replaced = next((name for name in actual.all_replaced if name not in expected.all_replaced), None)
     if replaced is not None:
         raise OptionError(
-            f"{replaced} was replaced after the model was sharded over workers, which was done for the function before: "
-            f"replace it before the first training step, or {ONE_WORKER}"
+            f"{replaced} was replaced after the model was sharded over workers, which was done for the one "
+            f"before: replace it before the first training step, or {ONE_WORKER}"
         )
     return actual
 
