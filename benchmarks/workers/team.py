@@ -1,6 +1,5 @@
 """A team of processes that train small Llamas by a plan, for the benchmarks of this folder."""
 
-import functools
 import gc
 import multiprocessing
 import time
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from moreh.models.describe.from_module import describe_module
 from moreh.planner.plan.notation import parse_plan
@@ -87,6 +87,10 @@ class Team:
         """Make a model and divide it as the plan says, in `moreh-plan`'s notation. Its first step is done."""
         self._request("build", shape, plan)
 
+    def choose_loss(self, name: str) -> None:
+        """Train on one of `LOSSES` from the next step on."""
+        self._request("choose_loss", name)
+
     def run(self, steps: int) -> tuple[float, float]:
         """Run some steps; returns the seconds of the slowest worker, and the CPU seconds of all."""
         answers = self._request("run", steps)
@@ -133,6 +137,10 @@ class _Member:
     def __init__(self, workers: int) -> None:
         self._workers = workers
         self._step: Callable[[], None] = lambda: None
+        self._loss = LOSSES["built-in"]
+
+    def choose_loss(self, name: str) -> None:
+        self._loss = LOSSES[name]
 
     def build(self, shape: Shape, plan: str) -> None:
         self._step = lambda: None  # frees the model before
@@ -143,7 +151,7 @@ class _Member:
             shard_model(model, parse_plan(plan, shape.training(model), self._workers))
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
         ids = torch.randint(shape.vocabulary, (shape.batch_size, shape.sequence_length))
-        self._step = functools.partial(_train, model, optimizer, ids)
+        self._step = lambda: _train(model, optimizer, ids, self._loss)
         self._step()
 
     def run(self, steps: int) -> tuple[float, float]:
@@ -177,8 +185,37 @@ class _Member:
         return str(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=14, max_name_column_width=60))
 
 
-def _train(model: nn.Module, optimizer: torch.optim.Optimizer, ids: torch.Tensor) -> None:
-    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+def _built_in(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    loss: torch.Tensor = model(input_ids=ids, labels=ids, use_cache=False).loss
+    return loss
+
+
+def _cross_entropy(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    logits = model(input_ids=ids, use_cache=False).logits
+    return functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+
+def _with_z_loss(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+    loss = functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+    return loss + 1e-4 * logits.logsumexp(-1).square().mean()
+
+
+LOSSES: dict[str, Callable[[nn.Module, torch.Tensor], torch.Tensor]] = {
+    "built-in": _built_in,
+    "cross-entropy of the logits": _cross_entropy,
+    "with z-loss": _with_z_loss,
+}
+"""What a team trains on: the model's own loss, and losses that a script makes of its logits."""
+
+
+def _train(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ids: torch.Tensor,
+    loss: Callable[[nn.Module, torch.Tensor], torch.Tensor],
+) -> None:
+    loss(model, ids).backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     model.zero_grad()

@@ -89,6 +89,7 @@ def _request(options: argparse.Namespace) -> Request:
                 optimizer_state(options.optimizer, {"momentum": options.momentum}),
                 value_bytes=FLOAT32_BYTES if options.float32_state else None,
             ),
+            own_loss=options.own_loss,
         ),
         environment=setting,
         constraints=Constraints(

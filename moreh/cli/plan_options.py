@@ -146,6 +146,9 @@ def _add_what_is_trained(group: argparse._ArgumentGroup) -> None:
         "object a line with plan, batch_size, sequence_length, step_time_s and more (docs/planning.md).",
     )
     group.add_argument("--momentum", action="store_true", help="With --optimizer sgd or rmsprop, use momentum.")
+    group.add_argument(
+        "--own-loss", action="store_true", help="The script makes the loss of the logits, as in distillation."
+    )
 
 
 def _add_constraints(group: argparse._ArgumentGroup) -> None:

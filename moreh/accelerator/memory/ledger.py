@@ -16,6 +16,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from moreh.accelerator.memory.saved_activations import SavedActivations
+from moreh.patches.module_call import first_parameter
 from moreh.storages import storage_address, storage_bytes, storage_of
 
 KINDS = ("parameters", "gradients", "optimizer_state", "activations", "other_tensors")
@@ -56,7 +57,7 @@ class MemoryLedger:
         """
         if module not in self._modules:
             return
-        first = next(module.parameters(), None)
+        first = first_parameter(module)
         if time.monotonic() >= self._next_count or (first is not None and not self.holds(first)):
             self.add_module(module)
 

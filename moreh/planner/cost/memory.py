@@ -4,7 +4,7 @@
 moment of a step, depending on how the software manages memory.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from moreh.planner.cost.activation_memory import (
     residual_elements,
 )
 from moreh.planner.cost.edge_exchange import edge_exchange
+from moreh.planner.cost.first_pass import own_loss_bytes
 from moreh.planner.cost.layer_time import micro_batch_tokens
 from moreh.planner.cost.memory_states import (
     ModelStates,
@@ -71,6 +72,12 @@ class PeakMemory:
 
 def peak_memory(plans: PlanTable, training: Training, software: SoftwareProfile) -> PeakMemory:
     """The memory of every plan."""
+    needed = _memory_of_passes(plans, training, software)
+    # Between the two passes of a script's own loss there are its logits, and in the second one their gradient.
+    return replace(needed, logits=needed.logits + own_loss_bytes(training))
+
+
+def _memory_of_passes(plans: PlanTable, training: Training, software: SoftwareProfile) -> PeakMemory:
     states = model_states(plans, training, software)
     if not software.reuses_memory:
         return _sum_of_moments(states, plans, training, software)

@@ -56,6 +56,8 @@ class StepBreakdown:
     """Waiting for gradients and updated parameters after the last micro-batch."""
     optimizer_s: float
     """The optimizer's step."""
+    first_pass_s: float = 0.0
+    """The forward pass that gives a script's own loss its logits, with their exchange."""
 
     @property
     def largest_overhead(self) -> str:
@@ -68,6 +70,7 @@ class StepBreakdown:
             "pipeline bubble": self.bubble_s,
             "gradient reduction": self.gradients_s,
             "optimizer": self.optimizer_s,
+            "first pass for logits": self.first_pass_s,
         }
         largest = max(overheads, key=lambda name: overheads[name])
         share = overheads[largest] / (sum(overheads.values()) + self.computation_s)
@@ -138,7 +141,7 @@ def predict(plan: Plan, training: Training, environment: Environment) -> Predict
 
 
 def step_seconds(table: PlanTable, row: int, times: StageTime) -> float:
-    """Seconds of one step: the simulated pipeline and what follows the last micro-batch.
+    """Seconds of one step: the simulated pipeline, and what precedes and follows it.
 
     Cores that workers share are never idle while any worker can compute. So the micro-batches take as long as the work
     of all workers, unless they take longer even with a core for each worker.
@@ -178,10 +181,11 @@ def predict_row(
         bubble_s=0.0,
         gradients_s=float(times.gradients_s[row]),
         optimizer_s=float(times.optimizer_s[row]),
+        first_pass_s=float(times.first_pass_s[row]),
     )
     busy_s = parts.computation_s + parts.recomputation_s + parts.tensor_exchange_s + parts.data_exchange_s
     busy_s += parts.expert_exchange_s
-    bubble_s = step_time_s - busy_s - parts.gradients_s - parts.optimizer_s
+    bubble_s = step_time_s - busy_s - parts.gradients_s - parts.optimizer_s - parts.first_pass_s
     names = DeviceMemory.__dataclass_fields__
     memory = tuple(
         DeviceMemory(**{name: float(np.asarray(getattr(needed, name))[row, rank]) for name in names})

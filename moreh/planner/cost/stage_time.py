@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
+from moreh.planner.cost.first_pass import first_pass_s
 from moreh.planner.cost.layer_time import EdgeTime, embedding_time, head_time, layer_time, micro_batch_tokens
 from moreh.planner.cost.stage_parameters import (
     ReplicaRings,
@@ -55,6 +56,8 @@ class StageTime:
     """The optimizer's step, and what the host does between steps, [n]."""
     all_work_s: FloatArray
     """All devices' micro-batches, if the CPU cores that they share are never idle; 0 where none are shared, [n]."""
+    first_pass_s: FloatArray
+    """What comes before the first micro-batch: the forward pass for a script's own loss, [n]."""
     computation_s: FloatArray
     """Matmuls and other kernels of one micro-batch on the busiest rank, [n]."""
     recomputation_s: FloatArray
@@ -68,8 +71,8 @@ class StageTime:
 
     @property
     def tail_s(self) -> FloatArray:
-        """What follows the last micro-batch, [n]."""
-        return self.gradients_s + self.optimizer_s
+        """What precedes the first micro-batch and follows the last one, [n]."""
+        return self.first_pass_s + self.gradients_s + self.optimizer_s
 
     def slower(self, factor: float) -> "StageTime":
         """The same with all seconds multiplied by `factor`."""
@@ -150,6 +153,7 @@ def stage_time(roofline: Roofline, cluster: Cluster, plans: PlanTable, training:
         gradients_s=gradients,
         optimizer_s=optimizer,
         all_work_s=all_work,
+        first_pass_s=first_pass_s(roofline, cluster, plans, forward, training),
         computation_s=computation,
         recomputation_s=recomputation,
         tensor_exchange_s=exchange,

@@ -77,6 +77,8 @@ class Training:
     """Tokens of each sequence."""
     optimizer: OptimizerState = ADAMW
     """The optimizer that updates the weights."""
+    own_loss: bool = False
+    """Whether the script makes the loss of the logits, which on several devices takes a forward pass of its own."""
 
     @property
     def tokens(self) -> int:

@@ -45,8 +45,9 @@ def _explanation_rows(predictions: Sequence[Prediction]) -> list[tuple[str, ...]
     rows = [
         (part.name, *(seconds_text(getattr(prediction.parts, field), step_s) for prediction in predictions))
         for field, part in STEP_PARTS.items()
-        # Only a mixture of experts has this part.
-        if field != "expert_exchange_s" or any(prediction.plan.expert > 1 for prediction in predictions)
+        # Only a mixture of experts, and only a loss of the script's own, has these parts.
+        if field not in ("expert_exchange_s", "first_pass_s")
+        or any(getattr(prediction.parts, field) for prediction in predictions)
     ]
     rows.append(("step time", *(seconds_text(prediction.step_time_s, step_s) for prediction in predictions)))
     rows.append(("tokens/s", *(f"{prediction.tokens_per_second:,.0f}" for prediction in predictions)))

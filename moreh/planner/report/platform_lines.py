@@ -28,6 +28,7 @@ def detailed_line(rank: int, prediction: Prediction, word: str) -> str:
     parts = ", ".join(
         f"{name.removesuffix('_s')} {getattr(prediction.parts, name):.3f} s"
         for name in prediction.parts.__dataclass_fields__
+        if name != "first_pass_s" or prediction.parts.first_pass_s
     )
     return (
         f"candidate {rank}: {selected_config(plan)}, schedule : {plan.schedule}({plan.chunks}), "

@@ -24,6 +24,7 @@ STEP_PARTS = {
     "bubble_s": StepPart("pipeline bubble", "bubble", ("pp", "schedule", "mb", "layers")),
     "gradients_s": StepPart("gradient reduction", "gradients", ("shard", "dp", "cp")),
     "optimizer_s": StepPart("optimizer", "optimizer", ("shard", "tp", "cp", "pp")),
+    "first_pass_s": StepPart("first pass for logits", "logits", ("mb", "tp", "pp", "dp", "layers")),
 }
 _SHORT_NAMES = {part.name: part.short for part in STEP_PARTS.values()}
 

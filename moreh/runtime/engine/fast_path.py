@@ -23,6 +23,7 @@ from moreh.planner.plan.plan import Plan
 from moreh.runtime.batch.host_copies import on_host
 from moreh.runtime.batch.loss_output import output_class_of, with_lazy_outputs
 from moreh.runtime.batch.model_inputs import WHOLE_MODEL_OUTPUTS, ModelInputs, read_inputs
+from moreh.runtime.engine.calls.checks import has_wrong_ids
 from moreh.runtime.engine.calls.history import CallHistories, CallHistory
 from moreh.runtime.engine.calls.pending_loss import Gradients, PendingLoss, pending_loss
 from moreh.runtime.engine.calls.recorded import RecordedCall
@@ -67,6 +68,8 @@ class FastPath:
                 inputs = read_inputs(runner.model.parts.causal, *on_host(args, kwargs))
         except OptionError:
             return NotImplemented
+        if has_wrong_ids(runner.model.parts.causal, inputs):
+            return NotImplemented  # it raises torch's error
         runner.max_tokens = max_tokens
         if (last_call := self._last_calls.pop(module, None)) is not None and (recorded := last_call()) is not None:
             recorded.drop_kept_weights()

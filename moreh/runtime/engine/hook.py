@@ -19,7 +19,7 @@ from moreh.errors import PlanError
 from moreh.log import logger
 from moreh.models.describe.from_module import describe_module
 from moreh.options import ParallelOptions, PlannerVariables
-from moreh.patches.module_call import around_model_calls, instead_of_model_calls
+from moreh.patches.module_call import around_model_calls, first_parameter, instead_of_model_calls
 from moreh.patches.optimizer_creation import on_optimizer_created
 from moreh.planner.plan.plan import Training
 from moreh.planner.report.chosen_plan import flavor_plan, local_device, local_plan, memory_text
@@ -78,7 +78,8 @@ class SingleWorkerHook:
         if model not in self._prepared:
             self._prepare(model)
             self._prepared.add(model)
-        parameter = next(model.parameters())
+        parameter = first_parameter(model)
+        assert parameter is not None
         # A model of another dtype, or one that the script runs under an autocast of its own, keeps its precision.
         bfloat16 = parameter.dtype == torch.float32 and not inside_autocast() and self._uses_bfloat16(parameter.device)
         if _trains(model, kwargs) and not parameter.is_meta:
@@ -227,7 +228,8 @@ def _trains(model: torch.nn.Module, kwargs: dict[str, Any]) -> bool:
     """
     if not torch.is_grad_enabled() or not (model.training or kwargs.get("labels") is not None):
         return False
-    return any(parameter.requires_grad for parameter in model.parameters())
+    first = first_parameter(model)
+    return (first is not None and first.requires_grad) or any(p.requires_grad for p in model.parameters())
 
 
 def _tokens_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, int] | None:

@@ -134,7 +134,11 @@ class MultiWorkerHook:
             torch.OutOfMemoryError: no plan fits the accelerator.
         """
         training = Training(
-            describe_module(module), inputs.batch_size, inputs.sequence_length, optimizer_in_use(module)
+            describe_module(module),
+            inputs.batch_size,
+            inputs.sequence_length,
+            optimizer_in_use(module),
+            own_loss=inputs.labels is None,
         )
         accelerator = self.job.accelerator
         flavor, workers = accelerator.flavor, self.world.size

@@ -46,7 +46,7 @@ def make_removal(removals: Removals, original: Any) -> Any:
         paths = [os.path.abspath(path) for path in args if isinstance(path, str | os.PathLike)]  # noqa: PTH100
         # With the descriptor of a directory, it is a part of another call.
         is_shared = paths and removals.calls.are_here() and not kwargs.keys() & _DESCRIPTORS
-        if not is_shared or _is_private(paths[0], removals.private) or not _is_called_by_script(sys._getframe(1)):
+        if not is_shared or _is_private(paths[0], removals.private) or not is_called_by_script(sys._getframe(1)):
             return original(*args, **kwargs)
         key = "/".join((original.__name__, *map(str, paths)))
         outcome = removals.calls.together(key, lambda: original(*args, **kwargs), removals.workers, PATIENCE)
@@ -67,7 +67,7 @@ def _is_private(path: str, private: set[str]) -> bool:
     return str(parents[0]) == tempfile.gettempdir() or any(str(parent) in private for parent in (Path(path), *parents))
 
 
-def _is_called_by_script(frame: FrameType | None) -> bool:
+def is_called_by_script(frame: FrameType | None) -> bool:
     """Whether the script has made a call, by itself or through Python's own modules but `tempfile`."""
     while frame is not None:
         file = frame.f_code.co_filename

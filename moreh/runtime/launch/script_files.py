@@ -1,6 +1,7 @@
 """Files and directories that a script makes, where several workers run the script.
 
 - Only worker 0 appends to files: logs have each line once. The other workers write such lines nowhere.
+- A file that the script opens as a new one (`"x"`) is made by the worker that comes first.
 - Of equal calls of `os.mkdir` on all workers, the first one makes the directory and decides about an error.
 - A script's calls of `os.remove`, `os.rename`, `os.replace` and `shutil.rmtree` are made once, when all workers have
   come to them (`removals.py`).
@@ -22,7 +23,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 from moreh.errors import WorkerError
 from moreh.patches.script_files import install_script_files
-from moreh.runtime.launch.removals import Removals, is_called_by_tempfile, make_removal
+from moreh.runtime.launch.removals import Removals, is_called_by_script, is_called_by_tempfile, make_removal
 from moreh.runtime.launch.shared_calls import DONE, SharedCalls
 from moreh.runtime.launch.world import World
 from moreh.runtime.sharding.local_weights import with_target_dtypes
@@ -33,7 +34,7 @@ def share_script_files(world: World) -> None:
     calls, private = SharedCalls(_get_default_store()), set[str]()
     rank = world.rank
     install_script_files(
-        functools.partial(_make_open, rank),
+        functools.partial(_make_open, rank, calls),
         functools.partial(_make_mkdir, calls, private),
         functools.partial(
             make_removal, Removals(calls, private, world.size, one_machine=world.local_size == world.size)
@@ -43,9 +44,12 @@ def share_script_files(world: World) -> None:
     )
 
 
-def _make_open(rank: int, original: Any) -> Any:
+def _make_open(rank: int, calls: SharedCalls, original: Any) -> Any:
     @functools.wraps(original)
     def open_file(file: Any, mode: Any = "r", *args: Any, **kwargs: Any) -> Any:
+        makes_new = isinstance(mode, str) and "x" in mode and isinstance(file, str | os.PathLike)
+        if makes_new and calls.are_here() and is_called_by_script(sys._getframe(1)):
+            return _new_file(calls, original, file, mode, *args, **kwargs)
         opened = original(file, mode, *args, **kwargs)
         only_appends = isinstance(mode, str) and "a" in mode and "+" not in mode
         if (
@@ -59,6 +63,18 @@ def _make_open(rank: int, original: Any) -> Any:
         return original(os.devnull, mode, *args, **kwargs)
 
     return open_file
+
+
+def _new_file(calls: SharedCalls, original: Any, file: Any, mode: str, *args: Any, **kwargs: Any) -> Any:
+    """A file that may not exist yet: the first worker makes it, and what the others write goes nowhere."""
+    opened: list[Any] = []
+    path = os.path.abspath(file)  # noqa: PTH100
+    outcome = calls.first(f"open/{path}", lambda: opened.append(original(file, mode, *args, **kwargs)))
+    if outcome is None:
+        return opened[0]
+    if outcome.isdecimal():
+        raise OSError(int(outcome), os.strerror(int(outcome)), os.fspath(file))
+    return original(os.devnull, mode.replace("x", "w"), *args, **kwargs)
 
 
 def _make_mkdir(calls: SharedCalls, private: set[str], original: Any) -> Any:

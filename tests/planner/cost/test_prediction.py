@@ -75,6 +75,24 @@ def test_pipeline_with_one_micro_batch_gains_nothing_from_cores_of_its_own():
     assert shared.parts.optimizer_s == pytest.approx(4 * alone.parts.optimizer_s)
 
 
+@pytest.mark.parametrize("text", ["tp2 pp4 dp2 mb2x8", "tp1 pp1 dp16 mb4x1 shard:parameters", "tp4 pp2 dp2 mb1x16"])
+def test_own_loss_takes_a_forward_pass_and_the_logits_of_the_batch(text):
+    environment = environment_of("A100 80GB", 16)
+    training = Training(LLAMA, 64 if "mb4x1" in text else 32, 2048)
+    plan = parse_plan(text, training, 16)
+    built_in, own = (predict(plan, replace(training, own_loss=value), environment) for value in (False, True))
+    assert built_in.parts.first_pass_s == 0
+    forward_s = built_in.stage_forward_s
+    pass_s = sum(forward_s) + (plan.micro_batches - 1) * max(forward_s)
+    assert own.parts.first_pass_s > pass_s
+    assert own.step_time_s == pytest.approx(built_in.step_time_s + own.parts.first_pass_s)
+    assert sum(getattr(own.parts, name) for name in own.parts.__dataclass_fields__) == pytest.approx(own.step_time_s)
+    # Without the exchange of logits, it is what a forward pass is of a step: about a third.
+    assert 0.2 < pass_s / built_in.step_time_s < 0.45
+    logits_bytes = 2 * 4 * training.tokens * LLAMA.vocabulary
+    assert own.memory_bytes - built_in.memory_bytes == pytest.approx(logits_bytes)
+
+
 def test_model_flops_are_those_counted_by_hand():
     # 6 FLOPs for each parameter outside the embedding and the norms, for attention 12 * layers * hidden * length / 2.
     training = Training(describe(MODELS / "llama3_8b.json"), 1, 8192)

@@ -104,7 +104,9 @@ def check_call(causal: Any, inputs: ModelInputs) -> None:
             "NEFTune (neftune_noise_alpha): its noise depends on how a batch is cut and padded, and would be another "
             f"on several workers; switch it off, or {ONE_WORKER}"
         )
-    _check_ids(causal, inputs)
+    # Torch's own error comes from the rank that embeds tokens only, and from none that has a part of the matrix.
+    if has_wrong_ids(causal, inputs):
+        raise IndexError("index out of range in self")
     if inputs.labels is not None:
         check_labels(inputs.labels, causal.get_output_embeddings().weight.shape[0])
 
@@ -133,12 +135,11 @@ def refusing_counts(root: nn.Module, mesh: Mesh) -> Iterator[None]:
             )
 
 
-def _check_ids(causal: Any, inputs: ModelInputs) -> None:
-    """Torch's own error comes from the rank that embeds tokens only, and from none that has a part of the matrix."""
+def has_wrong_ids(causal: Any, inputs: ModelInputs) -> bool:
+    """Whether an id is not in the vocabulary, be it of a token that no label depends on."""
     ids = inputs.tensors.get("input_ids")
     weight = getattr(causal.get_input_embeddings(), "weight", None)
-    if ids is not None and weight is not None and _is_outside(ids, weight.shape[0]).any():
-        raise IndexError("index out of range in self")
+    return ids is not None and weight is not None and bool(_is_outside(ids, weight.shape[0]).any())
 
 
 def check_labels(labels: torch.Tensor, vocabulary_size: int) -> None:

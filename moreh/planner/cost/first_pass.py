@@ -1,0 +1,58 @@
+"""What a loss of the script's own costs: a forward pass gives its logits, before the passes that train.
+
+The script makes the loss of the whole batch's logits, which every device has, and the gradient of that loss by them.
+Then a second pass of the schedule computes what any loss needs (`moreh/runtime/engine/calls/logits.py`).
+"""
+
+import numpy as np
+
+from moreh.planner.cost.layer_time import micro_batch_tokens
+from moreh.planner.hardware.cluster import Cluster, ring_links
+from moreh.planner.hardware.roofline import Roofline
+from moreh.planner.plan.arrays import FloatArray
+from moreh.planner.plan.plan import Training
+from moreh.planner.plan.plan_table import PlanTable, sum_by_rank
+
+# Logits come to the script in float32, and so does their gradient.
+_LOGIT_BYTES = 4
+_TENSORS = 2
+
+
+def first_pass_s(
+    roofline: Roofline, cluster: Cluster, plans: PlanTable, forward_s: FloatArray, training: Training
+) -> FloatArray:
+    """Seconds until every device has the logits, [n]; 0 for the loss that the model itself computes.
+
+    Args:
+        roofline: of the devices.
+        cluster: the devices and their links.
+        plans: the plans.
+        forward_s: the forward pass of one micro-batch, [n, stages].
+        training: what is trained.
+    """
+    if not training.own_loss:
+        return np.zeros(len(plans))
+    # The first micro-batch passes all stages; each other one comes after what the busiest rank does with one.
+    busiest_s = sum_by_rank(plans, forward_s).max(axis=1)
+    pass_s = forward_s.sum(axis=1) + (plans.micro_batches - 1) * busiest_s
+    ones = np.ones(len(plans), dtype=np.int64)
+    vocabulary = training.architecture.vocabulary
+    of_replica = plans.micro_batches * micro_batch_tokens(plans, training) * vocabulary * _LOGIT_BYTES
+    ranks_of_stage = plans.tensor * plans.context
+    # The vocabulary is gathered, then sent to the other stages' ranks, and then come the rows of the other replicas.
+    seconds = roofline.ring_s(of_replica, ring_links(cluster, plans.tensor, ones))
+    seconds = seconds + roofline.ring_s(
+        2.0 * of_replica, ring_links(cluster, plans.pipeline * ones, ranks_of_stage * plans.data)
+    )
+    return (
+        pass_s
+        + seconds
+        + roofline.ring_s(of_replica * plans.data, ring_links(cluster, plans.data * plans.context, plans.tensor))
+    )
+
+
+def own_loss_bytes(training: Training) -> float:
+    """Bytes of the whole batch's logits and their gradient on each device; 0 for the loss of the model itself."""
+    if not training.own_loss:
+        return 0.0
+    return float(_TENSORS * _LOGIT_BYTES * training.tokens * training.architecture.vocabulary)
