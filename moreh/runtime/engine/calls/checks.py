@@ -136,10 +136,20 @@ def refusing_counts(root: nn.Module, mesh: Mesh) -> Iterator[None]:
 
 
 def has_wrong_ids(causal: Any, inputs: ModelInputs) -> bool:
-    """Whether an id is not in the vocabulary, be it of a token that no label depends on."""
-    ids = inputs.tensors.get("input_ids")
-    weight = getattr(causal.get_input_embeddings(), "weight", None)
-    return ids is not None and weight is not None and bool(_is_outside(ids, weight.shape[0]).any())
+    """Whether an id, or the number of a position, is in no table, be it of a token that no label depends on."""
+    embeddings = causal.get_input_embeddings()
+    ids, weight = inputs.tensors.get("input_ids"), getattr(embeddings, "weight", None)
+    if ids is not None and weight is not None and bool(_is_outside(ids, weight.shape[0]).any()):
+        return True
+    size = getattr(causal.config.get_text_config(), "max_position_embeddings", None)
+    numbers = inputs.tensors.get("position_ids")
+    if size is None or (inputs.sequence_length <= size and numbers is None):
+        return False
+    tables = (module for module in causal.modules() if isinstance(module, nn.Embedding) and module is not embeddings)
+    # Of rotary angles there is one for any number, and OPT, whose table is longer, counts from the mask.
+    if not any(table.num_embeddings == size for table in tables):
+        return False
+    return inputs.sequence_length > size if numbers is None else bool(_is_outside(numbers, size).any())
 
 
 def check_labels(labels: torch.Tensor, vocabulary_size: int) -> None:
