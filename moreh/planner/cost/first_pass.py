@@ -37,18 +37,20 @@ def first_pass_s(
     pass_s = forward_s.sum(axis=1) + (plans.micro_batches - 1) * busiest_s
     ones = np.ones(len(plans), dtype=np.int64)
     vocabulary = training.architecture.vocabulary
-    of_replica = plans.micro_batches * micro_batch_tokens(plans, training) * vocabulary * _LOGIT_BYTES
+    of_replica = (plans.micro_batches * micro_batch_tokens(plans, training) * vocabulary * _LOGIT_BYTES).astype(
+        np.float64
+    )
     ranks_of_stage = plans.tensor * plans.context
     # The vocabulary is gathered, then sent to the other stages' ranks, and then come the rows of the other replicas.
-    seconds = roofline.ring_s(of_replica, ring_links(cluster, plans.tensor, ones))
-    seconds = seconds + roofline.ring_s(
+    over_tensor = roofline.ring_s(of_replica, ring_links(cluster, plans.tensor, ones))
+    over_stages = roofline.ring_s(
         2.0 * of_replica, ring_links(cluster, plans.pipeline * ones, ranks_of_stage * plans.data)
     )
-    return (
-        pass_s
-        + seconds
-        + roofline.ring_s(of_replica * plans.data, ring_links(cluster, plans.data * plans.context, plans.tensor))
+    over_replicas = roofline.ring_s(
+        of_replica * plans.data, ring_links(cluster, plans.data * plans.context, plans.tensor)
     )
+    seconds: FloatArray = pass_s + over_tensor + over_stages + over_replicas
+    return seconds
 
 
 def own_loss_bytes(training: Training) -> float:
