@@ -35,6 +35,10 @@ def first_pass_s(
     # The first micro-batch passes all stages; each other one comes after what the busiest rank does with one.
     busiest_s = sum_by_rank(plans, forward_s).max(axis=1)
     pass_s = forward_s.sum(axis=1) + (plans.micro_batches - 1) * busiest_s
+    # Cores that workers share are never idle while any worker can compute.
+    sharing = cluster.devices_per_core
+    if sharing > 1:
+        pass_s = np.maximum(pass_s, sharing * plans.micro_batches * sum_by_rank(plans, forward_s).mean(axis=1))
     ones = np.ones(len(plans), dtype=np.int64)
     vocabulary = training.architecture.vocabulary
     of_replica = (plans.micro_batches * micro_batch_tokens(plans, training) * vocabulary * _LOGIT_BYTES).astype(
@@ -49,7 +53,7 @@ def first_pass_s(
     over_replicas = roofline.ring_s(
         of_replica * plans.data, ring_links(cluster, plans.data * plans.context, plans.tensor)
     )
-    seconds: FloatArray = pass_s + over_tensor + over_stages + over_replicas
+    seconds: FloatArray = pass_s + sharing * (over_tensor + over_stages + over_replicas)
     return seconds
 
 
