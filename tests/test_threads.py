@@ -69,11 +69,11 @@ def numbers(output):
     return [float(number) for line in lines[:4] for number in line.split()], lines[4]
 
 
-def test_threads_get_the_numbers_of_plain_torch(run_python):
-    expected, left = numbers(run_python(THREADS, "serial").stdout)
+def test_threads_get_the_numbers_of_plain_torch(run_python_forked):
+    expected, left = numbers(run_python_forked(THREADS, "serial").stdout)
     assert left == "0 LlamaConfig LlamaConfig"
     for arguments in (("line",), ("line", "serial")):
-        actual, left = numbers(run_python(THREADS, *arguments).stdout)
+        actual, left = numbers(run_python_forked(THREADS, *arguments).stdout)
         assert actual == pytest.approx(expected, rel=1e-6)
         assert left == "0 LlamaConfig LlamaConfig"
 

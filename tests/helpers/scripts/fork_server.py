@@ -2,9 +2,11 @@
 
     finished = run_forked([script, "argument"], cwd=directory, env=variables)
     finished = run_forked_workers([script], 2, cwd=directory, env=variables)
+    process = ForkedProcess([sys.executable, script], cwd=directory, env=variables, stdout=subprocess.PIPE)
 
 The first is `subprocess.run([sys.executable, script, "argument"], ...)` with its output captured, the second the same
-on each rank of two workers, as torchrun starts them. What happens while Python starts and imports torch and
+on each rank of two workers, as torchrun starts them, the third `subprocess.Popen` with the same arguments. Workers that
+a script starts itself are forked too (forked_workers.py). What happens while Python starts and imports torch and
 transformers cannot be tested with it. The server starts with the first script and ends with the process of the tests.
 """
 
@@ -111,13 +113,8 @@ class _ForkedScript(_Script):
     """A script in a copy of the server."""
 
     def _begin(self, cwd, env):
-        self.connection, theirs = socket.socketpair()
-        request = json.dumps({"command": self.command, "cwd": cwd, "env": env}).encode()
-        assert len(request) < MAX_REQUEST_BYTES
-        with theirs:
-            socket.send_fds(_connect(), [request], [*(file.fileno() for file in self.files), theirs.fileno()])
-        self.connection.settimeout(TIMEOUT_S)
-        self.pid = int.from_bytes(self.connection.recv(PID_BYTES), "big")
+        files = [file.fileno() for file in self.files]
+        self.connection, self.pid = _begin({"command": self.command, "cwd": cwd, "env": env, "session": False}, files)
 
     def finish(self, timeout):
         with self.connection:
@@ -131,6 +128,48 @@ class _ForkedScript(_Script):
         return self._finished(int(answer))
 
 
+class _ForkedProcess(subprocess.Popen):
+    """`subprocess.Popen([sys.executable, script, ...], ...)` in a copy of the server."""
+
+    def _execute_child(self, args, *settings):
+        cwd, env, pipes, session = settings[4], settings[5], settings[9:15], settings[20]
+        (stdin, _, _, stdout, _, stderr) = pipes
+        command = {"command": [str(part) for part in args[1:]], "cwd": str(cwd or Path.cwd()), "env": env}
+        files = [number if given == -1 else given for number, given in enumerate((stdin, stdout, stderr))]
+        self.connection, self.pid = _begin({**command, "session": session}, files)
+        self._child_created = True
+        self._close_pipe_fds(*pipes)
+
+    def _internal_poll(self, *_, **__):
+        if self.returncode is None and select.select([self.connection], [], [], 0)[0]:
+            self._wait(None)
+        return self.returncode
+
+    def _wait(self, timeout):
+        if self.returncode is None:
+            self.connection.settimeout(timeout)
+            try:
+                self.returncode = int(self.connection.recv(16))
+            except TimeoutError:
+                raise subprocess.TimeoutExpired(self.args, timeout) from None
+            self.connection.close()
+        return self.returncode
+
+
+ForkedProcess = _ForkedProcess if AVAILABLE else subprocess.Popen
+
+
+def _begin(request, files):
+    """The connection to a script that begins, from which its exit code comes, and its pid."""
+    connection, theirs = socket.socketpair()
+    content = json.dumps(request).encode()
+    assert len(content) < MAX_REQUEST_BYTES
+    with theirs:
+        socket.send_fds(_connect(), [content], [*files, theirs.fileno()])
+    connection.settimeout(TIMEOUT_S)
+    return connection, int.from_bytes(connection.recv(PID_BYTES), "big")
+
+
 def _connect():
     """The connection to the server, which is started if there is none."""
     global _server
@@ -140,7 +179,8 @@ def _connect():
             with theirs:
                 subprocess.Popen(
                     [sys.executable, __file__, str(theirs.fileno())],
-                    env={**os.environ, "OMP_NUM_THREADS": "1"},
+                    # The registry is that of each script; none is that of this process.
+                    env={**os.environ, "OMP_NUM_THREADS": "1", "MOREH_STATE_DIR": os.devnull},
                     stdin=subprocess.DEVNULL,
                     pass_fds=[theirs.fileno()],
                     start_new_session=True,
@@ -185,6 +225,8 @@ def _become(request, files):
     """Make this process what `python SCRIPT ARGUMENTS` is when the script begins, and run the script."""
     import numpy
 
+    from tests.helpers.scripts.forked_workers import run_and_end, workers_are_forked
+
     for number, file in enumerate(files[:3]):
         os.dup2(file, number)
     for file in files:
@@ -192,19 +234,30 @@ def _become(request, files):
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["env"])
-    numpy.random.seed()
     command = request["command"]
+    if request["session"]:
+        os.setsid()
+    of_worker = workers_are_forked() if _starts_workers(command, request["env"]) else None
+    command = of_worker or command
+    numpy.random.seed()
     sys.argv, sys.orig_argv = command, [sys.executable, *command]
     more = request["env"].get("PYTHONPATH", "")
     sys.path[:1] = [str(Path(command[0]).resolve().parent), *filter(None, more.split(os.pathsep))]
+    if of_worker:
+        run_and_end(command[0])
     runpy.run_path(command[0], run_name="__main__")
+
+
+def _starts_workers(command, env):
+    given = any("workers=" in argument or "max_restarts=" in argument for argument in command)
+    return given or env.get("MOREH_WORKERS", "1") != "1" or "MOREH_MAX_RESTARTS" in env
 
 
 def _import_libraries():
     sys.path.insert(1, str(Path(__file__).parents[3]))
     from tests.helpers.workers import PRELOADED
 
-    for name in (*PRELOADED, *LIBRARIES_OF_SCRIPTS):
+    for name in (*PRELOADED, *LIBRARIES_OF_SCRIPTS, "tests.helpers.scripts.forked_workers"):
         importlib.import_module(name)
     import torch
 

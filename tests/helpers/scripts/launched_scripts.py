@@ -27,12 +27,12 @@ assert reduce() == world.size * (world.size - 1) / 2
 
 
 def processes_of(directory):
-    """The processes that were started with a registry below a directory."""
+    """The processes that were started with a registry below a directory, or that are in it, as copies are."""
     processes = []
     for process in psutil.process_iter():
         try:
-            is_this = process.pid == os.getpid()
-            if not is_this and process.environ().get("MOREH_STATE_DIR", "").startswith(str(directory)):
+            places = process.environ().get("MOREH_STATE_DIR", ""), process.cwd()
+            if process.pid != os.getpid() and any(place.startswith(str(directory)) for place in places):
                 processes.append(process)
         except psutil.Error:
             continue

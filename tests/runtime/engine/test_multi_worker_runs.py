@@ -41,13 +41,13 @@ def hook_config(tiny_config):
     return tiny_config
 
 
-def test_script_on_two_workers_gives_what_one_worker_gives(run_forked, run_process, hook_config, tmp_path):
+def test_script_on_two_workers_gives_what_one_worker_gives(run_forked, hook_config, tmp_path):
     """Losses, norms and the saved model; files and console as of one program; one worker can resume."""
     runs = tmp_path / "runs"
     command = (sys.executable, "train_gpt.py", "--config", hook_config)
     one = run_forked(*command, "run.name=one")
     assert one.returncode == 0, one.stderr
-    two = run_process(*command, "run.name=two", "accelerator.workers=2")
+    two = run_forked(*command, "run.name=two", "accelerator.workers=2")
     assert two.returncode == 0, two.stderr
     assert "2 workers carry out the plan" in two.stdout
     assert two.stdout.count("[Step 4/4] 100% | Loss") == 1

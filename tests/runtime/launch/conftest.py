@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from tests.helpers.scripts.fork_server import ForkedProcess
 from tests.helpers.scripts.launched_scripts import START, WITHOUT_MODELS, processes_of
 
 
@@ -18,13 +19,18 @@ def environment(state_directory):
 
 @pytest.fixture
 def start(environment, tmp_path):
-    """Starts source as a user's script, in a session of its own as in a terminal."""
+    """Starts source as a user's script, in a session of its own as in a terminal.
+
+    What is not about the start itself may be `forked`: its launcher and its workers are copies of one process.
+    """
     started = []
 
-    def start_source(source, *arguments, workers=2, command=(sys.executable,), models=False, before="", **variables):
+    def start_source(
+        source, *arguments, workers=2, command=(sys.executable,), models=False, before="", forked=False, **variables
+    ):
         script = tmp_path / "script.py"
         script.write_text(before + ("" if models else WITHOUT_MODELS) + START + source, encoding="utf-8")
-        process = subprocess.Popen(
+        process = (ForkedProcess if forked else subprocess.Popen)(
             [*command, script, *arguments],
             cwd=tmp_path,
             env={**environment, "MOREH_WORKERS": str(workers), **variables},

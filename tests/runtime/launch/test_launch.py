@@ -19,6 +19,20 @@ from tests.helpers.scripts.launched_scripts import (
     wait_for_worker,
 )
 
+DRAW_BEFORE_THE_LINE = """
+import os, random, numpy, torch
+random.seed(os.getpid()), numpy.random.seed(os.getpid()), torch.manual_seed(os.getpid())
+"""
+# From the line on, the workers draw the same numbers.
+DRAW = """
+draws = [torch.rand(1).item(), random.random(), numpy.random.rand(), numpy.random.randn()]
+draws += [batch.item() for batch in torch.utils.data.DataLoader(range(9), shuffle=True)]
+everybody = [None] * world.size
+dist.all_gather_object(everybody, (draws, hash("a")))
+if world.rank == 0:
+    print(world.size, len({str(draws) for draws, _ in everybody}), len({hashed for _, hashed in everybody}))
+"""
+
 
 def test_several_workers_are_one_program(start, tmp_path, state_directory):
     source = """
@@ -31,10 +45,11 @@ print("to the console", file=sys.stderr)
 if world.rank == 0:
     time.sleep(0.5)  # the others end first
 """
-    process = start(source, "a b", workers=3, models=True)
+    process = start(DRAW + source, "a b", workers=3, models=True, before=DRAW_BEFORE_THE_LINE)
     exit_code, printed, errors, _ = finish(process, "line\n")
     assert exit_code == 0, errors
     assert printed == [
+        "3 1 1",
         "argument a b",
         "jobs True",
         "world World(rank=0, size=3, local_rank=0, local_size=3) []",
@@ -116,7 +131,7 @@ print("not reached")
     ],
 )
 def test_first_error_is_what_the_user_reads(start, what, rank, exit_code, lines):
-    process = start(FAILURES, what, str(rank))
+    process = start(FAILURES, what, str(rank), forked=True)
     actual_code, printed, errors, _ = finish(process)
     match = re.fullmatch("\n".join(lines), "\n".join(errors))
     assert match, errors
@@ -151,10 +166,12 @@ from moreh.accelerator.registry import read_registry
 if world.rank == 0:
     print(world, len(read_registry().jobs), "RANK" in os.environ)
 """
-    process = start(source, command=(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"))
-    exit_code, printed, errors, _ = finish(process)
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    exit_code, printed, errors, _ = finish(start(DRAW + source, command=torchrun, before=DRAW_BEFORE_THE_LINE))
     assert exit_code == 0, errors
-    assert printed == ["World(rank=0, size=2, local_rank=0, local_size=2) 1 False"]
+    drawn, joined = printed
+    assert drawn.split()[:2] == ["2", "1"]
+    assert joined == "World(rank=0, size=2, local_rank=0, local_size=2) 1 False"
 
 
 def test_two_torchruns_on_one_machine_are_one_world(start, unused_port):
@@ -185,30 +202,3 @@ def test_incomplete_world_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(OptionError, match=r"WORLD_SIZE=2 without RANK, LOCAL_RANK, .*: start the script with torchrun"):
         option.enable_advanced_parallelization()
-
-
-DRAW_BEFORE_THE_LINE = """
-import os, random, numpy, torch
-random.seed(os.getpid()), numpy.random.seed(os.getpid()), torch.manual_seed(os.getpid())
-"""
-DRAW = """
-draws = [torch.rand(1).item(), random.random(), numpy.random.rand(), numpy.random.randn()]
-draws += [batch.item() for batch in torch.utils.data.DataLoader(range(9), shuffle=True)]
-everybody = [None] * world.size
-dist.all_gather_object(everybody, (draws, hash("a")))
-if world.rank == 0:
-    print(world.size, len({str(draws) for draws, _ in everybody}), len({hashed for _, hashed in everybody}))
-"""
-
-
-def test_workers_draw_the_same_numbers_from_the_line_on(start):
-    exit_code, printed, errors, _ = finish(start(DRAW, workers=3, before=DRAW_BEFORE_THE_LINE))
-    assert exit_code == 0, errors
-    assert printed == ["3 1 1"]
-
-
-def test_workers_of_torchrun_draw_the_same_numbers_from_the_line_on(start):
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    exit_code, printed, errors, _ = finish(start(DRAW, command=torchrun, before=DRAW_BEFORE_THE_LINE))
-    assert exit_code == 0, errors
-    assert printed[0].split()[:2] == ["2", "1"]

@@ -36,7 +36,7 @@ print("done", restarted_since() is not None)
 
 
 def test_a_worker_that_is_stopped_for_ever_is_named_and_the_world_starts_again(start):
-    process = start(TRAINING, MOREH_HANG_SECONDS="8", MOREH_MAX_RESTARTS="1")
+    process = start(TRAINING, forked=True, MOREH_HANG_SECONDS="8", MOREH_MAX_RESTARTS="1")
     exit_code, printed, errors, _ = finish(process)
     assert (exit_code, printed) == (0, ["done True"]), errors
     warning, error, stacks, restart = errors
@@ -66,7 +66,7 @@ sys.exit()
 
 
 def test_one_worker_is_started_again_too(start):
-    exit_code, printed, errors, _ = finish(start("", before=ONE_WORKER, workers=1, MOREH_MAX_RESTARTS="1"))
+    exit_code, printed, errors, _ = finish(start("", before=ONE_WORKER, workers=1, forked=True, MOREH_MAX_RESTARTS="1"))
     assert (exit_code, printed) == (0, ["done 1"]), errors
     assert "worker 0 of 1" in errors[0]
     assert "SIGSEGV (a fault in compiled code" in errors[0]

@@ -32,7 +32,7 @@ sys.exit(130 if counted[0] == signal.SIGINT else 0)
 
 @pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
 def test_a_signal_lets_all_workers_save(start, number, exit_code):
-    process = start(STOPPED)
+    process = start(STOPPED, forked=True)
     wait_for_line(process, "go")
     os.killpg(process.pid, number)
     actual_code, printed, errors, seconds = finish(process)
@@ -53,7 +53,7 @@ print("goes on")
 
 
 def test_a_signal_of_the_scripts_own_reaches_all_workers_and_stops_none(start):
-    process = start(WARNED)
+    process = start(WARNED, forked=True)
     wait_for_line(process, "go")
     os.kill(process.pid, signal.SIGUSR1)
     exit_code, printed, errors, _ = finish(process)
