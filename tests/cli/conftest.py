@@ -1,9 +1,12 @@
 """What the tests of the command-line tools share."""
 
+import functools
 import json
 
 import pytest
 
+from moreh.cli import plan_command
+from moreh.planner.report.flavor_comparison import compare_flavors
 from tests.helpers.planner.plan_tool import runner, write_model
 
 
@@ -11,6 +14,17 @@ from tests.helpers.planner.plan_tool import runner, write_model
 def model(tmp_path):
     """The path of a small model's configuration."""
     return write_model(tmp_path)
+
+
+@pytest.fixture
+def flavors_compared_once(monkeypatch):
+    """The flavors of a request are compared once, for tests of how they are shown."""
+    monkeypatch.setattr(plan_command, "compare_flavors", compared)
+
+
+@functools.cache
+def compared(request):
+    return compare_flavors(request)
 
 
 @pytest.fixture

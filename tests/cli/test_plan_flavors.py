@@ -12,6 +12,7 @@ from moreh.planner.report.flavor_report import recommendation
 from tests.helpers.planner.plan_tool import STEP, plan_of, search_result, sentences_below_table, table_rows
 
 
+@pytest.mark.usefixtures("flavors_compared_once")
 def test_every_accelerator_has_its_best_plan_and_the_cheapest_is_recommended(plan, plan_json, model):
     content = plan_json(model, *STEP, "--flavors", "--dataset-tokens", "1e9", "--price-per-device-hour", 2.5)
     rows = content["flavors"]
