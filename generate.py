@@ -129,7 +129,9 @@ def _as_trained(question: str, template: PromptTemplate | None, arguments: argpa
             raise UserError("--field: the checkpoint has no template that is filled: leave it out")
         return question
     if template.is_applied_to(question):
-        print("The prompt is in the model's template already, so it is not put there again.", file=sys.stderr)
+        print(
+            "The prompt already contains the model's template, so the template is not applied again.", file=sys.stderr
+        )
         return question
     return template.fill(question, fields)
 
@@ -159,7 +161,7 @@ def _number(text: str, minimum: float, maximum: float) -> float:
     except ValueError:
         number = math.nan
     if not minimum <= number <= maximum:
-        raise argparse.ArgumentTypeError(f"{text}: allowed is a number from {minimum:g} to {maximum:g}")
+        raise argparse.ArgumentTypeError(f"{text}: expected a number from {minimum:g} to {maximum:g}")
     return number
 
 
@@ -172,13 +174,13 @@ def _field(text: str) -> tuple[str, str]:
 
 def _seed(text: str) -> int:
     if not (text.isascii() and text.isdecimal() and int(text) < 2**63):
-        raise argparse.ArgumentTypeError(f"{text}: allowed is a whole number from 0 to {2**63 - 1}")
+        raise argparse.ArgumentTypeError(f"{text}: expected a whole number from 0 to {2**63 - 1}")
     return int(text)
 
 
 def _parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Ask a fine-tuned checkpoint; the answer is streamed.")
-    parser.add_argument("checkpoint", help="directory of a saved model, or a name on the hub")
+    parser = argparse.ArgumentParser(description="Generate text with a fine-tuned model; the output is streamed.")
+    parser.add_argument("checkpoint", help="directory of a saved model, or a name on the Hub")
     parser.add_argument(
         "prompt", nargs="?", help="the prompt (\\n is a line break); without it, --file or standard input"
     )
@@ -187,13 +189,13 @@ def _parse_arguments() -> argparse.Namespace:
         "--max-new-tokens",
         type=int,
         metavar="N",
-        help=f"default: {DEFAULT_NEW_TOKENS}, or what the model's positions leave",
+        help=f"default: {DEFAULT_NEW_TOKENS}, or as many as the model has positions for",
     )
     parser.add_argument(
         "--temperature",
         type=_temperature,
         default=0.0,
-        help="0 takes the most likely token; from 0.001 tokens are sampled (default: %(default)s)",
+        help="0: greedy decoding; from 0.001: sampling (default: %(default)s)",
     )
     parser.add_argument("--top-p", type=lambda text: _number(text, 0, 1), default=1.0, help="default: %(default)s")
     parser.add_argument("--top-k", type=int, default=0, help="0: no limit (default: %(default)s)")
@@ -203,10 +205,10 @@ def _parse_arguments() -> argparse.Namespace:
         default=1.0,
         help="default: %(default)s",
     )
-    parser.add_argument("--seed", type=_seed, help="seed of the sampling (default: 0)")
+    parser.add_argument("--seed", type=_seed, help="random seed for sampling (default: 0)")
     parser.add_argument("--echo", action="store_true", help="print the prompt too")
     parser.add_argument(
-        "--raw", action="store_true", help="the prompt is the whole text: no template, control tokens are tokens"
+        "--raw", action="store_true", help="do not apply the template; names of control tokens become tokens"
     )
     parser.add_argument(
         "--field",
@@ -214,9 +216,11 @@ def _parse_arguments() -> argparse.Namespace:
         action="append",
         default=[],
         metavar="NAME=TEXT",
-        help="another field of the model's template (default: empty)",
+        help="a further field of the model's template (default: empty)",
     )
-    parser.add_argument("--chat", action="store_true", help=f"talk: each line is a message; {RESET} begins anew")
+    parser.add_argument(
+        "--chat", action="store_true", help=f"chat: each input line is a message; {RESET} starts a new conversation"
+    )
     parser.add_argument("--system", metavar="TEXT", help="the system message of a conversation")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     arguments = parser.parse_intermixed_args()

@@ -4,8 +4,8 @@ python train_gpt.py --config configs/gpt.yaml
 python train_gpt.py --config configs/gpt.yaml train.lr=1e-4 train.steps=200
 python train_gpt.py --config configs/gpt_13b.yaml --plan-only
 
-This is the loop that one would write for a single GPU.
-Everything parallel is in one line, the first of `main`.
+The training loop is that of a single-GPU script.
+One line in `main` makes it parallel.
 """
 
 import sys
@@ -19,13 +19,13 @@ from utils.logging.run_log import RunLog
 
 # A record of `data.docstrings`: {"prompt": 'def add(a, b):\n    """Add."""\n', "response": "    return a + b\n"}
 def make_pair(record: Record, data: DataSection) -> tuple[str, str]:
-    """The prompt, which is a signature with docstring in the template, and the response, which is the body."""
+    """Prompt (the signature with docstring, in the template) and response (the body) of a record."""
     signature, body = record.text(data.prompt_field), record.text(data.response_field)
     return record.fill(data.template, prompt=signature), body
 
 
 def make_example(signature: list[int], body: list[int], end_of_text: int, loss_on: str) -> tuple[list[int], list[int]]:
-    """Token ids and labels: the model is given the signature, and learns to write the body and to stop after it.
+    """Token ids and labels: the model sees the signature, and learns to write the body and to stop after it.
 
     input_ids    def   add   (a, b):   ...    return   a   +   b   <end>
     labels      -100  -100   -100     -100    return   a   +   b   <end>
@@ -36,12 +36,12 @@ def make_example(signature: list[int], body: list[int], end_of_text: int, loss_o
 
 
 def show_sample(signature: str, written: str, body: str) -> str:
-    """The log's text of what the model has written, after the signature and a mark. Many bodies would be right."""
+    """Text for the log: the signature and the generated body. Many bodies are correct, so the reference is left out."""
     return f"{signature}>>>\n{written}"
 
 
 def main(config: Config, log: RunLog) -> None:
-    """Train as the settings say. Libraries are imported here, so that `--plan-only` does not wait for them."""
+    """Train with the given settings. Imports are local so that `--plan-only` and `--help` stay fast."""
     import torch
 
     from utils.data.batches import iter_steps, total_steps, training_loader
@@ -55,8 +55,8 @@ def main(config: Config, log: RunLog) -> None:
     from utils.training.save_model import save_model
     from utils.training.step_meter import StepMeter
 
-    # The one line: from here on, models are planned and run on all devices of the accelerator. With several workers,
-    # this script is started again in each worker, and only the workers get past the line.
+    # The one line: models created after it are planned for and run on all devices of the accelerator. With several
+    # workers, it starts this script again in each worker, and only the workers continue after the line.
     torch.moreh.option.enable_advanced_parallelization(**config.accelerator.options())
 
     torch.manual_seed(config.train.seed)
@@ -85,7 +85,7 @@ def main(config: Config, log: RunLog) -> None:
     meter = StepMeter(config, log, steps)
 
     for step, batches in meter.timed(iter_steps(loader, config.train.gradient_accumulation, steps, start_step)):
-        # Each batch counts by its label tokens, so the gradient does not depend on how the rows are cut into batches.
+        # Weight each batch by its label tokens, so the gradient does not depend on how rows are grouped into batches.
         label_tokens = sum(count_labels(batch["labels"]) for batch in batches)
         step_loss = 0.0
         for batch in batches:
@@ -112,7 +112,7 @@ def main(config: Config, log: RunLog) -> None:
         log.log_step(metrics)
         checkpoints.maybe_save(step, model, optim, scheduler)
 
-    # Save the model, its tokenizer and the template of its prompts
+    # Save the model, its tokenizer and the prompt template
     checkpoints.flush()
     save_model(model, tokenizer, config.data, log.directory / "model")
     log.finish(evaluation.first_loss, evaluation.last_loss)

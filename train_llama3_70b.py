@@ -1,11 +1,11 @@
-"""Fine-tune Llama-3-70B, or a smaller model of its kind, to summarize a text.
+"""Fine-tune Llama-3-70B, or a smaller causal language model, to summarize a text.
 
 python train_llama3_70b.py --plan-only accelerator.model=8xLarge.4096GB
 python train_llama3_70b.py --config configs/llama_small.yaml
 python train_llama3_70b.py --config configs/llama_smollm2.yaml train.steps=20
 
-This is the loop that one would write for a single GPU.
-Everything parallel is in one line, the first of `main`.
+The training loop is that of a single-GPU script.
+One line in `main` makes it parallel.
 """
 
 import sys
@@ -19,16 +19,16 @@ from utils.logging.run_log import RunLog
 
 # A record of `data.summaries`: {"prompt": "Both sides are filled alike ...", "response": "Pad a sequence."}
 def make_pair(record: Record, data: DataSection) -> tuple[str, str]:
-    r"""The prompt, which is a text in the template, and the response, which is the text's summary.
+    r"""Prompt (the text, in the template) and response (the summary) of a record.
 
-    The template of configs/*.yaml, "Summarize the following:\n{prompt}\nSummary:\n", says what to do with the text.
+    The template in configs/*.yaml, "Summarize the following:\n{prompt}\nSummary:\n", states the task.
     """
     text, summary = record.text(data.prompt_field), record.text(data.response_field)
     return record.fill(data.template, prompt=text), summary
 
 
 def make_example(prompt: list[int], summary: list[int], end_of_text: int, loss_on: str) -> tuple[list[int], list[int]]:
-    """Token ids and labels: the model is given the text, and learns to write the summary and to stop after it.
+    """Token ids and labels: the model sees the text, and learns to write the summary and to stop after it.
 
     input_ids    Sum   marize   ...   Summary   :      Pad   a   sequence   .   <end>
     labels      -100    -100   -100    -100    -100    Pad   a   sequence   .   <end>
@@ -41,12 +41,12 @@ def make_example(prompt: list[int], summary: list[int], end_of_text: int, loss_o
 
 
 def show_sample(prompt: str, written: str, summary: str) -> str:
-    """The log's text of what the model has written, after the prompt and above what the data has."""
+    """Text for the log: the prompt, the generated summary and the reference summary."""
     return f"{prompt}{written.strip()}\nIn the data:\n{summary.strip()}"
 
 
 def main(config: Config, log: RunLog) -> None:
-    """Train as the settings say. Libraries are imported here, so that `--plan-only` does not wait for them."""
+    """Train with the given settings. Imports are local so that `--plan-only` and `--help` stay fast."""
     import torch
 
     from utils.data.batches import iter_steps, total_steps, training_loader
@@ -60,8 +60,8 @@ def main(config: Config, log: RunLog) -> None:
     from utils.training.save_model import save_model
     from utils.training.step_meter import StepMeter
 
-    # The one line: from here on, models are planned and run on all devices of the accelerator. With several workers,
-    # this script is started again in each worker, and only the workers get past the line.
+    # The one line: models created after it are planned for and run on all devices of the accelerator. With several
+    # workers, it starts this script again in each worker, and only the workers continue after the line.
     torch.moreh.option.enable_advanced_parallelization(**config.accelerator.options())
 
     torch.manual_seed(config.train.seed)
@@ -90,7 +90,7 @@ def main(config: Config, log: RunLog) -> None:
     meter = StepMeter(config, log, steps)
 
     for step, batches in meter.timed(iter_steps(loader, config.train.gradient_accumulation, steps, start_step)):
-        # Each batch counts by its label tokens, so the gradient does not depend on how the rows are cut into batches.
+        # Weight each batch by its label tokens, so the gradient does not depend on how rows are grouped into batches.
         label_tokens = sum(count_labels(batch["labels"]) for batch in batches)
         step_loss = 0.0
         for batch in batches:
@@ -117,7 +117,7 @@ def main(config: Config, log: RunLog) -> None:
         log.log_step(metrics)
         checkpoints.maybe_save(step, model, optim, scheduler)
 
-    # Save the model, its tokenizer and the template of its prompts
+    # Save the model, its tokenizer and the prompt template
     checkpoints.flush()
     save_model(model, tokenizer, config.data, log.directory / "model")
     log.finish(evaluation.first_loss, evaluation.last_loss)

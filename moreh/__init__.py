@@ -14,12 +14,12 @@ __all__ = ["__version__"]
 
 
 def __getattr__(name: str) -> Any:
-    """Say of an older entry point of the platform what takes its place."""
+    """Raise an AttributeError that names the replacement of an older entry point of the platform."""
     if name in ("pipeline_assign", "MixedPrecisionTrainer"):
         raise AttributeError(
-            f"torch.moreh.{name} is an older entry point of the platform, which is not here: call "
-            "torch.moreh.option.enable_advanced_parallelization() once, before the model is made, and train as on one "
-            "device"
+            f"torch.moreh.{name} is an older entry point of the MoAI Platform, which this package does not provide: "
+            "call torch.moreh.option.enable_advanced_parallelization() once, before the script creates its model, and "
+            "train as on one device"
         )
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

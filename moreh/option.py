@@ -116,7 +116,7 @@ def _workers_to_start() -> int:
     value = os.environ.get("MOREH_WORKERS", str(max(gpus, 1))).strip()
     if not (value.isascii() and value.isdecimal() and 1 <= int(value) <= MAX_WORKERS):
         raise OptionError(
-            f"MOREH_WORKERS={value!r}: allowed is a whole number from 1 to {MAX_WORKERS}; the number of GPUs, else 1, "
+            f"MOREH_WORKERS={value!r}: expected a whole number from 1 to {MAX_WORKERS}; the number of GPUs, else 1, "
             "if unset"
         )
     # torchrun or this package started this process as a worker, or multiprocessing started it to help a worker.
@@ -124,7 +124,7 @@ def _workers_to_start() -> int:
         return 0
     if int(value) > gpus > 0 and not shares_gpus():
         raise OptionError(
-            f"MOREH_WORKERS={value}: this machine has {gpus} GPU(s), and allowed is one worker for each; set "
+            f"MOREH_WORKERS={value}: this machine has {gpus} GPU(s), which allow one worker each; set "
             "CUDA_VISIBLE_DEVICES to nothing to compute on the CPU, or MOREH_SHARE_GPUS=1 to test with several workers "
             "on one GPU"
         )
@@ -135,11 +135,11 @@ def _workers_to_start() -> int:
 
 
 def __getattr__(name: str) -> Any:
-    """Say of an older entry point of the platform what takes its place."""
+    """Raise an AttributeError that names the replacement of an older entry point of the platform."""
     if name in ("parallelizer_init",):
         raise AttributeError(
-            f"torch.moreh.option.{name} is an older entry point of the platform, which is not here: call "
-            "torch.moreh.option.enable_advanced_parallelization() once, before the model is made, and train as on one "
-            "device"
+            f"torch.moreh.option.{name} is an older entry point of the MoAI Platform, which this package does not "
+            "provide: call torch.moreh.option.enable_advanced_parallelization() once, before the script creates its "
+            "model, and train as on one device"
         )
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

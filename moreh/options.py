@@ -136,14 +136,14 @@ def _checked(name: str, value: Any, allowed: str) -> Any:
     else:
         is_valid = isinstance(value, bool) or (allowed == SWITCH_OR_AUTO and is_auto)
     if not is_valid:
-        raise OptionError(f"{name}={value!r}: allowed is {allowed}")
+        raise OptionError(f"{name}={value!r}: expected {allowed}")
     return value
 
 
 def _checked_names(name: str, value: Any) -> tuple[str, ...]:
     """The optimizations of a list, in the order in which they are declared, so that equal sets are equal options."""
     if not isinstance(value, list | tuple | set | frozenset):
-        raise OptionError(f"{name}={value!r}: allowed is {NAMES}, such as ({next(iter(OPTIMIZATIONS))!r},)")
+        raise OptionError(f"{name}={value!r}: expected {NAMES}, such as ({next(iter(OPTIMIZATIONS))!r},)")
     for item in value:
         if item not in OPTIMIZATIONS:
             raise OptionError(
@@ -198,7 +198,7 @@ def launch_variables() -> LaunchVariables:
     """
     restarts = os.environ.get(MAX_RESTARTS_VARIABLE, "0").strip()
     if not (restarts.isascii() and restarts.isdecimal()):
-        raise OptionError(f"{MAX_RESTARTS_VARIABLE}={restarts!r}: allowed is a whole number from 0; 0 if unset")
+        raise OptionError(f"{MAX_RESTARTS_VARIABLE}={restarts!r}: expected a whole number from 0; 0 if unset")
     text = os.environ.get(HANG_VARIABLE, "").strip()
     try:
         seconds = float(text) if text else DEFAULT_HANG_S
@@ -206,7 +206,7 @@ def launch_variables() -> LaunchVariables:
         seconds = math.nan
     if not (0 <= seconds < math.inf):
         raise OptionError(
-            f"{HANG_VARIABLE}={text!r}: allowed is a number of seconds from 0 (never); {DEFAULT_HANG_S:g} if unset"
+            f"{HANG_VARIABLE}={text!r}: expected a number of seconds from 0 (never); {DEFAULT_HANG_S:g} if unset"
         )
     return LaunchVariables(max_restarts=int(restarts), hang_seconds=seconds or None)
 
@@ -215,7 +215,7 @@ def _shows_platform_lines() -> bool:
     text = os.environ.get(PLATFORM_LINES_VARIABLE, "").strip()
     if text not in ("", "0", "1"):
         raise OptionError(
-            f"{PLATFORM_LINES_VARIABLE}={text!r}: allowed is 0 (one line of the plan) or 1 (the platform's lines); 1 "
+            f"{PLATFORM_LINES_VARIABLE}={text!r}: expected 0 (one line of the plan) or 1 (the platform's lines); 1 "
             "if unset"
         )
     return text != "0"
@@ -225,7 +225,7 @@ def _number_in_environment(name: str, *, default: int, minimum: int, maximum: in
     value = os.environ.get(_VARIABLE_PREFIX + name, str(default)).strip()
     if not (value.isascii() and value.isdecimal() and minimum <= int(value) <= maximum):
         raise OptionError(
-            f"{_VARIABLE_PREFIX}{name}={value!r}: allowed is a whole number from {minimum} to {maximum}; "
+            f"{_VARIABLE_PREFIX}{name}={value!r}: expected a whole number from {minimum} to {maximum}; "
             f"{default} if unset"
         )
     return int(value)

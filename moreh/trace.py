@@ -66,7 +66,7 @@ def read_variable() -> None:
     value = os.environ.get(VARIABLE, "").strip()
     if value not in ("", "0", "1"):
         raise OptionError(
-            f"{VARIABLE}={value!r}: allowed is 1, which logs each phase of a step, or 0, which is the default"
+            f"{VARIABLE}={value!r}: expected 1, which logs each phase of a step, or 0, which is the default"
         )
     global _logs_spans
     _logs_spans = value == "1"

@@ -1,10 +1,10 @@
-"""Write the model of a run as a plain directory of transformers, for other tools.
+"""Export the model of a run as a plain transformers model directory, for other tools.
 
-    python scripts/export.py runs/llama_smollm2_lora exported --merge   an adapter and its base
+    python scripts/export.py runs/llama_smollm2_lora exported --merge   an adapter and its base model
     python scripts/export.py runs/gpt exported --dtype bfloat16         a model without adapters
 
-The directory has the tokenizer and the template of the prompts too. Results in float32 are those of
-the run, to rounding.
+The directory includes the tokenizer and the prompt template. In float32, results equal those of the
+run, to rounding.
 """
 
 import argparse

@@ -46,8 +46,8 @@ def _switch(model: str) -> None:
     if after != before:
         set_up_logger()
         logger.info(
-            "Accelerator %d is switched from %s to %s, as accelerator.model of the settings says; "
-            "accelerator.model=null keeps the current model.",
+            "Switched accelerator %d from %s to %s, as set by accelerator.model; accelerator.model=null keeps the "
+            "current model.",
             registry.current,
             before,
             after,

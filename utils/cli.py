@@ -53,9 +53,9 @@ def run_script(
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     show_any_text()
     parser.add_argument("--config", default=default_config, metavar="FILE", help="settings (default: %(default)s)")
-    parser.add_argument("--plan-only", action="store_true", help="print how the accelerator would run it, and exit")
+    parser.add_argument("--plan-only", action="store_true", help="print the best plans for the accelerator, and exit")
     parser.add_argument(
-        "--dry-run", action="store_true", help="train three steps, say how long the run would take, write nothing"
+        "--dry-run", action="store_true", help="train three steps, estimate the duration of the run, write nothing"
     )
     parser.add_argument(
         "--show-rows", type=_positive, metavar="N", help="print N training rows with their labels marked, and exit"
@@ -63,22 +63,24 @@ def run_script(
     parser.add_argument(
         "--resume",
         metavar="CHECKPOINT",
-        help="resume a checkpoint: auto (the run's last one, if any), or the directory of a run or of a checkpoint",
+        help="resume a checkpoint: auto (the run's last one, if any), or the directory of a run or a checkpoint",
     )
     parser.add_argument(
         "--resume-with",
         action="append",
         default=[],
         metavar="TRAIN.KEY=VALUE",
-        help="with --resume: change the learning rate, schedule, weight decay or clipping of the checkpoint",
+        help="with --resume: change the learning rate, schedule, weight decay or gradient clipping",
     )
     parser.add_argument(
         "--resume-force",
         action="store_true",
-        help="with --resume: go on although data, tokenizer, model or other settings are not the checkpoint's",
+        help="with --resume: resume even if data, tokenizer, model or other settings differ from the checkpoint",
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    parser.add_argument("overrides", nargs="*", metavar="SECTION.KEY=VALUE", help="settings that replace the file's")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="SECTION.KEY=VALUE", help="settings that override those in the file"
+    )
     if not {"-h", "--help"}.isdisjoint(sys.argv[1:]):
         from utils.config.markdown import settings_help
 
@@ -118,7 +120,7 @@ def _resume_overrides(resume: str | None, changes: list[str], *, is_forced: bool
     if resume is None:
         if changes or is_forced:
             option = "--resume-with" if changes else "--resume-force"
-            raise UserError(f"{option} is about a run that goes on from a checkpoint: add --resume auto")
+            raise UserError(f"{option} applies only to a resumed run: add --resume auto")
         return []
     if not resume.strip():
         raise UserError(
@@ -137,7 +139,7 @@ def _resume_overrides(resume: str | None, changes: list[str], *, is_forced: bool
 
 def _positive(text: str) -> int:
     if not (text.isascii() and text.isdecimal() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"{text}: allowed is a whole number from 1")
+        raise argparse.ArgumentTypeError(f"{text}: expected a whole number from 1")
     return int(text)
 
 

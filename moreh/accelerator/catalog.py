@@ -55,7 +55,7 @@ def check_entry(path: Path, name: str, entry: Any, declared: Iterable["Field[Any
         raise AcceleratorError(f"{where}: {'; '.join(parts)}; the keys are {', '.join(by_name)}")
     for key, value in entry.items():
         if (allowed := _allowed(by_name[key], value)) is not None:
-            raise AcceleratorError(f"{where}: {key} is {value!r}; allowed is {allowed}")
+            raise AcceleratorError(f"{where}: {key} is {value!r}; expected {allowed}")
 
 
 def _allowed(field: "Field[Any]", value: Any) -> str | None:

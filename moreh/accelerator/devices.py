@@ -89,11 +89,11 @@ def _check_packages(device: Device) -> None:
     if (device.devices_per_package > 1) != (device.package_bytes_per_second is not None):
         raise AcceleratorError(
             f"{where}: package_bytes_per_second is {device.package_bytes_per_second} with devices_per_package "
-            f"{device.devices_per_package}; allowed is a rate where a package has several devices, else null"
+            f"{device.devices_per_package}; expected a rate where a package has several devices, else null"
         )
     if device.devices_per_node % device.devices_per_package:
         raise AcceleratorError(
-            f"{where}: devices_per_node is {device.devices_per_node}; allowed is a multiple of devices_per_package, "
+            f"{where}: devices_per_node is {device.devices_per_node}; expected a multiple of devices_per_package, "
             f"{device.devices_per_package}"
         )
 

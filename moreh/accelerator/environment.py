@@ -24,8 +24,8 @@ def visible_device(current: int) -> int:
         return current
     if not (text.isascii() and text.isdecimal()):
         raise OptionError(
-            f"{VISIBLE_DEVICE}={text!r}: allowed is the index of one accelerator, such as 0; "
-            "'moreh-smi device --list' shows them, and the current one is used if unset"
+            f"{VISIBLE_DEVICE}={text!r}: expected the index of one accelerator, such as 0; "
+            "'moreh-smi device --list' lists them; the current one if unset"
         )
     return int(text)
 
@@ -42,6 +42,6 @@ def warn_of_a_line_that_was_not_called() -> None:
     if os.environ.get(ENABLE_VARIABLE, "").strip() == "1":
         logger.warning(
             "%s=1 does not replace the line, and the script ran on one device: call "
-            "torch.moreh.option.enable_advanced_parallelization() in it.",
+            "torch.moreh.option.enable_advanced_parallelization() in the script.",
             ENABLE_VARIABLE,
         )

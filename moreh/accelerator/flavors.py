@@ -73,7 +73,7 @@ def _make_flavor(entry: Any) -> Flavor:
     devices, nodes = entry["devices"], entry["nodes"]
     if devices % nodes or devices // nodes > device.devices_per_node:
         raise AcceleratorError(
-            f"{where}: {devices} devices on {nodes} nodes; allowed are equally many on each node, at most "
+            f"{where}: {devices} devices on {nodes} nodes; expected equally many on each node, at most "
             f"{device.devices_per_node} of {device.name}"
         )
     return Flavor(name, device, devices, nodes)

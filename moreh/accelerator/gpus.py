@@ -74,8 +74,8 @@ def shares_gpus() -> bool:
     text = os.environ.get(SHARE_VARIABLE, "").strip() or "0"
     if text not in ("0", "1"):
         raise OptionError(
-            f"{SHARE_VARIABLE}={text!r}: allowed is 1 (several workers may have one GPU, and talk over gloo) or 0 (one "
-            "worker for each GPU), which it is if unset"
+            f"{SHARE_VARIABLE}={text!r}: expected 1 (several workers may share a GPU, over gloo) or 0 (one worker per "
+            "GPU); 0 if unset"
         )
     return text == "1"
 

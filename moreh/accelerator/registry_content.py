@@ -132,7 +132,7 @@ def parse_registry(content: Any, path: Path) -> Registry:
         _check_types(registry)
         registry.accelerator(registry.current)
     except (KeyError, TypeError, AcceleratorError) as error:
-        raise RegistryError(f"{path} is damaged ({error}): delete it, and one accelerator is set up anew") from None
+        raise RegistryError(f"{path} is damaged ({error}): delete it to start with one new accelerator") from None
     return registry
 
 

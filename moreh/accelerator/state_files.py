@@ -33,7 +33,7 @@ def state_directory() -> Path:
     try:
         base = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
     except RuntimeError:
-        raise RegistryError("there is no home directory: set MOREH_STATE_DIR to a directory of yours") from None
+        raise RegistryError("there is no home directory: set MOREH_STATE_DIR to a writable directory") from None
     return _absolute(base) / "moreh" / socket.gethostname()
 
 
@@ -79,7 +79,7 @@ def read_json(path: Path) -> Any | None:
     except OSError as error:
         raise _unusable(path, error) from None
     except (ValueError, RecursionError) as error:
-        raise RegistryError(f"{path} is damaged ({error}): delete it, and one accelerator is set up anew") from None
+        raise RegistryError(f"{path} is damaged ({error}): delete it to start with one new accelerator") from None
 
 
 def replace_json(path: Path, content: Any, *, durable: bool) -> None:
@@ -100,4 +100,4 @@ def replace_json(path: Path, content: Any, *, durable: bool) -> None:
 
 
 def _unusable(path: Path, error: OSError) -> RegistryError:
-    return RegistryError(f"{path} cannot be used: {error.strerror}. Set MOREH_STATE_DIR to a directory of yours")
+    return RegistryError(f"{path} cannot be used: {error.strerror}. Set MOREH_STATE_DIR to a writable directory")

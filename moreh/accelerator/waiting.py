@@ -24,7 +24,7 @@ def waits_for_accelerator() -> bool:
     text = os.environ.get(VARIABLE, "").strip()
     if text not in ("", "0", "1"):
         raise OptionError(
-            f"{VARIABLE}={text!r}: allowed is 0 (a busy accelerator is refused) or 1 (this process waits for it); 1 if "
+            f"{VARIABLE}={text!r}: expected 0 (raise an error if the accelerator is busy) or 1 (wait for it); 1 if "
             "unset"
         )
     return text != "0"
@@ -52,4 +52,6 @@ def when_free(start: Callable[[], Result]) -> Result:
 def warn_of_waiting(busy: AcceleratorBusyError | str) -> None:
     """The log line of a process that begins to wait."""
     reason = str(busy).partition(" and cannot be ")[0]
-    logger.warning("%s. This process waits until it is free (%s=0 refuses instead).", printable(reason), VARIABLE)
+    logger.warning(
+        "%s. This process waits until it is free (%s=0 raises an error instead).", printable(reason), VARIABLE
+    )

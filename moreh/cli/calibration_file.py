@@ -106,7 +106,9 @@ def _read_line(where: str, text: str) -> MeasuredLine:
         raise PlanError(f"{where}: not a JSON object: give a line such as {_example()}")
     for key in values:
         if key not in KEYS:
-            raise PlanError(f"{where}: {key} is no key{did_you_mean(key, KEYS) or '.'} The keys are {', '.join(KEYS)}")
+            raise PlanError(
+                f"{where}: unknown key {key}{did_you_mean(key, KEYS) or '.'} The keys are {', '.join(KEYS)}"
+            )
     given = {key: value for key, value in values.items() if value is not None}
     for key in _REQUIRED:
         if key not in given:

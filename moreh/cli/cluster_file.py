@@ -61,7 +61,7 @@ def read_cluster_file(path: Path) -> ClusterFile:
     for line, key, value in _entries(root):
         where = f"{path}:{line}: {key}"
         if key not in KEYS:
-            raise PlanError(f"{where} is no key{did_you_mean(key, KEYS) or '.'} The keys are {', '.join(KEYS)}")
+            raise PlanError(f"{where}: unknown key{did_you_mean(key, KEYS) or '.'} The keys are {', '.join(KEYS)}")
         if key in values:
             raise PlanError(f"{where} is given twice: remove one")
         values[key] = _read_value(where, key, value)

@@ -16,10 +16,10 @@ _PLACES = ("--device", "--accelerator", "--this-machine", "--cluster", "--flavor
 def add_place(group: argparse._ArgumentGroup) -> None:
     """Add the options that say where to train."""
     group.add_argument(
-        "--accelerator", metavar="MODEL", help="An accelerator, by its name or number in moreh-switch-model."
+        "--accelerator", metavar="MODEL", help="An accelerator, by name or number as in moreh-switch-model."
     )
     group.add_argument(
-        "--device", metavar="NAME", help="A kind of device instead of an accelerator: one of those listed below."
+        "--device", metavar="NAME", help="A kind of device instead of an accelerator, from the list below."
     )
     group.add_argument(
         "--devices",
@@ -30,25 +30,25 @@ def add_place(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--this-machine",
         action="store_true",
-        help="The GPUs of this machine, as the driver reports them; with --devices, N such GPUs on nodes like it.",
+        help="The GPUs of this machine; with --devices, N such GPUs on nodes like this machine.",
     )
     group.add_argument(
         "--cluster",
         type=Path,
         metavar="FILE",
-        help=f"The cluster that a YAML file describes, with the keys {', '.join(KEYS)}.",
+        help=f"A YAML file that describes the cluster, with the keys {', '.join(KEYS)}.",
     )
     group.add_argument(
         "--devices-per-node",
         type=whole(MAX_DEVICES),
         metavar="N",
-        help="The devices of each node, where they are not as many as usual.",
+        help="Devices per node (default: that of the device).",
     )
     group.add_argument(
         "--network-gbit-per-device",
         type=amount(MAX_GBIT),
         metavar="G",
-        help="The network between nodes: the Gbit/s of each device, in one direction, where they are not as usual.",
+        help="Network from one device to other nodes, in Gbit/s in one direction (default: that of the device).",
     )
 
 

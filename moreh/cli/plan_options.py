@@ -25,33 +25,33 @@ YES_NO_AUTO = {"yes": True, "no": False, "auto": None}
 PRECISIONS = {"bfloat16": "half", "float32": "float32", "float8": "float8"}
 WEIGHTS = ("float32", "bfloat16")
 DESCRIPTION = (
-    "Find the fastest ways to train a model on an accelerator, and predict how long a step takes and how much memory "
-    "it needs. Neither the weights nor the accelerator itself are needed."
+    "Find the fastest plans for training a model on an accelerator, with their predicted step time and memory. "
+    "Needs neither the weights nor the accelerator itself."
 )
 EXAMPLES = """\
 Examples:
   The ten fastest plans for a model on an accelerator:
     moreh-plan configs/models/llama3_70b.json --accelerator 8xLarge.4096GB \\
         --batch-size 512 --sequence-length 1024
-  Why another plan is not among them:
+  Why another plan is slower:
     moreh-plan configs/models/llama3_70b.json --accelerator 8xLarge.4096GB \\
         --batch-size 512 --sequence-length 1024 \\
         --explain 'tp1 pp8 dp8 mb1x64 recompute:full shard:parameters'
-  Which accelerator to take for a billion tokens:
+  Which accelerator to use for a billion tokens:
     moreh-plan configs/models/llama3_8b.json --flavors --dataset-tokens 1e9 \\
         --batch-size 64 --sequence-length 4096
-  On devices that no accelerator has:
+  Other devices:
     moreh-plan configs/models/llama3_8b.json --device 'H100 80GB' --devices 8 \\
         --batch-size 64 --sequence-length 4096
-  With LoRA adapters of rank 16:
+  LoRA adapters of rank 16:
     moreh-plan configs/models/llama3_8b.json --lora 16 \\
         --batch-size 64 --sequence-length 1024
 """
 EXIT_CODES = """\
 Exit codes:
-  0  The plans were printed.
-  1  The request was refused, or no plan fits; the error says why.
-  2  The command line is wrong.
+  0  Success.
+  1  Error: an invalid request, or no plan fits.
+  2  Wrong command line.
 """
 
 
@@ -71,22 +71,22 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
         formatter_class=help_formatter(),
     )
     parser.add_argument(
-        "model", metavar="MODEL", help="The model: a config.json, a directory that has one, or a name on the hub."
+        "model", metavar="MODEL", help="The model: a config.json, a directory with one, or a name on the Hub."
     )
     parser.add_argument(
         "--batch-size",
         type=whole(MAX_ROWS),
         required=True,
         metavar="B",
-        help="Sequences in a training step, over all devices.",
+        help="Sequences per training step, over all devices.",
     )
     parser.add_argument(
-        "--sequence-length", type=whole(MAX_TOKENS), required=True, metavar="S", help="Tokens in a sequence."
+        "--sequence-length", type=whole(MAX_TOKENS), required=True, metavar="S", help="Tokens per sequence."
     )
-    _add_what_is_trained(parser.add_argument_group("what is trained (default: all parameters, by AdamW)"))
-    add_place(parser.add_argument_group("where to train (default: the current accelerator)"))
-    _add_constraints(parser.add_argument_group("what the plans must be like (default: all possibilities are searched)"))
-    _add_output(parser.add_argument_group("what to print (default: the best plans)"))
+    _add_training(parser.add_argument_group("training (default: all parameters, with AdamW)"))
+    add_place(parser.add_argument_group("devices (default: the current accelerator)"))
+    _add_constraints(parser.add_argument_group("constraints on the plans (default: none)"))
+    _add_output(parser.add_argument_group("output (default: the best plans)"))
     options = parser.parse_args(arguments)
     needs = {
         **needs_of_place(options),
@@ -109,18 +109,18 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     return options
 
 
-def _add_what_is_trained(group: argparse._ArgumentGroup) -> None:
+def _add_training(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--lora",
         type=whole(MAX_RANK),
         metavar="R",
-        help="Train LoRA adapters of rank R around matrices of the layers; all other parameters are frozen.",
+        help="Train LoRA adapters of rank R; all other parameters are frozen.",
     )
     group.add_argument(
         "--lora-targets",
         nargs="+",
         metavar="NAME",
-        help="With --lora, adapt only these matrices, such as q_proj (default: all matrices of the layers).",
+        help="With --lora: the matrices with adapters, such as q_proj (default: all matrices of the layers).",
     )
     group.add_argument(
         "--optimizer",
@@ -133,7 +133,7 @@ def _add_what_is_trained(group: argparse._ArgumentGroup) -> None:
         "--weights",
         choices=WEIGHTS,
         default=WEIGHTS[0],
-        help="Store weights, and with them gradients and optimizer state, in this type (default float32).",
+        help="The dtype of weights, gradients and optimizer state (default float32).",
     )
     group.add_argument(
         "--float32-state", action="store_true", help="With --weights bfloat16, keep AdamW's state in float32."
@@ -142,8 +142,8 @@ def _add_what_is_trained(group: argparse._ArgumentGroup) -> None:
         "--calibrate",
         type=Path,
         metavar="FILE",
-        help="Measured steps of the program, from which its efficiency is learned: measured.jsonl of a run, or a JSON "
-        "object a line with plan, batch_size, sequence_length, step_time_s and more (docs/planning.md).",
+        help="Calibrate with measured steps of the training program: measured.jsonl of a run, or a file with one JSON "
+        "object per line, with plan, batch_size, sequence_length, step_time_s and more (docs/planning.md).",
     )
     group.add_argument("--momentum", action="store_true", help="With --optimizer sgd or rmsprop, use momentum.")
     group.add_argument(
@@ -160,13 +160,13 @@ def _add_constraints(group: argparse._ArgumentGroup) -> None:
         "--recompute",
         choices=YES_NO_AUTO,
         default="auto",
-        help="Whether activations are recomputed in the backward pass: yes, no, or auto (the default) for both.",
+        help="Recompute activations in the backward pass: yes, no, or auto (the default), which tries both.",
     )
     group.add_argument(
         "--shard-parameters",
         choices=YES_NO_AUTO,
         default="auto",
-        help="Whether data-parallel ranks shard the parameters: yes, no, or auto (the default) for both.",
+        help="Shard parameters over data-parallel ranks: yes, no, or auto (the default), which tries both.",
     )
     group.add_argument(
         "--max-tensor", type=whole(MAX_DEVICES), metavar="N", help="Use at most N tensor-parallel ranks."
@@ -177,7 +177,7 @@ def _add_constraints(group: argparse._ArgumentGroup) -> None:
         choices=SCHEDULES,
         default=SCHEDULES,
         metavar="NAME",
-        help=f"Use only these pipeline schedules, of {', '.join(SCHEDULES)}.",
+        help=f"Use only these pipeline schedules (default: {', '.join(SCHEDULES)}).",
     )
     group.add_argument(
         "--max-context",
@@ -191,8 +191,7 @@ def _add_constraints(group: argparse._ArgumentGroup) -> None:
         type=whole(MAX_DEVICES),
         default=1,
         metavar="N",
-        help="Split the experts of a mixture over at most N ranks (default 1: the local runtime has no expert "
-        "parallelism).",
+        help="Use at most N expert-parallel ranks (default 1: the local runtime has no expert parallelism).",
     )
     group.add_argument(
         "--memory-percent",
@@ -202,7 +201,7 @@ def _add_constraints(group: argparse._ArgumentGroup) -> None:
         help=f"Let plans use P percent of each device's memory (default {DEFAULT_MEMORY_PERCENT}).",
     )
     group.add_argument(
-        "--precision", choices=PRECISIONS, default="bfloat16", help="Compute in this precision (default bfloat16)."
+        "--precision", choices=PRECISIONS, default="bfloat16", help="The precision of matmuls (default bfloat16)."
     )
 
 
@@ -214,13 +213,13 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
     kind.add_argument(
         "--explain",
         metavar="PLAN",
-        help="Compare a plan such as 'tp4 pp8 dp2 mb1x64' with the best one, and say why it is slower or does not fit.",
+        help="Compare a plan such as 'tp4 pp8 dp2 mb1x64' with the best one: why it is slower or does not fit.",
     )
     kind.add_argument(
         "--compare",
         type=Path,
         metavar="FILE",
-        help="Predict the steps of a file like that of --calibrate, rank them, and compare with what was measured.",
+        help="Compare predicted and measured steps of a file, in the format of --calibrate, and rank them.",
     )
     kind.add_argument(
         "--flavors", action="store_true", help="Compare the best plans of all accelerators of moreh-switch-model."
@@ -229,27 +228,27 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
         "--dataset-tokens",
         type=amount(1e18),
         metavar="N",
-        help="With --flavors, add the hours and device-hours of a training on N tokens.",
+        help="With --flavors: add the hours and device-hours for training on N tokens.",
     )
     group.add_argument(
         "--price-per-device-hour",
         type=amount(1e9),
         metavar="X",
-        help="With --dataset-tokens, add the cost, in the unit that X is in.",
+        help="With --dataset-tokens: add the cost, in the currency of X.",
     )
     group.add_argument(
         "--plot",
         type=_picture,
         metavar="FILE",
-        help="Draw the pipeline's timeline and the memory of its ranks into a .png, .svg or .pdf file.",
+        help="Draw the pipeline's timeline and the memory of its ranks, as .png, .svg or .pdf.",
     )
     group.add_argument(
         "--wide",
         action="store_true",
-        help="Print all columns and leave lines unbroken; without it, the output fits the terminal (COLUMNS, "
-        "else 100 columns in a file or pipe).",
+        help="Print all columns without line breaks. By default, the output fits the terminal (COLUMNS, or 100 columns "
+        "in a file or pipe).",
     )
-    group.add_argument("--json", action="store_true", help="Print JSON instead, with everything that is predicted.")
+    group.add_argument("--json", action="store_true", help="Print all predictions as JSON.")
 
 
 def _epilog() -> str:

@@ -26,17 +26,17 @@ ASK = ""
 DEVICE_OPTIONS = ("--list", "--add", "--rm", "--switch")
 EXAMPLES = """\
 Examples:
-  moreh-smi                        what runs, and how much memory it uses
-  moreh-smi -p -l 2                every physical device, again every 2 seconds
+  moreh-smi                        show accelerators, jobs and memory
+  moreh-smi -p -l 2                show every physical device, every 2 seconds
   moreh-smi device --add 10        add an accelerator of model number 10
-  moreh-smi --version --json       what a report of a bug needs
+  moreh-smi --version --json       print what a bug report needs
 
 """
 EXIT_CODES = """\
 Exit codes:
-  0  Done.
-  1  Refused; the error says why.
-  2  The command line is wrong.
+  0  Success.
+  1  Error.
+  2  Wrong command line.
 """
 
 
@@ -167,41 +167,41 @@ def _seconds(text: str) -> float:
 def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="moreh-smi",
-        description="Show the MoAI Accelerators of this environment and the jobs that run on them.",
+        description="Show your MoAI Accelerators and the jobs that run on them.",
         epilog=EXAMPLES + EXIT_CODES,
         formatter_class=help_formatter(),
     )
     parser.add_argument("-i", "--idx", type=int, metavar="N", help="Use only the accelerator with index N.")
-    parser.add_argument("-p", "--physical", action="store_true", help="Show the physical devices and the workers, too.")
+    parser.add_argument("-p", "--physical", action="store_true", help="Also show the physical devices and the workers.")
     parser.add_argument(
-        "-t", "--token", action="store_true", help="Print the token of the current accelerator, or of the one with -i."
+        "-t", "--token", action="store_true", help="Print the token of the current accelerator, or of accelerator -i."
     )
     parser.add_argument(
         "-r",
         "--reset",
         action="store_true",
-        help="End the job on the current accelerator, or on the one with -i, once it has saved.",
+        help="End the job on the current accelerator, or on accelerator -i, after the job has saved.",
     )
-    parser.add_argument("-l", "--loop", type=_seconds, metavar="SECONDS", help="Show everything again every SECONDS.")
-    parser.add_argument("--json", action="store_true", help="Print JSON instead of tables and sentences.")
+    parser.add_argument("-l", "--loop", type=_seconds, metavar="SECONDS", help="Repeat the output every SECONDS.")
+    parser.add_argument("--json", action="store_true", help="Print JSON instead of tables.")
     parser.add_argument(
         "-s",
         "--server-version",
         action="store_true",
-        help="Print the version of the server; moreh has none and says so.",
+        help="Print the version of the server (on the platform; here there is no server).",
     )
     parser.add_argument(
         "-v",
         "--version",
         action="store_true",
-        help="Print the version; with --json, also those of Python and torch, the machine, the environment variables "
-        "and the patches of libraries.",
+        help="Print the version; with --json, also the versions of Python and torch, the machine, the environment "
+        "variables and the patches of libraries.",
     )
     commands = parser.add_subparsers(dest="command", metavar="device")
     device = commands.add_parser(
         "device",
         help="List, add, remove or switch accelerators (see moreh-smi device --help).",
-        description="List, add, remove or switch accelerators. If the argument is left out, the tool asks for it.",
+        description="List, add, remove or switch accelerators. Without an argument, the command asks for it.",
         formatter_class=help_formatter(),
     )
     action = device.add_mutually_exclusive_group(required=True)
@@ -211,7 +211,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         nargs="?",
         const=ASK,
         metavar="MODEL",
-        help="Add an accelerator of this model, by its name or its number in moreh-switch-model.",
+        help="Add an accelerator of this model, by name or number as in moreh-switch-model.",
     )
     action.add_argument("--rm", nargs="?", const=ASK, metavar="DEVICE", help="Remove the accelerator with this index.")
     action.add_argument(

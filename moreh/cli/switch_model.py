@@ -10,17 +10,17 @@ from moreh.cli.terminal import QuestionAborted, ask, help_formatter, print_model
 from moreh.tables import terminal_width, wrap_line
 
 DESCRIPTION = (
-    "Show the model of the current MoAI Accelerator, which is the number of its devices, and switch to another one."
+    "Show the model (number and kind of devices) of the current MoAI Accelerator, and switch to another model."
 )
 EPILOG = """\
 Examples:
   moreh-switch-model                   list the models and ask for one
-  moreh-switch-model 8xLarge.4096GB    switch without a question
+  moreh-switch-model 8xLarge.4096GB    switch without asking
 
 Exit codes:
-  0  Done.
-  1  Refused; the error says why.
-  2  The command line is wrong.
+  0  Success.
+  1  Error.
+  2  Wrong command line.
 """
 
 
@@ -81,10 +81,10 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         "selection",
         nargs="?",
         metavar="MODEL",
-        help="The new model, by its name or its number in the list. Without it, the tool asks.",
+        help="The new model, by name or number in the list. Without it, the command asks.",
     )
     parser.add_argument(
-        "-M", "--model", dest="selection_by_flag", metavar="MODEL", help="The same as MODEL, as on the platform."
+        "-M", "--model", dest="selection_by_flag", metavar="MODEL", help="The same as MODEL, as on the MoAI Platform."
     )
     parser.add_argument(
         "--json", action="store_true", help="Print JSON: the models or, with MODEL, the result of the switch."

@@ -56,8 +56,8 @@ def _refused(name: str) -> Callable[..., Any]:
 
     def refuse(*args: Any, **kwargs: Any) -> Any:
         raise OptionError(
-            f"torch.ops.moreh.{name} is an operator of the platform, which is not here: use {INSTEAD[name]} in its "
-            "place"
+            f"torch.ops.moreh.{name} is an operator of the MoAI Platform, which this package does not provide: use "
+            f"{INSTEAD[name]} instead"
         )
 
     return refuse

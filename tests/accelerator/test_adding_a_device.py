@@ -130,17 +130,17 @@ def change(**values):
     [
         (lambda table: table["MI250 GCD"].pop("compute_units"), "missing are compute_units; the keys are memory_mib, "),
         (change(tflops=3), "unknown are tflops; the keys are"),
-        (change(memory_mib="64 GiB"), "memory_mib is '64 GiB'; allowed is a whole number from 1"),
-        (change(devices_per_node=0), "devices_per_node is 0; allowed is a whole number from 1"),
-        (change(bf16_flops_per_second=2500), r"bf16_flops_per_second is 2500; allowed is a number from 1e\+12 "),
-        (change(float8_flops_per_second=True), r"float8_flops_per_second is True; allowed is .* or null"),
-        (change(network_bytes_per_second=None), "network_bytes_per_second is None; allowed is a number from"),
-        (change(package_bytes_per_second=None), "allowed is a rate where a package has several devices, else null"),
-        (change(devices_per_node=7), "devices_per_node is 7; allowed is a multiple of devices_per_package, 2"),
-        (change(source=""), "source is ''; allowed is a text"),
-        (change(efficiency_assumed="yes"), "efficiency_assumed is 'yes'; allowed is true or false"),
-        (change(driver_names="MI250"), "driver_names is 'MI250'; allowed is a list of texts"),
-        (change(driver_names=["MI250", 3]), r"driver_names is \['MI250', 3\]; allowed is a list of texts"),
+        (change(memory_mib="64 GiB"), "memory_mib is '64 GiB'; expected a whole number from 1"),
+        (change(devices_per_node=0), "devices_per_node is 0; expected a whole number from 1"),
+        (change(bf16_flops_per_second=2500), r"bf16_flops_per_second is 2500; expected a number from 1e\+12 "),
+        (change(float8_flops_per_second=True), r"float8_flops_per_second is True; expected .* or null"),
+        (change(network_bytes_per_second=None), "network_bytes_per_second is None; expected a number from"),
+        (change(package_bytes_per_second=None), "expected a rate where a package has several devices, else null"),
+        (change(devices_per_node=7), "devices_per_node is 7; expected a multiple of devices_per_package, 2"),
+        (change(source=""), "source is ''; expected a text"),
+        (change(efficiency_assumed="yes"), "efficiency_assumed is 'yes'; expected true or false"),
+        (change(driver_names="MI250"), "driver_names is 'MI250'; expected a list of texts"),
+        (change(driver_names=["MI250", 3]), r"driver_names is \['MI250', 3\]; expected a list of texts"),
         (lambda table: table.update({"MI250 GCD": 3}), "3 is no object"),
     ],
 )
@@ -153,10 +153,10 @@ def test_wrong_entry_of_a_device_is_refused_by_its_key(edit_data, edit, message)
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"devices": 12}, "12 devices on 1 nodes; allowed are equally many on each node, at most 8 of MI555X"),
+        ({"devices": 12}, "12 devices on 1 nodes; expected equally many on each node, at most 8 of MI555X"),
         ({"devices": 9, "nodes": 2}, "9 devices on 2 nodes"),
         ({"memory": 3}, "unknown are memory; the keys are name, device, devices, nodes"),
-        ({"nodes": 0}, "nodes is 0; allowed is a whole number from 1"),
+        ({"nodes": 0}, "nodes is 0; expected a whole number from 1"),
     ],
 )
 @pytest.mark.usefixtures("with_new_device")

@@ -66,7 +66,7 @@ def test_eight_a100_carry_out_a_plan_for_them(log, llama_8b, monkeypatch, tmp_pa
     assert planned.startswith("Planned: on this machine (8 x NVIDIA A100-SXM4-40GB) the plan '")
     assert f"{fullest_bytes / 2**30:.1f} GiB in torch.cuda.max_memory_allocated(), " in planned
     assert " GiB in nvidia-smi of 39.6 GiB on the fullest device" in planned
-    assert "The 8 workers are the accelerator's devices: they carry out this plan." in lines
+    assert "The 8 workers run this plan, one per device." in lines
     assert "imulated" not in "".join(lines)
     assert "num_stages" in (tmp_path / "advanced_parallelization_selected_config.dump").read_text(encoding="utf-8")
 

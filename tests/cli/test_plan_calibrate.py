@@ -86,8 +86,8 @@ def test_a_line_may_name_its_model_and_devices(tool, tmp_path):
     ("line", "message"),
     [
         ("{", "measured.jsonl:2: not a JSON object: give a line such as"),
-        ({**LINE, "tokens": 3}, "measured.jsonl:2: tokens is no key. The keys are plan, batch_size"),
-        ({**LINE, "step_time": 3}, "step_time is no key; did you mean step_time_s"),
+        ({**LINE, "tokens": 3}, "measured.jsonl:2: unknown key tokens. The keys are plan, batch_size"),
+        ({**LINE, "step_time": 3}, "unknown key step_time; did you mean step_time_s"),
         ({"plan": "dp8"}, "measured.jsonl:2: batch_size is missing: give a line such as"),
         ({**LINE, "step_time_s": 0}, "measured.jsonl:2: step_time_s is 0: give a number above 0"),
         ({**LINE, "devices": 2.5}, "measured.jsonl:2: devices is 2.5: give a whole number of at least 1"),

@@ -173,7 +173,10 @@ def test_cluster_of_machines_like_this_one(plan_json, model, tmp_path, monkeypat
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("device: H200\nnode: 2\n", ":2: node is no key; did you mean nodes? The keys are device, devices_per_node, "),
+        (
+            "device: H200\nnode: 2\n",
+            ":2: node: unknown key; did you mean nodes? The keys are device, devices_per_node, ",
+        ),
         ("nodes: 2\n", ": device is missing: give a kind of device that 'moreh-plan --help' lists"),
         ("device: H300\n", ": device: no device 'H300': known devices are "),
         ("device: this machine\n", ": device: torch sees no GPU on this machine"),

@@ -134,7 +134,10 @@ def test_second_process_waits_until_the_first_has_ended(environment, tmp_path, b
 
 def test_wrong_wait_is_refused(run_python, busy):
     refused = run_python("import torch\ntorch.zeros(1).cuda()", MOREH_WAIT="perhaps")
-    assert "OptionError: MOREH_WAIT='perhaps': allowed is 0 (a busy accelerator is refused) or 1" in refused.stderr
+    assert (
+        "OptionError: MOREH_WAIT='perhaps': expected 0 (raise an error if the accelerator is busy) or 1"
+        in refused.stderr
+    )
 
 
 def test_reset_ends_the_registered_process_only(run, busy):

@@ -47,7 +47,7 @@ def test_tutorial_loop_learns_and_saves_a_model_that_loads(run_example, tmp_path
 
 def test_tutorial_loop_has_the_same_losses_on_four_workers(run_example):
     four = run_example("sh", "examples/four_workers.sh")
-    assert re.search(r"4 workers carry out the plan '.+'", four)
+    assert re.search(r"4 workers run the plan '.+'", four)
     one = run_example(sys.executable, "examples/tutorial_loop.py", forked=True)
     assert losses_of(four) == pytest.approx(losses_of(one), rel=1e-2)  # one of them may compute in bfloat16
 
@@ -76,7 +76,7 @@ def test_traced_step_shows_the_phases_of_stages_and_of_tensor_parallel_ranks(env
     script = ROOT / "examples" / "traced_step.py"
     first, *others = run_forked_workers([script], 4, cwd=tmp_path, env={**environment, "MOREH_TRACE": "1"})
     assert not any(process.returncode for process in (first, *others)), first.stderr
-    assert re.search("4 workers carry out the plan 'tp2 pp2 dp1 ", first.stdout)
+    assert re.search("4 workers run the plan 'tp2 pp2 dp1 ", first.stdout)
     steps = re.split(r"^step \d\n", first.stdout, flags=re.M)[1:]
     assert len(steps) == 2
     for step in steps:

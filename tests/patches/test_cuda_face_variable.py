@@ -95,13 +95,13 @@ def test_nothing_of_torch_is_replaced_without_the_face(run_asking):
 def test_other_values_are_refused_in_one_line(run_python, monkeypatch):
     finished = run_python("import torch", MOREH_CUDA_FACE="yes")
     message = (
-        "moreh.errors.OptionError: MOREH_CUDA_FACE='yes': allowed is 0 (nobody sees the accelerator in torch.cuda) or "
+        "moreh.errors.OptionError: MOREH_CUDA_FACE='yes': expected 0 (nobody sees the accelerator in torch.cuda) or "
         "1 (libraries see it too); if unset, scripts alone see it"
     )
     assert finished.returncode == 1
     assert finished.stderr.splitlines().count(message) == 1
     monkeypatch.setenv("MOREH_CUDA_FACE", "2")
-    with pytest.raises(OptionError, match="MOREH_CUDA_FACE='2': allowed is 0"):
+    with pytest.raises(OptionError, match="MOREH_CUDA_FACE='2': expected 0"):
         audience_from_environment()
 
 

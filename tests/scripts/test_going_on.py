@@ -75,7 +75,7 @@ def test_going_back_sets_the_later_checkpoints_aside(script, base, tmp_path, che
     """What is written after going back is kept, and "auto" goes on from it; the end is that of the run left alone."""
     code, out, _ = script("--resume", tmp_path / "tiny" / "checkpoints" / "step-2", "train.steps=4")
     assert code == 0
-    assert "Set aside: step-6 of the earlier training is now" in out
+    assert "Renamed step-6 of the earlier run to" in out
     later = [f"step-{step}.abandoned-1" for step in (4, 6, 8)]
     assert checkpoints() == sorted(["step-2", "step-4", *later])
     code, out, _ = script("--resume", "auto", "checkpoint.keep_last=2", "checkpoint.keep_best=false")
@@ -165,7 +165,7 @@ def test_changes_that_are_named_are_shown_and_obeyed(script, tmp_path):
         "train.weight_decay=0.2", "--resume-with", "train.weight_decay=0.2",
     )  # fmt: skip
     assert code == 0
-    table = out[out.index("What differs from the checkpoint:") :].splitlines()
+    table = out[out.index("Differences from the checkpoint:") :].splitlines()
     cells = [line.split() for line in table[1:6]]
     assert ["setting", "checkpoint", "now"] in cells
     assert ["train.lr", "0.001", "0.0005"] in cells
@@ -185,8 +185,8 @@ def test_forced_training_goes_on(script):
     ("arguments", "message"),
     [
         (["--resume", ""], "--resume: '' is no checkpoint: give auto"),
-        (["--resume-with", "train.lr=1"], "--resume-with is about a run that goes on"),
-        (["--resume-force"], "--resume-force is about a run that goes on"),
+        (["--resume-with", "train.lr=1"], "--resume-with applies only to a resumed run"),
+        (["--resume-force"], "--resume-force applies only to a resumed run"),
         (["--resume", "auto", "--resume-with", "train.seed=1"], "write key=value with one of train.lr, train.schedule"),
     ],
 )
@@ -229,7 +229,7 @@ def test_failed_save_is_a_line_and_the_training_goes_on(base, script, checkpoint
     directory = tmp_path / "tiny" / "checkpoints"
     assert (
         f"warning: {directory / 'step-4'} could not be saved: No space left on device; the last one is "
-        f"{directory / 'step-2'}; the training goes on" in (tmp_path / "tiny" / "train.log").read_text(encoding="utf-8")
+        f"{directory / 'step-2'}; training continues" in (tmp_path / "tiny" / "train.log").read_text(encoding="utf-8")
     )
     assert err == []
     assert [name for name in checkpoints() if "." not in name] == ["step-2", "step-6", "step-8"]

@@ -133,7 +133,7 @@ def test_signal_saves_after_the_step_and_names_the_way_on(handlers, tmp_path):
     _, end_step = make_checkpoints(tmp_path)
     os.kill(os.getpid(), signal.SIGUSR1)
     with pytest.raises(
-        Stopped, match=r"stopped by SIGUSR1 after step 4, and saved in .*step-4; to go on: .* --resume auto"
+        Stopped, match=r"stopped by SIGUSR1 after step 4, and saved in .*step-4; to continue: .* --resume auto"
     ):
         end_step(4)
     assert saved_steps(tmp_path) == ["step-4"]

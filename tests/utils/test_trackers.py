@@ -95,7 +95,7 @@ def test_tracker_that_cannot_start_is_an_error_before_the_training(monkeypatch, 
 
     monkeypatch.setattr(trackers, "_CLASSES", {"wandb": refuse})
     monkeypatch.setattr(trackers, "require_package", lambda name, key: None)
-    with pytest.raises(UserError, match=r"^log\.trackers: wandb cannot start: no API key: mend that, or leave wandb"):
+    with pytest.raises(UserError, match=r"^log\.trackers: wandb cannot start: no API key: fix this, or remove wandb"):
         Trackers(["wandb"], pytest.fail).start(tmp_path, config_of(tmp_path), {})
 
 

@@ -41,7 +41,7 @@ def make_once(directory: Path, write: Callable[[Path], None], info: Callable[[st
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            info(f"Another process is making {directory}: waiting for it.")
+            info(f"Another process is creating {directory}: waiting for it.")
             lock.acquire()
     except OSError as error:
         raise _cache_error(directory.parent, error) from error
@@ -105,7 +105,7 @@ def find_damage(directory: Path) -> str | None:
 def _remove(directory: Path, damage: str, info: Callable[[str], None]) -> None:
     """Remove a damaged directory, and what killed processes have left of it. Call it while holding its lock."""
     if directory.exists():
-        info(f"warning: {directory} is damaged ({damage}): it is made anew")
+        info(f"warning: {directory} is damaged ({damage}): it is rebuilt")
     for path in (directory, *directory.parent.glob(f"{directory.name}.*")):
         try:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)

@@ -147,7 +147,7 @@ def _read_message(record: Record, field: str, number: int, message: Any) -> Mess
     role = _ROLES.get(given.get(role_key, ""), given.get(role_key))
     if role not in _KNOWN_ROLES:
         allowed = ", ".join((*_KNOWN_ROLES, *_ROLES))
-        raise record.unusable(f"{where} has the {role_key} {role!r}; allowed is one of {allowed}")
+        raise record.unusable(f"{where} has the {role_key} {role!r}; expected one of {allowed}")
     others = {key: value for key, value in given.items() if key not in (role_key, text_key)}
     if text_key not in given and not (role == "assistant" and "tool_calls" in others):
         raise record.unusable(f"{where} has no {text_key}: its fields are {', '.join(message) or 'none'}")

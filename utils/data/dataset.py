@@ -100,7 +100,7 @@ def prepare_data(
     for note in data.notes:
         info(f"Texts: {note}")
     if left_over := len(data.train) % config.train.batch_size:
-        info(f"Each epoch leaves out {left_over} of the training rows, others each time, which fill no batch")
+        info(f"Each epoch drops {left_over} training rows that do not fill a batch, different ones each time")
     if config.data.format == "pairs" and drop_other_chat_template(data.tokenizer, config.data.template):
         info("The tokenizer's chat template is not saved: training uses data.template, which generate.py applies")
     return data
@@ -129,7 +129,7 @@ def _prepare(
 
     The split comes before anything is learned from the data, so that a trained tokenizer has seen no held-out row.
     """
-    info("Reading and tokenizing the data (later runs take it from the cache).")
+    info("Reading and tokenizing the data (later runs use the cache).")
     data = config.data
     expected, free = _TIMES_ITS_FILES * size_of_data(data), shutil.disk_usage(target).free
     if expected > free:

@@ -69,7 +69,7 @@ def split_examples(
         if eval_rows is None:
             eval_rows = min(_MAX_EVAL_ROWS, max(1, count // 10))
         if eval_rows >= count:
-            raise UserError(f"data.eval_rows: {eval_rows} rows are to be held out, but the data has only {count}")
+            raise UserError(f"data.eval_rows: {eval_rows} rows are requested, but the data has only {count}")
         is_held_out = np.zeros(len(shuffled.sizes), bool)
         for source, rows in enumerate(mix.to_hold_out(rows_of_source, eval_rows)):
             if rows:
@@ -78,7 +78,8 @@ def split_examples(
                 is_held_out[groups_of_source[: np.searchsorted(ends, rows) + 1]] = True
         if is_held_out.all():
             raise UserError(
-                f"data.eval_rows: with {eval_rows} rows held out, none are left to train on: equal ones go along"
+                f"data.eval_rows: with {eval_rows} rows held out, none are left for training, because equal rows stay "
+                "together"
             )
         is_held_out_row = np.repeat(is_held_out, shuffled.sizes)
         training, evaluation = shuffled.members[~is_held_out_row], shuffled.members[is_held_out_row]

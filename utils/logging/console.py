@@ -73,7 +73,7 @@ class _LogFile(logging.FileHandler):
             super().handleError(record)
         elif not self._has_warned:
             self._has_warned = True
-            say(f"warning: {self.baseFilename} cannot be written: {error.strerror}; the training goes on")
+            say(f"warning: {self.baseFilename} cannot be written: {error.strerror}; training continues")
 
 
 class _ConsoleHandler(logging.Handler):
@@ -97,7 +97,7 @@ class _ConsoleHandler(logging.Handler):
         except OSError as error:
             if not _ConsoleHandler.has_warned:
                 _ConsoleHandler.has_warned = True
-                say(f"warning: standard output cannot be written: {error.strerror}; the training goes on")
+                say(f"warning: standard output cannot be written: {error.strerror}; training continues")
 
 
 class _FileFormatter(logging.Formatter):

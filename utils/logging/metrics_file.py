@@ -41,7 +41,7 @@ class MetricsFile:
             if not self._has_warned:
                 self._has_warned = True
                 self._warn(
-                    f"warning: {self._path} cannot be written: {system_word(error)}; the training goes on, and its "
+                    f"warning: {self._path} cannot be written: {system_word(error)}; training continues, and its "
                     "lines are tried again"
                 )
         else:

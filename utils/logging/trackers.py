@@ -55,7 +55,7 @@ class Trackers:
                 self._running[name] = _CLASSES[name](directory, config, earlier_runs.get(name))
             except Exception as error:  # each library has errors of its own
                 raise UserError(
-                    f"log.trackers: {name} cannot start: {first_line(error)}: mend that, or leave {name} out"
+                    f"log.trackers: {name} cannot start: {first_line(error)}: fix this, or remove {name}"
                 ) from error
         return {**earlier_runs, **{name: run.run_id for name, run in self._running.items() if run.run_id}}
 

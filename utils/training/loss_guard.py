@@ -54,9 +54,11 @@ class LossGuard:
             )
         if self._setting == "go_back":
             checkpoint = self._checkpoints.go_back(model, optimizer)
-            self._log.info(f"{place} | Weights and optimizer state are those of {checkpoint}; the next rows follow")
+            self._log.info(
+                f"{place} | Restored weights and optimizer state from {checkpoint}; continuing with the next rows"
+            )
         else:
-            self._log.info(f"{place} | Skipped: the step changes no weights")
+            self._log.info(f"{place} | Skipped: the step does not update the weights")
         return False
 
     def _report_spike(self, step: int, loss: float, batches: list[Batch]) -> None:

@@ -195,8 +195,8 @@ def end_at_trained_token(model: Any, tokenizer: Any, info: Callable[[str], None]
         model.generation_config.eos_token_id = [end, *others] if others else end
         named = ", ".join(f"{tokenizer.convert_ids_to_tokens(other)} ({other})" for other in before) or "nothing"
         info(
-            f"Generation of the model stopped at {named}; it now stops at {tokenizer.eos_token} ({end}), with which "
-            f"training ends the rows{', as well' if others else ''}"
+            f"Generation stopped at {named}; it now stops at {tokenizer.eos_token} ({end}), the end token of the "
+            f"training rows{', as well' if others else ''}"
         )
     for model_config in (model.config, text_config):
         allowed = getattr(model_config, "eos_token_id", None)

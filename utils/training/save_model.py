@@ -37,7 +37,7 @@ def save_model(model: Any, tokenizer: Any, data: DataSection, directory: Path) -
         if reason is None:
             raise
         raise UserError(
-            f"run.directory: the model cannot be saved in {directory}: {reason}; mend that, and go on from the last "
+            f"run.directory: the model cannot be saved in {directory}: {reason}; fix this, and resume from the last "
             f"checkpoint: {resume_command()}"
         ) from error
     finally:

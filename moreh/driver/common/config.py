@@ -21,8 +21,8 @@ def set_backend_config(name: str, *values: Any, **keywords: Any) -> None:
 def _log(function: str, name: object) -> None:
     set_up_logger()
     logger.warning(
-        "%s(%r, ...) has no effect: it sets the platform's driver, and there is none here. What can be set are the "
-        "options of torch.moreh.option.enable_advanced_parallelization().",
+        "%s(%r, ...) has no effect: it configures the MoAI Platform's driver, which this package does not have. Use "
+        "the options of torch.moreh.option.enable_advanced_parallelization() instead.",
         function,
         name,
     )

@@ -45,7 +45,7 @@ def audience_from_environment() -> Audience:
         return Audience(text)
     except ValueError:
         raise OptionError(
-            f"{VARIABLE}={text!r}: allowed is 0 (nobody sees the accelerator in torch.cuda) or 1 (libraries see it "
+            f"{VARIABLE}={text!r}: expected 0 (nobody sees the accelerator in torch.cuda) or 1 (libraries see it "
             "too); if unset, scripts alone see it"
         ) from None
 

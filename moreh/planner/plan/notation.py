@@ -17,17 +17,17 @@ from moreh.planner.plan.schedules import is_runnable
 
 # For the help of moreh-plan.
 LEGEND = """\
-The text of a plan has these fields, in any order:
-  tp4 pp8 dp2 cp2       sizes of the tensor, pipeline, data and context groups
-  ep2                   how many data-parallel ranks hold the experts of a mixture together
-  mb1x64                micro-batches of 1 row, 64 of them in a step
-  interleaved:2         the pipeline's schedule and the chunks of each rank; also 1f1b, zero-bubble:N, zbv
-  recompute:selective   what is recomputed; also none, full
+A plan is written as these fields, in any order:
+  tp4 pp8 dp2 cp2       tensor-, pipeline-, data- and context-parallel ranks
+  ep2                   data-parallel ranks that share the experts of a mixture of experts
+  mb1x64                64 micro-batches of 1 row per step
+  interleaved:2         pipeline schedule and chunks per rank; also 1f1b, zero-bubble:N, zbv
+  recompute:selective   activation recomputation; also none, full
   shard:optimizer       what data-parallel ranks shard; also none, gradients, parameters
   sp                    sequence parallelism
-  layers:9,10x6,11      layers of each stage: 9, then 10 in six stages, then 11
-Fields that are left out are filled in: sizes are 1 (dp: what the devices leave; mb: rows of 1, as many as
-the batch needs), the schedule is 1f1b, recompute and shard are none, and layers are spread evenly.
+  layers:9,10x6,11      layers per stage: 9, then 10 in six stages, then 11
+Defaults: parallel sizes are 1, dp uses all remaining devices, micro-batches have 1 row, the schedule is
+1f1b, recompute and shard are none, and layers are divided evenly.
 """
 # Chunks of a schedule that is given without a number.
 DEFAULT_CHUNKS: dict[Schedule, int] = {"1f1b": 1, "interleaved": 2, "zero-bubble": 1, "zbv": 2}

@@ -83,7 +83,7 @@ def read_inputs(causal: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> M
     tokens = inputs["input_ids"] if "input_ids" in inputs else inputs["inputs_embeds"]
     if shifted_labels is not None and shifted_labels.shape != tokens.shape[:2]:
         raise OptionError(
-            f"labels are {tuple(shifted_labels.shape)}: allowed is a label for each of the {tuple(tokens.shape[:2])} "
+            f"labels are {tuple(shifted_labels.shape)}: expected a label for each of the {tuple(tokens.shape[:2])} "
             "tokens of the batch"
         )
     batch_size = tokens.shape[0]
@@ -116,13 +116,13 @@ def _normalize_mask(causal: Any, inputs: dict[str, Any], tokens: torch.Tensor) -
         if not isinstance(mask, torch.Tensor) or mask.shape[0] not in (1, batch_size):
             shape = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
             raise OptionError(
-                f"attention_mask is {shape}: allowed is a tensor with a row for each of the {batch_size} rows of the "
+                f"attention_mask is {shape}: expected a tensor with a row for each of the {batch_size} rows of the "
                 "batch, or with one row for all"
             )
         # With a cache the mask is longer: it also has the tokens of earlier calls.
         if mask.dim() == 2 and mask.shape[1] != tokens.shape[1] and "past_key_values" not in inputs:
             raise OptionError(
-                f"attention_mask is {tuple(mask.shape)}: allowed is a number for each of the {tuple(tokens.shape[:2])} "
+                f"attention_mask is {tuple(mask.shape)}: expected a number for each of the {tuple(tokens.shape[:2])} "
                 "tokens of the batch"
             )
         inputs[_MASK] = mask.expand(batch_size, *mask.shape[1:])

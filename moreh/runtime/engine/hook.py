@@ -141,7 +141,7 @@ class SingleWorkerHook:
         try:
             training = Training(describe_module(model), batch_size, sequence_length, optimizer_in_use(model))
         except PlanError as reason:
-            logger.info("This model is not planned for the accelerator, and is trained as it is: %s", reason)
+            logger.info("This model cannot be planned, so it is trained without a plan: %s", reason)
             return math.inf
         precision = {"bfloat16": bfloat16, "half_weights": has_half_weights(model)}
         accelerator = self.job.accelerator
@@ -157,7 +157,7 @@ class SingleWorkerHook:
             if model not in self._planned_tokens:
                 raise
             # A larger batch must not stop a training run that has begun.
-            logger.info("A batch of %d x %d is not planned: %s", batch_size, sequence_length, reason)
+            logger.info("A batch of %d x %d cannot be planned: %s", batch_size, sequence_length, reason)
             return training.tokens
         if selection.prediction is None:
             error = nothing_fits_error(
@@ -166,7 +166,7 @@ class SingleWorkerHook:
             if flavor.simulated:
                 raise error
             # Without the line it might just fit, so a prediction is no reason to refuse it.
-            logger.warning("%s It is tried with the plan that needs the least memory.", error)
+            logger.warning("%s Trying the plan that needs the least memory.", error)
         else:
             self.job.keep_plan(flavor_plan(flavor, selection.prediction, training))
             if self.job.simulated:
@@ -185,7 +185,7 @@ class SingleWorkerHook:
             memory_text(local, flavor),
         )
         if training.tokens * self._flops_of_token(model) < MIN_FLOPS:
-            logger.info("Batches of this size are too small to gain: the model's own forward pass computes them.")
+            logger.info("Batches of this size are too small to benefit: the model's own forward pass computes them.")
         logger.info(self.options.optimizations_text())
         return training.tokens
 

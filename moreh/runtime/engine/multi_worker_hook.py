@@ -162,13 +162,13 @@ class MultiWorkerHook:
         self.job.keep_plan(flavor_plan(flavor, selection.prediction, training))
         self.job.use_prediction(module, predicted_use(selection.prediction, flavor.devices))
         if selection.prediction.plan.devices == workers:
-            logger.info("The %d workers are the accelerator's devices: they carry out this plan.", workers)
+            logger.info("The %d workers run this plan, one per device.", workers)
             logger.info(self.options.optimizations_text())
             return selection.prediction.plan
         local = select_worker_plan(module, training, flavor, self.options, self.variables, workers, bfloat16=bfloat16)
         self.job.keep_plan(local_plan(workers, plan_text(local.plan), local, training, local_device(flavor)))
         logger.info(
-            "This machine: %d workers carry out the plan '%s'; predicted: %s a step and %s on the fullest worker, "
+            "This machine: %d workers run the plan '%s'; predicted: %s a step and %s on the fullest worker, "
             "for rows without padding.",
             workers,
             plan_text(local.plan),

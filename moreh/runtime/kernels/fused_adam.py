@@ -63,8 +63,8 @@ class _FusedSteps:
         if not self._has_logged:
             self._has_logged = True
             logger.info(
-                "Steps of this %s take torch's own kernels where a parameter, its gradient and its state have "
-                "different strides or types: the fused ones need equal ones.",
+                "%s uses torch's default kernels where a parameter, its gradient and its state differ in strides or "
+                "dtype, because the fused kernels need equal ones.",
                 self._collect.args[0].__class__.__name__,
             )
         return has_complex

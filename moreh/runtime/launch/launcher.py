@@ -238,7 +238,7 @@ def _make_log_directory(job_id: int) -> Path:
             shutil.rmtree(path, ignore_errors=True)
     except OSError as error:
         raise RegistryError(
-            f"{directory} cannot be made: {error.strerror}. Set MOREH_STATE_DIR to a directory of yours"
+            f"{directory} cannot be made: {error.strerror}. Set MOREH_STATE_DIR to a writable directory"
         ) from None
     return directory
 

@@ -50,14 +50,14 @@ def world_from_environment() -> World:
     numeric = {name: os.environ[name] for name in REQUIRED_VARIABLES[:4]}
     if not all(value.isascii() and value.isdecimal() for value in numeric.values()):
         given = ", ".join(f"{name}={value!r}" for name, value in numeric.items())
-        raise OptionError(f"{given}: allowed are whole numbers; start the script with torchrun, which sets them")
+        raise OptionError(f"{given}: expected whole numbers; start the script with torchrun, which sets them")
     rank, size, local_rank, local_size = map(int, numeric.values())
     port = os.environ["MASTER_PORT"]
     if not (port.isascii() and port.isdecimal() and 0 < int(port) < 2**16):
-        raise OptionError(f"MASTER_PORT={port!r}: allowed is the number of a port, 1 to 65535")
+        raise OptionError(f"MASTER_PORT={port!r}: expected the number of a port, 1 to 65535")
     if rank >= size or local_rank >= local_size or local_size > size:
         raise OptionError(
-            f"RANK={rank} of WORLD_SIZE={size}, LOCAL_RANK={local_rank} of LOCAL_WORLD_SIZE={local_size}: allowed are "
+            f"RANK={rank} of WORLD_SIZE={size}, LOCAL_RANK={local_rank} of LOCAL_WORLD_SIZE={local_size}: expected "
             "ranks from 0, below the number of workers, and as many workers on this machine as there are or fewer; "
             "start the script with torchrun, which sets them"
         )

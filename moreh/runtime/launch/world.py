@@ -124,7 +124,7 @@ def _init_process_group(world: World) -> None:
         gpus = torch.cuda.device_count()
         if world.local_size > gpus and not shares_gpus():
             raise OptionError(
-                f"{world.local_size} workers on this machine, which has {gpus} GPU(s): allowed is one worker for each; "
+                f"{world.local_size} workers on this machine, which has {gpus} GPU(s): expected one worker for each; "
                 f"start {gpus}, or set CUDA_VISIBLE_DEVICES to nothing to compute on the CPU"
             )
         own = torch.device("cuda", world.local_rank % gpus)

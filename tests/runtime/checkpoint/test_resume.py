@@ -92,7 +92,7 @@ def test_a_run_stopped_by_ctrl_c_and_resumed_has_the_bits_of_a_run_left_alone(
     assert stopped.returncode == 130, stopped.stderr
     asked, said = stopped.stderr.splitlines()
     assert asked.startswith("SIGINT: the run saves and ends after this step")
-    assert said.endswith(f"to go on: python train_gpt.py --config {config} run.name=tiny --resume auto")
+    assert said.endswith(f"to continue: python train_gpt.py --config {config} run.name=tiny --resume auto")
     assert "Traceback" not in (tmp_path / "runs" / "tiny" / "train.log").read_text(encoding="utf-8")
     assert not (tmp_path / "runs" / "tiny" / "model").exists()
 

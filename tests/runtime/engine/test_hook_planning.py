@@ -134,5 +134,5 @@ model = torch.nn.Sequential(torch.nn.Embedding(8, 4), torch.nn.Linear(4, 2)).cud
 print(model(torch.zeros(2, 3, dtype=torch.long)).shape)
 """
     console = run_python(source).stdout
-    assert "[info] This model is not planned for the accelerator, and is trained as it is: " in console
+    assert "[info] This model cannot be planned, so it is trained without a plan: " in console
     assert console.endswith("torch.Size([2, 3, 2])\n")

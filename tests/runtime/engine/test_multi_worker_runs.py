@@ -49,7 +49,7 @@ def test_script_on_two_workers_gives_what_one_worker_gives(run_forked, hook_conf
     assert one.returncode == 0, one.stderr
     two = run_forked(*command, "run.name=two", "accelerator.workers=2")
     assert two.returncode == 0, two.stderr
-    assert "2 workers carry out the plan" in two.stdout
+    assert "2 workers run the plan" in two.stdout
     assert two.stdout.count("[Step 4/4] 100% | Loss") == 1
     expected = metrics_of(runs / "one")
     metrics = metrics_of(runs / "two")
@@ -75,7 +75,7 @@ def test_tutorial_script_learns_on_four_workers(environment, tmp_path, make_gpt2
     losses = [float(line.split()[1]) for line in console.splitlines() if line.startswith("Loss:")]
     assert len(losses) == 50
     assert sum(losses[-10:]) < 0.7 * sum(losses[:5]) * 2
-    assert re.search(r"4 workers carry out the plan '.+'", console)
+    assert re.search(r"4 workers run the plan '.+'", console)
     assert (tmp_path / "finetuned" / "model.safetensors").exists()
 
 
@@ -137,7 +137,7 @@ def test_script_without_seed_or_training_mode_gives_what_it_gives_without_the_li
     assert "The number of candidates is" in console
     assert (tmp_path / "advanced_parallelization_selected_config.dump").exists()
     if plan is not None:
-        carried_out = re.search(r"4 workers carry out the plan '(.+?)'", console)[1]
+        carried_out = re.search(r"4 workers run the plan '(.+?)'", console)[1]
         assert set(plan.split()) <= set(carried_out.split())
     losses = losses_in(console)
     assert len(losses) == len(expected) == 11
@@ -190,7 +190,7 @@ with torch.no_grad():
 def test_every_call_on_two_workers_computes_in_bfloat16(environment, tmp_path, stages):
     """Not only the call that shards the model; and in float32 where the script says so."""
     console = run_script(PRECISION.replace("NUM_STAGES", str(stages)), 2, tmp_path, environment)
-    assert f"carry out the plan 'tp1 pp{stages} dp{2 // stages} " in console
+    assert f"run the plan 'tp1 pp{stages} dp{2 // stages} " in console
     printed = [line for line in console.splitlines() if not line.startswith("[")]
     half = "torch.bfloat16"
     assert printed == [*[f"trained {half}"] * 3, f"evaluated {half}", f"called {half}", "own precision torch.float32"]

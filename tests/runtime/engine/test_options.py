@@ -82,20 +82,20 @@ def test_positional_arguments_are_refused_with_the_names_of_the_options():
     ("options", "message"),
     [
         ({"num_stage": 4}, r"unknown option num_stage=4; did you mean num_stages\?"),
-        ({"pipeline_parallel": 1}, "pipeline_parallel=1: allowed is True or False"),
-        ({"pipeline_parallel": "auto"}, "pipeline_parallel='auto': allowed is True or False"),
-        ({"mixed_precision": None}, "mixed_precision=None: allowed is True or False"),
-        ({"num_stages": 0}, 'num_stages=0: allowed is a whole number from 1, or "auto"'),
-        ({"num_stages": True}, "num_stages=True: allowed is a whole number"),
-        ({"num_stages": 2.0}, "num_stages=2.0: allowed is a whole number"),
-        ({"num_micro_batches": "many"}, "num_micro_batches='many': allowed is"),
-        ({"activation_recomputation": "full"}, "activation_recomputation='full': allowed is True, False or \"auto\""),
-        ({"distribute_parameter": 1}, "distribute_parameter=1: allowed is"),
+        ({"pipeline_parallel": 1}, "pipeline_parallel=1: expected True or False"),
+        ({"pipeline_parallel": "auto"}, "pipeline_parallel='auto': expected True or False"),
+        ({"mixed_precision": None}, "mixed_precision=None: expected True or False"),
+        ({"num_stages": 0}, 'num_stages=0: expected a whole number from 1, or "auto"'),
+        ({"num_stages": True}, "num_stages=True: expected a whole number"),
+        ({"num_stages": 2.0}, "num_stages=2.0: expected a whole number"),
+        ({"num_micro_batches": "many"}, "num_micro_batches='many': expected"),
+        ({"activation_recomputation": "full"}, "activation_recomputation='full': expected True, False or \"auto\""),
+        ({"distribute_parameter": 1}, "distribute_parameter=1: expected"),
         ({"pipeline_parallel": False, "num_stages": 4}, "stages need pipeline_parallel=True"),
         ({"pack_rows": False}, r'unknown option pack_rows=False\. .* give disable=\("pack_rows",\)'),
         (
             {"disable": "pack_rows"},
-            r"disable='pack_rows': allowed is a list of optimizations, such as \('skip_padding',\)",
+            r"disable='pack_rows': expected a list of optimizations, such as \('skip_padding',\)",
         ),
         (
             {"disable": ["pack_row"]},
@@ -120,7 +120,7 @@ def test_wrong_option_is_refused(options, message):
 )
 def test_wrong_environment_variable_is_refused(monkeypatch, name, value, allowed):
     monkeypatch.setenv(f"MOREH_ADVANCED_PARALLELIZATION_{name}", value)
-    with pytest.raises(OptionError, match=f"{name}='{value}': allowed is a whole number {allowed}"):
+    with pytest.raises(OptionError, match=f"{name}='{value}': expected a whole number {allowed}"):
         option.enable_advanced_parallelization()
 
 

@@ -137,7 +137,7 @@ def test_calls_that_a_sharded_model_cannot_answer_are_refused(plan):
         assert "AdamW" in errors["lbfgs"]
         assert "the only label that is ignored is -100" in errors["ignored label"]
         assert "with the active adapters" in errors["adapters of rows"]
-        assert "attention_mask is (2, 12): allowed is a tensor with a row for each of the 8" in errors["mask"]
+        assert "attention_mask is (2, 12): expected a tensor with a row for each of the 8" in errors["mask"]
         assert "IndexError: Target -1 is out of bounds" in errors["no token"]
         assert "use bfloat16" in errors["float16"]
         assert "a forward hook on the whole model" in errors["hook"]

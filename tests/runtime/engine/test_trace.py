@@ -75,7 +75,7 @@ def test_no_lines_without_the_variable(run_python, value):
 
 def test_other_values_of_the_variable_are_refused(monkeypatch):
     monkeypatch.setenv("MOREH_TRACE", "yes")
-    with pytest.raises(OptionError, match=r"MOREH_TRACE='yes': allowed is 1, .* or 0"):
+    with pytest.raises(OptionError, match=r"MOREH_TRACE='yes': expected 1, .* or 0"):
         torch.moreh.option.enable_advanced_parallelization()
 
 

@@ -66,7 +66,7 @@ def test_trainer_on_two_workers_trains_as_in_a_plain_process(environment, tmp_pa
         runs[name] = run_script(directory / "script.py", workers=workers, env=environment)[0]
         assert "\nsaved\n" in runs[name].stdout, runs[name].stderr
     plain, workers = runs["plain"].stdout, runs["workers"].stdout
-    assert re.search(r"2 workers carry out the plan '.*dp2.*shard:", workers)
+    assert re.search(r"2 workers run the plan '.*dp2.*shard:", workers)
     for key in ("loss", "grad_norm", "learning_rate"):
         assert len(numbers(plain, key)) == 4
         assert numbers(workers, key) == pytest.approx(numbers(plain, key), rel=2e-3)

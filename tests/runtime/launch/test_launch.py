@@ -194,7 +194,7 @@ def test_source_from_standard_input_is_refused(start):
 @pytest.mark.parametrize("value", ["0", "two", "-1", "1.5", "", "257", "9" * 30])
 def test_number_of_workers_is_checked(monkeypatch, value):
     monkeypatch.setenv("MOREH_WORKERS", value)
-    with pytest.raises(OptionError, match=f"MOREH_WORKERS='{value}': allowed is a whole number from 1 to 256"):
+    with pytest.raises(OptionError, match=f"MOREH_WORKERS='{value}': expected a whole number from 1 to 256"):
         option.enable_advanced_parallelization()
 
 

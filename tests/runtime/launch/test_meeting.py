@@ -28,12 +28,12 @@ def world(monkeypatch, unused_port):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"MASTER_PORT": "99999"}, r"MASTER_PORT='99999': allowed is the number of a port, 1 to 65535"),
+        ({"MASTER_PORT": "99999"}, r"MASTER_PORT='99999': expected the number of a port, 1 to 65535"),
         ({"MASTER_PORT": "x"}, r"MASTER_PORT='x': allowed"),
-        ({"RANK": "5"}, r"RANK=5 of WORLD_SIZE=2, .*: allowed are ranks from 0, below the number of workers"),
+        ({"RANK": "5"}, r"RANK=5 of WORLD_SIZE=2, .*: expected ranks from 0, below the number of workers"),
         ({"LOCAL_RANK": "2"}, r"LOCAL_RANK=2 of LOCAL_WORLD_SIZE=2"),
         ({"LOCAL_WORLD_SIZE": "3"}, r"LOCAL_WORLD_SIZE=3"),
-        ({"RANK": "-1"}, r"RANK='-1'.*allowed are whole numbers"),
+        ({"RANK": "-1"}, r"RANK='-1'.*expected whole numbers"),
     ],
 )
 def test_wrong_variables_are_one_line(world, changes, message):
@@ -82,7 +82,7 @@ def test_more_processes_than_cores_or_memory_allow_are_refused(monkeypatch):
 def test_workers_and_measuring_processes_are_limited(monkeypatch):
     monkeypatch.setattr("moreh.system.available_cores", lambda: 2)
     monkeypatch.setenv("MOREH_WORKERS", "256")
-    with pytest.raises(OptionError, match=r"MOREH_WORKERS=256 \(accelerator.workers\): allowed are at most 8 on this"):
+    with pytest.raises(OptionError, match=r"MOREH_WORKERS=256 \(accelerator.workers\): expected at most 8 on this"):
         _workers_to_start()
-    with pytest.raises(PlanError, match=r"workers=999: each is measured as a process, and allowed are at most 8 on"):
+    with pytest.raises(PlanError, match=r"workers=999: each is measured as a process, and at most 8 are possible on"):
         measure(999)

@@ -24,7 +24,7 @@ def test_a_message_is_contiguous():
 
 def test_another_value_is_refused(monkeypatch):
     monkeypatch.setenv("MOREH_SHARE_GPUS", "yes")
-    with pytest.raises(OptionError, match="MOREH_SHARE_GPUS='yes': allowed is 1"):
+    with pytest.raises(OptionError, match="MOREH_SHARE_GPUS='yes': expected 1"):
         shares_gpus()
 
 

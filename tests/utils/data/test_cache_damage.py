@@ -71,13 +71,13 @@ def test_damaged_entry_is_made_anew(prepared, damage):
     do(entry)
     lines = []
     assert prepare(config, lines.append).train.to_list() == rows
-    said = [line for line in lines if "is made anew" in line]
+    said = [line for line in lines if "is rebuilt" in line]
     assert len(said) == 1
     assert said[0].startswith(f"warning: {entry} is damaged ({reason}")
     assert find_damage(entry) is None
     lines.clear()
     prepare(config, lines.append)
-    assert not [line for line in lines if "made anew" in line or "Reading and" in line]
+    assert not [line for line in lines if "is rebuilt" in line or "Reading and" in line]
 
 
 def test_entry_under_another_name_is_noticed(prepared):

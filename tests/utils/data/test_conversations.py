@@ -69,7 +69,7 @@ def test_texts_may_be_in_parts_and_columns_may_have_null():
         ({"messages": []}, r"field 'messages' is '\[\]', not a list of messages"),
         ({"messages": "{"}, "field 'messages' is a text, and not JSON"),
         ({"messages": ["hello"]}, "message 1 of 'messages' is 'hello', not an object with a role and a text"),
-        ({"messages": [{"role": "boss", "content": "x"}]}, "has the role 'boss'; allowed is one of system, .*human"),
+        ({"messages": [{"role": "boss", "content": "x"}]}, "has the role 'boss'; expected one of system, .*human"),
         ({"messages": [{"role": "user", "text": "x"}]}, "message 1 of 'messages' has no content"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "has parts that are no texts"),
         ({"messages": [{"role": "user", "content": 3}]}, "field 'content' is 3, not a text"),

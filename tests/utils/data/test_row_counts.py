@@ -86,7 +86,7 @@ def test_rows_of_named_files_are_held_out_and_not_trained_on(run_on, tmp_path):
 
 
 def test_one_pair_cannot_be_split(run_on):
-    with pytest.raises(UserError, match=r"data\.eval_rows: 1 rows are to be held out, but the data has only 1"):
+    with pytest.raises(UserError, match=r"data\.eval_rows: 1 rows are requested, but the data has only 1"):
         run_on(rows(1), "data.eval_rows=null")
 
 

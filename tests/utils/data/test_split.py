@@ -62,8 +62,10 @@ def test_equal_pairs_are_equal_whatever_their_place(tmp_path):
 
 
 def test_share_that_leaves_nothing_to_train_on_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"data\.eval_rows: 2 rows are to be held out, but the data has only 2"):
+    with pytest.raises(UserError, match=r"data\.eval_rows: 2 rows are requested, but the data has only 2"):
         split_examples(stored("ab", tmp_path).digests, 2, 0, keeps_duplicates=False)
-    with pytest.raises(UserError, match=r"with 1 rows held out, none are left to train on: equal ones go along"):
+    with pytest.raises(
+        UserError, match=r"with 1 rows held out, none are left for training, because equal rows stay together"
+    ):
         split_examples(stored("aaa", tmp_path).digests, 1, 0, keeps_duplicates=True)
     assert len(split_examples(np.arange(8, dtype=np.uint64).reshape(4, 2), None, 0, keeps_duplicates=False).held_out)

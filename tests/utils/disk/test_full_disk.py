@@ -43,7 +43,7 @@ def test_lines_of_metrics_are_kept_until_the_disk_takes_them(tmp_path):
         file.add({"step": 3, "loss": 0.5})
         assert path.stat().st_size == size  # without half of a line
     assert said == [
-        f"warning: {path} cannot be written: File too large; the training goes on, and its lines are tried again"
+        f"warning: {path} cannot be written: File too large; training continues, and its lines are tried again"
     ]
     file.add({"step": 4, "loss": 0.25})
     file.close()
@@ -73,7 +73,7 @@ def test_logs_that_cannot_be_written_do_not_end_a_training(train, tmp_path, monk
     directory = train()
     out, err = capsys.readouterr()
     assert (directory / "model" / "config.json").exists()
-    assert err.count("train.log cannot be written: No space left on device; the training goes on\n") == 1
+    assert err.count("train.log cannot be written: No space left on device; training continues\n") == 1
     said = " ".join(out.split())  # lines of the console are wrapped
     assert said.count("metrics.jsonl cannot be written: No space left on device") == 1
     assert said.count("report.html was not written") == 1
@@ -96,7 +96,7 @@ def test_full_disk_behind_standard_output_does_not_end_a_training(environment, t
     assert (run / "loss.png").exists()
     assert "Model: " in (run / "train.log").read_text(encoding="utf-8")
     assert finished.stderr == (
-        "warning: standard output cannot be written: No space left on device; the training goes on\n"
+        "warning: standard output cannot be written: No space left on device; training continues\n"
     )
 
 
@@ -161,7 +161,7 @@ def test_checkpoint_that_has_no_room_is_said_and_tried_again(train, tmp_path, mo
     log = (directory / "train.log").read_text(encoding="utf-8")
     assert (
         f"warning: {checkpoints / 'step-2'} could not be saved: a checkpoint takes 2.00 GiB, and the disk has 1.00 GiB "
-        "free; there is none yet; the training goes on" in log
+        "free; there is none yet; training continues" in log
     )
     assert sorted(path.name for path in checkpoints.iterdir()) == ["step-3", "step-4"]
     written = sum(path.stat().st_size for path in (checkpoints / "step-4").iterdir())

@@ -54,7 +54,7 @@ def test_skipped_steps_change_no_weights_until_there_are_three_in_a_row():
     allows, log, checkpoints = make_guard("skip")
     answers = [allows(step, math.nan if step in (2, 3, 5) else 2.0) for step in range(1, 6)]
     assert answers == [True, False, False, True, False]
-    assert log.lines[1] == "[Step 2/90] | Skipped: the step changes no weights"
+    assert log.lines[1] == "[Step 2/90] | Skipped: the step does not update the weights"
     assert not allows(6, math.nan)
     with pytest.raises(UserError, match=r"step 7: the loss is nan .*, as in the 2 steps before"):
         allows(7, math.nan)

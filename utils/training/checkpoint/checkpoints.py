@@ -126,10 +126,10 @@ class Checkpoints:
         self._begin_branch(checkpoint, damaged=self._to_resume[: len(damaged)])
         self._log.info(f"[Step {step}/{total_steps}] | Resumed from {checkpoint}")
         if differences:
-            self._log.info(f"What differs from the checkpoint:\n{table_of(differences)}")
+            self._log.info(f"Differences from the checkpoint:\n{table_of(differences)}")
         self._last_saved = checkpoint
         if step == total_steps:
-            self._log.info(f"All {total_steps} steps are done: the model is evaluated and saved")
+            self._log.info(f"All {total_steps} steps are done: evaluating and saving the model")
             self._evaluation(step)
         return step
 
@@ -142,7 +142,7 @@ class Checkpoints:
             if not is_own or step_of(other) > step_of(checkpoint):
                 is_damaged = other.resolve() in {path.resolve() for path in damaged}
                 aside = set_aside(other, "damaged" if is_damaged else "abandoned")
-                self._log.info(f"Set aside: {other.name} of the earlier training is now {aside}")
+                self._log.info(f"Renamed {other.name} of the earlier run to {aside}")
         remove_unfinished(self._directory)
         prune(self._directory, self._settings.keep_last, keep_best=self._settings.keep_best)
 
@@ -180,7 +180,7 @@ class Checkpoints:
             is_saved = self.flush() and is_saving
             saved = f"saved in {path}" if is_saved else f"not saved; the last checkpoint is {self._last_saved}"
             raise end_of_run(
-                request - _STOP, self._limit, f"after step {step}, and {saved}; to go on: {resume_command()}"
+                request - _STOP, self._limit, f"after step {step}, and {saved}; to continue: {resume_command()}"
             )
 
     def go_back(self, model: Any, optimizer: Any) -> Path:
@@ -246,7 +246,7 @@ class Checkpoints:
     def _say_not_saved(self, path: Path, reason: str) -> None:
         self._has_failed = True
         last = "there is none yet" if self._last_saved is None else f"the last one is {self._last_saved}"
-        self._log.info(f"warning: {path} could not be saved: {reason}; {last}; the training goes on")
+        self._log.info(f"warning: {path} could not be saved: {reason}; {last}; training continues")
 
 
 def _checked(checkpoint: Path) -> dict[str, Any]:
