@@ -1,24 +1,25 @@
-# make train            set everything up and train the default model (configs/gpt.yaml): minutes
-# make test             set everything up and run the tests: 15 to 25 minutes
-# make test-versions    runs them with the lowest and with the newest torch and transformers, each in an environment
-# make check            formatting, lint, types and the direction of imports
-# make install          only set up: .venv with the packages of requirements.txt and the package moreh
-# make smollm2          set everything up and fetch the pretrained model of configs/llama_smollm2.yaml
-# make verify-plans     train with each plan of the planner on eight processes, and compare it with one process: an hour
-#                       (SAMPLE=40: so many plans of each model; LOSS=custom: with a loss that the script makes)
-# make verify-families  the same for all families of models, with plans of each kind on four processes
-# make conformance      run patterns of users' scripts with the line and without, on 1, 2 and 4 workers: half an hour
+# make install          create .venv with the packages of requirements.txt and the package moreh
+# make train            install, and train the default model (configs/gpt.yaml): minutes
+# make smollm2          install, and fetch the pretrained model of configs/llama_smollm2.yaml
+# make test             install, and run the tests: 15 to 25 minutes
+# make check            check formatting, lint, types and the direction of imports
+# make test-versions    run the tests with the lowest and the newest torch and transformers, in separate environments
+# make verify-plans     train with each plan of the planner on eight processes, and compare with one process: an hour
+#                       (SAMPLE=40: 40 plans per model; LOSS=custom: with a custom loss)
+# make verify-families  the same for all model families, with plans of each kind on four processes
+# make conformance      run patterns of users' scripts with and without the line, on 1, 2 and 4 workers: half an hour
 # make chaos            train on two workers while they are killed, stopped and their checkpoints damaged: 20 minutes
 #                       (MINUTES=5 SEED=2)
-# make soak             train on two workers with a checkpoint every 20 steps: nothing may grow. 30 minutes (MINUTES=10)
-# make docs-check       run the commands of the documentation that take long
-# make gpu-check        what one GPU shows: results, speed, memory, predictions; at most 8 minutes, nothing is installed
+# make soak             train on two workers with a checkpoint every 20 steps, and check that nothing grows: 30 minutes
+#                       (MINUTES=10)
+# make fuzz             fuzz the readers of files and settings: 10 minutes for each kind
+#                       (SEED=1 MINUTES=2: a reproducible, shorter run)
+# make docs-check       run the long-running commands in the documentation
+# make gpu-check        test and measure one GPU: results, speed, memory, predictions; at most 8 minutes
 #                       (DRY=1: the same code with tiny sizes on the CPU)
-# make gpu-smoke        the same in a minute and a half, for a report of a bug
-# make fuzz             give readers of files and settings what nobody would write: 10 minutes for each kind
-#                       (SEED=1 MINUTES=2: the same examples again, fewer of them)
-# make lock             write requirements.lock: the pinned packages and all that they need, with hashes
-# make bench            compare with other systems, each in an environment of its own, and write benchmarks/data: hours
+# make gpu-smoke        the same in a minute and a half, for a bug report
+# make bench            compare with other systems, in separate environments, and write benchmarks/data: hours
+# make lock             write requirements.lock: the pinned packages and their dependencies, with hashes
 
 PYTHON ?= python3
 VENV := .venv
