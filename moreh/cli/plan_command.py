@@ -151,7 +151,7 @@ def _explain(options: argparse.Namespace, request: Request, calibration: Calibra
     else:
         plans = [("This plan", plan_text(plan))] + ([] if best is None else [("Best plan", plan_text(best.plan))])
         pairs = [*header_pairs(request, outcome.result, outcome.idle), *plans]
-        print_pairs([*pairs, ("Interval", f"This plan {interval_text(interval)}")], width)
+        print_pairs([*pairs, ("80% interval", f"this plan: {interval_text(interval)}")], width)
         print(draw_widest(explanation_table_forms(asked, best), width))
         print_sentences(explanation_sentences(request, asked, best), width)
     _draw(options, request, asked, "this plan", width)
@@ -195,7 +195,7 @@ def _compare_steps(
     if options.json:
         _print_json({**request_json(request), "comparison": comparison_json(steps)})
         return 0
-    print_pairs([*header_pairs(request), ("Interval", steps[0].predicted.text)], width)
+    print_pairs([*header_pairs(request), ("80% interval", steps[0].predicted.text)], width)
     print(draw_widest(comparison_table(steps), width))
     print_sentences(comparison_sentences(steps), width)
     return 0

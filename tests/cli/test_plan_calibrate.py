@@ -60,7 +60,7 @@ def test_measured_step_moves_the_search_and_narrows_the_interval(tool, tmp_path)
     assert (narrower["measured_steps"], narrower["basis"]) == (2, "calibrated with 2 steps")
     code, out, _ = tool(model, *PLACE, "--explain", plan["text"], "--calibrate", tmp_path)
     assert code == 0
-    assert "in 4 of 5 cases; calibrated with 2 steps" in " ".join(out.split())
+    assert "on the fullest device; calibrated with 2 steps" in " ".join(out.split())
 
 
 def test_table_of_a_comparison_has_predicted_and_measured_steps(tool, tmp_path):
@@ -68,7 +68,7 @@ def test_table_of_a_comparison_has_predicted_and_measured_steps(tool, tmp_path):
     code, out, err = tool(write_model(tmp_path), *PLACE, "--compare", path, columns=140)
     assert (code, err) == (0, "")
     headers, *rows = table_rows(out)
-    assert headers == ["#", "Plan", "Predicted", "4 of 5 cases", "Measured", "# measured", "Error"]
+    assert headers == ["#", "Plan", "Predicted", "80% interval", "Measured", "# measured", "Error"]
     assert sorted(row[5] for row in rows) == ["1", "2"]
     assert "2 steps that did not calibrate: mean error" in out
 

@@ -141,17 +141,17 @@ class Uncertainty:
 
     @property
     def text(self) -> str:
-        """A continuation of "Step times came out ..."."""
+        """The end of a sentence that begins with "Predicted step times are"."""
         return self.text_for("such devices")
 
     def text_for(self, devices: str) -> str:
         """`text` with a name for the devices that the runs were on."""
-        extremes = f"from {abs(self.lowest):.0%} too fast to {max(0.0, self.highest):.0%} too slow"
+        extremes = f"{abs(self.lowest):.0%} too fast to {max(0.0, self.highest):.0%} too slow"
         if self.runs == 0:
-            return f"within {self.error:.0%} for 4 of 5 published runs on other devices; there is none on these"
+            return f"within {self.error:.0%} for 80% of the published runs on other devices; there is none on these"
         if self.runs < MIN_RUNS_FOR_QUANTILE:
-            return f"{extremes} in {self.runs} published run{'s' if self.runs > 1 else ''} on {devices}"
-        return f"within {self.error:.0%} for 4 of 5 of {self.runs} published runs on {devices} ({extremes})"
+            return f"{extremes} for {self.runs} published run{'s' if self.runs > 1 else ''} on {devices}"
+        return f"within {self.error:.0%} for 80% of {self.runs} published runs on {devices} ({extremes})"
 
 
 def uncertainty(class_name: str) -> Uncertainty:
@@ -165,7 +165,7 @@ def uncertainty(class_name: str) -> Uncertainty:
 
 
 def errors_text(device: Device) -> str:
-    """How far predicted step times on a kind of device can be trusted: a continuation of "Step times came out ..."."""
+    """Errors of predicted step times on a device: the end of a sentence that begins "Predicted step times are"."""
     known = uncertainty(device.efficiency_class)
     if not device.efficiency_assumed or known.runs == 0:
         return known.text

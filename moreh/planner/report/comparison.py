@@ -67,7 +67,7 @@ def comparison_table(steps: Sequence[ComparedStep]) -> list[Table]:
         Column("#", 4, "right"),
         Column("Plan", 4, wraps=True),
         Column("Predicted", 4, "right"),
-        Column("4 of 5 cases", 4, "right"),
+        Column("80% interval", 4, "right"),
         Column("Measured", 4, "right"),
         Column("# measured", 4, "right"),
         Column("Error", 4, "right"),
@@ -86,7 +86,7 @@ def comparison_table(steps: Sequence[ComparedStep]) -> list[Table]:
     )
     full = Table(columns, rows)
     tight = full.tightened().wrapped(2)
-    return [full, full.tightened(), tight, tight.without("4 of 5 cases")]
+    return [full, full.tightened(), tight, tight.without("80% interval")]
 
 
 def comparison_sentences(steps: Sequence[ComparedStep]) -> list[str]:

@@ -20,11 +20,11 @@ def interval_of(
 
 
 def interval_text(interval: IntervalPrediction) -> str:
-    """The intervals in a sentence without its subject, such as "takes 48.10 s to 59.02 s a step ..."."""
+    """The intervals in words, such as "48.10 s to 59.02 s per step, ..."."""
     seconds, memory = interval.step_time_s, interval.memory_bytes
     return (
-        f"takes {seconds_text(seconds.low, seconds.high)} to {seconds_text(seconds.high)} a step and {gib(memory.low)} "
-        f"to {gib(memory.high)} on the fullest device in 4 of 5 cases; {interval.text}"
+        f"{seconds_text(seconds.low, seconds.high)} to {seconds_text(seconds.high)} per step, {gib(memory.low)} to "
+        f"{gib(memory.high)} on the fullest device; {interval.text}"
     )
 
 

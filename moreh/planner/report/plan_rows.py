@@ -32,7 +32,7 @@ def uncertainty_text(device: Device) -> str:
     if device.efficiency_class == THIS_MACHINE:
         text = "All figures are predictions from rates measured on this machine."
         return text if device.name == THIS_MACHINE else f"No entry of devices.json has the name {device.name}. {text}"
-    return f"All figures are predictions, not measurements. Step times came out {errors_text(device)}."
+    return f"All figures are predictions, not measurements. Predicted step times are {errors_text(device)}."
 
 
 def header_pairs(request: Request, result: SearchResult | None = None, idle: str = "") -> list[tuple[str, str]]:

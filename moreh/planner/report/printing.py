@@ -43,8 +43,8 @@ def print_plans(
     """
     environment = request.environment.with_devices(result.best[0].plan.devices)
     interval = interval_of(result.best[0], request.training, environment, calibration)
-    pairs = [*header_pairs(request, result, idle), ("Interval", f"Plan 1 {interval_text(interval)}")]
+    pairs = [*header_pairs(request, result, idle), ("80% interval", f"plan 1: {interval_text(interval)}")]
     if request.device.efficiency_class != THIS_MACHINE:
-        pairs.append(("Memory of 1", memory_names_text(result.best[0], request.device)))
+        pairs.append(("Plan 1 memory", memory_names_text(result.best[0], request.device)))
     print_pairs([*pairs, *notes], width)
     print(draw_widest(plan_table_forms(request, result), width))

@@ -128,7 +128,7 @@ def _uncertainty_text(device: Device) -> str:
     """How far a step time on a kind of device can be trusted."""
     if device.efficiency_class == THIS_MACHINE:
         return "Rates were measured on this machine."
-    return f"Step times came out {errors_text(device)}."
+    return f"Predicted step times are {errors_text(device)}."
 
 
 def _write(path: Path, lines: list[str], log: Callable[[str], None]) -> None:
