@@ -11,8 +11,8 @@ PAGE = Path(__file__).parents[2] / "docs" / "conformance.md"
 INTRODUCTION = """\
 # Conformance
 
-The table lists what scripts do, and what the line makes of it.
-Each row is a script of a few lines, in `tests/conformance/scripts/`.
+The tables list patterns of training scripts, and the result of each pattern with the line.
+Each row is a script of a few lines in `tests/conformance/scripts/`.
 
 ```bash slow
 make conformance                                              # all of them
@@ -20,14 +20,14 @@ python -m tests.conformance losses --only z-loss --verbose    # one of them
 ```
 
 The command runs each script without the line, and with it on 1, 2 and 4 workers, in float32.
-It compares the values that the script names, what it prints, the files that it writes, and the exception that ends it.
-On several workers, the scripts take turns with plans of each kind: tensor, pipeline and data parallel, and sharded.
+It compares the values that the script names, its output, the files that it writes, and its exception, if any.
+On several workers, the plans alternate: tensor, pipeline and data parallel, and sharded.
 
-- *equal*: the same, to rounding: 1e-5 of the largest number of a tensor, unless the script's entry says otherwise.
-- *refused*: an error ends the script, with the words in the table.
-- *differs*: a difference that the documentation states.
+- *equal*: equal to rounding, 1e-5 of the largest number in a tensor unless the script's entry sets another tolerance.
+- *refused*: the script ends with an error that contains the words in the table.
+- *differs*: a documented difference.
 
-The command fails if a row comes out in any other way, so a refusal or a difference that has gone is found too.
+The command fails if a row has any other result, so outdated entries are found too.
 """
 
 
