@@ -26,11 +26,11 @@ def refused_processes(count: int) -> str | None:
     free = available_memory_bytes()
     by_memory = max(1, free // PROCESS_BYTES)
     if count > by_cores:
-        return f"at most {by_cores} are possible on this machine, which has {cores} CPU core(s)"
+        return f"expected at most {by_cores} on this machine, which has {cores} CPU core(s)"
     if count > by_memory:
         gib = f"{free / 2**30:.1f} GiB"
         return (
-            f"at most {by_memory} are possible now: {gib} of memory are free, and each takes 0.3 GiB before its model"
+            f"expected at most {by_memory} now: {gib} of memory are free, and each takes 0.3 GiB before its model"
         )
     return None
 

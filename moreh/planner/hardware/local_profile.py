@@ -152,7 +152,7 @@ def measure(workers: int) -> LocalProfile:
     _require_workers(workers)
     refusal = refused_processes(workers)
     if refusal is not None:
-        raise PlanError(f"workers={workers}: each is measured as a process, and {refusal}")
+        raise PlanError(f"workers={workers}: each is measured as a process; {refusal}")
     threads = _threads_per_worker(workers)
     figures = run_workers(workers, threads)
     shared = {"concurrent_workers": concurrent_workers(workers, threads)}

@@ -29,7 +29,7 @@ def world(monkeypatch, unused_port):
     ("changes", "message"),
     [
         ({"MASTER_PORT": "99999"}, r"MASTER_PORT='99999': expected the number of a port, 1 to 65535"),
-        ({"MASTER_PORT": "x"}, r"MASTER_PORT='x': allowed"),
+        ({"MASTER_PORT": "x"}, r"MASTER_PORT='x': expected"),
         ({"RANK": "5"}, r"RANK=5 of WORLD_SIZE=2, .*: expected ranks from 0, below the number of workers"),
         ({"LOCAL_RANK": "2"}, r"LOCAL_RANK=2 of LOCAL_WORLD_SIZE=2"),
         ({"LOCAL_WORLD_SIZE": "3"}, r"LOCAL_WORLD_SIZE=3"),
@@ -84,5 +84,5 @@ def test_workers_and_measuring_processes_are_limited(monkeypatch):
     monkeypatch.setenv("MOREH_WORKERS", "256")
     with pytest.raises(OptionError, match=r"MOREH_WORKERS=256 \(accelerator.workers\): expected at most 8 on this"):
         _workers_to_start()
-    with pytest.raises(PlanError, match=r"workers=999: each is measured as a process, and at most 8 are possible on"):
+    with pytest.raises(PlanError, match=r"workers=999: each is measured as a process; expected at most 8 on"):
         measure(999)
