@@ -193,5 +193,5 @@ def test_one_worker_tries_what_is_predicted_not_to_fit(run_on_a_gpu):
         f"hook.describe_module = lambda model: describe({str(model)!r})"
     )
     assert "[warning] Error Code 4: OUT_OF_MEMORY (predicted). No plan fits this machine (1 x NVIDIA A100" in output
-    assert "It is tried with the plan that needs the least memory." in output
+    assert "Trying the plan that needs the least memory." in output
     assert "[info] This machine: 1 worker, micro-batches of at most " in output

@@ -57,7 +57,7 @@ def test_model_of_the_settings_replaces_the_current_one_and_says_so(variables, s
     variables("{model: null}")
     assert read_registry().accelerator(0).model == "Large.256GB"
     output = " ".join(capsys.readouterr().out.split())
-    assert output.count("to Large.256GB, as accelerator.model of the settings says") == 1
+    assert output.count("to Large.256GB, as set by accelerator.model") == 1
 
 
 def test_workers_need_the_line(tiny_config):

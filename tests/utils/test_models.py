@@ -46,7 +46,7 @@ def test_generation_stops_at_the_token_that_was_trained(load, tmp_path, config_e
     model, lines = load(config_end, generation_end)
     assert model.config.eos_token_id == model.generation_config.eos_token_id == 2
     assert bool(lines) == (generation_end != 2)
-    assert not lines or lines[0].endswith("it now stops at </s> (2), with which training ends the rows")
+    assert not lines or lines[0].endswith("it now stops at </s> (2), the end token of the training rows")
     model.save_pretrained(tmp_path / "trained")
     assert GenerationConfig.from_pretrained(tmp_path / "trained").eos_token_id == 2
     saved = GPT2LMHeadModel.from_pretrained(tmp_path / "trained")

@@ -139,7 +139,7 @@ def test_of_several_processes_one_makes_the_cache_and_the_others_wait(tmp_path):
         for future in [pool.submit(make) for _ in range(4)]:
             future.result()
     assert len(made) == 1
-    assert lines == [f"Another process is making {tmp_path / 'data'}: waiting for it."] * 3
+    assert lines == [f"Another process is creating {tmp_path / 'data'}: waiting for it."] * 3
 
 
 def test_lock_of_a_failed_attempt_is_free(tmp_path):

@@ -65,7 +65,7 @@ def test_going_back_loads_the_last_checkpoint():
     allows, log, checkpoints = make_guard("go_back")
     assert not allows(5, math.nan)
     assert checkpoints.count == 1
-    assert log.lines[-1].endswith("are those of runs/tiny/checkpoints/step-4; the next rows follow")
+    assert log.lines[-1].endswith("from runs/tiny/checkpoints/step-4; continuing with the next rows")
 
 
 def test_spikes_are_reported_and_slow_changes_are_not():
