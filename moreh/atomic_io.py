@@ -1,4 +1,4 @@
-"""Files and directories that are complete or absent: written under another name, and renamed at the end.
+"""Atomic files and directories: written under a temporary name, and renamed at the end.
 
 The other name is on the file system of the target, since only there a rename is atomic. `durable` waits until contents
 and names are on the disk, so that the promise holds also if the machine goes down.

@@ -1,4 +1,4 @@
-"""What a new worker process does before it becomes the user's command.
+"""The first code in a new worker process, before it executes the user's command.
 
 This file is a script that uses neither this package nor site-packages, so that it starts at once:
 

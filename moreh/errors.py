@@ -1,4 +1,4 @@
-"""The errors of this package. Each message names the value, what is allowed and the next step."""
+"""The errors of this package. Each message names the value, the allowed values and the next step."""
 
 
 class MorehError(Exception):

@@ -1,4 +1,4 @@
-"""The public switch, `torch.moreh.option`: a thin layer over the options (moreh/options.py) and the runtime."""
+"""The public interface `torch.moreh.option`: a thin layer over options.py and the runtime."""
 
 import inspect
 import multiprocessing

@@ -1,4 +1,4 @@
-"""Storages of tensors: which tensors share memory, and how much memory counts once.
+"""Storages of tensors: shared memory, and its size.
 
 Used by the CUDA face (`moreh.patches.cuda`), which must know aliases from copies, and by the memory ledger
 (`moreh.accelerator.memory`), which counts each storage once.

@@ -1,4 +1,4 @@
-"""What the operating system says of this machine."""
+"""Cores and memory of this machine."""
 
 import contextlib
 import os

@@ -1,4 +1,4 @@
-"""Text that fits a terminal: the boxes of the platform's tools, and lines wrapped at their words.
+"""Text layout for terminals: boxed tables and wrapped lines.
 
 `draw_table` draws a table as it is given. `draw_widest` is for tables that can be wider than a terminal: the caller
 passes several forms of one table, and the fullest form that fits is drawn.

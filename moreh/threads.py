@@ -1,4 +1,4 @@
-"""Which threads are in calls of models, so that one that exchanges parts of a model for a while is alone with it."""
+"""Tracks the threads that are in calls of models, so that one thread can modify a model exclusively."""
 
 import os
 import threading

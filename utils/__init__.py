@@ -1,1 +1,1 @@
-"""Code that the training scripts share. It is not installed with moreh: it belongs to the checkout."""
+"""Code shared by the training scripts. It is part of the repository, not of the installed package."""

@@ -1,4 +1,4 @@
-"""Prepares what a script's one line depends on: the current accelerator, and the environment variables."""
+"""Sets up the accelerator and the environment variables for a run."""
 
 import contextlib
 import os

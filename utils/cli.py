@@ -1,4 +1,4 @@
-"""The command line of a training script, and its exit: errors that the user has to correct show no traceback."""
+"""The command line of a training script, its exit codes, and its error messages."""
 
 import argparse
 import contextlib

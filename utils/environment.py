@@ -1,4 +1,4 @@
-"""Environment variables of a run."""
+"""Temporary environment variables."""
 
 import contextlib
 import os

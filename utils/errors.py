@@ -1,4 +1,4 @@
-"""Errors that a user's input causes. They are shown as lines, without a traceback."""
+"""Errors caused by a user's input, shown as one line without a traceback."""
 
 import importlib.util
 import os

@@ -1,4 +1,4 @@
-"""Errors that say the machine has too little memory or has ended a process: one line for what libraries say in many."""
+"""One-line errors for lack of memory and for killed processes."""
 
 import re
 

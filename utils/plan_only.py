@@ -1,4 +1,4 @@
-"""Prints how the accelerator would run the training, for --plan-only. It imports no torch and uses no accelerator."""
+"""Prints the best plans of a run, for --plan-only, without importing torch."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Reads the catalogs of devices and flavors (`data/*.json`), and refuses an entry that cannot be right.
+"""Reads the catalogs of devices and flavors (`data/*.json`) and validates their entries.
 
 The entries are written by hand. An error names the file, the entry, the key, the value and what is allowed.
 """

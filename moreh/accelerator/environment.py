@@ -1,4 +1,4 @@
-"""Environment variables of the platform that concern the accelerator."""
+"""The platform's environment variables that concern the accelerator."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""The GPUs of this machine, as torch and their driver tell of them.
+"""The GPUs of this machine, as reported by torch and the driver.
 
 Nothing here imports torch on a machine without a driver of GPUs, so that the command-line tools answer at once there.
 """

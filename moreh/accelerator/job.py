@@ -1,4 +1,4 @@
-"""The job of this process: registered when the process first uses the device, reported while it runs, then removed."""
+"""The job of this process: registered at the first use of the device, reported while it runs, then removed."""
 
 import atexit
 import functools

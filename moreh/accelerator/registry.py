@@ -1,4 +1,4 @@
-"""The registry: which accelerators there are, which one is current, and which job runs on which.
+"""The registry: existing accelerators, the current accelerator, and the job on each.
 
 The registry is one JSON file in the user's state directory. The file is only ever replaced as a whole, so readers take
 no lock; writers take one. A job is a process, identified by process id *and* start time, because process ids are used

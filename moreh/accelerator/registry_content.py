@@ -1,4 +1,4 @@
-"""What the file of the registry holds: accelerators and jobs, and how its JSON is read.
+"""The content of the registry file: accelerators and jobs, and its JSON parser.
 
 `registry.py` reads the file, and changes it.
 """

@@ -1,4 +1,4 @@
-"""The files of the registry and the jobs: where they are, and how they are written.
+"""The files of the registry and the jobs: their location, and atomic reads and writes.
 
 A crash, or many writers at once, never leaves a file half written.
 """

@@ -1,4 +1,4 @@
-"""This machine as an accelerator: the GPUs that torch sees, with the rates of the entries that their names match.
+"""This machine as an accelerator: the GPUs that torch detects, with rates from devices.json.
 
 It is the accelerator of an environment in which no flavor was chosen. Without a GPU there is no such accelerator.
 """

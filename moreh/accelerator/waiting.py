@@ -1,4 +1,4 @@
-"""What a process does whose accelerator another one is using: it waits, or with MOREH_WAIT=0 it is refused."""
+"""Waits for an accelerator that another process uses, or raises an error with MOREH_WAIT=0."""
 
 import os
 import time

@@ -1,4 +1,4 @@
-"""Reads measured steps for `moreh-plan --calibrate`, a JSON object a line: of a run of the scripts, or any program."""
+"""Reads measured steps for `moreh-plan --calibrate`: one JSON object per line."""
 
 import json
 from dataclasses import dataclass, fields

@@ -1,4 +1,4 @@
-"""What `moreh-smi --version --json` tells of the installation and the machine, for a report of a bug.
+"""The report of `moreh-smi --version --json` on installation and machine, for bug reports.
 
 Nothing here imports torch: it may be what is broken, and importing it takes seconds.
 """

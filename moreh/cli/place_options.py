@@ -1,4 +1,4 @@
-"""The options of moreh-plan that say where to train."""
+"""Options of moreh-plan for the accelerator, the devices or the cluster."""
 
 import argparse
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""moreh-plan: how a model would be trained on an accelerator, how long a step takes, and what fits in memory."""
+"""The command moreh-plan: the fastest plans for a model on an accelerator, with predicted step time and memory."""
 
 import argparse
 import json

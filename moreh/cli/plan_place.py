@@ -1,4 +1,4 @@
-"""Where moreh-plan plans to train: an accelerator, devices, this machine or a cluster, as its options say."""
+"""The accelerator, devices or cluster that moreh-plan plans for, from its options."""
 
 import argparse
 from dataclasses import replace

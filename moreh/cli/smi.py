@@ -1,4 +1,4 @@
-"""moreh-smi: show the accelerators and their jobs; add, remove and switch accelerators; end a job."""
+"""The command moreh-smi: show accelerators and jobs; add, remove and switch accelerators; end a job."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""What moreh-smi knows of each accelerator: its job, and its devices or this machine's GPUs."""
+"""Collects the data that moreh-smi shows: each accelerator's job, and its devices or this machine's GPUs."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""What moreh-smi shows of each accelerator, drawn as tables or given as JSON."""
+"""Formats the data that moreh-smi shows, as tables or JSON."""
 
 import shutil
 from collections.abc import Sequence

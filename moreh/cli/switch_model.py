@@ -1,4 +1,4 @@
-"""moreh-switch-model: show the model of the current accelerator and give it another one."""
+"""The command moreh-switch-model: show and change the model of the current accelerator."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""What the command-line tools share: help texts, numbers as options, questions, the list of models, errors."""
+"""Shared parts of the command-line tools: argument types, help format, questions, errors."""
 
 import argparse
 import io

@@ -1,1 +1,1 @@
-"""What reaches a terminal: text without escapes, and streams that cannot be written."""
+"""Terminal output: text without escape sequences, and streams that cannot be written."""

@@ -1,4 +1,4 @@
-"""Standard output and standard error that cannot be written, as on a full disk: no reason to end a program's work."""
+"""Writes to standard output and error that ignore write errors, such as those of a full disk."""
 
 import contextlib
 import os

@@ -1,4 +1,4 @@
-"""Text of others, such as the commands of their processes, for a terminal or a log: in one piece, without escapes."""
+"""Makes untrusted text, such as command lines of other processes, safe for a terminal or a log."""
 
 # The most characters of another process's command in a sentence.
 COMMAND_CHARACTERS = 80

@@ -1,1 +1,1 @@
-"""What is known of transformers' models: architectures, families, parts, and models that cannot be split into parts."""
+"""Knowledge of transformers' models: architectures, families, parts, and unsupported models."""

@@ -1,4 +1,4 @@
-"""What a decoder-only language model consists of, as far as planning needs it: matmuls, attention, embedding tables.
+"""Description of a decoder-only language model for planning: matmuls, attention, embedding tables.
 
 Counts are exact: `Architecture.parameters` is `sum(p.numel() for p in model.parameters())` of the model in transformers
 (tests/models/test_architecture.py). All counts are elements or tensors; nothing here has a unit of bytes.

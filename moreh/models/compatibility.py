@@ -1,4 +1,4 @@
-"""Whether the runtime knows all that a model computes: its layers, and the mean loss over label tokens.
+"""Checks whether the runtime supports a model: its layers, and the mean loss over label tokens.
 
 If a model computes something else, computing it part by part would silently train a different model. So on one worker
 such a model runs its own forward pass, and on several workers it is refused.

@@ -1,4 +1,4 @@
-"""Whether a model drops anything in training, and whether it draws random numbers at all."""
+"""Checks whether a model has active dropout, and whether it draws random numbers."""
 
 from typing import Any
 

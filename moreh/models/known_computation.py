@@ -1,4 +1,4 @@
-"""Whether a call of a model is the computation that the runtime knows, looked at anew for each call.
+"""Checks before each call whether the runtime knows the computation of a model.
 
 A script may exchange functions, modules, parameters, settings and hooks at any time. Most calls come with none of them
 changed, which is found out in tens of microseconds by comparing what was recorded.

@@ -1,4 +1,4 @@
-"""The functions that a model's forward pass finds by name, in modules and classes of the libraries.
+"""The library functions that a model's forward pass looks up by name, in modules and classes.
 
 A script may exchange one at any time, such as `loss_utils.fixed_cross_entropy`, `functional.cross_entropy`,
 `masking_utils.create_causal_mask` or the `forward` of a class. `LibraryFunctions` tells whether all are the libraries'

@@ -1,4 +1,4 @@
-"""What a script has put around a call of a model that sees, transforms or stores each operation in it."""
+"""Detects function modes, dispatch modes and hooks that a script has put around a call of a model."""
 
 from typing import Any
 

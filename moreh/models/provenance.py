@@ -1,4 +1,4 @@
-"""Whether functions and modules are those of the libraries, or a script has replaced them."""
+"""Checks whether functions and modules are the libraries' own, or replaced by a script."""
 
 import functools
 import inspect

@@ -1,4 +1,4 @@
-"""What a sharded model consists of: what a script puts in or replaces afterwards would be ignored, and is refused."""
+"""Detects changes to the structure of a sharded model, which would have no effect."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Every process-wide patch of torch, transformers and other libraries, one file for each group that belongs together.
+"""All process-wide patches of torch, transformers and other libraries, grouped into files.
 
 `patch` says what a patch is and which are active; `catalog` lists all that are declared and renders their table
 (`python -m moreh.patches`); `process_changes` lists changes of the process that replace no attribute of a library.

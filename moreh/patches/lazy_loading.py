@@ -1,4 +1,4 @@
-"""`from_pretrained` that leaves weights in their safetensors files instead of converting them to the dtype asked for.
+"""Makes `from_pretrained` leave the weights in their safetensors files.
 
 transformers maps safetensors files into memory, where pages are read when they are touched, but copies every tensor
 that has to change its dtype. With these patches no tensor changes its dtype while it is loaded; the caller learns what

@@ -1,4 +1,4 @@
-"""Runs code around the calls of models: of the outermost module that a script calls, whenever it was made.
+"""Runs code around calls of models: of the outermost module that a script calls.
 
 Used by the accelerator's job, which counts activations, and by the runtime, which plans and computes the call.
 

@@ -1,4 +1,4 @@
-"""What this package changes of its process besides attributes of libraries: handlers, exit, warnings, the allocator.
+"""Other changes of this package to its process: handlers, exit, warnings, the allocator.
 
 The list is data only; each change is made in the file that it names, for the reason given. A test finds every such call
 in the package and compares it with the list. The training scripts and `utils` are programs, whose process is their own.

@@ -1,4 +1,4 @@
-"""`save_pretrained` that tells what weight files it would write, instead of writing them.
+"""Makes `save_pretrained` report the weight files that it would write, instead of writing them.
 
 A model that is sharded over ranks is saved in two steps: transformers' own `save_pretrained` decides, on tensors
 without data, what the files are; then they are written tensor by tensor. The patches are in force for the first step

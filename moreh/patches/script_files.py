@@ -1,4 +1,4 @@
-"""Functions with which a script makes files and directories: on several workers, each of which runs the script."""
+"""Patches the functions with which a script creates files and directories, for several workers."""
 
 from collections.abc import Callable
 from typing import Any

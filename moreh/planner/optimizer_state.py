@@ -1,4 +1,4 @@
-"""What an optimizer keeps in memory, by its name in the settings of the training scripts.
+"""The optimizer state values per weight, by optimizer name.
 
 This module imports no torch. `moreh.runtime.engine.user_parameters` finds the optimizer that a script has made.
 """

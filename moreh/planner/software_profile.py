@@ -1,4 +1,4 @@
-"""The software that runs a plan: which kernels it has, what it keeps in memory, and what it overlaps.
+"""The software that runs a plan: its kernels, memory and overlap.
 
 A plan says how the work is split. Two programs that carry out the same plan still differ in the traits of a
 `SoftwareProfile`:

@@ -1,4 +1,4 @@
-"""Quantities as text for people: bytes in GiB, seconds, percent."""
+"""Formats quantities: GiB, seconds, percent."""
 
 GIB = 2**30
 

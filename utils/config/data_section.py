@@ -1,4 +1,4 @@
-"""The section of the data: its keys, and which of them agree with each other."""
+"""The settings section `data`."""
 
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal

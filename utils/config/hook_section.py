@@ -1,4 +1,4 @@
-"""The settings section of the hook's options. It is made from their declarations in moreh/options.py."""
+"""The settings section `accelerator.advanced_parallelization`, generated from moreh/options.py."""
 
 import dataclasses
 from typing import Any, Literal

@@ -1,4 +1,4 @@
-"""Writes docs/configuration.md, and the list in --help, from the declarations: type, default and meaning of each key.
+"""Generates docs/configuration.md and the list in --help from the declarations of the settings.
 
 A test compares the page with `settings_markdown()`. `python -m utils.config > docs/configuration.md` renews the page.
 """

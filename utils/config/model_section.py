@@ -1,4 +1,4 @@
-"""The section of the model: its source, the type of its weights, and adapters."""
+"""The settings section `model`."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal

@@ -1,4 +1,4 @@
-"""The sections of the settings that keep what a run has done: `checkpoint`, `stop` and `launch`."""
+"""The settings sections `checkpoint`, `stop` and `launch`."""
 
 import re
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""The settings of a run: every key, its type, its default and what it allows.
+"""The settings of a run: every key with its type, default and allowed values.
 
 `yaml_file` reads them, and `markdown` writes docs/configuration.md from these declarations and their docstrings.
 """

@@ -1,4 +1,4 @@
-"""The base class and the types of all sections of the settings."""
+"""The base class and the types of all settings sections."""
 
 from pathlib import Path
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""The keys that name one source of data and say how its rows are read, and a source of a mix."""
+"""The keys of a data source, and the settings section `data.sources[]`."""
 
 import string
 from pathlib import Path

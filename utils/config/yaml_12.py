@@ -1,4 +1,4 @@
-"""YAML 1.2's numbers and words for PyYAML, which follows YAML 1.1.
+"""Makes PyYAML, which follows YAML 1.1, read numbers and words as YAML 1.2.
 
 There `010` is 8, `1:30` is 90, `yes` is true, and `1e-4` is text. A number that is not one of YAML 1.2 is text here,
 which a setting that takes a number refuses.

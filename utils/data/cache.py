@@ -1,4 +1,4 @@
-"""Directories of the cache: each is made once, by one process, is complete or absent, and is checked before use."""
+"""The cache: directories that one process creates once, atomically, and that are verified before use."""
 
 import shutil
 from collections.abc import Callable

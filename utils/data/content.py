@@ -1,4 +1,4 @@
-"""Hashes of what a run trains on, by which a checkpoint knows whether it is the same."""
+"""Hashes of the training data and the tokenizer, by which a checkpoint detects changes."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Conversations: read from the rows of a source, and turned into rows of token ids with labels on the answers."""
+"""Reads conversations, and encodes them as rows of token ids with labels on the answers."""
 
 import json
 from collections.abc import Mapping, Sequence

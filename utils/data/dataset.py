@@ -1,4 +1,4 @@
-"""The tokenized data of a run: prepared once, kept in the cache directory, and read from there by later runs."""
+"""The tokenized data of a run, cached for later runs."""
 
 import hashlib
 import inspect

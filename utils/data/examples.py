@@ -1,4 +1,4 @@
-"""The examples of a run, pairs or conversations, kept on the disk so that memory does not grow with their number."""
+"""The examples of a run, pairs or conversations, stored on disk."""
 
 import hashlib
 import json

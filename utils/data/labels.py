@@ -1,4 +1,4 @@
-"""Labels: what a model learns to predict."""
+"""Labels: the tokens that a model learns to predict."""
 
 from typing import TYPE_CHECKING
 

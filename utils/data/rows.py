@@ -1,4 +1,4 @@
-"""Rows of token ids and labels: which are kept, cut or dropped, and what the log says about them."""
+"""Rows of token ids and labels: kept, truncated or dropped, and counted for the log."""
 
 from dataclasses import dataclass, replace
 from enum import IntEnum

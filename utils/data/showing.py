@@ -1,4 +1,4 @@
-"""Rows as text, with the tokens marked that are labels: for `--show-rows`."""
+"""Prints rows with their labels marked, for `--show-rows`."""
 
 import sys
 from collections.abc import Iterable, Mapping

@@ -1,4 +1,4 @@
-"""Which examples of a run are trained on, and which are held out."""
+"""Splits the examples of a run into training and held-out examples."""
 
 import random
 from array import array

@@ -1,1 +1,1 @@
-"""The reports of a run: lines on the console and in train.log, metrics.jsonl, TensorBoard, the loss curves."""
+"""Logs of a run: console, train.log, metrics.jsonl, trackers, loss curves."""

@@ -1,4 +1,4 @@
-"""The log lines of a run, its own and those of moreh: on the console at once, and in train.log as soon as it exists."""
+"""The log lines of a run, from the scripts and from moreh: on the console and in train.log."""
 
 import contextlib
 import logging

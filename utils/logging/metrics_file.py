@@ -1,4 +1,4 @@
-"""metrics.jsonl of a run: a line for each step, written as soon as the disk takes it."""
+"""Writes metrics.jsonl, one line per step."""
 
 import contextlib
 import json

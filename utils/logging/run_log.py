@@ -1,4 +1,4 @@
-"""The files that a run writes: train.log, metrics.jsonl, config.yaml, run.json, report.html, loss.png."""
+"""The files of a run: train.log, metrics.jsonl, config.yaml, run.json, report.html, loss.png."""
 
 import json
 import logging

@@ -1,1 +1,1 @@
-"""report.html of a run: one file that opens without a network, renewed while the run goes on."""
+"""The HTML report of a run."""

@@ -1,4 +1,4 @@
-"""Writes report.html of a run again, from the files of the run: python -m utils.report runs/NAME."""
+"""Regenerates the report of a run from its files: python -m utils.report runs/NAME."""
 
 import argparse
 import sys

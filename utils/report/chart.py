@@ -1,4 +1,4 @@
-"""A chart of a report: lines over the steps, as SVG without a library.
+"""Line charts of the report, as SVG.
 
 The lines are in an SVG that is stretched to the width of the page; ticks and labels are HTML beside it, so that they
 have the size of text on a phone as well. The values are in the page too, for the script that shows them on hovering.

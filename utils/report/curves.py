@@ -1,4 +1,4 @@
-"""The metrics of a run as curves that stay small: however many steps there are, a curve has a bounded number of points.
+"""The metrics of a run as curves with a bounded number of points.
 
 A curve takes values one by one, so a report of a long run costs what a report of a short one costs. The same values
 give the same points, whether they come from the run or from its metrics.jsonl.

@@ -1,4 +1,4 @@
-"""What a run ran on: versions, processor, GPUs, memory, variables, and the commit of the sources."""
+"""The environment of a run: versions, processor, GPUs, memory, variables, and the commit."""
 
 import os
 import platform

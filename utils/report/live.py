@@ -1,4 +1,4 @@
-"""The report of a run while it goes on: its state, its curves, and when the page is renewed."""
+"""Updates the report during a run."""
 
 import shlex
 import sys

@@ -1,4 +1,4 @@
-"""What a run measured beside what was predicted of it: the line at its end, and measured.jsonl.
+"""Measured and predicted figures of a run: the last log line, and measured.jsonl.
 
 `moreh-plan --calibrate runs/NAME` reads measured.jsonl. The keys are those of `moreh/cli/calibration_file.py`.
 """

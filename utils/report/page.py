@@ -1,4 +1,4 @@
-"""The page of a report: HTML with style, script and data inside, which asks no network for anything.
+"""The HTML page of the report, self-contained.
 
 All text goes through `_text`. What a model writes, a setting or an error may look like HTML.
 """

@@ -1,4 +1,4 @@
-"""run.json of a run: what its report shows beside metrics and settings."""
+"""run.json, the data of the report besides metrics and settings."""
 
 import json
 from dataclasses import asdict, dataclass, field, replace

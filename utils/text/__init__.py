@@ -1,1 +1,1 @@
-"""Text and token ids: tokenizers, the template of a prompt, control tokens in texts, and the text of an answer."""
+"""Text and token ids: tokenizers, prompt templates, control tokens, and decoded answers."""

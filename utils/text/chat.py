@@ -1,4 +1,4 @@
-"""A conversation in the words of a chat template, and which of its characters the assistant writes."""
+"""Renders conversations with a chat template, and finds the characters that the assistant writes."""
 
 import itertools
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""A conversation with a model on a terminal: each line is a message, and the history is kept."""
+"""An interactive conversation with a model: one message per line."""
 
 import sys
 import time

@@ -1,4 +1,4 @@
-"""The chat template of a tokenizer, which is saved with a model only where it is what the model was trained on."""
+"""Saves a tokenizer's chat template only if it matches the training."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The text of an answer, character for character, at once or while it is generated."""
+"""Decodes answers without losing characters, at once or while streaming."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""Token ids of prompts and of the responses that follow them."""
+"""Encodes prompts and responses as token ids."""
 
 from typing import Any
 

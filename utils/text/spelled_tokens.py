@@ -1,4 +1,4 @@
-"""What becomes of the control tokens that the texts of a run spell, counted for the log."""
+"""Counts control tokens that are spelled out in the texts of a run, for the log."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence

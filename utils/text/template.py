@@ -1,4 +1,4 @@
-"""The template of a prompt: filled with the fields of a row, saved with the model, and applied to a question."""
+"""The prompt template: filled with the fields of a row, saved with the model, and applied to prompts."""
 
 import json
 import string

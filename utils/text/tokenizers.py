@@ -1,4 +1,4 @@
-"""The tokenizer of a model: loaded, given the end token of the settings, and measured."""
+"""Loads the tokenizer of a model, with the end token of the settings."""
 
 from pathlib import Path
 from typing import Any

@@ -1,1 +1,1 @@
-"""The parts that a training loop uses: the model, evaluation, checkpoints, the learning rate, metrics."""
+"""Parts of a training loop: model, optimizer, evaluation, checkpoints, learning rate, metrics."""

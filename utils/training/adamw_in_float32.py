@@ -1,4 +1,4 @@
-"""AdamW for weights in bfloat16, with its state and its arithmetic in float32."""
+"""AdamW for bfloat16 weights, with state and arithmetic in float32."""
 
 from collections.abc import Callable
 from typing import Any

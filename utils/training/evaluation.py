@@ -1,4 +1,4 @@
-"""The loss on held-out rows, and a sample of what the model writes."""
+"""The loss on held-out rows, and a generated sample."""
 
 import math
 import time

@@ -1,4 +1,4 @@
-"""LoRA adapters of PEFT: put around the matrices of a model, and loaded with it."""
+"""Adds PEFT's LoRA adapters to a model, and loads saved adapters."""
 
 import json
 import warnings

@@ -1,4 +1,4 @@
-"""What is done about a step whose loss or gradient is not finite, and a word about losses that jump."""
+"""Handles steps with a non-finite loss or gradient norm, and reports loss spikes."""
 
 import itertools
 import math

@@ -1,4 +1,4 @@
-"""The learning rate over the run.
+"""Learning-rate schedules.
 
 The schedules of transformers begin a warm-up at 0, so that the first step learns nothing. This one begins above 0.
 """

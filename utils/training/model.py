@@ -1,4 +1,4 @@
-"""The model of a run: a pretrained one, or a new one of the architecture in the settings."""
+"""Loads or creates the model of a run."""
 
 import math
 from collections.abc import Callable

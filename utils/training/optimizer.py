@@ -1,4 +1,4 @@
-"""The optimizer of a run, as the settings name it."""
+"""Creates the optimizer of a run."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""Pretrained models: loaded as a whole or refused, and told at which tokens their generation stops."""
+"""Loads pretrained models, and sets the tokens at which generation stops."""
 
 import logging
 import math

@@ -1,4 +1,4 @@
-"""ROUGE of held-out rows: how much of the response in the data the model's own response has in common with it."""
+"""ROUGE scores of generated responses on held-out rows."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""The model of a finished run with its tokenizer: in one directory that appears when all files are in it."""
+"""Saves the model of a run with its tokenizer, atomically."""
 
 import shutil
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Measures the steps of a run: tokens per second, memory, and the line that the console shows."""
+"""Measures throughput and memory of each step, and formats the console line."""
 
 import functools
 import math

@@ -1,1 +1,1 @@
-"""What a job's tensors take on the simulated device, and the error when they do not fit."""
+"""The memory of a job's tensors on the simulated device, and the error if they do not fit."""

@@ -1,4 +1,4 @@
-"""The memory ledger: what the job's tensors would take on the simulated device, by kind.
+"""The memory ledger: bytes of the job's tensors on the simulated device, by kind.
 
 Parameters, gradients and optimizer state are exact. Activations are the storages that autograd keeps for the backward
 pass. Temporary tensors inside an operation and the activations of a compiled model are not counted.

@@ -1,4 +1,4 @@
-"""The errors of what does not fit: in a simulated device or, by prediction, in this machine's GPUs."""
+"""Out-of-memory errors: simulated for simulated devices, predicted for this machine's GPUs."""
 
 import torch
 

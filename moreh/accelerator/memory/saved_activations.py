@@ -1,4 +1,4 @@
-"""Counts the bytes of the activations that autograd keeps between the forward and the backward pass.
+"""Counts the bytes of activations that autograd saves for the backward pass.
 
 The memory ledger turns counting on around the outermost call of a model, through torch's hooks on saved tensors.
 """

@@ -1,4 +1,4 @@
-"""`set_config` and `set_backend_config`: settings of the platform's driver, which have no counterpart here.
+"""`set_config` and `set_backend_config` of the platform, which have no effect here.
 
 Their names and values are not published. A call says in the log that it changes nothing.
 """

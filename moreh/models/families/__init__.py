@@ -1,4 +1,4 @@
-"""What is known of the families of transformers, in one registry. Every other list of families is made from it.
+"""The registry of model families; every other list of families is derived from it.
 
 - `registry.py`: all families, and how to add one.
 - `family.py`: the record of a family, field by field.

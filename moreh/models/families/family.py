@@ -1,4 +1,4 @@
-"""The record of a family: what is known of one family of transformers."""
+"""The record of a model family in the registry."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""A model's config.json, read with what is known of its family: names of keys, defaults, and allowed values.
+"""Typed access to a model's config.json: key names, defaults and allowed values of its family.
 
 This module imports neither torch nor transformers, which takes seconds: moreh-plan answers without them.
 """

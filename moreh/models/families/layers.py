@@ -1,4 +1,4 @@
-"""Parts of architectures that families have in common, from the values of a configuration.
+"""Shared building blocks for the architectures of families.
 
 The names and the order of the matrices, and which of them are fused, are those of the modules in transformers: q, k
 and v are three matrices in Llama and one in GPT-2.

@@ -1,4 +1,4 @@
-"""How tensor-parallel ranks split a decoder layer, in terms that a family can declare.
+"""Declarations of how tensor-parallel ranks split a decoder layer.
 
 A layer consists of two blocks: its attention and its feed-forward network. In each block, the first matrices are split
 by their outputs (columns) and the last matrix by its inputs (rows). The partial results of the last matrix are summed

@@ -1,4 +1,4 @@
-"""Tells user code from library code, which must not be led into CUDA paths that a CPU build of torch lacks."""
+"""Distinguishes calls from user code and from libraries, which must not enter CUDA paths of a CPU build."""
 
 import sys
 import sysconfig

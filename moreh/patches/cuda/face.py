@@ -1,4 +1,4 @@
-"""Installs the CUDA face on a machine without a GPU, as the environment variable MOREH_CUDA_FACE says.
+"""Installs the CUDA face on a machine without a GPU, depending on MOREH_CUDA_FACE.
 
 - unset: scripts see the accelerator in torch.cuda, libraries see that there is no GPU. A script is what stands
   neither in the standard library nor in a directory of installed packages.

@@ -1,4 +1,4 @@
-"""The part of the CUDA face that answers what is asked of torch.cuda on a machine without a GPU.
+"""The part of the CUDA face for queries of torch.cuda, such as `device_count()` and `memory_allocated()`.
 
 A script gets the accelerator's answers. A library gets torch's own, so that none is led into CUDA code that this build
 of torch lacks: transformers, accelerate and torch itself keep choosing their CPU paths.

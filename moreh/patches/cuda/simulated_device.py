@@ -1,4 +1,4 @@
-"""What the CUDA face needs from the accelerator: an interface, so that the patches import nothing of it."""
+"""The interface between the CUDA face and the accelerator, so that patches need not import it."""
 
 from typing import Protocol
 

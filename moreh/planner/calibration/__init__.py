@@ -1,1 +1,1 @@
-"""Predictions with an interval, which a few measured steps of the same program narrow."""
+"""Prediction intervals, and their calibration with measured steps."""

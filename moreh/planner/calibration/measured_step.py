@@ -1,4 +1,4 @@
-"""A step of a training that was run: what calibrates predictions."""
+"""A measured training step, which calibrates predictions."""
 
 import math
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Measured memory as a multiple of predicted memory: what a program allocates beyond what its plan accounts for."""
+"""The ratio of measured to predicted memory of a program."""
 
 import math
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The cost of a plan with the interval in which the truth lies 4 times of 5."""
+"""The predicted cost of a plan with its 80 % interval."""
 
 import math
 from dataclasses import dataclass

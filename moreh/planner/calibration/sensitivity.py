@@ -1,4 +1,4 @@
-"""How a predicted step time depends on each constant of the time model."""
+"""The sensitivity of a predicted step time to each constant of the cost model."""
 
 from dataclasses import asdict, replace
 

@@ -1,4 +1,4 @@
-"""What the time model does not know well: an interval around it is never narrow."""
+"""Cases that the cost model does not know well, and the least width of their intervals."""
 
 from moreh.accelerator.this_machine import THIS_MACHINE
 from moreh.models.architecture import Architecture

@@ -1,1 +1,1 @@
-"""What a plan costs: seconds of layers, stages and pipelines, bytes on every device, and predictions from both."""
+"""The cost of a plan: time of layers, stages and pipelines, memory of each device, and predictions from both."""

@@ -1,4 +1,4 @@
-"""How long one step of a pipeline takes: a simulation of the exact order of operations.
+"""The time of one pipeline step, by simulating the exact order of operations.
 
 `simulate` gives the times of all operations, for pictures and tests. `makespan` gives the step time only and is what
 the search calls: it extrapolates long steps from a steady state.

@@ -1,4 +1,4 @@
-"""What a plan is predicted to cost: seconds of a step, tokens per second, share of the peak, bytes on every device."""
+"""The predicted cost of a plan: step time, throughput, MFU, and memory of each device."""
 
 from dataclasses import dataclass, replace
 

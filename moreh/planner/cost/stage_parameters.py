@@ -1,4 +1,4 @@
-"""How many parameters a device holds, and the groups of devices that hold the same ones."""
+"""The parameters on each device, and the groups of devices with equal parameters."""
 
 from dataclasses import dataclass, replace
 

@@ -1,4 +1,4 @@
-"""Seconds of every stage of a pipeline, and of what comes after the last micro-batch.
+"""Seconds of every pipeline stage, and of the work after the last micro-batch.
 
 `stage_time` adds up layer_time.py's layers to stages and puts data-parallel communication beside them. The simulation
 of pipeline_time.py and its bounds work on the result.

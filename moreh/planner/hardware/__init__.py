@@ -1,1 +1,1 @@
-"""What plans run on: clusters and links, the time model of a device with its constants, and this machine, measured."""
+"""Hardware for plans: clusters, links, the constants of devices, and this machine as measured."""

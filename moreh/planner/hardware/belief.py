@@ -1,4 +1,4 @@
-"""What is believed of the constants of devices under a program that nobody has measured: a mean and a spread.
+"""The prior over the constants of a device class for an unmeasured program: mean and covariance.
 
 A constant is seen as a coordinate: its logarithm, or the log-odds of a fraction. The belief is a Gaussian over the
 coordinates. benchmarks/fit_planner.py writes one for each class of devices. Its spread says how well the class is known

@@ -1,4 +1,4 @@
-"""The devices that a plan runs on, and how fast a group of them can exchange data."""
+"""The devices of a plan, and the bandwidth of a group of them."""
 
 from dataclasses import dataclass, replace
 

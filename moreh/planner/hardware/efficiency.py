@@ -1,4 +1,4 @@
-"""How much of a device's peak is reached: the constants of the time model, one set for each class of devices.
+"""The constants of the cost model, one set for each class of devices.
 
 benchmarks/fit_planner.py fits them to published measurements and writes data/efficiency.json.
 """

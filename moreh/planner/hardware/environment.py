@@ -1,4 +1,4 @@
-"""Where and with which software a training runs: all that a prediction needs besides the plan and the training."""
+"""The hardware and software of a prediction."""
 
 from dataclasses import dataclass, replace
 

@@ -1,4 +1,4 @@
-"""What this machine reaches: measured once, with all workers busy at the same time, and kept in the state directory.
+"""The measured rates of this machine, with all workers busy, kept in the state directory.
 
 measured_device.py turns a profile into a device, its efficiency and a cluster of the planner.
 """

@@ -1,4 +1,4 @@
-"""This machine in the terms of the planner: a measured `LocalProfile` as a device, its efficiency, and a cluster."""
+"""This machine as a device and a cluster of the planner, from a measured `LocalProfile`."""
 
 import functools
 from dataclasses import replace

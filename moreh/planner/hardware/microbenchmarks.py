@@ -1,4 +1,4 @@
-"""What one worker of this machine measures while all others do: `python -m moreh.planner.hardware.microbenchmarks`.
+"""Benchmarks of one worker process, while all others run them too.
 
 Workers share memory and links, so a rate that one worker reaches alone means little. Each worker is a process of its
 own, started by worker_processes.py. The workers wait for each other before every measurement. Where there are more

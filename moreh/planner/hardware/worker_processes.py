@@ -1,4 +1,4 @@
-"""Processes that measure this machine together: one for each worker, started and awaited here.
+"""Starts the worker processes that measure this machine together.
 
 What each of them measures is in microbenchmarks.py.
 """

@@ -1,1 +1,1 @@
-"""What the planner decides: plans, tables of them, their pipeline schedules, and their notation."""
+"""Plans, tables of plans, pipeline schedules, and the notation of plans."""

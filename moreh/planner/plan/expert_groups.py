@@ -1,4 +1,4 @@
-"""Into how many groups the experts of a model can be split."""
+"""The possible numbers of groups of experts."""
 
 from math import gcd
 

@@ -1,4 +1,4 @@
-"""How many layers each stage of a pipeline gets."""
+"""The number of layers of each pipeline stage."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""A plan in one line of text, and back: `tp4 pp8 dp2 mb1x64 interleaved:2 recompute:selective shard:optimizer sp`.
+"""The notation of plans: `tp4 pp8 dp2 mb1x64 interleaved:2 recompute:selective shard:optimizer sp`.
 
 LEGEND describes the fields. `plan_text` writes a plan, `parse_plan` reads what users give to `moreh-plan --explain`.
 """

@@ -1,4 +1,4 @@
-"""What the planner decides (`Plan`) and what is trained (`Training`)."""
+"""The data classes `Plan` (parallelism) and `Training` (model and batch)."""
 
 from dataclasses import dataclass
 from typing import Literal

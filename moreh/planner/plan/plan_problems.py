@@ -1,4 +1,4 @@
-"""What makes a plan that a user gives impossible for a training, with the remedy."""
+"""Checks whether a user's plan is possible for a training, and names the remedy."""
 
 from collections.abc import Iterator
 from math import gcd

@@ -1,4 +1,4 @@
-"""Many plans at once, as arrays: what the cost functions work on."""
+"""Many plans as arrays, the input of the vectorized cost functions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace

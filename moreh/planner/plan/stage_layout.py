@@ -1,4 +1,4 @@
-"""Which pipeline rank holds which stages: the one map that the planner and the runtime share.
+"""The mapping of stages to pipeline ranks, shared by planner and runtime.
 
 Stages are numbered in the model's order, 0 to ranks * chunks - 1. The maps are those of torch.distributed.pipelining.
 """

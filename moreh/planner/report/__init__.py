@@ -1,1 +1,1 @@
-"""Plans for people and programs: tables, sentences, JSON and pictures, for moreh-plan and the scripts' --plan-only."""
+"""Reports of plans: tables, sentences, JSON and plots, for moreh-plan and --plan-only."""

@@ -1,4 +1,4 @@
-"""The plans that were chosen for a job, as a report of its run shows them."""
+"""The plans of a job, for the report of its run."""
 
 from moreh.accelerator.flavors import Flavor
 from moreh.accelerator.job_status import ChosenPlan

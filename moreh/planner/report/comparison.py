@@ -1,4 +1,4 @@
-"""Predicted beside measured steps: a table, and what it says of the ranking."""
+"""Predicted and measured steps: a comparison table, and the quality of the ranking."""
 
 import statistics
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Why a plan is not the best one: where the seconds of a step go in both plans, and what does not fit in memory."""
+"""Explains why a plan is not the best one: step time by part, and memory that does not fit."""
 
 from collections.abc import Sequence
 from dataclasses import asdict

@@ -1,4 +1,4 @@
-"""Figures of matplotlib, which is imported when the first one is made."""
+"""Creates matplotlib figures; matplotlib is imported on first use."""
 
 import os
 from typing import Any

@@ -1,4 +1,4 @@
-"""The same training on every accelerator of the list: what fits, how fast it is, and what the whole training takes."""
+"""Compares a training on all accelerators: what fits, how fast it is, and what it costs."""
 
 import re
 from collections.abc import Iterable

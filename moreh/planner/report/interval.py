@@ -1,4 +1,4 @@
-"""How far the figures of a plan may be off, in words and as JSON."""
+"""Prediction intervals as text and as JSON."""
 
 from moreh.accelerator.devices import Device
 from moreh.planner.calibration.calibrate import Calibration

@@ -1,4 +1,4 @@
-"""What --json prints of a request, of a search and of a prediction."""
+"""The JSON output of requests, searches and predictions."""
 
 from dataclasses import asdict
 from typing import Any

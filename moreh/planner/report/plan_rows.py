@@ -1,4 +1,4 @@
-"""What was planned, as lines, and the best plans, as a table. Nothing here is printed."""
+"""Header lines and the table of the best plans, as data."""
 
 from moreh.accelerator.devices import Device
 from moreh.accelerator.this_machine import THIS_MACHINE

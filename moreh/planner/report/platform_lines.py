@@ -1,4 +1,4 @@
-"""A plan in the words of the MoAI Platform's log."""
+"""A plan in the format of the MoAI Platform's log."""
 
 from moreh.planner.cost.prediction import Prediction
 from moreh.planner.plan.plan import Plan

@@ -1,4 +1,4 @@
-"""The picture of a plan: what every pipeline rank does in a step, and what its memory is used for."""
+"""Plots a plan: the timeline and the memory of every pipeline rank."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Printing of plans, for moreh-plan and for --plan-only of the training scripts.
+"""Prints plans, for moreh-plan and --plan-only.
 
 `width` is the width of the output in characters; None stands for any.
 """

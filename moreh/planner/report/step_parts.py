@@ -1,4 +1,4 @@
-"""The parts of a step in words."""
+"""Names of the parts of a step."""
 
 from dataclasses import dataclass
 

@@ -1,1 +1,1 @@
-"""The search for the best plan: requests, constraints, candidates, and what helps where no plan is found."""
+"""The search for the best plan: requests, constraints, candidates, and suggestions if no plan fits."""

@@ -1,4 +1,4 @@
-"""Numbers of stages and micro-batches that a training cannot have: the options are maxima then, as on the platform."""
+"""Lowers options for stages and micro-batches that no plan can have exactly."""
 
 from collections.abc import Iterator
 from dataclasses import replace

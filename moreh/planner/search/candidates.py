@@ -1,4 +1,4 @@
-"""All plans that could be run, in tables for the search to go through."""
+"""Enumerates the candidate plans, in tables."""
 
 from collections.abc import Iterator
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""What the user has decided already and the search must respect.
+"""The user's constraints on the search.
 
 This module imports no torch, so that `--plan-only` and `moreh-plan` can show a plan in a second.
 """

@@ -1,4 +1,4 @@
-"""Which constraints leave a request without any plan: what the errors of a search suggest to drop."""
+"""Finds the constraints that leave no plan, to suggest dropping them."""
 
 from collections.abc import Iterator
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""The search: the fastest plans of all candidates that fit in memory."""
+"""The search for the fastest plans that fit in memory."""
 
 import time
 from concurrent.futures import ThreadPoolExecutor

@@ -1,4 +1,4 @@
-"""What the user can do where no plan fits in memory: a larger accelerator, more memory, or other options."""
+"""Suggestions if no plan fits in memory: a larger accelerator, more memory, or other options."""
 
 from dataclasses import replace
 from math import ceil

@@ -1,1 +1,1 @@
-"""The batch: a script's call is read, cut into micro-batches without padding, and answered with a loss."""
+"""Batches: reads the arguments of a call, cuts them into micro-batches without padding, and returns a loss."""

@@ -1,4 +1,4 @@
-"""Copies of a batch between a GPU and the CPU: one wait for the GPU in a step, and none for what goes back.
+"""Copies of a batch between GPU and CPU, with a single synchronization per step.
 
 A batch is cut on the CPU, since how it is cut depends on its lengths and labels. Each question that Python asks a
 tensor on a GPU waits until the GPU has done everything before it.

@@ -1,4 +1,4 @@
-"""Gradients of what a script gives a sharded model, such as embeddings that a projector of its own has computed."""
+"""Gradients of inputs to a sharded model, such as embeddings from the script's own projector."""
 
 from dataclasses import dataclass, replace
 

@@ -1,4 +1,4 @@
-"""What a model returns for a batch with labels: its own class of outputs, of which all but the loss is computed later.
+"""The output of a batch with labels: the model's own output class, with all but the loss computed lazily.
 
 The loss is there at once. The first access to anything else computes the rest; from then on the object is of the
 model's class itself, so that it is compared, copied, pickled and sliced as transformers' outputs are.

@@ -1,4 +1,4 @@
-"""Cuts a batch into micro-batches whose rows are padded, without the tokens that no loss depends on.
+"""Cuts a batch into padded micro-batches, without tokens that cannot affect the loss.
 
 In a causal model a token sees only the tokens before it. Tokens after a row's last label, padding or not, therefore
 change no loss and no gradient, and are dropped. Rows are sorted by the length that is left, so that the rows of a

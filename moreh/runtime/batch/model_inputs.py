@@ -1,4 +1,4 @@
-"""The arguments that a script calls a model with: read, checked, padded, and sliced into rows."""
+"""The arguments of a call of the model: read, checked, padded, and sliced into rows."""
 
 import inspect
 import zlib

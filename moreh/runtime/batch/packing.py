@@ -1,4 +1,4 @@
-"""Packs sequences of different lengths into rows of one length, so that nothing is padded.
+"""Packs sequences of different lengths into rows of equal length, without padding.
 
 transformers tells the sequences of a row apart by their positions, which begin at 0 in each sequence. `cu_seq_lens_q`
 and `cu_seq_lens_k` tell attention functions where each sequence begins. Tokens that all sequences begin with are in a

@@ -1,4 +1,4 @@
-"""Rounds sizes up to a few values that recur.
+"""Rounds sizes up to a few recurring values.
 
 oneDNN compiles a kernel for each new shape of a bfloat16 matmul. This takes longer than the matmul, and each of the
 last thousand kernels keeps 0.6 MB.

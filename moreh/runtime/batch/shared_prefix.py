@@ -1,4 +1,4 @@
-"""Finds the tokens that all sequences of a batch begin with, such as an instruction: a packed row has them once.
+"""Finds the prefix shared by all sequences of a batch, which a packed row contains once.
 
 In a causal model these tokens do not see what follows. So all sequences have the same hidden states there, and the
 gradients of these states are summed.

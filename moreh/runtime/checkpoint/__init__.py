@@ -1,4 +1,4 @@
-"""Checkpoints of sharded models, in two forms: models as transformers saves them, and training states to resume from.
+"""Checkpoints of sharded models: transformers model directories, and training states to resume from.
 
 - `hf_save` writes a model byte for byte as `save_pretrained` of one worker does. `hf_save_plan` finds out the files and
   tensors, `safetensors_writer` writes them tensor by tensor.

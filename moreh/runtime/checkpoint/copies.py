@@ -1,4 +1,4 @@
-"""What rank 0 has saved, in the directories that scripts name differently on each rank, such as temporary ones."""
+"""Copies files saved by rank 0 to directories with a different name on each rank, such as temporary ones."""
 
 import os
 import shutil

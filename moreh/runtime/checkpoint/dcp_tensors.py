@@ -1,4 +1,4 @@
-"""Shards in the form in which torch.distributed.checkpoint (DCP) writes and reads them.
+"""Shards in the format of torch.distributed.checkpoint (DCP).
 
 DCP stores chunks in coordinates of full tensors, so the files fit any plan. For a DTensor, DCP stores one chunk per
 rank. A matrix that tensor parallelism splits in several chunks (`TPSplit`) needs more.

@@ -1,4 +1,4 @@
-"""The files that transformers would save of a full model, and the tensors that each is made from, without its weights.
+"""Plans the files of `save_pretrained` for a sharded model, without its weights.
 
 transformers' own `save_pretrained` runs on traced tensors without data. So the names, the ties, the conversion of
 weights back to the checkpoint's layout, and the split into files are those of transformers.

@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint: the checksum of each of its files, and what the checkpoint says about itself.
+"""The manifest of a checkpoint: checksums of its files, and its metadata.
 
 Entries of the data cache have one as well. It is JSON, is written last, and is checked before anything else is read.
 CRC-32 notices files that were damaged, exchanged or cut off. It does not notice an intention: nothing that is read here

@@ -1,4 +1,4 @@
-"""An optimizer's state by the names of its parameters: the state of each parameter, and the settings of the groups."""
+"""Optimizer state by parameter name, and the settings of the parameter groups."""
 
 from collections.abc import Collection, Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""Safetensors files written tensor by tensor. The library's own writer needs all tensors of a file in memory at once.
+"""Writes safetensors files one tensor at a time; the library's own writer needs a whole file in memory.
 
 The format: 8 bytes with the length of the header, the header as JSON, then the elements of all tensors.
 https://huggingface.co/docs/safetensors

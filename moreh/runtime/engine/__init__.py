@@ -1,4 +1,4 @@
-"""The engine: plans a model, shards it, and computes the script's calls of it.
+"""The engine: plans and shards a model, and computes the script's calls.
 
 A call of a model goes from `hook` (one worker) or `multi_worker_hook` (several) through `registry` or `fast_path` to
 `model_runner`, which cuts the batch and lets `schedule` compute it on a `parallel_model`.

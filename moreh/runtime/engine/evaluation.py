@@ -1,4 +1,4 @@
-"""The loss of a model that is not sharded: every worker has the whole model and computes a part of the rows."""
+"""The evaluation loss of an unsharded model: every worker computes some of the rows."""
 
 from typing import Any
 

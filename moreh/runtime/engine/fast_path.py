@@ -1,4 +1,4 @@
-"""Computes a batch on one worker as each of several workers computes its rows: in micro-batches, without padding.
+"""The fast path of one worker: computes a batch in micro-batches, without padding.
 
 `SingleWorkerHook` asks it about every call with labels. As without the hook, the model's own forward pass computes a
 call whose loss might come out different here, and a model that cannot be split into parts.

@@ -1,4 +1,4 @@
-"""Gradients of a sharded model: reduced over the ranks that computed parts of them, and handed to the script."""
+"""Gradients of a sharded model: reduced over ranks, and assigned to the script's parameters."""
 
 from collections.abc import Iterable
 from typing import Any

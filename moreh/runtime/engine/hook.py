@@ -1,4 +1,4 @@
-"""What the hook adds to the calls of models on one worker: the plan, mixed precision, and activation recomputation.
+"""The hook around calls of models on one worker: the plan, mixed precision, and activation recomputation.
 
 The hook is attached to no model. It applies to models made before and after it, to copies, and to parts of models that
 are called on their own. Each call comes from `moreh/patches/module_call.py`. Batches with labels go on to `FastPath`.

@@ -1,4 +1,4 @@
-"""Methods of a model of transformers that have to work while it is sharded: saving, state dicts, moves, generation."""
+"""Methods of a sharded transformers model: saving, state dicts, moves, generation."""
 
 import functools
 import os

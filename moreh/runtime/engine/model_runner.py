@@ -1,4 +1,4 @@
-"""What a sharded model computes: a training step, an evaluation, or logits.
+"""Runs a model under its plan: a training step, an evaluation, or a forward pass for logits.
 
 The script's call goes here from the hook (`registry.call_sharded`, `FastPath`). With labels and gradients it runs the
 forward and the backward passes of all micro-batches, and returns a loss whose own backward pass hands the gradients

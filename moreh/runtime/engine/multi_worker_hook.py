@@ -1,4 +1,4 @@
-"""What the hook does on each of several workers: at its first training batch, a model is planned and sharded."""
+"""The hook around calls of models on several workers: plans and shards a model at its first training batch."""
 
 import os
 import socket

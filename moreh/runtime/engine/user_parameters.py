@@ -1,4 +1,4 @@
-"""The parameters that a script holds, in optimizers and in lists of its own: replaced when its model is sharded.
+"""Replaces the script's parameters, in optimizers and in its own lists, when their model is sharded.
 
 Also finds the optimizer that a script has made for a model, as the planner counts its state.
 """

@@ -1,4 +1,4 @@
-"""The kernels that stand in for operations of a transformers model while the model computes.
+"""Binds the faster kernels to the modules of a transformers model, while the model computes.
 
 Kernels are bound to the instances of one model when a computation begins, and removed when it ends. Classes, other
 models, and copies or pickles of this one that a script makes between its calls never see them.

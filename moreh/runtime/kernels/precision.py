@@ -1,4 +1,4 @@
-"""Mixed precision: whether bfloat16 pays on a device, and the context to compute in it.
+"""Mixed precision: whether bfloat16 is faster on a device, and the autocast context.
 
 A CPU without bfloat16 units is slower in bfloat16 than in float32.
 """

@@ -1,4 +1,4 @@
-"""Errors in work that all ranks share: if one rank fails, all ranks raise, and none waits in a collective forever."""
+"""Errors in collective work: if one rank fails, all ranks raise, and none waits forever."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

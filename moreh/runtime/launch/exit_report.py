@@ -1,4 +1,4 @@
-"""The error report and the exit code after all workers have ended. Both are those of the error that came first."""
+"""The error report and the exit code after all workers have ended: those of the first error."""
 
 import signal
 import sys

@@ -1,4 +1,4 @@
-"""Starts the script again in several workers, waits for them, and ends as a program of one process would end."""
+"""Starts the script again in several workers, waits for them, and exits as a single process would."""
 
 import builtins
 import contextlib

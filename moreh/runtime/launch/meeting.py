@@ -1,4 +1,4 @@
-"""How workers find each other: the variables that say where, and a store in which each says that it is there."""
+"""Rendezvous of the workers: environment variables with the address, and a store in which each worker registers."""
 
 import os
 import socket

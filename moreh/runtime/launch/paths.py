@@ -1,4 +1,4 @@
-"""The files of workers in the directory of their logs."""
+"""Paths of the workers' files in the log directory."""
 
 from pathlib import Path
 

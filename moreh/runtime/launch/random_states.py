@@ -1,4 +1,4 @@
-"""The random generators of the workers: from the line on, all of them draw what worker 0 draws."""
+"""Copies the random states of rank 0 to all workers."""
 
 import random
 from typing import Any

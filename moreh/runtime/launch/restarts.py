@@ -1,4 +1,4 @@
-"""Whether the workers are started again after a failure, and when."""
+"""Decides whether and when workers are restarted after a failure."""
 
 import time
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Files and directories that a script makes, where several workers run the script.
+"""Files and directories that a script creates when several workers run it.
 
 - Only worker 0 appends to files: logs have each line once. The other workers write such lines nowhere.
 - A file that the script opens as a new one (`"x"`) is made by the worker that comes first.

@@ -1,4 +1,4 @@
-"""Waits for the workers that this process has started, passes signals on to them, and decides when to stop waiting."""
+"""Waits for the workers of this process, forwards signals to them, and decides when to stop waiting."""
 
 import contextlib
 import os

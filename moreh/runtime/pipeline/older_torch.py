@@ -1,4 +1,4 @@
-"""torch's PipelineStage of releases before 2.13, with what `LeanPipelineStage` uses of later ones.
+"""torch's PipelineStage before 2.13, with the features of later releases that `LeanPipelineStage` needs.
 
 They set buffers up in two methods of other names, know no `tensor_meta`, and compare shapes with those of the first
 step whatever `_runtime_validate` says. Tested with torch 2.11.

@@ -1,4 +1,4 @@
-"""Full tensors from the shards that ranks hold."""
+"""Gathers full tensors from the shards of all ranks."""
 
 import math
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Where the elements of a whole tensor are on the ranks, as `GlobalTensor` computes with them."""
+"""The position of a full tensor's elements on the ranks, for `GlobalTensor`."""
 
 from dataclasses import dataclass, replace
 from functools import cached_property

@@ -1,4 +1,4 @@
-"""What a `GlobalTensor` computes without gathering: elementwise operations, reductions to a number, new tensors."""
+"""Operations of a `GlobalTensor` without gathering: elementwise operations, reductions, new tensors."""
 
 import functools
 import math

@@ -1,4 +1,4 @@
-"""What each operation of torch does with a `GlobalTensor`: on the local parts, by a reduction, or on the whole."""
+"""Dispatches torch operations on a `GlobalTensor`: to the shards, to a reduction, or to the gathered tensor."""
 
 import functools
 from typing import Any

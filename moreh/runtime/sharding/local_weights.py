@@ -1,4 +1,4 @@
-"""Models whose weights stay in the checkpoint's files until each of several ranks has read its own shards.
+"""Models whose weights stay in their files until each rank has read its own shards.
 
 A lazy model is a full model that is waiting for its plan. Its parameters are views of memory-mapped files, in the
 dtypes of the files. It ignores moves (`.cuda()`, `.to(device)`) and remembers casts (`.half()`, `.to(dtype)`), also as

@@ -1,4 +1,4 @@
-"""The ranks as a grid: pipeline ranks outermost, then data-parallel ranks, tensor-parallel ranks innermost."""
+"""The mesh of ranks: pipeline outermost, then data, tensor innermost."""
 
 from dataclasses import dataclass
 from functools import cache

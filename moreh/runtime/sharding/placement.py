@@ -1,4 +1,4 @@
-"""The layers of each pipeline rank and the spec of each parameter, from the plan. All ranks compute the same ones."""
+"""The layers of each pipeline rank and the spec of each parameter, from the plan."""
 
 from dataclasses import dataclass
 

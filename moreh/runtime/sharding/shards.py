@@ -1,4 +1,4 @@
-"""Which shards of full tensors the ranks hold, and where in their local tensors.
+"""The shards of each rank, and their position in the local tensors.
 
 Loading, saving and resuming are built on this module. `mesh` is None in a process that trains alone, without a process
 group. Such a process holds all of every tensor.

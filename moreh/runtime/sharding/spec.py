@@ -1,4 +1,4 @@
-"""How a parameter is sharded, and which boxes of its full tensor each rank holds.
+"""The spec of a sharded parameter, and the boxes of the full tensor on each rank.
 
 Every rank computes the boxes of all ranks without communication. Loading, saving and resuming therefore read, write and
 move tensors box by box, from any plan to any other.

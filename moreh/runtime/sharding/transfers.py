@@ -1,4 +1,4 @@
-"""Where messages between two ranks lie: on the ranks' devices, or in the CPU's memory where workers share a GPU.
+"""The device of messages between ranks: their own, or the CPU if workers share a GPU.
 
 Workers that share a GPU talk over gloo, whose collectives take tensors of GPUs, and whose sends and receives do not.
 """

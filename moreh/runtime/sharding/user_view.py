@@ -1,4 +1,4 @@
-"""Sharded parameters and their gradients as the script and its optimizer see them: whole tensors."""
+"""The script's view of sharded parameters and gradients: whole tensors."""
 
 import torch
 from torch import nn

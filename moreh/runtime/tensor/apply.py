@@ -1,4 +1,4 @@
-"""Lets a model of transformers compute with its rank's part of each matrix, through hooks and head counts.
+"""Makes a transformers model compute with one rank's part of each matrix, through hooks and head counts.
 
 The forward code of transformers runs unchanged. At the entry of a block every rank gets the whole hidden states
 [batch, sequence, hidden]. After the block's last matrix the partial results are summed. With sequence parallelism, each

@@ -1,4 +1,4 @@
-"""The tensor-parallel blocks of a model's layers: those of its family's record, or those of transformers' plan."""
+"""The tensor-parallel blocks of a model's layers, from its family or from transformers' plan."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""Collectives that autograd can go through, with Megatron-LM's names: the backward pass of each is its transpose.
+"""Differentiable collectives with Megatron-LM's names.
 
 | function | forward | backward | where |
 |---|---|---|---|

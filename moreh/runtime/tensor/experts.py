@@ -1,4 +1,4 @@
-"""Experts of a mixture over tensor-parallel ranks: each rank has some of them, whole, and all tokens.
+"""Experts under tensor parallelism: each rank has some whole experts, and all tokens.
 
 The router is computed by every rank. An index of an expert that another rank has becomes one beyond this rank's last,
 with weight 0: transformers' kernels skip it. The ranks sum what their experts add to each token. So the gradients of

@@ -1,4 +1,4 @@
-"""Which parameters of a decoder tensor-parallel ranks split, and which models they cannot split.
+"""Decides which parameters tensor-parallel ranks split, and which models they cannot split.
 
 Only names and shapes matter. So a model may be on the meta device, as when the planner asks before there are weights.
 """

@@ -1,4 +1,4 @@
-"""The token embedding, the logits and the loss when each tensor-parallel rank has some rows of the vocabulary."""
+"""Token embedding, logits and loss with the vocabulary split over tensor-parallel ranks."""
 
 from typing import Any
 

@@ -1,1 +1,1 @@
-"""The sources of data: files, tables, the hub, and the sources of installed packages."""
+"""Data sources: files, tables, the Hub, and source code of installed packages."""

@@ -1,4 +1,4 @@
-"""How much each source of a mix counts: which of its rows are held out, and how often the others are trained on."""
+"""The weights of data sources: held-out rows, and repetitions of training rows."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace

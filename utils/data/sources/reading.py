@@ -1,4 +1,4 @@
-"""Reads the pairs or conversations of a run from the source that its settings name, and counts what becomes of them."""
+"""Reads the pairs or conversations of a run from its data source, and counts them."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace

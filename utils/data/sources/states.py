@@ -1,4 +1,4 @@
-"""The state of what rows are made of, for the key of the cache: another state, other rows."""
+"""The state of data files and packages, for the cache key."""
 
 import hashlib
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written while training goes on, complete or absent, the last ones kept, and resumed from."""
+"""Saves, keeps and resumes the checkpoints of a run."""
 
 import math
 import time

@@ -1,4 +1,4 @@
-"""Whether the disk has room for the files of a run, asked before the first step and before each checkpoint."""
+"""Checks the disk space for the files of a run."""
 
 import shutil
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The checkpoints in the directory of a run: found, set aside, and removed."""
+"""Finds, renames and deletes the checkpoints of a run."""
 
 import contextlib
 import math

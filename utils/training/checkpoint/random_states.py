@@ -1,4 +1,4 @@
-"""The states of the random generators that a script draws from, as a checkpoint keeps them."""
+"""The random states of a script, as saved in a checkpoint."""
 
 import random
 from typing import Any

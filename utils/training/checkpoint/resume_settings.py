@@ -1,4 +1,4 @@
-"""What a run has in common with the checkpoint that it goes on from: compared key by key, shown, and refused."""
+"""Compares the settings of a run with those of the checkpoint that it resumes."""
 
 import json
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: the first lets it finish its step and save, the second ends it at once."""
+"""Signals that stop a run: the first one saves after the current step, the second one ends the run at once."""
 
 import contextlib
 import os

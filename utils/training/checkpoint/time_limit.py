@@ -1,4 +1,4 @@
-"""How long a run needs to save, and the time at which it has to have saved: that of the settings, or Slurm's."""
+"""The time limit of a run, from the settings or from Slurm, and the grace period for saving."""
 
 import contextlib
 import os

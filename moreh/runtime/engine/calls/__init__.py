@@ -1,1 +1,1 @@
-"""What a script does with the results of a call: reads logits, calls `backward()` once, several times, or never."""
+"""Calls of a model and the use of their results: logits, and `backward()` once, several times or never."""

@@ -1,4 +1,4 @@
-"""What a model on several workers cannot compute as one worker does, found out before a call is computed."""
+"""Checks for calls that several workers cannot compute as one worker does."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""Logits of a whole batch on every rank, and the gradients of what a script makes of them.
+"""Logits of a whole batch on every rank, and the backward pass of the script's own loss.
 
 The forward pass of a call without labels, or of one whose logits are read, keeps no activations. The script's own loss
 gives the gradient of the logits at `backward()`. Then a second pass of the plan's schedule, with the same random

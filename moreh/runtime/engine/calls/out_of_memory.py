@@ -1,4 +1,4 @@
-"""A step that does not fit the GPU's memory is computed once more, in smaller micro-batches.
+"""Repeats a step that runs out of GPU memory, in smaller micro-batches.
 
 A plan's memory is a prediction, and another process may have taken some of the GPU. The loss and the gradients do not
 depend on how a batch is cut.

@@ -1,4 +1,4 @@
-"""A call that can be computed again as it was: its arguments, random numbers, precision and weights."""
+"""A recorded call that can be repeated: its arguments, random states, precision and weights."""
 
 import itertools
 import threading

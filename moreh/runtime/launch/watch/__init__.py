@@ -1,1 +1,1 @@
-"""Watching workers: their pulses, their stacks, their silence, and what the system says of their deaths."""
+"""Monitoring of workers: heartbeats, stacks, hangs, and causes of death."""

@@ -1,4 +1,4 @@
-"""Watches the pulses of the workers: says when all of them are silent, and which one the others wait for."""
+"""Detects hung workers from their heartbeats, and the worker that the others wait for."""
 
 import contextlib
 import os

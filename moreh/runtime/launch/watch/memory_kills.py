@@ -1,4 +1,4 @@
-"""How many processes the system has killed because memory ran out, as Linux counts them."""
+"""Counts the processes that the out-of-memory killer of Linux has ended."""
 
 import contextlib
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The pulse of a worker: a small file that says where the worker is, for the launcher that watches it.
+"""The heartbeat of a worker: a small file with its step and phase, which the launcher reads.
 
 Each span of `moreh.trace` and each step of an optimizer is a beat, so a worker that computes, plans, loads or saves has
 one. The file is mapped into memory: a beat takes about a microsecond, and a worker that hangs or dies leaves its last

@@ -1,4 +1,4 @@
-"""Stacks that `faulthandler` has written to a worker's file."""
+"""Reads the stacks that `faulthandler` has written to a worker's file."""
 
 import re
 from collections.abc import Sequence
