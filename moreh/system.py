@@ -29,9 +29,7 @@ def refused_processes(count: int) -> str | None:
         return f"expected at most {by_cores} on this machine, which has {cores} CPU core(s)"
     if count > by_memory:
         gib = f"{free / 2**30:.1f} GiB"
-        return (
-            f"expected at most {by_memory} now: {gib} of memory are free, and each takes 0.3 GiB before its model"
-        )
+        return f"expected at most {by_memory} now: {gib} of memory are free, and each takes 0.3 GiB before its model"
     return None
 
 

@@ -63,9 +63,7 @@ def test_rows_that_cannot_be_used_end_the_run_unless_they_are_to_be_skipped(run_
 def test_held_out_share_is_sensible_for_small_data(run_on, count, held_out):
     data, lines = run_on(rows(count), "data.eval_rows=null", "data.max_length=20", "tokenizer.vocabulary_size=300")
     assert (len(data.evaluation), len(data.train)) == (held_out, count - held_out)
-    assert any(re.match(r"Each epoch drops \d+ training rows", line) for line in lines) == bool(
-        (count - held_out) % 8
-    )
+    assert any(re.match(r"Each epoch drops \d+ training rows", line) for line in lines) == bool((count - held_out) % 8)
 
 
 def test_rows_of_named_files_are_held_out_and_not_trained_on(run_on, tmp_path):
