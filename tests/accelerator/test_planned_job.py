@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from tests.helpers.scripts.fork_server import ForkedProcess
+
 TRAINING = """
 import time, torch
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -33,7 +35,7 @@ def training(environment, tmp_path):
     """A training under the hook in another process, after a few steps."""
     script = tmp_path / "train.py"
     script.write_text(TRAINING, encoding="utf-8")
-    process = subprocess.Popen(
+    process = ForkedProcess(
         [sys.executable, str(script)],
         env=environment,
         cwd=tmp_path,

@@ -11,6 +11,7 @@ import pytest
 
 from moreh.cli.smi_report import SIMULATED_NOTE
 from moreh.version import __version__
+from tests.helpers.scripts.fork_server import ForkedProcess
 
 HOLDING_SCRIPT = """
 import sys, time, torch
@@ -32,11 +33,14 @@ def run(run_forked):
 
 @pytest.fixture
 def busy(request, environment, tmp_path):
-    """A job on the accelerator, started from a shell of its own; the parameter is its pause between computations."""
+    """A job on the accelerator. With a parameter, its pause between computations, it is started as a user starts it.
+
+    Else it is a copy of the fork server, whose command line is what the tools show.
+    """
     pause = getattr(request, "param", PAUSE_S)
     (tmp_path / "busy.py").write_text(HOLDING_SCRIPT.replace("PAUSE", str(pause)), encoding="utf-8")
     # By its name alone: tables cut commands that are as long as a temporary directory's path can be.
-    process = subprocess.Popen(
+    process = (subprocess.Popen if hasattr(request, "param") else ForkedProcess)(
         [sys.executable, "busy.py", "--epochs", "3"], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True
     )
     assert any(line == "ready\n" for line in process.stdout)
@@ -96,7 +100,7 @@ def test_running_job_is_shown_from_another_terminal_and_not_after_kill(run, busy
 def test_second_process_is_refused_and_told_how_to_add_an_accelerator(run, run_python, busy):
     refused = run_python("import torch\ntorch.zeros(1).cuda()", MOREH_WAIT="0")
     assert refused.returncode != 0
-    assert re.search(r"AcceleratorBusyError: accelerator 0 is in use by job 1 \(process \d+: .*busy.py", refused.stderr)
+    assert re.search(r"AcceleratorBusyError: accelerator 0 is in use by job 1 \(process \d+: .*\.py", refused.stderr)
     assert "moreh-smi device --add" in refused.stderr
     run("moreh-smi", "device", "--add", "1")
     run("moreh-smi", "device", "--switch", "1")
@@ -115,13 +119,11 @@ print("went on")
 def test_second_process_waits_until_the_first_has_ended(environment, tmp_path, busy, command):
     script = tmp_path / "waiting.py"
     script.write_text(WAITING, encoding="utf-8")
-    waiting = subprocess.Popen(
+    waiting = (subprocess.Popen if command else ForkedProcess)(
         [sys.executable, *command, script], env=environment, cwd=tmp_path, stdout=subprocess.PIPE, text=True
     )
     line = next(line for line in waiting.stdout if "in use" in line)
-    assert re.match(
-        r"\[warning\] accelerator 0 is in use by job 1 \(process \d+: .*busy\.py.*\)\. This process wai", line
-    )
+    assert re.match(r"\[warning\] accelerator 0 is in use by job 1 \(process \d+: .*\.py.*\)\. This process wai", line)
     assert waiting.poll() is None
     busy.kill()
     busy.wait()
@@ -160,7 +162,7 @@ def test_reset_kills_a_job_that_does_not_end(environment, tmp_path, monkeypatch)
         + HOLDING_SCRIPT.replace("PAUSE", str(PAUSE_S)),
         encoding="utf-8",
     )
-    process = subprocess.Popen([sys.executable, str(script)], env=environment, stdout=subprocess.PIPE, text=True)
+    process = ForkedProcess([sys.executable, str(script)], env=environment, stdout=subprocess.PIPE, text=True)
     assert any(line == "ready\n" for line in process.stdout)
     monkeypatch.setattr("moreh.cli.smi.SECONDS_AFTER_GRACE", 0.3)
     monkeypatch.setattr("moreh.cli.smi.grace_of", lambda job: 0.1)

@@ -16,14 +16,14 @@ from tests.helpers.scripts.fork_server import run_forked_workers
 def run_example(run_process, run_forked, tmp_path):
     """Run an example of a copy of the checkout, so that what it writes is not left in this one.
 
-    Each example is started as a user starts it; another run of the same, or of a script alike, may be `forked`.
+    The tutorial's loop and the plans are started as a user starts them. Other runs are `forked`.
     """
     for name in ("examples", "configs", "utils"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "train_llama3_70b.py", tmp_path)
 
-    def run_copy(*command, forked=False):
-        finished = (run_forked if forked else run_process)(*command, cwd=tmp_path)
+    def run_copy(*command, forked=False, **variables):
+        finished = (run_forked if forked else run_process)(*command, cwd=tmp_path, **variables)
         assert finished.returncode == 0, finished.stderr
         return finished.stdout
 
@@ -46,14 +46,17 @@ def test_tutorial_loop_learns_and_saves_a_model_that_loads(run_example, tmp_path
 
 
 def test_tutorial_loop_has_the_same_losses_on_four_workers(run_example):
-    four = run_example("sh", "examples/four_workers.sh")
+    *_, command = (ROOT / "examples" / "four_workers.sh").read_text(encoding="utf-8").splitlines()
+    variable, name, *arguments = command.split()
+    assert (variable, name) == ("MOREH_WORKERS=4", "python")
+    four = run_example(sys.executable, *arguments, forked=True, MOREH_WORKERS="4")
     assert re.search(r"4 workers run the plan '.+'", four)
     one = run_example(sys.executable, "examples/tutorial_loop.py", forked=True)
     assert losses_of(four) == pytest.approx(losses_of(one), rel=1e-2)  # one of them may compute in bfloat16
 
 
 def test_lora_trains_and_saves_the_adapters_only(run_example, tmp_path):
-    losses = losses_of(run_example("python", "examples/lora.py"))
+    losses = losses_of(run_example(sys.executable, "examples/lora.py", forked=True))
     assert losses[-1] < losses[0]
     adapters = load_file(tmp_path / "runs" / "lora" / "adapter_model.safetensors")
     assert len(adapters) == 2 * 2 * 2  # A and B of two projections in two layers

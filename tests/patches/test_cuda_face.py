@@ -152,13 +152,13 @@ def test_autocast_for_cuda_computes_in_its_dtype():
     assert torch.ones(2).pin_memory().tolist() == [1, 1]
 
 
-def test_pinned_memory_gives_no_warning(run_python):
+def test_pinned_memory_gives_no_warning(run_python_forked):
     source = (
         "import torch\n"
         "loader = torch.utils.data.DataLoader(torch.arange(8), batch_size=4, pin_memory=True)\n"
         "print([batch.cuda(non_blocking=True).sum().item() for batch in loader])\n"
     )
-    finished = run_python(source)
+    finished = run_python_forked(source)
     assert finished.stdout.endswith("[6, 22]\n")
     assert finished.stderr == ""
 
@@ -177,14 +177,14 @@ def test_second_device_is_refused(use):
         use()
 
 
-def test_children_of_a_job_belong_to_it(run_python):
+def test_children_of_a_job_belong_to_it(run_python_forked):
     source = (
         "import subprocess, sys, torch\n"
         "torch.zeros(1).cuda()\n"
         "if len(sys.argv) == 1:\n"
         "    sys.exit(subprocess.run([sys.executable, __file__, 'child']).returncode)\n"
     )
-    assert run_python(source).returncode == 0
+    assert run_python_forked(source).returncode == 0
 
 
 def test_nothing_is_patched_with_a_real_gpu(run):

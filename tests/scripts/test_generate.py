@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from tests.helpers.scripts.fork_server import ForkedProcess
+
 
 @pytest.fixture
 def run(run_forked):
@@ -108,7 +110,7 @@ def test_generation_needs_no_accelerator_that_a_job_uses(run, checkpoint, enviro
     script.write_text(
         "import torch, time\ntorch.zeros(1).cuda()\nprint('ready', flush=True)\ntime.sleep(60)", encoding="utf-8"
     )
-    busy = subprocess.Popen([sys.executable, str(script)], env=environment, stdout=subprocess.PIPE, text=True)
+    busy = ForkedProcess([sys.executable, str(script)], env=environment, stdout=subprocess.PIPE, text=True)
     assert any(line == "ready\n" for line in busy.stdout)
     assert run(sys.executable, "generate.py", checkpoint, "one two").stdout == " three four\n"
     busy.kill()

@@ -21,16 +21,9 @@ from utils.errors import UserError
 HOOK = ["accelerator.advanced_parallelization={}"]
 
 
-def test_output_to_a_file_is_plain_lines(run, tiny_config, tmp_path):
+def test_output_to_a_file_is_plain_lines(run_forked, tiny_config, tmp_path):
     """No progress bar, no carriage return, each figure on a line of its own; the hook is on, as by default."""
-    finished = run(
-        sys.executable,
-        "train_gpt.py",
-        "--config",
-        tiny_config,
-        *HOOK,
-        "log.every_steps=1",
-    )
+    finished = run_forked(sys.executable, "train_gpt.py", "--config", tiny_config, *HOOK, "log.every_steps=1")
     assert finished.returncode == 0, finished.stderr
     assert "\r" not in finished.stdout + finished.stderr
     step_line = r"^\[Step \d/4\] [\d]+% \| Loss: [^|]* \| lr [^|]* \| norm [^|]* \| [^|]* tokens/s \| [^|]* GiB"
