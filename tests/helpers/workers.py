@@ -7,17 +7,21 @@ The function is one of a module that can be imported. Arguments and results are 
 """
 
 import atexit
+import contextlib
 import faulthandler
 import multiprocessing
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
 import traceback
 from datetime import timedelta
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
+ROOT = Path(__file__).parents[2]
 # Longer than any case takes beside other tests; a collective that waits in vain ends then.
 TIMEOUT_S = 120
 # What the other ranks get to answer once one has failed: they may wait for it in a collective.
@@ -31,8 +35,13 @@ PRELOADED = [
     "transformers.generation",
     "transformers.models.gpt2.modeling_gpt2",
     "transformers.models.llama.modeling_llama",
+    "moreh.models.describe.from_source",
+    "moreh.runtime.engine.checkpoint_api",
+    "moreh.runtime.engine.fast_path",
     "moreh.runtime.engine.hook",
     "moreh.runtime.engine.registry",
+    # The modules of the tests import it, and with them each worker.
+    "pytest",
 ]
 
 _pools = {}
@@ -52,16 +61,18 @@ def run_on_workers(function, cases, *, size=2, timeout=TIMEOUT_S):
 
 class _Pool:
     def __init__(self, size):
+        # It imports PRELOADED from here.
+        from tests.helpers.scripts.fork_server import ForkedProcess
+
         self.directory = tempfile.mkdtemp(prefix="moreh-workers-")
         self.usable = True
         # One process imports, the others are its copies.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOADED)
+        variables = {**os.environ, "PYTHONPATH": str(ROOT)}
         self.processes, self.connections = [], []
         for rank in range(size):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(rank, size, self.directory, theirs), daemon=True)
-            process.start()
+            ours, theirs = multiprocessing.Pipe()
+            command = [sys.executable, __file__, str(rank), str(size), self.directory]
+            process = ForkedProcess(command, cwd=ROOT, env=variables, stdin=theirs.fileno())
             theirs.close()
             self.processes.append(process)
             self.connections.append(ours)
@@ -99,10 +110,11 @@ class _Pool:
     def stop(self):
         self.usable = False
         for process in self.processes:
-            if process.is_alive():
+            if process.poll() is None:
                 process.kill()
         for process in self.processes:
-            process.join(5)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(5)
         shutil.rmtree(self.directory, ignore_errors=True)
 
 
@@ -127,3 +139,19 @@ def _work(rank, size, directory, connection):
             answer = False, traceback.format_exc()
         faulthandler.cancel_dump_traceback_later()
         connection.send(answer)
+
+
+def _main(rank, size, directory):
+    """Work for the process whose connection is standard input."""
+    connection = Connection(os.dup(0))
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    del sys.path[0]  # the directory of this file, whose modules have names of others
+    from moreh.runtime.engine import hook
+
+    # Scripts of the tests compute models of any size; what is tested here is what users have.
+    hook.MIN_FLOPS = getattr(hook, "MIN_FLOPS_OF_USERS", hook.MIN_FLOPS)
+    _work(int(rank), int(size), directory, connection)
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])
