@@ -4,6 +4,7 @@ The other name is on the file system of the target, since only there a rename is
 and names are on the disk, so that the promise holds also if the machine goes down.
 """
 
+import glob
 import os
 import re
 import secrets
@@ -14,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
+_TEMPORARY = ".tmp"
+
 
 @contextmanager
 def replacing_file(path: Path, *, durable: bool, mode: int = 0o666) -> Iterator[TextIO]:
@@ -22,7 +25,7 @@ def replacing_file(path: Path, *, durable: bool, mode: int = 0o666) -> Iterator[
     Readers see the old content or the new one. If several processes do it at once, the last one wins. After an error,
     `path` is as it was and nothing else is left. The file gets those permissions of `mode` that the umask leaves.
     """
-    temporary = _unused_path(path, ".tmp")
+    temporary = _unused_path(path, _TEMPORARY)
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
@@ -34,6 +37,12 @@ def replacing_file(path: Path, *, durable: bool, mode: int = 0o666) -> Iterator[
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def remove_temporaries(path: Path) -> None:
+    """Remove what processes that were killed in `replacing_file(path)` have left; call it while none is in there."""
+    for leftover in path.parent.glob(f"{glob.escape(path.name)}.*{_TEMPORARY}"):
+        leftover.unlink(missing_ok=True)
 
 
 def staging_path(target: Path) -> Path:

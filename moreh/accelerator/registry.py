@@ -17,6 +17,7 @@ from moreh.accelerator.flavors import default_flavor
 from moreh.accelerator.registry_content import Accelerator, Job, Registry, new_token, parse_registry
 from moreh.accelerator.state_files import read_json, replace_json, state_directory, writer_lock
 from moreh.accelerator.this_machine import find_model
+from moreh.atomic_io import remove_temporaries
 from moreh.errors import AcceleratorBusyError, AcceleratorError
 
 MAX_ACCELERATORS = 5
@@ -158,7 +159,7 @@ def _require_idle(registry: Registry, index: int, verb: str) -> None:
 def _update(change: Callable[[Registry], tuple[Registry, Result]]) -> Result:
     """Apply a change to the registry under the writers' lock, and delete what dead processes left."""
     with writer_lock():
-        _delete_temporary_files(_registry_path())
+        remove_temporaries(_registry_path())
         before = read_registry()
         after, result = change(before)
         replace_json(_registry_path(), asdict(after), durable=True)
@@ -167,12 +168,6 @@ def _update(change: Callable[[Registry], tuple[Registry, Result]]) -> Result:
             if path.name.split(".")[0] not in {str(i) for i in running}:
                 path.unlink(missing_ok=True)
     return result
-
-
-def _delete_temporary_files(path: Path) -> None:
-    """Delete temporary files of writers that were killed. Call it only while holding the lock."""
-    for leftover in path.parent.glob(path.name + ".*.tmp"):
-        leftover.unlink(missing_ok=True)
 
 
 def _registry_path() -> Path:

@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 from typing_extensions import Self
 
-from moreh.atomic_io import replacing_file
+from moreh.atomic_io import remove_temporaries, replacing_file
 from utils.config.schema import Config
 from utils.config.yaml_file import save_config
 from utils.errors import DryRunEnd, Stopped, UserError, first_line, in_one_line, require_package, system_word
@@ -20,7 +20,7 @@ from utils.logging.console import set_up_loggers, train_logger
 from utils.logging.metrics_file import MetricsFile
 from utils.logging.trackers import Trackers, tracker_names
 from utils.report.curves import ROUGE_NAMES
-from utils.report.run_state import FAILED, FINISHED, STOPPED, Sample
+from utils.report.run_state import FAILED, FILE, FINISHED, STOPPED, Sample
 from utils.workers import rank
 
 if TYPE_CHECKING:
@@ -39,6 +39,8 @@ METRIC_KEYS = (
     "memory_in_use_bytes",
     "memory_bytes",
 )
+# Files that are written under another name first.
+_REPLACED_FILES = ("metrics.jsonl", FILE, "report.html")
 
 
 class RunLog:
@@ -75,17 +77,27 @@ class RunLog:
         """Whether this process is the one that writes the files of the run."""
         return rank() == 0
 
-    def start(self) -> None:
+    def start(self, *, again: bool = False) -> None:
         """Make the directory of the run, and write there from now on. Call it when everything is ready to train.
+
+        Args:
+            again: the run was asked to go on. What it has written before its first checkpoint is then replaced.
 
         Raises:
             UserError: the directory cannot be made, or another run of the same name is writing to it.
         """
-        if self.is_writer and not self.is_dry:
+        if not self.is_writer or self.is_dry:
+            return
+        if again and self.directory.is_dir() and not _has_results(self.directory):
+            self._open(lambda: _replace(self.directory / "metrics.jsonl", ""), step=0)
+        else:
             self._open(lambda: _make_directory(self.directory), step=0)
 
-    def resume(self, step: int) -> None:
+    def resume(self, step: int, begin_branch: Callable[[], None] = lambda: None) -> None:
         """Continue the files of the run after a step, or start them if there are none.
+
+        `begin_branch` is called before any file changes, when no other run can write to the directory. A process that
+        is killed after it has left the metrics of later steps, which the next one removes, and never too few.
 
         Raises:
             UserError: for the reasons of `start`, or because metrics.jsonl is damaged.
@@ -102,12 +114,19 @@ class RunLog:
             raise UserError(
                 f"{metrics} has a line that no step has written: delete the file, or choose another run.name"
             ) from None
-        self._open(lambda: _replace(metrics, "".join(kept)), step=step)
+
+        def prepare() -> None:
+            begin_branch()
+            _replace(metrics, "".join(kept))
+
+        self._open(prepare, step=step)
 
     def _open(self, prepare: Callable[[], object], *, step: int) -> None:
         try:
             self.directory.parent.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
+            for name in _REPLACED_FILES:
+                remove_temporaries(self.directory / name)
             prepare()
             save_config(self._config, self.directory / "config.yaml")
             self._metrics = MetricsFile(self.directory / "metrics.jsonl", train_logger.warning)
@@ -232,6 +251,11 @@ def _how_it_ended(error: BaseException | None) -> tuple[str, str]:
 def _replace(path: Path, text: str) -> None:
     with replacing_file(path, durable=False) as file:
         file.write(text)
+
+
+def _has_results(directory: Path) -> bool:
+    """Whether a run has left more than its logs: a model or a checkpoint."""
+    return (directory / "model").exists() or any((directory / "checkpoints").glob("step-*"))
 
 
 def _make_directory(directory: Path) -> None:

@@ -80,7 +80,9 @@ class Checkpoints:
         self._checkpoint_bytes = bytes_of_checkpoint(model, self._config)
         self._grace.expect_save(self._checkpoint_bytes)
         if not self._to_resume:
-            self._log.start()
+            self._log.start(again=self._settings.resume == "auto" or restarted_since() is not None)
+            if self._log.is_writer and not self._log.is_dry:
+                remove_unfinished(self._directory)
             self._log.log_step({"step": 0, "eval_loss": self._evaluation(0)})
         else:
             step = self._resume(model, optimizer, scheduler)
@@ -120,10 +122,10 @@ class Checkpoints:
         _restore_scheduler(scheduler, optimizer, extra["scheduler"])
         restore_random_states(extra["random"])
         self._evaluation.first_loss = float(extra["first_eval_loss"])
-        self._log.resume(step)
-        for reason in damaged:
-            self._log.info(f"Not resumed: {reason}")
-        self._begin_branch(checkpoint, damaged=self._to_resume[: len(damaged)])
+        lines = [f"Not resumed: {reason}" for reason in damaged]
+        self._log.resume(step, lambda: lines.extend(self._begin_branch(checkpoint, self._to_resume[: len(damaged)])))
+        for line in lines:
+            self._log.info(line)
         self._log.info(f"[Step {step}/{total_steps}] | Resumed from {checkpoint}")
         if differences:
             self._log.info(f"Differences from the checkpoint:\n{table_of(differences)}")
@@ -133,18 +135,21 @@ class Checkpoints:
             self._evaluation(step)
         return step
 
-    def _begin_branch(self, checkpoint: Path, damaged: list[Path]) -> None:
-        """Set aside what is not of the line of training that goes on from a checkpoint, and remove what is too old."""
-        if rank() != 0 or self._log.is_dry:
-            return
+    def _begin_branch(self, checkpoint: Path, damaged: list[Path]) -> list[str]:
+        """Set aside what is not of the line of training that goes on from a checkpoint, and remove what is too old.
+
+        Returns lines about it. The latest one is set aside last: a process that is killed here has not gone back.
+        """
+        lines = []
         is_own = checkpoint.resolve().parent == self._directory.resolve()
         for other in checkpoints_in(self._directory):
             if not is_own or step_of(other) > step_of(checkpoint):
                 is_damaged = other.resolve() in {path.resolve() for path in damaged}
                 aside = set_aside(other, "damaged" if is_damaged else "abandoned")
-                self._log.info(f"Renamed {other.name} of the earlier run to {aside}")
+                lines += [f"Renamed {other.name} of the earlier run to {aside}"]
         remove_unfinished(self._directory)
         prune(self._directory, self._settings.keep_last, keep_best=self._settings.keep_best)
+        return lines
 
     def _request(self) -> int:
         """What any rank asks for; the end of the run comes before a checkpoint."""
@@ -236,7 +241,7 @@ class Checkpoints:
             with span("flush_checkpoint"):
                 saving.result()
         except (OSError, MorehError) as error:
-            self._say_not_saved(path, _reason(error))
+            self._say_not_saved(path, system_word(error) or first_line(error))  # of this or another rank
             return False
         self._last_saved, self._has_failed = path, False
         if rank() == 0:
@@ -277,11 +282,6 @@ def _checked(checkpoint: Path) -> dict[str, Any]:
             "Give an earlier checkpoint."
         )
     return about
-
-
-def _reason(error: Exception) -> str:
-    """The system's word for a file that cannot be written, or the sentence of another rank's error."""
-    return system_word(error) or first_line(error)
 
 
 def _restore_scheduler(scheduler: Any, optimizer: Any, state: dict[str, Any]) -> None:
