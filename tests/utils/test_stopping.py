@@ -76,7 +76,7 @@ class Log:
         self.is_dry = False
 
     def __getattr__(self, name):
-        return lambda *arguments: None
+        return lambda *arguments, **options: None
 
 
 def make_config(directory, optimizer="adamw", stop=None, **settings):

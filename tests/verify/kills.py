@@ -50,6 +50,7 @@ def main() -> int:
     problems: list[str] = []
     quiet: dict[int, tuple[DisturbedRun, float]] = {}
     rounds = 0
+    quiet_run(directory / "first", 1)  # which waits until the process to fork has imported its libraries
     while counts.total() < options.kills and not problems:
         workers = numbers[rounds % len(numbers)]
         if workers not in quiet:
