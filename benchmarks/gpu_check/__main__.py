@@ -1,6 +1,7 @@
 """The command: `python benchmarks/gpu_check [--dry] [--smoke] [--only PART ...] [--out DIRECTORY]`."""
 
 import argparse
+import contextlib
 import datetime
 import importlib.util
 import os
@@ -114,6 +115,9 @@ def _import_libraries(environment: dict[str, str]) -> None:
     import moreh.runtime.engine.fast_path
     import moreh.runtime.engine.hook
     import moreh.runtime.engine.multi_worker_hook  # noqa: F401
+
+    with contextlib.suppress(ImportError):  # it needs accelerate
+        import transformers.trainer  # noqa: F401
 
 
 def _commit() -> str:
