@@ -100,7 +100,7 @@ def run_script(
 
                 print_plan(config)
             elif arguments.show_rows is not None:
-                from utils.data.showing import print_rows
+                from utils.data.show_rows import print_rows
 
                 if not sys.stderr.isatty():
                     disable_progress_bars()

@@ -8,8 +8,8 @@ from dataclasses import replace
 
 from moreh.accelerator.devices import all_devices
 from moreh.cli.calibration_file import read_measured_steps
+from moreh.cli.plan_devices import devices_from_options
 from moreh.cli.plan_options import YES_NO_AUTO, parse_options
-from moreh.cli.plan_place import find_place
 from moreh.cli.terminal import run_tool
 from moreh.errors import PlanError
 from moreh.models.architecture import Architecture
@@ -71,7 +71,7 @@ def _plan(arguments: list[str]) -> int:
 
 
 def _request(options: argparse.Namespace) -> Request:
-    flavor, setting = find_place(options)
+    flavor, setting = devices_from_options(options)
     if options.precision == "float8" and setting.cluster.device.float8_flops_per_second is None:
         names = ", ".join(
             device.name for device in all_devices().values() if device.float8_flops_per_second is not None

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from moreh.accelerator.devices import all_devices
 from moreh.accelerator.this_machine import THIS_MACHINE
-from moreh.cli.place_options import MAX_DEVICES, add_place, needs_of_place
+from moreh.cli.device_options import MAX_DEVICES, add_device_options, device_option_requirements
 from moreh.cli.terminal import amount, help_formatter, whole
 from moreh.options import DEFAULT_MEMORY_PERCENT
 from moreh.planner.optimizer_state import ADAMW, OPTIMIZER_STATES
@@ -18,7 +18,7 @@ from moreh.planner.report.plan_rows import DEFAULT_COUNT
 from moreh.planner.report.plot import SUFFIXES
 from moreh.tables import terminal_width, wrap_line
 
-# Larger than anything that is trained, so that a typing error does not keep the search busy for minutes.
+# Above any real training job, so that a typo does not keep the search busy for minutes.
 MAX_ROWS, MAX_TOKENS, MAX_PLANS, MAX_RANK = 1_000_000, 100_000_000, 1_000, 1_000_000
 YES_NO_AUTO = {"yes": True, "no": False, "auto": None}
 # The name of each precision in SoftwareProfile.
@@ -84,12 +84,12 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
         "--sequence-length", type=whole(MAX_TOKENS), required=True, metavar="S", help="Tokens per sequence."
     )
     _add_training(parser.add_argument_group("training (default: all parameters, with AdamW)"))
-    add_place(parser.add_argument_group("devices (default: the current accelerator)"))
+    add_device_options(parser.add_argument_group("devices (default: the current accelerator)"))
     _add_constraints(parser.add_argument_group("constraints on the plans (default: none)"))
     _add_output(parser.add_argument_group("output (default: the best plans)"))
     options = parser.parse_args(arguments)
     needs = {
-        **needs_of_place(options),
+        **device_option_requirements(options),
         "--plot cannot be combined with --flavors": options.plot is None or not options.flavors,
         "--plot cannot be combined with --compare": options.plot is None or options.compare is None,
         "--lora-targets needs --lora": options.lora_targets is None or options.lora is not None,

@@ -8,7 +8,7 @@ from tests.helpers.scripts.tiny_runs import prepare
 from utils.config.schema import Config, DataSection
 from utils.data.conversations import read_conversation
 from utils.data.records import Record, UnusableRow
-from utils.data.showing import shown_rows
+from utils.data.show_rows import format_rows
 from utils.errors import UserError
 
 
@@ -85,7 +85,7 @@ def test_new_tokenizer_has_the_tokens_of_chatml(chat_config):
     data = prepare(chat_config([{"messages": chat} for chat in chats(5)], eval_rows=1))
     assert len(data.train) == 4
     assert data.tokenizer.eos_token == "<|im_end|>"
-    (text,) = shown_rows([data.train[0]], data.tokenizer)
+    (text,) = format_rows([data.train[0]], data.tokenizer)
     location, *lines = text.splitlines()
     assert location.endswith("of them labels")
     assert lines[0] == "<|im_start|>user"

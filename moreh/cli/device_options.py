@@ -7,14 +7,14 @@ from moreh.accelerator.this_machine import THIS_MACHINE
 from moreh.cli.cluster_file import KEYS
 from moreh.cli.terminal import amount, whole
 
-# More than any cluster has, so that a typing error does not keep the search busy for minutes.
+# Above any real cluster, so that a typo does not keep the search busy for minutes.
 MAX_DEVICES, MAX_GBIT = 100_000, 1e6
-# Of these options only one can say where to train.
-_PLACES = ("--device", "--accelerator", "--this-machine", "--cluster", "--flavors")
+# These options exclude each other.
+_EXCLUSIVE = ("--device", "--accelerator", "--this-machine", "--cluster", "--flavors")
 
 
-def add_place(group: argparse._ArgumentGroup) -> None:
-    """Add the options that say where to train."""
+def add_device_options(group: argparse._ArgumentGroup) -> None:
+    """Add the options for the accelerator, the devices or the cluster."""
     group.add_argument(
         "--accelerator", metavar="MODEL", help="An accelerator, by name or number as in moreh-switch-model."
     )
@@ -52,8 +52,8 @@ def add_place(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def needs_of_place(options: argparse.Namespace) -> dict[str, bool]:
-    """What the options that say where to train need of each other, as messages; True where it is met."""
+def device_option_requirements(options: argparse.Namespace) -> dict[str, bool]:
+    """Requirements among these options: for each error message, whether its requirement is met."""
     given = {
         "--device": options.device is not None,
         "--accelerator": options.accelerator is not None,
@@ -65,10 +65,10 @@ def needs_of_place(options: argparse.Namespace) -> dict[str, bool]:
         "--device and --devices are given together": options.this_machine
         or (options.device is None) == (options.devices is None)
     }
-    for index, place in enumerate(_PLACES):
-        for other in _PLACES[index + 1 :]:
-            if {place, other} != {"--accelerator", "--flavors"}:
-                needs[f"{place} cannot be combined with {other}"] = not (given[place] and given[other])
+    for index, option in enumerate(_EXCLUSIVE):
+        for other in _EXCLUSIVE[index + 1 :]:
+            if {option, other} != {"--accelerator", "--flavors"}:
+                needs[f"{option} cannot be combined with {other}"] = not (given[option] and given[other])
     for name in ("--devices-per-node", "--network-gbit-per-device"):
         value = getattr(options, name.removeprefix("--").replace("-", "_"))
         needs[f"{name} cannot be combined with --flavors"] = value is None or not options.flavors

@@ -27,11 +27,11 @@ def print_rows(config: Config, make_pair: MakePair, make_example: MakeExample, c
     print(
         f"The first {min(count, len(data.train))} of {len(data.train)} training rows; labels are in {''.join(MARKS)}:"
     )
-    for text in shown_rows(data.train.select(range(min(count, len(data.train)))), data.tokenizer):
+    for text in format_rows(data.train.select(range(min(count, len(data.train)))), data.tokenizer):
         print(f"\n{text}")
 
 
-def shown_rows(rows: Iterable[Mapping[str, Any]], tokenizer: Any) -> Iterable[str]:
+def format_rows(rows: Iterable[Mapping[str, Any]], tokenizer: Any) -> Iterable[str]:
     """Each row with where it was read, how many tokens it has, and its text with the labels marked."""
     begin, end = (f"{_GREEN[0]}{MARKS[0]}", f"{MARKS[1]}{_GREEN[1]}") if sys.stdout.isatty() else MARKS
     for row in rows:

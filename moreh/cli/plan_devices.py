@@ -17,7 +17,7 @@ from moreh.planner.software_profile import SoftwareProfile, moreh_on_cpu, moreh_
 BYTES_PER_GBYTE, BYTES_PER_GBIT = 1e9, 1e9 / 8
 
 
-def find_place(options: argparse.Namespace) -> tuple[Flavor | None, Environment]:
+def devices_from_options(options: argparse.Namespace) -> tuple[Flavor | None, Environment]:
     """The accelerator of a command line, None where it is not one as it is, and the devices and software.
 
     What the user states of a cluster wins over what is known of its devices, and the command line over the file.
