@@ -1,8 +1,8 @@
-"""An open shim of the MoAI Platform: `torch.moreh`, a simulated MoAI Accelerator and the tools around it.
+"""Automatic parallel training for single-GPU PyTorch scripts, with the interface of the MoAI Platform.
 
-The installed package is loaded by `import torch` itself (entry-point group `torch.backends`). Where it is not
-installed, or that loading is turned off, `import torch, moreh` does the same. The command-line tools import this
-package without torch, so nothing here may import it.
+`import torch` loads the installed package through the entry-point group `torch.backends`, and creates `torch.moreh`.
+Without that entry point, `import torch, moreh` does the same. The command-line tools import this package without
+torch, so nothing here may import torch.
 """
 
 import sys

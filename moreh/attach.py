@@ -6,7 +6,7 @@ from moreh.version import __version__
 
 
 def attach_to_torch() -> None:
-    """Make `torch.moreh` available. PyTorch calls this at the end of `import torch`; a second call does nothing.
+    """Create `torch.moreh`. PyTorch calls this at the end of `import torch`; a second call does nothing.
 
     Raises:
         OptionError: the environment variable MOREH_CUDA_FACE has a value that is not allowed.
@@ -15,7 +15,7 @@ def attach_to_torch() -> None:
 
     if hasattr(torch, "moreh"):
         return
-    from moreh import option  # noqa: F401  (torch.moreh.option is there only once it is imported)
+    from moreh import option  # noqa: F401  (torch.moreh.option exists only after this import)
     from moreh.patches.cuda.face import audience_from_environment, install_cuda_face
     from moreh.patches.torch_namespace import add_to_torch
 

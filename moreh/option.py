@@ -23,7 +23,7 @@ from moreh.trace import read_variable
 
 Options = ParamSpec("Options")
 
-# `import torch` runs this file, before most scripts change the working directory.
+# `import torch` imports this file, so this is the working directory before most scripts change it.
 try:
     _START_DIRECTORY = os.getcwd()  # noqa: PTH109
 except OSError:
@@ -33,10 +33,7 @@ _enabled: ParallelOptions | None = None
 
 
 def _with_options_of(declaration: Callable[Options, Any]) -> Callable[[Callable[..., None]], Callable[Options, None]]:
-    """Give a function the parameters of the options' declaration, and their documentation.
-
-    Type checkers and editors read the parameters from the types here, `help()` from the attributes of the function.
-    """
+    """Give a function the signature and the documentation of the declared options, for editors and `help()`."""
 
     def decorate(function: Callable[..., None]) -> Callable[Options, None]:
         signature = inspect.signature(declaration).replace(return_annotation=None)
@@ -59,18 +56,18 @@ def _documentation() -> str:
 
 @_with_options_of(ParallelOptions)
 def enable_advanced_parallelization(*args: Any, **options: Any) -> None:
-    """Plan and run the models of this process on all devices of the accelerator. Call it once, before a model is made.
+    """Plan and run the models of this process on all devices of the accelerator.
 
-    The options restrict the plan. Each is given by name. With MOREH_ENABLE_ADVANCED_PARALLELIZATION=0 in the
-    environment the call does nothing, so that a script can be compared with and without it.
+    Call it once, before the script creates its model. The options, keywords only, restrict the plan. With
+    MOREH_ENABLE_ADVANCED_PARALLELIZATION=0 in the environment, the call does nothing.
 
-    With several workers (MOREH_WORKERS; by default the number of GPUs, else one), the script is started again in each
-    worker. This process waits for the workers and exits with their exit code: nothing after the call runs in it. A
-    process that was started as a worker, by this function or by torchrun, joins the other workers in the call.
+    With several workers (MOREH_WORKERS; by default the number of GPUs, else one), the call starts the script again in
+    each worker, waits for the workers, and exits with their exit code: no later line of the script runs in this
+    process. In a process that this function or torchrun has started as a worker, the call joins the other workers.
 
     Raises:
-        OptionError: an option is unknown, the value of an option or an environment variable is not allowed, or several
-            workers are wanted in a session that has no script to start again.
+        OptionError: an option is unknown, the value of an option or an environment variable is invalid, or several
+            workers are requested in a session without a script to start again.
         AcceleratorError: another process is using the accelerator.
     """
     global _enabled
@@ -104,11 +101,11 @@ def enable_advanced_parallelization(*args: Any, **options: Any) -> None:
 
 
 def _workers_to_start() -> int:
-    """How many workers this process has to start: 1 if it computes alone, 0 if it is a worker itself.
+    """Number of workers that this process has to start: 1 if it computes alone, 0 if it is a worker itself.
 
     Raises:
-        OptionError: MOREH_WORKERS is not a whole number from 1 to MAX_WORKERS, or exceeds the number of GPUs or what
-            this machine's cores and memory allow.
+        OptionError: MOREH_WORKERS is not a whole number from 1 to MAX_WORKERS, or exceeds the number of GPUs or the
+            limits of this machine's cores and memory.
     """
     import torch
 

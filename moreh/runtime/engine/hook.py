@@ -1,7 +1,8 @@
 """The hook around calls of models on one worker: the plan, mixed precision, and activation recomputation.
 
-The hook is attached to no model. It applies to models made before and after it, to copies, and to parts of models that
-are called on their own. Each call comes from `moreh/patches/module_call.py`. Batches with labels go on to `FastPath`.
+The hook is not attached to a model. It applies to all models, including copies and submodules called on their own,
+whenever they were created. `moreh/patches/module_call.py` passes each call to it; `FastPath` computes batches with
+labels.
 """
 
 import math
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from moreh.accelerator.flavors import Flavor
 from moreh.accelerator.job import LocalJob, local_job
 from moreh.accelerator.memory.out_of_memory import nothing_fits_error
 from moreh.errors import PlanError
@@ -25,7 +27,7 @@ from moreh.planner.plan.plan import Training
 from moreh.planner.report.chosen_plan import flavor_plan, local_device, local_plan, memory_text
 from moreh.planner.search.constraints import constraints_from_options
 from moreh.planner.units import seconds_text
-from moreh.runtime.engine.choose_plan import predicted_use, select_local_plan, select_plan
+from moreh.runtime.engine.choose_plan import Selection, predicted_use, select_local_plan, select_plan
 from moreh.runtime.engine.user_parameters import optimizer_in_use
 from moreh.runtime.kernels.fused_adam import use_fused_kernels
 from moreh.runtime.kernels.precision import autocast_if, choose_bfloat16, in_float32, inside_autocast
@@ -38,49 +40,50 @@ from moreh.trace import span
 if TYPE_CHECKING:
     from moreh.runtime.engine.fast_path import FastPath
 
-# The maximum number of tokens in a micro-batch of an evaluation that comes before the first training batch.
+# Maximum number of tokens per micro-batch in an evaluation before the first training batch.
 UNPLANNED_TOKENS = 1024
-# In a batch of fewer FLOPs, padding included, cutting and packing take as long as they can save.
+# Below this number of FLOPs per batch, padding included, cutting and packing cost as much time as they save.
 MIN_FLOPS = 2e9
 
 
 class SingleWorkerHook:
-    """The options that are in force on one worker, and the models that they have been applied to."""
+    """The hook of a single worker: its options, and the state of each model that it has seen."""
 
     def __init__(self, options: ParallelOptions, variables: PlannerVariables, job: LocalJob) -> None:
         self.options = options
         self.variables = variables
         self.job = job
         self._prepared: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
-        # The tokens of the largest batch that each model was planned for.
+        # Tokens of the largest batch that each model was planned for.
         self._planned_tokens: weakref.WeakKeyDictionary[torch.nn.Module, float] = weakref.WeakKeyDictionary()
         self._micro_batch_tokens: weakref.WeakKeyDictionary[torch.nn.Module, int] = weakref.WeakKeyDictionary()
         self._flops_per_token: weakref.WeakKeyDictionary[torch.nn.Module, int] = weakref.WeakKeyDictionary()
         # Whether bfloat16 was chosen for a device.
         self._bfloat16_by_device: dict[torch.device, bool] = {}
-        # Of each thread, whether its current call computes in bfloat16.
+        # For each thread: whether its current call computes in bfloat16.
         self._threads = threading.local()
         self._fast_path: FastPath | None = None
 
     @contextmanager
     def around_call(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
-        """The context of a call: the model is prepared, planned where needed, and computed in the chosen precision.
+        """The context of a call: prepares and plans the model if needed, and sets the precision.
 
-        A model is prepared before its first call. Its training is planned before the first call that trains it, and
-        again before a larger batch than it was planned for.
+        A model is prepared before its first call. It is planned before its first training batch, and again before a
+        larger batch.
         """
-        with CALL_THREADS.call(with_grad=torch.is_grad_enabled()), self._precision_of_call(model, args, kwargs):
+        with CALL_THREADS.call(with_grad=torch.is_grad_enabled()), self._prepare_call(model, args, kwargs):
             yield
 
-    def _precision_of_call(
+    def _prepare_call(
         self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> AbstractContextManager[object]:
+        """Prepare and plan the model if needed; returns the autocast context of the call."""
         if model not in self._prepared:
             self._prepare(model)
             self._prepared.add(model)
         parameter = first_parameter(model)
         assert parameter is not None
-        # A model of another dtype, or one that the script runs under an autocast of its own, keeps its precision.
+        # A model in another dtype, or under the script's own autocast, keeps its precision.
         bfloat16 = parameter.dtype == torch.float32 and not inside_autocast() and self._uses_bfloat16(parameter.device)
         if _trains(model, kwargs) and not parameter.is_meta:
             shape = _tokens_shape(args, kwargs)
@@ -96,32 +99,30 @@ class SingleWorkerHook:
         return in_float32(outputs) if self._threads.in_bfloat16 else outputs
 
     def instead_of_call(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The loss of a batch of a language model; NotImplemented for calls that its own forward pass is to compute."""
+        """The outputs of a batch with labels; NotImplemented for calls that the model's own forward must compute."""
         if kwargs.get("labels") is None or self._is_small(model, args, kwargs):
             return NotImplemented
         if self._fast_path is None:
-            # transformers takes seconds to import. A script that calls a model with labels has most likely imported it.
+            # Importing transformers takes seconds; a script that passes labels has most likely imported it already.
             from moreh.runtime.engine.fast_path import FastPath
 
             self._fast_path = FastPath(self.options)
-        # For the time of a call the fast path exchanges modules, which no other thread may compute with.
+        # The fast path replaces modules during a call, so no other thread may compute with them.
         with CALL_THREADS.alone() as is_alone:
             if not is_alone:
                 return NotImplemented
             return self._fast_path.call(model, args, kwargs, self._micro_batch_tokens.get(model, UNPLANNED_TOKENS))
 
     def _is_small(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether the model's own forward pass computes a batch as fast as micro-batches without padding could be."""
+        """Whether a batch is too small to gain from micro-batches without padding."""
         shape = _tokens_shape(args, kwargs)
-        if shape is None:
-            return False
-        return shape[0] * shape[1] * self._flops_of_token(model) < MIN_FLOPS
+        return shape is not None and self._flops(model, shape[0] * shape[1]) < MIN_FLOPS
 
-    def _flops_of_token(self, model: torch.nn.Module) -> int:
-        """A matmul's forward and backward pass take 6 FLOPs for each weight and token."""
+    def _flops(self, model: torch.nn.Module, tokens: int) -> int:
+        """FLOPs of a training step: a matmul takes 6 FLOPs per weight and token in forward and backward pass."""
         if model not in self._flops_per_token:
             self._flops_per_token[model] = 6 * sum(parameter.numel() for parameter in model.parameters())
-        return self._flops_per_token[model]
+        return tokens * self._flops_per_token[model]
 
     def _prepare(self, model: torch.nn.Module) -> None:
         if self.job.simulated and not any(parameter.is_meta for parameter in model.parameters()):
@@ -132,7 +133,7 @@ class SingleWorkerHook:
     def _plan(self, model: torch.nn.Module, batch_size: int, sequence_length: int, *, bfloat16: bool) -> float:
         """Plan the training for the accelerator and for this machine.
 
-        Returns the tokens of the largest batch that the plan holds for.
+        Returns the number of tokens of the largest batch that the plan is valid for.
 
         Raises:
             PlanError: no plan divides the batch under the options.
@@ -144,8 +145,7 @@ class SingleWorkerHook:
             logger.info("This model cannot be planned, so it is trained without a plan: %s", reason)
             return math.inf
         precision = {"bfloat16": bfloat16, "half_weights": has_half_weights(model)}
-        accelerator = self.job.accelerator
-        flavor = accelerator.flavor
+        flavor = self.job.accelerator.flavor
         if not flavor.simulated:
             flavor = flavor.with_devices(1, 1)  # one worker computes on one GPU
         try:
@@ -159,35 +159,46 @@ class SingleWorkerHook:
             # A larger batch must not stop a training run that has begun.
             logger.info("A batch of %d x %d cannot be planned: %s", batch_size, sequence_length, reason)
             return training.tokens
-        if selection.prediction is None:
-            error = nothing_fits_error(
-                selection.smallest_bytes, self.variables.memory_percent / 100, accelerator, flavor
-            )
-            if flavor.simulated:
-                raise error
-            # Without the line it might just fit, so a prediction is no reason to refuse it.
-            logger.warning("%s Trying the plan that needs the least memory.", error)
-        else:
+        self._report_accelerator_plan(model, training, flavor, selection)
+        self._use_local_plan(model, training, flavor, precision)
+        logger.info(self.options.optimizations_text())
+        return training.tokens
+
+    def _report_accelerator_plan(
+        self, model: torch.nn.Module, training: Training, flavor: Flavor, selection: Selection
+    ) -> None:
+        """Report the accelerator's plan to moreh-smi and the run's report; without one, raise or warn."""
+        if selection.prediction is not None:
             self.job.keep_plan(flavor_plan(flavor, selection.prediction, training))
             if self.job.simulated:
                 self.job.use_prediction(model, predicted_use(selection.prediction, flavor.devices))
+            return
+        memory_fraction = self.variables.memory_percent / 100
+        error = nothing_fits_error(selection.smallest_bytes, memory_fraction, self.job.accelerator, flavor)
+        if flavor.simulated:
+            raise error
+        # The model may fit all the same, so a prediction is no reason to refuse the training.
+        logger.warning("%s Trying the plan that needs the least memory.", error)
+
+    def _use_local_plan(
+        self, model: torch.nn.Module, training: Training, flavor: Flavor, precision: dict[str, bool]
+    ) -> None:
+        """Plan for this machine: sets the size of micro-batches and activation recomputation."""
         local = select_local_plan(training, flavor, self.options, self.variables, **precision)
         if local.plan.recomputation == "full" and self.options.activation_recomputation == "auto":
-            recompute_activations(model, "full")  # for good: a smaller batch later is not worth another change
-        self._micro_batch_tokens[model] = local.plan.micro_batch_size * sequence_length
-        cut = f"micro-batches of at most {self._micro_batch_tokens[model]:,} tokens"
-        words = f"{cut}, recomputation : {local.plan.recomputation}"
-        self.job.keep_plan(local_plan(1, words, local, training, local_device(flavor)))
+            recompute_activations(model, "full")  # permanent: a smaller batch later is not worth another change
+        self._micro_batch_tokens[model] = local.plan.micro_batch_size * training.sequence_length
+        micro_batches = f"micro-batches of at most {self._micro_batch_tokens[model]:,} tokens"
+        text = f"{micro_batches}, recomputation : {local.plan.recomputation}"
+        self.job.keep_plan(local_plan(1, text, local, training, local_device(flavor)))
         logger.info(
             "This machine: 1 worker, %s; predicted: %s a step and %s, for rows without padding.",
-            words,
+            text,
             seconds_text(local.step_time_s),
             memory_text(local, flavor),
         )
-        if training.tokens * self._flops_of_token(model) < MIN_FLOPS:
+        if self._flops(model, training.tokens) < MIN_FLOPS:
             logger.info("Batches of this size are too small to benefit: the model's own forward pass computes them.")
-        logger.info(self.options.optimizations_text())
-        return training.tokens
 
     def _uses_bfloat16(self, device: torch.device) -> bool:
         if device not in self._bfloat16_by_device:
@@ -198,8 +209,7 @@ class SingleWorkerHook:
 def install_hook(options: ParallelOptions, variables: PlannerVariables) -> None:
     """Apply the options to every model from now on, and let this process use all devices of the accelerator.
 
-    One object decides about every call of a model: a `SingleWorkerHook`, or a `MultiWorkerHook` where there are several
-    workers.
+    Installs a `SingleWorkerHook`, or a `MultiWorkerHook` on several workers.
 
     Raises:
         AcceleratorError: another process is using the accelerator.
@@ -210,7 +220,7 @@ def install_hook(options: ParallelOptions, variables: PlannerVariables) -> None:
         on_optimizer_created(use_fused_kernels)
     world = current_world()
     if world.size > 1:
-        # torch.distributed and transformers take seconds to import, which one worker does not need yet.
+        # Importing torch.distributed and transformers takes seconds, and one worker does not need them yet.
         from moreh.runtime.engine.multi_worker_hook import install_multi_worker_hook
 
         install_multi_worker_hook(options, variables, job, world)
@@ -221,10 +231,10 @@ def install_hook(options: ParallelOptions, variables: PlannerVariables) -> None:
 
 
 def _trains(model: torch.nn.Module, kwargs: dict[str, Any]) -> bool:
-    """Whether a call trains a model: gradients are on, a parameter wants them, and there are labels.
+    """Whether a call trains a model: gradients are enabled, a parameter requires them, and there are labels.
 
-    A script's loss of its own takes no labels, and is known by the training mode. With labels the mode does not matter:
-    a model can be trained in evaluation mode, without dropout.
+    A custom loss passes no labels, so the training mode decides. With labels the mode does not matter: a model can be
+    trained in evaluation mode, without dropout.
     """
     if not torch.is_grad_enabled() or not (model.training or kwargs.get("labels") is not None):
         return False

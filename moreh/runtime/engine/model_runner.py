@@ -1,8 +1,8 @@
 """Runs a model under its plan: a training step, an evaluation, or a forward pass for logits.
 
-The script's call goes here from the hook (`registry.call_sharded`, `FastPath`). With labels and gradients it runs the
-forward and the backward passes of all micro-batches, and returns a loss whose own backward pass hands the gradients
-over to the script.
+The hook passes the script's calls to a `ModelRunner` (`registry.call_sharded`, `FastPath`). With labels and gradients
+enabled, it runs the forward and backward passes of all micro-batches, and returns a loss whose backward pass hands the
+gradients to the script's parameters.
 """
 
 from collections.abc import Iterator
@@ -45,7 +45,7 @@ from moreh.trace import span
 
 
 class ModelRunner:
-    """This rank's part in computing a model: the model, and the micro-batches of the current call."""
+    """Runs this rank's part of a model under a plan: one micro-batch after the other."""
 
     def __init__(self, root: nn.Module, plan: Plan, options: ParallelOptions) -> None:
         reason = unsupported_reason(root) or replaced_loss(root)
@@ -54,20 +54,19 @@ class ModelRunner:
         if plan.devices > 1 and has_grad_or_node_hooks(root):
             raise OptionError(f"hooks on gradients are lost at the first step: register them after it, or {ONE_WORKER}")
         causal: Any = unwrapped(root)
-        # Checked before sharding changes classes. A module of the script's own may mix tokens or rows, and gets whole
-        # rows.
+        # Checked before sharding changes classes. A custom module may mix tokens or rows, so it receives whole rows.
         is_token_wise = unsupported_module(root) is None
         skip_padding = options.uses("skip_padding") and is_causal_model(causal) and is_token_wise
         self.plan = plan
-        # The maximum number of tokens in a micro-batch; None for as many as the plan's rows have.
+        # Maximum number of tokens per micro-batch; None: the tokens of the plan's rows.
         self.max_tokens: int | None = None
         self._limit = MicroBatchLimit()
         self._options = options
         self._micro_batches: list[ModelInputs] = []
         self._vocabulary_size = causal.get_output_embeddings().weight.shape[0]
         self._training_steps = 0
-        # While logits are computed that may get gradients: the seeds of both passes, and in the second one these
-        # gradients by micro-batch.
+        # For logits with a custom loss: the seeds of both passes, and in the second pass the gradients of the logits,
+        # one tensor per micro-batch.
         self._seeds: MicroBatchSeeds | None = None
         self._grad_logits: list[torch.Tensor] = []
         make_model = build_unsharded if plan.devices == 1 else build_sharded
@@ -87,20 +86,20 @@ class ModelRunner:
         self._logits_passes = LogitsPasses(
             self.model, self._vocabulary_size, self._cutter.sequence_multiple, self._forward, self._second_pass
         )
-        # An output layer inside of another module, as BERT's, gets what that module makes of all positions.
+        # An output layer inside another module, as in BERT, receives that module's output at all positions.
         head = causal.get_output_embeddings()
         self._chooses_positions = any(slot.module is head for slot in self.model.parts.post_layers)
         self._chooses_positions &= options.uses("logits_at_labels") and is_token_wise and not plan.sequence_parallel
 
     def loss(self, inputs: ModelInputs) -> torch.Tensor:
-        """The loss of a batch with labels; with gradients on, it computes those too.
+        """The loss of a batch with labels, a scalar; with gradients enabled, the call computes them too.
 
-        They reach the parameters when the script calls `loss.backward()`, times what it has made of the loss.
+        `loss.backward()` scales the gradients and adds them to those of the parameters.
 
         Raises:
             IndexError: a label is not a token id, as in torch.
-            OptionError: the script has given the model a loss function that was not registered, or wants gradients of
-                inputs that the plan does not compute.
+            OptionError: the model has an unregistered loss function, or the script needs gradients of inputs that the
+                plan does not compute.
         """
         if not torch.is_grad_enabled():
             return self.loss_and_grads(inputs, with_grads=False)[0]
@@ -113,8 +112,8 @@ class ModelRunner:
         """The loss of a batch with labels, and this rank's gradients by parameter name; none without gradients.
 
         Raises:
-            IndexError: a label is no token, as in torch.
-            OptionError: the script has given the model a loss function that was not registered.
+            IndexError: a label is not a token id, as in torch.
+            OptionError: the model has an unregistered loss function.
         """
         self._check_labels(inputs)
         with torch.set_grad_enabled(with_grads):
@@ -184,7 +183,7 @@ class ModelRunner:
         return losses.sum() / inputs.loss_divisor, logits
 
     def _forward(self, micro_batches: list[ModelInputs], *, with_seeds: bool) -> tuple[list[torch.Tensor], int | None]:
-        """The logits of whole micro-batches on the last stage, and the seed that all random numbers came from."""
+        """The logits of whole micro-batches on the last stage, and the seed of all random numbers."""
         with self._computing(), self._rank_local_rng() if with_seeds else self._evaluation_rng():
             seed = torch.initial_seed() if with_seeds else None
             self._micro_batches, self._seeds = micro_batches, None if seed is None else MicroBatchSeeds(seed)
@@ -196,7 +195,7 @@ class ModelRunner:
     def _second_pass(
         self, micro_batches: list[ModelInputs], seed: int, grad_logits: list[torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        """The gradients of the sum of `logits * grad_logits`, which has one tensor for each micro-batch."""
+        """The gradients of `sum(logits * grad_logits)`; `grad_logits` has one tensor per micro-batch."""
         device = self.model.mesh.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
             self._micro_batches, self._seeds, self._grad_logits = micro_batches, MicroBatchSeeds(seed), grad_logits
@@ -206,14 +205,14 @@ class ModelRunner:
                 self._seeds, self._grad_logits = None, []
 
     def _micro_batch_inputs(self, index: int) -> dict[str, Any]:
-        """What the model is called with for a micro-batch."""
+        """The keyword arguments of the model's forward pass for a micro-batch."""
         if self._seeds is not None:
             self._seeds.start_stage(index)
         micro_batch = self._micro_batches[index]
         return {**micro_batch.others, **micro_batch.tensors, "use_cache": False}
 
     def _micro_batch_output(self, outputs: Any, index: int) -> torch.Tensor:
-        """What a micro-batch contributes to the loss, a scalar; its logits if it has no labels."""
+        """The contribution of a micro-batch to the loss, a scalar; without labels, its logits."""
         micro_batch = self._micro_batches[index]
         group = self.model.mesh.group("tensor") if self.plan.tensor > 1 else None
         if self._grad_logits:
@@ -228,7 +227,7 @@ class ModelRunner:
     def _logit_positions(self, index: int) -> torch.Tensor | None:
         """The positions of a micro-batch that reach the last MLP and the output layer; None for all.
 
-        With sequence parallelism these are all positions: the last MLP has only a part of each row.
+        With sequence parallelism, all positions do, because the last MLP has only a part of each row.
         """
         micro_batch = self._micro_batches[index]
         if micro_batch.labels is None or not self._chooses_positions:
@@ -259,22 +258,22 @@ class ModelRunner:
         return total.to(torch.promote_types(self.model.dtype, torch.float32))
 
     def _rank_local_rng(self) -> AbstractContextManager[None]:
-        """Each of several ranks draws dropout from its own generator. One worker draws from the script's generator."""
+        """On several ranks, dropout uses one generator per rank; on one worker, the script's generator."""
         if self.plan.devices == 1:
             return nullcontext()
         parts = self.model.parts
         return rank_local_rng(self.model.mesh, is_random=draws_random_numbers(parts.causal.config, parts.root))
 
     def _evaluation_rng(self) -> AbstractContextManager[None]:
-        """Dropout that a script has left on in an evaluation must not bring the ranks' generators out of step."""
+        """Keeps the ranks' generators in step if dropout is active in an evaluation."""
         return self._rank_local_rng() if self.model.parts.root.training else nullcontext()
 
     @contextmanager
     def _without_earlier_grads(self) -> Iterator[None]:
-        """Take off the gradients of earlier calls, which must not mix with those that this call computes.
+        """Set aside the gradients of earlier calls, which must not mix with those of this call.
 
-        An error or Ctrl-C in the middle of a backward pass brings them back too: a script that catches the error goes
-        on with the gradients that it has accumulated.
+        They are restored even after an error or Ctrl-C, so a script that catches the error keeps its accumulated
+        gradients.
         """
         earlier = [(parameter, parameter.grad) for parameter in self.model.compute_params.values()]
         try:
@@ -288,7 +287,7 @@ class ModelRunner:
 
     @contextmanager
     def _computing(self) -> Iterator[None]:
-        """While the stages compute, the modules have the compute parameters and the faster kernels."""
+        """Install the compute parameters and the faster kernels while the stages compute."""
         install_compute_params(self.model)
         try:
             by_rows = self._options.uses("sparse_embedding") and self.plan.devices == 1
