@@ -65,9 +65,3 @@ def install_script_files(
         patch.install(removal)
     TORCH_SAVE.install(save)
     SAVE_PRETRAINED.install(model)
-
-
-def uninstall_script_files() -> None:
-    """Put the originals back."""
-    for patch in (OPEN, IO_OPEN, MKDIR, *REMOVALS, TORCH_SAVE, SAVE_PRETRAINED):
-        patch.uninstall()

@@ -13,13 +13,13 @@ from moreh.planner.hardware.environment import Environment
 from moreh.planner.plan.plan import Plan, Training
 from moreh.planner.plan.plan_table import PlanTable
 
-# An overhead with a smaller share of a step is not worth naming.
+# Overheads with a smaller share of a step are not named.
 MIN_NAMED_SHARE = 0.05
 
 
 @dataclass(frozen=True)
 class DeviceMemory:
-    """Bytes at the peak of a step on a device of one pipeline rank: an entry of `PeakMemory`, which see."""
+    """Peak memory of a step on a device of one pipeline rank, in bytes: one entry of `PeakMemory`."""
 
     parameters: float
     gradients: float
@@ -31,37 +31,37 @@ class DeviceMemory:
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """The sum of all kinds, in bytes."""
         states = self.parameters + self.gradients + self.optimizer
         return states + self.activations + self.logits + self.buffers + self.fragmentation
 
 
 @dataclass(frozen=True)
 class StepBreakdown:
-    """Where the seconds of a step go on the busiest pipeline rank. The sum is the step time."""
+    """The parts of a step on the busiest pipeline rank, in seconds. Their sum is the step time."""
 
     computation_s: float
-    """Matmuls and other kernels that any plan has."""
+    """Matmuls and other kernels, without recomputation."""
     recomputation_s: float
-    """Forward computation that is repeated in backward passes."""
+    """Recomputation of activations in backward passes."""
     tensor_exchange_s: float
-    """Tensor-parallel communication, with waiting for the slowest rank."""
+    """Tensor-parallel communication, including waits for the slowest rank."""
     data_exchange_s: float
-    """Waiting for sharded parameters and gradients while micro-batches are computed."""
+    """Waits for sharded parameters and gradients during micro-batches."""
     expert_exchange_s: float
-    """Exchange of tokens with the ranks of their experts."""
+    """All-to-all exchange of tokens with the ranks of their experts."""
     bubble_s: float
-    """Waiting for other stages of the pipeline."""
+    """Waits for other pipeline stages."""
     gradients_s: float
-    """Waiting for gradients and updated parameters after the last micro-batch."""
+    """Waits for gradients and updated parameters after the last micro-batch."""
     optimizer_s: float
     """The optimizer's step."""
     first_pass_s: float = 0.0
-    """The forward pass that gives a script's own loss its logits, with their exchange."""
+    """The additional forward pass for the logits of a custom loss, with their exchange."""
 
     @property
     def largest_overhead(self) -> str:
-        """What takes most of the time besides the computation that any plan has, with its share of the step."""
+        """The name of the largest part besides computation, with its share of the step."""
         overheads = {
             "recomputation": self.recomputation_s,
             "tensor-parallel communication": self.tensor_exchange_s,
@@ -79,17 +79,17 @@ class StepBreakdown:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a plan is predicted to cost."""
+    """The predicted step time, throughput and memory of a plan."""
 
     plan: Plan
     step_time_s: float
     """Seconds of a step."""
     tokens_per_second: float
-    """Of all devices together."""
+    """Tokens per second of all devices together."""
     mfu: float
-    """Model FLOPs utilization: the FLOP/s that the model itself needs, as a fraction of the devices' peak (0 to 1)."""
+    """Model FLOPs utilization: model FLOP/s as a fraction of the devices' peak (0 to 1)."""
     parts: StepBreakdown
-    """Where the step time goes."""
+    """The parts of the step time."""
     memory: tuple[DeviceMemory, ...]
     """The memory of a device of each pipeline rank."""
     stage_forward_s: tuple[float, ...]
@@ -97,22 +97,21 @@ class Prediction:
     stage_backward_s: tuple[float, ...]
     """Seconds of the backward pass of one micro-batch through each stage, with recomputation."""
     weight_fraction: float
-    """The share of a backward pass that a split backward can put off (0 to 1)."""
+    """The share of a backward pass that zero-bubble schedules can defer: weight gradients (0 to 1)."""
     send_s: float
-    """Seconds of a send of one micro-batch to another stage."""
+    """Seconds to send one micro-batch to another stage."""
 
     @property
     def memory_bytes(self) -> float:
-        """The most that any device needs."""
+        """Peak memory of the fullest device, in bytes."""
         return max(rank.total for rank in self.memory)
 
 
 def model_flops_per_step(training: Training) -> float:
-    """FLOPs of a step that the model itself needs, forward and backward, without recomputation.
+    """Model FLOPs of a step: forward and backward pass, without recomputation.
 
-    6 for each matmul parameter and token (4 if it is frozen), and attention over the positions that the causal mask
-    leaves. From https://arxiv.org/abs/2204.02311, appendix B, which counts the masked half as well. Lookups of
-    embeddings cost none.
+    6 per matmul parameter and token (4 if frozen), plus attention over the unmasked positions. Embedding lookups count
+    as 0. From https://arxiv.org/abs/2204.02311, appendix B, which also counts the masked half of attention.
     """
     architecture: Architecture = training.architecture
     tokens, length = training.tokens, training.sequence_length

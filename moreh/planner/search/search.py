@@ -20,26 +20,26 @@ from moreh.planner.search.constraints import Constraints
 from moreh.planner.search.relaxations import helpful_relaxations
 from moreh.planner.search.request import Request
 
-# Plans whose step times differ by less than this, relatively, are tied: the one found first, which is simpler, wins.
+# Plans whose step times differ relatively by less than this are tied; the first one found, which is simpler, wins.
 TIE_TOLERANCE = 1e-9
 
 
 @dataclass(frozen=True)
 class SearchResult:
-    """The best plans, how many candidates there were, and how long the search took."""
+    """The best plans, the number of candidates, and the duration of the search."""
 
     best: tuple[Prediction, ...]
     """The fastest plans that fit in memory, fastest first. Empty if none fits."""
     candidates: int
-    """All plans that satisfy the constraints."""
+    """Number of plans that satisfy the constraints."""
     possible: int
-    """The candidates that fit in memory."""
+    """Number of candidates that fit in memory."""
     smallest_bytes: float
-    """The least memory that any candidate needs on its fullest device, to say by how much nothing fits."""
+    """The smallest memory of any candidate on its fullest device, in bytes."""
     memory_s: float
-    """Seconds spent on making the candidates and computing their memory."""
+    """Seconds spent on enumerating the candidates and computing their memory."""
     search_s: float
-    """Seconds spent on costing the candidates that fit and finding the fastest."""
+    """Seconds spent on computing step times and finding the fastest plans."""
 
 
 @dataclass(frozen=True)
@@ -73,13 +73,13 @@ def search(
 ) -> SearchResult:
     """The `count` fastest plans that fit in memory.
 
-    1. The memory of all candidates is computed, a table at a time. Those that do not fit are dropped.
-    2. Lower bounds of the step times of the others are computed, a table at a time, in `threads` threads.
-    3. Pipelines are simulated in the order of their bounds, until the next bound is above the slowest of the best
-       `count` so far: no remaining candidate can be among them.
+    1. Compute the memory of all candidates, one table at a time, and drop those that do not fit.
+    2. Compute lower bounds of the step times of the others, one table at a time, in `threads` threads.
+    3. Simulate pipelines in the order of their bounds, until the next bound exceeds the slowest of the best `count`
+       plans so far: no remaining candidate can be among them.
 
     Raises:
-        PlanError: the batch cannot be split over the devices, or nothing satisfies the constraints.
+        PlanError: the batch cannot be split over the devices, or no plan satisfies the constraints.
     """
     constraints = constraints or Constraints()
     start = time.perf_counter()
@@ -123,10 +123,10 @@ def search_on_most_devices(
     count: int = 10,
     threads: int = 1,
 ) -> SearchOutcome:
-    """`search` on all devices, or on the largest number of devices that a small batch and model can be split over.
+    """`search` on all devices or, for a small batch or model, on the largest number of devices that can be used.
 
     Raises:
-        PlanError: nothing satisfies the constraints on any number of devices.
+        PlanError: no plan satisfies the constraints on any number of devices.
     """
     devices = environment.cluster.devices
     reason: PlanError | None = None
@@ -147,8 +147,7 @@ def search_plans(request: Request, count: int) -> SearchOutcome:
     """The best plans of a request, on all devices or on as many as can be used.
 
     Raises:
-        PlanError: nothing satisfies the constraints. The message names the constraints without which there would be
-            plans.
+        PlanError: no plan satisfies the constraints. The message names constraints to drop.
     """
     try:
         outcome = search_on_most_devices(request.training, request.environment, request.constraints, count)
