@@ -82,7 +82,7 @@ def _profiler_span(name: str) -> AbstractContextManager[Any]:
 
 
 class _WatchedSpan:
-    """A span whose begin and end are told."""
+    """A span that reports its begin and end."""
 
     __slots__ = ("_enter", "_leave", "_name", "_recorded")
 

@@ -125,7 +125,7 @@ def inner_backward_hook(root: nn.Module) -> str | None:
 
 
 def compiled_module(root: nn.Module) -> str | None:
-    """The name of a module inside a model that the script has compiled by itself, `layer.compile()`; None if none."""
+    """The name of a module inside a model that the script has compiled with `layer.compile()`; None if none."""
     modules = unwrapped(root).named_modules()
     return next((name for name, module in modules if name and vars(module).get("_compiled_call_impl")), None)
 

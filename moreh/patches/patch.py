@@ -38,7 +38,7 @@ class Patch:
     adds: bool = False
     """Whether the target is an attribute that the library does not have."""
     module: str = field(default_factory=_declaring_module, repr=False)
-    """The module that declares the patch, set by itself."""
+    """The module that declares the patch, set automatically."""
 
     @property
     def targets(self) -> tuple[str, ...]:

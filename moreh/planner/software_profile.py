@@ -1,6 +1,6 @@
 """The software that runs a plan: its kernels, memory and overlap.
 
-A plan says how the work is split. Two programs that carry out the same plan still differ in the traits of a
+A plan says how the work is split. Two programs that run the same plan still differ in the traits of a
 `SoftwareProfile`:
 
 - `MOREH` is this project on several devices, and `moreh_on_cpu` on several workers of a CPU.

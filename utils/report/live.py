@@ -53,7 +53,7 @@ class LiveReport:
         self.state = RunState(
             time.time(), command=shlex.join(["python", *sys.argv]), first_step=step, batches_per_step=batches_per_step
         )
-        """What the run tells of itself."""
+        """Metadata of the run."""
         if earlier is not None:
             samples = [sample for sample in earlier.samples if sample.step <= step]
             self.state = replace(

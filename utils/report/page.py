@@ -31,7 +31,7 @@ class Report:
     name: str
     """The name of the run."""
     state: RunState
-    """What the run tells of itself."""
+    """Metadata of the run."""
     curves: RunCurves
     """Its metrics."""
     settings: str

@@ -27,12 +27,12 @@ class Sample:
 
 @dataclass(frozen=True)
 class RunState:
-    """What a run tells of itself."""
+    """Metadata of a run."""
 
     started: float
     """When its process started the run or went on with it, in seconds since the epoch."""
     ended: float | None = None
-    """When the run ended; None while it goes on."""
+    """When the run ended; None while it is running."""
     status: str = RUNNING
     """One of running, finished, stopped, failed and killed."""
     detail: str = ""
@@ -54,7 +54,7 @@ class RunState:
     environment: dict[str, str] = field(default_factory=dict)
     """What the run ran on, by name."""
     tracker_runs: dict[str, str] = field(default_factory=dict)
-    """The id of the run in each tracker, with which a resumed run goes on there."""
+    """The id of the run in each tracker, with which a resumed run continues there."""
 
     def with_sample(self, sample: Sample) -> "RunState":
         """The state with a further sample; the first and the last one are kept."""

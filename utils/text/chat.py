@@ -106,7 +106,7 @@ def prompt_for_answer(messages: Sequence[Message], tokenizer: Any, tools: Any = 
 
 
 def encode_segments(segments: list[FilledPrompt], tokenizer: Any, *, parse: bool) -> list[list[int]]:
-    """Token ids of pieces of rendered conversations, without tokens that the tokenizer adds by itself.
+    """Token ids of pieces of rendered conversations, without tokens that the tokenizer adds automatically.
 
     The name of a control token is the token; in a field it is text, unless `parse` is set.
     """
@@ -130,7 +130,7 @@ def encode_segments(segments: list[FilledPrompt], tokenizer: Any, *, parse: bool
 def segments_of(chat: RenderedChat) -> list[tuple[FilledPrompt, bool]]:
     """A conversation cut where answers begin and end, and whether each segment is an answer.
 
-    Each is encoded by itself, so that no token spans a border: generation gets only what is before an answer.
+    Each is encoded separately, so that no token spans a border: generation gets only what is before an answer.
     """
     cuts = [0, *(cut for answer in chat.answers for cut in answer), len(chat.text)]
     segments = []

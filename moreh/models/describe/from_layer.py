@@ -53,7 +53,7 @@ def describe_layer(layer: nn.Module, config: Any, layer_type: str = "") -> Decod
     dropped = _matrices_after_dropout(layer)
 
     def add(name: str, shape: tuple[int, int], weight: nn.Parameter, bias: nn.Parameter | None, **fields: Any) -> None:
-        # A bias that is trained while the weight is frozen, or frozen while it is trained, is counted by itself.
+        # A bias that is trained while the weight is frozen, or frozen while it is trained, is counted separately.
         with_bias = bias is not None and bias.requires_grad == weight.requires_grad
         if bias is not None and with_bias:
             counted_biases.add(id(bias))

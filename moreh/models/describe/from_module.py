@@ -107,7 +107,7 @@ def _count_outside(
         layers_seen |= id(parameter) in inside
         if id(parameter) in known:
             continue
-        # A bias that is trained while the weight is frozen, or frozen while it is trained, is counted by itself.
+        # A bias that is trained while the weight is frozen, or frozen while it is trained, is counted separately.
         if id(parameter) in biases and parameter.requires_grad == head.requires_grad and not head_bias:
             head_bias = True
         elif is_before_layers(name, layers_seen=layers_seen):

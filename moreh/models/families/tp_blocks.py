@@ -29,7 +29,7 @@ class AttentionShape:
 
 
 # Given the attention's shape and the length of a matrix's split side, the lengths of consecutive chunks of that side.
-# Each chunk is split over the ranks by itself: rank r has the r-th part of every chunk.
+# Each chunk is split over the ranks separately: rank r has the r-th part of every chunk.
 ChunkSizes = Callable[[AttentionShape, int], tuple[int, ...]]
 # An argument of an attention module sliced for this rank: (argument, all heads, first head, last head + 1) -> slice.
 SliceHeads = Callable[["torch.Tensor", int, int, int], "torch.Tensor"]

@@ -20,7 +20,7 @@ def flavor_plan(flavor: Flavor, prediction: Prediction, training: Training) -> C
 def local_plan(
     workers: int, plan: str, prediction: Prediction, training: Training, device: str = THIS_MACHINE
 ) -> ChosenPlan:
-    """The plan that the workers on this machine carry out; `device` is the kind of its GPUs, if it has some."""
+    """The plan that the workers on this machine run; `device` is the kind of its GPUs, if it has some."""
     devices = f"this machine, {workers} worker{'s' if workers > 1 else ''}"
     return _chosen(devices, device, plan, prediction, training, simulated=False)
 

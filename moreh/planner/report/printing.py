@@ -23,7 +23,7 @@ def print_pairs(pairs: Iterable[tuple[str, str]], width: int | None) -> None:
 
 
 def print_sentences(sentences: Iterable[str], width: int | None) -> None:
-    """Print each sentence on a line of its own, or on more if it is long."""
+    """Print each sentence on its own line, or on several if it is long."""
     for sentence in sentences:
         print(wrap_line(sentence, width))
 

@@ -35,7 +35,7 @@ def micro_batches_by_length(
     """This rank's micro-batches, each of rows of similar length with at most `max_tokens` tokens, padding included.
 
     A row has the first `seq_lens` `[batch]` tokens of a sequence, padded to a multiple of `sequence_multiple`. A row of
-    more than `max_tokens` tokens is a micro-batch by itself. Every rank has the same number of micro-batches.
+    more than `max_tokens` tokens is its own micro-batch. Every rank has the same number of micro-batches.
     """
     batch_size = -(-inputs.batch_size // data_ranks) * data_ranks
     inputs, seq_lens = _pad_rows(inputs, seq_lens, batch_size)

@@ -40,7 +40,7 @@ def can_pack(
 
     No useful token may be masked. The first `prefix_len` tokens of the sequences are in each packed row once.
 
-    Sequences are packed only if there is an attention that computes each of them by itself: block attention on CPUs,
+    Sequences are packed only if there is an attention that computes each of them separately: block attention on CPUs,
     and on GPUs variable-length attention in half precision, where the rows differ in length.
     """
     max_len = int(seq_lens.max())

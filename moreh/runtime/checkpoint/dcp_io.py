@@ -36,7 +36,7 @@ _last_save: Future[None] | None = None
 def save_state_async(
     state: State, directory: str | os.PathLike[str], mesh: Mesh | None, about: Mapping[str, Any] | None = None
 ) -> Future[None]:
-    """Copy a state to CPU memory and write it while training goes on; collective. The manifest has rank 0's `about`.
+    """Copy a state to CPU memory and write it in the background; collective. The manifest has rank 0's `about`.
 
     - The state at the moment of the call is written. This needs CPU memory for a copy of what the rank holds.
     - The call waits for an earlier save to end.
@@ -127,7 +127,7 @@ def read_state(state: State, directory: Path, mesh: Mesh | None, action: str) ->
 
 
 def read_metadata(directory: Path) -> Metadata:
-    """The names, sizes and chunks of a directory's tensors. Each rank reads them by itself.
+    """The names, sizes and chunks of a directory's tensors. Not collective.
 
     Raises:
         CheckpointError: there is no complete checkpoint.

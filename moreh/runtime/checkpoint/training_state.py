@@ -143,7 +143,7 @@ def load_training_state(
 
 
 def load_extra(directory: str | os.PathLike[str]) -> Any:
-    """Read only `extra` of what `collect_training_state` collected. Each rank reads it by itself.
+    """Read only `extra` of what `collect_training_state` collected. Not collective.
 
     Raises:
         CheckpointError: there is no complete checkpoint.

@@ -39,7 +39,7 @@ def save_training(
     extra: Any,
     about: Mapping[str, Any] | None = None,
 ) -> Future[None]:
-    """Write weights, optimizer states and `extra` while training goes on; collective.
+    """Write weights, optimizer states and `extra` in the background; collective.
 
     The directory gets its name once it is complete. `result()` of the future raises the error of a failed write.
     `about` is what the script says about the training, as JSON has it; `check_training` returns it before anything else
@@ -119,7 +119,7 @@ def load_training(
     """Read what `save_training` wrote, under any plan and number of workers, and return `extra`; collective.
 
     If several workers have not sharded the model yet, the weights and optimizer states are read when they do. Each
-    worker then reads its own shards. The training goes on in the precision of the checkpoint.
+    worker then reads its own shards. Training continues in the precision of the checkpoint.
 
     Args:
         model: the model.

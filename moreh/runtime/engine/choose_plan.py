@@ -242,7 +242,7 @@ def select_worker_plan(
     *,
     bfloat16: bool,
 ) -> Prediction:
-    """The fastest plan that this machine's workers can carry out for a model and that fits their memory.
+    """The fastest plan that this machine's workers can run for a model and that fits their memory.
 
     If no plan divides the batch, it is planned with empty rows up to a multiple of the number of workers. Options for
     more stages or micro-batches than a plan for these workers can have are maxima.

@@ -127,7 +127,7 @@ class MultiWorkerHook:
         load_pending(module)
 
     def _plan(self, module: nn.Module, inputs: ModelInputs, *, bfloat16: bool) -> Plan:
-        """The plan that the workers carry out. Also plans for the accelerator, and logs both plans.
+        """The plan that the workers run. Also plans for the accelerator, and logs both plans.
 
         Raises:
             PlanError: no plan divides the batch or the model.

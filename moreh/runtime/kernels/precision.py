@@ -25,7 +25,7 @@ _OF_CHECKPOINT: dict[str, bool] = {}
 def choose_bfloat16(device: torch.device, *, requested: bool) -> bool:
     """Whether to compute in bfloat16: if it is requested, and faster on this device. The choice is logged.
 
-    A training that goes on from a checkpoint computes as the training that wrote it, if on a device of the same type:
+    A training resumed from a checkpoint computes as the training that wrote it, if on a device of the same type:
     timed again, the choice could come out differently.
     """
     if device.type == "meta":

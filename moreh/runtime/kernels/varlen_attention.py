@@ -126,7 +126,7 @@ def proof_error(
 
 
 def _one_by_one(tensors: list[torch.Tensor], bounds: list[int], scale: float) -> torch.Tensor:
-    """Attention of each sequence by itself."""
+    """Attention within each sequence."""
     outputs = []
     for start, stop in pairwise(bounds):
         query, key, value = (tensor[start:stop].transpose(0, 1).unsqueeze(0) for tensor in tensors)

@@ -37,7 +37,7 @@ _PERHAPS_OUT_OF_MEMORY = "which is often the system's answer to a machine that h
 
 @dataclass(frozen=True)
 class FailedWorker:
-    """A worker that ended by itself with an exit code other than 0."""
+    """A worker that ended with an exit code other than 0."""
 
     exit: WorkerExit
     """How it ended."""
@@ -184,6 +184,6 @@ def _last_line(log: Path) -> str:
 
 
 def print_errors(lines: list[str]) -> None:
-    """Write lines to standard error, in the form of other errors that are for the user to mend."""
+    """Write lines to standard error, in the form of other errors that the user has to fix."""
     for line in lines:
         print(f"error: {line}", file=sys.stderr, flush=True)

@@ -39,7 +39,7 @@ USER_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)
 
 @dataclass(frozen=True)
 class WorkerExit:
-    """How a worker ended by itself."""
+    """How a worker ended on its own."""
 
     rank: int
     """The worker's rank."""
@@ -70,7 +70,7 @@ class LaunchResult:
     killed_for_memory: bool | None = None
     """Whether the system has killed processes meanwhile because memory ran out; None where it does not say."""
     was_told: bool = False
-    """Whether this process got a signal that it passed on, and that does not stop a program by itself."""
+    """Whether this process got a signal that it passed on, and that alone does not stop a program."""
 
 
 @dataclass

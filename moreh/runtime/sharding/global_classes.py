@@ -7,7 +7,7 @@ what it means with the whole tensor on one device:
 
 - elementwise operations, with each other and with ordinary tensors of the whole shape, compute on the local parts;
 - reductions to a number are summed over the ranks (`global_ops.py`);
-- everything else gathers the whole tensor, computes with that, and puts back what it has changed.
+- everything else gathers the whole tensor, computes on it, and writes back its changes.
 
 Why not DTensor: `.item()` of a DTensor that is not yet reduced gives this rank's part, it does not mix with ordinary
 tensors, knows nothing of pipelines, and shows a matrix that is split in several chunks with its columns regrouped.

@@ -68,7 +68,7 @@ def _views(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _on_whole_tensors(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Gather what the operation needs, compute with whole tensors, and put back what it has written; collective."""
+    """Gather what the operation needs, compute with whole tensors, and write back its changes; collective."""
     gathered: dict[int, torch.Tensor] = {}
     seen: dict[int, torch.Tensor] = {}
     originals: dict[int, WholeTensor] = {}

@@ -163,7 +163,7 @@ class Checkpoints:
         return max_over_ranks(_SAVE if is_due else _NOTHING)
 
     def maybe_save(self, step: int, model: Any, optimizer: Any, scheduler: Any) -> None:
-        """Start to write the state after a step if the settings ask for it. Training goes on meanwhile.
+        """Start to write the state after a step if the settings ask for it. Training continues meanwhile.
 
         Raises:
             Stopped: a signal has asked a worker to stop, or the time limit is near, and the state is saved.
@@ -232,7 +232,7 @@ class Checkpoints:
     def flush(self) -> bool:
         """Wait until the checkpoint that is being written is complete. Then remove all but the last ones.
 
-        A checkpoint that cannot be written is reported, and the training goes on. Returns whether the last one could.
+        A checkpoint that cannot be written is reported, and training continues. Returns whether the last one could.
         """
         if self._saving is None:
             return True
@@ -285,7 +285,7 @@ def _checked(checkpoint: Path) -> dict[str, Any]:
 
 
 def _restore_scheduler(scheduler: Any, optimizer: Any, state: dict[str, Any]) -> None:
-    """Let the scheduler go on with the steps that were taken, with the learning rate of the settings.
+    """Continue the scheduler after the steps that were taken, with the learning rate of the settings.
 
     They are those of the checkpoint unless the user has changed them.
     """

@@ -32,7 +32,7 @@ def checkpoints_in(directory: Path) -> list[Path]:
 def checkpoints_to_resume(resume: str | None, run_directory: Path, restarted_since: float | None) -> list[Path]:
     """The checkpoints that `--resume` means, the first choice first: none, those of the run ("auto"), or a directory's.
 
-    A run that was started again goes on from its own checkpoints, once it has written one. `restarted_since` is when it
+    A restarted run continues from its own checkpoints, once it has written one. `restarted_since` is when it
     was started first, in seconds since the epoch; None where it is started for the first time.
 
     Raises:

@@ -119,7 +119,7 @@ def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def require_same(differences: Sequence[Difference], config: Config, checkpoint: Path) -> None:
-    """Refuse a run that would not go on from a checkpoint, but be another one.
+    """Refuse a run that is not a continuation of the checkpoint.
 
     Raises:
         UserError: a setting differs that must not, or may but was not named.
@@ -136,7 +136,7 @@ def require_same(differences: Sequence[Difference], config: Config, checkpoint: 
     if refused:
         problems.append(
             f"--resume (checkpoint.resume): {checkpoint} is of another training: {', '.join(refused)}; give the values "
-            "of the checkpoint, start a new run, or go on all the same with --resume-force"
+            "of the checkpoint, start a new run, or resume nevertheless with --resume-force"
         )
     if unnamed:
         options = " ".join(f"--resume-with {difference.key}={_shown(difference.now)}" for difference in unnamed)

@@ -39,7 +39,7 @@ class StopRequest:
 
 
 def resume_command() -> str:
-    """The command that goes on with a run that this command line has started."""
+    """The command that continues a run that this command line has started."""
     arguments, skip = [], False
     for argument in sys.argv:
         if not (skip or argument.startswith("--resume=")) and argument not in ("--resume", "--resume-force"):
