@@ -137,7 +137,7 @@ def test_settings_that_make_another_training_are_refused(script, checkpoints):
     assert len(err) == 2
     for change in ("train.seed 0 -> 1", "train.batch_size 8 -> 4", "model.architecture.n_head 2 -> 4"):
         assert change in err[0]
-    assert "go on all the same with --resume-force" in err[0]
+    assert "resume nevertheless with --resume-force" in err[0]
     assert "train.lr 0.001 -> 0.0001" in err[1]
     assert err[1].endswith("--resume-with train.lr=0.0001")
     assert checkpoints() == before

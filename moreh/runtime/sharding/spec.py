@@ -20,7 +20,7 @@ class TPSplit:
     dim: int
     """The dimension that is split."""
     chunk_sizes: tuple[int, ...]
-    """The lengths of consecutive chunks along `dim`. Each chunk is split separately: rank r holds the r-th part of every
+    """The lengths of consecutive chunks along `dim`. Each chunk is split separately: rank r has the r-th part of every
     chunk, concatenated. A plain matrix is one chunk. GPT-2's c_attn has three: the columns of query, key and value."""
 
 
