@@ -1,7 +1,7 @@
-"""LoRA adapters of peft in a plain loop: only the adapters are trained and saved. Needs the package peft.
+"""PEFT's LoRA adapters in a plain loop: only the adapters are trained and saved. Needs the package peft.
 
 python examples/lora.py          a tiny Llama with random weights: seconds, no network
-python examples/lora.py MODEL    a model of the Hugging Face hub, or a directory that holds one
+python examples/lora.py MODEL    a model on the Hugging Face Hub, or its directory
 """
 
 import sys
@@ -18,7 +18,7 @@ if len(sys.argv) > 1:
     tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
 else:
-    tokenizer = ByT5Tokenizer()  # a token for each byte
+    tokenizer = ByT5Tokenizer()  # one token per byte
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4
     )

@@ -1,4 +1,4 @@
-"""Two training steps on four workers, two pipeline stages by two tensor-parallel ranks, with each phase on the console.
+"""Two training steps on four workers, pipeline size 2 by tensor-parallel size 2, with each phase on the console.
 
 MOREH_TRACE=1 MOREH_WORKERS=4 python examples/traced_step.py
 """
@@ -6,7 +6,7 @@ MOREH_TRACE=1 MOREH_WORKERS=4 python examples/traced_step.py
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-# Two micro-batches of one row leave nothing to data parallelism, so the planner makes the other factor tensor parallel.
+# Two micro-batches of one row rule out data parallelism, so the planner uses tensor parallelism for the other factor.
 torch.moreh.option.enable_advanced_parallelization(num_stages=2, num_micro_batches=2)
 
 model = LlamaForCausalLM(
