@@ -2,19 +2,19 @@
 
 
 class MorehError(Exception):
-    """Base of every error that a user's action, not a defect, can cause."""
+    """Base class of all errors that a user can cause and fix."""
 
 
 class OptionError(MorehError, ValueError):
-    """An option of the hook, or an environment variable, has a value that cannot be used."""
+    """An option, an environment variable or a call of a model is invalid or not supported."""
 
 
 class SecondBackwardError(OptionError, RuntimeError):
-    """`backward()` through a loss whose gradients are handed over once. Also a RuntimeError, as torch's own is."""
+    """A second `backward()` through a loss. Also a RuntimeError, like torch's own error."""
 
 
 class AcceleratorError(MorehError, RuntimeError):
-    """An accelerator cannot do what was asked: unknown, busy, or too many of them."""
+    """An accelerator is unknown or busy, or there are too many accelerators."""
 
 
 class AcceleratorBusyError(AcceleratorError):
@@ -26,12 +26,12 @@ class RegistryError(MorehError, RuntimeError):
 
 
 class PlanError(MorehError, ValueError):
-    """A training cannot be planned: its model, its accelerator or a plan for it is not supported."""
+    """A training job cannot be planned: its model, accelerator or plan is not supported."""
 
 
 class WorkerError(MorehError, RuntimeError):
-    """The workers of a run do different things, or one of them failed."""
+    """The workers of a run diverged, or one of them failed."""
 
 
 class CheckpointError(MorehError, RuntimeError):
-    """A training cannot be saved under its plan, or a checkpoint does not fit the training that is to be resumed."""
+    """A checkpoint cannot be saved, or does not match the training job that is to be resumed."""

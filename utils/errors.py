@@ -5,31 +5,31 @@ import os
 import re
 from collections.abc import Sequence
 
-# How libraries in Rust end what the operating system says.
+# The suffix that libraries in Rust add to an error of the operating system.
 _OS_ERROR = re.compile(r"([^:]+) \(os error \d+\)")
 EXIT_FAILURE = 1
-"""The machine has failed the run, which may go well another time."""
+"""A failure of the machine; another attempt may succeed."""
 EXIT_USER_ERROR = 2
 EXIT_REQUEUE = 75
-"""A run has saved before its time limit, and wants to be started again: EX_TEMPFAIL of sysexits.h."""
+"""The run saved before its time limit and should be requeued: EX_TEMPFAIL of sysexits.h."""
 EXIT_SIGNAL = 128
-"""A run was stopped by a signal, whose number is added."""
+"""The run was stopped by a signal; the signal number is added."""
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of a library's error, or its class name where it has no message."""
+    """The first line of an error's message, or its class name if it has no message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def in_one_line(text: str, characters: int = 300) -> str:
-    """A library's message in one line, without what is beyond so many characters."""
+    """A message in one line, truncated to `characters`."""
     return " ".join(text.split())[:characters]
 
 
 def system_word(error: BaseException) -> str | None:
-    """What the operating system says in an error of reading or writing, such as a full disk; None in other errors.
+    """The operating system's message in an I/O error, such as "No space left on device"; None for other errors.
 
-    safetensors and tokenizers raise errors of their own, and pyarrow puts a sentence in the place of the system's.
+    safetensors and tokenizers raise their own error classes, and pyarrow replaces the system's message.
     """
     if isinstance(error, OSError):
         return os.strerror(error.errno) if error.errno else error.strerror or first_line(error)
@@ -38,9 +38,9 @@ def system_word(error: BaseException) -> str | None:
 
 
 class UserError(Exception):
-    """A setting, a file or an argument cannot be used.
+    """A setting, a file or an argument is invalid.
 
-    Each problem is one line: where it is, what was given, what is allowed.
+    Each problem is one line: the place, the value given, the allowed values.
     """
 
     def __init__(self, problems: str | Sequence[str]) -> None:
@@ -49,11 +49,11 @@ class UserError(Exception):
 
 
 class DryRunEnd(Exception):
-    """A dry run has seen enough; the message says what the run would take."""
+    """The end of a dry run; the message estimates the whole run."""
 
 
 class Stopped(Exception):
-    """The run was asked to stop by a signal or a time limit, and has saved what it had done."""
+    """A signal or a time limit stopped the run, which has saved a checkpoint."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         self.exit_code = exit_code
@@ -61,12 +61,12 @@ class Stopped(Exception):
 
 
 def require_package(name: str, key: str, distribution: str = "") -> None:
-    """Refuse a setting, or what else `key` names, if the package that it needs is not installed.
+    """Raise an error if the package that a setting needs is not installed.
 
     Args:
-        name: by which it is imported.
-        key: what needs it.
-        distribution: by which it is installed, if that is another name.
+        name: the import name of the package.
+        key: the setting, for the message.
+        distribution: the name on the package index, if different.
 
     Raises:
         UserError: the package is not installed.

@@ -1,7 +1,7 @@
 """The fast path of one worker: computes a batch in micro-batches, without padding.
 
-`SingleWorkerHook` asks it about every call with labels. As without the hook, the model's own forward pass computes a
-call whose loss might come out different here, and a model that cannot be split into parts.
+`SingleWorkerHook` passes it every call with labels. The model's own forward pass computes all calls and models that the
+fast path does not support.
 """
 
 import weakref
@@ -38,7 +38,7 @@ _MAX_RUNNERS = 4
 
 
 class FastPath:
-    """The runners of the most recent models; None for a model that its own forward pass computes."""
+    """Computes calls with labels, and keeps a `ModelRunner` for each of the most recent models."""
 
     def __init__(self, options: ParallelOptions) -> None:
         self._options = options
@@ -47,7 +47,7 @@ class FastPath:
         self._last_calls: weakref.WeakKeyDictionary[nn.Module, weakref.ref[RecordedCall]] = weakref.WeakKeyDictionary()
 
     def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], max_tokens: int) -> Any:
-        """What a call with labels returns; NotImplemented for one that the model's own forward pass is to compute.
+        """The outputs of a call with labels; NotImplemented if the model's own forward pass must compute it.
 
         A micro-batch has at most `max_tokens` tokens, or one row.
         """
@@ -89,7 +89,7 @@ class FastPath:
     def _loss(
         runner: ModelRunner, inputs: ModelInputs, call: RecordedCall, history: CallHistory, trainable: list[str]
     ) -> torch.Tensor:
-        """The loss of a call; with gradients switched on, a function of the parameters with the names `trainable`."""
+        """The loss of a call; with gradients enabled, a function of the parameters named in `trainable`."""
         expects_backward, use = history.expects_backward, history.add_call()
         if not torch.is_grad_enabled():
             return runner.loss_and_grads(inputs, with_grads=False)[0]
@@ -111,7 +111,7 @@ class FastPath:
         return pending_loss(loss, PendingLoss(call, gradients, compute, history, use), parameters)
 
     def _runner_for(self, module: nn.Module) -> ModelRunner | None:
-        """The model's runner, a new one if its modules have changed; None if this call is computed as it is."""
+        """The model's runner, a new one if its modules have changed; None if the model is not supported."""
         known = self._runners.pop(module, None) or _KnownModel(module)
         self._runners[module] = known
         if len(self._runners) > _MAX_RUNNERS:
@@ -120,7 +120,7 @@ class FastPath:
 
 
 class _KnownModel:
-    """A model and its runner."""
+    """A model with its runner, which is replaced when the model changes."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
@@ -128,12 +128,12 @@ class _KnownModel:
         self._is_language_model = isinstance(causal, PreTrainedModel) and causal.get_output_embeddings() is not None
         self._computation = KnownComputation(module)
         self._runner: ModelRunner | None = None
-        # What the runner was made for.
+        # The version of the model that the runner was created for.
         self._version = -1
         self._logged: set[str] = set()
 
     def runner_for_call(self, options: ParallelOptions) -> ModelRunner | None:
-        """The runner, if the runtime knows what the model computes now; None if it does not."""
+        """The runner if the runtime supports the model in its current state, else None."""
         if not self._is_language_model:
             return None
         reason = self._computation.unknown_reason()
@@ -153,13 +153,13 @@ class _KnownModel:
 
 
 def _asks_for_the_loss(kwargs: dict[str, Any]) -> bool:
-    """Whether the call asks for the loss only, and for no argument or output of the model's own forward pass."""
+    """Whether the call needs only the loss, without arguments or outputs that only the model's own forward supports."""
     if kwargs.get("return_dict") is False or any(kwargs.get(name) for name in WHOLE_MODEL_OUTPUTS):
         return False
     return all(kwargs.get(name) is None for name in _WHOLE_INPUTS)
 
 
 def _does_more_than_the_loss(module: nn.Module) -> bool:
-    """Whether a call has effects that computing its loss from micro-batches would not have."""
+    """Whether a call has effects that a computation in micro-batches would not reproduce."""
     device = next(module.parameters()).device
     return observer_of_operations() is not None or uses_neftune(module) or uses_fp16_loss_scaling(device)
