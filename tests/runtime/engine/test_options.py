@@ -31,7 +31,9 @@ def test_signature_is_that_of_the_declarations():
 def test_help_documents_every_option():
     text = pydoc.plain(pydoc.render_doc(option.enable_advanced_parallelization))
     assert "enable_advanced_parallelization(*, pipeline_parallel: bool = True, num_stages: " in text
-    sections = [text.index(section) for section in ("Call it once, before the script creates its model.", "Args:", "Raises:")]
+    sections = [
+        text.index(section) for section in ("Call it once, before the script creates its model.", "Args:", "Raises:")
+    ]
     assert sections == sorted(sections)
     one_line = " ".join(text.split())
     for name, field in OPTIONS.items():
