@@ -69,6 +69,14 @@ class SpelledTokens:
                 f"{max(self._as_text.values())} texts spell control tokens ({names}), which are read as text "
                 "(data.control_tokens=parse reads them as the tokens)"
             )
-        if begin and self._data.template.startswith(begin) and adds_begin_token(self._tokenizer):
-            lines.append(f"data.template begins with {begin}, which the tokenizer adds by itself: one is kept")
+        template = self._data.template
+        if begin and begin in template and adds_begin_token(self._tokenizer):
+            others = template.count(begin) - template.startswith(begin)
+            if template.startswith(begin):
+                lines.append(f"data.template begins with {begin}, which the tokenizer adds by itself: one is kept")
+            if others:
+                lines.append(
+                    f"data.template has {begin} where no text begins, and the tokenizer adds one by itself: rows have "
+                    f"{others + 1}; take it out of the template unless the model was trained so"
+                )
         return lines

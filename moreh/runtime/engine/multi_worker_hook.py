@@ -24,7 +24,7 @@ from moreh.planner.report.chosen_plan import flavor_plan, local_device, local_pl
 from moreh.planner.search.constraints import constraints_from_options
 from moreh.planner.units import seconds_text
 from moreh.runtime.batch.model_inputs import ModelInputs, read_inputs
-from moreh.runtime.engine.calls.checks import check_modules, check_surroundings
+from moreh.runtime.engine.calls.checks import check_modules, check_surroundings, check_thread
 from moreh.runtime.engine.checkpoint_api import is_waiting_for_state, load_pending
 from moreh.runtime.engine.choose_plan import (
     predicted_use,
@@ -94,7 +94,9 @@ class MultiWorkerHook:
                     if inputs.labels is None or unsupported_reason(module) is not None:
                         return NotImplemented
                     return evaluate_unsharded(module, inputs, self.world)
+                check_thread()
                 self._shard(module, inputs, bfloat16=bfloat16)
+            check_thread()
             outputs = call_sharded(module, args, kwargs)
         return in_float32(outputs) if bfloat16 else outputs
 

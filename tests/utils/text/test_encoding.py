@@ -41,6 +41,14 @@ def test_begin_token_of_a_template_is_not_added_once_more(kind):
     assert row_of(chat_tokenizer(), "f(x)", "x", template="<s>{prompt}")[0].input_ids[:2].count(1) == 1
 
 
+@pytest.mark.parametrize("template", [" <s>{prompt}", "{prompt}<s>", "<s><s>{prompt}"])
+def test_begin_token_inside_a_template_is_said(template):
+    tokenizer = sentencepiece_tokenizer()
+    row, notes = row_of(tokenizer, "f(x)", "x", template=template)
+    assert row.input_ids.count(tokenizer.bos_token_id) == 2
+    assert any("data.template has <s> where no text begins" in note and "rows have 2" in note for note in notes)
+
+
 def test_begin_token_that_a_field_spells_is_text_or_one_token():
     tokenizer = sentencepiece_tokenizer()
     row, notes = row_of(tokenizer, "<s>two", "x")

@@ -1,5 +1,6 @@
 """Checks for calls that several workers cannot compute as one worker does."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -47,6 +48,20 @@ def check_modules(root: nn.Module) -> None:
         raise OptionError(
             "a hook on all modules (torch.nn.modules.module.register_module_forward_hook and its like) would see parts "
             f"of the batch, and other modules than one worker has: remove it, or {ONE_WORKER}"
+        )
+
+
+def check_thread() -> None:
+    """Check that the main thread calls a model that several workers compute together.
+
+    Raises:
+        OptionError: another thread does. Its messages would get between those of other calls, on each worker in another
+            order.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        raise OptionError(
+            "a model that is sharded over workers was called in a thread of the script's own, where calls of the "
+            f"workers would meet in any order: call it in the main thread, or {ONE_WORKER}"
         )
 
 
