@@ -16,7 +16,8 @@ def on_host(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, .
     if not on_gpu:
         return args, kwargs
     copies = {id(value): copy_to_pinned(value) for value in on_gpu}
-    torch.cuda.current_stream(on_gpu[0].device).synchronize()
+    for device in {value.device for value in on_gpu}:
+        torch.cuda.current_stream(device).synchronize()
     copied = [copies.get(id(value), value) for value in values]
     return tuple(copied[: len(args)]), dict(zip(kwargs, copied[len(args) :], strict=True))
 

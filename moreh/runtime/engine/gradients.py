@@ -10,6 +10,7 @@ from torch import nn
 from moreh.errors import OptionError, SecondBackwardError
 from moreh.runtime.batch.loss_output import BACKWARD_TWICE_MESSAGE
 from moreh.runtime.batch.model_inputs import ONE_WORKER
+from moreh.runtime.batch.scaling import scale_in_place
 from moreh.runtime.engine.parallel_model import ParallelModel, local_tensor
 from moreh.runtime.sharding.global_tensor import GlobalTensor
 from moreh.runtime.sharding.transfers import outgoing
@@ -160,27 +161,24 @@ class _LossWithDeferredGrads(torch.autograd.Function):
         if ctx.grads is None:
             raise SecondBackwardError(BACKWARD_TWICE_MESSAGE)
         grads = [grad * grad_outputs[0].to(grad.dtype) for grad in ctx.input_grads]
-        grads += hand_over_grads(ctx.model, ctx.grads, grad_outputs[0].item())
+        grads += hand_over_grads(ctx.model, ctx.grads, grad_outputs[0])
         ctx.grads = ctx.input_grads = None
         needed = [grad if needs else None for grad, needs in zip(grads, ctx.needs_input_grad[4:], strict=True)]
         return None, None, None, None, *needed
 
 
 def hand_over_grads(
-    model: ParallelModel, grads: dict[str, torch.Tensor | None], scale: float = 1.0
+    model: ParallelModel, grads: dict[str, torch.Tensor | None], scale: torch.Tensor | None = None
 ) -> list[torch.Tensor]:
-    """Gradients times `scale`, as the script sees them. They are scaled in place.
+    """Gradients times `scale`, a scalar, as the script sees them. They are scaled in place.
 
     `grads` has None where this rank holds nothing of the parameter.
     """
     with span("accumulate_grads"):
-        handed_over = []
-        for name, grad in grads.items():
-            local = None if grad is None else local_tensor(grad)
-            if local is not None and scale != 1.0:
-                local.mul_(scale)
-            handed_over.append(as_user_grad(local, model.user_params[name]))
-    return handed_over
+        local = {name: None if grad is None else local_tensor(grad) for name, grad in grads.items()}
+        if scale is not None:
+            scale_in_place([grad for grad in local.values() if grad is not None], scale)
+        return [as_user_grad(grad, model.user_params[name]) for name, grad in local.items()]
 
 
 def keep_earlier_grads(model: ParallelModel, originals: dict[str, nn.Parameter]) -> None:

@@ -55,6 +55,7 @@ class _FusedSteps:
         # Other devices than the CPU count fused steps in their own memory.
         if not first.is_cpu and first.device.type in _get_fused_kernels_supported_devices():
             self._switch(group)
+            _move_step_counts(self._collect.args[0].state, group["params"])
         has_complex = self._collect(group, params, *others)
         if _lie_alike(params, *others):
             self._switch(group)
@@ -78,6 +79,18 @@ class _FusedSteps:
     def _switch(self, group: dict[str, Any]) -> None:
         group["fused"] = True
         self._fused_groups.append(group)
+
+
+def _move_step_counts(state: Any, params: Sequence[torch.Tensor]) -> None:
+    """Move counts of steps to their parameters' device: of a checkpoint that was loaded they are in the CPU's memory.
+
+    Else the steps after it would be rounded as those of torch's other kernels, and would not repeat those of a run that
+    was never stopped.
+    """
+    for param in params:
+        step = state[param].get("step") if param in state else None
+        if isinstance(step, torch.Tensor) and step.is_cpu:
+            state[param]["step"] = step.to(param.device, non_blocking=True)
 
 
 def _is_open(group: dict[str, Any]) -> bool:

@@ -15,7 +15,9 @@ from moreh.log import logger
 
 MIN_SPEEDUP = 1.2
 """The smallest speedup of matmuls for which bfloat16 is used: casts between the two dtypes eat up a smaller one."""
-_MATRIX_SIZE = 512
+# Rows and columns of the matrices that are timed. On a GPU a smaller one takes less time than to start it and to wait
+# for it, and both precisions would seem to be equally fast.
+_MATRIX_SIZE, _GPU_MATRIX_SIZE = 512, 4096
 _TIMED_MATMULS = 8
 # Whether this process computes in bfloat16, by the type of the device: as chosen here, and as a checkpoint says.
 _CHOSEN: dict[str, bool] = {}
@@ -103,9 +105,8 @@ def bfloat16_speedup(device: torch.device) -> float:
 
     It is the ratio of the fastest matmuls, taken in turns: other programs can only slow a matmul down.
     """
-    matrices = [
-        torch.ones(_MATRIX_SIZE, _MATRIX_SIZE, dtype=dtype, device=device) for dtype in (torch.float32, torch.bfloat16)
-    ]
+    size = _MATRIX_SIZE if device.type == "cpu" else _GPU_MATRIX_SIZE
+    matrices = [torch.ones(size, size, dtype=dtype, device=device) for dtype in (torch.float32, torch.bfloat16)]
     for matrix in matrices:
         _matmul_seconds(matrix)  # does the set-up
     turns = [[_matmul_seconds(matrix) for matrix in matrices] for _ in range(_TIMED_MATMULS)]

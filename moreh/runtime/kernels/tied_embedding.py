@@ -52,7 +52,12 @@ class TiedEmbedding:
                 weight.grad = torch.zeros_like(weight)
             # As an input, the padding token gets no gradient.
             rows = grad_output if padding_idx is None else grad_output.masked_fill((ids == padding_idx)[..., None], 0)
-            weight.grad.index_add_(0, ids.flatten(), rows.flatten(0, -2))
+            if weight.is_cpu:
+                weight.grad.index_add_(0, ids.flatten(), rows.flatten(0, -2))
+            else:
+                # On GPUs index_add_ adds in any order, and a run could not be repeated bit by bit.
+                rows = rows.flatten(0, -2).to(weight.dtype)
+                weight.grad.index_put_((ids.flatten(),), rows, accumulate=True)
         self._pending = []
 
     def _is_supported(self) -> bool:

@@ -17,6 +17,7 @@ from torch import nn
 
 from moreh import trace
 from moreh.models.parts import ModelParts, ModuleSlot
+from moreh.patches.row_boundaries import one_sequence_in_each_row
 from moreh.runtime.pipeline.stubs import (
     BoundaryLayer,
     EmbeddingStub,
@@ -118,7 +119,7 @@ class Stage(nn.Module):
             state.received, state.sent, state.layers_started = received, None, False
             state.batch_shape = tuple(tokens.shape[:2])
             state.logit_positions = self._logit_positions(index) if self.is_last else None
-            with self._stubs_in_slots():
+            with self._stubs_in_slots(), one_sequence_in_each_row(inputs):
                 # Other stages have no hidden states for the output layer, which is outside the base model.
                 model = self._model.causal if self.is_last else self._model.causal.base_model
                 outputs = model(**inputs)

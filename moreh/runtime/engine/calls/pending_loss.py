@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from moreh.runtime.batch.scaling import scale_in_place
 from moreh.runtime.engine.calls.history import CallHistory, LossUse
 from moreh.runtime.engine.calls.recorded import RecordedCall
 from moreh.trace import span
@@ -76,9 +77,5 @@ class _PendingLoss(torch.autograd.Function):
             gradients = pending.compute(tensors)
         pending.use.used = True
         with span("accumulate_grads"):
-            scale = grad_outputs[0].item()
-            if scale != 1.0:
-                for gradient in gradients:
-                    if gradient is not None:
-                        gradient.mul_(scale)
+            scale_in_place([gradient for gradient in gradients if gradient is not None], grad_outputs[0])
         return None, None, None, *gradients
