@@ -14,7 +14,7 @@ import tempfile
 from team import LOSSES, Shape, Team
 
 STEPS_PER_ROUND = 2
-SHAPE = Shape(layers=4, hidden=384, heads=6, intermediate=1024, vocabulary=4096, batch_size=16, sequence_length=128)
+SHAPE = Shape(layers=4, hidden=384, heads=8, intermediate=1024, vocabulary=4096, batch_size=16, sequence_length=128)
 # In `moreh-plan`'s notation, with the number of workers.
 PLANS = {
     "tp2 pp1 dp1 mb16x1": 2,
