@@ -122,7 +122,7 @@ def _resume_overrides(resume: str | None, changes: list[str], *, is_forced: bool
             option = "--resume-with" if changes else "--resume-force"
             raise UserError(f"{option} applies only to a resumed run: add --resume auto")
         return []
-    if not resume.strip():
+    if resume.strip().lower() in {"", "~", "null", "none"}:
         raise UserError(
             f"--resume: {resume!r} is no checkpoint: give auto, the directory of a run, or one of its "
             "checkpoints/step-<number>; leave the option out to start anew"

@@ -1,5 +1,7 @@
 """Values of settings: numbers as YAML 1.2 has them, texts of the command line as they were typed, paths from home."""
 
+import re
+
 import pytest
 
 from utils.config.yaml_file import load_config, save_config
@@ -109,3 +111,44 @@ def test_pattern_stands_for_the_files_that_match(tiny_config, tmp_path):
     assert files(f"{directory}d[1].jsonl") == [f"{directory}d[1].jsonl"]  # a file of that very name
     with pytest.raises(UserError, match=r"there is no file .*/x\*\.jsonl"):
         files(f"{directory}x*.jsonl")
+
+
+PATHS = ("run.directory", "run.cache_directory", "tokenizer.pretrained", "model.pretrained", "data.hub")
+
+
+@pytest.mark.parametrize("key", [*PATHS, "data.chat_template", "checkpoint.resume"])
+@pytest.mark.parametrize("word", ["None", "none", "[a]", "{a: b}"])
+def test_words_for_nothing_and_lists_are_no_paths(tiny_config, key, word):
+    with pytest.raises(UserError, match=rf"command line: {key}: .* (reads like no path|is not allowed: give one path)"):
+        load_config(str(tiny_config), [f"{key}={word}"])
+
+
+@pytest.mark.parametrize("key", ["run.directory", "run.cache_directory", "run.name", "data.split", "data.template"])
+@pytest.mark.parametrize("word", ["null", "Null", "~", " ~ "])
+def test_null_is_refused_where_a_key_does_not_allow_it(tiny_config, key, word):
+    with pytest.raises(UserError, match=rf"command line: {key}: {word} is not allowed: leave the key out"):
+        load_config(str(tiny_config), [f"{key}={word}"])
+
+
+@pytest.mark.parametrize("word", ["null", "NULL", "~", ""])
+def test_null_unsets_a_key_that_allows_it(tiny_config, word):
+    resume = load_config(str(tiny_config), ["checkpoint.resume=auto", f"checkpoint.resume={word}"]).checkpoint.resume
+    assert resume is None
+    assert load_config(str(tiny_config), [f"data.end_token={word}"]).data.end_token is None
+
+
+@pytest.mark.parametrize("line", ["directory: null", "directory: None", "directory: ~", "directory: ''", "name: None"])
+def test_words_for_nothing_in_the_file_are_refused(tiny_config, line):
+    text = tiny_config.read_text(encoding="utf-8")
+    key = line.partition(":")[0]
+    old = next(old for old in text.splitlines() if old.startswith("run:"))
+    settings = "{directory: runs, name: tiny}"
+    tiny_config.write_text(text.replace(old, "run: " + re.sub(rf"{key}: \w+", line, settings)), encoding="utf-8")
+    with pytest.raises(UserError, match=rf"run\.{key}: .*(not allowed|reads like no )"):
+        load_config(str(tiny_config), [])
+
+
+def test_folder_may_have_such_a_name(tiny_config):
+    assert load_config(str(tiny_config), ["run.directory=./None"]).run.directory == "./None"
+    assert load_config(str(tiny_config), ["run.directory=./[a]"]).run.directory == "./[a]"
+    assert load_config(str(tiny_config), ["data.template=[{prompt}]"]).data.template == "[{prompt}]"

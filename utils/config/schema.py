@@ -5,7 +5,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, StringConstraints, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, Field, StringConstraints, ValidationInfo, field_validator, model_validator
 from typing_extensions import Self
 
 from moreh.options import MAX_WORKERS
@@ -40,10 +40,16 @@ RESUME_KEYS = ("resume", "resume_with", "resume_force")
 """Keys of the section checkpoint that are about one start of a run. Its `config.yaml` does not have them."""
 
 
+def _not_none(name: str) -> str:
+    if name.lower() == "none":
+        raise ValueError(f"{name!r} reads like no name at all: give another one")
+    return name
+
+
 class RunSection(Section):
     """Where the run writes its files."""
 
-    name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$"), AfterValidator(_not_none)]
     """The run writes its files to `<directory>/<name>/`; an earlier run with that name is renamed to `<name>.1`."""
     directory: PathText = "runs"
     """The parent directory of all runs."""

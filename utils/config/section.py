@@ -15,9 +15,23 @@ def expand_home(name: str) -> str:
         return name
 
 
+def path_of(name: str) -> str:
+    """A path or a name as it was written, from the user's home where it begins with `~/`.
+
+    Raises:
+        ValueError: it is blank, or a word that means "none" in YAML, in Python or in other programs' settings.
+    """
+    if not name.strip() or name.strip().lower() in {"~", "none"}:
+        raise ValueError(
+            f"{name!r} reads like no path at all: leave the key out, or write null where the key allows it; a path of "
+            "that name begins with ./"
+        )
+    return expand_home(name)
+
+
 NonEmpty = Annotated[str, StringConstraints(min_length=1)]
 # A path, or a name on the hub.
-PathText = Annotated[NonEmpty, AfterValidator(expand_home)]
+PathText = Annotated[NonEmpty, AfterValidator(path_of)]
 Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
 

@@ -10,10 +10,12 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from moreh.options import did_you_mean
 from utils.config.schema import EXCLUSIVE_KEYS, RESUME_KEYS, Config
+from utils.config.section import path_of
 from utils.config.yaml_12 import Dumper, Loader
 from utils.errors import UserError
 
@@ -115,6 +117,8 @@ def _apply_override(content: dict[str, Any], locations: Locations, text: str) ->
         return f"command line: {text!r} is not a setting: write section.key=value, for example train.lr=1e-4"
     try:
         value = _override_value(tuple(keys), value_text)
+    except UserError as error:
+        return f"command line: {dotted}: {error}"
     except (yaml.YAMLError, ValueError, RecursionError):
         return f"command line: {dotted}: {value_text!r} is not a valid YAML value"
     section: Any = content
@@ -145,11 +149,16 @@ def _override_value(keys: tuple[str, ...], text: str) -> Any:
     """A value of the command line: for a key of texts what was typed, for all others YAML.
 
     A text in quotes is YAML as well, as are null and numbers where the key allows them.
+
+    Raises:
+        UserError: it is null, which a key of texts does not allow, or a list or a mapping instead of a path.
     """
     section: Any = Config
     allowed: set[type] = set()
+    field: FieldInfo | None = None
     for key in keys:
-        annotation = section.model_fields[key].annotation if key in getattr(section, "model_fields", {}) else None
+        field = section.model_fields[key] if key in getattr(section, "model_fields", {}) else None
+        annotation = None if field is None else field.annotation
         section, allowed = next(_sections_in(annotation), None), set(_scalars_in(annotation))
     if str not in allowed:
         return yaml.load(text, Loader=Loader)
@@ -159,8 +168,19 @@ def _override_value(keys: tuple[str, ...], text: str) -> Any:
         return text
     if isinstance(value, str):
         return value if text[:1] in {"'", '"'} and text[:1] == text[-1:] else text
-    is_null = value is None and text.strip().lower() in {"", "null"}
+    if value is None and text.strip().lower() in {"null", "~"} and type(None) not in allowed:
+        default = "" if field is None or field.is_required() else f", whose default is {field.default!r}"
+        raise UserError(f"{text} is not allowed: leave the key out{default}, or write the word in quotes")
+    if isinstance(value, (list, dict)) and field is not None and _is_path(field):
+        raise UserError(f"{text} is not allowed: give one path, not a list or a mapping; one of that name is ./{text}")
+    is_null = value is None and text.strip().lower() in {"", "null", "~"}
     return value if type(value) in allowed and (is_null or value is not None) else text
+
+
+def _is_path(field: FieldInfo) -> bool:
+    """Whether a key takes a path: its type, or a branch of it, is `PathText`."""
+    parts = [*field.metadata, *(part for branch in get_args(field.annotation) for part in get_args(branch))]
+    return any(getattr(part, "func", None) is path_of for part in parts)
 
 
 def _scalars_in(annotation: Any) -> Iterator[type]:
