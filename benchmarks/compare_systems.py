@@ -6,6 +6,7 @@ The workloads are
 
 - gpt: the default GPT on padded docstring pairs
 - smollm2: SmolLM2-135M-Instruct on text -> summary pairs (`make smollm2` first)
+- smollm2-lora: LoRA adapters of the same model, without and with the line, and in the Trainer with PEFT
 - llama: a Llama dominated by matmuls, on rows without padding
 
 The systems take turns, each run in a process of its own. Figures are medians over the rounds, without the first steps.
@@ -87,6 +88,10 @@ ABLATION = [
     name for index, option in enumerate(ABLATED) for name in (["line"] if index % 3 == 0 else []) + [f"no-{option}"]
 ]
 OTHERS = ["trainer", "trainer-tuned", "trainer-grouped", "trainer-compiled", "trainer-grouped-compiled", "trl"]
+# Those that can train adapters here.
+WITH_ADAPTERS = OTHERS[:-1]
+# The workloads that the systems of LLAMA_ONLY know.
+IN_ALL = ["smollm2", "llama"]
 LLAMA_ONLY = ["litgpt", "litgpt-tuned", "torchtune", "torchtune-bfloat16", "torchtune-compiled"]
 
 
@@ -107,7 +112,7 @@ def main() -> None:
             if options.steps is not None:
                 workload = replace(workload, steps=options.steps)
             write_workload(workload)
-            others = [*OTHERS, *(LLAMA_ONLY if name != "gpt" else [])]
+            others = [*(OTHERS if not workload.lora_rank else WITH_ADAPTERS), *(LLAMA_ONLY if name in IN_ALL else [])]
             names = options.systems or (ABLATION if options.ablation else ["loop", "line", *others])
             compare(workload, names, options.rounds)
 
@@ -194,7 +199,8 @@ def matmul_flops_per_s() -> float:
 def model_flops(workload: Workload) -> float:
     """The FLOP of training on the workload's rows, without padding and with the output layer only at labels.
 
-    Each weight takes 6 FLOP a token (Kaplan et al. 2020, https://arxiv.org/abs/2001.08361). Each of attention's two
+    Each weight takes 6 FLOP a token (Kaplan et al. 2020, https://arxiv.org/abs/2001.08361), and 4 where it is frozen;
+    adapters are not counted. Each of attention's two
     matmuls takes 6 for each channel and pair of tokens; a causal model computes half of the pairs.
     """
     from transformers import AutoModelForCausalLM
@@ -205,7 +211,9 @@ def model_flops(workload: Workload) -> float:
     channels = model.config.num_attention_heads * getattr(model.config, "head_dim", 0) or model.config.hidden_size
     seq_lens = [len(ids) for ids, _ in workload.rows]
     attention = 6 * model.config.num_hidden_layers * channels * sum(length**2 for length in seq_lens)
-    return float(6 * in_layers * sum(seq_lens) + 6 * output_layer * count_labels(workload.rows) + attention)
+    per_weight = 4 if workload.lora_rank else 6
+    in_matrices = in_layers * sum(seq_lens) + output_layer * count_labels(workload.rows)
+    return float(per_weight * in_matrices + attention)
 
 
 def run_system(system: System, workload: Workload) -> dict[str, Any]:

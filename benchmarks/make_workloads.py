@@ -25,6 +25,12 @@ def smollm2(directory: Path) -> Workload:
     return _from_config(directory, "configs/llama_smollm2.yaml", "SmolLM2-135M, summaries", steps=8)
 
 
+def smollm2_lora(directory: Path) -> Workload:
+    """LoRA adapters of the same model on the same data (configs/llama_smollm2_lora.yaml)."""
+    name = "SmolLM2-135M, summaries, LoRA of rank 16"
+    return replace(_from_config(directory, "configs/llama_smollm2_lora.yaml", name, steps=12), lora_rank=16)
+
+
 def llama(directory: Path) -> Workload:
     """A Llama of hidden size 1,024 with 8 layers, on rows of 512 random tokens: no padding, every token a label."""
     import torch
@@ -68,7 +74,7 @@ def _from_config(directory: Path, path: str, name: str, steps: int) -> Workload:
     from utils.training.model import load_model
 
     os.chdir(ROOT)
-    config = load_config(path, [])
+    config = load_config(path, ["model.lora=null"])  # each system adds the adapters of a workload
     torch.manual_seed(config.train.seed)
     data = prepare_data(config, train_gpt.make_pair, train_gpt.make_example, lambda line: None)
     load_model(config, data.tokenizer).save_pretrained(directory / "model")
@@ -89,4 +95,4 @@ def _from_config(directory: Path, path: str, name: str, steps: int) -> Workload:
     )
 
 
-WORKLOADS = {"gpt": gpt, "smollm2": smollm2, "llama": llama}
+WORKLOADS = {"gpt": gpt, "smollm2": smollm2, "smollm2-lora": smollm2_lora, "llama": llama}

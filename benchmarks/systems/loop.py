@@ -7,6 +7,7 @@ import argparse
 import time
 
 import torch
+from adapters import with_adapters
 from workload import Record, count_labels, held_out_loss, pad_rows, read_workload
 
 parser = argparse.ArgumentParser()
@@ -27,15 +28,17 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 
 workload = read_workload(arguments.workload)
 model = AutoModelForCausalLM.from_pretrained(workload.model, dtype=torch.float32)
+model = with_adapters(model, workload)
 model.train()
-optim = torch.optim.AdamW(model.parameters(), lr=workload.lr, weight_decay=workload.weight_decay)
+trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+optim = torch.optim.AdamW(trained, lr=workload.lr, weight_decay=workload.weight_decay)
 record = Record([], [], [])
 for rows in workload.batches():
     start = time.perf_counter()
     batch = pad_rows(rows, workload.max_length, workload.pad_id)
     loss = model(**batch, use_cache=False).loss
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    torch.nn.utils.clip_grad_norm_(trained, 1.0)
     optim.step()
     model.zero_grad(set_to_none=True)
     record.log_step(loss.item(), time.perf_counter() - start, count_labels(rows))

@@ -8,6 +8,7 @@ import tempfile
 from typing import Any
 
 import torch
+from adapters import with_adapters
 from trainer_steps import TUNED, common_settings, record_steps
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from workload import Record, held_out_loss, pad_rows, read_workload
@@ -42,6 +43,7 @@ with tempfile.TemporaryDirectory() as directory:
         **(TUNED if arguments.tuned else {}),
     )
     model = AutoModelForCausalLM.from_pretrained(workload.model, dtype=torch.float32)
+    model = with_adapters(model, workload)
     dataset: Any = [{"input_ids": ids, "prompt": prompt} for ids, prompt in workload.rows]
     trainer = Trainer(model, settings, train_dataset=dataset, data_collator=collate)
     record_steps(trainer, record)

@@ -45,6 +45,8 @@ class Workload:
     """The rows of all steps, in their order."""
     held_out: list[Row]
     """The rows of the evaluation after the last step."""
+    lora_rank: int = 0
+    """The rank of LoRA adapters, which alone are trained; 0: all weights are trained."""
 
     @property
     def model(self) -> str:
