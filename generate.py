@@ -14,20 +14,14 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-import torch
-from transformers import logging
-
 from utils.cli import exit_code_of, show_any_text
 from utils.config.section import expand_home
 from utils.errors import UserError
 from utils.text.chat import end_of_turn, prompt_for_answer
 from utils.text.chat_session import RESET, chat, encode_chat_prompt
-from utils.text.decoding import AnswerStreamer
 from utils.text.encoding import encode_prompts
 from utils.text.prompt_input import checked_argument, read_prompt
 from utils.text.template import PromptTemplate, load_template
-from utils.text.tokenizers import load_tokenizer
-from utils.training.pretrained import end_token_ids, load_pretrained
 
 DEFAULT_NEW_TOKENS = 128
 EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
@@ -40,6 +34,16 @@ def answer(arguments: argparse.Namespace) -> None:
         UserError: the checkpoint or the prompt cannot be used.
     """
     question = "" if arguments.chat else read_prompt(arguments)
+    # Imported here, so that --help and a mistake in the command line are answered at once.
+    import torch
+    from transformers import logging
+
+    from utils.text.tokenizers import load_tokenizer
+    from utils.training.pretrained import load_pretrained
+
+    logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
     # The model comes before the tokenizer because its error says more about a directory that holds neither.
     model = load_pretrained(arguments.checkpoint, "the checkpoint")
     tokenizer = load_tokenizer(arguments.checkpoint)
@@ -66,6 +70,11 @@ def answer(arguments: argparse.Namespace) -> None:
 
 def _generate(model: Any, tokenizer: Any, arguments: argparse.Namespace, prompt_ids: list[int]) -> list[int]:
     """Write the answer to a prompt while it is generated; returns its token ids."""
+    import torch
+
+    from utils.text.decoding import AnswerStreamer
+    from utils.training.pretrained import end_token_ids
+
     max_new_tokens = _max_new_tokens(model, len(prompt_ids), arguments.max_new_tokens)
     sampling = (
         {"do_sample": True, "temperature": arguments.temperature, "top_p": arguments.top_p, "top_k": arguments.top_k}
@@ -238,9 +247,6 @@ def _parse_arguments() -> argparse.Namespace:
 def main() -> int:
     """Entry point; returns the exit code."""
     show_any_text()
-    logging.set_verbosity_error()
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
     options = _parse_arguments()
     return exit_code_of(lambda: answer_to_pipe(options), debug=options.debug)
 

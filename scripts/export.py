@@ -14,17 +14,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import torch
-from transformers import logging
-
 from moreh.atomic_io import commit_directory, make_staging_directory
 from utils.cli import exit_code_of, show_any_text
 from utils.config.section import expand_home
 from utils.errors import UserError, first_line, system_word
 from utils.text.template import FILE_NAME
-from utils.text.tokenizers import load_tokenizer
-from utils.training.lora import is_adapter
-from utils.training.pretrained import load_pretrained
 
 
 def export(source: str, target: Path, *, merge: bool, dtype: str) -> None:
@@ -33,6 +27,16 @@ def export(source: str, target: Path, *, merge: bool, dtype: str) -> None:
     Raises:
         UserError: the model cannot be loaded, `merge` does not fit it, or `target` exists.
     """
+    # Imported here, so that --help and a mistake in the command line are answered at once.
+    import torch
+    from transformers import logging
+
+    from utils.text.tokenizers import load_tokenizer
+    from utils.training.lora import is_adapter
+    from utils.training.pretrained import load_pretrained
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
     source = expand_home(source)
     if (Path(source) / "config.yaml").is_file() and (Path(source) / "model").is_dir():
         source = str(Path(source) / "model")
@@ -82,8 +86,6 @@ def main() -> int:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options = parser.parse_args()
     show_any_text()
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
 
     def program() -> None:
         export(options.source, options.target, merge=options.merge, dtype=options.dtype)

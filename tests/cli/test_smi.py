@@ -49,6 +49,15 @@ def busy(request, environment, tmp_path):
     process.wait()
 
 
+def test_tables_fit_a_narrow_terminal_and_keep_their_layout_in_a_pipe(run):
+    run("moreh-switch-model", "48xLarge.24576GB")
+    narrow = run("moreh-smi", "-p", COLUMNS="100").stdout.splitlines()
+    assert max(map(len, narrow)) <= 100
+    assert any(line.startswith("| * 0    |  MoAI Accelerator | 48xLarge.24576GB |") for line in narrow)
+    layout = "|  * 0     |   MoAI Accelerator  |  48xLarge.24576GB  |  -             |"
+    assert any(line.startswith(layout) for line in run("moreh-smi", COLUMNS="").stdout.splitlines())
+
+
 def test_idle_table_has_the_documented_format(run):
     run("moreh-switch-model", "Large.256GB")
     lines = run("moreh-smi").stdout.splitlines()

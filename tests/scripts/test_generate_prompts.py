@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from tests.conftest import ROOT
 from tests.helpers.scripts.tiny_tokenizers import chat_tokenizer, sentencepiece_tokenizer
 from utils.config.schema import DataSection
 from utils.text.encoding import encode_continuations, encode_prompts
@@ -156,3 +157,13 @@ def test_saved_settings_of_a_resumed_run_start_anew(train, tiny_config, tmp_path
         == 0
     )
     assert (directory.with_name("tiny.1") / "checkpoints").is_dir()
+
+
+@pytest.mark.parametrize("script", ["generate.py", "scripts/export.py", "scripts/fetch_smollm2.py"])
+def test_help_imports_neither_torch_nor_transformers(run_process, script):
+    source = (
+        "import atexit, runpy, sys; sys.argv = [sys.argv[1], '--help']; "
+        "atexit.register(lambda: print('imported:', {'torch', 'transformers'} & set(sys.modules))); "
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    assert "imported: set()\n" in run_process(sys.executable, "-c", source, script, cwd=ROOT).stdout

@@ -7,7 +7,6 @@ from typing import Any
 
 from utils.errors import UserError
 from utils.text.chat import encode_segments, prompt_for_answer
-from utils.text.decoding import decode_answer
 
 RESET = "/reset"
 """The line that forgets the conversation."""
@@ -53,6 +52,8 @@ def _answer(messages: list[dict[str, Any]], generate: Generate, tokenizer: Any) 
     seconds = time.perf_counter() - started
     has_ended = ids[-1:] == [tokenizer.eos_token_id]
     _say(f"[{len(ids)} tokens, {len(ids) / seconds:.1f} tokens/s{'' if has_ended else ', cut at --max-new-tokens'}]")
+    from utils.text.decoding import decode_answer  # imports transformers
+
     return decode_answer(ids, tokenizer)
 
 
