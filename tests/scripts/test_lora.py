@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from moreh.models.describe.from_module import describe_module
+from moreh.runtime.checkpoint.dcp_io import read_metadata
 from tests.conftest import ROOT
 from tests.helpers.compare import max_difference, worst
 from tests.helpers.models.tiny_models import differing_fields
@@ -259,3 +260,40 @@ def test_adapters_that_cannot_be_loaded_are_refused(train, settings, base, tmp_p
         (saved / "adapter_config.json").write_text(json.dumps(config | change), encoding="utf-8")
         with pytest.raises(UserError, match=message):
             load_pretrained(str(saved), "the checkpoint")
+
+
+def test_checkpoints_have_no_frozen_weights_and_are_of_one_base(environment, train, settings, base, tmp_path):
+    """A checkpoint of one worker goes on under two, with the losses and adapters of a run that was not stopped."""
+    overrides = [*settings(), "checkpoint.every_steps=2", "train.schedule=constant"]
+    whole = train("run.name=whole", *overrides).with_name("whole")
+    directory = train(*overrides, "train.steps=2")
+    checkpoint = directory / "checkpoints" / "step-2"
+    names = {name for name in read_metadata(checkpoint).state_dict_metadata if name.startswith("model/")}
+    assert names
+    assert all("lora_" in name for name in names)
+    line = "accelerator.advanced_parallelization={mixed_precision: false}"
+    command = ["train_gpt.py", "--config", tmp_path / "tiny.yaml", *overrides, line, "checkpoint.resume=auto"]
+    finished = run_forked_workers(command, 2, cwd=ROOT, env=environment)
+    assert not any(process.returncode for process in finished), [process.stderr for process in finished]
+    weights, others = (load_file(run / "model" / WEIGHTS_FILE) for run in (directory, whole))
+    assert worst(max_difference(weights[name], others[name]) for name in others) < 1e-4
+    assert worst(weight.abs().max() for name, weight in weights.items() if "lora_B" in name) > 1e-3
+
+    changed = load_file(base / "model.safetensors")
+    changed["transformer.wte.weight"] += 0.5
+    save_file(changed, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"content\.frozen_weights"):
+        train(*overrides, f"checkpoint.resume={checkpoint}")
+
+
+def test_checkpoint_with_frozen_weights_is_resumed_too(train, settings, monkeypatch):
+    overrides = [*settings(), "checkpoint.every_steps=2", "train.schedule=constant"]
+    whole = train("run.name=whole", *overrides).with_name("whole")
+    with monkeypatch.context() as patched:
+        patched.setattr("utils.training.checkpoint.checkpoints.frozen_names", lambda *arguments: [])
+        directory = train(*overrides, "train.steps=2")
+    names = read_metadata(directory / "checkpoints" / "step-2").state_dict_metadata
+    assert "model/base_model.model.transformer.wte.weight" in names
+    train(*overrides, "checkpoint.resume=auto")
+    weights, others = (load_file(run / "model" / WEIGHTS_FILE) for run in (directory, whole))
+    assert all(torch.equal(weights[name], others[name]) for name in others)

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -28,6 +28,7 @@ from moreh.runtime.launch.world import current_world
 from moreh.trace import span
 from moreh.version import __version__
 
+Value = TypeVar("Value")
 # A key in the `__dict__` of a model that is not sharded yet: the checkpoint to read when it is sharded.
 _PENDING = "_moreh_pending_checkpoint"
 
@@ -38,12 +39,14 @@ def save_training(
     directory: str | os.PathLike[str],
     extra: Any,
     about: Mapping[str, Any] | None = None,
+    *,
+    without: Collection[str] = (),
 ) -> Future[None]:
     """Write weights, optimizer states and `extra` in the background; collective.
 
     The directory gets its name once it is complete. `result()` of the future raises the error of a failed write.
     `about` is what the script says about the training, as JSON has it; `check_training` returns it before anything else
-    is read.
+    is read. `without` names parameters that are left out, such as frozen ones, which the script has from elsewhere.
 
     Raises:
         OptionError: several workers have not sharded the model yet, so there is no training state to save.
@@ -55,15 +58,21 @@ def save_training(
         if runner is not None:
             parallel = runner.model
             state = collect_training_state(
-                parallel.specs, parallel.local_tensors(), optimizers, parallel.user_params, parallel.mesh, extra
+                _left(parallel.specs, without),
+                _left(parallel.local_tensors(), without),
+                optimizers,
+                parallel.user_params,
+                parallel.mesh,
+                extra,
             )
             return save_state_async(state, directory, parallel.mesh, _about(optimizers, about))
         if current_world().size > 1:
             raise OptionError(
                 "a checkpoint before the first step: the model is not sharded over the workers yet; train first"
             )
-        specs, parameters = unsharded_specs(model), dict(model.named_parameters())
-        state = collect_training_state(specs, _detached(parameters), optimizers, parameters, None, extra)
+        specs, parameters = _left(unsharded_specs(model), without), dict(model.named_parameters())
+        local = _detached(_left(parameters, without))
+        state = collect_training_state(specs, local, optimizers, parameters, None, extra)
         return save_state_async(state, directory, None, _about(optimizers, about))
 
 
@@ -114,6 +123,7 @@ def load_training(
     directory: str | os.PathLike[str],
     *,
     keep: Collection[str] = (),
+    without: Collection[str] = (),
     is_checked: bool = False,
 ) -> Any:
     """Read what `save_training` wrote, under any plan and number of workers, and return `extra`; collective.
@@ -126,6 +136,7 @@ def load_training(
         optimizers: the optimizers.
         directory: the checkpoint.
         keep: settings of the optimizers' groups, such as "lr", that stay as they are.
+        without: the parameters that were left out of the checkpoint; they stay as they are.
         is_checked: `check_training` has just checked the files.
 
     Raises:
@@ -142,31 +153,37 @@ def load_training(
             parallel = runner.model
             return load_training_state(
                 directory,
-                parallel.specs,
-                parallel.local_tensors(),
+                _left(parallel.specs, without),
+                _left(parallel.local_tensors(), without),
                 optimizers,
                 parallel.user_params,
                 parallel.mesh,
                 keep,
             )
         if current_world().size > 1:
-            model.__dict__[_PENDING] = (directory, tuple(optimizers), tuple(keep))
+            model.__dict__[_PENDING] = (directory, tuple(optimizers), tuple(keep), frozenset(without))
             return load_extra(directory)
-        specs, parameters = unsharded_specs(model), dict(model.named_parameters())
-        return load_training_state(directory, specs, _detached(parameters), optimizers, parameters, None, keep)
+        specs, parameters = _left(unsharded_specs(model), without), dict(model.named_parameters())
+        local = _detached(_left(parameters, without))
+        return load_training_state(directory, specs, local, optimizers, parameters, None, keep)
 
 
 def load_pending(model: nn.Module) -> None:
     """Load the checkpoint that `load_training` deferred, if any, into a model that was just sharded; collective."""
     pending = model.__dict__.pop(_PENDING, None)
     if pending is not None:
-        directory, optimizers, keep = pending
-        load_training(model, optimizers, directory, keep=keep, is_checked=True)
+        directory, optimizers, keep, without = pending
+        load_training(model, optimizers, directory, keep=keep, without=without, is_checked=True)
 
 
 def is_waiting_for_state(model: nn.Module) -> bool:
     """Whether `load_training` has deferred a model's checkpoint until the model is sharded."""
     return _PENDING in model.__dict__
+
+
+def _left(by_name: Mapping[str, Value], without: Collection[str]) -> dict[str, Value]:
+    """The parameters but those that are left out of the checkpoint."""
+    return {name: value for name, value in by_name.items() if name not in without}
 
 
 def _detached(parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:

@@ -15,6 +15,7 @@ from utils.config.schema import Config
 from utils.data.dataset import RunData
 from utils.errors import UserError, first_line, system_word
 from utils.logging.run_log import RunLog
+from utils.training.checkpoint.base_weights import frozen_names
 from utils.training.checkpoint.disk_space import bytes_of_checkpoint, lack_of_space, require_disk_space
 from utils.training.checkpoint.files import (
     checkpoints_in,
@@ -55,10 +56,9 @@ class Checkpoints:
         self._saving: tuple[Path, Future[None]] | None = None
         self._last_saved: Path | None = None
         self._last_save = time.monotonic()
-        self._has_failed = False
-        self._checkpoint_bytes = 0
-        self._total_steps = 0
+        self._has_failed, self._checkpoint_bytes, self._total_steps = False, 0, 0
         self._described: dict[str, Any] = {}
+        self._frozen: list[str] = []
         self._stop = StopRequest()
         self._grace = GracePeriod(config.stop)
         self._limit = time_limit(config.stop)
@@ -76,6 +76,7 @@ class Checkpoints:
         """
         step, self._total_steps = 0, total_steps
         self._described = describe_run(self._config, self._data, model)  # before the model is sharded
+        self._frozen = frozen_names(model, self._config)
         require_disk_space(self._directory, model, self._config)
         self._checkpoint_bytes = bytes_of_checkpoint(model, self._config)
         self._grace.expect_save(self._checkpoint_bytes)
@@ -118,7 +119,7 @@ class Checkpoints:
                 f"--resume (checkpoint.resume): {checkpoint} has done {step} steps, and the run has "
                 f"{total_steps}: give a larger train.steps, or an earlier checkpoint"
             )
-        extra = load_training(model, [optimizer], checkpoint, keep=_OF_SETTINGS, is_checked=True)
+        extra = self._load(model, optimizer, checkpoint, about)
         _restore_scheduler(scheduler, optimizer, extra["scheduler"])
         restore_random_states(extra["random"])
         self._evaluation.first_loss = float(extra["first_eval_loss"])
@@ -198,8 +199,13 @@ class Checkpoints:
         self.flush()
         if self._last_saved is None:
             raise UserError("train.non_finite: there is no checkpoint to go back to; lower checkpoint.every_steps")
-        load_training(model, [optimizer], self._last_saved, keep=_OF_SETTINGS)
+        self._load(model, optimizer, self._last_saved, check_training(self._last_saved))
         return self._last_saved
+
+    def _load(self, model: Any, optimizer: Any, checkpoint: Path, about: dict[str, Any]) -> Any:
+        """Read a checkpoint whose files were checked; frozen weights are not in it if its manifest says so."""
+        without = self._frozen if about["script"].get("without_frozen") else ()
+        return load_training(model, [optimizer], checkpoint, keep=_OF_SETTINGS, without=without, is_checked=True)
 
     def _save(self, step: int, model: Any, optimizer: Any, scheduler: Any) -> bool:
         """Start to write the state after a step. Returns False if the disk has no room for it."""
@@ -220,11 +226,12 @@ class Checkpoints:
         about = {
             "step": step,
             "eval_loss": evaluation.last_loss if is_evaluated else None,
+            "without_frozen": bool(self._frozen),
             "parent": None if self._last_saved is None else str(self._last_saved),
             **self._described,
         }
         started = time.monotonic()
-        future = save_training(model, [optimizer], path, extra, about)
+        future = save_training(model, [optimizer], path, extra, about, without=self._frozen)
         future.add_done_callback(lambda saved: self._grace.end_save(time.monotonic() - started))
         self._saving = path, future
         return True

@@ -19,7 +19,8 @@ _LEAST_IN_GIB = 2**30 // 10
 def bytes_of_checkpoint(model: Any, config: Config) -> int:
     """The bytes of a checkpoint of a run, with the optimizer's state."""
     state = optimizer_state(config.train.optimizer, config.train.optimizer_settings)
-    return bytes_of_run(model, 1, state.values) - bytes_of_run(model, 0, state.values)
+    one = bytes_of_run(model, 1, state.values, has_frozen=config.model.lora is None)
+    return one - bytes_of_run(model, 0, state.values)
 
 
 def lack_of_space(directory: Path, needed: int) -> str | None:
@@ -36,15 +37,16 @@ def free_bytes(directory: Path) -> int:
     return shutil.disk_usage(existing).free
 
 
-def bytes_of_run(model: Any, checkpoints: int, state_values: float) -> int:
+def bytes_of_run(model: Any, checkpoints: int, state_values: float, *, has_frozen: bool = True) -> int:
     """The bytes that a run writes: the model in the end, and checkpoints with the optimizer's state.
 
-    The optimizer keeps `state_values` numbers for each trained parameter, in the parameter's type.
+    The optimizer keeps `state_values` numbers for each trained parameter, in the parameter's type. Checkpoints have the
+    frozen parameters as well if `has_frozen` says so.
     """
     parameters = list(model.parameters())
     weights = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
     trained = sum(parameter.numel() * parameter.element_size() for parameter in parameters if parameter.requires_grad)
-    return int(weights + checkpoints * (weights + state_values * trained))
+    return int(weights + checkpoints * ((weights if has_frozen else trained) + state_values * trained))
 
 
 def require_disk_space(directory: Path, model: Any, config: Config) -> None:
@@ -58,7 +60,8 @@ def require_disk_space(directory: Path, model: Any, config: Config) -> None:
     present = len(checkpoints_in(directory))
     is_regular = settings.every_steps is not None or settings.every_minutes is not None
     kept = settings.keep_last + settings.keep_best if is_regular else 0
-    needed = bytes_of_run(model, max(0, kept + 1 - present), state.values)
+    has_frozen = config.model.lora is None
+    needed = bytes_of_run(model, max(0, kept + 1 - present), state.values, has_frozen=has_frozen)
     free = free_bytes(directory)
     if needed > free:
         raise UserError(

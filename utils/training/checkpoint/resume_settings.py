@@ -12,6 +12,7 @@ from moreh.runtime.engine.checkpoint_api import software_versions
 from utils.config.schema import RESUME_KEYS, RESUME_WITH_KEYS, Config
 from utils.data.dataset import RunData
 from utils.errors import UserError
+from utils.training.checkpoint.base_weights import base_fingerprint
 
 # Settings that a run may change when it goes on: they change none of its numbers but the plan's rounding, or are the
 # length of the run.
@@ -25,7 +26,7 @@ _NAMES_OF_DATA = tuple(
 _NAMES = {
     **dict.fromkeys(_NAMES_OF_DATA, ("content.training_rows", "content.held_out_rows")),
     "tokenizer.pretrained": ("content.tokenizer",),
-    "model.pretrained": ("content.tokenizer", "content.architecture"),
+    "model.pretrained": ("content.tokenizer", "content.architecture", "content.frozen_weights"),
 }
 # Keys of a model's configuration that do not change what it computes.
 _NO_ARCHITECTURE = {"_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype"}
@@ -55,16 +56,17 @@ class Difference:
 
 def describe_run(config: Config, data: RunData, model: Any) -> dict[str, Any]:
     """What a checkpoint says about the run: its settings, and the content of its data, tokenizer and model."""
-    return {"settings": _settings(config.model_dump(mode="json")), "content": _content(data, model)}
+    return {"settings": _settings(config.model_dump(mode="json")), "content": _content(config, data, model)}
 
 
-def _content(data: RunData, model: Any) -> dict[str, Any]:
+def _content(config: Config, data: RunData, model: Any) -> dict[str, Any]:
     architecture = getattr(model, "config", None)
     keys = {} if architecture is None else json.loads(architecture.to_json_string(use_diff=False))
     return {
         "training_rows": data.content["train"],
         "held_out_rows": data.content["evaluation"],
         "tokenizer": data.content["tokenizer"],
+        "frozen_weights": base_fingerprint(model, config),
         "architecture": {key: keys[key] for key in sorted(keys.keys() - _NO_ARCHITECTURE)},
     }
 
@@ -83,6 +85,8 @@ def compare(about: Mapping[str, Any], now: Mapping[str, Any], optimizers: Sequen
     current |= {"optimizer": ", ".join(optimizers), **_flat(software_versions(), "versions.")}
     keys = [*current, *(key for key in saved if key not in current)]
     changed = {key for key in keys if saved.get(key) != current.get(key)}
+    if "content.frozen_weights" not in saved:  # an older checkpoint, which has the frozen weights in it
+        changed.discard("content.frozen_weights")
     # The model's configuration has the keys of the settings as well.
     changed -= {f"content.{key.removeprefix('model.')}" for key in changed if key.startswith("model.architecture.")}
     changed_content = {".".join(key.split(".")[:2]) for key in changed if key.startswith("content.")}
