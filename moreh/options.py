@@ -154,7 +154,11 @@ def _checked_names(name: str, value: Any) -> tuple[str, ...]:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The known name that an unknown one is close to, as the end of a sentence; empty if there is none."""
+    """The known name that an unknown one is close to, as the end of a sentence; empty if there is none.
+
+    >>> did_you_mean("batchsize", ["batch_size", "lr"])
+    '; did you mean batch_size?'
+    """
     close = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {close[0]}?" if close else ""
 

@@ -30,7 +30,11 @@ class FilledPrompt(str):
 
 
 def fill_template(template: str, values: Mapping[str, str]) -> FilledPrompt:
-    """A template such as "Question: {prompt}" with a value for each name in braces."""
+    """A template such as "Question: {prompt}" with a value for each name in braces.
+
+    >>> str(fill_template("Question: {prompt}", {"prompt": "Two and two?"}))
+    'Question: Two and two?'
+    """
     text, fields = "", []
     for literal, name, _, _ in string.Formatter().parse(template):
         text += literal

@@ -24,7 +24,7 @@ def layers_balanced_by_stage(layers: int, stages: int, embedding: FloatArray, he
         head: The last stage's work besides its layers, in times of a layer, [n].
 
     >>> layers_balanced_by_stage(10, 4, np.array([0.0]), np.array([1.6]))
-    array([[2, 3, 3, 2]])
+    array([[3, 3, 3, 1]])
     """
     if stages == 1:
         return np.full((len(head), 1), layers)

@@ -17,7 +17,11 @@ _UNFINISHED = ".step-*-unfinished"
 
 
 def step_of(checkpoint: Path) -> int:
-    """The steps that a checkpoint has done, by its name; -1 where the name does not say."""
+    """The steps that a checkpoint has done, by its name; -1 where the name does not say.
+
+    >>> step_of(Path("runs/gpt/checkpoints/step-120")), step_of(Path("runs/gpt"))
+    (120, -1)
+    """
     match = _NAME.fullmatch(checkpoint.name)
     return -1 if match is None else int(match[1])
 
