@@ -25,7 +25,7 @@ def run(run_forked):
 
 def save_parrot(directory, tokenizer, prompt, answer, **settings):
     """Save a tiny model that has learnt one answer to one prompt, in the template of some settings."""
-    data = DataSection(hub="none", **settings)
+    data = DataSection(hub="x", **settings)
     prompt = fill_template(data.template, {"prompt": prompt, "input": ""})
     (prompt_ids,), (answer_ids,) = encode_prompts([prompt], tokenizer), encode_continuations([answer], tokenizer)
     ids = torch.tensor([[*prompt_ids, *answer_ids, tokenizer.eos_token_id]])

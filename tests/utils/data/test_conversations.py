@@ -13,7 +13,7 @@ from utils.errors import UserError
 
 
 def read(**fields):
-    return read_conversation(Record("chats.jsonl:1", fields), DataSection(hub="none", format="chat"))
+    return read_conversation(Record("chats.jsonl:1", fields), DataSection(hub="x", format="chat"))
 
 
 def chats(count):

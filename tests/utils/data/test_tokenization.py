@@ -17,7 +17,7 @@ def tokenizer():
 
 def encode_texts(tokenizer, *texts, **settings):
     pairs = [Pair(str(index), prompt, response) for index, (prompt, response) in enumerate(texts)]
-    return encode(pairs, tokenizer, DataSection(hub="none", **settings))[:2]
+    return encode(pairs, tokenizer, DataSection(hub="x", **settings))[:2]
 
 
 def test_rows_are_prompt_response_and_end(tokenizer):

@@ -73,7 +73,7 @@ def answers_of(messages, tokenizer, tools=None):
 
 def encode(messages, tokenizer, **settings):
     """The row of a conversation."""
-    data = DataSection(hub="none", format="chat", **settings)
+    data = DataSection(hub="x", format="chat", **settings)
     conversation = Conversation("chats.jsonl:1", tuple(messages))
     return encode_conversation(conversation, tokenizer, end_of_turn(tokenizer), data, SpelledTokens(tokenizer, data))
 

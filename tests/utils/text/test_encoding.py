@@ -18,7 +18,7 @@ def tokenizer(request):
 
 
 def row_of(tokenizer, prompt, response, template="{prompt}", **settings):
-    data = DataSection(hub="none", template=template, **settings)
+    data = DataSection(hub="x", template=template, **settings)
     (row,), _, notes = encode([Pair("0", fill_template(template, {"prompt": prompt}), response)], tokenizer, data)
     return row, notes
 

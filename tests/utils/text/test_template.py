@@ -14,7 +14,7 @@ def test_fields_may_have_any_name():
 
 
 def test_template_is_saved_with_the_model(tmp_path):
-    save_template(DataSection(hub="none", template="Q: {prompt} {input}\nA:", control_tokens="parse"), tmp_path)
+    save_template(DataSection(hub="x", template="Q: {prompt} {input}\nA:", control_tokens="parse"), tmp_path)
     loaded = load_template(str(tmp_path))
     assert loaded == PromptTemplate("Q: {prompt} {input}\nA:", "parse")
     assert loaded.fill("two", {}) == "Q: two \nA:"
@@ -49,8 +49,8 @@ def test_prompt_in_the_template_is_recognized():
 )
 def test_prompt_that_shows_the_response_is_refused(settings, message):
     with pytest.raises(ValueError, match=message):
-        DataSection(hub="none", **settings)
+        DataSection(hub="x", **settings)
 
 
 def test_response_field_named_prompt_is_no_response_in_the_template():
-    assert DataSection(hub="none", prompt_field="question", response_field="prompt").template == "{prompt}"
+    assert DataSection(hub="x", prompt_field="question", response_field="prompt").template == "{prompt}"
