@@ -59,6 +59,7 @@ def collect_training_state(
     parameters: Mapping[str, nn.Parameter],
     mesh: Mesh | None,
     extra: Any = None,
+    without: Collection[str] = (),
 ) -> State:
     """What this rank holds of a training state, as views of its tensors; collective.
 
@@ -70,6 +71,7 @@ def collect_training_state(
         mesh: the ranks; None in a process that trains alone.
         extra: whatever else rank 0 stores, such as the scheduler's state, random states, the step and the position in
             the data. It may consist of numbers, strings, tensors, and lists, tuples and dicts of them.
+        without: the names of parameters that are left out.
 
     Raises:
         CheckpointError: an optimizer has state that cannot be sharded as its parameter is, such as row variances.
@@ -80,7 +82,7 @@ def collect_training_state(
     groups = [_with_names_of_all_ranks(param_groups_of(optimizer, names), mesh) for optimizer in optimizers]
     state: State = {}
     with _together("collecting the state of the training", mesh):
-        state |= _model_chunks(specs, local_tensors, mesh)
+        state |= _model_chunks(specs, local_tensors, mesh, without)
         for index, optimizer in enumerate(optimizers):
             prefix = _OPTIMIZER.format(index)
             optimizer_chunks = collect_optimizer_state(optimizer, names, specs, mesh)
@@ -99,11 +101,13 @@ def load_training_state(
     parameters: Mapping[str, nn.Parameter],
     mesh: Mesh | None,
     keep: Collection[str] = (),
+    without: Collection[str] = (),
 ) -> Any:
     """Read what `collect_training_state` collected, under any plan, into local tensors and optimizers; collective.
 
     The arguments are those of `collect_training_state`. The optimizers need not have made a step; of their groups, the
-    settings that `keep` names stay as they are. Returns `extra` on all ranks.
+    settings that `keep` names stay as they are, as do the parameters that `without` names.
+    Returns `extra` on all ranks.
 
     Raises:
         CheckpointError: there is no complete checkpoint, or the checkpoint is of another model or other optimizers.
@@ -115,9 +119,9 @@ def load_training_state(
     state: State = {}
     optimizer_tensors: list[dict[str, torch.Tensor]] = []
     with _together(action, mesh):
-        state |= _model_chunks(specs, local_tensors, mesh)
+        state |= _model_chunks(specs, local_tensors, mesh, without)
         saved = _saved_tensors(directory)
-        _check_model(directory, saved, specs)
+        _check_model(directory, saved, {name: spec for name, spec in specs.items() if name not in without})
         for index, optimizer in enumerate(optimizers):
             prefix = _OPTIMIZER.format(index)
             allocated = allocate_optimizer_state(optimizer, names, specs, _by_parameter(saved, prefix), mesh)
@@ -175,10 +179,14 @@ def _together(action: str, mesh: Mesh | None) -> AbstractContextManager[None]:
 
 
 def _model_chunks(
-    specs: Mapping[str, ParamSpec], local_tensors: Mapping[str, torch.Tensor], mesh: Mesh | None
+    specs: Mapping[str, ParamSpec],
+    local_tensors: Mapping[str, torch.Tensor],
+    mesh: Mesh | None,
+    without: Collection[str],
 ) -> State:
     check_local_tensors(specs, local_tensors, mesh)
-    return {_MODEL + name: chunks_of_local(specs[name], local.detach(), mesh) for name, local in local_tensors.items()}
+    kept = {name: local.detach() for name, local in local_tensors.items() if name not in without}
+    return {_MODEL + name: chunks_of_local(specs[name], local, mesh) for name, local in kept.items()}
 
 
 def _with_names_of_all_ranks(groups: list[dict[str, Any]], mesh: Mesh | None) -> list[dict[str, Any]]:

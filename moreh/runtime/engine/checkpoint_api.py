@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,7 +28,6 @@ from moreh.runtime.launch.world import current_world
 from moreh.trace import span
 from moreh.version import __version__
 
-Value = TypeVar("Value")
 # A key in the `__dict__` of a model that is not sharded yet: the checkpoint to read when it is sharded.
 _PENDING = "_moreh_pending_checkpoint"
 
@@ -58,21 +57,21 @@ def save_training(
         if runner is not None:
             parallel = runner.model
             state = collect_training_state(
-                _left(parallel.specs, without),
-                _left(parallel.local_tensors(), without),
+                parallel.specs,
+                parallel.local_tensors(),
                 optimizers,
                 parallel.user_params,
                 parallel.mesh,
                 extra,
+                without,
             )
             return save_state_async(state, directory, parallel.mesh, _about(optimizers, about))
         if current_world().size > 1:
             raise OptionError(
                 "a checkpoint before the first step: the model is not sharded over the workers yet; train first"
             )
-        specs, parameters = _left(unsharded_specs(model), without), dict(model.named_parameters())
-        local = _detached(_left(parameters, without))
-        state = collect_training_state(specs, local, optimizers, parameters, None, extra)
+        specs, parameters = unsharded_specs(model), dict(model.named_parameters())
+        state = collect_training_state(specs, _detached(parameters), optimizers, parameters, None, extra, without)
         return save_state_async(state, directory, None, _about(optimizers, about))
 
 
@@ -153,19 +152,19 @@ def load_training(
             parallel = runner.model
             return load_training_state(
                 directory,
-                _left(parallel.specs, without),
-                _left(parallel.local_tensors(), without),
+                parallel.specs,
+                parallel.local_tensors(),
                 optimizers,
                 parallel.user_params,
                 parallel.mesh,
                 keep,
+                without,
             )
         if current_world().size > 1:
             model.__dict__[_PENDING] = (directory, tuple(optimizers), tuple(keep), frozenset(without))
             return load_extra(directory)
-        specs, parameters = _left(unsharded_specs(model), without), dict(model.named_parameters())
-        local = _detached(_left(parameters, without))
-        return load_training_state(directory, specs, local, optimizers, parameters, None, keep)
+        specs, parameters = unsharded_specs(model), dict(model.named_parameters())
+        return load_training_state(directory, specs, _detached(parameters), optimizers, parameters, None, keep, without)
 
 
 def load_pending(model: nn.Module) -> None:
@@ -179,11 +178,6 @@ def load_pending(model: nn.Module) -> None:
 def is_waiting_for_state(model: nn.Module) -> bool:
     """Whether `load_training` has deferred a model's checkpoint until the model is sharded."""
     return _PENDING in model.__dict__
-
-
-def _left(by_name: Mapping[str, Value], without: Collection[str]) -> dict[str, Value]:
-    """The parameters but those that are left out of the checkpoint."""
-    return {name: value for name, value in by_name.items() if name not in without}
 
 
 def _detached(parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
