@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -111,9 +112,10 @@ def train(model, steps, directory, name, plan, workers):
     if finished.returncode != 0:
         sys.exit(f"{name}:\n{finished.stdout[-2000:]}\n{finished.stderr[-4000:]}")
     if plan:
-        log = (directory / name / "train.log").read_text(encoding="utf-8")
-        assert f"{workers} workers" in log, log
-        assert plan.split()[0] in log, log
+        console = " ".join((finished.stdout + finished.stderr).split())
+        carried_out = re.search(rf"{workers} workers carry out the plan '(.+?)'", console)
+        assert carried_out is not None, console[-2000:]
+        assert set(plan.split()) <= set(carried_out[1].split()), carried_out[1]
     return directory / name
 
 
