@@ -59,9 +59,7 @@ class Checkpoints:
         self._has_failed, self._checkpoint_bytes, self._total_steps = False, 0, 0
         self._described: dict[str, Any] = {}
         self._frozen: list[str] = []
-        self._stop = StopRequest()
-        self._grace = GracePeriod(config.stop)
-        self._limit = time_limit(config.stop)
+        self._stop, self._grace, self._limit = StopRequest(), GracePeriod(config.stop), time_limit(config.stop)
 
     def start_or_resume(self, model: Any, optimizer: Any, scheduler: Any, total_steps: int) -> int:
         """Evaluate the model and start the run, or read the checkpoint to resume; returns the number of steps done.
@@ -216,12 +214,8 @@ class Checkpoints:
         if max_over_ranks(int(lack is not None)):
             self._say_not_saved(path, lack or "")
             return False
-        extra = {
-            "step": step,
-            "scheduler": scheduler.state_dict(),
-            "first_eval_loss": evaluation.first_loss,
-            "random": random_states(),
-        }
+        state, first_loss = scheduler.state_dict(), evaluation.first_loss
+        extra = {"step": step, "scheduler": state, "first_eval_loss": first_loss, "random": random_states()}
         is_evaluated = evaluation.last_step == step and math.isfinite(evaluation.last_loss)
         about = {
             "step": step,
