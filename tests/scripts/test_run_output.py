@@ -15,7 +15,7 @@ import pytest
 from filelock import FileLock
 
 from tests.conftest import ROOT
-from tests.helpers.scripts.fork_server import start_forked
+from tests.helpers.scripts.fork_server import ForkedProcess, start_forked
 from utils.errors import UserError
 
 HOOK = ["accelerator.advanced_parallelization={}"]
@@ -51,7 +51,7 @@ def test_lines_of_the_platform_are_logged_if_wanted(run_forked, tiny_config):
 def test_progress_bar_is_shown_on_a_terminal(environment, tiny_config):
     leader, follower = pty.openpty()
     fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
-    process = subprocess.Popen(
+    process = ForkedProcess(
         [sys.executable, "train_gpt.py", "--config", str(tiny_config), "log.every_steps=1"],
         env=environment, stdout=follower, stderr=follower, stdin=follower,
     )  # fmt: skip
@@ -99,8 +99,11 @@ def test_second_run_of_a_name_that_is_being_written_is_refused(train, tmp_path):
 
 
 def test_closed_pipe_does_not_end_the_training(environment, tiny_config, tmp_path):
-    command = f"{sys.executable} train_gpt.py --config {tiny_config} | head -1"
-    subprocess.run(command, shell=True, env=environment, cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
+    command = [sys.executable, "train_gpt.py", "--config", tiny_config]
+    process = ForkedProcess(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE)
+    assert process.stdout.readline()
+    process.stdout.close()
+    assert process.wait() == 0
     assert (tmp_path / "runs" / "tiny" / "model" / "model.safetensors").exists()
 
 

@@ -12,7 +12,9 @@ transformers cannot be tested with it. The server starts with the first script a
 
 import gc
 import importlib
+import io
 import json
+import logging
 import os
 import runpy
 import select
@@ -231,6 +233,7 @@ def _become(request, files):
         os.dup2(file, number)
     for file in files:
         os.close(file)
+    _renew_streams()
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["env"])
@@ -246,6 +249,22 @@ def _become(request, files):
     if of_worker:
         run_and_end(command[0])
     runpy.run_path(command[0], run_name="__main__")
+
+
+def _renew_streams():
+    """Make standard output and error anew where they are pipes: Python asks once whether a stream can be sought."""
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        old = getattr(sys, name)
+        try:
+            os.lseek(number, 0, os.SEEK_CUR)
+        except OSError:
+            buffer = open(number, "wb", closefd=False)  # noqa: SIM115  (a number)
+            is_line_buffered = number == 2 or os.isatty(number)
+            new = io.TextIOWrapper(buffer, old.encoding, old.errors, "\n", is_line_buffered)
+            setattr(sys, name, new)
+            for handler in (reference() for reference in logging._handlerList):
+                if getattr(handler, "stream", None) is old:
+                    handler.stream = new
 
 
 def _starts_workers(command, env):

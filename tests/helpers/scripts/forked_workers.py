@@ -78,6 +78,8 @@ def _serve(connection, launcher):
             if os.fork():
                 os._exit(0)
             while os.getppid() != launcher:
+                if not Path(f"/proc/{launcher}").exists():
+                    os._exit(1)
                 time.sleep(0.001)
             connection.send(os.getpid().to_bytes(PID_BYTES, "big"))
             connection.close()

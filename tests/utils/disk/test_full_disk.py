@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from moreh.planner.report.figures import new_figure
+from tests.helpers.scripts.fork_server import ForkedProcess
 from tests.helpers.scripts.tiny_runs import prepare
 from utils.config.yaml_file import load_config
 from utils.logging import plot, run_log
@@ -87,17 +88,17 @@ def write_to_full_disk(*_, **settings):
 
 @needs_full
 def test_full_disk_behind_standard_output_does_not_end_a_training(environment, tiny_config, tmp_path):
-    command = f"{sys.executable} train_gpt.py --config {tiny_config} train.steps=2 >/dev/full"
+    command = [sys.executable, "train_gpt.py", "--config", tiny_config, "train.steps=2"]
     variables = {**environment, "MPLBACKEND": "no such backend"}
-    finished = subprocess.run(["sh", "-c", command], capture_output=True, text=True, env=variables, check=False)
+    with Path("/dev/full").open("wb") as full:
+        process = ForkedProcess(command, env=variables, stdout=full, stderr=subprocess.PIPE, text=True)
+    errors = process.communicate()[1]
     run = tmp_path / "runs" / "tiny"
-    assert finished.returncode == 0, finished.stderr
+    assert process.returncode == 0, errors
     assert (run / "model" / "config.json").exists()
     assert (run / "loss.png").exists()
     assert "Model: " in (run / "train.log").read_text(encoding="utf-8")
-    assert finished.stderr == (
-        "warning: standard output cannot be written: No space left on device; training continues\n"
-    )
+    assert errors == "warning: standard output cannot be written: No space left on device; training continues\n"
 
 
 @needs_full
