@@ -227,6 +227,7 @@ def _become(request, files):
     """Make this process what `python SCRIPT ARGUMENTS` is when the script begins, and run the script."""
     import numpy
 
+    from moreh import option
     from tests.helpers.scripts.forked_workers import run_and_end, workers_are_forked
 
     for number, file in enumerate(files[:3]):
@@ -235,6 +236,7 @@ def _become(request, files):
         os.close(file)
     _renew_streams()
     os.chdir(request["cwd"])
+    option._START_DIRECTORY = request["cwd"]  # that of the import, where the workers start
     os.environ.clear()
     os.environ.update(request["env"])
     command = request["command"]

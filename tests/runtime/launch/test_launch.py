@@ -150,8 +150,9 @@ def test_a_worker_that_is_killed_at_its_start_is_reported(start):
 
 
 def test_workers_end_with_the_process_that_started_them(start, tmp_path):
-    process = start('print("go", flush=True)\nif world.rank: time.sleep(100)\nreduce()')
+    process = start('print("go", flush=True)\nif world.rank: time.sleep(100)\nreduce()', forked=True)
     wait_for_line(process, "go")
+    assert len(processes_of(tmp_path)) == 3
     process.kill()
     process.wait()
     end = time.monotonic() + MAX_SECONDS_TO_END
