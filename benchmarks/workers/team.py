@@ -149,7 +149,8 @@ class _Member:
             from moreh.runtime.engine.registry import shard_model
 
             shard_model(model, parse_plan(plan, shape.training(model), self._workers))
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+        # Several workers train as under the line, which chooses torch's fused kernels.
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=self._workers > 1)
         ids = torch.randint(shape.vocabulary, (shape.batch_size, shape.sequence_length))
         self._step = lambda: _train(model, optimizer, ids, self._loss)
         self._step()

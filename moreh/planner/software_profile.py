@@ -92,6 +92,9 @@ class SoftwareProfile:
     selective recomputation the results of row-split matmuls before they are reduced."""
     logit_bytes: float = 10.0
     """Bytes held for each logit at the peak of the loss."""
+    all_reduce_bytes: float = 0.0
+    """Bytes of the buffer through which gradients that are not sharded are reduced after the backward pass; 0 if they
+    are reduced in place or in the backward pass."""
     min_in_flight: int = 1
     """Micro-batches that a pipeline stage works on at once even where its schedule needs fewer."""
     fragmentation: float = 0.0
@@ -247,6 +250,7 @@ def moreh_on_cpu(compute: str, *, half_weights: bool = False) -> SoftwareProfile
         attention_block=128,
         max_blocked_length=1024,
         keeps_gathered_inputs=True,
+        all_reduce_bytes=64 * 2**20,
         scratch_bytes=10 * 2**20,
     )
 

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from moreh.planner.cost.memory_states import ModelStates, edge_ranks
-from moreh.planner.cost.stage_parameters import reshards_each_micro_batch
+from moreh.planner.cost.stage_parameters import reshards_each_micro_batch, shards_gradients
 from moreh.planner.plan.arrays import FloatArray
 from moreh.planner.plan.plan import Training
-from moreh.planner.plan.plan_table import SHARD_GRADIENTS, SHARD_NONE, SHARD_PARAMETERS, PlanTable
+from moreh.planner.plan.plan_table import SHARD_NONE, SHARD_PARAMETERS, PlanTable
 from moreh.planner.software_profile import SoftwareProfile
 
 
@@ -41,7 +41,7 @@ def edge_exchange(states: ModelStates, plans: PlanTable, training: Training, sof
             * np.minimum(training.architecture.embedding_parameters / plans.tensor, states.trainable.first)[:, None]
         )
     gathers = software.uses_fully_shard & (sharding == SHARD_PARAMETERS) & reshards
-    reduces = software.uses_fully_shard & (sharding >= SHARD_GRADIENTS) & reshards
+    reduces = software.uses_fully_shard & shards_gradients(plans, software)[:, None]
     flattens = software.uses_fully_shard & (sharding > SHARD_NONE)
     return EdgeExchange(
         gathered=np.where(gathers, parameters * software.gather_bytes, 0.0),

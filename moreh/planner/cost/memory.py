@@ -33,9 +33,9 @@ from moreh.planner.cost.memory_states import (
     stages_in_flight,
 )
 from moreh.planner.cost.stage_parameters import reshards_each_micro_batch
-from moreh.planner.plan.arrays import FloatArray, IntArray
+from moreh.planner.plan.arrays import BoolArray, FloatArray, IntArray
 from moreh.planner.plan.plan import Training
-from moreh.planner.plan.plan_table import SHARD_PARAMETERS, PlanTable
+from moreh.planner.plan.plan_table import SHARD_NONE, SHARD_PARAMETERS, PlanTable
 from moreh.planner.plan.schedules import SPLIT_BACKWARD, peak_deferred_weight_grads
 from moreh.planner.software_profile import SoftwareProfile
 
@@ -108,11 +108,7 @@ def _sum_of_moments(states: ModelStates, plans: PlanTable, training: Training, s
     in_flight = stages_in_flight(plans, software)
     activations = in_flight * mean_layers_per_stage(plans) * layer.kept[:, None] + layer.recomputed[:, None]
     activations[:, 0] += in_flight[:, 0] / plans.chunks * embedding_activations(plans, training, software)
-    if plans.schedule in SPLIT_BACKWARD:
-        # The gradients of matmul results wait for the backward for the weights.
-        result_gradients = matmul_output_elements(plans, training) * software.activation_bytes
-        deferred = peak_by_rank(plans, peak_deferred_weight_grads)
-        activations += deferred * mean_layers_per_stage(plans) * result_gradients[:, None]
+    activations += _deferred_bytes(plans, training, software)
     logits = logit_elements(plans, training, software) * software.logit_bytes
     copies = autocast_copies(states, plans, training, software)
     return PeakMemory(
@@ -126,19 +122,57 @@ def _sum_of_moments(states: ModelStates, plans: PlanTable, training: Training, s
     )
 
 
+def _deferred_bytes(plans: PlanTable, training: Training, software: SoftwareProfile) -> FloatArray:
+    """Bytes of gradients that wait for a backward pass for the weights, [n, pipeline]; 0 where it is not split off.
+
+    They are the gradients of the results of matmuls and norms, and of the logits.
+    """
+    if plans.schedule not in SPLIT_BACKWARD:
+        return np.zeros((len(plans), plans.pipeline))
+    layer = matmul_output_elements(plans, training) + 2 * residual_elements(plans, training)
+    elements = mean_layers_per_stage(plans) * layer[:, None] + logit_elements(plans, training, software)
+    return peak_by_rank(plans, peak_deferred_weight_grads) * elements * software.activation_bytes
+
+
 def _moments(states: ModelStates, plans: PlanTable, training: Training, software: SoftwareProfile) -> list[PeakMemory]:
     """The moments of a step that may be its highest one: for software that reuses memory within a step."""
+    in_flight = stages_in_flight(plans, software)
+    several = (plans.micro_batches > 1)[:, None]
+    if plans.pipeline == 1 or not software.frees_gradients:
+        return _passes(states, plans, training, software, in_flight, several | (not software.frees_gradients))
+    # A rank with all micro-batches in flight has no gradients yet. Once it has all, at least one of them is done.
+    in_flight_later = np.where(
+        several, np.minimum(in_flight, (plans.micro_batches * plans.chunks)[:, None] - 1), in_flight
+    )
+    first = _passes(states, plans, training, software, in_flight, np.zeros_like(several))
+    return first + _passes(states, plans, training, software, in_flight_later, several)
+
+
+def _passes(
+    states: ModelStates,
+    plans: PlanTable,
+    training: Training,
+    software: SoftwareProfile,
+    in_flight: FloatArray,
+    all_gradients: BoolArray,
+) -> list[PeakMemory]:
+    """The moments of a micro-batch's passes, and of the optimizer's step.
+
+    Args:
+        in_flight: (Stage, micro-batch) pairs whose activations a rank holds, [n, pipeline].
+        all_gradients: Whether all gradients exist before the backward pass, [n, 1].
+    """
     zeros = np.zeros_like(states.rank_parameters)
     first, last = edge_ranks(plans)
     copies = autocast_copies(states, plans, training, software)
-    gradients = held_gradients(states, plans, training, software)
+    gradients = held_gradients(states, plans, training, all_gradients)
     logits = logit_elements(plans, training, software)
 
     layer = layer_activations(plans, training, software)
     # One micro-batch in one stage: freed while its backward pass goes from the last layer to the first.
     stage = mean_layers_per_stage(plans) * layer.kept[:, None]
     embedding = embedding_activations(plans, training, software)[:, None]
-    kept = stages_in_flight(plans, software) * (stage + first * embedding / plans.chunks)
+    kept = in_flight * (stage + first * embedding / plans.chunks) + _deferred_bytes(plans, training, software)
     with_final = kept + last * final_activations(plans, training, software)[:, None]
     residual_gradient = (residual_elements(plans, training) * residual_element_bytes(software))[:, None]
     in_last_layer = kept + (layer.backward - layer.kept)[:, None]
@@ -148,7 +182,9 @@ def _moments(states: ModelStates, plans: PlanTable, training: Training, software
     edges = edge_exchange(states, plans, training, software)
     gathered = largest_edge_parameters(states, plans) * (software.gather_bytes + software.reduce_bytes)
     gathers_edge = (plans.sharding[:, None] == SHARD_PARAMETERS) & (not software.uses_fully_shard)
-    edge = np.maximum(states.exchange_bytes, np.where(gathers_edge, gathered, 0.0)) + edges.gathered
+    # fully_shard reduces no layer's gradients before the layer's backward pass.
+    at_edge = states.gathered_bytes if software.uses_fully_shard else states.exchange_bytes
+    edge = np.maximum(at_edge, np.where(gathers_edge, gathered, 0.0)) + edges.gathered
     layer_exchange = states.exchange_bytes + edges.gathered + edges.head_gradient
     # autocast gives a matrix a gradient in low precision, which is then converted.
     low_bytes = software.activation_bytes if software.autocast else software.gradient_bytes
@@ -180,6 +216,9 @@ def _moments(states: ModelStates, plans: PlanTable, training: Training, software
     head_gradient = np.maximum(edge, gradients.head_parameters * low_bytes)
     converted_gradient = np.maximum(edge, gradients.head_parameters * converted_bytes)
     optimizer = optimizer_temporary_bytes(states, plans, training, software)
+    everything = states.rank_trainable * states.gradient_bytes
+    all_reduced = ((plans.data * plans.context > 1) & (plans.sharding == SHARD_NONE))[:, None]
+    all_reduce = np.where(all_reduced, np.minimum(software.all_reduce_bytes, everything), 0.0)
     return [
         # The end of the forward pass.
         moment(with_final, gradients.before, copies.forward_end + copies.head, before_loss, edge),
@@ -203,6 +242,6 @@ def _moments(states: ModelStates, plans: PlanTable, training: Training, software
             gradients.embedding,
             buffers=np.maximum(edge, edges.gathered + edges.reduced),
         ),
-        # The optimizer's step.
-        moment(zeros, states.rank_trainable * states.gradient_bytes, buffers=optimizer),
+        # The exchange of gradients that are not sharded, and the optimizer's step.
+        moment(zeros, everything, buffers=np.maximum(all_reduce, optimizer)),
     ]

@@ -13,13 +13,13 @@ from moreh.planner.cost.stage_parameters import (
     mean_shards,
     parameters_per_device,
     reshards_each_micro_batch,
+    shards_gradients,
 )
 from moreh.planner.optimizer_state import state_bytes
-from moreh.planner.plan.arrays import FloatArray, IntArray
+from moreh.planner.plan.arrays import BoolArray, FloatArray, IntArray
 from moreh.planner.plan.plan import Schedule, Training
 from moreh.planner.plan.plan_table import (
     RECOMPUTE_FULL,
-    SHARD_GRADIENTS,
     SHARD_NONE,
     SHARD_OPTIMIZER,
     SHARD_PARAMETERS,
@@ -49,10 +49,14 @@ class ModelStates:
     """Bytes of a rank's stored weights after sharding, and of copies that last for the whole step, [n, pipeline]."""
     gradient_bytes: FloatArray
     """Bytes for each trainable parameter, after sharding: the mean over those of a rank, [n, pipeline]."""
+    unsharded_gradient_bytes: int
+    """Bytes for each trainable parameter before sharding."""
     optimizer_bytes: FloatArray
     """Bytes of a rank's optimizer state, after sharding, [n, pipeline]."""
     optimizer_share: FloatArray
     """The share of the weights that a rank updates after sharding (0 to 1), [n, pipeline]."""
+    gathered_bytes: FloatArray
+    """Buffers for parameters that are gathered, layer by layer, [n, 1]."""
     exchange_bytes: FloatArray
     """Buffers for parameters that are gathered and gradients that are reduced, layer by layer, [n, 1]."""
 
@@ -73,11 +77,8 @@ def model_states(plans: PlanTable, training: Training, software: SoftwareProfile
         (plans.sharding == SHARD_PARAMETERS) & reshards, 2 * parameters.layer * software.gather_bytes, 0.0
     )
     copies_of_gradients = 2 if software.uses_fully_shard else 1
-    reduced = np.where(
-        (plans.sharding >= SHARD_GRADIENTS) & reshards,
-        copies_of_gradients * trainable.layer * software.reduce_bytes,
-        0.0,
-    )
+    reduces = shards_gradients(plans, software)
+    reduced = np.where(reduces, copies_of_gradients * trainable.layer * software.reduce_bytes, 0.0)
     # Copies that last: sharded weights that are gathered once a step, or low-precision copies of weights that are
     # whole.
     gathers_once = np.where(sharding == SHARD_PARAMETERS, not reshards, software.uses_fully_shard)
@@ -92,10 +93,11 @@ def model_states(plans: PlanTable, training: Training, software: SoftwareProfile
         rank_parameters=rank_parameters,
         rank_trainable=rank_trainable,
         weight_bytes=rank_parameters * software.weight_bytes / np.where(shards_weights, shards, 1) + copies,
-        gradient_bytes=software.gradient_bytes
-        / np.where((sharding >= SHARD_GRADIENTS) & reshards, trainable_shards, 1),
+        gradient_bytes=software.gradient_bytes / np.where(reduces[:, None], trainable_shards, 1),
+        unsharded_gradient_bytes=software.gradient_bytes,
         optimizer_bytes=optimizer_bytes * optimizer_share,
         optimizer_share=optimizer_share,
+        gathered_bytes=gathered[:, None],
         exchange_bytes=(gathered + reduced)[:, None],
     )
 
@@ -180,17 +182,15 @@ class HeldGradients:
     """Number of the output layer's weights that have a gradient, on the rank that has the output layer."""
 
 
-def held_gradients(
-    states: ModelStates, plans: PlanTable, training: Training, software: SoftwareProfile
-) -> HeldGradients:
-    """Gradients at the moments of a step.
+def held_gradients(states: ModelStates, plans: PlanTable, training: Training, all_exist: BoolArray) -> HeldGradients:
+    """Gradients at the moments of a micro-batch's passes.
 
-    All gradients exist where they are never freed, and from the second micro-batch on. Otherwise those exist that the
-    backward pass has come to.
+    Args:
+        all_exist: Whether all gradients exist before, [n, 1]: where they are never freed, and from the second
+            micro-batch on. Otherwise those exist that the backward pass has come to.
     """
     everything = states.rank_trainable * states.gradient_bytes
-    trainable, unsharded_bytes = states.trainable, software.gradient_bytes
-    all_exist = np.array(not software.frees_gradients) | (plans.micro_batches > 1)[:, None]
+    trainable, unsharded_bytes = states.trainable, states.unsharded_gradient_bytes
     first, last = edge_ranks(plans)
     embedding_weights = training.architecture.embedding_parameters / plans.tensor
     first_weights = first * np.minimum(embedding_weights, trainable.first)[:, None]

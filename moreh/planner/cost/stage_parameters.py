@@ -7,8 +7,8 @@ import numpy as np
 from moreh.models.architecture import Architecture
 from moreh.planner.hardware.cluster import Cluster, RingLinks, ring_links
 from moreh.planner.hardware.roofline import Roofline
-from moreh.planner.plan.arrays import FloatArray
-from moreh.planner.plan.plan_table import PlanTable, sum_by_rank
+from moreh.planner.plan.arrays import BoolArray, FloatArray
+from moreh.planner.plan.plan_table import SHARD_GRADIENTS, SHARD_OPTIMIZER, PlanTable, sum_by_rank
 from moreh.planner.software_profile import SoftwareProfile
 
 
@@ -78,6 +78,15 @@ def first_and_last_stage_on_different_ranks(plans: PlanTable) -> bool:
 def reshards_each_micro_batch(pipeline: int, software: SoftwareProfile) -> bool:
     """Whether sharded parameters are gathered and gradients reduced for each micro-batch, and not once a step."""
     return pipeline == 1 or software.reshards_in_pipeline
+
+
+def shards_gradients(plans: PlanTable, software: SoftwareProfile) -> BoolArray:
+    """Whether a device holds its shard of the gradients alone once a layer's backward pass is done, [n].
+
+    `fully_shard` also reduces the gradients of the only micro-batch layer by layer where they are not to be sharded.
+    """
+    only_one = software.uses_fully_shard & (plans.sharding == SHARD_OPTIMIZER) & (plans.micro_batches == 1)
+    return ((plans.sharding >= SHARD_GRADIENTS) | only_one) & reshards_each_micro_batch(plans.pipeline, software)
 
 
 @dataclass(frozen=True)

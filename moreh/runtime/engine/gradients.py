@@ -64,12 +64,17 @@ def _all_reduce_in_buckets(tensors: list[torch.Tensor], group: dist.ProcessGroup
         if len(bucket) == 1 and bucket[0].is_contiguous():
             with span(span_name, bucket[0].nbytes):
                 dist.all_reduce(bucket[0], group=group)
-            continue
-        flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
-        with span(span_name, flat.nbytes):
-            dist.all_reduce(flat, group=group)
-        for tensor, reduced in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
-            tensor.copy_(reduced.view_as(tensor))
+        else:
+            _all_reduce_flat(bucket, group, span_name)
+
+
+def _all_reduce_flat(tensors: list[torch.Tensor], group: dist.ProcessGroup, span_name: str) -> None:
+    """Sum tensors in one all-reduce of a copy of them all, which is freed at the end."""
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    with span(span_name, flat.nbytes):
+        dist.all_reduce(flat, group=group)
+    for tensor, reduced in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(reduced.view_as(tensor))
 
 
 def _buckets(tensors: list[torch.Tensor]) -> Iterable[list[torch.Tensor]]:

@@ -5,15 +5,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from moreh.planner.cost.memory import peak_memory
+from moreh.planner.cost.memory import _deferred_bytes, peak_memory
 from moreh.planner.plan.plan import Plan, Training
 from moreh.planner.plan.plan_table import PlanTable
+from moreh.planner.plan.schedules import peak_deferred_weight_grads
 from moreh.planner.software_profile import moreh_on_cpu
 from tests.planner.cost.test_planner_memory import architecture
 
 SOFTWARE = moreh_on_cpu("float32")
 LENGTH, HIDDEN, LAYERS = 512, 256, 8
 BYTES = 4
+TRAINING = Training(architecture("llama"), 8, LENGTH)
 
 
 def memory_of(plan, software=SOFTWARE, length=LENGTH):
@@ -68,3 +70,57 @@ def test_scratch_buffers_come_on_top():
     plan = Plan((LAYERS,), micro_batches=2)
     without = memory_of(plan, replace(SOFTWARE, scratch_bytes=0)).total
     assert memory_of(plan).total - without == pytest.approx(np.full_like(without, SOFTWARE.scratch_bytes))
+
+
+def test_the_only_micro_batch_leaves_shards_of_gradients_alone():
+    """fully_shard reduces each layer's gradients in the micro-batch's backward pass, though `optimizer` is sharded."""
+    one, two = (
+        memory_of(
+            Plan((LAYERS,), data=4, micro_batches=count, sharding="optimizer"), replace(SOFTWARE, scratch_bytes=0)
+        )
+        for count in (1, 2)
+    )
+    states = two.parameters + two.optimizer
+    assert two.gradients[0, 0] == pytest.approx(two.parameters[0, 0] / (1 + 1 / 4))
+    assert one.gradients[0, 0] <= two.gradients[0, 0] / 4
+    assert (one.total - states)[0, 0] < (two.total - states)[0, 0]
+
+
+def test_gradients_that_are_not_sharded_are_reduced_through_a_buffer():
+    large = replace(SOFTWARE, all_reduce_bytes=1e12)
+    alone, two, two_sharded = (
+        memory_of(plan, large, length=8).buffers[0, 0]
+        for plan in (
+            Plan((LAYERS,), micro_batches=2),
+            Plan((LAYERS,), data=2, micro_batches=2),
+            Plan((LAYERS,), data=2, micro_batches=2, sharding="optimizer"),
+        )
+    )
+    gradients = memory_of(Plan((LAYERS,), micro_batches=2), length=8).gradients[0, 0]
+    assert two == gradients + SOFTWARE.scratch_bytes
+    assert max(alone, two_sharded) < gradients
+
+
+def test_a_rank_with_all_micro_batches_in_flight_has_no_gradients():
+    """At the peak of 1F1B, the first of two ranks has two micro-batches in flight: all of two, but not all of four."""
+    two, four = (memory_of(Plan((4, 4), pipeline=2, micro_batch_size=4, micro_batches=count)) for count in (2, 4))
+    assert four.activations[0, 0] == pytest.approx(two.activations[0, 0], rel=0.1)
+    assert four.gradients[0, 0] == pytest.approx(four.parameters[0, 0])
+    assert two.gradients[0, 0] < 0.5 * four.gradients[0, 0]
+
+
+@pytest.mark.parametrize("schedule", ["zero-bubble", "zbv"])
+def test_weights_gradients_that_are_put_off_keep_the_gradients_of_results(schedule):
+    chunks = 2 if schedule == "zbv" else 1
+    layers = (LAYERS // 2 // chunks,) * 2 * chunks
+    plan = Plan(layers, pipeline=2, chunks=chunks, schedule=schedule, micro_batch_size=1, micro_batches=8)
+    deferred = peak_deferred_weight_grads(schedule, 2, 8, chunks)
+    # Queries, keys, values, output, gate, up, down and two norms; and the logits, on the last stage's rank.
+    columns = sum(linear.outputs for linear in architecture("llama").layers[0].linears) + 2 * HIDDEN
+    layer_bytes = layers[0] * columns * LENGTH * BYTES
+    logit_bytes = 500 * LENGTH * BYTES
+    assert _deferred_bytes(PlanTable.from_plans([plan]), TRAINING, SOFTWARE)[0] == pytest.approx(
+        deferred * (layer_bytes + np.array([schedule == "zbv", schedule != "zbv"]) * logit_bytes)
+    )
+    plain = replace(plan, schedule="1f1b", chunks=1, stage_layers=(4, 4))
+    assert memory_of(plan).total.max() > memory_of(plain).total.max()
