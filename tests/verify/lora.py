@@ -113,7 +113,7 @@ def train(model, steps, directory, name, plan, workers):
         sys.exit(f"{name}:\n{finished.stdout[-2000:]}\n{finished.stderr[-4000:]}")
     if plan:
         console = " ".join((finished.stdout + finished.stderr).split())
-        carried_out = re.search(rf"{workers} workers carry out the plan '(.+?)'", console)
+        carried_out = re.search(rf"{workers} workers run the plan '(.+?)'", console)
         assert carried_out is not None, console[-2000:]
         assert set(plan.split()) <= set(carried_out[1].split()), carried_out[1]
     return directory / name

@@ -80,7 +80,7 @@ def test_tutorial_script_learns_on_four_workers(environment, tmp_path, make_gpt2
     assert (tmp_path / "finetuned" / "model.safetensors").exists()
 
 
-# Before a script: its workers carry out the plan PLAN instead of the best one.
+# Before a script: its workers run the plan PLAN instead of the best one.
 WITH_PLAN = """
 import types
 from moreh.planner.plan.notation import parse_plan
