@@ -3,6 +3,7 @@
 import sys
 
 from moreh.version import __version__
+from moreh.world_variables import hide_from_libraries
 
 
 def attach_to_torch() -> None:
@@ -15,6 +16,7 @@ def attach_to_torch() -> None:
 
     if hasattr(torch, "moreh"):
         return
+    hide_from_libraries()
     from moreh import option  # noqa: F401  (torch.moreh.option exists only after this import)
     from moreh.patches.cuda.face import audience_from_environment, install_cuda_face
     from moreh.patches.torch_namespace import add_to_torch

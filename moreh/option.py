@@ -20,6 +20,7 @@ from moreh.options import (
 )
 from moreh.system import refused_processes
 from moreh.trace import read_variable
+from moreh.world_variables import variables
 
 Options = ParamSpec("Options")
 
@@ -117,7 +118,7 @@ def _workers_to_start() -> int:
             "if unset"
         )
     # torchrun or this package started this process as a worker, or multiprocessing started it to help a worker.
-    if {"RANK", "WORLD_SIZE"} & os.environ.keys() or multiprocessing.parent_process() is not None:
+    if {"RANK", "WORLD_SIZE"} & variables().keys() or multiprocessing.parent_process() is not None:
         return 0
     if int(value) > gpus > 0 and not shares_gpus():
         raise OptionError(

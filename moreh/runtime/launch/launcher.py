@@ -33,8 +33,8 @@ from moreh.runtime.launch.paths import error_path, joined_path, log_path
 from moreh.runtime.launch.restarts import Restarts
 from moreh.runtime.launch.supervisor import LaunchResult, SignalQueue, supervise
 from moreh.runtime.launch.watch.hangs import HangWatch
-from moreh.runtime.launch.world import LAUNCHER_PID, RESTARTED_SINCE
 from moreh.system import available_cores
+from moreh.world_variables import LAUNCHER_PID, RESTARTED_SINCE
 
 LOCALHOST = "127.0.0.1"
 KEPT_LOG_DIRECTORIES = 10

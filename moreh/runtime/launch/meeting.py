@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # public, but not for mypy
 
 from moreh.errors import OptionError, WorkerError
+from moreh.world_variables import REQUIRED, variables
 
-REQUIRED_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # How long workers wait for each other, and when they say so.
 MEETING_S = 600.0
 SAID_AFTER_S = 60.0
@@ -39,20 +39,21 @@ def world_from_environment() -> World:
     Raises:
         OptionError: they describe none.
     """
-    present = [name for name in REQUIRED_VARIABLES if name in os.environ]
-    missing = [name for name in REQUIRED_VARIABLES if name not in os.environ]
+    found = variables()
+    present = [name for name in REQUIRED if name in found]
+    missing = [name for name in REQUIRED if name not in found]
     if missing:
         raise OptionError(
-            f"{', '.join(f'{name}={os.environ[name]}' for name in present)} without {', '.join(missing)}: start the "
+            f"{', '.join(f'{name}={found[name]}' for name in present)} without {', '.join(missing)}: start the "
             f"script with torchrun, which sets all of them, or unset {', '.join(present)} and set MOREH_WORKERS to the "
             "number of workers"
         )
-    numeric = {name: os.environ[name] for name in REQUIRED_VARIABLES[:4]}
+    numeric = {name: found[name] for name in REQUIRED[:4]}
     if not all(value.isascii() and value.isdecimal() for value in numeric.values()):
         given = ", ".join(f"{name}={value!r}" for name, value in numeric.items())
         raise OptionError(f"{given}: expected whole numbers; start the script with torchrun, which sets them")
     rank, size, local_rank, local_size = map(int, numeric.values())
-    port = os.environ["MASTER_PORT"]
+    port = found["MASTER_PORT"]
     if not (port.isascii() and port.isdecimal() and 0 < int(port) < 2**16):
         raise OptionError(f"MASTER_PORT={port!r}: expected the number of a port, 1 to 65535")
     if rank >= size or local_rank >= local_size or local_size > size:
@@ -71,7 +72,7 @@ def meet(world: World, timeout_s: float) -> Any:
         OptionError: the address of rank 0 cannot be used.
         WorkerError: a worker has not come in time; all that are missing are named.
     """
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    host, port = variables()["MASTER_ADDR"], int(variables()["MASTER_PORT"])
     where = f"MASTER_ADDR={host}, MASTER_PORT={port}"
     store = _connect(world, host, port, where, timeout_s)
     deadline = time.monotonic() + timeout_s
@@ -100,7 +101,7 @@ def _connect(world: World, host: str, port: int, where: str, timeout_s: float) -
         socket.getaddrinfo(host, port)
     except OSError as error:
         raise OptionError(f"{where}: there is no such host ({error.strerror or error})") from None
-    has_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    has_agent = variables().get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     is_master = world.rank == 0 and not has_agent
     try:
         store = TCPStore(

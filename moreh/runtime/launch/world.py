@@ -13,42 +13,26 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from moreh import world_variables
 from moreh.accelerator.gpus import shares_gpus
 from moreh.accelerator.job import local_job
 from moreh.accelerator.waiting import SECONDS_BETWEEN_ATTEMPTS, waits_for_accelerator, warn_of_waiting
 from moreh.errors import AcceleratorBusyError, AcceleratorError, MorehError, OptionError
 from moreh.log import logger
 from moreh.options import launch_variables
-from moreh.runtime.launch.meeting import MEETING_S, REQUIRED_VARIABLES, meet, world_from_environment
+from moreh.runtime.launch.meeting import MEETING_S, meet, world_from_environment
 from moreh.runtime.launch.meeting import World as World
 from moreh.runtime.launch.paths import joined_path, pulse_path, stack_path
 from moreh.runtime.launch.random_states import share_random_states
 from moreh.runtime.launch.watch.pulse import start_pulse
 from moreh.runtime.launch.worker_errors import ERROR_FILE, record_errors
 
-# The variable with the process id of the launcher that started this worker; torchrun does not set it.
-LAUNCHER_PID = "MOREH_LAUNCHER"
-# The variable that workers have which were started again: when the launcher was started, in seconds since the epoch.
-RESTARTED_SINCE = "MOREH_RESTARTED_SINCE"
 # The timeout of collectives ends workers that wait for one that hangs. A worker that dies is noticed at once by the
 # process that started it. One worker may download or tokenize for a long time while the others wait.
 TIMEOUT = timedelta(hours=1)
 PARENT_POLL_INTERVAL_S = 1.0
 # How long the process group's threads may take to end.
 THREADS_END_S = 2.0
-# Variables that are removed from the environment once the world is known.
-_WORLD_VARIABLES = (
-    *REQUIRED_VARIABLES,
-    LAUNCHER_PID,
-    RESTARTED_SINCE,
-    "GROUP_RANK",
-    "GROUP_WORLD_SIZE",
-    "ROLE_RANK",
-    "ROLE_WORLD_SIZE",
-    "ROLE_NAME",
-    "TORCHELASTIC_USE_AGENT_STORE",
-)
-
 
 SINGLE_WORKER = World(rank=0, size=1, local_rank=0, local_size=1)
 _world: World | None = None
@@ -84,11 +68,12 @@ def join_world() -> World:
     """
     global _world, _restarted_since
     if _world is None:
-        world = world_from_environment() if started_in_world() else SINGLE_WORKER
-        has_launcher = os.environ.get(LAUNCHER_PID) == str(os.getppid())
+        world = world_from_environment() if world_variables.started_in_world() else SINGLE_WORKER
+        has_launcher = world_variables.has_launcher()
         if has_launcher:
             _act_as_part_of_one_program(world)
-            _restarted_since = float(os.environ[RESTARTED_SINCE]) if RESTARTED_SINCE in os.environ else None
+            since = world_variables.variables().get(world_variables.RESTARTED_SINCE)
+            _restarted_since = None if since is None else float(since)
         if world.size > 1:
             _init_process_group(world)
         if has_launcher:
@@ -99,23 +84,24 @@ def join_world() -> World:
             _register_as_one_job(world)
         if world.size > 1:
             share_random_states()
-        _remove_world_variables()
+        world_variables.forget()
         _world = world
     return _world
-
-
-def started_in_world() -> bool:
-    """Whether the launcher, torchrun or the like started this process as one of several workers."""
-    return "RANK" in os.environ or os.environ.get("WORLD_SIZE", "1") != "1"
 
 
 def _init_process_group(world: World) -> None:
     """Make the process group: NCCL and gloo with GPUs, gloo without, and where workers share a GPU.
 
     Raises:
-        OptionError: this machine has fewer GPUs than workers.
+        OptionError: this machine has fewer GPUs than workers, or the script has made a process group before the line.
         WorkerError: some workers have not come.
     """
+    if dist.is_initialized():
+        raise OptionError(
+            "torch.distributed's process group was made before the line, by the script or by a library: call "
+            "enable_advanced_parallelization() first, before TrainingArguments and Accelerator are made, or start the "
+            "script with MOREH_WORKERS instead of torchrun"
+        )
     excepthook = sys.excepthook
     timeout_s = min(launch_variables().hang_seconds or MEETING_S, MEETING_S)
     device: torch.device | None = None
@@ -234,9 +220,3 @@ def _register_in_turn(world: World, run: str) -> str | None:
                 return message
             raise AcceleratorError(message)
     return None
-
-
-def _remove_world_variables() -> None:
-    for name in _WORLD_VARIABLES:
-        os.environ.pop(name, None)
-    os.environ["MOREH_WORKERS"] = "1"  # for the programs that this process starts

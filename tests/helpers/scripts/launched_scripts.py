@@ -14,6 +14,7 @@ sys.modules["moreh.runtime.engine.hook"] = types.SimpleNamespace(install_hook=la
 """
 START = """
 import os, signal, sys, time, torch
+shows_its_rank = "RANK" in os.environ
 torch.moreh.option.enable_advanced_parallelization()
 import torch.distributed as dist
 from moreh.runtime.launch.world import current_world

@@ -40,6 +40,7 @@ from moreh.accelerator.registry import read_registry
 print("argument", sys.argv[1], flush=True)
 print("jobs", [job.pid for job in read_registry().jobs] == [os.getppid()])
 print("world", world, sorted({"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"} & os.environ.keys()))
+print("before the line", shows_its_rank, os.environ["MOREH_WORKERS"])
 print("input", input() if world.rank == 0 else sys.stdin.read(), dist.get_backend())
 print("to the console", file=sys.stderr)
 if world.rank == 0:
@@ -53,6 +54,7 @@ if world.rank == 0:
         "argument a b",
         "jobs True",
         "world World(rank=0, size=3, local_rank=0, local_size=3) []",
+        "before the line False 1",
         "input line gloo",
     ]
     assert errors == ["to the console"]
