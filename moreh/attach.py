@@ -2,8 +2,8 @@
 
 import sys
 
+from moreh.patches.world_variables import hide_from_libraries
 from moreh.version import __version__
-from moreh.world_variables import hide_from_libraries
 
 
 def attach_to_torch() -> None:

@@ -18,9 +18,9 @@ from moreh.options import (
     parse_options,
     planner_variables,
 )
+from moreh.patches.world_variables import variables
 from moreh.system import refused_processes
 from moreh.trace import read_variable
-from moreh.world_variables import variables
 
 Options = ParamSpec("Options")
 

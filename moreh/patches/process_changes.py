@@ -165,7 +165,7 @@ PROCESS_CHANGES = (
     ),
     ProcessChange(
         "os.environ",
-        "moreh/world_variables.py",
+        "moreh/patches/world_variables.py",
         "In a worker: RANK, WORLD_SIZE and the like are removed, since libraries that find them start a distributed "
         "training of their own; MOREH_WORKERS becomes 1.",
     ),

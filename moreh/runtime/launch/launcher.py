@@ -28,13 +28,13 @@ from moreh.accelerator.state_files import state_directory
 from moreh.errors import MorehError, OptionError, RegistryError
 from moreh.log import logger
 from moreh.options import LaunchVariables
+from moreh.patches.world_variables import LAUNCHER_PID, RESTARTED_SINCE
 from moreh.runtime.launch.exit_report import make_report, print_errors
 from moreh.runtime.launch.paths import error_path, joined_path, log_path
 from moreh.runtime.launch.restarts import Restarts
 from moreh.runtime.launch.supervisor import LaunchResult, SignalQueue, supervise
 from moreh.runtime.launch.watch.hangs import HangWatch
 from moreh.system import available_cores
-from moreh.world_variables import LAUNCHER_PID, RESTARTED_SINCE
 
 LOCALHOST = "127.0.0.1"
 KEPT_LOG_DIRECTORIES = 10

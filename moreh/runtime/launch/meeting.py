@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # public, but not for mypy
 
 from moreh.errors import OptionError, WorkerError
-from moreh.world_variables import REQUIRED, variables
+from moreh.patches.world_variables import REQUIRED, variables
 
 # How long workers wait for each other, and when they say so.
 MEETING_S = 600.0

@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from moreh import world_variables
 from moreh.accelerator.gpus import shares_gpus
 from moreh.accelerator.job import local_job
 from moreh.accelerator.waiting import SECONDS_BETWEEN_ATTEMPTS, waits_for_accelerator, warn_of_waiting
 from moreh.errors import AcceleratorBusyError, AcceleratorError, MorehError, OptionError
 from moreh.log import logger
 from moreh.options import launch_variables
+from moreh.patches import world_variables
 from moreh.runtime.launch.meeting import MEETING_S, meet, world_from_environment
 from moreh.runtime.launch.meeting import World as World
 from moreh.runtime.launch.paths import joined_path, pulse_path, stack_path

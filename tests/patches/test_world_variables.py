@@ -5,8 +5,8 @@ import os
 import pytest
 import torch.distributed as dist
 
-from moreh import world_variables
 from moreh.errors import OptionError
+from moreh.patches import world_variables
 from moreh.runtime.launch.meeting import World, world_from_environment
 from moreh.runtime.launch.world import _init_process_group
 
