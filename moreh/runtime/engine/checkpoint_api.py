@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from moreh.errors import CheckpointError, OptionError
 from moreh.runtime.checkpoint.dcp_io import save_state_async
-from moreh.runtime.checkpoint.manifest import find_damage, read_manifest
+from moreh.runtime.checkpoint.manifest import MANIFEST, find_damage, read_manifest
 from moreh.runtime.checkpoint.training_state import (
     collect_training_state,
     load_extra,
@@ -146,7 +146,7 @@ def load_training(
         directory = Path(directory)
         if not is_checked:
             check_training(directory)
-        choose_as(read_manifest(directory).about.get("bfloat16", {}))
+        choose_as(_precisions_of(directory))
         runner = runner_of(model)
         if runner is not None:
             parallel = runner.model
@@ -165,6 +165,21 @@ def load_training(
             return load_extra(directory)
         specs, parameters = unsharded_specs(model), dict(model.named_parameters())
         return load_training_state(directory, specs, _detached(parameters), optimizers, parameters, None, keep, without)
+
+
+def _precisions_of(directory: Path) -> dict[str, bool]:
+    """Whether a training was computed in bfloat16, by the type of the device.
+
+    Raises:
+        CheckpointError: the manifest has something else there, which this package has not written.
+    """
+    precisions = read_manifest(directory).about.get("bfloat16", {})
+    if not (isinstance(precisions, dict) and all(isinstance(value, bool) for value in precisions.values())):
+        raise CheckpointError(
+            f"{directory / MANIFEST} is not what save_training writes: bfloat16 is {str(precisions)[:60]!r}. "
+            "Give an earlier checkpoint."
+        )
+    return precisions
 
 
 def load_pending(model: nn.Module) -> None:

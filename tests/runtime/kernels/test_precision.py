@@ -6,6 +6,9 @@ import pytest
 import torch
 from transformers.modeling_outputs import CausalLMOutput
 
+from moreh.errors import CheckpointError
+from moreh.runtime.checkpoint.manifest import Manifest, read_manifest, write_manifest
+from moreh.runtime.engine.checkpoint_api import load_training, save_training
 from moreh.runtime.kernels import precision
 from moreh.runtime.kernels.precision import autocast_if, choose_bfloat16, in_float32, inside_autocast
 
@@ -42,6 +45,30 @@ def test_training_that_goes_on_computes_as_its_checkpoint_did(monkeypatch, caplo
     assert not choose_bfloat16(CPU, requested=False)
     precision.choose_as({"cuda": of_checkpoint})
     assert choose_bfloat16(CPU, requested=True) is not of_checkpoint
+
+
+@pytest.mark.parametrize("of_checkpoint", [True, False])
+def test_precision_is_written_to_checkpoints_and_read_from_them(monkeypatch, tmp_path, of_checkpoint):
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    monkeypatch.setattr(precision, "bfloat16_speedup", lambda device: 2.0 if of_checkpoint else 1.0)
+    choose_bfloat16(CPU, requested=True)
+    save_training(model, [optimizer], tmp_path / "step-1", {}).result()
+    precision._CHOSEN.clear()
+    monkeypatch.setattr(precision, "bfloat16_speedup", lambda device: 1.0 if of_checkpoint else 2.0)
+    load_training(model, [optimizer], tmp_path / "step-1")
+    assert choose_bfloat16(CPU, requested=True) is of_checkpoint
+
+
+@pytest.mark.parametrize("precisions", [5, [1], {"cpu": "yes"}, None])
+def test_precision_that_nobody_writes_is_refused(tmp_path, precisions):
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    save_training(model, [optimizer], tmp_path / "step-1", {}).result()
+    manifest = read_manifest(tmp_path / "step-1")
+    write_manifest(tmp_path / "step-1", Manifest(manifest.files, {**manifest.about, "bfloat16": precisions}))
+    with pytest.raises(CheckpointError, match="is not what save_training writes: bfloat16 is"):
+        load_training(model, [optimizer], tmp_path / "step-1")
 
 
 def test_speedup_is_measured():
