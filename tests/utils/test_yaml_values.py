@@ -152,3 +152,15 @@ def test_folder_may_have_such_a_name(tiny_config):
     assert load_config(str(tiny_config), ["run.directory=./None"]).run.directory == "./None"
     assert load_config(str(tiny_config), ["run.directory=./[a]"]).run.directory == "./[a]"
     assert load_config(str(tiny_config), ["data.template=[{prompt}]"]).data.template == "[{prompt}]"
+
+
+def test_escaped_surrogates_are_one_character_and_half_a_pair_is_none(tiny_config):
+    """JSON, which is YAML, writes characters beyond 16 bits as two escapes."""
+    text = tiny_config.read_text(encoding="utf-8")
+    settings = r'max_length: 48, split: "smile \ud83d\ude00", hub: x'
+    tiny_config.write_text(text.replace("max_length: 48", settings, 1), encoding="utf-8")
+    assert load_config(str(tiny_config), ["data.files=null"]).data.split == "smile \U0001f600"
+    for wrong in (r'"\ud83d": 1, max_length: 48', r'max_length: 48, split: "\ude00"'):
+        tiny_config.write_text(text.replace("max_length: 48", wrong, 1), encoding="utf-8")
+        with pytest.raises(UserError, match="not valid YAML: an escape is half of a surrogate pair"):
+            load_config(str(tiny_config), [])

@@ -5,6 +5,7 @@ which a setting that takes a number refuses.
 """
 
 import re
+from typing import Any
 
 import yaml
 
@@ -23,7 +24,22 @@ _RESOLVERS = {
 
 
 class Loader(yaml.SafeLoader):
-    """Loads numbers and words as YAML 1.2 does."""
+    """Loads numbers and words as YAML 1.2 does, and pairs of escaped surrogates as JSON does: as one character."""
+
+    def compose_scalar_node(self, anchor: Any) -> yaml.ScalarNode:
+        """A scalar; PyYAML calls this method.
+
+        Raises:
+            yaml.MarkedYAMLError: it has half of a pair, which is no character.
+        """
+        node: yaml.ScalarNode = super().compose_scalar_node(anchor)
+        if not node.value.isascii():
+            try:
+                node.value = node.value.encode("utf-16", "surrogatepass").decode("utf-16")
+            except UnicodeDecodeError:
+                problem = "an escape is half of a surrogate pair, which is no character"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark) from None
+        return node
 
 
 class Dumper(yaml.SafeDumper):

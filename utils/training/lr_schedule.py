@@ -5,6 +5,7 @@ The schedules of transformers begin a warm-up at 0, so that the first step learn
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -49,3 +50,15 @@ def make_scheduler(
     """A scheduler whose `step()` is called after each step of the optimizer."""
     # LambdaLR counts the steps that were taken: its count is 0 in step 1.
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda taken: lr_factor(taken + 1, total_steps, train))
+
+
+def restore_scheduler(scheduler: Any, optimizer: Any, state: dict[str, Any]) -> None:
+    """Continue the scheduler after the steps that were taken, with the learning rate of the settings.
+
+    They are those of the checkpoint unless the user has changed them.
+    """
+    highest, taken = scheduler.base_lrs, state["last_epoch"]
+    rates = [rate * factor(taken) for rate, factor in zip(highest, scheduler.lr_lambdas, strict=True)]
+    scheduler.load_state_dict({**state, "base_lrs": highest, "_last_lr": rates})
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate

@@ -30,6 +30,7 @@ from utils.training.checkpoint.resume_settings import compare, describe_run, req
 from utils.training.checkpoint.stopping import StopRequest, resume_command
 from utils.training.checkpoint.time_limit import GracePeriod, end_of_run, time_limit
 from utils.training.evaluation import Evaluation
+from utils.training.lr_schedule import restore_scheduler
 from utils.workers import max_over_ranks, rank
 
 # What a rank asks for after a step: nothing, a checkpoint because of the time, or the end of the run, because of a time
@@ -118,9 +119,15 @@ class Checkpoints:
                 f"{total_steps}: give a larger train.steps, or an earlier checkpoint"
             )
         extra = self._load(model, optimizer, checkpoint, about)
-        _restore_scheduler(scheduler, optimizer, extra["scheduler"])
-        restore_random_states(extra["random"])
-        self._evaluation.first_loss = float(extra["first_eval_loss"])
+        try:
+            restore_scheduler(scheduler, optimizer, extra["scheduler"])
+            restore_random_states(extra["random"])
+            self._evaluation.first_loss = float(extra["first_eval_loss"])
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{checkpoint} has a state that no training script writes ({type(error).__name__}: "
+                f"{first_line(error)[:200]}). Give an earlier checkpoint."
+            ) from error
         lines = [f"Not resumed: {reason}" for reason in damaged]
         self._log.resume(step, lambda: lines.extend(self._begin_branch(checkpoint, self._to_resume[: len(damaged)])))
         for line in lines:
@@ -283,15 +290,3 @@ def _checked(checkpoint: Path) -> dict[str, Any]:
             "Give an earlier checkpoint."
         )
     return about
-
-
-def _restore_scheduler(scheduler: Any, optimizer: Any, state: dict[str, Any]) -> None:
-    """Continue the scheduler after the steps that were taken, with the learning rate of the settings.
-
-    They are those of the checkpoint unless the user has changed them.
-    """
-    highest, taken = scheduler.base_lrs, state["last_epoch"]
-    rates = [rate * factor(taken) for rate, factor in zip(highest, scheduler.lr_lambdas, strict=True)]
-    scheduler.load_state_dict({**state, "base_lrs": highest, "_last_lr": rates})
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
