@@ -12,17 +12,22 @@ import json
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
-from accuracy.hierarchy import CHOICES, Hierarchy, fit_hierarchy, predict_rows
+from accuracy.hierarchy import CHOICES, Hierarchy, fit_hierarchy, posterior
+from accuracy.measured_memory import memory_of_kind
 from published_runs import PublishedRun, read_rows, usable_runs
 
 from moreh.accelerator.devices import all_devices
-from moreh.planner.calibration.memory_factor import predicted_bytes_of
-from moreh.planner.hardware.efficiency import MIN_RUNS_FOR_QUANTILE
+from moreh.planner.calibration.sensitivity import log_step_time
+from moreh.planner.cost.memory import peak_memory
+from moreh.planner.hardware.belief import from_coordinates
+from moreh.planner.hardware.efficiency import MIN_RUNS_FOR_QUANTILE, Efficiency
+from moreh.planner.hardware.environment import Environment
 from moreh.planner.plan.arrays import FloatArray
+from moreh.planner.plan.plan_table import PlanTable
 from moreh.planner.units import GIB
 
 OUTPUT = Path(__file__).parent.parent / "moreh" / "planner" / "hardware" / "data" / "efficiency.json"
@@ -37,20 +42,28 @@ def usable_for_fitting(runs: Sequence[PublishedRun]) -> list[PublishedRun]:
     return [run for run in runs if run.step_time_s is not None and run.program != LEFT_OUT]
 
 
-def blind_errors(hierarchy: Hierarchy) -> FloatArray:
+def blind_errors(hierarchy: Hierarchy, runs: Sequence[PublishedRun]) -> FloatArray:
     """Relative errors of step times when each program is predicted from all others, [rows]."""
-    rows = hierarchy.rows
-    errors = np.zeros(len(rows.labels))
+    rows, errors = hierarchy.rows, np.zeros(len(runs))
     for program in rows.programs:
         left = rows.of_program(program)
-        mean, _ = predict_rows(rows.take(~left), rows.take(left), hierarchy.spreads)
-        errors[left] = np.exp(mean - rows.seconds[left]) - 1
+        constants: dict[str, Efficiency] = {}
+        for index in np.flatnonzero(left):
+            run, label = runs[index], replace(rows.labels[index], strangeness=1.0)
+            if label.class_name not in constants:
+                found = posterior(rows.take(~left), label, hierarchy.spreads)
+                constants[label.class_name] = from_coordinates(found.mean)
+            environment = Environment(run.cluster, constants[label.class_name], run.software)
+            seconds = min(log_step_time(plan, run.training, environment) for plan in run.plans)
+            errors[index] = np.exp(seconds) / (run.step_time_s or np.nan) - 1
     return errors
 
 
-def errors_of_classes(hierarchy: Hierarchy, classes: Sequence[str]) -> dict[str, dict[str, float]]:
+def errors_of_classes(
+    hierarchy: Hierarchy, runs: Sequence[PublishedRun], classes: Sequence[str]
+) -> dict[str, dict[str, float]]:
     """How far predictions of programs that were left out are off: the fields of `Uncertainty`, for each class."""
-    errors = blind_errors(hierarchy)
+    errors = blind_errors(hierarchy, runs)
     table = {}
     for name in classes:
         own = errors[[label.class_name == name for label in hierarchy.rows.labels]]
@@ -66,7 +79,8 @@ def memory_spread(runs: Sequence[PublishedRun]) -> dict[str, float]:
     ratios: dict[str, list[float]] = {}
     for run in runs:
         if run.memory_gib is not None and len(run.plans) == 1:
-            predicted = predicted_bytes_of(run.plans[0], run.training, run.software)
+            needed = peak_memory(PlanTable.from_plans(run.plans), run.training, run.software)
+            predicted = memory_of_kind(run.memory_kind, run.plans[0], needed)
             ratios.setdefault(run.program, []).append(float(np.log(run.memory_gib * GIB / predicted)))
     means = [float(np.mean(values)) for values in ratios.values()]
     rest = [value - mean for values, mean in zip(ratios.values(), means, strict=True) for value in values]
@@ -100,7 +114,7 @@ def main(arguments: Sequence[str]) -> int:
     table = {
         "source": f"benchmarks/fit_planner.py {options.runs.name}",
         "fitted_rows": [run.digest for run in chosen],
-        "errors": errors_of_classes(hierarchy, classes),
+        "errors": errors_of_classes(hierarchy, chosen, classes),
         "constants": {
             name: {key: rounded(value) for key, value in asdict(belief.efficiency).items()}
             for name, belief in beliefs.items()

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from accuracy.blind import leaving_programs_out, with_shipped_constants
+from accuracy.measured_memory import memory_of_kind
 from accuracy.scores import error_line, score_lines, sweep_lines
 from fit_planner import LEFT_OUT
 from published_programs import cell
@@ -28,9 +29,11 @@ from published_runs import PublishedRun, failure, read_rows, usable_runs
 
 from moreh.planner.calibration.prediction import Interval
 from moreh.planner.calibration.prediction import predict as predict_with_interval
+from moreh.planner.cost.memory import peak_memory
 from moreh.planner.cost.prediction import Prediction, predict
 from moreh.planner.hardware.efficiency import fitted_rows
 from moreh.planner.hardware.environment import make_environment
+from moreh.planner.plan.plan_table import PlanTable
 from moreh.planner.units import GIB
 
 COLUMNS = (
@@ -52,6 +55,8 @@ class Scored:
 
     run: PublishedRun
     prediction: Prediction
+    memory_gib: float
+    """Predicted GiB of the fullest device, of the kind that was measured."""
     tested: bool
     """Whether the row was not used to fit the constants, under any id."""
 
@@ -60,11 +65,6 @@ class Scored:
         """Relative error of the step time; None if none was published."""
         measured = self.run.step_time_s
         return None if measured is None else self.prediction.step_time_s / measured - 1
-
-    @property
-    def memory_gib(self) -> float:
-        """Predicted GiB of the fullest device."""
-        return self.prediction.memory_bytes / GIB
 
     @property
     def memory_error(self) -> float | None:
@@ -83,7 +83,10 @@ def score(run: PublishedRun, fitted: frozenset[str]) -> Scored:
     environment = make_environment(run.cluster, run.software)
     predictions = [predict(plan, run.training, environment) for plan in run.plans]
     fitting = [p for p in predictions if p.memory_bytes <= run.cluster.device.memory_bytes]
-    return Scored(run, min(fitting or predictions, key=lambda p: p.step_time_s), run.digest not in fitted)
+    fastest = min(fitting or predictions, key=lambda p: p.step_time_s)
+    needed = peak_memory(PlanTable.from_plans([fastest.plan]), run.training, run.software)
+    memory_gib = memory_of_kind(run.memory_kind, fastest.plan, needed) / GIB
+    return Scored(run, fastest, memory_gib, run.digest not in fitted)
 
 
 def score_or_reason(run: PublishedRun, fitted: frozenset[str]) -> tuple[Scored | None, str]:

@@ -2,7 +2,7 @@
 
 import re
 
-from published_programs import RunRow, Unusable, cell, optional, required
+from published_programs import RunRow, Unusable, cell, optional, required, trains_with_dropout
 
 from moreh.models.architecture import Architecture, DecoderLayer, Linear
 
@@ -48,7 +48,7 @@ def architecture_of(row: RunRow) -> Architecture:
         gated=is_llama,
         norm="rms" if is_llama else "layer",
         rotary=is_llama,
-        dropout=has_bias,
+        dropout=has_bias and trains_with_dropout(row),
         table_parameters=positions,
         table_tensors=1 if positions else 0,
         final_parameters=norm,

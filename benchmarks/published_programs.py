@@ -103,7 +103,7 @@ def software_of(row: RunRow, compute: str) -> SoftwareProfile:
     `compute` is the precision, as in a `SoftwareProfile`. No trait is chosen from a published figure.
     """
     framework, sharding = cell(row, "framework"), cell(row, "sharding")
-    name = framework.lower()
+    name, fsdp = framework.lower(), "fsdp" in f"{framework} {sharding}".lower()
     if "llm-foundry" in framework:
         # Its loss is the fused one of FlashAttention, which writes the gradient over the logits.
         software = SoftwareProfile("llm-foundry", logit_bytes=4, logit_traffic_bytes=8)
@@ -118,15 +118,34 @@ def software_of(row: RunRow, compute: str) -> SoftwareProfile:
         software = replace(_megatron(row), name="OneFlow", overlaps_data_parallel=True)
     elif "MoAI" in framework:
         software = SoftwareProfile("MoAI Platform")
-    elif re.search(r"megatron|nemo", name) or name == "deepspeed":
-        software = _megatron(row)
+    elif re.search(r"megatron|nemo|neox", name) or name == "deepspeed":
+        software = replace(_megatron(row), guessed=not re.match(r"megatron", name))
     elif re.search(r"transformers|hugging|\btrl\b|axolotl|llama.?factory|accelerate|torchtune|lightning", name):
         # Eager kernels of transformers: a norm in float32 moves 32 bytes for each of its numbers, a fused one 4, and
         # rotary embeddings move twice as much. For a Llama's widths that is twice the traffic of fused kernels.
-        software = SoftwareProfile(framework, layer_kernels=32, elementwise_traffic=2.0)
+        software = SoftwareProfile(framework, guessed=True, layer_kernels=32, elementwise_traffic=2.0, logit_bytes=12)
     else:
-        software = SoftwareProfile(framework or "unknown")
+        software = SoftwareProfile(framework or "unknown", guessed=True)
+    if software.guessed and fsdp:
+        # Without a setting, FSDP reduces gradients in the precision of computation. With stages, weights stay gathered.
+        software = replace(software, reduce_bytes=2, reshards_in_pipeline=False)
     return replace(software, compute=compute)
+
+
+def trains_with_dropout(row: RunRow) -> bool:
+    """Whether a GPT has dropout: those of Megatron's first years and of programs compared with it have."""
+    name = cell(row, "framework").lower()
+    return re.search(r"megatron|deepspeed|oneflow|moai", name) is not None and not is_modern_megatron(row)
+
+
+def is_modern_megatron(row: RunRow) -> bool:
+    """Whether a row is of Megatron Core, or of Megatron-LM on devices that are as new."""
+    name = cell(row, "framework").lower()
+    if re.search(r"megatron|nemo", name) is None:
+        return False
+    words = f"{name} {cell(row, 'group')}".lower()
+    new_name = re.search(r"core|bridge|nemo|transformer.?engine|nightly|\b202[3-9]\b", words) is not None
+    return new_name or re.search(r"[hb][1-3]00|h20|mi3", cell(row, "gpu").lower()) is not None
 
 
 def _megatron(row: RunRow) -> SoftwareProfile:
@@ -140,26 +159,33 @@ def _megatron(row: RunRow) -> SoftwareProfile:
         optimizer_bytes=12,
         reduce_bytes=2,
         fused_attention=False,
+        fuses_dropout=True,
         logit_traffic_bytes=20,
         overlaps_data_parallel=False,
     )
-    name = cell(row, "framework").lower()
-    modern = re.search(r"core|bridge|nemo|transformer.?engine", name) is not None
-    if not modern and not re.search(r"[hb][1-3]00|h20|mi3", cell(row, "gpu").lower()):
+    if not is_modern_megatron(row):
         return software
-    # With FlashAttention and a fused cross-entropy. NeMo's recipes overlap the exchange of gradients, Megatron's own
-    # scripts do so only when asked to.
-    software = replace(software, name="Megatron Core", fused_attention=True, reduce_bytes=4)
-    software = replace(software, overlaps_data_parallel=re.search(r"bridge|nemo", name) is not None)
-    return replace(software, logit_bytes=6, logit_traffic_bytes=12)
+    # With FlashAttention and a fused cross-entropy.
+    software = replace(software, name="Megatron Core", fused_attention=True, logit_bytes=6, logit_traffic_bytes=12)
+    if not re.search(r"bridge|nemo", cell(row, "framework").lower()):
+        return replace(software, reduce_bytes=4)
+    # NeMo's recipes reduce gradients in half precision, and overlap both kinds of exchange with computation. Megatron's
+    # own scripts do so only when asked to.
+    return replace(software, gradient_bytes=2, overlaps_data_parallel=True, overlaps_tensor_parallel=True)
 
 
 def _torchtitan(row: RunRow) -> SoftwareProfile:
     """torchtitan, arXiv:2410.06511. Its selective recomputation repeats every second matmul."""
     framework = cell(row, "framework")
     software = SoftwareProfile(
-        "torchtitan", recomputed_matmuls=0.5, overlaps_tensor_parallel="async" in framework.lower(), gated_copies=1.0
+        "torchtitan",
+        recomputed_matmuls=0.5,
+        overlaps_tensor_parallel="async" in framework.lower(),
+        reshards_in_pipeline=False,
+        gated_copies=1.0,
+        # The loss holds log-probabilities, their gradient and that of the logits in float32.
+        logit_bytes=12,
     )
     if "compile" in framework:
-        return replace(software, elementwise_traffic=0.7, gated_copies=0.5)
+        return replace(software, elementwise_traffic=0.7, gated_copies=0.5, logit_bytes=10)
     return software

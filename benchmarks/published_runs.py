@@ -11,18 +11,20 @@ import json
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from accuracy.clusters import device_of, network_bytes_per_second
+from accuracy.measured_memory import MemoryKind, memory_kind
 from accuracy.modeled import check_modeled, compute_of
+from accuracy.words import not_modeled, recomputation_of, sharding_of, uses_sequence_parallelism
 from published_models import architecture_of
 from published_programs import RunRow, Unusable, cell, measurement, optional, program_of, required, software_of
 
 from moreh.errors import PlanError
 from moreh.models.architecture import Architecture
 from moreh.planner.hardware.cluster import Cluster, cluster_for_devices
-from moreh.planner.plan.plan import Plan, Recomputation, Schedule, Sharding, Training
+from moreh.planner.plan.plan import Plan, Schedule, Training
 from moreh.planner.plan.schedules import check_schedule
 from moreh.planner.software_profile import SoftwareProfile
 
@@ -55,6 +57,8 @@ class PublishedRun:
     """The measured seconds of a step; None if the row does not give them."""
     memory_gib: float | None
     """The measured peak of a device; None if the row does not give it."""
+    memory_kind: MemoryKind
+    """Which memory that is."""
     out_of_memory: bool
     """Whether the run ran out of memory."""
 
@@ -108,7 +112,7 @@ def published_run(row: RunRow) -> PublishedRun:
     if len(architecture.layers) < pipeline:
         raise Unusable(f"fewer layers than stages ({len(architecture.layers)} < {pipeline})")
     training = Training(architecture, batch, length)
-    software = software_of(row, compute_of(row))
+    software = replace(software_of(row, compute_of(row)), not_modeled=not_modeled(row, length))
     if "torchtitan" in framework and pipeline > 1:
         sizes = (_torchtitan_micro_batch_size(row, sizes[0], pipeline),)
     plans = tuple(
@@ -130,6 +134,7 @@ def published_run(row: RunRow) -> PublishedRun:
         units=units,
         step_time_s=measured,
         memory_gib=measurement(row, "peak_mem_gib_per_gpu"),
+        memory_kind=memory_kind(row),
         out_of_memory=measured is None and re.search(r"\boom\b|out.of.memory", text) is not None,
     )
 
@@ -181,13 +186,6 @@ def _plan(
             check_schedule(schedule, pipeline, micro_batches, chunks)
         except PlanError as error:
             raise Unusable(str(error)) from None
-    recompute, framework = cell(row, "recompute").lower(), cell(row, "framework")
-    if not recompute and "torchtitan" in framework:
-        recompute = "selective"  # that of torchtitan's configurations
-    recomputation: Recomputation = (
-        "full" if recompute.startswith("full") else "selective" if recompute.startswith("selective") else "none"
-    )
-    sequence_parallel = tensor > 1 and ("sequence" in recompute or "torchtitan" in framework or "SimuMax" in framework)
     return Plan(
         stage_layers=tuple(layers * (s + 1) // stages - layers * s // stages for s in range(stages)),
         tensor=tensor,
@@ -198,21 +196,11 @@ def _plan(
         micro_batches=micro_batches,
         schedule=schedule,
         chunks=chunks,
-        recomputation=recomputation,
-        sharding=_sharding(row),
-        sequence_parallel=sequence_parallel,
+        # Unknown words: the interval is wide then.
+        recomputation=recomputation_of(row) or "none",
+        sharding=sharding_of(row) or "none",
+        sequence_parallel=tensor > 1 and uses_sequence_parallelism(row),
     )
-
-
-def _sharding(row: RunRow) -> Sharding:
-    text = cell(row, "sharding")
-    if re.search(r"FULL_SHARD|FSDP|ZeRO-3|distribute_param", text):
-        return "parameters"
-    if re.search(r"SHARD_GRAD_OP|ZeRO-2", text):
-        return "gradients"
-    # DeepSpeed's optimizer for bfloat16 shards its state over the ranks at every ZeRO level.
-    shards_always = "DeepSpeed" in cell(row, "framework") and cell(row, "precision") == "bf16"
-    return "optimizer" if "ZeRO-1" in text or shards_always else "none"
 
 
 def _step_time_s(row: RunRow, training: Training, units: int) -> float | None:

@@ -1,16 +1,20 @@
 """The devices of a published run, and the network between its nodes as far as that is known."""
 
 import csv
+import math
 import re
 from pathlib import Path
 
 from published_programs import RunRow, Unusable, cell
 
-from moreh.accelerator.devices import Device, find_device
+from moreh.accelerator.devices import Device, all_devices, find_device
 
 _NETWORKS = Path(__file__).parent.parent / "data" / "networks.csv"
-# What a row says itself, such as "400 Gbit/s a node".
-_STATED = re.compile(r"(\d+(?:\.\d+)?) ?g(?:bit/s|bps|b/s),? ?(?:per|a|each|/) ?(node|server|host|gpu|device)")
+# What a row says itself, such as "400 Gbit/s a node" or "4x200 Gb/s HDR per node". GB/s would be bytes.
+_STATED = re.compile(
+    r"(?:(\d+) ?[x\u00d7*] ?)?(\d+(?:\.\d+)?) ?([GgTt])(?:bits?/s|bps|b/s|bE|be)\b,?(?: (?:HDR|NDR|EDR|EFA|IB"
+    r"|InfiniBand|RoCE|Ethernet|NICs?|ports?|network))* ?(?:per|a|each|/) ?(node|server|host|gpu|GPU|device)"
+)
 # Patterns in the order in which they are tried.
 _DEVICES = (
     (r"mi250x", "MI250X GCD"),
@@ -46,6 +50,10 @@ def device_of(row: RunRow) -> tuple[Device, int]:
     for pattern, device in _DEVICES:
         if re.search(pattern, name):
             return find_device(device), 2 if "package" in name else 1
+    # Other devices that are known: the longest name that the cell contains.
+    names = [known for known in all_devices() if re.search(rf"\b{re.escape(known.lower())}\b", name)]
+    if names:
+        return find_device(max(names, key=len)), 1
     raise Unusable(f"no data of device {cell(row, 'gpu')!r}")
 
 
@@ -58,8 +66,9 @@ def network_bytes_per_second(row: RunRow, device: Device) -> float | None:
         for entry in csv.DictReader(file):
             if entry["group"] == cell(row, "group") and entry["gpu"] in ("", cell(row, "gpu")):
                 return float(entry["network_gbit_per_s_per_device"]) * 1e9 / 8
-    stated = _STATED.search(" ".join(cell(row, column) for column in ("gpu", "notes", "network")).lower())
-    if stated is None or float(stated[1]) == 0:
+    stated = _STATED.search(" ".join(cell(row, column) for column in ("gpu", "notes", "network")))
+    rate = float(stated[2]) * int(stated[1] or 1) if stated else 0.0
+    if stated is None or not 0 < rate < math.inf:
         return None
-    sharers = 1 if stated[2] in ("gpu", "device") else device.devices_per_node
-    return float(stated[1]) * 1e9 / 8 / sharers
+    sharers = 1 if stated[4].lower() in ("gpu", "device") else device.devices_per_node
+    return rate * (1e12 if stated[3] in "Tt" else 1e9) / 8 / sharers

@@ -34,8 +34,15 @@ class Spreads:
     """Of a program on a generation."""
     models: float = 0.03
     """What the steps of one model with one program on one class have in common."""
+    hosts: float = 3.0
+    """How many times farther the times of hosts differ between programs than other constants do: one program captures
+    graphs, another runs Python for each kernel."""
+    usual_host: float = 0.5
+    """The same as `population`, for the times of hosts: that layers take hosts about a millisecond is known."""
 
 
+# The constants that are times of hosts.
+HOSTS = np.array([name in ("layer_host_s", "step_host_s") for name in CONSTANTS])
 # The spreads that `choose_spreads` tries.
 CHOICES = tuple(Spreads(programs, noise) for programs, noise in product((0.35, 0.5, 0.7), (0.04, 0.06)))
 
@@ -124,39 +131,59 @@ def _equal(first: Sequence[str], second: Sequence[str]) -> BoolArray:
     return np.asarray(mine[:, None] == theirs[None, :])
 
 
-def _shared(first: Sequence[Labels], second: Sequence[Labels], spreads: Spreads) -> FloatArray:
-    """How much of `WIDTH` squared the coordinates of two lists of labels have in common, [first, second]."""
+@dataclass(frozen=True, eq=False)
+class _Shared:
+    """How much of `WIDTH` squared the coordinates of two lists of labels have in common, [first, second] each.
+
+    What all programs have in common comes on top.
+    """
+
+    devices: FloatArray
+    """Draws of generations and classes: none of the times of hosts, which have the same processors."""
+    programs: FloatArray
+    """Draws of programs: `Spreads.hosts` squared times as much of the times of hosts."""
+
+    def of(self, hosts: bool, spreads: Spreads) -> FloatArray:
+        """All of it, for the times of hosts or for other constants."""
+        if hosts:
+            return spreads.usual_host**2 + spreads.hosts**2 * self.programs
+        return spreads.population**2 + self.devices + self.programs
+
+
+def _shared(first: Sequence[Labels], second: Sequence[Labels], spreads: Spreads) -> _Shared:
 
     def same(name: str) -> BoolArray:
         return _equal([getattr(label, name) for label in first], [getattr(label, name) for label in second])
 
     program, generation = same("program"), same("generation")
-    return np.asarray(
-        spreads.population**2
-        + spreads.generations**2 * generation
-        + spreads.classes**2 * same("class_name")
-        + np.array([label.strangeness**2 for label in first])[:, None]
-        * program
-        * (spreads.programs**2 + spreads.pairs**2 * generation)
+    strangeness = np.array([label.strangeness**2 for label in first])[:, None]
+    return _Shared(
+        spreads.generations**2 * generation + spreads.classes**2 * same("class_name"),
+        strangeness * program * (spreads.programs**2 + spreads.pairs**2 * generation),
     )
 
 
 def _covariance(first: Rows, second: Rows, spreads: Spreads) -> FloatArray:
     """Covariance of the step times of two sets of rows without noise, [first, second]."""
-    weighted = (first.slopes * width() ** 2) @ second.slopes.T
-    shared = _shared(first.labels, second.labels, spreads)
+    scaled, shared = first.slopes * width() ** 2, _shared(first.labels, second.labels, spreads)
+    weighted = sum(
+        scaled[:, chosen] @ second.slopes[:, chosen].T * shared.of(hosts, spreads)
+        for hosts, chosen in ((True, HOSTS), (False, ~HOSTS))
+    )
     models = _equal([label.step for label in first.labels], [label.step for label in second.labels])
-    return weighted * shared + spreads.models**2 * models
+    return np.asarray(weighted + spreads.models**2 * models)
 
 
 def posterior(rows: Rows, of: Labels, spreads: Spreads) -> Posterior:
     """What rows say about the coordinates of a program on a class. Either may be new to the rows."""
-    sigma = width()
-    own = float(_shared([of], [of], spreads)[0, 0])
+    sigma, shared = width(), _shared([of], [of], spreads)
+    own = np.where(HOSTS, shared.of(True, spreads)[0, 0], shared.of(False, spreads)[0, 0])
     if not len(rows.labels):
         return Posterior(prior_mean(of.class_name), np.diag(own * sigma**2))
     inverse = np.linalg.inv(_covariance(rows, rows, spreads) + spreads.noise**2 * np.eye(len(rows.labels)))
-    cross = sigma[:, None] ** 2 * rows.slopes.T * _shared([of], rows.labels, spreads)
+    shared = _shared([of], rows.labels, spreads)
+    common = np.where(HOSTS[:, None], shared.of(True, spreads), shared.of(False, spreads))
+    cross = sigma[:, None] ** 2 * rows.slopes.T * common
     gain = cross @ inverse
     covariance = np.diag(own * sigma**2) - gain @ cross.T
     return Posterior(prior_mean(of.class_name) + gain @ rows.seconds, (covariance + covariance.T) / 2)

@@ -10,14 +10,20 @@ from published_programs import RunRow, Unusable, cell, optional
 # Patterns, and the columns in which they are looked for.
 _NOT_MODELED = (
     (r"\bmoe\b|mixtral|\d+x\d+(\.\d+)?b|[-_]a\d+(\.\d+)?b\b|deepseek.?(v[23]|r1)|dbrx|gpt.?oss|switch", "model"),
-    (r"\bq?lora\b|\bpeft\b|\bdora\b", "model framework flag"),
-    (r"\bt5\b|\bbert\b|\bvit\b|mamba|diffusion|whisper|\bclip\b|llava", "model"),
+    (r"\bq?lora\b|\bpeft\b|\bdora\b|\bia3\b|adapters?\b|prompt.?tuning", "model framework flag"),
+    (r"\bm?t5\b|\bul2\b|bert\b|\bm?bart\b|pegasus|\bnllb\b|\bvit\b|diffusion|whisper|\bclip\b|\bdit\b", "model"),
+    (r"llava|\bvlm?\b|[-_ ]vl\b|vision|pixtral|paligemma|internvl|idefics|multimodal|omni\b|audio", "model"),
+    (r"mamba|jamba|zamba|\bbamba\b|nemotron.?h\b|rwkv|hyena|retnet|griffin|recurrent|qwen.?3.?next|kimi", "model"),
+    (r"\b(dpo|grpo|ppo|rlhf|orpo|kto|reward|distill\w*)\b", "model framework flag"),
     (r"offload(ing)?\b(?! ?= ?(false|no|none|0))", "flag sharding recompute"),
 )
 _REASONS = (
     "how tokens are routed to experts is not modeled",
     "the rank of adapters and what they adapt are not given",
     "the model is not a decoder of text",
+    "the model is not a decoder of text only",
+    "layers with a state-space model or linear attention are not in the columns",
+    "the training is not on next tokens",
     "offloading to the host is not modeled",
 )
 

@@ -17,6 +17,10 @@ class SoftwareProfile:
     """Traits of a training program. The defaults are those of a program with fused kernels and mixed precision."""
 
     name: str
+    guessed: bool = False
+    """Whether the traits are those of programs of its kind, because nothing is known of this program's own."""
+    not_modeled: str = ""
+    """A mechanism of the program that neither time nor memory accounts for, in words; empty for none."""
 
     # Precision. Sizes are bytes of one number.
     compute: str = "half"
@@ -43,6 +47,8 @@ class SoftwareProfile:
     """Whether attention never writes its scores to memory (FlashAttention)."""
     elementwise_traffic: float = 1.0
     """Memory traffic of norms, activations and residuals, as a multiple of one fused kernel each."""
+    fuses_dropout: bool = False
+    """Whether one kernel adds the residual and applies the dropout, as in Megatron."""
     layer_kernels: int = 8
     """Kernels that a layer's forward pass launches besides its matmuls and attention."""
     logit_traffic_bytes: float = 30.0

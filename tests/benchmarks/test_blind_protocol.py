@@ -7,7 +7,7 @@ import pytest
 
 from moreh.planner.cost.prediction import predict
 from moreh.planner.hardware.environment import make_environment
-from tests.helpers.planner.published_rows import blind, hierarchy, make_row, published_runs, scores
+from tests.helpers.planner.published_rows import blind, hierarchy, make_row, planner_accuracy, published_runs, scores
 
 
 def timed(factor, name="new", **changes):
@@ -103,6 +103,10 @@ def test_figures_within_the_spread_of_repeats_are_tied(runs):
         ({"framework": "torchtune LoRA"}, "adapters"),
         ({"model": "T5 11B"}, "not a decoder"),
         ({"sharding": "ZeRO-3 offload"}, "host"),
+        ({"model": "BART large"}, "not a decoder"),
+        ({"model": "Qwen2-VL 7B"}, "of text only"),
+        ({"model": "Nemotron-H 8B"}, "state-space"),
+        ({"framework": "TRL DPO"}, "next tokens"),
     ],
 )
 def test_what_is_not_modeled_is_refused(changes, reason):
@@ -120,8 +124,85 @@ def test_float8_has_a_wide_interval(precision):
 
 
 @pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"sharding": "HSDP 2x8"}, "groups of nodes"),
+        ({"sharding": "3D mesh"}, "sharding='3D mesh' is not known"),
+        ({"recompute": "block, 4 layers"}, "recompute='block, 4 layers' is not known"),
+        ({"flag": "paged_adamw_8bit"}, "other than AdamW"),
+        ({"model": "MiMo 7B with MTP"}, "several tokens"),
+        ({"model": "Mistral 7B", "seq_len": "8192"}, "sliding window"),
+        ({"framework": "Megatron-LM Ulysses"}, "sequence parallelism"),
+    ],
+)
+def test_what_only_a_rows_words_say_has_a_wide_interval(changes, reason):
+    run = timed(1.0, **changes)
+    assert reason in run.software.not_modeled
+    ((entry,),) = [group.zero_shot for group in blind.with_shipped_constants([run])]
+    assert entry.high / entry.low >= 4 * (1 - 1e-9)
+
+
+def test_known_words_of_plans_are_told_apart():
+    def plan(**changes):
+        run = published_runs.published_run(make_row(**changes))
+        assert run.software.not_modeled == ""
+        return run.plans[0]
+
+    assert plan(sharding="zero stage 3").sharding == "parameters"
+    assert plan(sharding="FSDP, SHARD_GRAD_OP").sharding == "gradients"
+    assert plan(sharding="distributed optimizer").sharding == "optimizer"
+    assert plan(sharding="none (ZeRO-0)", precision="fp16").sharding == "none"
+    assert plan(recompute="True").recomputation == "full"
+    assert plan(recompute="gradient checkpointing").recomputation == "full"
+    assert plan(recompute="selective+sequence parallel").recomputation == "selective"
+    assert plan(recompute="").recomputation == "none"
+    # Megatron Core splits the residual stream over tensor-parallel ranks, and NeMo shards the optimizer's state.
+    assert not plan(framework="Megatron-LM").sequence_parallel
+    newer = plan(framework="NeMo", gpu="H100")
+    assert newer.sequence_parallel
+    assert newer.sharding == "optimizer"
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("60.68 GiB max allocated", "allocated"),
+        ("82.4 GiB (max over ranks, reserved as logged)", "reserved"),
+        ("6264 (MiB)", "driver"),
+        ("nvidia-smi", "driver"),
+        ("mem-allocated-bytes", "states"),
+        ("", "allocated"),
+    ],
+)
+def test_memory_is_predicted_as_it_was_measured(text, kind):
+    run = published_runs.published_run(make_row(mem_as_published=text))
+    assert run.memory_kind == kind
+    scored = planner_accuracy.score(run, frozenset())
+    allocated = scored.prediction.memory_bytes / 2**30
+    bounds = {"states": (0, 0.9), "allocated": (1, 1), "reserved": (1.01, 1.2), "driver": (1.02, 3)}[kind]
+    assert bounds[0] * (1 - 1e-9) <= scored.memory_gib / allocated <= bounds[1] * (1 + 1e-9)
+
+
+def test_program_that_is_not_known_has_a_wider_interval():
+    def entry(framework):
+        ((found,),) = [group.zero_shot for group in blind.with_shipped_constants([timed(1.0, framework=framework)])]
+        return found
+
+    known, guessed = entry("Megatron-LM"), entry("own trainer")
+    assert guessed.run.software.guessed
+    assert guessed.high / guessed.low > 1.1 * known.high / known.low
+
+
+@pytest.mark.parametrize(
     ("gpu", "device"),
-    [("NVIDIA H200 141GB", "H200"), ("H20 141GB", "H20 141GB"), ("H20", "H20"), ("GB200", "GB200"), ("B200", "B200")],
+    [
+        ("NVIDIA H200 141GB", "H200"),
+        ("NVIDIA L40S 48GB", "L40S"),
+        ("H20 141GB", "H20 141GB"),
+        ("H20", "H20"),
+        ("GB200", "GB200"),
+        ("B200", "B200"),
+    ],
 )
 def test_names_of_devices_are_told_apart(gpu, device):
     assert published_runs.published_run(make_row(gpu=gpu)).cluster.device.name == device
@@ -134,6 +215,9 @@ def test_network_that_a_row_states_for_a_node_is_shared_by_its_devices():
 
     assert network("nodes of 8 with 400 Gbit/s a node") == pytest.approx(400e9 / 8 / 8)
     assert network("100 Gbps per GPU") == pytest.approx(100e9 / 8)
+    assert network("4x200 Gb/s HDR per node") == pytest.approx(800e9 / 8 / 8)
+    assert network("1.6 Tbps per node") == pytest.approx(1600e9 / 8 / 8)
+    assert network("600 GB/s per GPU") == network("")
     assert network("400 Gbit/s switch") == network("")
 
 
@@ -148,3 +232,16 @@ def test_programs_have_the_kernels_of_their_time():
     eager, unknown = software(framework="TRL"), software(framework="Some trainer 1.0")
     assert eager.elementwise_traffic > unknown.elementwise_traffic
     assert published_runs.published_run(make_row(framework="Some trainer 1.0")).program == "Some trainer"
+    assert software(framework="Megatron-LM nightly 2025").fused_attention
+    assert software(framework="NeMo", gpu="H100").overlaps_tensor_parallel
+    assert software(framework="PyTorch FSDP", sharding="FULL_SHARD").reduce_bytes == 2
+
+
+def test_dropout_is_that_of_a_programs_time():
+    def dropout(**changes):
+        return published_runs.published_run(make_row(**changes)).training.architecture.dropout
+
+    assert dropout(framework="Megatron-LM")
+    assert not dropout(framework="NeMo")
+    assert not dropout(framework="nanoGPT")
+    assert not dropout(framework="Megatron-LM", model="Llama 7B")

@@ -74,11 +74,8 @@ def test_plans_of_a_sweep_are_ranked_as_measured(scored):
 
 def with_factor(entry, factor):
     """The entry with a prediction of `factor` times the step time and the memory."""
-    memory = tuple(
-        replace(rank, parameters=rank.parameters + (factor - 1) * rank.total) for rank in entry.prediction.memory
-    )
-    prediction = replace(entry.prediction, step_time_s=factor * entry.prediction.step_time_s, memory=memory)
-    return replace(entry, prediction=prediction)
+    prediction = replace(entry.prediction, step_time_s=factor * entry.prediction.step_time_s)
+    return replace(entry, prediction=prediction, memory_gib=factor * entry.memory_gib)
 
 
 @pytest.mark.parametrize("factor", [5, np.nan])

@@ -15,6 +15,7 @@ from moreh.planner.hardware.roofline import Roofline
 from moreh.planner.plan.arrays import FloatArray, IntArray
 from moreh.planner.plan.plan import Training
 from moreh.planner.plan.plan_table import RECOMPUTE_FULL, RECOMPUTE_SELECTIVE, PlanTable
+from moreh.planner.software_profile import SoftwareProfile
 
 # The backward pass of fused attention computes the scores again: 5 matmuls against 2
 # (https://arxiv.org/abs/2307.08691).
@@ -83,7 +84,7 @@ def _one_layer(
     hidden = training.architecture.hidden
     matmuls_s, grad_inputs_s, grad_weights_s = _linear_s(roofline, plans, layer, tokens)
     attention_s, attention_backward_s = _attention_s(roofline, plans, training, layer, tokens)
-    moved_bytes = elementwise_bytes(plans, training.architecture, layer, tokens, software.activation_bytes)
+    moved_bytes = elementwise_bytes(plans, training.architecture, layer, tokens, software)
     moved_bytes = moved_bytes * software.elementwise_traffic * roofline.efficiency.elementwise
     elementwise_s = roofline.memory_s(moved_bytes, software.layer_kernels)
     elementwise_backward_s = roofline.memory_s(
@@ -171,9 +172,8 @@ def _attention_s(
         return forward_s, FUSED_ATTENTION_BACKWARD * forward_s
     batch = plans.micro_batch_size * heads
     queries = length / plans.context
-    matmuls_s = roofline.matmul_s(queries, length, layer.head_dim, batch) + roofline.matmul_s(
-        queries, layer.head_dim, length, batch
-    )
+    matmuls_s = roofline.matmul_s(queries, length, layer.head_dim, batch, float8=False)
+    matmuls_s = matmuls_s + roofline.matmul_s(queries, layer.head_dim, length, batch, float8=False)
     # Each score is written by the first matmul, read and written by the masked softmax, and read by the second matmul.
     # Dropout reads and writes it once more and writes a mask of one byte.
     bytes_per_score = (6.5 if training.architecture.dropout else 4) * software.activation_bytes
@@ -201,15 +201,18 @@ def _qkv_columns(layer: DecoderLayer) -> int:
 
 
 def elementwise_bytes(
-    plans: PlanTable, architecture: Architecture, layer: DecoderLayer, tokens: IntArray, element_bytes: int
+    plans: PlanTable, architecture: Architecture, layer: DecoderLayer, tokens: IntArray, software: SoftwareProfile
 ) -> FloatArray:
     """Bytes that norms, residuals, activations and layout changes move in a forward pass, with one kernel each, [n]."""
-    # Two norms read and write. Two residual additions read twice and write. Dropout comes twice.
-    passes = 4 + 6 + (5 if architecture.dropout else 0)
+    # Two norms read and write. Two residual additions read twice and write. Dropout comes twice: it reads, writes and
+    # writes a mask of half as many bytes, or only the mask where it is part of the addition.
+    dropout = 1 if software.fuses_dropout else 5
+    passes = 4 + 6 + (dropout if architecture.dropout else 0)
     hidden = architecture.hidden * passes / np.where(plans.sequence_parallel, plans.tensor, 1)
     # The activation reads and writes. A gated one reads and writes, then reads twice and writes, over half the columns.
     feed_forward = feed_forward_columns(layer) * (2.5 if architecture.gated else 2)
     projections = _qkv_columns(layer) * (4 if architecture.rotary else 2)
+    element_bytes = software.activation_bytes
     return np.asarray(tokens * element_bytes * (hidden + (feed_forward + projections) / plans.tensor), dtype=np.float64)
 
 
@@ -243,10 +246,11 @@ def head_time(roofline: Roofline, cluster: Cluster, plans: PlanTable, training: 
     exchange_s = 2 * roofline.ring_s(tokens * hidden * roofline.software.activation_bytes, links)
     # Half of the loss's memory traffic in each direction.
     loss_s = roofline.memory_s(tokens * vocabulary_shard * roofline.software.logit_traffic_bytes / 2, kernels=4)
-    backward_s = roofline.matmul_s(tokens, hidden, vocabulary_shard)
+    # Programs with float8 keep the output layer in half precision.
+    backward_s = roofline.matmul_s(tokens, hidden, vocabulary_shard, float8=False)
     if not head_is_frozen(training.architecture):
-        backward_s = backward_s + roofline.matmul_s(hidden, vocabulary_shard, tokens)
+        backward_s = backward_s + roofline.matmul_s(hidden, vocabulary_shard, tokens, float8=False)
     return EdgeTime(
-        forward_s=roofline.matmul_s(tokens, vocabulary_shard, hidden) + loss_s,
+        forward_s=roofline.matmul_s(tokens, vocabulary_shard, hidden, float8=False) + loss_s,
         backward_s=backward_s + loss_s + exchange_s,
     )

@@ -253,6 +253,6 @@ def _orthogonalizing_s(roofline: Roofline, training: Training) -> float:
                 short, long = sorted((linear.inputs, linear.outputs))
                 # X X', its square, and the product with X
                 matmuls = [(short, short, long), (short, short, short), (short, long, short)]
-                once_s = sum(float(roofline.matmul_s(*sizes)) for sizes in matmuls)
+                once_s = sum(float(roofline.matmul_s(*sizes, float8=False)) for sizes in matmuls)
                 seconds += count * linear.copies * steps * once_s
     return seconds

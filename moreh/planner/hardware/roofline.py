@@ -14,6 +14,9 @@ Number = IntArray | FloatArray | int | float
 
 # The tile of the result that one compute unit works on at a time in large matmuls (cuBLAS, hipBLASLt, CUTLASS).
 TILE_ELEMENTS = 128 * 256
+# An operand of a matmul in float8 is read in half precision and written in float8. Its range comes from earlier steps.
+# A matmul's operands are each used twice in a step, in both directions, so that half of it counts for each use.
+FLOAT8_CAST_BYTES = 3 / 2
 # How suddenly a layer becomes bound by its host as it gets smaller.
 HOST_SHARPNESS = 6
 
@@ -35,26 +38,38 @@ class Roofline:
         return self.device.bf16_flops_per_second
 
     @property
-    def linear_rate(self) -> float:
-        """FLOP/s that large linear layers reach."""
-        float8_peak = self.device.float8_flops_per_second
-        if self.software.compute == "float8" and float8_peak is not None:
-            return float8_peak * self.efficiency.float8
+    def half_rate(self) -> float:
+        """FLOP/s that large matmuls reach, if they are not in float8."""
         return self.attention_peak * self.efficiency.matmul
+
+    @property
+    def float8_rate(self) -> float | None:
+        """FLOP/s that large linear layers reach in float8; None if they are not in it."""
+        peak = self.device.float8_flops_per_second
+        return None if self.software.compute != "float8" or peak is None else peak * self.efficiency.float8
 
     @property
     def memory_rate(self) -> float:
         """Bytes/s that memory-bound kernels reach."""
         return self.device.memory_bytes_per_second * self.efficiency.memory
 
-    def matmul_s(self, rows: Number, columns: Number, depth: Number, batch: Number = 1) -> FloatArray:
-        """Seconds of `batch` matmuls `[rows, depth] x [depth, columns]`, bound by either compute or memory."""
+    def matmul_s(
+        self, rows: Number, columns: Number, depth: Number, batch: Number = 1, *, float8: bool = True
+    ) -> FloatArray:
+        """Seconds of `batch` matmuls `[rows, depth] x [depth, columns]`, bound by either compute or memory.
+
+        With `float8`, they are in float8 if the program's linear layers are, and their operands are converted first.
+        """
         rows, columns, depth, batch = (np.asarray(value, dtype=np.float64) for value in (rows, columns, depth, batch))
         waves = batch * rows * columns / (TILE_ELEMENTS * self.device.compute_units)
         fraction = depth / (depth + self.efficiency.matmul_depth) * waves / (waves + self.efficiency.matmul_waves)
-        compute_s = 2 * batch * rows * columns * depth / (self.linear_rate * fraction)
+        float8_rate = self.float8_rate if float8 else None
+        compute_s = 2 * batch * rows * columns * depth / ((float8_rate or self.half_rate) * fraction)
         moved_bytes = batch * (rows * depth + depth * columns + rows * columns) * self.software.activation_bytes
-        return np.maximum(compute_s, moved_bytes / self.memory_rate) + self.efficiency.kernel_s
+        seconds = np.maximum(compute_s, moved_bytes / self.memory_rate) + self.efficiency.kernel_s
+        if float8_rate is None:
+            return seconds
+        return seconds + batch * (rows + columns) * depth * FLOAT8_CAST_BYTES / self.memory_rate
 
     def attention_s(self, flops: Number) -> FloatArray:
         """Seconds of a fused attention kernel that computes `flops`."""

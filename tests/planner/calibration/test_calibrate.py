@@ -16,6 +16,7 @@ from moreh.planner.cost.prediction import predict as predict_cost
 from moreh.planner.hardware.belief import from_coordinates, to_coordinates
 from moreh.planner.hardware.cluster import cluster_for_devices
 from moreh.planner.hardware.environment import make_environment
+from moreh.planner.optimizer_state import OPTIMIZER_STATES
 from moreh.planner.plan.plan import Plan, Training
 from moreh.planner.search.search import search
 
@@ -36,6 +37,10 @@ def gpt(experts=1, active=1):
     )
 
 
+def gpt_linears():
+    return gpt().layers[0].linears
+
+
 TRAINING = Training(gpt(), 64, 1024)
 CLUSTER = cluster_for_devices(find_device("A100 80GB"), 16)
 PLANS = [
@@ -51,11 +56,11 @@ def environment():
     return make_environment(CLUSTER)
 
 
-def steps(environment, plans=PLANS, factor=1.0):
+def steps(environment, plans=PLANS, factor=1.0, training=TRAINING):
     """Steps as they would be measured in an environment."""
-    seconds = [factor * predict_cost(plan, TRAINING, environment).step_time_s for plan in plans]
+    seconds = [factor * predict_cost(plan, training, environment).step_time_s for plan in plans]
     pairs = zip(plans, seconds, strict=True)
-    return [MeasuredStep(plan, TRAINING, environment.cluster, time_s) for plan, time_s in pairs]
+    return [MeasuredStep(plan, training, environment.cluster, time_s) for plan, time_s in pairs]
 
 
 def width(prediction):
@@ -113,11 +118,12 @@ def test_a_step_as_predicted_moves_nothing(environment):
 
 def test_a_program_with_other_constants_is_found(environment):
     """A slow network shows in the steps that use it, and the calibrated constants predict the others."""
+    longer = Training(gpt(), 64, 4096)  # the host is not what steps wait for
     slow = replace(environment, efficiency=replace(environment.efficiency, network=0.15))
-    calibration = calibrate(steps(slow, [PLANS[0], *PLANS[2:]]))
-    truth = predict_cost(PLANS[1], TRAINING, slow).step_time_s
-    error = predict(PLANS[1], TRAINING, environment, calibration).cost.step_time_s / truth - 1
-    uncalibrated_error = predict(PLANS[1], TRAINING, environment).cost.step_time_s / truth - 1
+    calibration = calibrate(steps(slow, [PLANS[0], *PLANS[2:]], training=longer))
+    truth = predict_cost(PLANS[1], longer, slow).step_time_s
+    error = predict(PLANS[1], longer, environment, calibration).cost.step_time_s / truth - 1
+    uncalibrated_error = predict(PLANS[1], longer, environment).cost.step_time_s / truth - 1
     assert abs(error) < 0.8 * abs(uncalibrated_error)
 
 
@@ -150,6 +156,28 @@ def test_what_is_not_modeled_has_a_wide_interval_however_many_steps_were_measure
     ):
         prediction = predict(plan, training, where, calibration)
         assert width(prediction) >= 4 * (1 - 1e-9)
+        assert word in prediction.text
+    muon = replace(TRAINING, optimizer=OPTIMIZER_STATES["muon"])
+    unknown = make_environment(CLUSTER, replace(environment.software, not_modeled="its trick is not modeled"))
+    for training, where, word in ((muon, environment, "muon gathers"), (TRAINING, unknown, "trick")):
+        prediction = predict(PLANS[0], training, where, calibration)
+        assert width(prediction) >= 4 * (1 - 1e-9)
+        assert word in prediction.text
+    windowed = replace(TRAINING.architecture.layers[0], window=128)
+    linear = replace(TRAINING.architecture.layers[0], state_elements=4096)
+    frozen = replace(TRAINING.architecture.layers[0], linears=tuple(replace(x, frozen=True) for x in gpt_linears()))
+    for layer, word in ((windowed, "window"), (linear, "linear attention"), (frozen, "frozen")):
+        architecture = replace(TRAINING.architecture, layers=(layer,) * 16)
+        prediction = predict(PLANS[0], replace(TRAINING, architecture=architecture), environment, calibration)
+        assert width(prediction) >= 2
+        assert word in prediction.text
+    split = replace(PLANS[2], schedule="zero-bubble", chunks=2, stage_layers=(4,) * 4)
+    for plan, training, word in (
+        (split, TRAINING, "split backward"),
+        (PLANS[0], replace(TRAINING, sequence_length=131_072), "65,536 tokens"),
+    ):
+        prediction = predict(plan, training, environment, calibration)
+        assert width(prediction) >= 2
         assert word in prediction.text
     prediction = predict(PLANS[0], TRAINING, new)
     assert width(prediction) >= 2

@@ -157,3 +157,23 @@ def test_embedding_over_tensor_parallel_ranks_is_reduced():
     split = predict(Plan((1,), tensor=8, micro_batch_size=32), training, EIGHT_GCDS)
     assert whole.parts.tensor_exchange_s == 0
     assert split.parts.tensor_exchange_s > 0
+
+
+def test_output_layer_is_never_in_float8():
+    cluster = cluster_for_devices(find_device("H100 80GB"), 1)
+    half, low = (make_environment(cluster, moreh_software(compute)).roofline for compute in ("half", "float8"))
+    assert low.matmul_s(8192, 8192, 8192) < half.matmul_s(8192, 8192, 8192)
+    assert low.matmul_s(8192, 8192, 8192, float8=False) == half.matmul_s(8192, 8192, 8192)
+    # Few rows: converting the weights takes longer than the matmul saves.
+    assert low.matmul_s(16, 8192, 8192) > half.matmul_s(16, 8192, 8192)
+
+
+def test_dropout_that_is_part_of_an_addition_moves_less():
+    cluster = cluster_for_devices(find_device("A100 80GB"), 1)
+    plan = Plan((8,), micro_batch_size=8, micro_batches=1)
+    training = Training(replace(LLAMA, dropout=True), 8, 1024)
+
+    def seconds(fuses):
+        return predict(plan, training, make_environment(cluster, replace(MOREH, fuses_dropout=fuses))).step_time_s
+
+    assert seconds(True) < seconds(False)
