@@ -48,7 +48,7 @@ def blind_errors(hierarchy: Hierarchy, runs: Sequence[PublishedRun]) -> FloatArr
     for program in rows.programs:
         left = rows.of_program(program)
         constants: dict[str, Efficiency] = {}
-        for index in np.flatnonzero(left):
+        for index in np.flatnonzero(left).tolist():
             run, label = runs[index], replace(rows.labels[index], strangeness=1.0)
             if label.class_name not in constants:
                 found = posterior(rows.take(~left), label, hierarchy.spreads)

@@ -187,5 +187,7 @@ def _torchtitan(row: RunRow) -> SoftwareProfile:
         logit_bytes=12,
     )
     if "compile" in framework:
-        return replace(software, elementwise_traffic=0.7, gated_copies=0.5, logit_bytes=10)
+        # Since 2025 it compiles the loss too, which then converts logits as it reads them.
+        logit_bytes = 6 if re.search(r"202[5-9]", cell(row, "group")) else 10
+        return replace(software, elementwise_traffic=0.7, gated_copies=0.5, logit_bytes=logit_bytes)
     return software

@@ -16,7 +16,6 @@ _KINDS: tuple[tuple[str, MemoryKind], ...] = (
     (r"reserved", "reserved"),
     (r"\bmem(ory)?[-_ ]allocated", "states"),
     (r"allocated", "allocated"),
-    (r"^\d+ ?\(?mib\)?$", "driver"),  # whole MiB and no further word, as nvidia-smi prints them
 )
 
 

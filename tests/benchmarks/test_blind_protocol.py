@@ -168,7 +168,7 @@ def test_known_words_of_plans_are_told_apart():
     [
         ("60.68 GiB max allocated", "allocated"),
         ("82.4 GiB (max over ranks, reserved as logged)", "reserved"),
-        ("6264 (MiB)", "driver"),
+        ("6264 (MiB)", "allocated"),
         ("nvidia-smi", "driver"),
         ("mem-allocated-bytes", "states"),
         ("", "allocated"),

@@ -11,9 +11,9 @@ from moreh.planner.cost.prediction import predict as predict_cost
 from moreh.planner.hardware.environment import Environment
 from moreh.planner.plan.plan import Plan, Training
 
-# Half of an 80 % interval, in standard deviations. With the 1.28 of a Gaussian, the intervals covered 91 % of the runs
-# of programs left out of the fit.
-DEVIATIONS = 1.15
+# Half of an 80 % interval, in standard deviations. With the 1.28 of a Gaussian, the intervals covered more than 90 % of
+# the runs of programs left out of the fit.
+DEVIATIONS = 1.0
 
 
 @dataclass(frozen=True)

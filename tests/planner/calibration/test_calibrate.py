@@ -56,11 +56,11 @@ def environment():
     return make_environment(CLUSTER)
 
 
-def steps(environment, plans=PLANS, factor=1.0, training=TRAINING):
+def steps(environment, plans=PLANS, factor=1.0):
     """Steps as they would be measured in an environment."""
-    seconds = [factor * predict_cost(plan, training, environment).step_time_s for plan in plans]
+    seconds = [factor * predict_cost(plan, TRAINING, environment).step_time_s for plan in plans]
     pairs = zip(plans, seconds, strict=True)
-    return [MeasuredStep(plan, training, environment.cluster, time_s) for plan, time_s in pairs]
+    return [MeasuredStep(plan, TRAINING, environment.cluster, time_s) for plan, time_s in pairs]
 
 
 def width(prediction):
@@ -118,12 +118,12 @@ def test_a_step_as_predicted_moves_nothing(environment):
 
 def test_a_program_with_other_constants_is_found(environment):
     """A slow network shows in the steps that use it, and the calibrated constants predict the others."""
-    longer = Training(gpt(), 64, 4096)  # the host is not what steps wait for
+    other = Plan((16,), data=16, micro_batch_size=1, micro_batches=4, sharding="parameters")
     slow = replace(environment, efficiency=replace(environment.efficiency, network=0.15))
-    calibration = calibrate(steps(slow, [PLANS[0], *PLANS[2:]], training=longer))
-    truth = predict_cost(PLANS[1], longer, slow).step_time_s
-    error = predict(PLANS[1], longer, environment, calibration).cost.step_time_s / truth - 1
-    uncalibrated_error = predict(PLANS[1], longer, environment).cost.step_time_s / truth - 1
+    calibration = calibrate(steps(slow, [PLANS[0], *PLANS[2:]]))
+    truth = predict_cost(other, TRAINING, slow).step_time_s
+    error = predict(other, TRAINING, environment, calibration).cost.step_time_s / truth - 1
+    uncalibrated_error = predict(other, TRAINING, environment).cost.step_time_s / truth - 1
     assert abs(error) < 0.8 * abs(uncalibrated_error)
 
 
