@@ -1,6 +1,6 @@
 """Predicted against measured: the planner on the plans of this project's own runtime, on the cores of this machine.
 
-python benchmarks/workers/own_accuracy.py [--plans 8] [--steps 5] [--csv FILE]
+python benchmarks/workers/own_accuracy.py [--workers 2 4 8] [--plans 14 5 2] [--steps 5] [--csv FILE]
 
 Two models train on 2, 4 and 8 workers by plans of different kinds: tensor, pipeline and data parallelism, schedules,
 sharding, recomputation, micro-batches. The step time is the median of the measured steps. The memory is the peak of
@@ -39,6 +39,7 @@ SHAPES = {
     ),
 }
 WORKERS = (2, 4, 8)
+PLANS = (14, 5, 2)
 
 
 @dataclass(frozen=True)
@@ -74,16 +75,25 @@ class Measured:
 def main() -> None:
     """Measure the plans and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--plans", type=int, default=8, help="plans of each model and number of workers (default: 8)")
-    parser.add_argument("--steps", type=int, default=5, help="measured steps of each plan (default: 5)")
     parser.add_argument("--workers", type=int, nargs="+", default=WORKERS, help="numbers of workers (default: 2 4 8)")
+    parser.add_argument(
+        "--plans",
+        type=int,
+        nargs="+",
+        default=PLANS,
+        help="plans of each model on each number of workers (default: 14 5 2)",
+    )
+    parser.add_argument("--steps", type=int, default=5, help="measured steps of each plan (default: 5)")
     parser.add_argument("--csv", type=Path, help="file for all rows")
     arguments = parser.parse_args()
+    if len(arguments.plans) != len(arguments.workers):
+        parser.error(f"--plans has {len(arguments.plans)} numbers: give one for each of {arguments.workers} workers")
     print("| model | workers | plan | predicted s | measured s | error | predicted GiB | measured GiB | error |")
     print("|---|---|---|---|---|---|---|---|---|", flush=True)
     rows: list[Measured] = []
-    for workers, (name, shape) in itertools.product(arguments.workers, SHAPES.items()):
-        rows += measure(name, shape, workers, arguments.plans, arguments.steps)
+    for workers, plans in zip(arguments.workers, arguments.plans, strict=True):
+        for name, shape in SHAPES.items():
+            rows += measure(name, shape, workers, plans, arguments.steps)
     print()
     print(summary(rows))
     if arguments.csv:
@@ -139,13 +149,15 @@ def chosen(training: Training, environment: Environment, count: int) -> list[Pre
 
 
 def summary(rows: Sequence[Measured]) -> str:
-    """Errors of all rows, and how well the plans of each model and number of workers are ranked."""
-    time_errors, memory_errors = ([abs(getattr(row, name)) for row in rows] for name in ("time_error", "memory_error"))
+    """Errors by the number of workers, and how well the plans of each model and number of workers are ranked."""
     lines = [
-        f"{len(rows)} plans",
-        f"Step time: mean error {statistics.mean(time_errors):.1%}, median {statistics.median(time_errors):.1%}, "
-        f"largest {max(time_errors):.1%}, bias {statistics.mean(row.time_error for row in rows):+.1%}",
-        f"Memory: median error {statistics.median(memory_errors):.1%}, largest {max(memory_errors):.1%}",
+        "| workers | plans | step time: mean | median | largest | bias | memory: median | largest |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for workers, group in itertools.groupby(rows, key=lambda row: row.workers):
+        lines.append(error_row(str(workers), list(group)))
+    lines += [
+        error_row("all", rows),
         "",
         "| model | workers | plans | Kendall's tau | regret |",
         "|---|---|---|---|---|",
@@ -156,6 +168,16 @@ def summary(rows: Sequence[Measured]) -> str:
         regret = first / min(row.measured_s for row in plans) - 1
         lines.append(f"| {model} | {workers} | {len(plans)} | {kendall_tau(plans):.2f} | {regret:.1%} |")
     return "\n".join(lines)
+
+
+def error_row(name: str, rows: Sequence[Measured]) -> str:
+    """A row of the table of errors."""
+    times, memory = ([abs(getattr(row, field)) for row in rows] for field in ("time_error", "memory_error"))
+    bias = statistics.mean(row.time_error for row in rows)
+    return (
+        f"| {name} | {len(rows)} | {statistics.mean(times):.1%} | {statistics.median(times):.1%} | {max(times):.1%} "
+        f"| {bias:+.1%} | {statistics.median(memory):.1%} | {max(memory):.1%} |"
+    )
 
 
 def kendall_tau(rows: Sequence[Measured]) -> float:
