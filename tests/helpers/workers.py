@@ -72,7 +72,9 @@ class _Pool:
         for rank in range(size):
             ours, theirs = multiprocessing.Pipe()
             command = [sys.executable, __file__, str(rank), str(size), self.directory]
-            process = ForkedProcess(command, cwd=ROOT, env=variables, stdin=theirs.fileno())
+            # Ranks of one training share a job. These are none: each has an accelerator of its own.
+            state = {"MOREH_STATE_DIR": f"{self.directory}/state-{rank}"}
+            process = ForkedProcess(command, cwd=ROOT, env=variables | state, stdin=theirs.fileno())
             theirs.close()
             self.processes.append(process)
             self.connections.append(ours)
