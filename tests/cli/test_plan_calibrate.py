@@ -51,13 +51,15 @@ def test_measured_step_moves_the_search_and_narrows_the_interval(tool, tmp_path)
     plan, interval = best()
     low, high = interval["step_time_s"]
     assert low < plan["step_time_s"] < high
-    assert (interval["measured_steps"], interval["basis"]) == (0, "not calibrated")
+    assert interval["measured_steps"] == 0
+    assert interval["basis"].startswith("not calibrated")
     twice = {**LINE, "plan": plan["text"], "step_time_s": 2 * plan["step_time_s"], "memory_gib": 3.0}
     other = best("--calibrate", write_lines(tmp_path, twice, twice))
     slower, narrower = other
     assert slower["step_time_s"] > 1.3 * plan["step_time_s"]
     assert narrower["step_time_s"][1] / narrower["step_time_s"][0] < high / low
-    assert (narrower["measured_steps"], narrower["basis"]) == (2, "calibrated with 2 steps")
+    assert narrower["measured_steps"] == 2
+    assert narrower["basis"].startswith("calibrated with 2 steps")
     code, out, _ = tool(model, *PLACE, "--explain", plan["text"], "--calibrate", tmp_path)
     assert code == 0
     assert "on the fullest device; calibrated with 2 steps" in " ".join(out.split())

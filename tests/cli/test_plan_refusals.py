@@ -90,7 +90,7 @@ def test_options_of_the_message_make_a_plan_fit(plan, model):
     )
     code, _, err = plan(*long, "--max-tensor", 1)
     assert code == 1
-    assert "give --memory-percent 6, or a larger --max-context, or " in err
+    assert "give --memory-percent 7, or a larger --max-context, or " in err
     assert plan(*long, "--max-tensor", 1, "--max-context", 384)[0] == 0
 
 

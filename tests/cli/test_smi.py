@@ -79,7 +79,7 @@ def test_idle_table_has_the_documented_format(run):
 @pytest.mark.parametrize("busy", [0], indirect=True)
 def test_running_job_is_shown_from_another_terminal_and_not_after_kill(run, busy):
     time.sleep(0.7)  # a utilization needs half a second of CPU time
-    text = run("moreh-smi").stdout
+    text = run("moreh-smi", COLUMNS="").stdout
     assert re.search(
         r"\|  \* 0     \|   MoAI Accelerator  \|  xLarge.512GB  \|  \d+ MiB +\|  524160 MiB    \|  \d+% +\|", text
     )

@@ -27,6 +27,7 @@ def tool(state_directory, monkeypatch, capsys):
 
 def test_table_shows_what_the_driver_says(tool, monkeypatch):
     show_gpus(monkeypatch, [A100] * 8, utilization=lambda index: 10 * index)
+    monkeypatch.delenv("COLUMNS", raising=False)
     text = tool()
     assert text.splitlines()[4] == (
         "|  Device  |        Name         |     Model      |  Memory Usage  |  Total Memory  |  Utilization  |"

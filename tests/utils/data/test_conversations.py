@@ -149,4 +149,4 @@ def test_other_template_is_other_data(chat_config, tmp_path):
 )
 def test_keys_of_the_other_format_are_refused(settings, problem):
     with pytest.raises(ValueError, match=problem):
-        DataSection(**{"hub": "none", **settings})
+        DataSection(**{"hub": "owner/name", **settings})
