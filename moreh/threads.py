@@ -49,7 +49,7 @@ class CallThreads:
     def alone(self, thread: threading.Thread | None = None) -> Iterator[bool]:
         """Keep other threads out of calls, if none is in one and none has computed gradients; whether that is so.
 
-        The backward pass of another thread is no call of a model, but it reads modules and writes gradients too.
+        The backward pass of another thread is not a call of a model, but it reads modules and writes gradients too.
         `thread` is that of `call`.
         """
         if self._process != os.getpid():

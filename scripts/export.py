@@ -43,7 +43,7 @@ def export(source: str, target: Path, *, merge: bool, dtype: str) -> None:
     if target.exists():
         raise UserError(f"{target} exists already: give another directory")
     if is_adapter(source) and not merge:
-        raise UserError(f"{source} holds an adapter, which is no model by itself: give --merge")
+        raise UserError(f"{source} holds an adapter, which is not a model by itself: give --merge")
     if merge and not is_adapter(source):
         raise UserError(f"--merge: {source} holds no adapter to merge: leave --merge out")
     model = load_pretrained(source, "the model", dtype="float32")

@@ -124,7 +124,7 @@ def _resume_overrides(resume: str | None, changes: list[str], *, is_forced: bool
         return []
     if resume.strip().lower() in {"", "~", "null", "none"}:
         raise UserError(
-            f"--resume: {resume!r} is no checkpoint: give auto, the directory of a run, or one of its "
+            f"--resume: {resume!r} is not a checkpoint: give auto, the directory of a run, or one of its "
             "checkpoints/step-<number>; leave the option out to start anew"
         )
     keys = [change.partition("=")[0] for change in changes]

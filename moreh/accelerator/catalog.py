@@ -20,7 +20,7 @@ def read_catalog(path: Path) -> Any:
     """The content of a catalog.
 
     Raises:
-        AcceleratorError: the file is no JSON, or has a key twice.
+        AcceleratorError: the file is not JSON, or has a key twice.
     """
 
     def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def check_entry(path: Path, name: str, entry: Any, declared: Iterable["Field[Any
     """
     where = f"{path.name}, entry {name!r}"
     if not isinstance(entry, Mapping):
-        raise AcceleratorError(f"{where}: {entry!r} is no object; give the keys that the other entries have")
+        raise AcceleratorError(f"{where}: {entry!r} is not an object; give the keys that the other entries have")
     by_name = {field.name: field for field in declared}
     missing = [key for key, field in by_name.items() if key not in entry and field.default is MISSING]
     unknown = [key for key in entry if key not in by_name]
@@ -65,12 +65,12 @@ def _allowed(field: "Field[Any]", value: Any) -> str | None:
         return None
     or_null = " or null" if "None" in kind else ""
     if kind.startswith("tuple"):
-        is_texts = isinstance(value, list) and all(isinstance(text, str) and text for text in value)
-        return None if is_texts else "a list of texts"
+        are_strings = isinstance(value, list) and all(isinstance(item, str) and item for item in value)
+        return None if are_strings else "a list of strings"
     if kind.startswith("bool"):
         return None if isinstance(value, bool) else "true or false"
     if kind.startswith("str"):
-        return None if isinstance(value, str) and value else "a text"
+        return None if isinstance(value, str) and value else "a string"
     if kind.startswith("int"):
         is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
         return None if is_count else f"a whole number from 1{or_null}"

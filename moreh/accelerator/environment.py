@@ -17,7 +17,7 @@ def visible_device(current: int) -> int:
     """The index of the accelerator that this process is to use: that of MOREH_VISIBLE_DEVICE, else the current one.
 
     Raises:
-        OptionError: its value is no index.
+        OptionError: its value is not an index.
     """
     text = os.environ.get(VISIBLE_DEVICE, "").strip()
     if not text:

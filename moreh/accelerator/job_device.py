@@ -59,7 +59,7 @@ class JobDevice:
     def may_hold(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor is on the device or, as the result of an operation, could be.
 
-        A leaf with a gradient is no result. If its module was moved and cast afterwards, its memory is new.
+        A leaf with a gradient is not a result. If its module was moved and cast afterwards, its memory is new.
         """
         if self.holds(tensor):
             return True

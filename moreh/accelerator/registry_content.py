@@ -114,7 +114,7 @@ class Registry:
 
 
 def parse_registry(content: Any, path: Path) -> Registry:
-    """The registry that the JSON of a file holds; None is no file, and stands for one accelerator.
+    """The registry that the JSON of a file holds; None means no file, and stands for one accelerator.
 
     Raises:
         RegistryError: the content is damaged.

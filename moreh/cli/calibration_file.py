@@ -129,7 +129,7 @@ def _allowed(key: str, value: Any) -> str | None:
         return None if is_number and 0 < value < float("inf") else "a number above 0"
     if key == "optimizer":
         return None if value in OPTIMIZER_STATES else f"one of {', '.join(OPTIMIZER_STATES)}"
-    return None if isinstance(value, str) and value.strip() else "a text"
+    return None if isinstance(value, str) and value.strip() else "a string"
 
 
 def _measured_step(

@@ -69,7 +69,7 @@ GPU_NOTE = (
 WORKERS_NOTE = "Measured memory is what a worker's process holds in this machine's memory, code and libraries included."
 # What the tools of drivers print where a GPU does not tell.
 NOT_TOLD = "N/A"
-# The width of a table where standard output is no terminal, and what a table of processes has beside the command.
+# The width of a table where standard output is not a terminal, and what a table of processes has beside the command.
 PIPE_WIDTH, REST_OF_TABLE, MIN_COMMAND_WIDTH = 200, 70, 27
 
 

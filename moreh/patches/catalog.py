@@ -43,7 +43,7 @@ def markdown() -> str:
         [
             *(line for patch in declared() for line in _reasons(patch)),
             "",
-            "Changes of the process that replace no attribute of a library:",
+            "Changes of the process that do not replace an attribute of a library:",
             "",
             *(line for change in PROCESS_CHANGES for line in _change(change)),
         ]
@@ -51,14 +51,14 @@ def markdown() -> str:
 
 
 def _reasons(patch: Patch) -> list[str]:
-    """A list item that says what a patch is for, and why there is no public way."""
+    """A list item that says what a patch is for, and why no public API does it."""
     lines = _item(f"`{patch.target}` in `{patch.file}`, tested with {', '.join(patch.tested)}:")
     lines += _continued(patch.why)
     if patch.names:
         listed = ", ".join(f"`{name}`" for name in patch.names[:_MAX_LISTED_NAMES])
         more = len(patch.names) - _MAX_LISTED_NAMES
         lines += _continued(f"Names: {listed}" + (f" and {more} more." if more > 0 else "."))
-    return lines + _continued(f"No public way: {patch.no_public_way}")
+    return lines + _continued(f"Why not a public API: {patch.no_public_way}")
 
 
 def _change(change: ProcessChange) -> list[str]:

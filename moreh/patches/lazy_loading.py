@@ -28,13 +28,13 @@ FROM_PRETRAINED = Patch(
     target="transformers.modeling_utils.PreTrainedModel.from_pretrained",
     why="On several workers, arguments that place weights on devices are refused, and a loaded model stays in its "
     "files until each rank has read its own shards.",
-    no_public_way="transformers has no hook that is called with a model that was loaded.",
+    no_public_way="transformers has no hook that receives a loaded model.",
     tested=("transformers 5.23",),
 )
 LOAD_PRETRAINED_MODEL = Patch(
     target="transformers.modeling_utils.PreTrainedModel._load_pretrained_model",
     why="Maps tensors of safetensors files into memory as they are stored, instead of copying them in another dtype.",
-    no_public_way="`from_pretrained(state_dict=...)` takes a lazy mapping, but not together with the name of a model.",
+    no_public_way="`from_pretrained(state_dict=...)` accepts a lazy mapping, but not with the name of a model.",
     tested=("transformers 5.23",),
 )
 

@@ -28,7 +28,7 @@ CheckCall = Callable[[torch.nn.Module], None]
 
 MODULE_CALL = Patch(
     target="torch.nn.Module._call_impl",
-    why="Plans and computes the outermost call of a model, whatever its class and whenever it was made.",
+    why="Plans and computes the outermost call of a model, whatever its class and whenever the model was created.",
     no_public_way="Hooks are seen by TorchScript, pickled and copied with the model, cannot replace a call's result "
     "without computing it, and none is called when Ctrl-C ends a forward pass.",
     tested=("torch 2.13",),

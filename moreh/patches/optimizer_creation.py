@@ -17,10 +17,10 @@ OptimizerCallback = Callable[[torch.optim.Optimizer], None]
 
 OPTIMIZER_CREATION = Patch(
     target="torch.optim.Optimizer.__init__",
-    why="Knows every optimizer from its creation on: its kernels are chosen, its parameters are replaced when their "
-    "model is sharded, and one that would be wrong on shards is refused on the line that makes it.",
-    no_public_way="register_optimizer_step_pre_hook comes at the first step. By then a script has clipped, saved or "
-    "resumed with the parameters and settings in the optimizer's groups.",
+    why="Registers every optimizer when it is created: chooses its kernels, replaces its parameters when their model "
+    "is sharded, and refuses one that would be wrong on shards on the line that creates it.",
+    no_public_way="register_optimizer_step_pre_hook is called at the first step. By then a script has clipped, saved "
+    "or resumed with the parameters and settings in the optimizer's groups.",
     tested=("torch 2.13",),
 )
 

@@ -23,12 +23,12 @@ PROCESS_CHANGES = (
     ProcessChange(
         "os.dup2",
         "moreh/console/output.py",
-        "At the end of a tool that cannot write to standard output: what Python writes at its exit goes nowhere.",
+        "At the end of a tool that cannot write to standard output: discards what Python writes at its exit.",
     ),
     ProcessChange(
         "os.environ",
         "moreh/planner/report/figures.py",
-        "While matplotlib is imported: a value of MPLBACKEND that it does not know would end the import. Put back.",
+        "While matplotlib is imported: removes MPLBACKEND, since an unknown value would end the import. Restored.",
     ),
     ProcessChange(
         "warnings.filterwarnings",
@@ -59,13 +59,13 @@ PROCESS_CHANGES = (
     ProcessChange(
         "mallopt",
         "moreh/runtime/kernels/allocator.py",
-        "From the first training step on a CPU: glibc keeps freed memory for the next step instead of returning it. "
-        "Unless a malloc variable is set; disable=('keep_freed_memory',) switches it off.",
+        "From the first training step on a CPU: tells glibc to keep freed memory for the next step instead of "
+        "returning it. Not if a malloc variable is set; disable=('keep_freed_memory',) switches it off.",
     ),
     ProcessChange(
         "log levels of libraries",
         "moreh/models/describe/from_source.py",
-        "While a model is described: hides transformers' advice for people who run the model. Taken back.",
+        "While a model is described: hides transformers' advice for people who run the model. Restored afterwards.",
     ),
     ProcessChange(
         "warnings.filterwarnings",
@@ -75,67 +75,67 @@ PROCESS_CHANGES = (
     ProcessChange(
         "log levels of libraries",
         "moreh/runtime/launch/launcher.py",
-        "In the process that starts workers: torch.distributed.elastic logs each signal that it sends.",
+        "In the process that starts workers: hides torch.distributed.elastic's log lines about sent signals.",
     ),
     ProcessChange(
         "os.environ",
         "moreh/runtime/launch/launcher.py",
-        "In the process that starts workers: torch.distributed.elastic leaves signals to the launcher. The workers get "
-        "the variable as it was.",
+        "In the process that starts workers: tells torch.distributed.elastic to leave signals to the launcher. The "
+        "workers get the original value.",
     ),
     ProcessChange(
         "signal.signal",
         "moreh/runtime/launch/supervisor.py",
-        "While workers run: signals that stop a program are passed on to them. Taken back.",
+        "While workers run: passes signals that stop a program on to them. Restored afterwards.",
     ),
     ProcessChange(
         "signal.signal",
         "moreh/runtime/launch/launcher.py",
-        "At the end of the process that starts workers: it ends by the signal that ended a worker.",
+        "At the end of the process that starts workers: ends it with the signal that ended a worker.",
     ),
     ProcessChange(
         "os._exit",
         "moreh/runtime/launch/launcher.py",
-        "At the end of the process that starts workers: nothing after the hook's line may run in it.",
+        "At the end of the process that starts workers: ends it without running the script after the line.",
     ),
     ProcessChange(
         "signal.signal",
         "moreh/bootstrap.py",
-        "In a new worker before it becomes the script: Ctrl-C shows no traceback of the bootstrap.",
+        "In a new worker before it becomes the script: ends it on Ctrl-C without a traceback of the bootstrap.",
     ),
     ProcessChange(
         "prctl",
         "moreh/bootstrap.py",
-        "In a new worker on Linux: the system kills it when the process that started it ends.",
+        "In a new worker on Linux: tells the system to kill it when the process that started it ends.",
     ),
     ProcessChange(
         "os.chdir",
         "moreh/bootstrap.py",
-        "In a new worker: the script runs in the directory in which it was started.",
+        "In a new worker: changes to the directory in which the script was started.",
     ),
     ProcessChange(
         "os.dup2",
         "moreh/bootstrap.py",
-        "In a worker other than rank 0: errors go to its log, and there is no input.",
+        "In a worker other than rank 0: sends errors to its log, and makes standard input empty.",
     ),
     ProcessChange(
         "os.execv",
         "moreh/bootstrap.py",
-        "In a new worker: the bootstrap becomes the script.",
+        "In a new worker: replaces the bootstrap by the script.",
     ),
     ProcessChange(
         "global hooks of torch",
-        "moreh/runtime/launch/watch/pulse.py",
+        "moreh/runtime/launch/watch/heartbeat.py",
         "In a worker: counts the steps of optimizers, so that the launcher sees how far the worker has come.",
     ),
     ProcessChange(
         "atexit.register",
-        "moreh/runtime/launch/watch/pulse.py",
-        "In a worker: tells the launcher that the script has ended, and that Python takes its time to shut down.",
+        "moreh/runtime/launch/watch/heartbeat.py",
+        "In a worker: tells the launcher that the script has ended, and that Python is shutting down.",
     ),
     ProcessChange(
         "faulthandler.enable",
-        "moreh/runtime/launch/watch/pulse.py",
+        "moreh/runtime/launch/watch/heartbeat.py",
         "In a worker: writes its stack to a file when it crashes, and at a real-time signal of the launcher.",
     ),
     ProcessChange(
@@ -146,12 +146,12 @@ PROCESS_CHANGES = (
     ProcessChange(
         "sys.excepthook",
         "moreh/runtime/launch/world.py",
-        "In a worker: puts back the hook that torch.distributed replaces by one that adds the rank to each line.",
+        "In a worker: restores the original hook; that of torch.distributed adds the rank to each line.",
     ),
     ProcessChange(
         "sys.stdout.reconfigure",
         "moreh/runtime/launch/world.py",
-        "In a worker other than rank 0: lines reach its log at once, even if it is killed.",
+        "In a worker other than rank 0: flushes each line to its log, in case the worker is killed.",
     ),
     ProcessChange(
         "os._exit",
@@ -161,22 +161,22 @@ PROCESS_CHANGES = (
     ProcessChange(
         "atexit.register",
         "moreh/runtime/launch/world.py",
-        "In a worker: ends the process group before Python shuts down, or its threads would abort the process.",
+        "In a worker: ends the process group before Python shuts down; otherwise its threads would abort the process.",
     ),
     ProcessChange(
         "os.environ",
         "moreh/patches/world_variables.py",
-        "In a worker: RANK, WORLD_SIZE and the like are removed, since libraries that find them start a distributed "
-        "training of their own; MOREH_WORKERS becomes 1.",
+        "In a worker: removes RANK, WORLD_SIZE and the like, since libraries that find them start their own "
+        "distributed training; sets MOREH_WORKERS to 1.",
     ),
     ProcessChange(
         "torch.set_num_threads",
         "moreh/planner/hardware/microbenchmarks.py",
-        "In a process of its own that measures this machine.",
+        "In a separate process that measures this machine: sets its number of threads.",
     ),
     ProcessChange(
         "sys.stdout.reconfigure",
         "moreh/cli/terminal.py",
-        "In the command-line tools, whose process it is: characters that the terminal lacks are replaced.",
+        "In the command-line tools: replaces characters that the terminal cannot show.",
     ),
 )

@@ -12,8 +12,8 @@ from moreh.patches.patch import Patch
 
 ROW_BOUNDARIES = Patch(
     target="transformers.masking_utils.find_packed_sequence_indices",
-    why="While a GPU computes a micro-batch whose rows are one sequence each, the function says so. It would wait for "
-    "the GPU to find it out.",
+    why="While a GPU computes a micro-batch in which each row is one sequence, the function returns this at once. "
+    "The original waits for the GPU to determine it.",
     no_public_way="A mask of ones makes transformers wait too, and a mask of pairs of tokens rules out the fastest "
     "attention.",
     tested=("transformers 5.17", "transformers 5.23"),

@@ -5,32 +5,32 @@ from typing import Any
 
 from moreh.patches.patch import Patch
 
-_NO_PUBLIC_WAY = "The script calls it, and Python and the libraries have no hook around it."
+_NO_PUBLIC_WAY = "The script calls the function directly, and neither Python nor the libraries have a hook around it."
 
 OPEN = Patch(
     target="builtins.open",
-    why="On several workers, only worker 0 appends to files: each line would be written once by each worker.",
+    why="On several workers, only worker 0 appends to files; otherwise each worker would write each line.",
     no_public_way=_NO_PUBLIC_WAY,
     tested=("Python 3.11",),
 )
 IO_OPEN = Patch(
     target="io.open",
-    why="The same function for `pathlib`, which looks it up there.",
+    why="The same function under the name that `pathlib` uses.",
     no_public_way=_NO_PUBLIC_WAY,
     tested=("Python 3.11",),
 )
 MKDIR = Patch(
     target="os.mkdir",
-    why="On several workers, a directory that another worker has made in the same call is no error. `os.makedirs`, "
-    "`Path.mkdir` and `tempfile` use it.",
+    why="On several workers, a directory that another worker has created in the same call is not an error. "
+    "`os.makedirs`, `Path.mkdir` and `tempfile` use it.",
     no_public_way=_NO_PUBLIC_WAY,
     tested=("Python 3.11",),
 )
 REMOVALS = tuple(
     Patch(
         target=target,
-        why="On several workers, a script's call is made once, when all workers have come to it: the others would find "
-        "nothing, or take away what a slower worker still writes.",
+        why="On several workers, a script's call is made once, when all workers have reached it; the others would find "
+        "nothing, or remove what a slower worker still writes.",
         no_public_way=_NO_PUBLIC_WAY,
         tested=("Python 3.11",),
     )
@@ -38,14 +38,14 @@ REMOVALS = tuple(
 )
 TORCH_SAVE = Patch(
     target="torch.save",
-    why="On several workers, which all write the file, it is complete at any time, so that each can read it.",
+    why="On several workers, all of which write the file, it is complete at any time, so that each can read it.",
     no_public_way=_NO_PUBLIC_WAY,
     tested=("torch 2.13",),
 )
 SAVE_PRETRAINED = Patch(
     target="transformers.modeling_utils.PreTrainedModel.save_pretrained",
-    why="On several workers, one of them saves a model that is not sharded, in the dtype that was asked for, and the "
-    "others wait for its files.",
+    why="On several workers, one of them saves a model that is not sharded, in the requested dtype, and the others "
+    "wait for its files.",
     no_public_way=_NO_PUBLIC_WAY,
     tested=("transformers 5.23",),
 )

@@ -10,14 +10,14 @@ from moreh.patches.patch import Patch
 TORCH_MOREH = Patch(
     target="torch.moreh",
     why="Scripts call torch.moreh.option.enable_advanced_parallelization(), as on the MoAI Platform.",
-    no_public_way="torch has no registry of extensions that are no devices.",
+    no_public_way="torch has no registry of extensions that are not devices.",
     tested=("torch 2.13",),
     adds=True,
 )
 TORCH_VERSION_MOREH = Patch(
     target="torch.version.moreh",
-    why="Scripts tell the MoAI Platform's torch by torch.version.moreh, and read its version there.",
-    no_public_way="torch has no registry of extensions that are no devices.",
+    why="Scripts recognize the MoAI Platform's torch by torch.version.moreh, and read its version there.",
+    no_public_way="torch has no registry of extensions that are not devices.",
     tested=("torch 2.13",),
     adds=True,
 )
@@ -31,10 +31,9 @@ INSTEAD = {
 TORCH_OPS_MOREH = Patch(
     target="torch.ops.moreh",
     names=("scaled_dot_product_attention", *INSTEAD),
-    why="Models written for the MoAI Platform call its operators: one is torch's own function, the others say what to "
+    why="Models written for the MoAI Platform call its operators: one is a function of torch, the others name what to "
     "use instead.",
-    no_public_way="torch.library registers operators with types of arguments, and those of the platform's are not "
-    "published.",
+    no_public_way="torch.library registers operators with argument types, and those of the platform are not published.",
     tested=("torch 2.13",),
     adds=True,
 )

@@ -14,12 +14,12 @@ TOTAL_NORM = Patch(
     target="torch.nn.utils.clip_grad._get_total_norm",
     why="Gradients are clipped by the norm over all ranks, whatever list of parameters the script passes.",
     no_public_way="A script calls torch.nn.utils.clip_grad_norm_, which would compute the norm of each gradient "
-    "with a message of its own.",
+    "with a separate message.",
     tested=("torch 2.13",),
 )
 PUBLIC_TOTAL_NORM = Patch(
     target="torch.nn.utils.get_total_norm",
-    why="The public name of the same function, which is bound when torch is imported.",
+    why="The same function under its public name, which torch binds at import.",
     no_public_way=TOTAL_NORM.no_public_way,
     tested=("torch 2.13",),
 )

@@ -137,11 +137,11 @@ def change(**values):
         (change(network_bytes_per_second=None), "network_bytes_per_second is None; expected a number from"),
         (change(package_bytes_per_second=None), "expected a rate where a package has several devices, else null"),
         (change(devices_per_node=7), "devices_per_node is 7; expected a multiple of devices_per_package, 2"),
-        (change(source=""), "source is ''; expected a text"),
+        (change(source=""), "source is ''; expected a string"),
         (change(efficiency_assumed="yes"), "efficiency_assumed is 'yes'; expected true or false"),
-        (change(driver_names="MI250"), "driver_names is 'MI250'; expected a list of texts"),
-        (change(driver_names=["MI250", 3]), r"driver_names is \['MI250', 3\]; expected a list of texts"),
-        (lambda table: table.update({"MI250 GCD": 3}), "3 is no object"),
+        (change(driver_names="MI250"), "driver_names is 'MI250'; expected a list of strings"),
+        (change(driver_names=["MI250", 3]), r"driver_names is \['MI250', 3\]; expected a list of strings"),
+        (lambda table: table.update({"MI250 GCD": 3}), "3 is not an object"),
     ],
 )
 def test_wrong_entry_of_a_device_is_refused_by_its_key(edit_data, edit, message):

@@ -63,7 +63,7 @@ def test_activations_are_what_autograd_keeps(usage):
     model = torch.nn.Sequential(torch.nn.Linear(10, 20), torch.nn.Tanh(), torch.nn.Linear(20, 5)).cuda()
     inputs = torch.ones(3, 10).cuda()
     output = model(inputs)
-    # tanh's output is the second layer's input; the first layer's input is no activation.
+    # tanh's output is the second layer's input; the first layer's input is not an activation.
     assert usage()["activations"] == 3 * 20 * 4
     del output
     assert usage()["activations"] == 0

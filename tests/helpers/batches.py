@@ -22,7 +22,7 @@ def label_positions_rounded_to(multiple):
 
 
 def batch(step, vocabulary, rows=ROWS, length=LENGTH):
-    """Ids, mask and labels of rows of different lengths, of which the first token is no label."""
+    """Ids, mask and labels of rows of different lengths, of which the first token is not a label."""
     generator = torch.Generator().manual_seed(step)
     ids = torch.randint(vocabulary, (rows, length), generator=generator)
     lengths = torch.randint(3, length + 1, (rows,), generator=generator)
@@ -39,7 +39,7 @@ def long_batch(step, vocabulary):
 
 
 def batch_with_shared_prefix(step, vocabulary):
-    """Rows that begin with the same tokens, which are no labels."""
+    """Rows that begin with the same tokens, which are not labels."""
     ids, mask, labels = batch(step, vocabulary)
     prefix = torch.arange(PREFIX_LEN).expand(ROWS, PREFIX_LEN)
     return tuple(

@@ -13,7 +13,7 @@ MAX_TOKENS = 30
 
 
 def batch(model, *, rows=ROWS, length=LENGTH, **changes):
-    """Rows of different lengths with prompts that are no labels, one without any label."""
+    """Rows of different lengths with prompts that are not labels, one without any label."""
     vocabulary_size = model.config.get_text_config().vocab_size
     ids, mask, labels = ids_mask_and_labels(0, vocabulary_size, rows, length)
     labels[3] = -100

@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from moreh.errors import OptionError
 from moreh.patches import world_variables
-from moreh.runtime.launch.meeting import World, world_from_environment
+from moreh.runtime.launch.rendezvous import World, world_from_environment
 from moreh.runtime.launch.world import _init_process_group
 
 PLACE = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}

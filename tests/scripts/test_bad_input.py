@@ -68,7 +68,7 @@ BAD_SETTINGS = {
     "unknown accelerator": ("advanced_parallelization: null", "model: Huge, advanced_parallelization: null", "no model 'Huge': give a number"),
     "key given twice": ("steps: 4", "steps: 4, steps: 5", "tiny.yaml:9: train.steps: this key is already given in line 9"),
     "impossible date": ("name: tiny", "name: 2024-13-45", "tiny.yaml: not valid YAML: month must be in 1..12"),
-    "key that is no text": ("steps: 4", "1: 4", "tiny.yaml:9: train.1: "),
+    "key that is not a string": ("steps: 4", "1: 4", "tiny.yaml:9: train.1: "),
     "not YAML": ("steps: 4", "steps: [4", "tiny.yaml:9: not valid YAML: "),
     "too many held out": ("eval_rows: 8", "eval_rows: 40", "data.eval_rows: 40 rows are requested, but the data has only 40"),
     "batch larger than the data": ("batch_size: 8", "batch_size: 33", "train.batch_size: a batch takes 33 rows, but there are 32"),

@@ -184,7 +184,7 @@ def test_forced_training_goes_on(script):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--resume", ""], "--resume: '' is no checkpoint: give auto"),
+        (["--resume", ""], "--resume: '' is not a checkpoint: give auto"),
         (["--resume-with", "train.lr=1"], "--resume-with applies only to a resumed run"),
         (["--resume-force"], "--resume-force applies only to a resumed run"),
         (["--resume", "auto", "--resume-with", "train.seed=1"], "write key=value with one of train.lr, train.schedule"),

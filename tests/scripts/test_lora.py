@@ -178,7 +178,7 @@ def test_merged_model_is_a_plain_one_with_the_same_results(train, run, settings,
 
     for arguments, message in [
         ((saved, target, "--merge"), f"error: {target} exists already: give another directory"),
-        ((saved, tmp_path / "x"), f"error: {saved} holds an adapter, which is no model by itself: give --merge"),
+        ((saved, tmp_path / "x"), f"error: {saved} holds an adapter, which is not a model by itself: give --merge"),
         ((target, tmp_path / "x", "--merge"), f"error: --merge: {target} holds no adapter to merge: leave --merge out"),
     ]:
         finished = run(sys.executable, "scripts/export.py", *arguments)

@@ -121,7 +121,7 @@ FAULTS = {
         test_yaml_values.test_leading_zero_is_no_octal_number,
     ),
     "the size of a vocabulary is ignored": Fault(
-        "utils.config.schema.TokenizerSection._size_is_of_a_trained_one.__code__",
+        "utils.config.schema.TokenizerSection._check_vocabulary_size.__code__",
         _size_is_ignored.__code__,
         test_yaml_values.test_size_of_a_vocabulary_beside_a_pretrained_tokenizer_is_refused,
     ),

@@ -1,10 +1,10 @@
-"""The phase that a disturbed run is in, by the pulse of its first worker, its files and its console."""
+"""The phase that a disturbed run is in, by the heartbeat of its first worker, its files and its console."""
 
 import time
 from pathlib import Path
 
-from moreh.runtime.launch.paths import pulse_path
-from moreh.runtime.launch.watch.pulse import read_pulse
+from moreh.runtime.launch.paths import heartbeat_path
+from moreh.runtime.launch.watch.heartbeat import read_heartbeat
 from tests.helpers.scripts.disturbed_runs import DisturbedRun
 
 PHASES = ("starting", "preparing data", "loading", "evaluating", "training", "saving", "finishing")
@@ -14,19 +14,19 @@ SECONDS_BETWEEN_LOOKS = 0.01
 def phase_of(run: DisturbedRun, steps: int) -> str:
     """The phase of a run of so many steps."""
     logs = _newest_logs(run.directory / "state" / "logs")
-    pulse = read_pulse(pulse_path(logs, 0))
-    if pulse.beats == 0:
+    heartbeat = read_heartbeat(heartbeat_path(logs, 0))
+    if heartbeat.count == 0:
         return "starting"
     console = run.console()[run.begun_at :]
     if console.rfind("Reading and tokenizing") > console.rfind("Tokenized data"):
         return "preparing data"
-    if "save_model" in pulse.where or len(run.metrics()) > steps:
+    if "save_model" in heartbeat.where or len(run.metrics()) > steps:
         return "finishing"
-    if "evaluate" in pulse.where:
+    if "evaluate" in heartbeat.where:
         return "evaluating"
-    if pulse.step is None:
+    if heartbeat.step is None:
         return "loading"
-    if "save" in pulse.where or any((run.run / "checkpoints").glob(".step-*-unfinished")):
+    if "save" in heartbeat.where or any((run.run / "checkpoints").glob(".step-*-unfinished")):
         return "saving"
     return "training"
 

@@ -71,19 +71,19 @@ class DataSection(SourceKeys):
 
     @field_validator("eval_files", mode="before")
     @classmethod
-    def _one_file_is_a_list_of_one(cls, names: Any) -> Any:
+    def _wrap_single_file(cls, names: Any) -> Any:
         return [names] if isinstance(names, str) else names
 
     @model_validator(mode="before")
     @classmethod
-    def _sources_have_its_fields(cls, content: Any) -> Any:
+    def _inherit_section_keys(cls, content: Any) -> Any:
         """The section with the keys written out that a source of a mix has from it."""
         if not (isinstance(content, dict) and isinstance(content.get("sources"), list)):
             return content
         return {**content, "sources": [_written_out(source, content) for source in content["sources"]]}
 
     @model_validator(mode="after")
-    def _sources_are_of_the_format(self) -> Self:
+    def _check_source_formats(self) -> Self:
         for number, source in enumerate(self.sources or []):
             if source.format == "chat" and self.format == "pairs":
                 raise ValueError(
@@ -98,7 +98,7 @@ class DataSection(SourceKeys):
         return self
 
     @model_validator(mode="after")
-    def _held_out_rows_are_named_once(self) -> Self:
+    def _check_held_out_rows(self) -> Self:
         if self.eval_files is not None and self.eval_rows is not None:
             raise ValueError(
                 f"eval_rows is {self.eval_rows}, but all rows of eval_files are held out: leave one of them out"
@@ -106,7 +106,7 @@ class DataSection(SourceKeys):
         return self
 
     @model_validator(mode="after")
-    def _keys_of_the_run_are_of_the_format(self) -> Self:
+    def _check_format_keys(self) -> Self:
         if self.format == "chat":
             self.require_default("end_token")
             return self

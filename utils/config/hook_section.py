@@ -36,6 +36,6 @@ class ParallelizationSection(_Options):  # type: ignore[misc]
         return options.parse_options(self.model_dump())
 
     @model_validator(mode="after")
-    def _options_agree(self) -> Self:
+    def _check_options(self) -> Self:
         self.parallel_options()  # its OptionError is a ValueError
         return self

@@ -75,7 +75,7 @@ class AcceleratorSection(Section):
         return {} if section is None else section.model_dump(exclude_defaults=True)
 
     @model_validator(mode="after")
-    def _workers_need_the_hook(self) -> Self:
+    def _check_workers(self) -> Self:
         if self.workers not in (None, 1) and self.advanced_parallelization is None:
             raise ValueError(
                 f"workers is {self.workers}, but advanced_parallelization is null, and without it there is one worker: "
@@ -98,7 +98,7 @@ class TokenizerSection(Section):
         return 4096 if self.vocabulary_size is None else self.vocabulary_size
 
     @model_validator(mode="after")
-    def _size_is_of_a_trained_one(self) -> Self:
+    def _check_vocabulary_size(self) -> Self:
         if self.pretrained is not None and self.vocabulary_size is not None:
             raise ValueError(
                 f"pretrained is {self.pretrained!r}, whose vocabulary has the size it has, and vocabulary_size is "
@@ -155,7 +155,7 @@ class TrainSection(Section):
     """The number of background processes that prepare batches."""
 
     @model_validator(mode="after")
-    def _consistent(self) -> Self:
+    def _check_steps(self) -> Self:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give exactly one of steps and epochs")
         if self.steps is not None and self.warmup_steps > self.steps:
@@ -220,7 +220,7 @@ class Config(Section):
     log: LogSection = LogSection()
 
     @model_validator(mode="after")
-    def _tokenizer_comes_with_model(self) -> Self:
+    def _check_tokenizer(self) -> Self:
         if self.model.pretrained is not None and self.tokenizer != TokenizerSection():
             raise ValueError(
                 "model.pretrained brings its own tokenizer: leave the section tokenizer out (or say tokenizer={})"
@@ -228,7 +228,7 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _state_can_have_its_type(self) -> Self:
+    def _check_optimizer_state_dtype(self) -> Self:
         train = self.train
         if self.model.dtype == "bfloat16" and train.optimizer_state_dtype == "float32" and train.optimizer != "adamw":
             raise ValueError(

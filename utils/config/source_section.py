@@ -59,7 +59,7 @@ class SourceKeys(Section):
 
     @field_validator("docstrings", "summaries", "files", mode="before")
     @classmethod
-    def _one_name_is_a_list_of_one(cls, names: Any) -> Any:
+    def _wrap_single_name(cls, names: Any) -> Any:
         return [names] if isinstance(names, str) else names
 
     @model_validator(mode="after")
@@ -80,7 +80,7 @@ class SourceKeys(Section):
         return self
 
     @model_validator(mode="after")
-    def _keys_are_of_the_format(self) -> Self:
+    def _check_source_keys(self) -> Self:
         if self.format == "pairs":
             if self.messages_field is not None:
                 raise ValueError(f"messages_field is {self.messages_field!r}, which needs format: chat")
@@ -101,7 +101,7 @@ class SourceKeys(Section):
             )
 
     @model_validator(mode="after")
-    def _prompt_is_not_the_response(self) -> Self:
+    def _check_prompt_field(self) -> Self:
         """A prompt that shows the answer teaches to copy, and its held-out loss is next to 0."""
         if self.prompt_field == self.response_field:
             raise ValueError(f"prompt_field and response_field are both {self.response_field!r}: name two fields")
@@ -114,7 +114,7 @@ class SourceKeys(Section):
 
     @field_validator("template")
     @classmethod
-    def _names_prompt(cls, template: str) -> str:
+    def _check_template(cls, template: str) -> str:
         try:
             parts = list(string.Formatter().parse(template))
         except ValueError as error:

@@ -30,14 +30,14 @@ class Loader(yaml.SafeLoader):
         """A scalar; PyYAML calls this method.
 
         Raises:
-            yaml.MarkedYAMLError: it has half of a pair, which is no character.
+            yaml.MarkedYAMLError: it has half of a pair, which is not a character.
         """
         node: yaml.ScalarNode = super().compose_scalar_node(anchor)
         if not node.value.isascii():
             try:
                 node.value = node.value.encode("utf-16", "surrogatepass").decode("utf-16")
             except UnicodeDecodeError:
-                problem = "an escape is half of a surrogate pair, which is no character"
+                problem = "an escape is half of a surrogate pair, which is not a character"
                 raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark) from None
         return node
 

@@ -75,7 +75,7 @@ def read_conversation(record: Record, data: DataSection) -> Conversation:
         try:
             value = json.loads(value)
         except ValueError as error:
-            raise record.unusable(f"field {field!r} is a text, and not JSON: {error}") from None
+            raise record.unusable(f"field {field!r} is a string, but not JSON: {error}") from None
     if not isinstance(value, Sequence) or not value:
         raise record.unusable(f"field {field!r} is {str(value)[:40]!r}, not a list of messages")
     messages = tuple(_read_message(record, field, number, message) for number, message in enumerate(value, start=1))
@@ -84,7 +84,7 @@ def read_conversation(record: Record, data: DataSection) -> Conversation:
         try:
             tools = json.loads(tools)
         except ValueError as error:
-            raise record.unusable(f"field 'tools' is a text, and not JSON: {error}") from None
+            raise record.unusable(f"field 'tools' is a string, but not JSON: {error}") from None
     conversation = Conversation(record.location, messages, tools or None)
     try:
         json.dumps(conversation.content)
@@ -140,7 +140,7 @@ def encode_conversation(
 def _read_message(record: Record, field: str, number: int, message: Any) -> Message:
     where = f"message {number} of {field!r}"
     if not isinstance(message, Mapping):
-        raise record.unusable(f"{where} is {str(message)[:40]!r}, not an object with a role and a text")
+        raise record.unusable(f"{where} is {str(message)[:40]!r}, not an object with a role and text")
     # Tables have null for what a message lacks.
     given = {key: value for key, value in message.items() if value is not None}
     role_key, text_key = next((keys for keys in _LAYOUTS.values() if keys[0] in given), _LAYOUTS["messages"])
@@ -159,7 +159,7 @@ def _text(record: Record, where: str, content: Any) -> str:
         parts = [part.get("text") if isinstance(part, Mapping) else part for part in content]
         texts = [part for part in parts if isinstance(part, str)]
         if len(texts) < len(parts):
-            raise record.unusable(f"{where} has parts that are no texts: only texts can be trained on")
+            raise record.unusable(f"{where} has parts that are not text: only text can be trained on")
         content = "".join(texts)
     return Record(f"{record.location}: {where}", {"content": content}, record.numbers).text("content")
 

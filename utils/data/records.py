@@ -45,7 +45,7 @@ class Record:
         """The text of a field; none is an empty text.
 
         Raises:
-            UnusableRow: there is no such field, or its value is no text.
+            UnusableRow: there is no such field, or its value is not a string.
         """
         if field is None:
             return ""
@@ -53,11 +53,11 @@ class Record:
         if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
             if self.numbers == "text":
                 return value.text if isinstance(value, SpelledNumber) else repr(value)
-            raise self.unusable(f"field {field!r} is {value!r}, not a text: data.numbers=text reads its digits")
+            raise self.unusable(f"field {field!r} is {value!r}, not a string: data.numbers=text reads its digits")
         if not isinstance(value, str):
-            raise self.unusable(f"field {field!r} is {'empty' if value is None else repr(value)[:40]}, not a text")
+            raise self.unusable(f"field {field!r} is {'empty' if value is None else repr(value)[:40]}, not a string")
         if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
-            raise self.unusable(f"field {field!r} has half of a surrogate pair, which is no character")
+            raise self.unusable(f"field {field!r} has half of a surrogate pair, which is not a character")
         return value
 
     def fill(self, template: str, *, prompt: str) -> FilledPrompt:
@@ -66,7 +66,7 @@ class Record:
         A field that is null there, as Alpaca's `input` may be, is empty.
 
         Raises:
-            UnusableRow: there is no such field, or its value is no text.
+            UnusableRow: there is no such field, or its value is not a string.
         """
         names = template_names(template) - {"prompt"}
         fields = {name: "" if self.value(name) is None else self.text(name) for name in names}

@@ -105,7 +105,7 @@ class RunCurves:
         """The last step that has metrics."""
 
     def add(self, metrics: Mapping[str, Any]) -> None:
-        """Take the metrics of the next step. What is no number, as another program may have written, is left out."""
+        """Take the metrics of the next step. What is not a number, as another program may have written, is left out."""
         step = metrics.get("step")
         if not _is_number(step) or not math.isfinite(step):
             return

@@ -224,7 +224,7 @@ def _duration(seconds: float) -> str:
 
 
 def _text(value: object) -> str:
-    """A text in HTML. What is no character of a page, such as half a surrogate pair, is shown as a replacement."""
+    """A text in HTML. What is not a character of a page, such as half a surrogate pair, is shown as a replacement."""
     text = str(value).encode("utf-8", "replace").decode("utf-8")
     return escape("".join(c if c in "\n\t" or (ord(c) >= 32 and ord(c) != 127) else "\ufffd" for c in text))
 

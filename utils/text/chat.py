@@ -53,7 +53,8 @@ def end_of_turn(tokenizer: Any) -> str:
     """The token with which the chat template ends a turn of the assistant, such as `<|im_end|>`.
 
     Raises:
-        ChatError: there is no template, or a turn ends with no token of the tokenizer, and generation could not stop.
+        ChatError: there is no template, or a turn does not end with a token of the tokenizer, so that generation could
+            not stop.
     """
     if not tokenizer.chat_template:
         raise ChatError("the tokenizer has no chat template: name a file with one in data.chat_template")
@@ -62,7 +63,7 @@ def end_of_turn(tokenizer: Any) -> str:
     rest = text[text.rfind(answer[-1]) + 1 :]
     tokens = [(rest.find(token), -len(token), token) for token in _added_tokens(tokenizer) if token in rest]
     if not tokens:
-        shown = f"{rest.strip()!r}, which is no token of the tokenizer" if rest.strip() else "no token"
+        shown = f"{rest.strip()!r}, which is not a token of the tokenizer" if rest.strip() else "no token"
         raise ChatError(
             f"the chat template ends a turn of the assistant with {shown}, so no model could learn to stop there: "
             "give a tokenizer that has the template's tokens, or another template in data.chat_template"

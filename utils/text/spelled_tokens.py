@@ -60,8 +60,8 @@ class SpelledTokens:
             lines.append(f"{count} responses end with {name}: the row's own end token, {end}, takes its place{other}")
         for name, count in self._unknown_ends.items():
             lines.append(
-                f"{count} responses end with {name!r}, which is no token of this tokenizer: its letters are learned, "
-                f"and {end} after them"
+                f"{count} responses end with {name!r}, which is not a token of this tokenizer: its letters are "
+                f"learned, and {end} after them"
             )
         if self._as_text:
             names = ", ".join(name for name, _ in self._as_text.most_common(3))

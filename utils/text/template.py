@@ -92,7 +92,7 @@ def _checked(template: PromptTemplate) -> PromptTemplate:
     """The template as `data.template` allows it.
 
     Raises:
-        ValueError: a value is of another type, or is no template of a prompt.
+        ValueError: a value is of another type, or is not a template of a prompt.
     """
     if not isinstance(template.template, str) or template.control_tokens not in ("text", "parse"):
         raise ValueError(f"{template} is not allowed")

@@ -51,8 +51,8 @@ def _set_end_token(tokenizer: Any, end_token: str, name: str) -> None:
     if end_token not in tokenizer.get_vocab():
         ids = tokenizer(end_token, add_special_tokens=False)["input_ids"]
         raise UserError(
-            f"data.end_token: {end_token!r} is no token of the tokenizer of {name!r}, but {len(ids)} of them: give one "
-            f"token, such as its end-of-text token {tokenizer.eos_token!r}"
+            f"data.end_token: {end_token!r} is not a token of the tokenizer of {name!r}, but {len(ids)} of them: give "
+            f"one token, such as its end-of-text token {tokenizer.eos_token!r}"
         )
     tokenizer.eos_token = end_token
     if tokenizer.pad_token_id is None:

@@ -12,7 +12,7 @@ import torch
 
 from moreh.accelerator.job import local_job_if_started
 from moreh.accelerator.job_status import JobProgress
-from moreh.runtime.launch.watch.pulse import begin_step
+from moreh.runtime.launch.watch.heartbeat import begin_step
 from utils.config.schema import Config
 from utils.data.batches import Batch
 from utils.data.labels import count_labels

@@ -33,7 +33,7 @@ TENSOR_MOVES = Patch(
     names=("to", "cuda", "cpu", "pin_memory"),
     why="Tensors move to the accelerator and back, as copies.",
     no_public_way="A TorchFunctionMode costs two microseconds for each call of torch, holds for one thread only, and "
-    "would have to be taken off while a model computes.",
+    "would have to be removed while a model computes.",
     tested=("torch 2.13",),
 )
 COMPILED_TENSOR_CUDA = Patch(
@@ -44,7 +44,7 @@ COMPILED_TENSOR_CUDA = Patch(
 )
 LAZY_PARAMETER_METHODS = Patch(
     target="torch.nn.parameter.UninitializedTensorMixin._allowed_methods",
-    why="Parameters of lazy modules, which have no data yet, let the replaced methods through.",
+    why="Parameters of lazy modules, which have no data yet, accept the replaced methods.",
     no_public_way="The list is compared by identity and has no function that adds to it.",
     tested=("torch 2.13",),
 )
@@ -52,7 +52,7 @@ MODULE_MOVES = Patch(
     target="torch.nn.Module",
     names=("cuda", "to", "to_empty", "cpu"),
     why="The accelerator counts the memory of modules that are moved to it, and refuses what does not fit.",
-    no_public_way="torch has no hook on moving a module.",
+    no_public_way="torch has no hook for moving a module.",
     tested=("torch 2.13",),
 )
 

@@ -47,8 +47,8 @@ QUERIES = Patch(
         "init",
         "ipc_collect",
     ),
-    why="Answers a script's questions for the accelerator, and a library's as torch does.",
-    no_public_way="Only torch's own device has the name cuda; a device made with PrivateUse1 has another name.",
+    why="Scripts get the accelerator's answers, and libraries get torch's.",
+    no_public_way="Only torch's CUDA device can have the name cuda; a device made with PrivateUse1 has another name.",
     tested=("torch 2.13",),
 )
 # empty_cache already does nothing without a GPU.

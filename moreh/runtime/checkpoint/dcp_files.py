@@ -43,7 +43,7 @@ class _MetadataUnpickler(pickle.Unpickler):
         """One of the classes above, or a dtype."""
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if not is_dtype and name not in _ALLOWED.get(module, ()):
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which is no part of a checkpoint's metadata")
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which is not part of a checkpoint's metadata")
         return super().find_class(module, name)
 
 

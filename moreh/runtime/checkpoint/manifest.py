@@ -65,7 +65,7 @@ def read_manifest(directory: Path) -> Manifest:
             raise CheckpointError(f"{path} has format {content['format']}, and this version reads format {_FORMAT}.")
         files = {name: FileSum(file["bytes"], file["crc32"]) for name, file in content["files"].items()}
         if elsewhere := [name for name in files if ".." in Path(name).parts or Path(name).is_absolute() or not name]:
-            raise ValueError(f"{elsewhere[0]!r} is no name of a file in it")
+            raise ValueError(f"{elsewhere[0]!r} is not the name of a file in it")
         return Manifest(files, dict(content["about"]))
     except FileNotFoundError:
         raise CheckpointError(

@@ -7,7 +7,7 @@
 3. `world`: the script runs again in each worker, up to the same call. There the workers join a process group. Under
    torchrun, a run begins here.
 4. `supervisor`: meanwhile the launcher waits. It passes signals on, and decides when workers that do not end have to be
-   killed. `worker_errors`: a worker that ends with an exception leaves a record of it in a file. `pulse`: a worker
+   killed. `worker_errors`: a worker that ends with an exception leaves a record of it in a file. `heartbeat`: a worker
    says where it is, and `watch` notices that all of them are silent.
 5. `exit_report`: from exit codes and records, the launcher finds the worker that failed first and ends with its exit
    code. It names that worker, unless worker 0 has shown the same error on the console already. `restarts`: or it

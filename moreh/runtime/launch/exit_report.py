@@ -5,10 +5,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from moreh.runtime.launch.paths import error_path, log_path, pulse_path, stack_path
+from moreh.runtime.launch.paths import error_path, heartbeat_path, log_path, stack_path
 from moreh.runtime.launch.supervisor import STOP_SIGNALS, LaunchResult, WorkerExit
 from moreh.runtime.launch.watch.hangs import Hang
-from moreh.runtime.launch.watch.pulse import read_pulse
+from moreh.runtime.launch.watch.heartbeat import read_heartbeat
 from moreh.runtime.launch.watch.stacks import innermost_frames
 from moreh.runtime.launch.worker_errors import WorkerErrorRecord, read_error_record
 
@@ -166,9 +166,9 @@ def _signal_text(number: int, result: LaunchResult) -> str:
 
 
 def _place(logs: Path, rank: int) -> str:
-    """Where a worker died, as its last beat and the stack that it wrote say."""
-    pulse, frames = read_pulse(pulse_path(logs, rank)), innermost_frames(stack_path(logs, rank))
-    place = pulse.place if pulse.beats else "before it had joined the others"
+    """Where a worker died, as its last heartbeat and the stack that it wrote say."""
+    heartbeat, frames = read_heartbeat(heartbeat_path(logs, rank)), innermost_frames(stack_path(logs, rank))
+    place = heartbeat.place if heartbeat.count else "before it had joined the others"
     return f"{place}; it stood in {frames[0].text}: {stack_path(logs, rank)}" if frames else place
 
 

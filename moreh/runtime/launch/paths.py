@@ -18,9 +18,9 @@ def joined_path(logs: Path) -> Path:
     return logs / "joined"
 
 
-def pulse_path(logs: Path, rank: int) -> Path:
+def heartbeat_path(logs: Path, rank: int) -> Path:
     """The file that says where a worker is."""
-    return logs / f"rank{rank}.pulse"
+    return logs / f"rank{rank}.heartbeat"
 
 
 def stack_path(logs: Path, rank: int) -> Path:

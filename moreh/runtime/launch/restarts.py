@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moreh.runtime.launch.exit_report import first_failure
-from moreh.runtime.launch.paths import pulse_path
+from moreh.runtime.launch.paths import heartbeat_path
 from moreh.runtime.launch.supervisor import POLL_INTERVAL_S, LaunchResult, SignalQueue
-from moreh.runtime.launch.watch.pulse import Pulse, read_pulse
+from moreh.runtime.launch.watch.heartbeat import Heartbeat, read_heartbeat
 
 # The first restart waits so long, and each further one twice as long as the one before.
 FIRST_WAIT_S = 1.0
@@ -26,7 +26,7 @@ class Restarts:
     """How many there may be."""
     done: int = 0
     """How many there were."""
-    _last: Pulse | None = None
+    _last: Heartbeat | None = None
 
     def decide(self, result: LaunchResult, exit_code: int, logs: Path) -> tuple[bool, str]:
         """Whether the workers are to be started again, and what is said about it; nothing without restarts."""
@@ -60,9 +60,9 @@ class Restarts:
         return bool(signals.stops)
 
 
-def _place_of_failure(result: LaunchResult, logs: Path) -> Pulse:
-    """The last beat of the worker that hung or failed first."""
+def _place_of_failure(result: LaunchResult, logs: Path) -> Heartbeat:
+    """The last heartbeat of the worker that hung or failed first."""
     if result.hang is not None:
-        return result.hang.behind.pulse
+        return result.hang.behind.heartbeat
     first = first_failure(result, logs)
-    return read_pulse(pulse_path(logs, 0 if first is None else first.exit.rank))
+    return read_heartbeat(heartbeat_path(logs, 0 if first is None else first.exit.rank))

@@ -20,11 +20,11 @@ from moreh.errors import AcceleratorBusyError, AcceleratorError, MorehError, Opt
 from moreh.log import logger
 from moreh.options import launch_variables
 from moreh.patches import world_variables
-from moreh.runtime.launch.meeting import MEETING_S, meet, world_from_environment
-from moreh.runtime.launch.meeting import World as World
-from moreh.runtime.launch.paths import joined_path, pulse_path, stack_path
+from moreh.runtime.launch.paths import heartbeat_path, joined_path, stack_path
 from moreh.runtime.launch.random_states import share_random_states
-from moreh.runtime.launch.watch.pulse import start_pulse
+from moreh.runtime.launch.rendezvous import RENDEZVOUS_TIMEOUT_S, rendezvous, world_from_environment
+from moreh.runtime.launch.rendezvous import World as World
+from moreh.runtime.launch.watch.heartbeat import start_heartbeat
 from moreh.runtime.launch.worker_errors import ERROR_FILE, record_errors
 
 # The timeout of collectives ends workers that wait for one that hangs. A worker that dies is noticed at once by the
@@ -103,7 +103,7 @@ def _init_process_group(world: World) -> None:
             "script with MOREH_WORKERS instead of torchrun"
         )
     excepthook = sys.excepthook
-    timeout_s = min(launch_variables().hang_seconds or MEETING_S, MEETING_S)
+    timeout_s = min(launch_variables().hang_seconds or RENDEZVOUS_TIMEOUT_S, RENDEZVOUS_TIMEOUT_S)
     device: torch.device | None = None
     backend = "gloo"
     if torch.cuda.is_available():
@@ -119,7 +119,7 @@ def _init_process_group(world: World) -> None:
             device, backend = own, "cpu:gloo,cuda:nccl"
         else:
             backend = "cpu:gloo,cuda:gloo"  # NCCL refuses two ranks on one GPU
-    store = meet(world, timeout_s)
+    store = rendezvous(world, timeout_s)
     dist.init_process_group(
         backend, store=store, rank=world.rank, world_size=world.size, timeout=TIMEOUT, device_id=device
     )
@@ -161,7 +161,7 @@ def _act_as_part_of_one_program(world: World) -> None:
     """
     error_file = Path(os.environ[ERROR_FILE])
     record_errors(lost_connection_log=error_file.with_name("rank0.log") if world.rank == 0 else None)
-    start_pulse(pulse_path(error_file.parent, world.rank), stack_path(error_file.parent, world.rank))
+    start_heartbeat(heartbeat_path(error_file.parent, world.rank), stack_path(error_file.parent, world.rank))
     if world.rank > 0 and hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(line_buffering=True)  # the log of a worker that is killed has all that it printed
     if sys.platform != "linux":  # on Linux, the kernel ends the worker (bootstrap.py)

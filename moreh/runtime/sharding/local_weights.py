@@ -34,7 +34,7 @@ _COPY_ELEMENTS = 1 << 24
 def patch_lazy_loading() -> None:
     """Make `from_pretrained` return lazy models from now on. Call it on each of several workers; again does nothing.
 
-    Models that are no causal language models, which each worker computes whole, are loaded as always. transformers
+    Models that are not causal language models, which each worker computes whole, are loaded as always. transformers
     renames, ties, merges and initializes weights as always. It loads files that cannot be mapped (.bin,
     gguf, quantized) as always. The model's `config.dtype` is what the script asked for; its tensors have the dtypes of
     the files.

@@ -92,7 +92,7 @@ def data_assigned(model):
 
 
 def data_swapped_and_restored(model):
-    """As many scripts evaluate an average: the backup is no copy."""
+    """As many scripts evaluate an average: the backup is not a copy."""
     shadow = {name: p.data.clone() * 0.9 for name, p in model.named_parameters()}
     losses = [backward(model)]
     sgd(model).step()

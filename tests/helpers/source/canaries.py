@@ -50,7 +50,7 @@ def fingerprints() -> dict[str, Fingerprint]:
 
 
 def fingerprint(name: str) -> Fingerprint:
-    """The signature of a name and the hash of its source, or of what stands for them where it is no Python function."""
+    """The signature of a name and the hash of its source, or what replaces them where it is not a Python function."""
     path, _, attribute = name.partition(":")
     if attribute:
         return {"signature": _instance_attribute(resolve(path), attribute), "source": ""}
@@ -101,7 +101,7 @@ def _of_builtin(name: str, value: Any) -> Fingerprint:
 
 
 def _of_data(value: Any) -> str:
-    """The type of a value that is no function, and of its items or their names."""
+    """The type of a value that is not a function, and of its items or their names."""
     if isinstance(value, Mapping):
         kinds = sorted({f"{type(key).__name__}: {type(item).__name__}" for key, item in value.items()})
         return f"{type(value).__name__} of {', '.join(kinds)}"

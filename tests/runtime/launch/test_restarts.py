@@ -7,17 +7,17 @@ import time
 
 import pytest
 
-from moreh.runtime.launch.paths import pulse_path
+from moreh.runtime.launch.paths import heartbeat_path
 from moreh.runtime.launch.restarts import Restarts
 from moreh.runtime.launch.supervisor import LaunchResult, WorkerExit
 from moreh.runtime.launch.watch import hangs as watch_module
 from moreh.runtime.launch.watch.hangs import HangWatch
-from moreh.runtime.launch.watch.pulse import Pulse, _Heart, read_pulse
+from moreh.runtime.launch.watch.heartbeat import Heartbeat, _HeartbeatWriter, read_heartbeat
 from moreh.runtime.launch.watch.stacks import Frame, innermost_frames, waits_for_others
 from tests.helpers.scripts.launched_scripts import WITHOUT_MODELS, finish
 
 TRAINING = """
-from moreh.runtime.launch.watch.pulse import begin_step
+from moreh.runtime.launch.watch.heartbeat import begin_step
 from moreh.runtime.launch.world import restarted_since
 from moreh.trace import span
 parameter = torch.nn.Parameter(torch.zeros(1))
@@ -105,19 +105,19 @@ def look_for(watch, clock, seconds):
 
 
 @pytest.fixture
-def hearts(tmp_path):
-    return [_Heart(pulse_path(tmp_path, rank)) for rank in range(2)]
+def writers(tmp_path):
+    return [_HeartbeatWriter(heartbeat_path(tmp_path, rank)) for rank in range(2)]
 
 
-def test_silence_is_said_after_a_minute_and_ended_after_the_setting(tmp_path, clock, hearts):
+def test_silence_is_said_after_a_minute_and_ended_after_the_setting(tmp_path, clock, writers):
     # Not the ids of processes that are asked for their stacks.
     watch = HangWatch(tmp_path, {0: 2**22 + 1, 1: 2**22 + 2}, 600)
     for step in (1, 2):
-        for heart in hearts:
-            heart.begin_step(step, "")
-            heart.end_optimizer_step()
+        for writer in writers:
+            writer.begin_step(step, "")
+            writer.end_optimizer_step()
         look_for(watch, clock, 2)
-    hearts[0].enter("all_reduce")
+    writers[0].enter("all_reduce")
     said, seconds, hang = look_for(watch, clock, 10_000)
     assert len(said) == 1
     assert "no worker has made progress for 60 s" in said[0]
@@ -126,24 +126,24 @@ def test_silence_is_said_after_a_minute_and_ended_after_the_setting(tmp_path, cl
     assert hang.behind.text.startswith("step 2")
 
 
-def test_planning_and_slow_steps_get_more_time(tmp_path, clock, hearts):
+def test_planning_and_slow_steps_get_more_time(tmp_path, clock, writers):
     watch = HangWatch(tmp_path, {0: 2**22 + 1, 1: 2**22 + 2}, 100)
     said, seconds, _ = look_for(watch, clock, 599)  # before the first step, which plans
     assert (len(said), seconds) == (1, None)
-    for heart in hearts:
-        heart.begin_step(1, "")
-        heart.end_optimizer_step()
+    for writer in writers:
+        writer.begin_step(1, "")
+        writer.end_optimizer_step()
     look_for(watch, clock, 2)
     for _ in range(2):  # steps of 90 s: no word of them once it is known that they take so long
-        hearts[0].beat()
+        writers[0].write()
         said, seconds, _ = look_for(watch, clock, 90)
         assert seconds is None
-    hearts[0].beat()
+    writers[0].write()
     assert look_for(watch, clock, 250) == ([], None, None)
     assert look_for(watch, clock, 50)[2] is not None
 
 
-def test_silence_while_nobody_looked_does_not_count(tmp_path, clock, hearts):
+def test_silence_while_nobody_looked_does_not_count(tmp_path, clock, writers):
     """As on a machine that was asleep."""
     watch = HangWatch(tmp_path, {0: 2**22 + 1, 1: 2**22 + 2}, 100)
     look_for(watch, clock, 2)
@@ -151,21 +151,26 @@ def test_silence_while_nobody_looked_does_not_count(tmp_path, clock, hearts):
     assert look_for(watch, clock, 250) == ([], None, None)
 
 
-def test_pulse_is_what_was_written(tmp_path):
-    heart = _Heart(pulse_path(tmp_path, 0))
-    assert read_pulse(pulse_path(tmp_path, 0)).is_patient
-    heart.begin_step(7, "a.jsonl:3, b" * 1000)
-    heart.end_optimizer_step()
-    heart.enter("evaluate")
-    heart.enter("all_reduce_loss")
-    pulse = read_pulse(pulse_path(tmp_path, 0))
-    assert (pulse.step, pulse.where, pulse.is_patient, pulse.beats) == (7, "evaluate, all_reduce_loss", False, 5)
-    assert pulse.rows.startswith("a.jsonl:3, ba.jsonl")
-    heart.leave()
-    heart.leave()
-    heart.enter("choose_plan")
-    assert read_pulse(pulse_path(tmp_path, 0)).is_patient
-    assert read_pulse(tmp_path / "none") == Pulse()
+def test_heartbeat_is_what_was_written(tmp_path):
+    writer = _HeartbeatWriter(heartbeat_path(tmp_path, 0))
+    assert read_heartbeat(heartbeat_path(tmp_path, 0)).is_patient
+    writer.begin_step(7, "a.jsonl:3, b" * 1000)
+    writer.end_optimizer_step()
+    writer.enter("evaluate")
+    writer.enter("all_reduce_loss")
+    heartbeat = read_heartbeat(heartbeat_path(tmp_path, 0))
+    assert (heartbeat.step, heartbeat.where, heartbeat.is_patient, heartbeat.count) == (
+        7,
+        "evaluate, all_reduce_loss",
+        False,
+        5,
+    )
+    assert heartbeat.rows.startswith("a.jsonl:3, ba.jsonl")
+    writer.leave()
+    writer.leave()
+    writer.enter("choose_plan")
+    assert read_heartbeat(heartbeat_path(tmp_path, 0)).is_patient
+    assert read_heartbeat(tmp_path / "none") == Heartbeat()
 
 
 def test_stack_of_the_main_thread_is_read(tmp_path):
@@ -186,7 +191,7 @@ def test_stack_of_the_main_thread_is_read(tmp_path):
 
 def failure(logs, step, *, code=-signal.SIGKILL, **changes):
     """The result of workers of which the second failed in a step."""
-    _Heart(pulse_path(logs, 1)).begin_step(step, f"rows of {step}")
+    _HeartbeatWriter(heartbeat_path(logs, 1)).begin_step(step, f"rows of {step}")
     return LaunchResult({0: 1, 1: 2}, {1: WorkerExit(1, 2, code, time.time())}, **changes)
 
 

@@ -67,13 +67,13 @@ def test_texts_may_be_in_parts_and_columns_may_have_null():
     [
         ({"prompt": "x"}, "no field 'messages': the fields are 'prompt'"),
         ({"messages": []}, r"field 'messages' is '\[\]', not a list of messages"),
-        ({"messages": "{"}, "field 'messages' is a text, and not JSON"),
-        ({"messages": ["hello"]}, "message 1 of 'messages' is 'hello', not an object with a role and a text"),
+        ({"messages": "{"}, "field 'messages' is a string, but not JSON"),
+        ({"messages": ["hello"]}, "message 1 of 'messages' is 'hello', not an object with a role and text"),
         ({"messages": [{"role": "boss", "content": "x"}]}, "has the role 'boss'; expected one of system, .*human"),
         ({"messages": [{"role": "user", "text": "x"}]}, "message 1 of 'messages' has no content"),
-        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "has parts that are no texts"),
-        ({"messages": [{"role": "user", "content": 3}]}, "field 'content' is 3, not a text"),
-        ({"conversations": [{"from": "human", "value": "x"}], "tools": "{"}, "field 'tools' is a text, and not JSON"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "has parts that are not text"),
+        ({"messages": [{"role": "user", "content": 3}]}, "field 'content' is 3, not a string"),
+        ({"conversations": [{"from": "human", "value": "x"}], "tools": "{"}, "field 'tools' is a string, but not JSON"),
     ],
 )
 def test_row_without_a_conversation_is_named(fields, problem):

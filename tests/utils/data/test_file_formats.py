@@ -148,7 +148,7 @@ def test_numbers_are_the_digits_of_the_file_where_the_settings_say_so(tmp_path):
     numbers = ["7", "2.50", "1e3", "-0", "12345678901234567890.10"]
     lines = "".join(f'{{"prompt": "p{i}", "response": {number}}}\n' for i, number in enumerate(numbers))
     (tmp_path / "d.jsonl").write_text(lines, encoding="utf-8")
-    with pytest.raises(UserError, match=r"d\.jsonl:1: field 'response' is 7, not a text: data\.numbers=text reads"):
+    with pytest.raises(UserError, match=r"d\.jsonl:1: field 'response' is 7, not a string: data\.numbers=text reads"):
         pairs_of(tmp_path / "d.jsonl")
     assert [response for _, response in pairs_of(tmp_path / "d.jsonl", numbers="text")] == [
         "7",
@@ -159,5 +159,5 @@ def test_numbers_are_the_digits_of_the_file_where_the_settings_say_so(tmp_path):
     ]
     for value in ("true", "NaN", '["a"]', str(datetime.date(2024, 1, 1).year) + "e999"):
         (tmp_path / "d.jsonl").write_text(f'{{"prompt": "p", "response": {value}}}', encoding="utf-8")
-        with pytest.raises(UserError, match="not a text"):
+        with pytest.raises(UserError, match="not a string"):
             pairs_of(tmp_path / "d.jsonl", numbers="text")

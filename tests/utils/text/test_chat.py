@@ -188,7 +188,7 @@ def test_call_that_spells_a_control_token_is_refused(qwen3):
 def test_template_whose_end_is_no_token_is_refused(chatml):
     plain = train_tokenizer(["How much?"] * 3, 300)
     plain.chat_template = CHATML
-    with pytest.raises(ChatError, match=r"with '<\|im_end\|>', which is no token of the tokenizer"):
+    with pytest.raises(ChatError, match=r"with '<\|im_end\|>', which is not a token of the tokenizer"):
         end_of_turn(plain)
     plain.chat_template = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
     with pytest.raises(ChatError, match="ends a turn of the assistant with no token"):

@@ -102,7 +102,7 @@ def test_control_token_inside_a_response_is_text_unless_it_is_to_be_parsed(token
 
 def test_end_token_that_the_tokenizer_does_not_know_is_said(tokenizer):
     _, notes = row_of(tokenizer, "two", "3<|eot_id|>")
-    assert any("'<|eot_id|>', which is no token of this tokenizer" in note for note in notes)
+    assert any("'<|eot_id|>', which is not a token of this tokenizer" in note for note in notes)
 
 
 def test_plain_rows_need_no_notes(tokenizer):

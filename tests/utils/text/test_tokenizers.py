@@ -63,7 +63,7 @@ def test_end_token_of_the_settings_is_the_tokenizers(tmp_path):
     tokenizer.save_pretrained(tmp_path / "second")
     assert load_tokenizer(str(tmp_path / "second")).eos_token == "<|im_end|>"
     assert tokenizer.pad_token == "</s>"
-    with pytest.raises(UserError, match=r"data\.end_token: '<\|eot_id\|>' is no token of the tokenizer of .*'</s>'"):
+    with pytest.raises(UserError, match=r"data\.end_token: '<\|eot_id\|>' is not a token of the tokenizer of .*'</s>'"):
         load_tokenizer(str(tmp_path / "first"), "<|eot_id|>")
 
 

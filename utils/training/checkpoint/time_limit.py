@@ -110,7 +110,7 @@ def slurm_end(environment: Mapping[str, str]) -> TimeLimit | None:
         command = ["scontrol", "show", "job", job, "--oneliner"]
         shown = subprocess.run(command, capture_output=True, text=True, timeout=_SCONTROL_TIMEOUT_S, check=True).stdout
         fields = dict(word.partition("=")[::2] for word in shown.split())
-        return TimeLimit(datetime.fromisoformat(fields.get("EndTime", "")).timestamp(), name)  # "Unknown" is no time
+        return TimeLimit(datetime.fromisoformat(fields.get("EndTime", "")).timestamp(), name)  # "Unknown" is not a time
     return None
 
 

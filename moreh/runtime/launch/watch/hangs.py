@@ -10,17 +10,17 @@ from pathlib import Path
 
 import psutil
 
-from moreh.runtime.launch.paths import pulse_path, stack_path
-from moreh.runtime.launch.watch.pulse import STACK_SIGNAL, Pulse, read_pulse
+from moreh.runtime.launch.paths import heartbeat_path, stack_path
+from moreh.runtime.launch.watch.heartbeat import STACK_SIGNAL, Heartbeat, read_heartbeat
 from moreh.runtime.launch.watch.stacks import Frame, innermost_frames, waits_for_others
 
 # Silence is said after this time, or after half of the time that ends a run, if that is less.
-SAID_AFTER_S = 60.0
+WARNING_AFTER_S = 60.0
 # Planning, compiling, loading and saving may take so many times as long as a step.
 PATIENCE = 6
 # And at least so long: the time of these phases does not follow from that of a step.
 LEAST_PATIENCE_S = 300.0
-# A step may take so many times as long as the longest one between two beats until now.
+# A step may take so many times as long as the longest one between two heartbeats until now.
 SLOWER = 3
 SECONDS_BETWEEN_LOOKS = 0.5
 # If this process was not there for so long, as on a machine that was asleep, the workers were not either.
@@ -35,8 +35,8 @@ class Standing:
 
     rank: int
     pid: int
-    pulse: Pulse
-    """Its last beat."""
+    heartbeat: Heartbeat
+    """Its last heartbeat."""
     is_stopped: bool
     """Whether a signal has stopped its process."""
     frames: tuple[Frame, ...]
@@ -45,7 +45,7 @@ class Standing:
     @property
     def text(self) -> str:
         """Where it stands, as the end of a sentence."""
-        parts = [self.pulse.place if self.pulse.beats else "before it had joined the others"]
+        parts = [self.heartbeat.place if self.heartbeat.count else "before it had joined the others"]
         if self.is_stopped:
             parts.append("its process is stopped (SIGSTOP)")
         if self.frames:
@@ -67,12 +67,12 @@ class Hang:
 
 
 class HangWatch:
-    """Looks at the pulses of the workers in the directory of their logs; `hang_seconds` None: never ends them."""
+    """Looks at the heartbeats of the workers in the directory of their logs; `hang_seconds` None: never ends them."""
 
     def __init__(self, logs: Path, pids: Mapping[int, int], hang_seconds: float | None) -> None:
         self._logs, self._pids, self._hang_seconds = logs, pids, hang_seconds
-        self._beats: dict[int, int] = {}
-        self._last_beat = self._last_look = time.monotonic()
+        self._counts: dict[int, int] = {}
+        self._last_heartbeat = self._last_look = time.monotonic()
         self._longest = 0.0
         self._was_patient = True
         self._has_said = False
@@ -84,53 +84,55 @@ class HangWatch:
             return None, None
         absent = now - self._last_look > ABSENCE_S
         self._last_look = now
-        pulses = {rank: read_pulse(pulse_path(self._logs, rank)) for rank in self._pids}
-        beats = {rank: pulse.beats for rank, pulse in pulses.items()}
-        is_patient = any(pulse.is_patient for pulse in pulses.values())
-        if beats != self._beats or absent:
+        heartbeats = {rank: read_heartbeat(heartbeat_path(self._logs, rank)) for rank in self._pids}
+        counts = {rank: heartbeat.count for rank, heartbeat in heartbeats.items()}
+        is_patient = any(heartbeat.is_patient for heartbeat in heartbeats.values())
+        if counts != self._counts or absent:
             if not (absent or is_patient or self._was_patient):
-                self._longest = max(self._longest, now - self._last_beat)
-            self._beats, self._last_beat, self._was_patient, self._has_said = beats, now, is_patient, False
+                self._longest = max(self._longest, now - self._last_heartbeat)
+            self._counts, self._last_heartbeat, self._was_patient, self._has_said = counts, now, is_patient, False
             return None, None
-        silent = now - self._last_beat
+        silent = now - self._last_heartbeat
         hang_seconds = float("inf") if self._hang_seconds is None else self._hang_seconds
         factor = PATIENCE if is_patient else 1
         least = max(SLOWER * self._longest, LEAST_PATIENCE_S if is_patient else 0.0)
         if silent >= max(hang_seconds * factor, least):
-            return None, Hang(silent, self._behind(pulses, is_last=True))
-        if not self._has_said and silent >= max(min(SAID_AFTER_S, hang_seconds / 2) * factor, least):
+            return None, Hang(silent, self._behind(heartbeats, is_last=True))
+        if not self._has_said and silent >= max(min(WARNING_AFTER_S, hang_seconds / 2) * factor, least):
             self._has_said = True
-            return self._warning(silent, pulses), None
+            return self._warning(silent, heartbeats), None
         return None, None
 
-    def _warning(self, silent: float, pulses: Mapping[int, Pulse]) -> str:
-        behind = self._behind(pulses, is_last=False)
+    def _warning(self, silent: float, heartbeats: Mapping[int, Heartbeat]) -> str:
+        behind = self._behind(heartbeats, is_last=False)
         end = "" if self._hang_seconds is None else f"; after {self._hang_seconds:g} s in a step, the run ends"
         return (
             f"no worker has made progress for {silent:.0f} s{end}. Worker {behind.rank} of {len(self._pids)} (pid "
             f"{behind.pid}) is behind: {behind.text}"
         )
 
-    def _behind(self, pulses: Mapping[int, Pulse], *, is_last: bool) -> Standing:
+    def _behind(self, heartbeats: Mapping[int, Heartbeat], *, is_last: bool) -> Standing:
         """The worker that the others wait for: one that is stopped, or in no collective, or has come least far."""
         stopped = {rank for rank, pid in self._pids.items() if _is_stopped(pid)}
-        self._ask_for_stacks(pulses, self._pids.keys() - stopped)
+        self._ask_for_stacks(heartbeats, self._pids.keys() - stopped)
         if is_last and stopped:
             # A stopped worker has to go on to write its stack. All are about to be ended: nobody may go on meanwhile.
             self._send(signal.SIGSTOP, self._pids.keys() - stopped)
-            self._ask_for_stacks(pulses, stopped, wake=True)
+            self._ask_for_stacks(heartbeats, stopped, wake=True)
         standings = [
-            Standing(rank, pid, pulses[rank], rank in stopped, tuple(innermost_frames(stack_path(self._logs, rank))))
+            Standing(
+                rank, pid, heartbeats[rank], rank in stopped, tuple(innermost_frames(stack_path(self._logs, rank)))
+            )
             for rank, pid in self._pids.items()
         ]
         return min(standings, key=_how_far)
 
-    def _ask_for_stacks(self, pulses: Mapping[int, Pulse], ranks: Set[int], *, wake: bool = False) -> None:
+    def _ask_for_stacks(self, heartbeats: Mapping[int, Heartbeat], ranks: Set[int], *, wake: bool = False) -> None:
         """Let workers write their stacks, and wait for them a moment. Those that are woken are stopped again."""
         if STACK_SIGNAL is None:
             return
         asked = {
-            rank for rank in ranks if pulses[rank].beats > 0
+            rank for rank in ranks if heartbeats[rank].count > 0
         }  # others do not know the signal, which would end them
         for rank in asked:
             with contextlib.suppress(OSError):
@@ -153,9 +155,9 @@ class HangWatch:
 
 
 def _how_far(standing: Standing) -> tuple[bool, bool, int, int]:
-    step = -1 if standing.pulse.step is None else standing.pulse.step
+    step = -1 if standing.heartbeat.step is None else standing.heartbeat.step
     is_waiting = waits_for_others(standing.frames)
-    return not standing.is_stopped, is_waiting, step, standing.pulse.beats
+    return not standing.is_stopped, is_waiting, step, standing.heartbeat.count
 
 
 def _is_stopped(pid: int) -> bool:

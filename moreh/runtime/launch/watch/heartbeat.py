@@ -1,8 +1,9 @@
 """The heartbeat of a worker: a small file with its step and phase, which the launcher reads.
 
-Each span of `moreh.trace` and each step of an optimizer is a beat, so a worker that computes, plans, loads or saves has
-one. The file is mapped into memory: a beat takes about a microsecond, and a worker that hangs or dies leaves its last
-one. On a signal of the launcher, the worker writes its stack to another file, even while it waits in a collective.
+Each span of `moreh.trace` and each step of an optimizer writes a heartbeat, so a worker that computes, plans, loads or
+saves writes some. The file is mapped into memory: a heartbeat takes about a microsecond, and a worker that hangs or
+dies leaves its last one. On a signal of the launcher, the worker writes its stack to another file, even while it waits
+in a collective.
 """
 
 import atexit
@@ -35,7 +36,7 @@ PATIENT_SPANS = frozenset(
         "generate_sample",
     }
 )
-# Beats, time of the last one, step, whether it is in a phase that takes long; then two texts.
+# Number of heartbeats, time of the last one, step, whether it is in a phase that takes long; then two strings.
 _HEAD = struct.Struct("<QdqB")
 _WHERE_BYTES, _ROWS_BYTES = 200, 2000
 _SIZE = _HEAD.size + _WHERE_BYTES + _ROWS_BYTES
@@ -43,11 +44,11 @@ _NO_STEP = -1
 
 
 @dataclass(frozen=True)
-class Pulse:
-    """The last beat of a worker."""
+class Heartbeat:
+    """The last heartbeat of a worker."""
 
-    beats: int = 0
-    """How many there were; 0 of a worker that has not begun."""
+    count: int = 0
+    """The number of heartbeats until now; 0 for a worker that has not begun."""
     time: float = 0.0
     """When it was, in seconds since the epoch."""
     step: int | None = None
@@ -66,8 +67,8 @@ class Pulse:
         return f"{step}, in {self.where}" if self.where else step
 
 
-class _Heart:
-    """Writes the pulse of this process."""
+class _HeartbeatWriter:
+    """Writes the heartbeat of this process."""
 
     def __init__(self, path: Path) -> None:
         with path.open("w+b") as file:
@@ -75,89 +76,89 @@ class _Heart:
             self._map = mmap.mmap(file.fileno(), _SIZE)
         self._thread = threading.get_ident()
         self._spans: list[str] = []
-        self._beats, self._step, self._is_patient = 0, _NO_STEP, True
+        self._count, self._step, self._is_patient = 0, _NO_STEP, True
         self._script_counts = False
-        self.beat()
+        self.write()
 
     def enter(self, name: str) -> None:
         """A span begins."""
         if threading.get_ident() == self._thread:  # a thread that writes a checkpoint says nothing about the training
             self._spans.append(name)
-            self.beat()
+            self.write()
 
     def leave(self) -> None:
         """The innermost span ends."""
         if threading.get_ident() == self._thread and self._spans:
             self._spans.pop()
-            self.beat()
+            self.write()
 
     def begin_step(self, step: int, rows: str) -> None:
         """A step of the training begins. The first one plans, loads and compiles."""
         self._is_patient = self._step == _NO_STEP
         self._step, self._script_counts = step, True
         _write_text(self._map, _HEAD.size + _WHERE_BYTES, rows, _ROWS_BYTES)
-        self.beat()
+        self.write()
 
     def end_optimizer_step(self) -> None:
         """An optimizer has updated the weights. It is counted if the script does not say where its steps begin."""
         self._is_patient = False
         if not self._script_counts:
             self._step = max(self._step, 0) + 1
-        self.beat()
+        self.write()
 
     def end(self) -> None:
         """The script has ended, and Python shuts down."""
         self._is_patient = True
-        self.beat()
+        self.write()
 
-    def beat(self) -> None:
+    def write(self) -> None:
         """Write where this process is."""
-        self._beats += 1
+        self._count += 1
         is_patient = self._is_patient or not PATIENT_SPANS.isdisjoint(self._spans)
         _write_text(self._map, _HEAD.size, ", ".join(self._spans), _WHERE_BYTES)
-        _HEAD.pack_into(self._map, 0, self._beats, time.time(), self._step, is_patient)
+        _HEAD.pack_into(self._map, 0, self._count, time.time(), self._step, is_patient)
 
 
-_heart: _Heart | None = None
+_writer: _HeartbeatWriter | None = None
 
 
-def start_pulse(path: Path, stack_path: Path) -> None:
-    """Write the pulse of this process from now on, and its stack at the launcher's signal or when it crashes."""
-    global _heart
+def start_heartbeat(path: Path, stack_path: Path) -> None:
+    """Write the heartbeat of this process from now on, and its stack at the launcher's signal or when it crashes."""
+    global _writer
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
     stack_file = stack_path.open("a", encoding="utf-8")  # stays open: faulthandler keeps its descriptor
     faulthandler.enable(stack_file)
     if STACK_SIGNAL is not None:
         faulthandler.register(STACK_SIGNAL, stack_file)
-    heart = _heart = _Heart(path)
-    trace.watch_spans(heart.enter, heart.leave)
+    writer = _writer = _HeartbeatWriter(path)
+    trace.watch_spans(writer.enter, writer.leave)
 
     def after_step(optimizer: Any, args: Any, kwargs: Any) -> None:
-        heart.end_optimizer_step()
+        writer.end_optimizer_step()
 
     register_optimizer_step_post_hook(after_step)
-    atexit.register(heart.end)
+    atexit.register(writer.end)
 
 
 def begin_step(step: int, rows: Callable[[], str]) -> None:
     """Tell the launcher, if one watches this process, that a step begins, and the rows that it trains on."""
-    if _heart is not None:
-        _heart.begin_step(step, rows())
+    if _writer is not None:
+        _writer.begin_step(step, rows())
 
 
-def read_pulse(path: Path) -> Pulse:
-    """The last beat that a worker has written; one of no beats if there is none."""
+def read_heartbeat(path: Path) -> Heartbeat:
+    """The last heartbeat that a worker has written; one with a count of 0 if there is none."""
     try:
         content = path.read_bytes()
     except OSError:
-        return Pulse()
+        return Heartbeat()
     if len(content) < _SIZE:
-        return Pulse()
-    beats, moment, step, is_patient = _HEAD.unpack_from(content)
+        return Heartbeat()
+    count, moment, step, is_patient = _HEAD.unpack_from(content)
     where = _read_text(content[_HEAD.size : _HEAD.size + _WHERE_BYTES])
     rows = _read_text(content[_HEAD.size + _WHERE_BYTES :])
-    return Pulse(beats, moment, None if step == _NO_STEP else step, bool(is_patient), where, rows)
+    return Heartbeat(count, moment, None if step == _NO_STEP else step, bool(is_patient), where, rows)
 
 
 def _write_text(target: mmap.mmap, offset: int, text: str, size: int) -> None:

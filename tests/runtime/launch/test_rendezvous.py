@@ -7,7 +7,7 @@ import pytest
 from moreh.errors import OptionError, PlanError, WorkerError
 from moreh.option import _workers_to_start
 from moreh.planner.hardware.local_profile import measure
-from moreh.runtime.launch.meeting import World, meet, world_from_environment
+from moreh.runtime.launch.rendezvous import World, rendezvous, world_from_environment
 from moreh.system import LEAST_PROCESSES, refused_processes
 
 WORLD = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
@@ -46,27 +46,27 @@ def test_peer_that_never_comes_is_named(world, capsys):
     with pytest.raises(
         WorkerError, match=r"rank 1 of 2 workers has not come to MASTER_ADDR=127.0.0.1, MASTER_PORT=\d+ w"
     ):
-        meet(own, 2.0)
+        rendezvous(own, 2.0)
     assert "warning: rank 1 of 2 workers has not come to" in capsys.readouterr().err
 
 
 def test_rank_0_that_never_comes_is_named(world):
     with pytest.raises(WorkerError, match=r"rank 0 has not come to MASTER_ADDR=127.0.0.1, MASTER_PORT=\d+ within 1 s"):
-        meet(world(RANK="1", LOCAL_RANK="1"), 1.0)
+        rendezvous(world(RANK="1", LOCAL_RANK="1"), 1.0)
 
 
 def test_port_in_use_and_unknown_host_are_refused(world, unused_port):
     own = world()
     with socket.create_server(("0.0.0.0", unused_port)), pytest.raises(OptionError, match="rank 0 cannot listen there"):
-        meet(own, 1.0)
+        rendezvous(own, 1.0)
     with pytest.raises(OptionError, match="there is no such host"):
-        meet(world(MASTER_ADDR="no-such-host.invalid"), 1.0)
+        rendezvous(world(MASTER_ADDR="no-such-host.invalid"), 1.0)
 
 
 def test_a_world_of_one_meets_at_once(world):
     own = world(WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
     assert own == World(0, 1, 0, 1)
-    assert meet(own, 5.0).check(["moreh/here/0"])
+    assert rendezvous(own, 5.0).check(["moreh/here/0"])
 
 
 def test_more_processes_than_cores_or_memory_allow_are_refused(monkeypatch):

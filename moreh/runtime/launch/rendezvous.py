@@ -15,8 +15,8 @@ from moreh.errors import OptionError, WorkerError
 from moreh.patches.world_variables import REQUIRED, variables
 
 # How long workers wait for each other, and when they say so.
-MEETING_S = 600.0
-SAID_AFTER_S = 60.0
+RENDEZVOUS_TIMEOUT_S = 600.0
+WARNING_AFTER_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def world_from_environment() -> World:
     return World(rank, size, local_rank, local_size)
 
 
-def meet(world: World, timeout_s: float) -> Any:
+def rendezvous(world: World, timeout_s: float) -> Any:
     """The store of a world in which all workers have said that they are there.
 
     Raises:
@@ -79,7 +79,7 @@ def meet(world: World, timeout_s: float) -> Any:
     names = [f"moreh/here/{rank}" for rank in range(world.size)]
     try:
         store.set(names[world.rank], b"1")
-        for wait_s in (min(SAID_AFTER_S, timeout_s / 2), timeout_s):
+        for wait_s in (min(WARNING_AFTER_S, timeout_s / 2), timeout_s):
             try:
                 store.wait(names, timedelta(seconds=max(0.1, min(wait_s, deadline - time.monotonic()))))
             except dist.DistStoreError:
