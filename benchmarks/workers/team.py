@@ -162,6 +162,9 @@ class _Member:
         return time.perf_counter() - wall_start, time.process_time() - cpu_start
 
     def peak_bytes(self, shape: Shape, plan: str) -> int:
+        # What earlier models leave would be freed while this one is measured.
+        self._step = lambda: None
+        gc.collect()
         # MemTracker cannot track sharded parameters. The profiler reports each allocation, and the release of each
         # allocation that it has seen: from before the model is made, their sum is what is alive.
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:

@@ -32,10 +32,10 @@ from moreh.planner.cost.memory_states import (
     peak_by_rank,
     stages_in_flight,
 )
-from moreh.planner.cost.stage_parameters import reshards_each_micro_batch
+from moreh.planner.cost.stage_parameters import reshards_each_micro_batch, shards_gradients
 from moreh.planner.plan.arrays import BoolArray, FloatArray, IntArray
 from moreh.planner.plan.plan import Training
-from moreh.planner.plan.plan_table import SHARD_NONE, SHARD_PARAMETERS, PlanTable
+from moreh.planner.plan.plan_table import SHARD_NONE, SHARD_PARAMETERS, PlanTable, sum_by_rank
 from moreh.planner.plan.schedules import SPLIT_BACKWARD, peak_deferred_weight_grads
 from moreh.planner.software_profile import SoftwareProfile
 
@@ -217,6 +217,12 @@ def _passes(
     converted_gradient = np.maximum(edge, gradients.head_parameters * converted_bytes)
     optimizer = optimizer_temporary_bytes(states, plans, training, software)
     everything = states.rank_trainable * states.gradient_bytes
+    reduces = shards_gradients(plans, software)[:, None]
+    # The last micro-batch frees the gathered layers and shards their gradients, one after the other.
+    freed_at_once = np.where(all_gradients, 0.0, states.layer_copy_bytes)
+    layers = sum_by_rank(plans, plans.stage_layers.astype(np.float64))
+    layer_gradients = layers * states.trainable.layer[:, None] * states.gradient_bytes
+    at_last = everything - np.where(reduces, 0.0, layer_gradients * (1 - states.optimizer_share))
     all_reduced = ((plans.data * plans.context > 1) & (plans.sharding == SHARD_NONE))[:, None]
     all_reduce = np.where(all_reduced, np.minimum(software.all_reduce_bytes, everything), 0.0)
     return [
@@ -235,13 +241,20 @@ def _passes(
             buffers=layer_exchange,
         ),
         # The backward pass of a stage's first layer.
-        moment(in_first_layer, gradients.first_layer, copies.layer, buffers=layer_exchange),
-        # The backward pass of the embedding.
+        moment(
+            in_first_layer,
+            gradients.first_layer,
+            copies.layer - freed_at_once * (1 - 1 / layers),
+            buffers=layer_exchange,
+        ),
+        # The backward pass of the embedding, of any micro-batch and of the last one.
         moment(
             kept - stage + first * residual_gradient,
             gradients.embedding,
-            buffers=np.maximum(edge, edges.gathered + edges.reduced),
+            -freed_at_once,
+            buffers=np.maximum(edge, edges.gathered + np.where(reduces, edges.reduced, 0.0)),
         ),
+        moment(zeros, at_last, -states.layer_copy_bytes, buffers=edges.gathered + edges.reduced),
         # The exchange of gradients that are not sharded, and the optimizer's step.
         moment(zeros, everything, buffers=np.maximum(all_reduce, optimizer)),
     ]

@@ -47,6 +47,8 @@ class ModelStates:
     """Number of trainable parameters of each rank before sharding, [n, pipeline]."""
     weight_bytes: FloatArray
     """Bytes of a rank's stored weights after sharding, and of copies that last for the whole step, [n, pipeline]."""
+    layer_copy_bytes: FloatArray
+    """The part of `weight_bytes` that the last micro-batch frees: layers that `fully_shard` gathered, [n, pipeline]."""
     gradient_bytes: FloatArray
     """Bytes for each trainable parameter, after sharding: the mean over those of a rank, [n, pipeline]."""
     unsharded_gradient_bytes: int
@@ -72,13 +74,10 @@ def model_states(plans: PlanTable, training: Training, software: SoftwareProfile
     trainable_shards = mean_shards(plans, rank_trainable, trainable.experts)
     reshards = reshards_each_micro_batch(plans.pipeline, software)
     # Two layers are gathered at a time, the one in use and the next, and one layer's gradients wait to be reduced.
-    # Gradients that go through a flat buffer are there twice.
-    gathered = np.where(
-        (plans.sharding == SHARD_PARAMETERS) & reshards, 2 * parameters.layer * software.gather_bytes, 0.0
-    )
-    copies_of_gradients = 2 if software.uses_fully_shard else 1
+    gathers = (plans.sharding == SHARD_PARAMETERS) & reshards
+    gathered = np.where(gathers, 2 * parameters.layer * software.gather_bytes, 0.0)
     reduces = shards_gradients(plans, software)
-    reduced = np.where(reduces, copies_of_gradients * trainable.layer * software.reduce_bytes, 0.0)
+    reduced = np.where(reduces, trainable.layer * software.reduce_bytes, 0.0)
     # Copies that last: sharded weights that are gathered once a step, or low-precision copies of weights that are
     # whole.
     gathers_once = np.where(sharding == SHARD_PARAMETERS, not reshards, software.uses_fully_shard)
@@ -93,6 +92,11 @@ def model_states(plans: PlanTable, training: Training, software: SoftwareProfile
         rank_parameters=rank_parameters,
         rank_trainable=rank_trainable,
         weight_bytes=rank_parameters * software.weight_bytes / np.where(shards_weights, shards, 1) + copies,
+        layer_copy_bytes=np.where(
+            shards_weights & software.uses_fully_shard & (plans.pipeline == 1),
+            sum_by_rank(plans, parameters.layer[:, None] * plans.stage_layers) * software.gather_bytes * gathers_once,
+            0.0,
+        ),
         gradient_bytes=software.gradient_bytes / np.where(reduces[:, None], trainable_shards, 1),
         unsharded_gradient_bytes=software.gradient_bytes,
         optimizer_bytes=optimizer_bytes * optimizer_share,

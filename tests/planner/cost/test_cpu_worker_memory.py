@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from moreh.planner.cost.memory import _deferred_bytes, peak_memory
+from moreh.planner.cost.memory_states import model_states
 from moreh.planner.plan.plan import Plan, Training
 from moreh.planner.plan.plan_table import PlanTable
 from moreh.planner.plan.schedules import peak_deferred_weight_grads
@@ -84,6 +85,27 @@ def test_the_only_micro_batch_leaves_shards_of_gradients_alone():
     assert two.gradients[0, 0] == pytest.approx(two.parameters[0, 0] / (1 + 1 / 4))
     assert one.gradients[0, 0] <= two.gradients[0, 0] / 4
     assert (one.total - states)[0, 0] < (two.total - states)[0, 0]
+
+
+def test_gathered_layers_are_freed_in_the_last_micro_batch():
+    """fully_shard keeps them for all micro-batches where parameters are not to be sharded, and none in a pipeline."""
+    layer = architecture("llama").layers[0].parameters
+    plans = {
+        "optimizer": (Plan((LAYERS,), data=4, sharding="optimizer"), LAYERS * layer * BYTES),
+        "gradients": (Plan((LAYERS,), data=4, sharding="gradients"), LAYERS * layer * BYTES),
+        "parameters": (Plan((LAYERS,), data=4, sharding="parameters"), 0),
+        "none": (Plan((LAYERS,), data=4), 0),
+        "pipeline": (Plan((4, 4), pipeline=2, data=2, sharding="optimizer"), 0),
+    }
+    for name, (plan, expected) in plans.items():
+        table = PlanTable.from_plans([plan])
+        assert model_states(table, TRAINING, SOFTWARE).layer_copy_bytes == pytest.approx(expected), name
+    # With full recomputation, the passes of the first layers are the highest moments: after most copies are freed.
+    one, two = (
+        memory_of(Plan((LAYERS,), data=4, micro_batches=count, sharding="gradients", recomputation="full"))
+        for count in (1, 2)
+    )
+    assert one.total[0, 0] < two.total[0, 0]
 
 
 def test_gradients_that_are_not_sharded_are_reduced_through_a_buffer():
