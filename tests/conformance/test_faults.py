@@ -3,20 +3,8 @@
 import pytest
 
 from tests.conformance.faults import FAULTS
-from tests.conformance.harness import Harness, compare, judged
-from tests.conformance.patterns import read_patterns
+from tests.conformance.harness import compare, judged
 from tests.conformance.plans import workers_of
-
-
-@pytest.fixture(scope="module")
-def harness():
-    with Harness() as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def patterns():
-    return {pattern.name: pattern for pattern in read_patterns()}
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.conformance.comparing import differences, text_problems
-from tests.conformance.harness import Harness, judged
+from tests.conformance.harness import judged
 from tests.conformance.patterns import Expectation, parse
 from tests.conformance.plans import PLANS, plan_in_turn, plans_for, workers_of
 
@@ -43,12 +43,6 @@ FAULTS = {
 
 def pattern_of(script=SCRIPT, **keys):
     return parse("group", {"name": "name", "what": "what", "script": script} | keys)
-
-
-@pytest.fixture(scope="module")
-def harness():
-    with Harness() as made:
-        yield made
 
 
 def test_script_without_a_fault_is_equal(harness):

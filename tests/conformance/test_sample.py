@@ -2,7 +2,6 @@
 
 import pytest
 
-from tests.conformance.harness import Harness
 from tests.conformance.page import PAGE, page
 from tests.conformance.patterns import read_patterns
 
@@ -18,17 +17,6 @@ SAMPLE = [
     "llama2-tutorial",
     "gpt-tutorial-lora",
 ]
-
-
-@pytest.fixture(scope="module")
-def harness():
-    with Harness() as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def patterns():
-    return {pattern.name: pattern for pattern in read_patterns()}
 
 
 @pytest.mark.parametrize("name", SAMPLE)
