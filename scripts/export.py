@@ -1,6 +1,6 @@
 """Export the model of a run as a plain transformers model directory, for other tools.
 
-    python scripts/export.py runs/llama_smollm2_lora exported --merge   an adapter and its base model
+    python scripts/export.py runs/llama_smollm2_lora exported --merge   merges an adapter
     python scripts/export.py runs/gpt exported --dtype bfloat16         a model without adapters
 
 The directory includes the tokenizer and the prompt template. In float32, results equal those of the

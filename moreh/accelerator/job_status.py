@@ -43,6 +43,28 @@ class PredictedUse:
 
 
 @dataclass(frozen=True)
+class PipelineTimes:
+    """What the planner predicts of a step's pipeline: the arguments of `planner.cost.pipeline_time.simulate`."""
+
+    schedule: str
+    """The order of the operations, one of the planner's `SCHEDULES`."""
+    ranks: int
+    """Pipeline ranks."""
+    micro_batches: int
+    """Micro-batches of a step."""
+    chunks: int
+    """Stages of a rank."""
+    forward_s: tuple[float, ...]
+    """Seconds of a micro-batch's forward pass through each stage."""
+    backward_s: tuple[float, ...]
+    """Seconds of a micro-batch's backward pass through each stage."""
+    weight_fraction: float
+    """The share of a backward pass that takes the gradients of weights (0 to 1)."""
+    send_s: float
+    """Seconds to send a micro-batch to another stage."""
+
+
+@dataclass(frozen=True)
 class ChosenPlan:
     """What the planner predicts of the plan that it has chosen for some devices."""
 
@@ -66,6 +88,8 @@ class ChosenPlan:
     """The kind of device, or "this machine" for its CPU."""
     device_count: int = 0
     """The number of devices or workers."""
+    pipeline: PipelineTimes | None = None
+    """The times of its pipeline; None in the file of an older run."""
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from moreh.planner.units import GIB, gib, seconds_text
 from utils.report.chart import Chart, Line, chart_html
 from utils.report.curves import RECENT, ROUGE_NAMES, RunCurves
 from utils.report.run_state import RUNNING, RunState
+from utils.report.timeline import timeline_html
 
 # Above this loss, which no trained model has, a perplexity is a number of many digits.
 MAX_PERPLEXITY_LOSS = 20
@@ -142,7 +143,8 @@ def _plans(report: Report) -> str:
     several = report.state.batches_per_step
     batches = f", of which a step has {several:,}" if several > 1 else ""
     note = f"<p class=note>Predictions are for one batch whose rows have no padding{batches}.</p>"
-    return f"<h2>Plan: predicted and measured</h2>{_plan_table(plans, [measured])}{note}"
+    timelines = "".join(timeline_html(plan) for plan in plans)
+    return f"<h2>Plan: predicted and measured</h2>{_plan_table(plans, [measured])}{note}{timelines}"
 
 
 def _simulated(report: Report) -> str:
@@ -151,7 +153,8 @@ def _simulated(report: Report) -> str:
         return ""
     plans = [plan for plan in report.state.plans if plan["simulated"]]
     memory = Chart("Memory (simulated)", "GiB, on all simulated devices", [_allocated(report.curves)])
-    content = (_plan_table(plans, []) if plans else "") + chart_html(memory, report.curves.last_step)
+    timelines = "".join(timeline_html(plan) for plan in plans)
+    content = (_plan_table(plans, []) if plans else "") + timelines + chart_html(memory, report.curves.last_step)
     if not content:
         return ""
     note = "<p class=note>Nothing here was measured: these are predictions for devices that the machine lacks.</p>"

@@ -1,7 +1,7 @@
 """The plans of a job, for the report of its run."""
 
 from moreh.accelerator.flavors import Flavor
-from moreh.accelerator.job_status import ChosenPlan
+from moreh.accelerator.job_status import ChosenPlan, PipelineTimes
 from moreh.accelerator.this_machine import THIS_MACHINE
 from moreh.planner.cost.driver_memory import driver_memory, driver_tool
 from moreh.planner.cost.prediction import Prediction
@@ -53,4 +53,19 @@ def _chosen(
         plan_text(prediction.plan),
         device,
         prediction.plan.devices,
+        _pipeline_times(prediction),
+    )
+
+
+def _pipeline_times(prediction: Prediction) -> PipelineTimes:
+    plan = prediction.plan
+    return PipelineTimes(
+        plan.schedule,
+        plan.pipeline,
+        plan.micro_batches,
+        plan.chunks,
+        prediction.stage_forward_s,
+        prediction.stage_backward_s,
+        prediction.weight_fraction,
+        prediction.send_s,
     )

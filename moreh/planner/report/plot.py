@@ -86,7 +86,7 @@ def _draw_timeline(figure: Any, prediction: Prediction) -> None:
         prediction.weight_fraction,
         prediction.send_s,
     )
-    windows = _windows(timeline, plan.pipeline, prediction.step_time_s)
+    windows = readable_windows(timeline, plan.pipeline, prediction.step_time_s)
     panels = figure.subplots(1, len(windows), sharey=True, squeeze=False)[0]
     for panel, (start, end) in zip(panels, windows, strict=True):
         _draw_window(panel, timeline, plan.pipeline, start, end, len(windows))
@@ -115,7 +115,7 @@ def _draw_timeline(figure: Any, prediction: Prediction) -> None:
     )
 
 
-def _windows(timeline: Timeline, ranks: int, step_s: float) -> list[tuple[float, float]]:
+def readable_windows(timeline: Timeline, ranks: int, step_s: float) -> list[tuple[float, float]]:
     """The parts of a step to draw, each from a start to an end in seconds.
 
     These are the whole step, or its beginning and its end if it has too many operations to tell them apart.

@@ -24,6 +24,17 @@ PLAN = {
     "step_time_s": 0.25,
     "memory_bytes": 2**31,
 }
+PIPELINE = {
+    "schedule": "1f1b",
+    "ranks": 4,
+    "micro_batches": 8,
+    "chunks": 1,
+    "forward_s": [0.005] * 4,
+    "backward_s": [0.01] * 4,
+    "weight_fraction": 0.5,
+    "send_s": 0.001,
+}
+DRAWN_PLAN = {**PLAN, "pipeline": PIPELINE}
 LOCAL_PLAN = {**PLAN, "devices": "this machine, 1 worker", "simulated": False, "plan": "whole", "step_time_s": 1.5}
 
 
@@ -83,7 +94,9 @@ def test_page_of_a_run_that_has_done_nothing_yet():
 
 
 def test_page_asks_no_network():
-    page, text = page_of(curves_of({"step": 0, "eval_loss": 5.0}, metrics(1), metrics(2, eval_loss=4.0)))
+    curves = curves_of({"step": 0, "eval_loss": 5.0}, metrics(1), metrics(2, eval_loss=4.0))
+    page, text = page_of(curves, is_simulated=True, plans=[DRAWN_PLAN, {**LOCAL_PLAN, "pipeline": PIPELINE}])
+    assert text.count("<figure class=timeline>") == 2
     assert not {name for name, _ in page.attributes} & {"src", "href", "srcset", "action", "poster", "background"}
     assert not {"link", "img", "iframe", "object", "embed", "form", "base"} & set(page.tags)
     assert not re.search(r"url\(|@import|https?:|fetch\(|XMLHttpRequest|WebSocket", text)
