@@ -23,8 +23,8 @@ from published_runs import PublishedRun, read_rows, usable_runs
 from moreh.accelerator.devices import all_devices
 from moreh.planner.calibration.sensitivity import log_step_time
 from moreh.planner.cost.memory import peak_memory
-from moreh.planner.hardware.belief import from_coordinates
 from moreh.planner.hardware.efficiency import MIN_RUNS_FOR_QUANTILE, Efficiency
+from moreh.planner.hardware.efficiency_distribution import from_unconstrained
 from moreh.planner.hardware.environment import Environment
 from moreh.planner.plan.arrays import FloatArray
 from moreh.planner.plan.plan_table import PlanTable
@@ -52,7 +52,7 @@ def blind_errors(hierarchy: Hierarchy, runs: Sequence[PublishedRun]) -> FloatArr
             run, label = runs[index], replace(rows.labels[index], strangeness=1.0)
             if label.class_name not in constants:
                 found = posterior(rows.take(~left), label, hierarchy.spreads)
-                constants[label.class_name] = from_coordinates(found.mean)
+                constants[label.class_name] = from_unconstrained(found.mean)
             environment = Environment(run.cluster, constants[label.class_name], run.software)
             seconds = min(log_step_time(plan, run.training, environment) for plan in run.plans)
             errors[index] = np.exp(seconds) / (run.step_time_s or np.nan) - 1
@@ -107,23 +107,22 @@ def main(arguments: Sequence[str]) -> int:
     hierarchy = fit_hierarchy(chosen)
     spreads = hierarchy.spreads
     classes = sorted({device.efficiency_class for device in all_devices().values()})
-    beliefs = {name: hierarchy.belief("", name) for name in classes}
-    for name, belief in beliefs.items():
-        print(f"{name}: {belief.efficiency}")
+    priors = {name: hierarchy.distribution("", name) for name in classes}
+    for name, prior in priors.items():
+        print(f"{name}: {prior.median}")
     print(f"spread between programs {spreads.programs}, noise {spreads.noise}, of {len(CHOICES)} choices")
     table = {
         "source": f"benchmarks/fit_planner.py {options.runs.name}",
         "fitted_rows": [run.digest for run in chosen],
         "errors": errors_of_classes(hierarchy, chosen, classes),
         "constants": {
-            name: {key: rounded(value) for key, value in asdict(belief.efficiency).items()}
-            for name, belief in beliefs.items()
+            name: {key: rounded(value) for key, value in asdict(prior.median).items()} for name, prior in priors.items()
         },
-        "noise": rounded(next(iter(beliefs.values())).noise),
+        "noise": rounded(next(iter(priors.values())).noise_std),
         "memory": memory_spread(runs),
         "covariances": {
-            name: [[rounded(value) for value in row] for row in belief.covariance.tolist()]
-            for name, belief in beliefs.items()
+            name: [[rounded(value) for value in row] for row in prior.covariance.tolist()]
+            for name, prior in priors.items()
         },
     }
     # A matrix has a line for each of its rows.

@@ -7,12 +7,12 @@ import numpy as np
 from published_runs import PublishedRun
 
 from accuracy.hierarchy import fit_hierarchy, prior_rows
-from moreh.planner.calibration.calibrate import narrowed
+from moreh.planner.calibration.calibrate import condition
 from moreh.planner.calibration.prediction import DEVIATIONS
 from moreh.planner.calibration.sensitivity import log_step_time, log_step_time_slopes
 from moreh.planner.calibration.support import least_factor
 from moreh.planner.cost.memory import peak_memory
-from moreh.planner.hardware.belief import Belief, belief_about
+from moreh.planner.hardware.efficiency_distribution import EfficiencyDistribution, prior_for
 from moreh.planner.hardware.environment import Environment, make_environment
 from moreh.planner.plan.arrays import FloatArray
 from moreh.planner.plan.plan import Plan
@@ -75,17 +75,17 @@ def fastest_plan(run: PublishedRun, environment: Environment) -> Plan:
     return min(fitting or run.plans, key=lambda plan: log_step_time(plan, run.training, environment))
 
 
-def shipped_belief(run: PublishedRun) -> Belief:
-    """What the planner believes of any program on the devices of a run."""
-    return belief_about(make_environment(run.cluster, run.software))
+def shipped_prior(run: PublishedRun) -> EfficiencyDistribution:
+    """The prior that the planner ships, for any program on the devices of a run."""
+    return prior_for(make_environment(run.cluster, run.software))
 
 
-def blind_group(runs: Sequence[PublishedRun], belief: Belief) -> Group:
+def blind_group(runs: Sequence[PublishedRun], prior: EfficiencyDistribution) -> Group:
     """Predict the runs of one program on one class of devices."""
     count = len(runs)
-    slopes, predicted, least = np.zeros((count, len(belief.covariance))), np.zeros(count), np.zeros(count)
+    slopes, predicted, least = np.zeros((count, len(prior.covariance))), np.zeros(count), np.zeros(count)
     for index, run in enumerate(runs):
-        environment = Environment(run.cluster, belief.efficiency, run.software)
+        environment = Environment(run.cluster, prior.median, run.software)
         plan = fastest_plan(run, environment)
         predicted[index] = log_step_time(plan, run.training, environment)
         slopes[index] = log_step_time_slopes(plan, run.training, environment)
@@ -93,10 +93,10 @@ def blind_group(runs: Sequence[PublishedRun], belief: Belief) -> Group:
     measured = np.log([run.step_time_s or np.nan for run in runs])
 
     def half_widths(covariance: FloatArray) -> FloatArray:
-        variance = np.einsum("ij,jk,ik->i", slopes, covariance, slopes) + belief.noise**2
+        variance = np.einsum("ij,jk,ik->i", slopes, covariance, slopes) + prior.noise_std**2
         return np.maximum(DEVIATIONS * np.sqrt(variance), least)
 
-    half = half_widths(belief.covariance)
+    half = half_widths(prior.covariance)
     zero_shot = tuple(
         BlindRun(run, *np.exp([center, center - width, center + width]).tolist())
         for run, center, width in zip(runs, predicted, half, strict=True)
@@ -109,9 +109,9 @@ def blind_group(runs: Sequence[PublishedRun], belief: Belief) -> Group:
         errors[shots], covered[shots] = np.full((DRAWS, count), np.nan), np.full((DRAWS, count), np.nan)
         for draw in range(DRAWS):
             known = generator.choice(count, shots, replace=False)
-            moved, covariance = narrowed(belief, slopes[known], measured[known] - predicted[known])
+            shift, covariance = condition(prior, slopes[known], measured[known] - predicted[known])
             others = np.setdiff1d(np.arange(count), known)
-            distance = (predicted + slopes @ moved - measured)[others]
+            distance = (predicted + slopes @ shift - measured)[others]
             errors[shots][draw, others] = np.exp(distance) - 1
             covered[shots][draw, others] = np.abs(distance) <= half_widths(covariance)[others]
     return Group((runs[0].program, runs[0].cluster.device.efficiency_class), zero_shot, errors, covered)
@@ -128,7 +128,7 @@ def grouped(runs: Sequence[PublishedRun]) -> dict[tuple[str, str], list[Publishe
 
 def with_shipped_constants(runs: Sequence[PublishedRun]) -> list[Group]:
     """Every group, predicted with the constants of the planner."""
-    return [blind_group(rows, shipped_belief(rows[0])) for rows in grouped(runs).values()]
+    return [blind_group(rows, shipped_prior(rows[0])) for rows in grouped(runs).values()]
 
 
 def leaving_programs_out(
@@ -149,5 +149,5 @@ def leaving_programs_out(
         known = [run for run, other in zip(timed, others, strict=True) if other]
         hierarchy = fit_hierarchy(known, first.take(others))
         own = grouped([run for run in timed if run.program == program])
-        groups += [blind_group(rows, hierarchy.belief(program, name)) for (_, name), rows in own.items()]
+        groups += [blind_group(rows, hierarchy.distribution(program, name)) for (_, name), rows in own.items()]
     return groups

@@ -1,6 +1,6 @@
 """The constants of all programs and classes of devices together: a population, and draws from it.
 
-The coordinates of the constants of a program on a class of devices are the sum of five Gaussian draws: what all have in
+The unconstrained constants of a program on a class of devices are the sum of five Gaussian draws: what all have in
 common, and what is particular to the generation of the devices, to the class, to the program, and to the program on
 that generation. The logarithm of a step time is taken as linear in them. Then what rows say about any of these draws
 has a closed form (Rasmussen and Williams 2006, chapter 2, https://gaussianprocess.org/gpml).
@@ -15,8 +15,13 @@ from published_runs import PublishedRun
 
 from accuracy.priors import GENERATIONS, prior_mean, width
 from moreh.planner.calibration.sensitivity import log_step_time, log_step_time_slopes
-from moreh.planner.hardware.belief import CONSTANTS, Belief, from_coordinates, to_coordinates
 from moreh.planner.hardware.efficiency import Efficiency
+from moreh.planner.hardware.efficiency_distribution import (
+    CONSTANTS,
+    EfficiencyDistribution,
+    from_unconstrained,
+    to_unconstrained,
+)
 from moreh.planner.hardware.environment import Environment
 from moreh.planner.plan.arrays import BoolArray, FloatArray
 
@@ -74,7 +79,7 @@ class Rows:
 
     labels: tuple[Labels, ...]
     slopes: FloatArray
-    """Derivatives of the logarithm of the step time by the coordinates, [rows, constants]."""
+    """Derivatives of the logarithm of the step time by the unconstrained constants, [rows, constants]."""
     seconds: FloatArray
     """Logarithm of measured over predicted seconds, where the prediction is the linear one with prior constants,
     [rows]."""
@@ -96,7 +101,7 @@ class Rows:
 
 @dataclass(frozen=True, eq=False)
 class Posterior:
-    """A Gaussian over the coordinates of a program on a class of devices."""
+    """A Gaussian over the unconstrained constants of a program on a class of devices."""
 
     mean: FloatArray
     """[constants]"""
@@ -118,7 +123,7 @@ def linear_rows(runs: Sequence[PublishedRun], constants: Sequence[Efficiency]) -
         times = [log_step_time(plan, run.training, environment) for plan in run.plans]
         fastest = run.plans[int(np.argmin(times))]
         slopes[index] = log_step_time_slopes(fastest, run.training, environment)
-        distance = to_coordinates(efficiency) - prior_mean(labels[index].class_name)
+        distance = to_unconstrained(efficiency) - prior_mean(labels[index].class_name)
         assert run.step_time_s is not None
         seconds[index] = np.log(run.step_time_s) - min(times) + slopes[index] @ distance
     return Rows(labels, slopes, seconds)
@@ -133,9 +138,9 @@ def _equal(first: Sequence[str], second: Sequence[str]) -> BoolArray:
 
 @dataclass(frozen=True, eq=False)
 class _Shared:
-    """How much of `WIDTH` squared the coordinates of two lists of labels have in common, [first, second] each.
+    """Covariance of the unconstrained constants of two lists of labels, in units of `WIDTH` squared, [first, second].
 
-    What all programs have in common comes on top.
+    The covariance that all programs have in common comes on top.
     """
 
     devices: FloatArray
@@ -175,7 +180,7 @@ def _covariance(first: Rows, second: Rows, spreads: Spreads) -> FloatArray:
 
 
 def posterior(rows: Rows, of: Labels, spreads: Spreads) -> Posterior:
-    """What rows say about the coordinates of a program on a class. Either may be new to the rows."""
+    """The posterior of a program on a class, given rows. Either may be new to the rows."""
     sigma, shared = width(), _shared([of], [of], spreads)
     own = np.where(HOSTS, shared.of(True, spreads)[0, 0], shared.of(False, spreads)[0, 0])
     if not len(rows.labels):
@@ -238,20 +243,20 @@ class Hierarchy:
     spreads: Spreads
 
     def of(self, program: str, class_name: str) -> Posterior:
-        """The belief about a program on a class; a program without runs is any program."""
+        """The posterior of a program on a class; a program without runs is any program."""
         known = {label.program: label.strangeness for label in self.rows.labels}
         return posterior(self.rows, Labels(program, class_name, "", known.get(program, 1.0)), self.spreads)
 
-    def belief(self, program: str, class_name: str) -> Belief:
-        """The same, as the planner uses it."""
+    def distribution(self, program: str, class_name: str) -> EfficiencyDistribution:
+        """The posterior as the planner stores it."""
         found = self.of(program, class_name)
         noise = float(np.hypot(self.spreads.noise, self.spreads.models))
-        return Belief(from_coordinates(found.mean), found.covariance, noise)
+        return EfficiencyDistribution(from_unconstrained(found.mean), found.covariance, noise)
 
 
 def prior_rows(runs: Sequence[PublishedRun]) -> Rows:
     """Runs with slopes at the prior, which know nothing of any measured figure."""
-    priors = {name: from_coordinates(prior_mean(name)) for name in {labels_of(run).class_name for run in runs}}
+    priors = {name: from_unconstrained(prior_mean(name)) for name in {labels_of(run).class_name for run in runs}}
     return linear_rows(runs, [priors[labels_of(run).class_name] for run in runs])
 
 
@@ -264,7 +269,7 @@ def fit_hierarchy(runs: Sequence[PublishedRun], first: Rows | None = None) -> Hi
     rough = _fit(first or prior_rows(runs))
     labels = [labels_of(run) for run in runs]
     pairs = {(label.program, label.class_name) for label in labels}
-    constants = {pair: from_coordinates(rough.of(*pair).mean) for pair in pairs}
+    constants = {pair: from_unconstrained(rough.of(*pair).mean) for pair in pairs}
     return _fit(linear_rows(runs, [constants[label.program, label.class_name] for label in labels]))
 
 

@@ -1,16 +1,16 @@
-"""What is believed of the constants before any measurement is seen, and which devices are alike."""
+"""The prior of the constants before any measurement is seen, and which devices are alike."""
 
 from dataclasses import astuple
 
 import numpy as np
 
 from moreh.accelerator.devices import all_devices
-from moreh.planner.hardware.belief import CONSTANTS, to_coordinates
 from moreh.planner.hardware.efficiency import Efficiency
+from moreh.planner.hardware.efficiency_distribution import CONSTANTS, to_unconstrained
 from moreh.planner.plan.arrays import FloatArray
 
 # What is usual on an A100 with any program, and by how much programs and devices differ from it: a standard deviation
-# of the coordinates. Both are judgment.
+# of the unconstrained constants. Both are judgment.
 PRIOR = Efficiency(
     matmul=0.72,
     float8=0.5,
@@ -70,7 +70,7 @@ GENERATIONS = {
 def prior_mean(class_name: str) -> FloatArray:
     """Coordinates of a class of devices before any row is seen, [constants]."""
     devices = [device for device in all_devices().values() if device.efficiency_class == class_name]
-    mean = to_coordinates(PRIOR)
+    mean = to_unconstrained(PRIOR)
     matmul = CONSTANTS.index("matmul")
     if any(device.name.startswith("MI") for device in devices):
         mean[matmul] = np.log(AMD_MATMUL / (1 - AMD_MATMUL))

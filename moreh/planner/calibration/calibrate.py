@@ -1,8 +1,9 @@
-"""A few measured steps narrow what is believed of a program: a Gaussian belief, updated with each step.
+"""Bayesian calibration: measured steps of a program turn the prior of its constants into a posterior.
 
-The logarithm of a step time is linear in the coordinates of the constants, nearly. Then the belief after measuring is
-Gaussian too and has a closed form (Rasmussen and Williams 2006, section 2.1, https://gaussianprocess.org/gpml). It is
-found in a few rounds, each with the slopes at the constants of the round before.
+The logarithm of a step time is nearly linear in the unconstrained constants. For a linear model with Gaussian noise,
+the posterior is Gaussian and has a closed form (Rasmussen and Williams 2006, section 2.1,
+https://gaussianprocess.org/gpml). The model is linearized a few times, each time at the posterior mean of the round
+before.
 """
 
 from collections.abc import Sequence
@@ -14,32 +15,32 @@ from moreh.errors import PlanError
 from moreh.planner.calibration.measured_step import MeasuredStep
 from moreh.planner.calibration.memory_factor import MemoryFactor, memory_factor
 from moreh.planner.calibration.sensitivity import log_step_time, log_step_time_slopes
-from moreh.planner.hardware.belief import Belief, belief_about
+from moreh.planner.hardware.efficiency_distribution import EfficiencyDistribution, prior_for
 from moreh.planner.hardware.environment import Environment, make_environment
 from moreh.planner.plan.arrays import FloatArray
 
-# Rounds in which the slopes are taken again.
+# Rounds of linearization.
 ROUNDS = 3
-# No constant is moved by more standard deviations than this: a step that nothing explains is wrong, not the constants.
+# The largest shift of a constant, in standard deviations: a step that needs a larger one was measured wrongly.
 MAX_DEVIATIONS = 4.0
 
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """What is believed of a program on a kind of device after some steps of it were measured."""
+    """The posterior for a program on a class of devices, given its measured steps."""
 
     steps: int
-    """Measured steps that it rests on; 0 for none."""
+    """Number of measured steps; 0 for none."""
     class_name: str
-    """The class of devices that it is about."""
-    belief: Belief
-    """The constants of the time model, and how far they may be off."""
+    """The class of devices."""
+    posterior: EfficiencyDistribution
+    """The distribution of the constants of the time model."""
     memory: MemoryFactor
-    """How measured memory compares with predicted memory."""
+    """The distribution of measured over predicted memory."""
 
     @property
     def text(self) -> str:
-        """What a prediction rests on, such as "calibrated with 3 steps"."""
+        """A phrase for reports, such as "calibrated with 3 steps"."""
         if self.steps == 0:
             return "not calibrated"
         return f"calibrated with {self.steps} step{'s' if self.steps > 1 else ''}"
@@ -56,24 +57,24 @@ class Calibration:
                 f"steps measured on devices of class {self.class_name} say nothing about {device.name} (class "
                 f"{device.efficiency_class}): measure a step there"
             )
-        return replace(environment, efficiency=self.belief.efficiency)
+        return replace(environment, efficiency=self.posterior.median)
 
 
 def uncalibrated(environment: Environment) -> Calibration:
-    """What is believed of a program that nobody has measured.
+    """The prior for a program without measured steps.
 
     Raises:
         PlanError: the class of the devices has no constants.
     """
-    return Calibration(0, environment.cluster.device.efficiency_class, belief_about(environment), memory_factor(()))
+    return Calibration(0, environment.cluster.device.efficiency_class, prior_for(environment), memory_factor(()))
 
 
 def calibrate(measured: Sequence[MeasuredStep], environment: Environment | None = None) -> Calibration:
-    """What is believed of a program after `measured` steps of it.
+    """The posterior for a program, given its measured steps.
 
     Args:
         measured: Steps of one program on one kind of device. Plans, models and numbers of devices may differ.
-        environment: Where the program runs, for what is believed before; None for that of the first step.
+        environment: Where the program runs, for the prior; None for that of the first step.
 
     Raises:
         PlanError: there is no step, a figure is not a measurement, or the steps are from different kinds of devices.
@@ -91,32 +92,34 @@ def calibrate(measured: Sequence[MeasuredStep], environment: Environment | None 
                 f"a step measured on {step.cluster.device.name} cannot calibrate {device.name}: calibrate each kind of "
                 "device with its own steps"
             )
-    prior = belief_about(environment)
+    prior = prior_for(environment)
     return Calibration(len(measured), device.efficiency_class, _updated(prior, measured), memory_factor(measured))
 
 
-def _updated(prior: Belief, measured: Sequence[MeasuredStep]) -> Belief:
-    seconds = np.log([step.step_time_s for step in measured])
+def _updated(prior: EfficiencyDistribution, measured: Sequence[MeasuredStep]) -> EfficiencyDistribution:
+    log_seconds = np.log([step.step_time_s for step in measured])
     limit = MAX_DEVIATIONS * np.sqrt(np.diag(prior.covariance))
-    moved, covariance = np.zeros(len(limit)), prior.covariance
+    shift, covariance = np.zeros(len(limit)), prior.covariance
     for _ in range(ROUNDS):
-        environments = [Environment(step.cluster, prior.moved(moved), step.software) for step in measured]
+        environments = [Environment(step.cluster, prior.shifted(shift), step.software) for step in measured]
         pairs = list(zip(measured, environments, strict=True))
         slopes = np.stack([log_step_time_slopes(step.plan, step.training, where) for step, where in pairs])
         predicted = np.array([log_step_time(step.plan, step.training, where) for step, where in pairs])
-        moved, covariance = narrowed(prior, slopes, seconds - predicted + slopes @ moved)
-        moved = np.clip(moved, -limit, limit)
-    return Belief(prior.moved(moved), covariance, prior.noise)
+        shift, covariance = condition(prior, slopes, log_seconds - predicted + slopes @ shift)
+        shift = np.clip(shift, -limit, limit)
+    return EfficiencyDistribution(prior.shifted(shift), covariance, prior.noise_std)
 
 
-def narrowed(prior: Belief, slopes: FloatArray, seconds: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """How far the mean moves, in coordinates, and the covariance after steps that depend linearly on the coordinates.
+def condition(
+    prior: EfficiencyDistribution, slopes: FloatArray, log_ratios: FloatArray
+) -> tuple[FloatArray, FloatArray]:
+    """The shift of the mean and the covariance of the posterior, for steps that are linear in the constants.
 
     Args:
-        slopes: Derivatives of the logarithms of the steps' times, [steps, constants].
-        seconds: Logarithms of measured over predicted times, with the constants at the mean of `prior`, [steps].
+        slopes: Derivatives of the logarithms of step times by the unconstrained constants, [steps, constants].
+        log_ratios: Logarithms of measured over predicted step times at the mean of the prior, [steps].
     """
-    spread = prior.covariance
-    gain = spread @ slopes.T @ np.linalg.inv(slopes @ spread @ slopes.T + prior.noise**2 * np.eye(len(seconds)))
-    covariance = spread - gain @ slopes @ spread
-    return gain @ seconds, (covariance + covariance.T) / 2
+    noise = prior.noise_std**2 * np.eye(len(log_ratios))
+    gain = prior.covariance @ slopes.T @ np.linalg.inv(slopes @ prior.covariance @ slopes.T + noise)
+    covariance = prior.covariance - gain @ slopes @ prior.covariance
+    return gain @ log_ratios, (covariance + covariance.T) / 2

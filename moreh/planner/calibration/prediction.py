@@ -60,7 +60,7 @@ def predict(
     environment = known.applied_to(environment)
     cost = predict_cost(plan, training, environment)
     slopes = log_step_time_slopes(plan, training, environment)
-    deviation = math.sqrt(float(slopes @ known.belief.covariance @ slopes) + known.belief.noise**2)
+    deviation = math.sqrt(float(slopes @ known.posterior.covariance @ slopes) + known.posterior.noise_std**2)
     factor, reason = least_factor(plan, training, environment)
     seconds = around(cost.step_time_s, max(DEVIATIONS * deviation, math.log(factor)))
     likely_bytes = cost.memory_bytes * math.exp(known.memory.mean)

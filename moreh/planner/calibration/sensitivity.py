@@ -6,14 +6,14 @@ import numpy as np
 
 from moreh.planner.cost.prediction import step_seconds
 from moreh.planner.cost.stage_time import stage_time
-from moreh.planner.hardware.belief import CONSTANTS, from_coordinates, to_coordinates
 from moreh.planner.hardware.efficiency import Efficiency
+from moreh.planner.hardware.efficiency_distribution import CONSTANTS, from_unconstrained, to_unconstrained
 from moreh.planner.hardware.environment import Environment
 from moreh.planner.plan.arrays import FloatArray
 from moreh.planner.plan.plan import Plan, Training
 from moreh.planner.plan.plan_table import PlanTable
 
-# The distance, in coordinates, over which a slope is taken.
+# The step of the finite difference, in unconstrained constants.
 DISTANCE = 0.05
 
 
@@ -25,16 +25,16 @@ def log_step_time(plan: Plan, training: Training, environment: Environment) -> f
 
 
 def log_step_time_slopes(plan: Plan, training: Training, environment: Environment) -> FloatArray:
-    """The derivatives of `log_step_time` by the coordinates of the constants, [constants]; 0 for constants of 0."""
+    """The derivatives of `log_step_time` by the unconstrained constants, [constants]; 0 for constants of 0."""
     center = log_step_time(plan, training, environment)
-    mean, values = to_coordinates(environment.efficiency), asdict(environment.efficiency)
+    mean, values = to_unconstrained(environment.efficiency), asdict(environment.efficiency)
     slopes = np.zeros(len(CONSTANTS))
     for index, name in enumerate(CONSTANTS):
         if values[name] == 0 or not used_constant(name, plan, environment):
             continue
         moved = mean.copy()
         moved[index] += DISTANCE
-        other: Efficiency = replace(environment.efficiency, **{name: getattr(from_coordinates(moved), name)})
+        other: Efficiency = replace(environment.efficiency, **{name: getattr(from_unconstrained(moved), name)})
         slopes[index] = (log_step_time(plan, training, replace(environment, efficiency=other)) - center) / DISTANCE
     return slopes
 

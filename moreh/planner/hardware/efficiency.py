@@ -91,9 +91,10 @@ def find_efficiency(name: str) -> Efficiency:
 
 
 def class_covariance(name: str) -> FloatArray:
-    """How far the coordinates of a class's constants may be off for a program that is not known.
+    """Covariance of the unconstrained constants of a class, for a program without measured steps.
 
-    [constants, constants], in the order of the fields of `Efficiency`; for coordinates see `belief.to_coordinates`.
+    [constants, constants], in the order of the fields of `Efficiency`; for unconstrained constants see
+    `efficiency_distribution.to_unconstrained`.
 
     Raises:
         PlanError: there is no such class.
@@ -102,8 +103,8 @@ def class_covariance(name: str) -> FloatArray:
     return np.array(_table()["covariances"][name], dtype=np.float64)
 
 
-def residual_spread() -> float:
-    """Standard deviation of the logarithm of step times around what the right constants of a program give."""
+def residual_std() -> float:
+    """Standard deviation of the logarithm of a measured step time, if all constants are known."""
     return float(_table()["noise"])
 
 
@@ -119,7 +120,7 @@ class MemorySpread:
 
 
 def memory_spread() -> MemorySpread:
-    """How measured memory compares with predicted memory for a program that is not known."""
+    """The spread of measured over predicted memory, for a program without measured steps."""
     return MemorySpread(**_table()["memory"])
 
 

@@ -13,8 +13,8 @@ from moreh.planner.calibration.measured_step import MeasuredStep
 from moreh.planner.calibration.prediction import predict
 from moreh.planner.calibration.sensitivity import log_step_time, log_step_time_slopes
 from moreh.planner.cost.prediction import predict as predict_cost
-from moreh.planner.hardware.belief import from_coordinates, to_coordinates
 from moreh.planner.hardware.cluster import cluster_for_devices
+from moreh.planner.hardware.efficiency_distribution import from_unconstrained, to_unconstrained
 from moreh.planner.hardware.environment import make_environment
 from moreh.planner.optimizer_state import OPTIMIZER_STATES
 from moreh.planner.plan.plan import Plan, Training
@@ -67,10 +67,10 @@ def width(prediction):
     return prediction.step_time_s.high / prediction.step_time_s.low
 
 
-def test_coordinates_are_inverted(environment):
-    values = to_coordinates(environment.efficiency)
+def test_transform_of_constants_is_inverted(environment):
+    values = to_unconstrained(environment.efficiency)
     assert np.isfinite(values).all()
-    assert to_coordinates(from_coordinates(values)) == pytest.approx(values)
+    assert to_unconstrained(from_unconstrained(values)) == pytest.approx(values)
 
 
 def test_slopes_are_those_of_the_step_time(environment):
@@ -113,7 +113,7 @@ def test_measured_steps_narrow_the_interval_and_move_it(environment, count):
 
 def test_a_step_as_predicted_moves_nothing(environment):
     calibration = calibrate(steps(environment))
-    assert to_coordinates(calibration.belief.efficiency) == pytest.approx(to_coordinates(environment.efficiency))
+    assert to_unconstrained(calibration.posterior.median) == pytest.approx(to_unconstrained(environment.efficiency))
 
 
 def test_a_program_with_other_constants_is_found(environment):
