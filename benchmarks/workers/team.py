@@ -121,7 +121,7 @@ def _work(rank: int, workers: int, threads: int, store: str, connection: Connect
     if workers > 1:
         import torch.distributed as dist
 
-        from moreh.runtime.engine.registry import install_sharding_support
+        from moreh.runtime.engine.sharded.install import install_sharding_support
 
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=workers)
         install_sharding_support()
@@ -146,7 +146,7 @@ class _Member:
         self._step = lambda: None  # frees the model before
         model = shape.build()
         if self._workers > 1:
-            from moreh.runtime.engine.registry import shard_model
+            from moreh.runtime.engine.sharded.shard_model import shard_model
 
             shard_model(model, parse_plan(plan, shape.training(model), self._workers))
         # Several workers train as under the line, which chooses torch's fused kernels.

@@ -1,6 +1,6 @@
 """The optimizer state values per weight, by optimizer name.
 
-This module imports no torch. `moreh.runtime.engine.user_parameters` finds the optimizer that a script has made.
+This module imports no torch. `moreh.runtime.engine.optimizer_in_use` finds the optimizer that a script has made.
 """
 
 from collections.abc import Mapping

@@ -149,10 +149,10 @@ FAULTS = {
         },
     ),
     "gradients are clipped by the norm of a stage": Fault(
-        "clipping-with-another-parameter", "pp2", {f"{_ENGINE}.registry.total_norm": _norm_of_own_part}
+        "clipping-with-another-parameter", "pp2", {f"{_ENGINE}.sharded.optimizers.total_norm": _norm_of_own_part}
     ),
     "gradients from before the first call are lost": Fault(
-        "gradients-from-before-the-first-call", "tp2", {f"{_ENGINE}.registry.keep_earlier_grads": _nothing}
+        "gradients-from-before-the-first-call", "tp2", {f"{_ENGINE}.sharded.shard_model.keep_earlier_grads": _nothing}
     ),
     "hooks on parameters never run": Fault(
         "parameter-hook-after-the-first-step", "tp2", {f"{_ENGINE}.gradients.hand_over_grads": _past_autograd}
@@ -161,10 +161,10 @@ FAULTS = {
         "backward-of-chosen-parameters", "pp2", {f"{_ENGINE}.gradients.hand_over_grads": _past_autograd}
     ),
     "modules that are put in are ignored": Fault(
-        "module-put-in-after-a-step", "pp2", {f"{_ENGINE}.registry.check_structure": _nothing}
+        "module-put-in-after-a-step", "pp2", {f"{_ENGINE}.sharded.call.check_structure": _nothing}
     ),
     "functions that are replaced later are not": Fault(
-        "mask-function-replaced", "dp2", {f"{_ENGINE}.registry.check_functions": lambda root, expected: expected}
+        "mask-function-replaced", "dp2", {f"{_ENGINE}.sharded.call.check_functions": lambda root, expected: expected}
     ),
     "hooks on all modules see parts of the batch": Fault(
         "hook-of-all-modules", "pp2", {f"{_ENGINE}.calls.checks._has_any_global_hook": lambda: False}

@@ -39,7 +39,8 @@ PRELOADED = [
     "moreh.runtime.engine.checkpoint_api",
     "moreh.runtime.engine.fast_path",
     "moreh.runtime.engine.hook",
-    "moreh.runtime.engine.registry",
+    "moreh.runtime.engine.sharded.install",
+    "moreh.runtime.engine.sharded.shard_model",
     # The modules of the tests import it, and with them each worker.
     "pytest",
 ]

@@ -17,7 +17,7 @@ from tests.helpers.source.source_tree import ROOT, Source, sources
 # Changes of single objects, not of the process: what is changed, by file.
 OF_SINGLE_OBJECTS = {
     # A parameter that a script keeps in a list stands for the one that took its place.
-    "moreh/runtime/engine/user_parameters.py": {"original.__class__, the class of an object"},
+    "moreh/runtime/engine/sharded/user_parameters.py": {"original.__class__, the class of an object"},
     # Outputs of a model get its own class once they are complete.
     "moreh/runtime/batch/loss_output.py": {
         "outputs.__class__, the class of an object",

@@ -33,7 +33,7 @@ def run(case: str, settings: Settings) -> Result:
     """Train a few steps as a case says, and compare the losses with those of one worker, which comes first."""
     enable_line("float32", settings)  # starts this program again in each worker
     from moreh.planner.plan.notation import plan_text
-    from moreh.runtime.engine.registry import runner_of
+    from moreh.runtime.engine.sharded.registry import runner_of
 
     if case != ONE_WORKER:
         _force(PLANS[case])

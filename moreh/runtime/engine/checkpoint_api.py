@@ -22,7 +22,7 @@ from moreh.runtime.checkpoint.training_state import (
     load_training_state,
     unsharded_specs,
 )
-from moreh.runtime.engine.registry import runner_of
+from moreh.runtime.engine.sharded.registry import runner_of
 from moreh.runtime.kernels.precision import choose_as, chosen_precisions
 from moreh.runtime.launch.world import current_world
 from moreh.trace import span

@@ -28,7 +28,7 @@ from moreh.planner.report.chosen_plan import flavor_plan, local_device, local_pl
 from moreh.planner.search.constraints import constraints_from_options
 from moreh.planner.units import seconds_text
 from moreh.runtime.engine.choose_plan import Selection, predicted_use, select_local_plan, select_plan
-from moreh.runtime.engine.user_parameters import optimizer_in_use
+from moreh.runtime.engine.optimizer_in_use import optimizer_in_use
 from moreh.runtime.kernels.fused_adam import use_fused_kernels
 from moreh.runtime.kernels.precision import autocast_if, choose_bfloat16, in_float32, inside_autocast
 from moreh.runtime.kernels.recomputation import recompute_activations

@@ -1,8 +1,8 @@
 """Runs a model under its plan: a training step, an evaluation, or a forward pass for logits.
 
-The hook passes the script's calls to a `ModelRunner` (`registry.call_sharded`, `FastPath`). With labels and gradients
-enabled, it runs the forward and backward passes of all micro-batches, and returns a loss whose backward pass hands the
-gradients to the script's parameters.
+`FastPath` (one worker) and `call_sharded` (several) pass the script's calls to a `ModelRunner`. With labels and
+gradients enabled, it runs the forward and backward passes of all micro-batches, and returns a loss whose backward pass
+hands the gradients to the script's parameters.
 """
 
 from collections.abc import Iterator

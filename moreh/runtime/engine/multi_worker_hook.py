@@ -33,15 +33,11 @@ from moreh.runtime.engine.choose_plan import (
     within_runtime_limits,
 )
 from moreh.runtime.engine.evaluation import evaluate_unsharded
-from moreh.runtime.engine.registry import (
-    call_sharded,
-    is_submodule_of_sharded,
-    runner_of,
-    shard_model,
-    support_optimizers_and_clipping,
-    whole_model,
-)
-from moreh.runtime.engine.user_parameters import optimizer_in_use
+from moreh.runtime.engine.optimizer_in_use import optimizer_in_use
+from moreh.runtime.engine.sharded.call import call_sharded
+from moreh.runtime.engine.sharded.install import support_optimizers_and_clipping
+from moreh.runtime.engine.sharded.registry import is_submodule_of_sharded, runner_of, whole_model
+from moreh.runtime.engine.sharded.shard_model import shard_model
 from moreh.runtime.kernels.precision import autocast_if, choose_bfloat16, in_float32, inside_autocast
 from moreh.runtime.launch.script_files import share_script_files
 from moreh.runtime.launch.world import World
@@ -72,7 +68,7 @@ class MultiWorkerHook:
         """What the script's call returns; NotImplemented for calls that the module's own forward pass is to compute.
 
         Until its first training batch a model is whole on every worker. From then on the model is sharded and called
-        through the registry, in the precision that is chosen here.
+        through `call_sharded`, in the precision that is chosen here.
 
         Raises:
             OptionError: the call asks for what a model on several workers cannot give.

@@ -10,13 +10,14 @@ import torch.distributed as dist
 from torch.distributed.fsdp._fully_shard._fsdp_param import ShardedState
 
 from moreh.runtime.batch.batch_cutter import BatchCutter
-from moreh.runtime.engine import gradients, model_runner, registry
+from moreh.runtime.engine import gradients, model_runner
 from moreh.runtime.engine.parallel_model import ParallelModel, local_tensor
+from moreh.runtime.engine.sharded import optimizers, shard_model
 from tests.helpers.plans.cases import CALLS
 
 _cut = BatchCutter.cut
-_reduce, _hand_over_grads, _total_norm = gradients._reduce, gradients.hand_over_grads, registry.total_norm
-_shard_model = registry.shard_model
+_reduce, _hand_over_grads, _total_norm = gradients._reduce, gradients.hand_over_grads, optimizers.total_norm
+_shard_model = shard_model.shard_model
 _fsdp_modules, _install_compute_params = ParallelModel.fsdp_modules, model_runner.install_compute_params
 
 
@@ -94,7 +95,7 @@ def norm_of_own_part():
         whole = _total_norm(grads, norm_type, mesh)
         return sum(local_tensor(grad).norm() ** 2 for grad in grads) ** 0.5 + 0 * whole
 
-    return mock.patch.object(registry, "total_norm", total_norm)
+    return mock.patch.object(optimizers, "total_norm", total_norm)
 
 
 def not_a_number():
@@ -116,17 +117,17 @@ def not_a_number():
 def no_end():
     """One rank never comes to its part."""
 
-    def shard_model(root, plan):
+    def wait_on_first_rank(root, plan):
         while dist.get_rank() == 0:
             time.sleep(1)
         return _shard_model(root, plan)
 
-    return mock.patch.object(registry, "shard_model", shard_model)
+    return mock.patch.object(shard_model, "shard_model", wait_on_first_rank)
 
 
 def old_parameters():
     """The optimizer goes on with the parameters that the model had before."""
-    return mock.patch.object(registry, "replace_params")
+    return mock.patch.object(shard_model, "replace_params")
 
 
 FAULTS = {

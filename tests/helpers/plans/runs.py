@@ -10,8 +10,9 @@ from moreh.planner.plan.notation import plan_text
 from moreh.planner.plan.plan import Plan
 from moreh.runtime.batch.packing import LENGTH_MULTIPLE
 from moreh.runtime.batch.shape_buckets import bucket_size
-from moreh.runtime.engine import registry
 from moreh.runtime.engine.parallel_model import local_tensor
+from moreh.runtime.engine.sharded import registry, shard_model
+from moreh.runtime.engine.sharded.install import install_sharding_support
 from moreh.runtime.sharding.spec import shard_boxes
 from tests.helpers.compare import curve_difference, relative_difference, worst
 from tests.helpers.plans.cases import CALLS, LENGTH, STEPS, batch_size_of, can_be_packed
@@ -55,7 +56,7 @@ class RankResult:
 
 def get_ready(family):
     """On each rank, once for all plans: what takes seconds."""
-    registry.install_sharding_support()
+    install_sharding_support()
     base_model(family)
 
 
@@ -64,8 +65,8 @@ def train_with_plan(family: str, plan: Plan, fault: str | None, steps: int, loss
     started = time.process_time()
     models, layer_inputs = [], []
 
-    def shard_model(root):
-        models.append(registry.shard_model(root, plan).model)
+    def shard_with_plan(root):
+        models.append(shard_model.shard_model(root, plan).model)
         layer = models[0].stages[0].layers[0]
         # transformers repeats what is inside of a layer, without the layer's hooks.
         norm = next(part for part in layer.children() if all(parameter.dim() == 1 for parameter in part.parameters()))
@@ -75,7 +76,7 @@ def train_with_plan(family: str, plan: Plan, fault: str | None, steps: int, loss
 
     try:
         with FAULTS[fault]():
-            training = train(new_model(family), shard_model, steps, LOSSES[loss])
+            training = train(new_model(family), shard_with_plan, steps, LOSSES[loss])
         (model,) = models
         mesh = model.mesh
         ranks = mesh.rank("tensor"), plan.tensor, mesh.rank("data"), plan.data

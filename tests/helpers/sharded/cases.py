@@ -12,7 +12,8 @@ import torch.distributed as dist
 
 from moreh.planner.plan.plan import Plan
 from moreh.runtime.batch import packing
-from moreh.runtime.engine.registry import install_sharding_support, shard_model
+from moreh.runtime.engine.sharded.install import install_sharding_support
+from moreh.runtime.engine.sharded.shard_model import shard_model
 from moreh.runtime.pipeline import lean_stage
 from moreh.runtime.pipeline.lean_stage import LeanPipelineStage
 from moreh.runtime.sharding.gather import full_tensor

@@ -6,7 +6,8 @@ import io
 import torch
 
 from moreh.planner.plan.plan import Plan
-from moreh.runtime.engine.registry import install_sharding_support, shard_model
+from moreh.runtime.engine.sharded.install import install_sharding_support
+from moreh.runtime.engine.sharded.shard_model import shard_model
 from tests.helpers.batches import batch
 from tests.helpers.compare import curve_difference
 from tests.helpers.float64 import exact_float64

@@ -11,7 +11,8 @@ from torch.nn import functional
 from moreh.planner.plan.plan import Plan
 from moreh.runtime.batch.model_inputs import read_inputs
 from moreh.runtime.engine.evaluation import evaluate_unsharded
-from moreh.runtime.engine.registry import install_sharding_support, shard_model
+from moreh.runtime.engine.sharded.install import install_sharding_support
+from moreh.runtime.engine.sharded.shard_model import shard_model
 from tests.helpers.batches import ROWS, batch
 from tests.helpers.compare import curve_difference, max_difference
 from tests.helpers.float64 import exact_float64

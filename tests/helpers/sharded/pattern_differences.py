@@ -5,7 +5,8 @@ import copy
 import torch
 
 from moreh.planner.plan.plan import Plan
-from moreh.runtime.engine.registry import install_sharding_support, shard_model
+from moreh.runtime.engine.sharded.install import install_sharding_support
+from moreh.runtime.engine.sharded.shard_model import shard_model
 from tests.helpers.batches import batch, label_positions_rounded_to
 from tests.helpers.compare import max_difference, relative_difference, worst
 from tests.helpers.float64 import exact_float64

@@ -11,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
 from moreh.planner.plan.plan import Plan
-from moreh.runtime.engine.registry import install_sharding_support, shard_model
+from moreh.runtime.engine.sharded.install import install_sharding_support
+from moreh.runtime.engine.sharded.shard_model import shard_model
 from tests.helpers.batches import batch
 from tests.helpers.models.families import make_model
 from tests.helpers.sharded.cases import error_of, sharded_copy, weight_difference

@@ -14,7 +14,7 @@ from moreh.planner.optimizer_state import ADAMW, optimizer_state
 from moreh.planner.plan.plan import Plan, Training
 from moreh.planner.plan.plan_table import PlanTable
 from moreh.planner.software_profile import TRANSFORMERS, moreh_software
-from moreh.runtime.engine import user_parameters
+from moreh.runtime.engine import optimizer_in_use
 from tests.helpers.models.families import make_model
 from utils.config.optimizers import OPTIMIZERS
 from utils.config.schema import TrainSection
@@ -92,10 +92,10 @@ def eight_gcds_training():
 def test_optimizer_of_a_script_is_found(monkeypatch):
     model, other = make_model("llama"), make_model("llama")
     made = []
-    monkeypatch.setattr(user_parameters, "existing_optimizers", lambda: made)
+    monkeypatch.setattr(optimizer_in_use, "existing_optimizers", lambda: made)
 
     def found():
-        return user_parameters.optimizer_in_use(model)
+        return optimizer_in_use.optimizer_in_use(model)
 
     assert found() == ADAMW
     made.append(torch.optim.SGD(other.parameters()))

@@ -15,7 +15,8 @@ from moreh.models.losses import IGNORED_LABEL, register_token_loss
 from moreh.options import DEFAULT_OPTIONS
 from moreh.planner.plan.plan import Plan
 from moreh.runtime.engine.fast_path import FastPath
-from moreh.runtime.engine.registry import install_sharding_support, shard_model
+from moreh.runtime.engine.sharded.install import install_sharding_support
+from moreh.runtime.engine.sharded.shard_model import shard_model
 from moreh.runtime.tensor.vocab_parallel import vocab_parallel_cross_entropy, vocab_parallel_logsumexp
 from tests.helpers.batches import batch as ids_mask_and_labels
 from tests.helpers.compare import relative_difference

@@ -1,10 +1,6 @@
-"""Replaces the script's parameters, in optimizers and in its own lists, when their model is sharded.
-
-Also finds the optimizer that a script has made for a model, as the planner counts its state.
-"""
+"""Replaces the script's parameters, in optimizers and in its own lists, when their model is sharded."""
 
 import weakref
-from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
@@ -13,26 +9,8 @@ from torch.utils._pytree import tree_map_only
 
 from moreh.errors import OptionError
 from moreh.patches.optimizer_creation import existing_optimizers
-from moreh.planner.optimizer_state import ADAMW, OptimizerState, optimizer_state
 from moreh.runtime.sharding.global_tensor import GlobalTensor, own_attributes
 
-# By torch's class, with the settings in its groups. A subclass counts as the class.
-_NAMES = {
-    getattr(torch.optim, class_name): class_name.lower()
-    for class_name in (
-        "AdamW",
-        "Adam",
-        "NAdam",
-        "RAdam",
-        "Adamax",
-        "Adafactor",
-        "Muon",
-        "SGD",
-        "RMSprop",
-        "Adagrad",
-        "Adadelta",
-    )
-}
 # A key in the `__dict__` that a parameter from before sharding shares with its replacement.
 _REPLACEMENT = "_moreh_replacement"
 _optimizers_of_shards: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
@@ -110,30 +88,3 @@ def _shard_state(optimizer: torch.optim.Optimizer) -> None:
             is_whole = isinstance(value, torch.Tensor) and not isinstance(value, GlobalTensor)
             if is_whole and value.dim() and value.shape == parameter.shape:
                 values[key] = GlobalTensor(parameter.global_layout.shard(value), parameter.global_layout)
-
-
-def optimizer_in_use(model: nn.Module) -> OptimizerState:
-    """The state of the optimizer of a model's parameters; AdamW's if there is none yet, or one of another class.
-
-    Where several share the parameters, it is Muon's if Muon is one of them, else that of the one with the most values.
-    """
-    own = {id(parameter) for parameter in model.parameters()}
-    found: list[OptimizerState] = []
-    for optimizer in existing_optimizers():
-        group = next((group for group in optimizer.param_groups if own & set(map(id, group["params"]))), None)
-        name = next((_NAMES[kind] for kind in type(optimizer).__mro__ if kind in _NAMES), None)
-        if group is not None and name is not None:
-            dtype: torch.dtype | None = getattr(optimizer, "state_dtype", None)  # if it is not that of the weights
-            state = optimizer_state(name, group)
-            found.append(state if dtype is None else replace(state, value_bytes=dtype.itemsize))
-        elif group is not None and not _is_wrapper(optimizer):
-            found.append(ADAMW)
-    muon = next((state for state in found if state.name == "muon"), None)
-    return muon or max(found, key=lambda state: state.values, default=ADAMW)
-
-
-def _is_wrapper(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether an optimizer's groups are those of others, which count themselves."""
-    groups = {id(group) for group in optimizer.param_groups}
-    others = (other for other in existing_optimizers() if other is not optimizer)
-    return any(id(group) in groups for other in others for group in other.param_groups)
