@@ -52,7 +52,7 @@ class System:
     environment: str | None = None
     """The environment of `make bench` that it runs in; None: this one."""
     tuned: bool = False
-    """Whether it has settings that one must know to make it fast."""
+    """True if the system is fast only with settings that a user must know."""
 
     @property
     def python(self) -> str:
@@ -164,7 +164,7 @@ def compare(workload: Workload, names: list[str], rounds: int) -> None:
 
 
 def compared_with_the_fastest(rates: dict[str, float]) -> str:
-    """How the line compares with the fastest other systems, by their label tokens per second; empty without others."""
+    """A comparison of the line with the fastest other systems, in label tokens per second; empty without others."""
     comparisons = []
     for tuned in (False, True):
         others = {name: rate for name, rate in rates.items() if name not in LOOPS and SYSTEMS[name].tuned == tuned}

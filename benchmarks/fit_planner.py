@@ -62,7 +62,7 @@ def blind_errors(hierarchy: Hierarchy, runs: Sequence[PublishedRun]) -> FloatArr
 def errors_of_classes(
     hierarchy: Hierarchy, runs: Sequence[PublishedRun], classes: Sequence[str]
 ) -> dict[str, dict[str, float]]:
-    """How far predictions of programs that were left out are off: the fields of `Uncertainty`, for each class."""
+    """The errors of predictions for programs that were left out: the fields of `Uncertainty`, for each class."""
     errors = blind_errors(hierarchy, runs)
     table = {}
     for name in classes:

@@ -1,4 +1,4 @@
-"""How the time of a step grows with the batch, the sequences and the model: the default GPT with the one line.
+"""The growth of a step's time with the batch, the sequences and the model: the default GPT with the one line.
 
 python benchmarks/growth.py [--rounds 2]
 
@@ -24,7 +24,7 @@ STEPS = 12
 
 @dataclass(frozen=True)
 class Case:
-    """What may differ from the default GPT."""
+    """The differences from the default GPT."""
 
     batch_size: int = 16
     """Sequences of a batch."""

@@ -58,7 +58,7 @@ class Scored:
     memory_gib: float
     """Predicted GiB of the fullest device, of the kind that was measured."""
     tested: bool
-    """Whether the row was not used to fit the constants, under any id."""
+    """True if the row was not used to fit the constants, under any id."""
 
     @property
     def time_error(self) -> float | None:
@@ -74,7 +74,7 @@ class Scored:
 
     @property
     def fits(self) -> bool:
-        """Whether the plan is predicted to fit in the device's memory."""
+        """True if the plan is predicted to fit in the device's memory."""
         return self.prediction.memory_bytes <= self.run.cluster.device.memory_bytes
 
 

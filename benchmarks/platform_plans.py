@@ -34,7 +34,7 @@ class PublishedPlan:
     """Tokens of a sequence."""
     plan: Plan
     tokens_per_second: float
-    """What the platform reports."""
+    """The figures that the platform reports."""
 
 
 def _sharded_plan(

@@ -133,13 +133,13 @@ def software_of(row: RunRow, compute: str) -> SoftwareProfile:
 
 
 def trains_with_dropout(row: RunRow) -> bool:
-    """Whether a GPT has dropout: those of Megatron's first years and of programs compared with it have."""
+    """True if a GPT has dropout: early Megatron and the programs compared with it use dropout."""
     name = cell(row, "framework").lower()
     return re.search(r"megatron|deepspeed|oneflow|moai", name) is not None and not is_modern_megatron(row)
 
 
 def is_modern_megatron(row: RunRow) -> bool:
-    """Whether a row is of Megatron Core, or of Megatron-LM on devices that are as new."""
+    """True if a row is of Megatron Core, or of Megatron-LM on devices that are as new."""
     name = cell(row, "framework").lower()
     if re.search(r"megatron|nemo", name) is None:
         return False

@@ -45,7 +45,7 @@ class PublishedRun:
     program: str
     """The program, whatever its version."""
     sweep: str
-    """What runs have in common that differ in the plan only."""
+    """The fields that identify runs which differ only in the plan."""
     training: Training
     plans: tuple[Plan, ...]
     """Several if the row leaves the micro-batch size open."""
@@ -58,9 +58,9 @@ class PublishedRun:
     memory_gib: float | None
     """The measured peak of a device; None if the row does not give it."""
     memory_kind: MemoryKind
-    """Which memory that is."""
+    """The kind of memory."""
     out_of_memory: bool
-    """Whether the run ran out of memory."""
+    """True if the run ran out of memory."""
 
 
 def read_rows(path: Path) -> list[RunRow]:
@@ -227,7 +227,7 @@ def _step_time_s(row: RunRow, training: Training, units: int) -> float | None:
 
 
 def failure(error: Exception) -> str:
-    """What went wrong, in one line."""
+    """The error, in one line."""
     text = " ".join(str(error).split())[:200]
     return text if isinstance(error, Unusable) else f"{type(error).__name__}: {text}"
 

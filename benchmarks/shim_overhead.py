@@ -1,4 +1,4 @@
-"""What the package costs scripts that use it, and those that do not: python benchmarks/shim_overhead.py
+"""The package's cost for scripts that use it, and for others: python benchmarks/shim_overhead.py
 
 Each pair is run in turns, A B A B ..., and the medians and their difference or ratio are printed:
 - `import torch` with this package installed and with torch's autoload switched off (bound: 50 ms).

@@ -79,7 +79,7 @@ class ParallelOptions:
     )
 
     def uses(self, optimization: str) -> bool:
-        """Whether an optimization is on."""
+        """True if an optimization is on."""
         assert optimization in OPTIMIZATIONS, optimization
         return optimization not in self.disable
 
@@ -96,9 +96,9 @@ class PlannerVariables:
     """The planner's environment variables, checked."""
 
     detailed_log: int
-    """Where the best candidates are listed: 0 nowhere, 1 on the console, 2 in the file autoconfig_log.dump."""
+    """The place of the list of the best candidates: 0 none, 1 the console, 2 the file autoconfig_log.dump."""
     memory_percent: int
-    """How much of a device's memory a plan may use, in percent."""
+    """The share of a device's memory that a plan may use, in percent."""
     threads: int
     """The maximum number of threads that compute the costs of candidates."""
     platform_lines: bool = True
@@ -164,7 +164,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def is_switched_off() -> bool:
-    """Whether MOREH_ENABLE_ADVANCED_PARALLELIZATION=0 is set, which runs a script as if it did not call the hook."""
+    """True if MOREH_ENABLE_ADVANCED_PARALLELIZATION=0 is set, which runs a script as if it did not call the hook."""
     return os.environ.get(ENABLE_VARIABLE, "").strip() == "0"
 
 

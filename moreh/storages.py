@@ -42,7 +42,7 @@ def storage_address(storage: torch.UntypedStorage) -> int:
 
 
 def shares_storage(tensor: torch.Tensor, other: object) -> bool:
-    """Whether an in-place change of one tensor would be visible in the other."""
+    """True if an in-place change of one tensor would be visible in the other."""
     if tensor is other:
         return True
     if not isinstance(other, torch.Tensor):

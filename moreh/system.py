@@ -20,7 +20,7 @@ def available_cores() -> int:
 
 
 def refused_processes(count: int) -> str | None:
-    """Why this machine cannot have so many processes that compute, as the end of a sentence; None if it can."""
+    """The reason, the end of a sentence, why this machine cannot run so many computing processes; None if it can."""
     cores = available_cores()
     by_cores = max(LEAST_PROCESSES, PROCESSES_PER_CORE * cores)
     free = available_memory_bytes()

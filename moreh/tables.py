@@ -20,15 +20,15 @@ MIN_WRAPPED_WIDTH = 8
 
 @dataclass(frozen=True)
 class Column:
-    """How a column looks. Headers are centered."""
+    """The format of a column. Headers are centered."""
 
     header: str
     width: int
     """The least width in characters, without the margins; a column grows with its content."""
     alignment: Alignment = "left"
-    """Where the cells stand."""
+    """The alignment of the cells."""
     wraps: bool = False
-    """Whether cells may be broken into several lines, between words. At most one column of a table does this."""
+    """True if cells may be broken into several lines, between words. At most one column of a table does this."""
 
 
 @dataclass(frozen=True)

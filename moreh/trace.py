@@ -53,7 +53,7 @@ def watch_spans(enter: Callable[[str], None], leave: Callable[[], None]) -> None
 
 
 def logs_spans() -> bool:
-    """Whether spans are logged, as MOREH_TRACE=1 asks for."""
+    """True if spans are logged, as MOREH_TRACE=1 asks for."""
     return _logs_spans
 
 

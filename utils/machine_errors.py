@@ -14,7 +14,7 @@ _SMALLER = "lower train.batch_size (and raise train.gradient_accumulation), data
 
 
 def out_of_memory_text(error: BaseException) -> str | None:
-    """What a real lack of memory needs, what is free, and what helps; None for another error."""
+    """A message about a real lack of memory: the need, the free memory, the remedy; None for another error."""
     text = str(error)
     on_gpu = _ON_GPU.search(text)
     if on_gpu is not None:
@@ -34,7 +34,7 @@ def out_of_memory_text(error: BaseException) -> str | None:
 
 
 def dead_loader_text(error: BaseException) -> str | None:
-    """What is said of a process that loads data and has died; None for another error."""
+    """A message about a data-loading process that has died; None for another error."""
     said = _LOADER.search(str(error))
     if said is None:
         return None

@@ -28,7 +28,7 @@ from moreh.planner.plan.arrays import BoolArray, FloatArray
 
 @dataclass(frozen=True)
 class Spreads:
-    """How far draws differ, as multiples of `WIDTH`. `noise` and `models` are those of a step time's logarithm."""
+    """Standard deviations of the draws, as multiples of `WIDTH`; `noise` and `models` are those of a log step time."""
 
     programs: float
     noise: float
@@ -38,9 +38,9 @@ class Spreads:
     pairs: float = 0.3
     """Of a program on a generation."""
     models: float = 0.03
-    """What the steps of one model with one program on one class have in common."""
+    """Standard deviation that the steps of one model with one program on one class share."""
     hosts: float = 3.0
-    """How many times farther the times of hosts differ between programs than other constants do: one program captures
+    """Ratio of the standard deviations of host times and of other constants between programs: one program captures
     graphs, another runs Python for each kernel."""
     usual_host: float = 0.5
     """The same as `population`, for the times of hosts: that layers take hosts about a millisecond is known."""
@@ -54,13 +54,13 @@ CHOICES = tuple(Spreads(programs, noise) for programs, noise in product((0.35, 0
 
 @dataclass(frozen=True)
 class Labels:
-    """Which draws a step time depends on."""
+    """The draws that a step time depends on."""
 
     program: str
     class_name: str
     model: str
     strangeness: float = 1.0
-    """How much farther than usual the program is from the population: 1 unless its runs surprise (`strange_labels`)."""
+    """Distance of the program from the population, relative to the usual: above 1 if `strange_labels` finds one."""
 
     @property
     def generation(self) -> str:
@@ -90,7 +90,7 @@ class Rows:
         return Rows(labels, self.slopes[chosen], self.seconds[chosen])
 
     def of_program(self, program: str) -> BoolArray:
-        """Which rows are of a program, [rows]."""
+        """True for the rows of a program, [rows]."""
         return np.array([label.program == program for label in self.labels])
 
     @property
@@ -130,7 +130,7 @@ def linear_rows(runs: Sequence[PublishedRun], constants: Sequence[Efficiency]) -
 
 
 def _equal(first: Sequence[str], second: Sequence[str]) -> BoolArray:
-    """Which names are the same, [first, second]."""
+    """True where two names are the same, [first, second]."""
     numbers = {name: number for number, name in enumerate({*first, *second})}
     mine, theirs = (np.array([numbers[name] for name in names]) for names in (first, second))
     return np.asarray(mine[:, None] == theirs[None, :])

@@ -1,4 +1,4 @@
-"""Which memory a published figure is of: that of live tensors, of the allocator, or of the driver."""
+"""The kind of memory of a published figure: that of live tensors, of the allocator, or of the driver."""
 
 import re
 from typing import Literal
@@ -20,7 +20,7 @@ _KINDS: tuple[tuple[str, MemoryKind], ...] = (
 
 
 def memory_kind(row: RunRow) -> MemoryKind:
-    """What the memory of a row is, by the words beside it. torchtitan logs what is reserved."""
+    """The kind of memory of a row, by the words beside it. torchtitan logs reserved memory."""
     text = cell(row, "mem_as_published").lower()
     kind = next((kind for pattern, kind in _KINDS if re.search(pattern, text)), None)
     return kind or ("reserved" if "torchtitan" in cell(row, "framework") else "allocated")

@@ -1,4 +1,4 @@
-"""What a row says of mechanisms that the planner does not model, and of its precision.
+"""The precision of a row, and its mechanisms that the planner does not model.
 
 A number for such a row would be wrong by a factor of two or more, so that there is none.
 """

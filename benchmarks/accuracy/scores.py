@@ -1,4 +1,4 @@
-"""What errors, intervals and rankings come to, in figures and in lines of text."""
+"""Scores of errors, intervals and rankings, as figures and as lines of text."""
 
 import math
 import statistics
@@ -28,7 +28,7 @@ def kendall_tau(predicted: Sequence[float], measured: Sequence[float], spread: f
 
 
 def regret(predicted: Sequence[float], measured: Sequence[float], spread: float = 0.0) -> float:
-    """How much slower the plan predicted to be the fastest is than the fastest one, as a fraction; 0 if they tie."""
+    """Slowdown of the plan predicted to be the fastest against the fastest plan, as a fraction; 0 if they tie."""
     chosen = min(range(len(predicted)), key=lambda i: predicted[i])
     loss = measured[chosen] / min(measured) - 1
     return loss if loss > spread else 0.0

@@ -1,4 +1,4 @@
-"""What the words in the cells of a published run stand for: recomputation, sharding, traits that are not modeled."""
+"""The meaning of the words in a published run's cells: recomputation, sharding, traits that are not modeled."""
 
 import re
 
@@ -36,7 +36,7 @@ _WINDOWS = ((r"mistral.{0,3}7b", 4096), (r"gemma.?[23]|gpt.?oss|phi.?3|olmo.?3",
 
 
 def recomputation_of(row: RunRow) -> Recomputation | None:
-    """What a plan recomputes; None for words that are not known."""
+    """The recomputation that a word stands for; None for unknown words."""
     text = cell(row, "recompute").lower()
     if not text and "torchtitan" in cell(row, "framework"):
         return "selective"  # that of torchtitan's configurations
@@ -44,7 +44,7 @@ def recomputation_of(row: RunRow) -> Recomputation | None:
 
 
 def sharding_of(row: RunRow) -> Sharding | None:
-    """What data-parallel ranks shard; None for words that are not known."""
+    """The sharding over data-parallel ranks that a word stands for; None for unknown words."""
     text, framework = cell(row, "sharding").lower(), cell(row, "framework")
     kind = next((kind for pattern, kind in _SHARDINGS if re.search(pattern, text)), None)
     # DeepSpeed's optimizer for bfloat16 shards its state over the ranks at every ZeRO level.

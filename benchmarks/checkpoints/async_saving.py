@@ -1,4 +1,4 @@
-"""What a checkpoint every 50 steps costs, while it is written in the background: with and without, in turns.
+"""The cost of a checkpoint every 50 steps that is written in the background: runs with and without, in turns.
 
 python benchmarks/checkpoints/async_saving.py [--config configs/gpt.yaml] [--steps 50] [--rounds 5]
 MOREH_WORKERS=2 python benchmarks/checkpoints/async_saving.py

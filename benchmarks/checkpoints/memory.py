@@ -48,7 +48,7 @@ CASES = [
 
 @dataclass(frozen=True)
 class Peaks:
-    """What a rank needed, in bytes and seconds."""
+    """The bytes and seconds that a rank needed."""
 
     share: int
     """Bytes of its local tensors."""

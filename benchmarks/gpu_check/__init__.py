@@ -1,4 +1,4 @@
-"""What one GPU shows of this package in a few minutes: `make gpu-check`, or `make gpu-smoke` for a shorter check.
+"""A check of this package on one GPU in a few minutes: `make gpu-check`, or `make gpu-smoke` for a shorter one.
 
 python benchmarks/gpu_check [--dry] [--smoke] [--only PART ...]
 

@@ -54,12 +54,12 @@ def main(arguments: list[str]) -> int:
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, in one line of at most 300 characters."""
+    """The message of an error, in one line of at most 300 characters."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
 def is_device_error(error: BaseException) -> bool:
-    """Whether an error has left the device unusable for this process, as a failed assertion in a kernel does."""
+    """True if an error has left the device unusable for this process, as a failed assertion in a kernel does."""
     words = str(error)
     names = [cls.__name__ for cls in type(error).__mro__]
     if "OutOfMemoryError" in names:

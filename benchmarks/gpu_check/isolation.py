@@ -28,21 +28,21 @@ class Part:
     """A part of the check."""
 
     name: str
-    """Its module in `gpu_check.parts`, unless `module` names another one."""
+    """The part's module in `gpu_check.parts`, unless `module` names another one."""
     title: str
-    """What the report calls it."""
+    """The part's name in the report."""
     cases: tuple[str, ...]
-    """What it runs, in this order."""
+    """The cases, in the order of running."""
     budget_s: float
     """Seconds for all cases; those that are left then have failed."""
     module: str = ""
     """The module, where several parts are of one."""
     own_processes: bool = False
-    """Whether each case is a process of its own."""
+    """True if each case is a process of its own."""
     environment: tuple[tuple[str, str], ...] = ()
     """Variables of its processes."""
     alone: bool = False
-    """Whether nothing else may compute meanwhile, since it measures speed or needs results of the parts before it."""
+    """True if nothing else may compute meanwhile, since it measures speed or needs results of the parts before it."""
 
 
 class Isolation:
@@ -111,7 +111,7 @@ class Isolation:
 
 
 class _Processes(Protocol):
-    """What runs the cases of a part: one process, or one for each worker."""
+    """The processes that run the cases of a part: one, or one for each worker."""
 
     def poll(self) -> int | None:
         """The exit code, the first other than 0 of several; None while one of them runs."""

@@ -37,7 +37,7 @@ class Report:
         (self._directory / "gpu-check.md").write_text(self.markdown(), encoding="utf-8")
 
     def counts(self) -> dict[str, int]:
-        """How many cases passed, failed, and were skipped."""
+        """The numbers of cases that passed, failed, and were skipped."""
         statuses = [record["status"] for _, record in self._records]
         return {status: statuses.count(status) for status in ("passed", "failed", "skipped")}
 

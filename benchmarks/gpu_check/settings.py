@@ -15,22 +15,22 @@ class Skipped(Exception):
 
 @dataclass(frozen=True)
 class Result:
-    """What a case has shown."""
+    """The result of a case."""
 
     passed: bool
-    """Whether what must hold holds; True for a mere measurement."""
+    """True if all checks passed; True for a mere measurement, too."""
     figures: dict[str, Any]
-    """What was measured, by name with its unit."""
+    """Measured values, by name with its unit."""
     reason: str = ""
-    """Why it has not passed."""
+    """The reason why the case has not passed."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How large everything is."""
+    """The sizes of the check."""
 
     dry: bool
-    """Whether this is the dry mode on a CPU, whose figures mean nothing."""
+    """True if this is the dry mode on a CPU, whose figures mean nothing."""
     scratch: Path
     """A directory that all parts of one check share."""
     hidden: int
@@ -50,7 +50,7 @@ class Settings:
 
     @property
     def device(self) -> str:
-        """Where everything is computed."""
+        """The device that computes."""
         return "cpu" if self.dry else "cuda"
 
 

@@ -1,4 +1,4 @@
-"""What transformers' Trainer and TRL's, which derives from it, share: settings and the record of their steps."""
+"""Settings and the record of steps of transformers' Trainer and of TRL's, which derives from it."""
 
 import time
 from typing import Any

@@ -23,12 +23,12 @@ Row = tuple[list[int], int]
 
 @dataclass(frozen=True)
 class Workload:
-    """What a system is to train."""
+    """The training of a system."""
 
     directory: Path
-    """Where the workload is."""
+    """The directory of the workload."""
     name: str
-    """Its name in the tables."""
+    """The workload's name in the tables."""
     batch_size: int
     """Rows of a step."""
     max_length: int

@@ -1,4 +1,4 @@
-"""What a loss of the script's own costs on several workers: a step with it against one with the model's own loss.
+"""The cost of a script's own loss on several workers: a step with it against one with the model's own loss.
 
 python benchmarks/workers/own_loss.py [--rounds 5] [--only PART_OF_A_PLAN]
 

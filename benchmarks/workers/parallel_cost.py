@@ -1,4 +1,4 @@
-"""What it costs to be parallel: a training step on several workers against one, on the cores of this machine.
+"""The overhead of parallelism: a training step on several workers against one, on the cores of this machine.
 
 python benchmarks/workers/parallel_cost.py [--rounds 5] [--profile]
 
@@ -31,7 +31,7 @@ class Setup:
     """A number of workers and how they train."""
 
     name: str
-    """What the table calls it."""
+    """The name in the table."""
     shape: Shape
     """The model and its batches."""
     workers: int

@@ -64,7 +64,7 @@ class Shape:
         return model
 
     def training(self, model: nn.Module) -> Training:
-        """What the planner is told of the training of `build`'s model."""
+        """The planner's description of training `build`'s model."""
         return Training(describe_module(model), self.batch_size, self.sequence_length)
 
 
@@ -210,7 +210,7 @@ LOSSES: dict[str, Callable[[nn.Module, torch.Tensor], torch.Tensor]] = {
     "cross-entropy of the logits": _cross_entropy,
     "with z-loss": _with_z_loss,
 }
-"""What a team trains on: the model's own loss, and losses that a script makes of its logits."""
+"""The losses that a team trains on: the model's own loss, and losses that a script makes of its logits."""
 
 
 def _train(

@@ -59,7 +59,7 @@ def check_entry(path: Path, name: str, entry: Any, declared: Iterable["Field[Any
 
 
 def _allowed(field: "Field[Any]", value: Any) -> str | None:
-    """What is allowed for a field, if the value is not."""
+    """The allowed values of a field, if the given one is not allowed."""
     kind = str(getattr(field.type, "__name__", field.type))
     if value is None and "None" in kind:
         return None

@@ -52,9 +52,9 @@ class Device:
     efficiency_class: str
     """The class of devices whose measured efficiency applies: a key of `planner/hardware/data/efficiency.json`."""
     source: str
-    """Where the figures come from, and which of them are assumed."""
+    """The sources of the figures, and which of them are assumed."""
     efficiency_assumed: bool = False
-    """Whether the class has published runs of other devices only."""
+    """True if the class has published runs of other devices only."""
     driver_names: tuple[str, ...] = ()
     """Names that drivers give the device besides `name`, without brands such as "NVIDIA" and "AMD Instinct"."""
 
@@ -65,7 +65,7 @@ class Device:
 
     @property
     def has_rates(self) -> bool:
-        """Whether the rates are known. Those of a GPU that no entry describes are NaN until they are measured."""
+        """True if the rates are known. Those of a GPU that no entry describes are NaN until they are measured."""
         return not math.isnan(self.bf16_flops_per_second)
 
 

@@ -36,11 +36,11 @@ class Flavor:
     device: Device
     """The kind of its physical devices."""
     devices: int
-    """How many physical devices there are."""
+    """Number of physical devices."""
     nodes: int
     """Nodes that the devices are on, equally many on each."""
     simulated: bool = True
-    """Whether the devices are those of the list, whatever this machine has; False for the GPUs of this machine."""
+    """True if the devices are those of the list, whatever this machine has; False for the GPUs of this machine."""
 
     @property
     def memory_mib(self) -> int:

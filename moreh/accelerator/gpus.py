@@ -32,7 +32,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class GpuUse:
-    """What a GPU's driver says of its use now, by all processes together."""
+    """The current use of a GPU by all processes, as its driver reports it."""
 
     name: str
     """The driver's name."""
@@ -66,7 +66,7 @@ def visible_gpus() -> tuple[Gpu, ...]:
 
 
 def shares_gpus() -> bool:
-    """Whether more workers than GPUs are allowed, as MOREH_SHARE_GPUS says: for tests, since they are slower than one.
+    """True if MOREH_SHARE_GPUS allows more workers than GPUs: for tests, since such workers are slower than one.
 
     Raises:
         OptionError: its value is neither 0 nor 1.
@@ -107,7 +107,7 @@ def _use_of(index: int, name: str) -> GpuUse:
 
 
 def _answer(question: Callable[[int], int], index: int) -> int | None:
-    """What pynvml or amdsmi answers; None without them, and where a GPU has no such sensor."""
+    """A value that pynvml or amdsmi returns; None without these libraries, and where a GPU has no such sensor."""
     try:
         return question(index)
     except Exception:  # they have errors of their own, in packages that may not be installed

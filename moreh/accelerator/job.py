@@ -209,7 +209,7 @@ class LocalJob:
         self.report()
 
     def _may_be_full(self) -> bool:
-        """Whether the memory could have filled up since the last count: gradients and optimizer state come all at once.
+        """True if the memory could have filled up since the last count: gradients and optimizer state come all at once.
 
         Gradients and AdamW's state make the weights four times as large; a factor of 6 leaves a margin.
         """

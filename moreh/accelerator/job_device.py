@@ -16,15 +16,15 @@ class JobDevice:
     """Implements `moreh.patches.cuda.simulated_device.SimulatedDevice`."""
 
     name = ACCELERATOR_NAME
-    """What `torch.cuda.get_device_name` returns."""
+    """The name that `torch.cuda.get_device_name` returns."""
     capability = (9, 0)
-    """What torch for ROCm reports of an MI250."""
+    """The compute capability that torch for ROCm reports for an MI250."""
 
     def __init__(self) -> None:
         self._is_in_use = False
 
     def is_in_use(self) -> bool:
-        """Whether the script has put anything on the device. A model that is merely trained was not put there."""
+        """True if the script has put anything on the device. A model that is merely trained was not put there."""
         return self._is_in_use
 
     def capacity_bytes(self) -> int:
@@ -52,12 +52,12 @@ class JobDevice:
             job.ledger.reset_peak()
 
     def holds(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor was made on the device or moved there. The results of operations are not tracked."""
+        """True if a tensor was made on the device or moved there. The results of operations are not tracked."""
         job = local_job_if_started()
         return job is not None and job.ledger.holds(tensor)
 
     def may_hold(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor is on the device or, as the result of an operation, could be.
+        """True if a tensor is on the device or, as the result of an operation, could be.
 
         A leaf with a gradient is not a result. If its module was moved and cast afterwards, its memory is new.
         """

@@ -15,7 +15,7 @@ from moreh.errors import RegistryError
 # The kernel counts CPU time in hundredths of a second, so a percentage over a shorter time would be mostly rounding.
 MIN_SAMPLE_SECONDS = 0.5
 DEFAULT_GRACE_S = 60.0
-"""How long a job that is asked to end may take to save, in seconds, if it has not said how long it needs."""
+"""Seconds that a job may take to save when it is asked to end, if it has not said how long it needs."""
 
 
 @dataclass(frozen=True)
@@ -66,12 +66,12 @@ class PipelineTimes:
 
 @dataclass(frozen=True)
 class ChosenPlan:
-    """What the planner predicts of the plan that it has chosen for some devices."""
+    """The planner's prediction for the plan that it has chosen for some devices."""
 
     devices: str
     """The devices: simulated ones such as "8 x MI250 GCD", or "this machine" and its workers."""
     simulated: bool
-    """Whether this machine does not have the devices."""
+    """True if this machine does not have the devices."""
     plan: str
     """The plan in the planner's notation, or in words."""
     batch_size: int
@@ -94,7 +94,7 @@ class ChosenPlan:
 
 @dataclass(frozen=True)
 class JobProgress:
-    """How far a training script says that it is. All of it is measured."""
+    """The progress that a training script reports. All values are measured."""
 
     step: int
     """Steps that are done."""
@@ -105,7 +105,7 @@ class JobProgress:
     tokens_per_s: float
     """Tokens per second of the last steps, without padding."""
     time_left: str
-    """What the rest takes, such as "12 min"; empty if nothing is left."""
+    """The time that is left, such as "12 min"; empty after the last step."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class JobStatus:
     memory_bytes: dict[str, int]
     """Bytes of each kind (parameters, gradients, ...) on the accelerator."""
     simulated: bool
-    """Whether memory and utilization stand for devices that this machine does not have."""
+    """True if memory and utilization stand for devices that this machine does not have."""
     cores: int
     """CPU cores that the job may use."""
     earlier: CpuSample
@@ -129,11 +129,11 @@ class JobStatus:
     grace_s: float = DEFAULT_GRACE_S
     """Seconds that the job needs to save, once it is asked to end."""
     progress: JobProgress | None = None
-    """How far the job is; None for a script that does not say it."""
+    """The progress of the job; None for a script that does not report it."""
 
     @property
     def total_memory_bytes(self) -> int:
-        """All kinds of memory together, in bytes."""
+        """The sum of all kinds of memory, in bytes."""
         return sum(self.memory_bytes.values())
 
 
@@ -191,7 +191,7 @@ def measured_worker_bytes(status: JobStatus) -> list[tuple[int, int, int]]:
 
 
 def utilization_percent(job: Job, status: JobStatus) -> int | None:
-    """How busy a simulated device is now, in percent.
+    """The utilization of a simulated device now, in percent.
 
     This is the share of the cores' time that the job's processes used since a recent sample. It is multiplied by the
     share of a step in which a device would compute, if a plan predicts that share. None if the job has just ended, or

@@ -25,13 +25,13 @@ class Accelerator:
     """One accelerator of this environment."""
 
     index: int
-    """Its number in the tools, from 0."""
+    """The accelerator's number in the tools, from 0."""
     model: str
     """The name of its flavor; the default one where none was chosen."""
     token: str
     """A random id, as on the platform."""
     chosen: bool = False
-    """Whether the user chose the flavor. Otherwise the GPUs of this machine take its place, if torch sees any."""
+    """True if the user chose the flavor. Otherwise the GPUs of this machine take its place, if torch sees any."""
 
     @cached_property
     def flavor(self) -> Flavor:
@@ -62,7 +62,7 @@ class Job:
     pid: int
     """The process id."""
     process_start_time: float
-    """When the process was started, in seconds since the epoch."""
+    """The start of the process, in seconds since the epoch."""
     command: str
     """The command line."""
     run: str = ""
@@ -74,7 +74,7 @@ class Job:
         return f"job {self.id} (process {self.pid}: {in_one_line(self.command)})"
 
     def is_running(self) -> bool:
-        """Whether the process that registered this job is still running (a zombie is not)."""
+        """True if the process that registered this job is still running (a zombie is not)."""
         try:
             process = psutil.Process(self.pid)
             same = abs(process.create_time() - self.process_start_time) < START_TIME_TOLERANCE_SECONDS

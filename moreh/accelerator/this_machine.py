@@ -57,7 +57,7 @@ def device_of(gpus: Sequence[Gpu]) -> Device:
 
 
 def machine_text(machine: Flavor) -> str:
-    """What the log says of this machine as the accelerator."""
+    """The log line about this machine as the accelerator."""
     device = machine.device
     return f"This machine: {machine.devices} x {device.name}, {device.memory_mib} MiB each; {device.source}."
 

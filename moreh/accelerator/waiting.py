@@ -16,7 +16,7 @@ Result = TypeVar("Result")
 
 
 def waits_for_accelerator() -> bool:
-    """What MOREH_WAIT says.
+    """The value of MOREH_WAIT.
 
     Raises:
         OptionError: its value is neither 0 nor 1.
@@ -31,7 +31,7 @@ def waits_for_accelerator() -> bool:
 
 
 def when_free(start: Callable[[], Result]) -> Result:
-    """What `start` returns once the accelerator is free; says that it waits. Asks again, so a switch is noticed.
+    """The result of `start` once the accelerator is free. Logs the waiting. Polls, so a switch is noticed.
 
     Raises:
         AcceleratorBusyError: MOREH_WAIT=0, and another process is using the accelerator.

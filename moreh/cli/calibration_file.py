@@ -120,7 +120,7 @@ def _read_line(where: str, text: str) -> MeasuredLine:
 
 
 def _allowed(key: str, value: Any) -> str | None:
-    """What is allowed for a key, if the value is not."""
+    """The allowed values of a key, if the given one is not allowed."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if key in _WHOLE:
         is_whole = isinstance(value, int) and is_number and 1 <= value <= MAX_COUNT * 1000

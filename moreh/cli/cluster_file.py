@@ -31,7 +31,7 @@ class ClusterFile:
     nodes_per_switch: int | None = None
     """Nodes that one switch joins at the full rate; None for all."""
     oversubscription: float | None = None
-    """How many times less network there is between switches: 3 for a network of 3:1."""
+    """The oversubscription of the network between switches: 3 for a network of 3:1."""
 
 
 KEYS = tuple(field.name for field in fields(ClusterFile))

@@ -252,7 +252,7 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
 
 
 def _epilog() -> str:
-    """What --help says after the options, in lines that fit the terminal."""
+    """The end of the text of --help, in lines that fit the terminal."""
     width = terminal_width()
     # A name is not to be broken at its space.
     names = ", ".join([*all_devices(), THIS_MACHINE]).replace(" ", "_").replace(",_", ", ")

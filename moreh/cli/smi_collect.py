@@ -20,7 +20,7 @@ class AcceleratorReport:
     utilization_percent: int | None
     """0 to 100; None where it is not known."""
     gpus: tuple[GpuUse, ...] = ()
-    """What the driver says of each GPU, if the accelerator is this machine's GPUs."""
+    """The driver's figures of each GPU, if the accelerator is this machine's GPUs."""
 
     @property
     def job_memory_mib(self) -> int | None:
@@ -59,7 +59,7 @@ class PhysicalDevice:
 
 @dataclass(frozen=True)
 class PhysicalGpu(PhysicalDevice):
-    """One GPU of this machine, with what else its driver says. None is what it does not."""
+    """One GPU of this machine with its driver's figures. A figure that the driver does not give is None."""
 
     temperature_c: int | None
     power_w: int | None

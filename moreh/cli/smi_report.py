@@ -224,7 +224,7 @@ def _sensor_cells(device: PhysicalDevice) -> tuple[str, ...]:
 
 
 def _is_simulated(report: AcceleratorReport) -> bool | None:
-    """Whether memory and utilization are simulated; None while no job says it."""
+    """True if memory and utilization are simulated; None while no job says it."""
     if report.gpus:
         return False
     return None if report.status is None else report.status.simulated

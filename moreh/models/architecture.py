@@ -24,40 +24,40 @@ class Linear:
     outputs: int
     """Output features."""
     split: Split
-    """How tensor parallelism splits the weights."""
+    """The split of the weights by tensor parallelism."""
     bias: bool = False
-    """Whether there is a bias, trained or frozen like the weights."""
+    """True if there is a bias, trained or frozen like the weights."""
     copies: int = 1
-    """How many matrices of this shape the layer has: the experts of a mixture."""
+    """Number of matrices of this shape in the layer: the experts of a mixture."""
     active: int = 1
-    """How many of the copies a token passes through."""
+    """Number of the copies that a token passes through."""
     frozen: bool = False
-    """Whether the weights are not trained (PEFT): they have no gradient and no optimizer state."""
+    """True if the weights are not trained (PEFT): they have no gradient and no optimizer state."""
     stacked: bool = False
-    """Whether all copies are one tensor, [copies, ...]."""
+    """True if all copies are one tensor, [copies, ...]."""
     bare: bool = False
-    """Whether the weights are a parameter of a module that is more than a matmul: a router."""
+    """True if the weights are a parameter of a module that is more than a matmul: a router."""
     dropped_input: bool = False
-    """Whether the input passes a dropout that other matrices' inputs do not pass: that of a LoRA adapter."""
+    """True if the input passes a dropout that other matrices' inputs do not pass: that of a LoRA adapter."""
 
     @property
     def is_second_of_adapter(self) -> bool:
-        """Whether this is matrix B of a LoRA adapter, whose input is the output of matrix A."""
+        """True if this is matrix B of a LoRA adapter, whose input is the output of matrix A."""
         return ".lora_B." in self.name
 
     @property
     def in_attention(self) -> bool:
-        """Whether the matrix belongs to attention, by its name, and not to the feed-forward network."""
+        """True if the matrix belongs to attention, by its name, and not to the feed-forward network."""
         return "attn" in self.name or "attention" in self.name
 
     @property
     def is_expert(self) -> bool:
-        """Whether the copies are experts of a mixture, of which a token passes through some."""
+        """True if the copies are experts of a mixture, of which a token passes through some."""
         return self.copies > self.active
 
     @property
     def is_trained_matrix(self) -> bool:
-        """Whether each copy is a trained tensor of two dimensions, which Muon, for example, updates as a whole."""
+        """True if each copy is a trained tensor of two dimensions, which Muon, for example, updates as a whole."""
         return not self.frozen and not self.stacked
 
     @property
@@ -76,7 +76,7 @@ class Linear:
 
     @property
     def tensors(self) -> int:
-        """How many parameter tensors there are."""
+        """Number of parameter tensors."""
         return (1 if self.stacked else self.copies) * (2 if self.bias else 1)
 
 
@@ -101,9 +101,9 @@ class DecoderLayer:
     state_elements: int = 0
     """Elements of the state of linear attention, over all heads; 0 for attention over positions."""
     frozen_other_parameters: int = 0
-    """Those of `other_parameters` that are not trained."""
+    """The part of `other_parameters` that is not trained."""
     frozen_other_tensors: int = 0
-    """Those of `other_tensors` that are not trained."""
+    """The part of `other_tensors` that is not trained."""
 
     @property
     def parameters(self) -> int:
@@ -144,7 +144,7 @@ class Architecture:
     """A decoder-only model: a token embedding, layers, a final norm and an output layer over the vocabulary."""
 
     name: str
-    """What the user calls the model, for reports."""
+    """The user's name for the model, for reports."""
     family: str
     """The model type of transformers, such as "llama"."""
     hidden: int
@@ -154,15 +154,15 @@ class Architecture:
     layers: tuple[DecoderLayer, ...]
     """The layers, from the first to the last; equal ones may be one object."""
     tied: bool
-    """Whether the token embedding is the weight of the output layer too."""
+    """True if the token embedding is the weight of the output layer too."""
     gated: bool
-    """Whether feed-forward networks multiply two projections, one of which has passed the activation."""
+    """True if feed-forward networks multiply two projections, one of which has passed the activation."""
     norm: Literal["rms", "layer"]
     """The kind of norm."""
     rotary: bool
-    """Whether positions are rotary embeddings."""
+    """True if positions are rotary embeddings."""
     dropout: bool
-    """Whether the model has dropout in training."""
+    """True if the model has dropout in training."""
     table_parameters: int = 0
     """Parameters before the first layer besides the token embedding: learned positions, a norm."""
     table_tensors: int = 0
@@ -172,21 +172,21 @@ class Architecture:
     final_tensors: int = 0
     """The tensors that `final_parameters` are in."""
     head_bias: bool = False
-    """Whether the output layer has a bias."""
+    """True if the output layer has a bias."""
     embedding_dim: int = 0
     """Elements of a row of the token embedding; 0 stands for `hidden`."""
     embedding_frozen: bool = False
-    """Whether the token embedding, and so a tied output layer's weight, is not trained."""
+    """True if the token embedding, and so a tied output layer's weight, is not trained."""
     head_frozen: bool = False
-    """Whether the output layer's own tensors are frozen: only its bias if tied, else its weight too."""
+    """True if the output layer's own tensors are frozen: only its bias if tied, else its weight too."""
     frozen_table_parameters: int = 0
-    """Those of `table_parameters` that are not trained."""
+    """The part of `table_parameters` that is not trained."""
     frozen_table_tensors: int = 0
-    """Those of `table_tensors` that are not trained."""
+    """The part of `table_tensors` that is not trained."""
     frozen_final_parameters: int = 0
-    """Those of `final_parameters` that are not trained."""
+    """The part of `final_parameters` that is not trained."""
     frozen_final_tensors: int = 0
-    """Those of `final_tensors` that are not trained."""
+    """The part of `final_tensors` that is not trained."""
     max_positions: int | None = None
     """The longest sequence that the model is made for, in tokens; None where no length is given."""
 

@@ -38,7 +38,7 @@ _KNOWN_LOSSES = re.compile(
 
 
 def unsupported_reason(root: Any) -> str | None:
-    """Why computing a model part by part may not give its loss: a clause for messages. None if they do."""
+    """A reason (a clause for messages) why a model computed part by part may give another loss; None without one."""
     causal: Any = unwrapped(root)
     name = type(causal).__name__
     if (adapters := _unsupported_adapters(root)) is not None:
@@ -101,7 +101,7 @@ def replaced_loss(root: Any) -> str | None:
 
 
 def has_call_hooks(root: nn.Module) -> bool:
-    """Whether a forward hook sees or changes whole calls of a model."""
+    """True if a forward hook sees or changes whole calls of a model."""
     return any(module._forward_hooks or module._forward_pre_hooks for module in (*wrappers(root), unwrapped(root)))
 
 
@@ -131,19 +131,19 @@ def compiled_module(root: nn.Module) -> str | None:
 
 
 def has_gradient_hooks(root: nn.Module) -> bool:
-    """Whether a hook sees or changes the gradients of whole batches in the backward pass."""
+    """True if a hook sees or changes the gradients of whole batches in the backward pass."""
     if any(module._backward_hooks or module._backward_pre_hooks for module in root.modules()):
         return True
     return any(parameter._backward_hooks or parameter._post_accumulate_grad_hooks for parameter in root.parameters())
 
 
 def has_node_hooks(parameters: Iterable[nn.Parameter]) -> bool:
-    """Whether a hook sees the operations that add up gradients: those of torch's graph, one for each parameter."""
+    """True if a hook sees the operations that add up gradients: those of torch's graph, one for each parameter."""
     return any(parameter.requires_grad and _accumulation_has_hooks(parameter) for parameter in parameters)
 
 
 def has_grad_or_node_hooks(root: nn.Module) -> bool:
-    """Whether a hook of either kind sees or changes gradients."""
+    """True if a hook of either kind sees or changes gradients."""
     return has_gradient_hooks(root) or has_node_hooks(root.parameters())
 
 
@@ -165,13 +165,13 @@ def _no_change(*gradients: Any) -> None:
 
 
 def uses_neftune(root: nn.Module) -> bool:
-    """Whether embeddings get noise scaled by the padded length of a batch: NEFTune, https://arxiv.org/abs/2310.05914."""
+    """True if embeddings get noise scaled by the padded length of a batch: NEFTune, https://arxiv.org/abs/2310.05914."""
     causal: Any = unwrapped(root)
     return getattr(causal.get_input_embeddings(), "neftune_noise_alpha", None) is not None
 
 
 def uses_fp16_loss_scaling(device: torch.device) -> bool:
-    """Whether autocast computes in float16. Gradients then need a scaled loss; unscaled ones would underflow."""
+    """True if autocast computes in float16. Gradients then need a scaled loss; unscaled ones would underflow."""
     return torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type) == torch.float16
 
 
@@ -191,7 +191,7 @@ def _unsupported_adapters(root: Any) -> str | None:
 
 @lru_cache(maxsize=64)
 def _has_mean_loss(forward: Callable[..., Any]) -> bool:
-    """Whether a forward pass, by its source, assigns to `loss` the mean over label tokens and nothing unknown."""
+    """True if a forward pass, by its source, assigns to `loss` the mean over label tokens and nothing unknown."""
     try:
         source = inspect.getsource(inspect.unwrap(forward))
     except OSError:

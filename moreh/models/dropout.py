@@ -11,7 +11,7 @@ _RANDOM_KEYS = ("router_jitter_noise", "layerdrop", "drop_path_rate")
 
 
 def has_dropout(config: Any, module: nn.Module) -> bool:
-    """Whether a configuration of transformers, or a Dropout inside `module`, has a probability other than 0."""
+    """True if a configuration of transformers, or a Dropout inside `module`, has a probability other than 0."""
     # MPT keeps the dropout of its attention in a configuration of its own.
     attention = getattr(config, "attn_config", None)
     if any(drops_elements(vars(part)) for part in (config, attention) if hasattr(part, "__dict__")):
@@ -20,6 +20,6 @@ def has_dropout(config: Any, module: nn.Module) -> bool:
 
 
 def draws_random_numbers(config: Any, root: nn.Module) -> bool:
-    """Whether a call of a model draws random numbers now, with its modules in the mode that they are in."""
+    """True if a call of a model draws random numbers now, with its modules in the mode that they are in."""
     is_random = any(getattr(config, key, None) for key in _RANDOM_KEYS) or has_dropout(config, root)
     return is_random and any(module.training for module in root.modules())

@@ -30,7 +30,7 @@ def wrappers(module: nn.Module) -> list[nn.Module]:
 
 
 def _inside(module: nn.Module) -> nn.Module | None:
-    """What a module wraps, None if it wraps nothing."""
+    """The module that a wrapper wraps; None if the module is no wrapper."""
     if hasattr(module, "get_base_model"):
         return module.get_base_model()  # type: ignore[operator]
     inner = getattr(module, "_orig_mod", None)
@@ -65,7 +65,7 @@ def text_config(model: nn.Module) -> Any:
 
 
 def is_causal_language_model(module: nn.Module) -> bool:
-    """Whether a module, in wrappers or not, is a decoder-only language model of transformers and nothing more."""
+    """True if a module, in wrappers or not, is a decoder-only language model of transformers and nothing more."""
     causal: Any = unwrapped(module)
     if not hasattr(causal, "get_output_embeddings") or causal.get_output_embeddings() is None:
         return False
@@ -98,12 +98,12 @@ def layer_list(model: nn.Module) -> nn.ModuleList:
 
 
 def is_matrix(module: nn.Module) -> bool:
-    """Whether a module is a matmul with one weight: torch's Linear, or GPT-2's Conv1D, whose weight is transposed."""
+    """True if a module is a matmul with one weight: torch's Linear, or GPT-2's Conv1D, whose weight is transposed."""
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
 def is_before_layers(name: str, *, layers_seen: bool) -> bool:
-    """Whether a module or parameter outside the layers is used before them, rather than after them.
+    """True if a module or parameter outside the layers is used before them, rather than after them.
 
     `name` decides if it is a known one. Else the order of the model's modules decides: `layers_seen` says whether the
     layers came earlier.

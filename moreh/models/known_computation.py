@@ -32,7 +32,7 @@ _HARMLESS_HOOKS = frozenset({"make_inputs_require_grads", "make_inputs_require_g
 
 
 class KnownComputation:
-    """What one model computes: whether the runtime knows it, and a number that grows as modules and shapes change."""
+    """The computation of one model: is it known to the runtime? A version number grows as modules and shapes change."""
 
     def __init__(self, root: nn.Module) -> None:
         self.version = 0
@@ -53,7 +53,7 @@ class KnownComputation:
         self._last_hook = self._last_node_hook = -1
 
     def unknown_reason(self) -> str | None:
-        """Why the runtime does not know the model's computation, as a clause for messages; None if it does."""
+        """The reason, a clause for messages, why the runtime does not know the model's computation; None if it does."""
         layout = self._layout_now()
         if layout != self._layout:
             # torch.func.functional_call puts computed tensors in the place of parameters, for one call.
@@ -73,7 +73,7 @@ class KnownComputation:
         self._last_hook = self._last_node_hook = -1
 
     def _has_changed(self) -> bool:
-        """Whether functions, classes or settings differ from what was recorded; records them."""
+        """True if functions, classes or settings differ from what was recorded; records them."""
         details, settings = self._details_now(), self._settings_now()
         if self._functions is not None and details == self._details and settings == self._settings:
             return not self._functions.are_unchanged()
@@ -96,7 +96,7 @@ class KnownComputation:
         ]
 
     def _details_now(self) -> list[Any]:
-        """What a script may change of single modules: their class, and functions that it gives to them."""
+        """The attributes of single modules that a script may change: the class, and functions of its own."""
         dictionaries = list(map(vars, self._modules))
         return [
             list(map(type, self._modules)),

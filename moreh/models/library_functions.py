@@ -78,7 +78,7 @@ class LibraryFunctions:
         return next(filter(_LOSS.fullmatch, self.all_replaced), None)
 
     def are_unchanged(self) -> bool:
-        """Whether all names still stand for what they stood for."""
+        """True if all names still refer to the recorded objects."""
         try:
             if any(get(namespace) != values for namespace, get, values in self._recorded):
                 return False
@@ -148,14 +148,14 @@ def _functions_of(value: Any) -> Iterator[FunctionType]:
 
 
 def _is_function(value: Any) -> bool:
-    """Whether an attribute computes something; modules count, since a script may put another one there."""
+    """True if an attribute computes something; modules count, since a script may replace them."""
     if isinstance(value, type):
         return False
     return callable(value) or isinstance(value, property | staticmethod | classmethod | ModuleType)
 
 
 def _is_own(label: str, name: str, value: Any) -> bool:
-    """Whether a name in a module or class of a library stands for what the library has put there."""
+    """True if a name in a module or class of a library refers to the library's own object."""
     if isinstance(value, ModuleType):
         return sys.modules.get(value.__name__) is value
     if isinstance(value, BuiltinFunctionType):

@@ -57,14 +57,14 @@ def register_token_loss(loss_function: Callable[..., Any], token_loss: TokenLoss
 
 
 def is_known_loss(loss_function: Callable[..., Any]) -> bool:
-    """Whether the runtime can compute a loss function: transformers' `ForCausalLMLoss`, or one that was registered."""
+    """True if the runtime can compute a loss function: transformers' `ForCausalLMLoss`, or one that was registered."""
     from transformers.loss.loss_utils import ForCausalLMLoss
 
     return loss_function is ForCausalLMLoss or is_registered_loss(loss_function)
 
 
 def is_registered_loss(loss_function: Callable[..., Any]) -> bool:
-    """Whether a loss function has a token loss."""
+    """True if a loss function has a token loss."""
     return any(loss_function == known for known, _ in _token_losses)
 
 

@@ -10,7 +10,7 @@ _OWN = "moreh."
 
 
 def observer_of_operations() -> str | None:
-    """What sees, transforms or stores each operation of a call that were made now, for messages; None if nothing."""
+    """The name (for messages) of an active mode that sees, transforms or stores each operation; None without one."""
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return "a transform of torch.func"
     if forward_ad._current_level >= 0:

@@ -22,7 +22,7 @@ class ModuleSlot:
     parent: nn.Module
     """The module's parent."""
     key: str
-    """Its name in the parent."""
+    """The layer list's name in the parent."""
     module: nn.Module
     """The module itself, even while another one is in its slot."""
 
@@ -32,7 +32,7 @@ class ModelParts:
     """A causal language model, split into its parts."""
 
     root: nn.Module
-    """What the script calls: the model, or the wrapper of PEFT around it."""
+    """The module that the script calls: the model, or the wrapper of PEFT around it."""
     causal: Any
     """The model of transformers inside: a PreTrainedModel with an output layer."""
     layers: nn.ModuleList

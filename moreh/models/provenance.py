@@ -47,7 +47,7 @@ _ACCELERATE_FILE = str(Path("accelerate") / "utils" / "operations.py")
 
 
 def is_stock_transformers(function: Callable[..., Any]) -> bool:
-    """Whether a function and all that it wraps come from transformers.
+    """True if a function and all that it wraps come from transformers.
 
     A script's wrapper takes the name of what it wraps (`functools.wraps`), but not its file.
     """
@@ -55,7 +55,7 @@ def is_stock_transformers(function: Callable[..., Any]) -> bool:
 
 
 def is_library_function(function: Any) -> bool:
-    """Whether a function, or another callable, and all that it wraps come from the libraries, Python or this package.
+    """True if a function, or another callable, and all that it wraps come from the libraries, Python or this package.
 
     One that was written in C is taken for theirs.
     """
@@ -69,7 +69,7 @@ def is_library_function(function: Any) -> bool:
 
 
 def is_accelerate_bf16_forward(module: nn.Module) -> bool:
-    """Whether a module's `forward` is its class's in accelerate's bfloat16 wrapper, as with `Trainer(bf16=True)`."""
+    """True if a module's `forward` is its class's in accelerate's bfloat16 wrapper, as with `Trainer(bf16=True)`."""
     for function in wrapped_chain(module.forward):
         if function is type(module).forward:
             return True
@@ -123,7 +123,7 @@ def norm_of_whole_calls(model: nn.Module) -> str | None:
 
 
 def forward_counts(model: nn.Module) -> dict[str, list[Any]]:
-    """What modules of the script's own may count or keep in a forward pass, by name.
+    """The attributes, by name, in which modules of the script's own may count or keep something in a forward pass.
 
     These are numbers, texts, lists and dictionaries, results with a history, and the versions of buffers.
     """
@@ -139,7 +139,7 @@ def forward_counts(model: nn.Module) -> dict[str, list[Any]]:
 
 
 def _content(value: Any) -> Any:
-    """What changes when a module counts in an attribute or keeps a result in it; None for anything else.
+    """A value that changes when a module counts in an attribute or keeps a result in it; None for other attributes.
 
     Tensors without a history may be caches of constants, such as rotary angles.
     """
@@ -162,7 +162,7 @@ def wrapped_chain(function: Any) -> Iterator[Any]:
 
 
 def _is_in_library(function: Any) -> bool:
-    """Whether a function, without what it wraps, is of the libraries."""
+    """True if a function itself, not the functions that it wraps, comes from a library."""
     if not isinstance(function, FunctionType):
         return type(function).__module__.partition(".")[0] in _LIBRARY_PACKAGES and not isinstance(
             function, torch.jit.ScriptFunction

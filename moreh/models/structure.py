@@ -13,7 +13,7 @@ Structure = dict[str, tuple[int, dict[str, int], int | None]]
 
 
 def structure_of(root: nn.Module) -> Structure:
-    """What a model consists of."""
+    """The modules and parameters of a model."""
     outer = {id(module) for module in (*wrappers(root), unwrapped(root))}
     return {
         name: (

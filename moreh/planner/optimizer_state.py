@@ -13,7 +13,7 @@ class OptimizerState:
     """The state of an optimizer. Counts of steps, and means of rows and columns, are too small to count."""
 
     name: str
-    """What users call the optimizer."""
+    """The optimizer's name."""
     values: float
     """Numbers kept for each trained weight."""
     matrix_values: float | None = None
@@ -21,11 +21,11 @@ class OptimizerState:
     orthogonalizing_steps: int = 0
     """Steps of the Newton-Schulz iteration on each matrix of the layers, which every device computes whole (Muon)."""
     gathers_matrices: bool = False
-    """Whether an update needs whole matrices, so that the devices that share one gather it."""
+    """True if an update needs whole matrices, so that the devices that share one gather it."""
     value_bytes: int | None = None
     """Size of one of the numbers; None: as the software has it, which is that of a weight."""
     works_on_shards: bool = True
-    """Whether the runtime lets it update matrices that devices share. Plans for others keep every matrix whole."""
+    """True if the runtime lets it update matrices that devices share. Plans for others keep every matrix whole."""
 
 
 ADAMW = OptimizerState("adamw", 2)

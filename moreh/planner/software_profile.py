@@ -18,7 +18,7 @@ class SoftwareProfile:
 
     name: str
     guessed: bool = False
-    """Whether the traits are those of programs of its kind, because nothing is known of this program's own."""
+    """True if the traits are those of programs of its kind, because nothing is known of this program's own."""
     not_modeled: str = ""
     """A mechanism of the program that neither time nor memory accounts for, in words; empty for none."""
 
@@ -44,21 +44,21 @@ class SoftwareProfile:
 
     # Time.
     fused_attention: bool = True
-    """Whether attention never writes its scores to memory (FlashAttention)."""
+    """True if attention never writes its scores to memory (FlashAttention)."""
     elementwise_traffic: float = 1.0
     """Memory traffic of norms, activations and residuals, as a multiple of one fused kernel each."""
     fuses_dropout: bool = False
-    """Whether one kernel adds the residual and applies the dropout, as in Megatron."""
+    """True if one kernel adds the residual and applies the dropout, as in Megatron."""
     layer_kernels: int = 8
     """Kernels that a layer's forward pass launches besides its matmuls and attention."""
     logit_traffic_bytes: float = 30.0
     """Memory traffic of the loss for each logit, forward and backward together."""
     overlaps_data_parallel: bool = True
-    """Whether gathering parameters and reducing gradients overlap with computation."""
+    """True if gathering parameters and reducing gradients overlap with computation."""
     overlaps_tensor_parallel: bool = False
-    """Whether tensor-parallel collectives overlap with matmuls."""
+    """True if tensor-parallel collectives overlap with matmuls."""
     rings_use_all_ports: bool = True
-    """Whether a collective over several nodes uses the network ports of all devices of a node, as NCCL's rings do, and
+    """True if a collective over several nodes uses the network ports of all devices of a node, as NCCL's rings do, and
     not of one only."""
     recomputed_matmuls: float = 0.0
     """The share of matmuls that selective recomputation repeats (0 to 1)."""
@@ -68,7 +68,7 @@ class SoftwareProfile:
     fully_shard)."""
 
     uses_fully_shard: bool = False
-    """Whether sharding is torch's `fully_shard`. It shards stored weights even where only gradients or optimizer state
+    """True if sharding is torch's `fully_shard`. It shards stored weights even where only gradients or optimizer state
     are to be sharded, and gathers a second copy of them. Its collectives go through flat buffers. It gathers the
     embedding and the output layer together. Other programs keep stored weights whole unless parameters are sharded."""
 
@@ -78,14 +78,14 @@ class SoftwareProfile:
     rms_norm_copies: float = 1.0
     """The same for an RMSNorm."""
     gated_copies: float = 0.5
-    """What the activation of a gated feed-forward network keeps, in widths of its gate and up projections together. The
+    """Elements that the activation of a gated feed-forward network keeps, in widths of its gate and up projections. The
     product of both alone is 0.5."""
     activation_copies: float = 1.0
-    """What the activation of a network without a gate keeps besides its input, in the network's inner widths."""
+    """Elements that the activation of a network without a gate keeps besides its input, in inner widths."""
     mask_bytes: int | None = 1
     """Size of an element of a dropout mask; None for the size of the numbers that are dropped."""
     fused_attention_dropout: bool = True
-    """Whether fused attention can apply dropout. Otherwise models with dropout use attention that is not fused."""
+    """True if fused attention can apply dropout. Otherwise models with dropout use attention that is not fused."""
     score_bytes: int | None = None
     """Size of a score in attention that is not fused; None for `activation_bytes`."""
     attention_block: int = 0
@@ -94,7 +94,7 @@ class SoftwareProfile:
     max_blocked_length: int = 0
     """Tokens of the longest sequence whose attention is computed in such blocks."""
     keeps_gathered_inputs: bool = False
-    """Whether sequence parallelism keeps the inputs of column-split matmuls as gathered, besides a rank's part, and
+    """True if sequence parallelism keeps the inputs of column-split matmuls as gathered, besides a rank's part, and
     selective recomputation the results of row-split matmuls before they are reduced."""
     logit_bytes: float = 10.0
     """Bytes held for each logit at the peak of the loss."""
@@ -111,14 +111,14 @@ class SoftwareProfile:
 
     # The moments of a step. All but the first count only where memory is reused.
     reuses_memory: bool = False
-    """Whether memory freed at one moment of a step serves the next one, so that a step needs what its highest moment
+    """True if memory freed at one moment of a step serves the next one, so that a step needs what its highest moment
     needs. Otherwise the temporary tensors of all moments add up, as with an allocator that keeps blocks of each size.
     """
     frees_gradients: bool = False
-    """Whether there are no gradients between the end of a step and the first backward pass of the next one
+    """True if there are no gradients between the end of a step and the first backward pass of the next one
     (`zero_grad(set_to_none=True)`)."""
     autocast: bool = False
-    """Whether the program uses torch.autocast. Then the residual stream has the precision of the weights, each matmul
+    """True if the program uses torch.autocast. Then the residual stream has the precision of the weights, each matmul
     makes a low-precision copy of its input, and copies of weights live from their use to the backward pass."""
     forward_logit_bytes: float = 0.0
     """Bytes held for each logit at the end of the forward pass."""

@@ -44,7 +44,7 @@ class CheckpointSection(Section):
 
 
 class StopSection(Section):
-    """When a run saves and ends before its last step."""
+    """The time limits at which a run saves and ends before its last step."""
 
     grace_seconds: Annotated[float, Field(gt=0)] | None = None
     """Seconds that a run has for saving after a signal or `moreh-smi --reset`, and before a time limit; null: twice
@@ -58,7 +58,7 @@ class LaunchSection(Section):
     """Restarts of workers that die or hang."""
 
     max_restarts: NotNegative = 0
-    """How often the workers are restarted from the last intact checkpoint after one of them died or hung.
+    """Number of times that the workers are restarted from the last intact checkpoint after one of them died or hung.
     A step that fails twice, or an error that the user has to fix, ends the run at once. The variable
     MOREH_MAX_RESTARTS overrides this key."""
     hang_seconds: Annotated[float, Field(gt=0)] | None = 600.0

@@ -15,7 +15,7 @@ SAVED_SPLITS = "dataset_dict.json"
 
 
 def is_saved_dataset(path: Path) -> bool:
-    """Whether a directory was written by `save_to_disk` of datasets."""
+    """True if a directory was written by `save_to_disk` of datasets."""
     return any((path / name).is_file() for name in (SAVED_DATASET, SAVED_SPLITS))
 
 

@@ -178,7 +178,7 @@ def _override_value(keys: tuple[str, ...], text: str) -> Any:
 
 
 def _is_path(field: FieldInfo) -> bool:
-    """Whether a key takes a path: its type, or a branch of it, is `PathText`."""
+    """True if a key takes a path: its type, or a branch of it, is `PathText`."""
     parts = [*field.metadata, *(part for branch in get_args(field.annotation) for part in get_args(branch))]
     return any(getattr(part, "func", None) is path_of for part in parts)
 
@@ -228,7 +228,7 @@ def _describe_all(errors: list[ErrorDetails], locations: Locations, path: str) -
 
 
 def _describe(errors: list[ErrorDetails], key_path: KeyPath) -> str:
-    """What is wrong with one key. A key with a union type has an error for each branch of the union."""
+    """The error of one key. A key with a union type has an error for each branch of the union."""
     first = errors[0]
     if first["type"] == "extra_forbidden":
         allowed = _keys_of(key_path[:-1])
@@ -244,7 +244,7 @@ def _describe(errors: list[ErrorDetails], key_path: KeyPath) -> str:
 
 
 def _is_union_branch(part: str | int) -> bool:
-    """Whether a part of pydantic's location is a branch of a union, not a key: `constrained-int`, `literal['auto']`."""
+    """True if a part of pydantic's location is a branch of a union, not a key: `constrained-int`, `literal['auto']`."""
     return isinstance(part, str) and (part in {"constrained-int", "constrained-str", "int", "bool"} or "[" in part)
 
 

@@ -83,7 +83,7 @@ def write_atomically(directory: Path, write: Callable[[Path], None]) -> None:
 
 
 def find_damage(directory: Path) -> str | None:
-    """What is wrong with a directory of the cache; None where nothing is."""
+    """The damage to a directory of the cache; None if it is intact."""
     if not directory.is_dir():
         return "it is a file" if directory.is_file() else "there is none"
     try:

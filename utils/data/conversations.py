@@ -27,9 +27,9 @@ class Conversation:
     """The messages of a row."""
 
     location: str
-    """Where the row was read, such as "chats.jsonl:17"."""
+    """The place of the row, such as "chats.jsonl:17"."""
     messages: tuple[Message, ...]
-    """Each with `role` and `content`, and what else the row has for it, such as `tool_calls`."""
+    """The messages, each with `role`, `content` and further fields of the row, such as `tool_calls`."""
     tools: Sequence[Any] | None = None
     """The functions that the assistant may call, as the row's field `tools` has them."""
 
@@ -40,7 +40,7 @@ class Conversation:
 
     @property
     def content(self) -> list[Any]:
-        """All but the location, in values that JSON has."""
+        """The fields but the location, as JSON values."""
         return [self.messages, self.tools]
 
     @classmethod
@@ -51,12 +51,12 @@ class Conversation:
 
     @property
     def text(self) -> str:
-        """All texts, which a new tokenizer is trained on."""
+        """The texts for training a new tokenizer."""
         return "\n".join(message["content"] for message in self.messages)
 
     @property
     def has_answer(self) -> bool:
-        """Whether the assistant says or calls something."""
+        """True if the assistant says or calls something."""
         return any(
             message["role"] == "assistant" and (message["content"].strip() or message.get("tool_calls"))
             for message in self.messages

@@ -56,11 +56,11 @@ class RunData:
     evaluation: datasets.Dataset
     """The rows that are held out."""
     train_counts: RowCounts
-    """What became of the pairs to train on."""
+    """The counts of the pairs to train on, by outcome."""
     evaluation_counts: RowCounts
-    """What became of the pairs that are held out."""
+    """The counts of the held-out pairs, by outcome."""
     notes: list[str]
-    """What the log says about control tokens in the texts, a line each."""
+    """Log lines about control tokens in the texts."""
     content: dict[str, str]
     """Hashes of the rows ("train", "evaluation") and of the "tokenizer": equal ones train equally."""
 
@@ -107,7 +107,7 @@ def prepare_data(
 
 
 def _read_entry(directory: Path) -> tuple[RunData, dict[str, Any]]:
-    """What is kept in a directory of the cache, and the counts of its sources."""
+    """The rows to store in a directory of the cache, and the counts of their sources."""
     counts = json.loads((directory / "counts.json").read_text(encoding="utf-8"))
     rows = read_rows(directory)
     data = RunData(

@@ -45,14 +45,14 @@ _FILES = "rows*.arrow"
 
 @dataclass(frozen=True)
 class EncodedExamples:
-    """What became of the examples, each in its place."""
+    """The outcomes of the examples, in their order."""
 
     dataset: datasets.Dataset
     """The rows, with the columns of `_ROW` and `_RESULT`."""
     outcomes: NDArray[np.int8]
     """The `Outcome` of each example: `[examples]`."""
     notes: list[str]
-    """What the log says about control tokens in the texts, a line each."""
+    """Log lines about control tokens in the texts."""
 
     def kept(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
         """The indices whose rows are trained on or evaluated."""
@@ -63,7 +63,7 @@ class EncodedExamples:
         return hash_of_rows(self.dataset.data.column("content_hash").to_numpy()[self.kept(indices)])
 
     def counts(self, indices: NDArray[np.int64]) -> RowCounts:
-        """What became of the examples with these indices."""
+        """The counts of the examples with these indices, by outcome."""
         outcomes = self.outcomes[indices]
         unusable = indices[outcomes == Outcome.UNUSABLE]
         return count_rows(outcomes, self.dataset[int(unusable.min())]["problem"] if len(unusable) else "")

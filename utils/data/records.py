@@ -34,7 +34,7 @@ class Record:
     """A row of a data source."""
 
     location: str
-    """Where it was read, such as "pairs.jsonl:17"."""
+    """The place of the record, such as "pairs.jsonl:17"."""
     fields: Mapping[str, Any]
     """Values by field name, as the source has them."""
 
@@ -73,7 +73,7 @@ class Record:
         return fill_template(template, {**fields, "prompt": prompt})
 
     def value(self, field: str) -> Any:
-        """What a field has, of any type.
+        """The value of a field, of any type.
 
         Raises:
             UnusableRow: there is no such field.
@@ -97,9 +97,9 @@ class Pair:
     """A prompt and the response to learn."""
 
     location: str
-    """Where the record was read."""
+    """The place of the record."""
     prompt: str
-    """All text before the response, template included."""
+    """The text before the response, template included."""
     response: str
     """The text to learn."""
 
@@ -110,7 +110,7 @@ class Pair:
 
     @property
     def content(self) -> list[Any]:
-        """All but the location, in values that JSON has."""
+        """The fields but the location, as JSON values."""
         fields = self.prompt.fields if isinstance(self.prompt, FilledPrompt) else None
         return [self.prompt, fields, self.response]
 
@@ -124,10 +124,10 @@ class Pair:
 
     @property
     def text(self) -> str:
-        """All of it, which a new tokenizer is trained on."""
+        """The texts for training a new tokenizer."""
         return self.prompt + self.response
 
     @property
     def has_answer(self) -> bool:
-        """Whether there is something to learn but the end of the text."""
+        """True if the response is not empty."""
         return bool(self.response)

@@ -11,7 +11,7 @@ from utils.data.labels import IGNORED
 
 
 class Outcome(IntEnum):
-    """What becomes of an example."""
+    """The outcome of an example."""
 
     KEPT = 0
     TRUNCATED = 1  # kept, without its end
@@ -29,7 +29,7 @@ class Row:
     """A pair or a conversation in token ids. Without ids if it is not kept."""
 
     location: str
-    """Where its record was read."""
+    """The place of the example's record."""
     input_ids: list[int]
     """Token ids of all of it."""
     labels: list[int]
@@ -37,19 +37,19 @@ class Row:
     prompt_length: int
     """The number of tokens before the response, or before the last answer, with which a sample begins."""
     outcome: Outcome = Outcome.KEPT
-    """What became of it."""
+    """The outcome of the example."""
     problem: str = ""
-    """Why it is unusable."""
+    """The reason why the example is unusable."""
 
 
 @dataclass(frozen=True)
 class RowCounts:
-    """What became of the examples."""
+    """The counts of examples, by outcome."""
 
     kept: int = 0
     """Rows to train on or to evaluate."""
     truncated: int = 0
-    """How many of the kept rows lost their end."""
+    """Number of kept rows that lost their end."""
     dropped_too_long: int = 0
     """Examples dropped for their length."""
     dropped_without_label: int = 0
@@ -57,7 +57,7 @@ class RowCounts:
     unusable: int = 0
     """Conversations skipped because the chat template cannot render them."""
     first_unusable: str = ""
-    """Why the first of these was skipped."""
+    """The reason why the first of these was skipped."""
 
     def __str__(self) -> str:
         unusable = f", {self.unusable} unusable, the first: {self.first_unusable}" if self.unusable else ""
@@ -85,7 +85,7 @@ def unusable_row(location: str, problem: Exception) -> Row:
 
 
 def count_rows(outcomes: NDArray[np.int8], first_unusable: str = "") -> RowCounts:
-    """How many rows have each outcome."""
+    """The number of rows of each outcome."""
     counts = np.bincount(outcomes, minlength=len(Outcome)).tolist()
     return RowCounts(
         kept=counts[Outcome.KEPT] + counts[Outcome.TRUNCATED],

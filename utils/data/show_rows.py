@@ -13,7 +13,7 @@ from utils.data.records import MakePair
 from utils.data.tokenization import MakeExample
 
 MARKS = ("\u27e6", "\u27e7")
-"""What stands around label tokens: mathematical brackets, which hardly any text has."""
+"""The marks around label tokens: mathematical brackets, which hardly any text has."""
 _GREEN = ("\033[32m", "\033[0m")
 
 
@@ -32,7 +32,7 @@ def print_rows(config: Config, make_pair: MakePair, make_example: MakeExample, c
 
 
 def format_rows(rows: Iterable[Mapping[str, Any]], tokenizer: Any) -> Iterable[str]:
-    """Each row with where it was read, how many tokens it has, and its text with the labels marked."""
+    """The rows, each with its place, its number of tokens, and its text with the labels marked."""
     begin, end = (f"{_GREEN[0]}{MARKS[0]}", f"{MARKS[1]}{_GREEN[1]}") if sys.stdout.isatty() else MARKS
     for row in rows:
         tokens = list(zip(row["input_ids"], (label != IGNORED for label in row["labels"]), strict=True))

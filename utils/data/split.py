@@ -19,11 +19,11 @@ class Split:
     """Indices of examples."""
 
     training: NDArray[np.int64]
-    """Those to train on, in an order that the seed decides."""
+    """The examples to train on, in an order that the seed decides."""
     held_out: NDArray[np.int64]
-    """Those that are held out."""
+    """The held-out examples."""
     duplicates: int
-    """How many are in neither, since an earlier one is equal."""
+    """Number of examples in neither part, since an earlier one is equal."""
 
 
 def split_examples(
@@ -93,9 +93,9 @@ class _Groups:
     members: NDArray[np.int64]
     """Indices of examples; those of a group side by side, in their own order."""
     starts: NDArray[np.int64]
-    """Where each group begins in `members`."""
+    """The start of each group in `members`."""
     sizes: NDArray[np.int64]
-    """How many members each group has."""
+    """The size of each group."""
 
 
 def _shuffled(groups: _Groups, seed: int) -> _Groups:

@@ -80,7 +80,7 @@ class _ConsoleHandler(logging.Handler):
     """Writes lines to standard output, above a progress bar that is on the screen."""
 
     has_warned = False
-    """Whether a line has told that they cannot be written. The handlers of both loggers share it."""
+    """True once a line has said that the log cannot be written. The handlers of both loggers share it."""
 
     def emit(self, record: logging.LogRecord) -> None:
         text = printable(self.format(record), kept="\n\t", mark="\ufffd")

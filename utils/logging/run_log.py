@@ -55,7 +55,7 @@ class RunLog:
         self.directory = Path(config.run.directory) / config.run.name
         """The directory of the run."""
         self.is_dry = is_dry
-        """Whether the run writes nothing, and ends after a few steps."""
+        """True if the run writes nothing, and ends after a few steps."""
         self.evaluation_s = 0.0
         """Seconds of the last evaluation, its sample included."""
         self.evaluated: dict[str, float] = {}
@@ -74,7 +74,7 @@ class RunLog:
 
     @property
     def is_writer(self) -> bool:
-        """Whether this process is the one that writes the files of the run."""
+        """True if this process is the one that writes the files of the run."""
         return rank() == 0
 
     def start(self, *, again: bool = False) -> None:
@@ -254,7 +254,7 @@ def _replace(path: Path, text: str) -> None:
 
 
 def _has_results(directory: Path) -> bool:
-    """Whether a run has left more than its logs: a model or a checkpoint."""
+    """True if a run has left more than its logs: a model or a checkpoint."""
     return (directory / "model").exists() or any((directory / "checkpoints").glob("step-*"))
 
 

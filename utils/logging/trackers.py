@@ -18,7 +18,7 @@ class Tracker(Protocol):
 
     @property
     def run_id(self) -> str:
-        """What names the run there, so that a resumed run goes on with it; empty if it needs no name."""
+        """The run's name at the tracker, so that a resumed run continues it; empty if the tracker needs no name."""
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Send the metrics of a step."""

@@ -31,7 +31,7 @@ class Line:
     unit: float = 1.0
     """How many units of the metric are one unit of the axis, such as 2**30 bytes."""
     has_dots: bool = False
-    """Whether its values are few, and each has a dot."""
+    """True if the line has few values, and each has a dot."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,9 @@ class Chart:
     lines: Sequence[Line]
     """The curves; those without points are left out."""
     from_zero: bool = True
-    """Whether the axis begins at zero."""
+    """True if the axis begins at zero."""
     may_be_log: bool = False
-    """Whether the axis is logarithmic if the values differ widely."""
+    """True if the axis is logarithmic if the values differ widely."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Axis:
     high: float
     """The value at its end."""
     is_log: bool = False
-    """Whether it is logarithmic."""
+    """True if the axis is logarithmic."""
 
     def fraction(self, value: float) -> float:
         """Where a value is on the axis, from 0 to 1."""

@@ -40,7 +40,7 @@ def begin_token_id(tokenizer: Any) -> int:
 
 
 def adds_begin_token(tokenizer: Any) -> bool:
-    """Whether a tokenizer adds the begin token automatically."""
+    """True if a tokenizer adds the begin token automatically."""
     return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 

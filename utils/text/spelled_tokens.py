@@ -43,7 +43,7 @@ class SpelledTokens:
         return response
 
     def counts(self) -> list[Counter[str]]:
-        """All that was counted, in values that JSON has."""
+        """The counts, as JSON values."""
         return [self._as_text, self._ends, self._unknown_ends]
 
     def add(self, counts: Sequence[Mapping[str, int]]) -> None:

@@ -21,7 +21,7 @@ class FilledPrompt(str):
     """A text in which some parts came from fields: in those, the name of a control token is text."""
 
     fields: tuple[tuple[int, int], ...]
-    """Where each part from a field begins and ends, in characters."""
+    """The start and end of each part from a field, in characters."""
 
     def __new__(cls, text: str, fields: tuple[tuple[int, int], ...]) -> Self:  # noqa: D102
         filled = super().__new__(cls, text)
@@ -46,7 +46,7 @@ def fill_template(template: str, values: Mapping[str, str]) -> FilledPrompt:
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """How a model was shown its prompts in training."""
+    """The prompt template of a model's training."""
 
     template: str
     """`data.template`."""
@@ -59,7 +59,7 @@ class PromptTemplate:
         return sorted(template_names(self.template) - {"prompt"})
 
     def is_applied_to(self, prompt: str) -> bool:
-        """Whether a prompt already begins and ends as the template does."""
+        """True if a prompt already begins and ends as the template does."""
         parts = [literal for literal, _, _, _ in string.Formatter().parse(self.template + "{end}")]
         begin, end = parts[0], parts[-1]
         return bool(begin or end) and prompt.startswith(begin) and prompt.endswith(end)

@@ -60,7 +60,7 @@ def _set_end_token(tokenizer: Any, end_token: str, name: str) -> None:
 
 
 def _reason_for_no_tokenizer(path: Path) -> str | None:
-    """Why a directory holds no tokenizer: from a model's config.json alone, transformers would make an empty one."""
+    """The reason why a directory holds no tokenizer: transformers would make an empty one from a config.json alone."""
     if not path.is_dir() or any((path / file).is_file() for file in (*_TOKENIZER_FILES, *_TABLES)):
         return None
     below = [child for child in sorted(path.iterdir()) if any((child / file).is_file() for file in _TOKENIZER_FILES)]
@@ -73,7 +73,7 @@ def _reason_for_no_tokenizer(path: Path) -> str | None:
 
 
 def _remedy(path: Path, error: Exception) -> str:
-    """What to do about an error of transformers, whose own sentences end in the middle where there is only a table."""
+    """The remedy for an error of transformers, whose own message stops short if there is only a table."""
     table = next((file for file in _TABLES if (path / file).is_file()), None)
     if table is not None and not (path / "tokenizer.json").is_file():
         return (

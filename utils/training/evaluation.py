@@ -45,7 +45,7 @@ class Evaluation:
         self._loader = evaluation_loader(data, config)
 
     def is_due(self, step: int) -> bool:
-        """Whether the settings ask for an evaluation after a step. After the last step there always is one."""
+        """True if the settings ask for an evaluation after a step. After the last step there always is one."""
         every = self._config.log.eval_every_steps
         return step == self._total_steps or (every is not None and step % every == 0)
 

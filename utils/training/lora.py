@@ -54,7 +54,7 @@ def add_lora(model: Any, lora: LoraSection, info: Callable[[str], None]) -> Any:
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a directory holds an adapter instead of a model."""
+    """True if a directory holds an adapter instead of a model."""
     return (Path(name) / ADAPTER_FILE).is_file()
 
 

@@ -32,7 +32,7 @@ class LossGuard:
     def allows(
         self, step: int, loss: float, grad_norm: float, batches: list[Batch], model: Any, optimizer: Any
     ) -> bool:
-        """Whether the optimizer may take a step; if not, the weights may now be those of the last checkpoint.
+        """True if the optimizer may take a step; if not, the weights may now be those of the last checkpoint.
 
         Raises:
             UserError: the loss or the gradient norm is not finite, and the settings say to stop, or it happens again

@@ -62,7 +62,7 @@ def _groups(parameters: list[tuple[str, nn.Parameter]], train: TrainSection) -> 
 
 
 def is_norm_or_bias(name: str, parameter: torch.Tensor) -> bool:
-    """Whether a parameter is a norm's weight or a bias. Biases of stacked experts have two dimensions."""
+    """True if a parameter is a norm's weight or a bias. Biases of stacked experts have two dimensions."""
     return parameter.dim() < 2 or name.endswith("bias")
 
 

@@ -108,7 +108,7 @@ def _without_load_report() -> Iterator[None]:
 
 
 def _reason_for_no_model(name: str) -> str | None:
-    """Why there is no model in a directory. Asked before the hub, whose errors would be about repository names."""
+    """The reason why a directory holds no model. Checked before the hub, whose errors would name repositories."""
     path = Path(name)
     if path.is_dir() and not (path / "config.json").is_file():
         below = path / "model"  # in the directory of a run

@@ -91,7 +91,7 @@ class StepMeter:
         }
 
     def _dry_report(self) -> str:
-        """What the whole run takes, at the pace of the steps after the first one."""
+        """A report on the time of the whole run, at the pace of the steps after the first one."""
         step_s = statistics.mean(self._step_s[1:] or self._step_s)
         total = self._total_steps * step_s + self._evaluations * self._log.evaluation_s
         return (
@@ -101,7 +101,7 @@ class StepMeter:
         )
 
     def _time_left(self, step: int) -> str:
-        """What the rest of the run takes, at the pace until now; nothing after the last step."""
+        """The time left, at the pace until now; empty after the last step."""
         if step == self._total_steps:
             return ""
         pace = (time.perf_counter() - self._first_start) / self._steps_done
@@ -109,13 +109,13 @@ class StepMeter:
 
 
 def evaluations_of(config: Config, total_steps: int) -> int:
-    """How many evaluations a run has: before the first step, every `log.eval_every_steps`, and after the last step."""
+    """Number of evaluations of a run: before the first step, every `log.eval_every_steps`, and after the last step."""
     every = config.log.eval_every_steps or total_steps
     return 1 + total_steps // every + (total_steps % every > 0)
 
 
 def rows_of(batches: list[Batch]) -> str:
-    """Where the rows of a step were read, as a message lists them."""
+    """The places of the rows of a step, as a message lists them."""
     return ", ".join(location for batch in batches for location in batch["locations"])
 
 

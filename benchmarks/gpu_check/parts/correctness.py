@@ -83,7 +83,7 @@ def plan_without_measuring() -> None:
 
 
 def is_fast(outputs: type[Any]) -> bool:
-    """Whether the runtime has computed a call, and not the model's own forward pass."""
+    """True if the runtime has computed a call, and not the model's own forward pass."""
     from moreh.runtime.batch.loss_output import LazyOutput
 
     return issubclass(outputs, LazyOutput)

@@ -39,7 +39,7 @@ def versions() -> dict[str, Any]:
 
 
 def device(settings: Settings) -> dict[str, Any]:
-    """What the driver says of the device.
+    """The driver's description of the device.
 
     Raises:
         Skipped: the dry mode has none.

@@ -22,7 +22,7 @@ def run(case: str, settings: Settings) -> Result:
 
 
 def path_of(case: str, settings: Settings) -> Path:
-    """Where a reference is kept."""
+    """The file of a reference."""
     return settings.scratch / f"reference-{case.replace('/', '-')}.pt"
 
 

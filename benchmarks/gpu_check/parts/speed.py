@@ -27,9 +27,9 @@ class Meter:
     """The steps of a run, each timed from when everything before it is computed."""
 
     workload: Workload
-    """What is trained."""
+    """The workload to train."""
     settings: Settings
-    """How many steps count."""
+    """Number of steps that count."""
     seconds: list[float] = field(default_factory=list)
     """Of each step, the first ones included."""
     label_tokens: list[int] = field(default_factory=list)
@@ -55,12 +55,12 @@ class Meter:
 
     @property
     def is_done(self) -> bool:
-        """Whether enough steps have been measured."""
+        """True if enough steps have been measured."""
         counting = self.seconds[self.settings.warm_up_steps :]
         return len(counting) >= self.settings.max_steps or sum(counting) >= self.settings.max_seconds
 
     def figures(self) -> dict[str, Any]:
-        """What the steps that count have shown."""
+        """The figures of the steps that count."""
         first = self.settings.warm_up_steps
         steps = list(zip(self.seconds, self.label_tokens, self.flops, strict=True))[first:]
         limit = COMPILATION_FACTOR * statistics.median(seconds for seconds, _, _ in steps)
@@ -130,7 +130,7 @@ def train_loop(meter: Meter, model: Any, optimizer: torch.optim.Optimizer, *, au
 
 
 def predicted_beside_measured(meter: Meter, model: Any, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """What the planner predicted for rows without padding, and what steps with such rows take."""
+    """The predicted and the measured time of steps with rows without padding."""
     from moreh.accelerator.job import local_job
 
     plans = [plan for plan in local_job().chosen_plans.values() if plan.devices.startswith("this machine")]

@@ -16,7 +16,7 @@ class Workload:
     """A model and its batches."""
 
     title: str
-    """What it is."""
+    """A description of the workload."""
     sizes: dict[str, int]
     """The sizes of a Llama, by their names in transformers' configuration."""
     rows: int

@@ -29,7 +29,7 @@ class Process:
         self._fields()
 
     def create_time(self) -> float:
-        """When it started, in seconds since the epoch."""
+        """The start of the process, in seconds since the epoch."""
         line = next(line for line in Path("/proc/stat").read_text().splitlines() if line.startswith("btime"))
         return float(line.split()[1]) + int(self._fields()[19]) / _TICKS
 
@@ -56,12 +56,12 @@ class Process:
         return [] if parent == 0 else [Process(parent), *Process(parent).parents()]
 
     def memory_info(self) -> Any:
-        """Its resident memory, in bytes."""
+        """The resident memory of the process, in bytes."""
         pages = int(Path(f"/proc/{self.pid}/statm").read_text().split()[1])
         return SimpleNamespace(rss=pages * os.sysconf("SC_PAGE_SIZE"))
 
     def cmdline(self) -> list[str]:
-        """Its command line."""
+        """The command line of the process."""
         return Path(f"/proc/{self.pid}/cmdline").read_text().split("\0")[:-1]
 
     def username(self) -> str:

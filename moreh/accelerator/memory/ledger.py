@@ -67,7 +67,7 @@ class MemoryLedger:
             self._modules.discard(module)
 
     def has_parameter(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor is a parameter of a module that is counted, whatever memory it has now."""
+        """True if a tensor is a parameter of a module that is counted, whatever memory it has now."""
         return any(parameter is tensor for module in list(self._modules) for parameter in module.parameters())
 
     def add_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
@@ -85,7 +85,7 @@ class MemoryLedger:
             self._added_bytes += storage.nbytes()
 
     def holds(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor was made on the device or moved there. The results of operations are not tracked."""
+        """True if a tensor was made on the device or moved there. The results of operations are not tracked."""
         storage = storage_of(tensor)
         entry = None if storage is None else self._storages.get(storage_address(storage))
         return entry is not None and not entry[0].expired()

@@ -8,7 +8,7 @@ from moreh.errors import MorehError
 
 
 class SimulatedOutOfMemoryError(torch.OutOfMemoryError, MorehError):
-    """What a job needs does not fit the simulated device. `except torch.cuda.OutOfMemoryError` catches it."""
+    """A job needs more memory than the simulated device has. `except torch.cuda.OutOfMemoryError` catches the error."""
 
 
 class PredictedOutOfMemoryError(torch.OutOfMemoryError, MorehError):

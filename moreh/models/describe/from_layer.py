@@ -126,7 +126,7 @@ def _merge_experts(linears: Iterable[Linear], experts: tuple[int, int] | None) -
 
 
 def _expert_counts(config: Any) -> tuple[int, int] | None:
-    """How many experts there are and how many a token passes through; None without experts."""
+    """The number of experts, and of those that a token passes through; None without experts."""
     counts: list[int] = []
     for keys in (
         ("num_local_experts", "num_experts", "n_routed_experts"),
@@ -138,7 +138,7 @@ def _expert_counts(config: Any) -> tuple[int, int] | None:
 
 
 def _declared_splits(config: Any) -> Mapping[str, Split]:
-    """How tensor parallelism splits matrices, by name: from the family's record, or from transformers' plan.
+    """The split of matrices by tensor parallelism, by name: from the family's record, or from transformers' plan.
 
     Names are relative to the layer. Matrices that are in neither are left out.
     """

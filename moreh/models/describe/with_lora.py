@@ -24,7 +24,7 @@ class Lora:
     targets: Targets = ALL_LINEAR
     """The matrices that get an adapter: their names, such as "q_proj", or the last parts of them."""
     dropout: bool = False
-    """Whether the input of an adapter passes a dropout of its own."""
+    """True if the input of an adapter passes a dropout of its own."""
 
 
 def with_lora(architecture: Architecture, lora: Lora) -> Architecture:
@@ -51,7 +51,7 @@ def with_lora(architecture: Architecture, lora: Lora) -> Architecture:
 
 
 def targeted(names: Iterable[str], targets: Targets) -> set[str]:
-    """Those of the matrices of a layer that get an adapter, by their names in the layer, such as "self_attn.q_proj".
+    """The matrices of a layer that get an adapter, by their names in the layer, such as "self_attn.q_proj".
 
     As in PEFT, a target is a name, or the last parts of one: "q_proj".
 
@@ -73,7 +73,7 @@ def targeted(names: Iterable[str], targets: Targets) -> set[str]:
 
 
 def _is_module(linear: Linear) -> bool:
-    """Whether a matrix is a module, or several; adapters are put around modules."""
+    """True if a matrix is a module, or several; adapters are put around modules."""
     return not (linear.bare or linear.stacked)
 
 

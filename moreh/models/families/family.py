@@ -23,7 +23,7 @@ class Family:
     model_type: str
     """The name of the family in transformers, `config.model_type`, such as "llama"."""
     tensor_parallel: tuple[TPBlock, ...] | Literal["from transformers"] | None = None
-    """How tensor-parallel ranks split a layer. FROM_TRANSFORMERS if transformers' plan splits matrices by columns and
+    """The tensor-parallel split of a layer. FROM_TRANSFORMERS if transformers' plan splits matrices by columns and
     then by rows. Blocks of its own if transformers has no plan, or one that gathers results between the two. None if
     tensor parallelism is not known to compute the same; it is then refused. Test:
     tests/runtime/tensor/test_tensor_parallel.py."""
@@ -34,7 +34,7 @@ class Family:
     """Modules of a layer, with `tensor_parallel`, that every rank has and computes whole. They rule out sequence
     parallelism. Test: as above."""
     packable: bool = False
-    """Whether several sequences may share a row: transformers keeps their attention apart by their positions, which
+    """True if several sequences may share a row: transformers keeps their attention apart by their positions, which
     begin at 0 in each sequence. Test: tests/runtime/batch/test_packing.py."""
     config_keys: ConfigKeys | None = None
     """The keys of the family's config.json; None if transformers has to read the file and build the model."""

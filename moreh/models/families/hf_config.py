@@ -22,12 +22,12 @@ _DROPOUT_KEY = re.compile(r"(?!classifier|summary|seq_classif|qa_)(?!.*layerdrop
 
 
 def is_dropout_key(key: str) -> bool:
-    """Whether a key of a configuration is the probability that elements are dropped, in whatever family."""
+    """True if a key of a configuration is the probability that elements are dropped, in whatever family."""
     return _DROPOUT_KEY.fullmatch(key) is not None
 
 
 def drops_elements(values: Mapping[str, Any]) -> bool:
-    """Whether any probability of dropout among the values of a configuration is not 0."""
+    """True if any probability of dropout among the values of a configuration is not 0."""
     return any(
         is_dropout_key(key) and isinstance(value, int | float) and not isinstance(value, bool) and value > 0
         for key, value in values.items()
@@ -42,7 +42,7 @@ class ConfigKeys:
     """
 
     defaults: Mapping[str, Default]
-    """By key, the value that transformers uses if a file lacks the key; None if the value follows from other keys.
+    """The defaults of transformers for missing keys, by key; None if the value follows from other keys.
 
     A family without "head_dim" or "num_key_value_heads" here ignores such a key in its files, as transformers does.
     """
@@ -121,7 +121,7 @@ class HFConfig:
 
     @property
     def has_dropout(self) -> bool:
-        """Whether any probability of dropout is above 0.
+        """True if any probability of dropout is above 0.
 
         Raises:
             PlanError: one of them is not a probability.

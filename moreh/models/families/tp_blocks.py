@@ -66,7 +66,7 @@ class TPBlock:
     row_chunks: ChunkSizes = split_none
     """The chunks of the inputs of `row`."""
     is_attention: bool = False
-    """Whether this is an attention: ranks have whole heads, and the module counts only its rank's heads."""
+    """True if the block is attention: ranks have whole heads, and the module counts only its rank's heads."""
     head_attributes: tuple[str, ...] = ()
     """Attributes of the attention module that shrink with its heads, besides those that count heads in every family
     (`HEAD_COUNT_ATTRIBUTES` in moreh/runtime/tensor/apply.py)."""
@@ -81,7 +81,7 @@ class TPBlock:
     per_head_parameters: tuple[str, ...] = ()
     """Parameters of the attention module with one element for each query head, which are split like the heads."""
     only_some_layers: bool = False
-    """Whether layers without the entry do without the block: dense layers beside those with experts."""
+    """True if some layers lack the block: dense layers beside layers with experts."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Experts:
     router: str
     """The module that chooses the experts of a token; every rank has it whole."""
     skips_others: bool = True
-    """Whether the experts in eager mode skip an index beyond the last one, as transformers' own kernels do."""
+    """True if the experts in eager mode skip an index beyond the last one, as transformers' own kernels do."""
 
 
 def attention_block(module: str, columns: str, row: str, chunks: ChunkSizes = split_none, **options: Any) -> TPBlock:

@@ -42,17 +42,17 @@ class _LayerTensors:
     attention: FloatArray
     """Queries, keys, values and the result of attention."""
     scores: FloatArray
-    """What attention keeps for each pair of tokens; 0 for fused attention."""
+    """Bytes that attention keeps for each pair of tokens; 0 for fused attention."""
     score_matrix: FloatArray
     """One tensor of attention scores. Not part of `all`."""
     matmul_outputs: FloatArray
     """Results of the feed-forward network's first matmuls (up projection, and gate)."""
     activated: FloatArray
-    """What the feed-forward network's activation keeps."""
+    """Bytes that the feed-forward network's activation keeps."""
     adapters: FloatArray
-    """What LoRA adapters keep: the results of their first matrices, and inputs after a dropout with its masks."""
+    """Bytes that LoRA adapters keep: results of their first matrices, inputs after a dropout, and its masks."""
     routed: FloatArray
-    """What a mixture of experts keeps: tokens in the order of their experts, and the results of these."""
+    """Bytes that a mixture of experts keeps: tokens in the order of their experts, and the experts' results."""
 
     @property
     def all(self) -> FloatArray:
@@ -180,7 +180,7 @@ def _backward_peak(tensors: _LayerTensors, architecture: Architecture, software:
 
 
 def attention_is_fused(architecture: Architecture, software: SoftwareProfile) -> bool:
-    """Whether attention writes no scores to memory."""
+    """True if attention writes no scores to memory."""
     return software.fused_attention and (software.fused_attention_dropout or not architecture.dropout)
 
 

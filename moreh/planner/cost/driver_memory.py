@@ -27,9 +27,9 @@ class DriverMemory:
     allocated: float
     """Live tensors: `torch.cuda.max_memory_allocated()`."""
     reserved: float
-    """With the blocks that the allocator keeps: `torch.cuda.max_memory_reserved()`."""
+    """Live memory and the blocks that the allocator keeps: `torch.cuda.max_memory_reserved()`."""
     in_use: float
-    """With the driver's context and NCCL: what `nvidia-smi` or `rocm-smi` shows."""
+    """Reserved memory, the driver's context and NCCL, as `nvidia-smi` or `rocm-smi` shows."""
 
 
 def driver_tool(device: Device) -> str:
@@ -38,7 +38,7 @@ def driver_tool(device: Device) -> str:
 
 
 def driver_memory(plan: Plan, allocated: float) -> DriverMemory:
-    """What the tools show of a plan whose fullest device has `allocated` live bytes."""
+    """The memory that tools show for a plan whose fullest device has `allocated` live bytes."""
     reserved = allocated * (1 + RESERVED_SHARE)
     groups = sum(size > 1 for size in (plan.tensor, plan.pipeline, plan.data, plan.context, plan.expert))
     return DriverMemory(allocated, reserved, reserved + CONTEXT_BYTES + groups * GROUP_BYTES)

@@ -28,7 +28,7 @@ class EdgeExchange:
 
 
 def edge_exchange(states: ModelStates, plans: PlanTable, training: Training, software: SoftwareProfile) -> EdgeExchange:
-    """What the exchange of the embedding and the output layer takes."""
+    """The memory of the exchange of the embedding and the output layer."""
     first, last = edge_ranks(plans)
     sharding = plans.sharding[:, None]
     reshards = reshards_each_micro_batch(plans.pipeline, software)

@@ -16,7 +16,7 @@ ROUTER_KERNELS = 10
 
 
 def experts_per_token(layer: DecoderLayer) -> int:
-    """How many experts a token passes through; 0 in a layer without experts."""
+    """Number of experts that a token passes through; 0 in a layer without experts."""
     return max((linear.active for linear in layer.linears if linear.is_expert), default=0)
 
 

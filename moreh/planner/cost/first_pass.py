@@ -1,4 +1,4 @@
-"""What a loss of the script's own costs: a forward pass gives its logits, before the passes that train.
+"""The cost of a script's own loss: a forward pass computes its logits, before the training passes.
 
 The script makes the loss of the whole batch's logits, which every device has, and the gradient of that loss by them.
 Then a second pass of the schedule computes what any loss needs (`moreh/runtime/engine/calls/logits.py`).

@@ -233,7 +233,7 @@ def embedding_time(roofline: Roofline, cluster: Cluster, plans: PlanTable, train
 
 
 def head_is_frozen(architecture: Architecture) -> bool:
-    """Whether the output layer's weights have no gradient."""
+    """True if the output layer's weights have no gradient."""
     return architecture.embedding_frozen if architecture.tied else architecture.head_frozen
 
 

@@ -57,7 +57,7 @@ class PeakMemory:
     buffers: FloatArray
     """Buffers of collectives, gradients that are converted or added up, and temporaries of the optimizer."""
     fragmentation: FloatArray
-    """What the allocator cannot use."""
+    """Memory that the allocator cannot use."""
 
     def take(self, rows: IntArray) -> "PeakMemory":
         """The plans at these rows."""
@@ -65,7 +65,7 @@ class PeakMemory:
 
     @property
     def total(self) -> FloatArray:
-        """All of it, [n, pipeline]."""
+        """The sum, [n, pipeline]."""
         parts = (self.parameters, self.gradients, self.optimizer, self.activations, self.logits, self.buffers)
         return np.asarray(sum(parts) + self.fragmentation)
 
@@ -91,7 +91,7 @@ def _memory_of_passes(plans: PlanTable, training: Training, software: SoftwarePr
 
 
 def _sum_of_moments(states: ModelStates, plans: PlanTable, training: Training, software: SoftwareProfile) -> PeakMemory:
-    """What a step needs at any of its moments, added up: for software that does not reuse memory within a step."""
+    """The memory of all moments of a step, added up: for software that does not reuse memory within a step."""
     sharding = plans.sharding[:, None]
     # The embedding or the output layer: where parameters are sharded, it is gathered and its gradient reduced.
     # Otherwise its new gradient exists before it is added to the one that is there.

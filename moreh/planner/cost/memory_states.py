@@ -1,4 +1,4 @@
-"""What memory consists of at any moment of a step: model states, copies of weights, gradients, logits, and the
+"""The kinds of memory at any moment of a step: model states, copies of weights, gradients, logits, and the
 micro-batches in flight. memory.py puts them together."""
 
 from collections.abc import Callable
@@ -64,7 +64,7 @@ class ModelStates:
 
 
 def model_states(plans: PlanTable, training: Training, software: SoftwareProfile) -> ModelStates:
-    """What parameters, gradients and optimizer state take, and the buffers of their exchange."""
+    """Memory of parameters, gradients and optimizer state, and of the buffers of their exchange."""
     sharding = plans.sharding[:, None]
     parameters = parameters_per_device(training.architecture, plans, trainable_only=False)
     trainable = parameters_per_device(training.architecture, plans, trainable_only=True)
@@ -235,7 +235,7 @@ def mean_layers_per_stage(plans: PlanTable) -> FloatArray:
 
 
 def logit_elements(plans: PlanTable, training: Training, software: SoftwareProfile) -> FloatArray:
-    """How many logits there are at once, [n, pipeline]."""
+    """Number of logits that exist at once, [n, pipeline]."""
     columns = training.architecture.vocabulary / plans.tensor
     logits = np.zeros((len(plans), plans.pipeline))
     logits[:, plans.stage_ranks[-1]] = micro_batch_tokens(plans, training) * columns

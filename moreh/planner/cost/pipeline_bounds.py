@@ -99,7 +99,7 @@ def _round_trip_waits(
     weight_s: FloatArray,
     send_s: FloatArray,
 ) -> FloatArray:
-    """How long each rank waits at least for slow sends while it alternates between forwards and backwards, [n, ranks].
+    """Lower bound of each rank's waits for slow sends while it alternates between forwards and backwards, [n, ranks].
 
     A rank's forward of step i reaches the rank d further on in step i + d (2d in "interleaved", which has as many more
     forwards before it alternates). A backward follows there and comes back in that step. Where this round trip takes
@@ -131,7 +131,7 @@ def _round_trip_waits(
 
 
 class EndCounts(NamedTuple):
-    """How many operations of each chunk a rank has at both ends of its order, [n, chunks, ranks] each."""
+    """Numbers of operations of each chunk at both ends of a rank's order, [n, chunks, ranks] each."""
 
     lead_forwards: FloatArray
     """Forwards before the rank's first backward."""
@@ -142,7 +142,7 @@ class EndCounts(NamedTuple):
     rest_weight_grads: FloatArray
     """Backwards for the weights after its last backward for the input."""
     alternates: BoolArray
-    """Whether a backward comes before the last forward, [n, ranks]."""
+    """True where a backward comes before the last forward, [n, ranks]."""
 
 
 def operations_at_ends(schedule: Schedule, ranks: int, micro_batches: IntArray, chunks: int) -> EndCounts:
@@ -164,7 +164,7 @@ def operations_at_ends(schedule: Schedule, ranks: int, micro_batches: IntArray, 
     warmup = warmup_forwards(schedule, ranks, distinct, chunks)
 
     def by_chunk(number: IntArray) -> FloatArray:
-        """How a rank's first `number` forwards, and as well its last `number` backwards, are spread over its chunks."""
+        """The number of forwards of each chunk among a rank's first `number`; likewise of backwards among its last."""
         rounds, remainder = np.divmod(np.minimum(number, forwards), per_round * chunks)
         size = per_round[..., None].astype(np.float64)
         return rounds[:, None] * size + np.clip(remainder[:, None] - np.arange(chunks)[:, None] * size, 0, size)

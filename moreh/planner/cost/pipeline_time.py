@@ -36,7 +36,7 @@ SAMPLE_DEPTHS = 9
 
 @dataclass(frozen=True, eq=False)
 class Timeline:
-    """What each rank did and when: one entry for each operation, sorted by rank and, within a rank, by time."""
+    """The operations of all ranks with their times: one entry for each operation, sorted by rank, then by time."""
 
     makespan_s: float
     """Seconds of the whole step."""
@@ -67,7 +67,7 @@ class ExecutionSequence(NamedTuple):
     duration: "array[int]"
     """For each operation, the index of its seconds in the list of durations: kind * stages + stage."""
     position: NDArray[np.int32]
-    """Where each operation of the operation table (rank after rank) is in the sequence."""
+    """The position in the sequence of each operation of the operation table (rank after rank)."""
 
 
 def sequence_operations(table: OperationTable, schedule: Schedule, chunks: int) -> ExecutionSequence:
@@ -139,7 +139,7 @@ def _execution_sequence(schedule: Schedule, ranks: int, micro_batches: int, chun
 
 
 def _end_times(sequence: ExecutionSequence, ranks: int, durations: list[float], send_s: float) -> list[float]:
-    """When each operation of the sequence ends. A last entry, -inf, is for the input that is there from the start."""
+    """The end of each operation of the sequence. A last entry, -inf, is for the input that exists from the start."""
     ends = [0.0] * len(sequence.source)
     ends.append(-inf)
     free = [0.0] * ranks

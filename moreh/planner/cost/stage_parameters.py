@@ -19,9 +19,9 @@ class StageParameters:
     layer: FloatArray
     """Of a layer: the mean over the model's layers."""
     first: FloatArray
-    """What the first stage adds: the embedding, learned positions and the like."""
+    """Parameters that the first stage adds: the embedding, learned positions and the like."""
     last: FloatArray
-    """What the last stage adds: the final norm and the output layer."""
+    """Parameters that the last stage adds: the final norm and the output layer."""
     experts: FloatArray
     """The part of `layer` that an expert-parallel group of several ranks splits; 0 where there is none."""
 
@@ -70,18 +70,18 @@ def parameters_per_device(architecture: Architecture, plans: PlanTable, trainabl
 
 
 def first_and_last_stage_on_different_ranks(plans: PlanTable) -> bool:
-    """Whether two ranks would each hold a tied embedding: for the first stage, and as the last stage's output layer."""
+    """True if two ranks would each hold a tied embedding: those of the first and of the last stage."""
     ranks = plans.stage_ranks
     return bool(ranks[0] != ranks[-1])
 
 
 def reshards_each_micro_batch(pipeline: int, software: SoftwareProfile) -> bool:
-    """Whether sharded parameters are gathered and gradients reduced for each micro-batch, and not once a step."""
+    """True if sharded parameters are gathered and gradients reduced for each micro-batch, not once a step."""
     return pipeline == 1 or software.reshards_in_pipeline
 
 
 def shards_gradients(plans: PlanTable, software: SoftwareProfile) -> BoolArray:
-    """Whether a device holds its shard of the gradients alone once a layer's backward pass is done, [n].
+    """True where a device holds only its shard of the gradients once a layer's backward pass is done, [n].
 
     `fully_shard` also reduces the gradients of the only micro-batch layer by layer where they are not to be sharded.
     """

@@ -57,7 +57,7 @@ class StageTime:
     all_work_s: FloatArray
     """All devices' micro-batches, if the CPU cores that they share are never idle; 0 where none are shared, [n]."""
     first_pass_s: FloatArray
-    """What comes before the first micro-batch: the forward pass for a script's own loss, [n]."""
+    """Time before the first micro-batch: the forward pass for a script's own loss, [n]."""
     computation_s: FloatArray
     """Matmuls and other kernels of one micro-batch on the busiest rank, [n]."""
     recomputation_s: FloatArray
@@ -71,7 +71,7 @@ class StageTime:
 
     @property
     def tail_s(self) -> FloatArray:
-        """What precedes the first micro-batch and follows the last one, [n]."""
+        """Time before the first micro-batch and after the last one, [n]."""
         return self.first_pass_s + self.gradients_s + self.optimizer_s
 
     def slower(self, factor: float) -> "StageTime":

@@ -22,13 +22,13 @@ class Cluster:
     nodes_per_switch: int | None = None
     """Nodes that one switch joins at the full rate of the network; None for all."""
     oversubscription: float = 1.0
-    """How many times less network a device has towards nodes of other switches."""
+    """The oversubscription of a device's network towards nodes at other switches."""
     concurrent_devices: float | None = None
     """Devices that can compute at the same time: on a CPU, the workers that its cores suffice for. None for all."""
 
     @property
     def devices_per_core(self) -> float:
-        """How many devices share what one device can compute with alone; 1 where each has its own."""
+        """Number of devices that share the computing resources of one device; 1 if each has its own."""
         return 1.0 if self.concurrent_devices is None else max(1.0, self.devices / self.concurrent_devices)
 
     @property
@@ -64,7 +64,7 @@ def cluster_for_devices(device: Device, devices: int, network_bytes_per_second: 
 
 @dataclass(frozen=True)
 class StatedLinks:
-    """What a user says of a cluster, which wins over what is known of its kind of device. None for what is not said."""
+    """A user's description of a cluster, which overrides the facts of its kind of device. None: not described."""
 
     devices_per_node: int | None = None
     node_bytes_per_second: float | None = None
@@ -76,7 +76,7 @@ class StatedLinks:
     nodes_per_switch: int | None = None
     """Nodes that one switch joins at the full rate."""
     oversubscription: float | None = None
-    """How many times less network there is towards other switches."""
+    """The oversubscription of the network towards other switches."""
 
     def __bool__(self) -> bool:
         return self != StatedLinks()
@@ -114,7 +114,7 @@ class RingLinks:
     bytes_per_second: FloatArray
     """Peak rate of one ring while all groups of the same kind communicate at once."""
     across_nodes: BoolArray
-    """Whether the ring leaves a node."""
+    """True if the ring leaves a node."""
     share_of_node: FloatArray
     """The share of a node's devices that are in the ring (0 to 1)."""
 

@@ -47,7 +47,7 @@ class Efficiency:
     network_hop_s: float
     """Seconds of latency for each step of a ring over several nodes."""
     contention: float
-    """How much of the shorter one of two overlapping activities adds to the longer one (0 to 1)."""
+    """Share of the shorter of two overlapping activities that adds to the longer one (0 to 1)."""
     skew: float
     """The share of computation that tensor-parallel ranks lose by waiting for the slowest of them at every exchange."""
     partial_node: float
@@ -126,7 +126,7 @@ def memory_spread() -> MemorySpread:
 
 @dataclass(frozen=True)
 class Uncertainty:
-    """How far predicted step times are off for a class of devices, in published runs of programs that were left out.
+    """Errors of predicted step times for a class of devices, in published runs of programs that were left out.
 
     Errors are relative (fractions). A class without runs has the errors of all runs together.
     """
@@ -156,7 +156,7 @@ class Uncertainty:
 
 
 def uncertainty(class_name: str) -> Uncertainty:
-    """How far predictions for a class of devices can be trusted.
+    """The errors of predictions for a class of devices.
 
     Raises:
         PlanError: there is no such class.

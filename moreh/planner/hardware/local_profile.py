@@ -56,7 +56,7 @@ class MeasuredCollective:
 
 @dataclass(frozen=True)
 class LocalProfile:
-    """What one worker of this machine reaches while all `workers` do the same.
+    """Rates and times that one worker of this machine reaches while all `workers` do the same.
 
     Where workers share cores, all seconds are CPU seconds: what a worker needs of a core, however long it waits for it.
     """
@@ -84,7 +84,7 @@ class LocalProfile:
     collectives: tuple[MeasuredCollective, ...]
     """Empty with one worker."""
     contention: float
-    """How much of the shorter one of a computation and an overlapping exchange adds to the time of both (0 to 1)."""
+    """Share of the shorter of a computation and an overlapping exchange that adds to the time of both (0 to 1)."""
     skew: float
     """The share of a computation that workers wait for the slowest of them before an exchange (0 to 1)."""
     confirmed: float
@@ -185,7 +185,7 @@ def _threads_per_worker(workers: int) -> int:
 
 
 def _cache_key(workers: int) -> dict[str, Any]:
-    """What a profile depends on."""
+    """The facts that a profile depends on."""
     import torch
 
     return {

@@ -238,7 +238,7 @@ def _check(plan: Plan, training: Training) -> None:
 
 
 def torch_refusal(plan: Plan) -> str:
-    """Why torch does not run the schedule of a plan, in terms of the plan's fields; empty if torch runs it."""
+    """The reason why torch does not run a plan's schedule, in terms of the plan's fields; empty if torch runs it."""
     pipeline, count = plan.pipeline, plan.micro_batches
     if _torch_runs(plan, count):
         return ""
@@ -252,7 +252,7 @@ def torch_refusal(plan: Plan) -> str:
 
 
 def _torch_runs(plan: Plan, micro_batches: int) -> bool:
-    """Whether torch runs the plan's pipeline with this number of micro-batches."""
+    """True if torch runs the plan's pipeline with this number of micro-batches."""
     return bool(
         is_runnable(plan.schedule, np.asarray(plan.pipeline), np.asarray(micro_batches), np.asarray(plan.chunks))
     )

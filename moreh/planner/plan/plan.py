@@ -24,7 +24,7 @@ SHARDINGS: tuple[Sharding, ...] = ("none", "optimizer", "gradients", "parameters
 
 @dataclass(frozen=True)
 class Plan:
-    """How one training step is split over devices.
+    """The split of one training step over devices.
 
     Tensor-parallel ranks are neighbors, then come context-parallel, data-parallel and pipeline ranks: the stages of a
     pipeline are the farthest apart.
@@ -53,7 +53,7 @@ class Plan:
     recomputation: Recomputation = "none"
     sharding: Sharding = "none"
     sequence_parallel: bool = False
-    """Whether tensor-parallel ranks split norms and residuals along the sequence (https://arxiv.org/abs/2205.05198)."""
+    """True if tensor-parallel ranks split norms and residuals along the sequence (https://arxiv.org/abs/2205.05198)."""
 
     @property
     def devices(self) -> int:
@@ -78,7 +78,7 @@ class Training:
     optimizer: OptimizerState = ADAMW
     """The optimizer that updates the weights."""
     own_loss: bool = False
-    """Whether the script makes the loss of the logits, which on several devices takes a forward pass of its own."""
+    """True if the script makes the loss of the logits, which on several devices takes a forward pass of its own."""
 
     @property
     def tokens(self) -> int:

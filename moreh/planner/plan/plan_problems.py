@@ -9,7 +9,7 @@ from moreh.planner.plan.schedules import SPLIT_BACKWARD
 
 
 def plan_problems(plan: Plan, training: Training) -> Iterator[str]:
-    """What contradicts the model, the sequences or another field; each with the remedy."""
+    """The fields that contradict the model, the sequences or another field, each with the remedy."""
     length = training.sequence_length
     heads = gcd(*(number for layer in training.architecture.layers for number in (layer.heads, layer.kv_heads)))
     tensor, context, ranks = plan.tensor, plan.context, plan.data * plan.context
@@ -40,7 +40,7 @@ def plan_problems(plan: Plan, training: Training) -> Iterator[str]:
 
 
 def _expert_problems(plan: Plan, training: Training) -> Iterator[str]:
-    """What keeps the data-parallel ranks from sharing the experts."""
+    """The reasons why data-parallel ranks cannot share the experts."""
     experts = expert_divisor(training.architecture)
     if plan.expert > 1 and experts == 1:
         yield f"ep{plan.expert} splits experts, but {training.architecture.name} has none: leave ep out"

@@ -98,7 +98,7 @@ def is_runnable(
     micro_batches: NDArray[np.integer[Any]],
     chunks: NDArray[np.integer[Any]],
 ) -> NDArray[np.bool_]:
-    """Whether `check_schedule` accepts each candidate. The arrays broadcast. Never raises, whatever the values."""
+    """True where `check_schedule` accepts a candidate. The arrays broadcast. Never raises, whatever the values."""
     ranks, micro_batches, chunks = np.asarray(ranks), np.asarray(micro_batches), np.asarray(chunks)
     positive = (ranks >= 1) & (micro_batches >= 1) & (chunks >= 1)
     if schedule == "1f1b":
@@ -111,7 +111,7 @@ def is_runnable(
 
 
 def micro_batches_per_round(schedule: Schedule, ranks: int, micro_batches: IntArray, chunks: int) -> IntArray:
-    """How many micro-batches in a row a rank takes through one chunk before it turns to the next chunk.
+    """Number of consecutive micro-batches that a rank takes through one chunk before the next chunk.
 
     Args:
         micro_batches: Micro-batches of a step, in any shape. The result has the same shape.

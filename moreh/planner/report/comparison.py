@@ -23,7 +23,7 @@ class ComparedStep:
     measured: MeasuredStep
     predicted: IntervalPrediction
     is_calibration: bool
-    """Whether it is one of the steps that the prediction was calibrated with; such a step proves nothing."""
+    """True if the prediction was calibrated with this step; such a step proves nothing."""
 
     @property
     def seconds(self) -> float:
@@ -90,7 +90,7 @@ def comparison_table(steps: Sequence[ComparedStep]) -> list[Table]:
 
 
 def comparison_sentences(steps: Sequence[ComparedStep]) -> list[str]:
-    """What the steps that did not calibrate say of the predictions."""
+    """The errors of the predictions for steps that were not used for calibration."""
     rest = [step for step in steps if not step.is_calibration]
     if not rest:
         return ["Every step calibrated the predictions: give --compare other steps than --calibrate."]

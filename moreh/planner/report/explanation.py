@@ -58,7 +58,7 @@ def _explanation_rows(predictions: Sequence[Prediction]) -> list[tuple[str, ...]
 
 
 def explanation_sentences(request: Request, asked: Prediction, best: Prediction | None) -> list[str]:
-    """Why a plan is not the best one: what does not fit, where the seconds go, and why the search passed it over."""
+    """The reasons why a plan is not the best one: the memory that does not fit, the slow parts, the search's rules."""
     fits = asked.memory_bytes <= request.limit_bytes
     sentences = [] if fits else [_missing_memory(request, asked)]
     if best is None:
@@ -101,7 +101,7 @@ def _is_faster(asked: Prediction, best: Prediction) -> bool:
 
 
 def _time_differences(asked: Prediction, best: Prediction) -> list[str]:
-    """How much longer a step takes than with the best plan, and which parts of it do."""
+    """The difference of a step's time from the best plan's, in total and by part."""
     difference_s, step_s = asked.step_time_s - best.step_time_s, asked.step_time_s
     if abs(difference_s) <= TIE_TOLERANCE * step_s:
         return [f"A step takes {seconds_text(step_s)}, as long as with the best plan: either will do."]
@@ -153,7 +153,7 @@ def _missing_memory(request: Request, asked: Prediction) -> str:
 
 
 def _reasons_to_pass_over(plan: Plan, request: Request) -> list[str]:
-    """Why a plan is not among the candidates, in terms of moreh-plan's options."""
+    """The reason why a plan is not among the candidates, in terms of moreh-plan's options."""
     constraints = request.constraints
     recompute, sharding = f"recompute:{plan.recomputation}", f"shard:{plan.sharding}"
     reasons = {

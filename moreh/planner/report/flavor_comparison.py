@@ -22,19 +22,19 @@ class FlavorPlan:
 
     flavor: Flavor
     best: Prediction | None
-    """None where no plan fits, or none is possible."""
+    """The predicted cost; None if no plan fits or none is possible."""
     smallest_bytes: float | None = None
     """Memory per device of the plan that needs the least; None where no plan is possible."""
     problem: str | None = None
-    """Why there is no plan."""
+    """The reason why there is no plan."""
     devices_in_use: int | None = None
     """The devices that the best plan uses; None where no plan is possible."""
     idle: str = ""
-    """Why the plan does not use all devices; empty where it does."""
+    """The reason why the plan does not use all devices; empty if it does."""
 
     @property
     def devices_text(self) -> str:
-        """How many devices there are, and how many of them have nothing to do."""
+        """The numbers of devices and of idle devices."""
         if not self.idle or self.devices_in_use is None:
             return str(self.flavor.devices)
         return f"{self.flavor.devices} ({self.flavor.devices - self.devices_in_use} idle)"
@@ -52,7 +52,7 @@ class FlavorPlan:
 
 @dataclass(frozen=True)
 class Bill:
-    """What a whole training takes on an accelerator."""
+    """The time and price of a whole training on an accelerator."""
 
     hours: float
     device_hours: float
@@ -70,7 +70,7 @@ def compare_flavors(request: Request) -> tuple[FlavorPlan, ...]:
 
 
 def bill(row: FlavorPlan, dataset_tokens: float, price: float | None) -> Bill | None:
-    """What a training of so many tokens takes; None where there is no plan. `price` is that of a device-hour."""
+    """The time and price of a training of so many tokens; None without a plan. `price` is that of a device-hour."""
     if row.best is None:
         return None
     hours = dataset_tokens / row.tokens_per_second / SECONDS_PER_HOUR

@@ -83,7 +83,7 @@ def amount_text(amount: float) -> str:
 
 
 def recommendation(rows: tuple[FlavorPlan, ...], dataset_tokens: float | None, price: float | None) -> list[str]:
-    """Which accelerators to take and why, a sentence each; empty where no plan fits on any."""
+    """The recommended accelerators with reasons, a sentence each; empty if no plan fits on any."""
     best_value, quickest = cheapest(rows), fastest(rows)
     if best_value is None or quickest is None:
         return []
@@ -147,7 +147,7 @@ def flavors_json(
 
 
 def no_flavor_text(request: Request, rows: tuple[FlavorPlan, ...]) -> str:
-    """Why there is no recommendation, and what would help."""
+    """The reason why there is no recommendation, and a remedy."""
     device = request.device
     if all(row.smallest_bytes is None for row in rows):
         return f"no accelerator can be used: {rows[-1].problem} ({rows[-1].flavor.name}): give fewer restrictions"

@@ -14,7 +14,7 @@ Json = dict[str, Any]
 
 
 def request_json(request: Request) -> Json:
-    """What was planned."""
+    """The planned training."""
     training, cluster, device = request.training, request.environment.cluster, request.device
     return {
         "model": {

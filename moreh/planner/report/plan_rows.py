@@ -28,7 +28,7 @@ PLAN_COLUMNS = (
 
 
 def uncertainty_text(device: Device) -> str:
-    """How far the figures for a kind of device can be trusted, in a line."""
+    """The errors of the figures for a kind of device, in a line."""
     if device.efficiency_class == THIS_MACHINE:
         text = "All figures are predictions from rates measured on this machine."
         return text if device.name == THIS_MACHINE else f"No entry of devices.json has the name {device.name}. {text}"
@@ -36,7 +36,7 @@ def uncertainty_text(device: Device) -> str:
 
 
 def header_pairs(request: Request, result: SearchResult | None = None, idle: str = "") -> list[tuple[str, str]]:
-    """What was planned, as pairs of a word and a text.
+    """The planned training, as pairs of a word and a text.
 
     `idle` says why some devices have nothing to do; empty where all have something to do.
     """
@@ -80,7 +80,7 @@ def optimizer_text(optimizer: OptimizerState, devices: int) -> str:
 
 
 def trained_text(architecture: Architecture) -> str:
-    """How many of the parameters a token uses and how many are trained; empty if all are."""
+    """The numbers of parameters that a token uses and that are trained; empty if all are."""
     active, trained = architecture.active_parameters, architecture.trainable_parameters
     text = "" if active == architecture.parameters else f", {active:,} of them used by a token"
     return text if trained == architecture.parameters else f"{text}, {trained:,} of them trained"

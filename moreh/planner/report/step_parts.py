@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class StepPart:
-    """How one part of a step's time is called, and what in a plan it depends on."""
+    """The names of one part of a step's time, and the fields of a plan that it depends on."""
 
     name: str
     short: str

@@ -35,7 +35,7 @@ def _at_most(asked: Constraints, batch_size: int) -> Iterator[Constraints]:
 
 
 def lowered_options(asked: Constraints, attained: Constraints) -> list[str]:
-    """What to tell about the options that were lowered, a sentence for each."""
+    """A sentence about each option that was lowered."""
     numbers = {
         "num_stages": (asked.pipeline, attained.pipeline),
         "num_micro_batches": (asked.micro_batches, attained.micro_batches),

@@ -263,7 +263,7 @@ def _for_all_rows(variants: list[IntArray], variant_rows: list[IntArray]) -> lis
 def _edge_work(
     roofline: Roofline, cluster: Cluster, training: Training, pipeline: int, columns: _Columns
 ) -> tuple[FloatArray, FloatArray]:
-    """What the first and the last stage compute besides their layers, in times of a layer, [n] each.
+    """The time of the first and last stage besides their layers, in units of a layer's time, [n] each.
 
     Links and sharding do not enter, so that a faster link cannot change how layers are spread over stages.
     """

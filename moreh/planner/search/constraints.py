@@ -38,7 +38,7 @@ class Constraints:
 
 
 def constraints_from_options(options: ParallelOptions, variables: PlannerVariables, devices: int) -> Constraints:
-    """What the hook's options and the environment variables leave to the search on `devices` devices."""
+    """The constraints that the hook's options and the environment variables set for `devices` devices."""
 
     def number_or_none(value: int | str) -> int | None:
         return value if isinstance(value, int) else None

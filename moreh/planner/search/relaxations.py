@@ -47,7 +47,7 @@ def on_usable_devices(request: Request, *, all_devices: bool = False) -> Iterato
 
 
 def has_candidates(request: Request) -> bool:
-    """Whether any plan on all devices satisfies the constraints, whether it fits in memory or not."""
+    """True if any plan on all devices satisfies the constraints, whether it fits in memory or not."""
     environment = request.environment
     tables = candidate_tables(environment.roofline, environment.cluster, request.training, request.constraints)
     try:

@@ -15,7 +15,7 @@ BFLOAT16_WEIGHTS = "bfloat16 weights"
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be planned. The command line, `--plan-only` and the reports pass it on as a whole."""
+    """The training and the cluster to plan for, passed on by the command line, `--plan-only` and the reports."""
 
     training: Training
     environment: Environment

@@ -50,7 +50,7 @@ class SearchOutcome:
     environment: Environment
     """The environment with the devices in use."""
     idle: str
-    """Why some devices stay idle; empty if none does."""
+    """The reason why some devices stay idle; empty if none does."""
 
 
 @dataclass(frozen=True)

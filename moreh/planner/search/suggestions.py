@@ -18,7 +18,7 @@ DEVICE_MULTIPLES = (2, 4, 8, 16, 32, 64)
 
 
 def nothing_fits_text(request: Request, outcome: SearchOutcome) -> str:
-    """Why no plan of a request fits, and what would help."""
+    """The reason why no plan of a request fits, and remedies."""
     smallest, device = outcome.result.smallest_bytes, request.device
     all_devices = request.environment.cluster.devices
     percent = f"{100 * request.constraints.memory_fraction:g}% of {gib(device.memory_bytes)}"
@@ -72,7 +72,7 @@ def _is_this_machines_cpu(request: Request) -> bool:
 
 
 def fits_memory(request: Request) -> bool:
-    """Whether a plan of the request fits in memory, on the devices that the search would use."""
+    """True if a plan of the request fits in memory, on the devices that the search would use."""
     usable = next((smaller for smaller in on_usable_devices(request) if has_candidates(smaller)), None)
     if usable is None:
         return False

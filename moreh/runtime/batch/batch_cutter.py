@@ -18,12 +18,12 @@ from moreh.runtime.sharding.mesh import Mesh
 
 @dataclass(frozen=True)
 class BatchCutter:
-    """How the batches of one model are cut."""
+    """Cuts the batches of one model into micro-batches."""
 
     parts: ModelParts
     """The model."""
     plan: Plan
-    """How the model is sharded."""
+    """The plan of the model."""
     mesh: Mesh
     """This rank among the ranks of the plan."""
     skip_padding: bool

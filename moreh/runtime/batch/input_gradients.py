@@ -18,7 +18,7 @@ class InputGrad:
     tensor: torch.Tensor
     """The argument, of the whole batch."""
     leaf: torch.Tensor
-    """What the rank computes with instead. It gets the gradient of this rank's part of the work."""
+    """The copy that the rank computes with. It gets the gradient of this rank's part of the work."""
 
 
 def detached_inputs(inputs: ModelInputs, plan: Plan) -> tuple[ModelInputs, list[InputGrad]]:

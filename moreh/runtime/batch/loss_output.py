@@ -76,14 +76,14 @@ class LazyOutput:
     _later: frozenset[str]
     """The fields that are computed later."""
     _complete_class: type[ModelOutput]
-    """What the object becomes then."""
+    """The class of the object once it is complete."""
     _compute: Callable[[], ModelOutput]
     """Makes what is missing, and the loss or not."""
     loss: torch.Tensor
     """The mean loss over the label tokens of the batch, a scalar."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        """What a script makes with `type(outputs)(...)` is complete."""
+        """A new object, which a script makes with `type(outputs)(...)`, is complete."""
         return cls._complete_class(*args, **kwargs)
 
     def change_later(self, change: Callable[[Any], Any]) -> None:

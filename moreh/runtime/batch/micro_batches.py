@@ -70,7 +70,7 @@ def equal_micro_batches(
 
 
 def is_causal_model(causal: Any) -> bool:
-    """Whether no token's result in a model of transformers depends on the tokens after it."""
+    """True if no token's result in a model of transformers depends on the tokens after it."""
     config = causal.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
     ropes = [rope, *(value for value in rope.values() if isinstance(value, dict))]
@@ -84,7 +84,7 @@ def is_causal_model(causal: Any) -> bool:
 
 
 def useful_lengths(inputs: ModelInputs) -> torch.Tensor:
-    """How many tokens of each row a loss depends on in a causal model, at least 1: `[batch]`, on the CPU.
+    """Number of tokens of each row that a loss depends on in a causal model, at least 1: `[batch]`, on the CPU.
 
     A mask of pairs of tokens may let a token see later tokens. With such a mask the loss may depend on all tokens.
     """

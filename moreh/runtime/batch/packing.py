@@ -36,7 +36,7 @@ _ATTENTION_IMPLEMENTATIONS = ("sdpa", "eager")
 def can_pack(
     causal: Any, inputs: ModelInputs, seq_lens: torch.Tensor, num_rows: int, mesh: Mesh, prefix_len: int = 0
 ) -> bool:
-    """Whether a model computes the same for the sequences of a batch in `num_rows` packed rows.
+    """True if a model computes the same for the sequences of a batch in `num_rows` packed rows.
 
     No useful token may be masked. The first `prefix_len` tokens of the sequences are in each packed row once.
 

@@ -18,7 +18,7 @@ MIN_SHARED_TOKENS = 4
 
 
 def accepts_pairwise_mask(config: Any, max_len: int) -> bool:
-    """Whether a model takes a mask of pairs of tokens: it has torch's attention, and all layers see whole sequences.
+    """True if a model takes a mask of pairs of tokens: it has torch's attention, and all layers see whole sequences.
 
     transformers uses such a mask as it is. Without one, it makes the same mask from the positions, in several times the
     time.

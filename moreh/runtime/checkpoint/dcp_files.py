@@ -108,5 +108,5 @@ class ChecksumWriter(FileSystemWriter):
 
     @property
     def sums(self) -> dict[str, FileSum]:
-        """What this rank's files have to be, by their names."""
+        """The size and checksum of each of this rank's files, by name."""
         return cast(_ChecksumFileSystem, self.fs).sums

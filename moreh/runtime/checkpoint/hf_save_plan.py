@@ -25,9 +25,9 @@ class WeightFile:
     """A safetensors file to write."""
 
     name: str
-    """Its name in the directory."""
+    """The file's name in the directory."""
     tensors: Mapping[str, TensorKind]
-    """Its tensors, by their names in the file."""
+    """The file's tensors, by their names in the file."""
     metadata: Mapping[str, str]
     """The metadata of its header."""
 
@@ -41,17 +41,17 @@ class Conversion:
     targets: tuple[str, ...]
     """Names in the files."""
     is_identity: bool
-    """Whether the one source is saved unchanged under the one target's name. Else transformers converts the sources."""
+    """True if the one source is saved unchanged under the one target's name. Else transformers converts the sources."""
 
 
 @dataclass(frozen=True)
 class SavePlan:
-    """How to write a model's weights."""
+    """The plan for writing a model's weights."""
 
     files: tuple[WeightFile, ...]
     """The files in transformers' order."""
     conversions: tuple[Conversion, ...]
-    """What makes the files' tensors, in the order of the files."""
+    """The conversions that make the files' tensors, in the order of the files."""
 
 
 class _TracedTensor(torch.Tensor):

@@ -24,7 +24,7 @@ _CHUNK_BYTES = 2**22
 
 @dataclass(frozen=True)
 class FileSum:
-    """What a file has to be."""
+    """The size and checksum that a file must have."""
 
     bytes: int
     """Its size."""
@@ -39,7 +39,7 @@ class Manifest:
     files: Mapping[str, FileSum]
     """The files by their names, without the manifest itself."""
     about: Mapping[str, Any]
-    """What the writer says about the training, as JSON has it."""
+    """The writer's facts about the training, as JSON values."""
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
@@ -84,7 +84,7 @@ def _rendered(content: Mapping[str, Any]) -> str:
 
 
 def find_damage(directory: Path, share: tuple[int, int] = (0, 1)) -> str | None:
-    """What is wrong with the files of a checkpoint, as a sentence that names one; None where nothing is.
+    """The damage to a checkpoint's files, as a sentence that names one of them; None if all are intact.
 
     Args:
         directory: the checkpoint.
@@ -103,7 +103,7 @@ def find_damage(directory: Path, share: tuple[int, int] = (0, 1)) -> str | None:
 
 
 def reason_against(path: Path, expected: FileSum, *, reads: bool = True) -> str | None:
-    """What speaks against a file, as the end of a sentence; None where nothing does. Without `reads`, only its size."""
+    """The damage to a file, as the end of a sentence; None if it is intact. Without `reads`, checks only its size."""
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -120,7 +120,7 @@ def reason_against(path: Path, expected: FileSum, *, reads: bool = True) -> str 
 
 
 def sum_of_file(path: Path) -> FileSum:
-    """What a file has to be from now on.
+    """The record of a file as it is now.
 
     Raises:
         OSError: it cannot be read.
@@ -162,5 +162,5 @@ class ChecksumFile(io.BufferedWriter):
 
     @property
     def sum(self) -> FileSum:
-        """What the file has to be, once it is closed."""
+        """The record of the file, once it is closed."""
         return FileSum(self._bytes, self._checksum)

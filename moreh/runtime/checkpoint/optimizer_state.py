@@ -45,7 +45,7 @@ def _unshardable_state(optimizer: str, name: str, key: str, size: tuple[int, ...
 def collect_optimizer_state(
     optimizer: Optimizer, names: Mapping[int, str], specs: Mapping[str, ParamSpec], mesh: Mesh | None
 ) -> dict[str, TensorChunks]:
-    """What this rank has of the optimizer's state, by "parameter/key".
+    """This rank's part of the optimizer's state, by "parameter/key".
 
     `names` has the names of the parameters by their ids.
 
@@ -169,7 +169,7 @@ def allocate_optimizer_state(
 
 
 def _counts_steps_on_device(group: Mapping[str, Any], key: str) -> bool:
-    """Whether a scalar is kept on its parameter's device. Steps are counted on the CPU unless captured or fused."""
+    """True if a scalar is kept on its parameter's device. Steps are counted on the CPU unless captured or fused."""
     return key != "step" or bool(group.get("capturable") or group.get("fused"))
 
 

@@ -61,7 +61,7 @@ def collect_training_state(
     extra: Any = None,
     without: Collection[str] = (),
 ) -> State:
-    """What this rank holds of a training state, as views of its tensors; collective.
+    """This rank's part of a training state, as views of its tensors; collective.
 
     Args:
         specs: the specs of the model's parameters, by name.

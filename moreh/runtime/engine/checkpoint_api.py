@@ -76,7 +76,7 @@ def save_training(
 
 
 def _about(optimizers: Sequence[Optimizer], script: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What the manifest says about a training."""
+    """The manifest's entries about a training."""
     return {
         "optimizers": [type(optimizer).__name__ for optimizer in optimizers],
         "bfloat16": chosen_precisions(),
@@ -168,7 +168,7 @@ def load_training(
 
 
 def _precisions_of(directory: Path) -> dict[str, bool]:
-    """Whether a training was computed in bfloat16, by the type of the device.
+    """True if a training was computed in bfloat16, by the type of the device.
 
     Raises:
         CheckpointError: the manifest has something else there, which this package has not written.
@@ -191,7 +191,7 @@ def load_pending(model: nn.Module) -> None:
 
 
 def is_waiting_for_state(model: nn.Module) -> bool:
-    """Whether `load_training` has deferred a model's checkpoint until the model is sharded."""
+    """True if `load_training` has deferred a model's checkpoint until the model is sharded."""
     return _PENDING in model.__dict__
 
 

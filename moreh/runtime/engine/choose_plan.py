@@ -46,12 +46,12 @@ MAX_SLOWDOWN = 1.05
 
 @dataclass(frozen=True)
 class Selection:
-    """What was selected for an accelerator."""
+    """The selected plan for an accelerator."""
 
     prediction: Prediction | None
     """The best plan with its prediction; None if no plan fits the memory."""
     smallest_bytes: float
-    """What the smallest plan needs on its fullest device, in bytes."""
+    """Bytes that the smallest plan needs on its fullest device."""
 
 
 def select_plan(
@@ -120,12 +120,12 @@ def select_plan(
 
 
 def _prefix(flavor: Flavor) -> str:
-    """What begins a line about a plan for these devices."""
+    """The beginning of a line about a plan for these devices."""
     return "Simulated" if flavor.simulated else "Planned"
 
 
 def _uncertainty_text(device: Device) -> str:
-    """How far a step time on a kind of device can be trusted."""
+    """The error of predicted step times on a kind of device."""
     if device.efficiency_class == THIS_MACHINE:
         return "Rates were measured on this machine."
     return f"Predicted step times are {errors_text(device)}."
@@ -151,7 +151,7 @@ def _log_search(result: SearchResult, log: Callable[[str], None]) -> None:
 
 
 def predicted_use(prediction: Prediction, devices: int) -> PredictedUse:
-    """What moreh-smi shows of a plan: the memory of all devices together and of each in bytes, and the utilization."""
+    """The figures of a plan for moreh-smi: the memory of all devices and of each in bytes, and the utilization."""
     devices_per_rank = prediction.plan.devices // prediction.plan.pipeline
     names = DeviceMemory.__dataclass_fields__
     total = {name: round(devices_per_rank * sum(getattr(rank, name) for rank in prediction.memory)) for name in names}
@@ -168,7 +168,7 @@ def predicted_use(prediction: Prediction, devices: int) -> PredictedUse:
 
 
 def local_environment(flavor: Flavor, workers: int, software: SoftwareProfile) -> Environment:
-    """Where `workers` workers compute: on the GPUs of `flavor` or, if it is simulated, on this machine as measured.
+    """The environment of `workers` workers: the GPUs of `flavor` or, if it is simulated, this machine as measured.
 
     Raises:
         PlanError: this machine cannot have that number of workers, or the measurement failed.

@@ -153,13 +153,13 @@ class _KnownModel:
 
 
 def _asks_for_the_loss(kwargs: dict[str, Any]) -> bool:
-    """Whether the call needs only the loss, without arguments or outputs that only the model's own forward supports."""
+    """True if the call needs only the loss, without arguments or outputs that only the model's own forward supports."""
     if kwargs.get("return_dict") is False or any(kwargs.get(name) for name in WHOLE_MODEL_OUTPUTS):
         return False
     return all(kwargs.get(name) is None for name in _WHOLE_INPUTS)
 
 
 def _does_more_than_the_loss(module: nn.Module) -> bool:
-    """Whether a call has effects that a computation in micro-batches would not reproduce."""
+    """True if a call has effects that a computation in micro-batches would not reproduce."""
     device = next(module.parameters()).device
     return observer_of_operations() is not None or uses_neftune(module) or uses_fp16_loss_scaling(device)

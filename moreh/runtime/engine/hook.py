@@ -114,7 +114,7 @@ class SingleWorkerHook:
             return self._fast_path.call(model, args, kwargs, self._micro_batch_tokens.get(model, UNPLANNED_TOKENS))
 
     def _is_small(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether a batch is too small to gain from micro-batches without padding."""
+        """True if a batch is too small to gain from micro-batches without padding."""
         shape = _tokens_shape(args, kwargs)
         return shape is not None and self._flops(model, shape[0] * shape[1]) < MIN_FLOPS
 
@@ -231,7 +231,7 @@ def install_hook(options: ParallelOptions, variables: PlannerVariables) -> None:
 
 
 def _trains(model: torch.nn.Module, kwargs: dict[str, Any]) -> bool:
-    """Whether a call trains a model: gradients are enabled, a parameter requires them, and there are labels.
+    """True if a call trains a model: gradients are enabled, a parameter requires them, and there are labels.
 
     A custom loss passes no labels, so the training mode decides. With labels the mode does not matter: a model can be
     trained in evaluation mode, without dropout.

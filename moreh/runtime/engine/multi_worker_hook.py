@@ -65,7 +65,7 @@ class MultiWorkerHook:
         self._logged_as_unsharded: set[type] = set()
 
     def call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What the script's call returns; NotImplemented for calls that the module's own forward pass is to compute.
+        """The outputs for the script's call; NotImplemented if the module's own forward pass is to compute them.
 
         Until its first training batch a model is whole on every worker. From then on the model is sharded and called
         through `call_sharded`, in the precision that is chosen here.
@@ -97,7 +97,7 @@ class MultiWorkerHook:
         return in_float32(outputs) if bfloat16 else outputs
 
     def _must_be_sharded(self, module: nn.Module, inputs: ModelInputs) -> bool:
-        """Whether a whole model has to be sharded for this call: for training, or to get its weights onto the device.
+        """True if a whole model has to be sharded for this call: for training, or to get its weights onto the device.
 
         A call trains if gradients are on and a parameter or an input wants them: with labels in either mode, without
         labels in training mode.

@@ -48,7 +48,7 @@ def optimizer_in_use(model: nn.Module) -> OptimizerState:
 
 
 def _is_wrapper(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether an optimizer's groups are those of others, which count themselves."""
+    """True if an optimizer's groups are those of others, which count themselves."""
     groups = {id(group) for group in optimizer.param_groups}
     others = (other for other in existing_optimizers() if other is not optimizer)
     return any(id(group) in groups for other in others for group in other.param_groups)

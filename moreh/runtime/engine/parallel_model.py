@@ -41,11 +41,11 @@ class ParallelModel:
     parts: ModelParts
     """The whole model: its wrappers, embeddings, layers and output layer."""
     plan: Plan
-    """How the model is sharded."""
+    """The plan of the model."""
     mesh: Mesh
     """This rank among the ranks of the plan."""
     specs: dict[str, ParamSpec]
-    """How each parameter of the whole model is sharded, by its name; also those that this rank does not hold."""
+    """The spec of each parameter of the whole model, by its name; also of those that this rank does not hold."""
     partial_grads: frozenset[str]
     """Replicated parameters of which each tensor-parallel rank computes a part of the gradient."""
     stages: tuple[Stage, ...]
@@ -58,7 +58,7 @@ class ParallelModel:
     param_slots: dict[str, list[ParamSlot]]
     """The places of each parameter in the modules: several for a tied one. Empty where no parameter was replaced."""
     fsdp_memory: dict[str, torch.Tensor] = field(default_factory=dict)
-    """Where FSDP keeps this rank's parameters, which cannot be replaced. Empty without FSDP."""
+    """FSDP's slots for this rank's parameters, which cannot be replaced. Empty without FSDP."""
     bound_memory: dict[str, torch.Tensor] = field(default_factory=dict)
     """The local tensors of the script's parameters that share FSDP's memory. Empty without FSDP."""
     pipelines: dict[int, Pipeline] = field(default_factory=dict)
@@ -66,7 +66,7 @@ class ParallelModel:
 
     @property
     def uses_fsdp(self) -> bool:
-        """Whether FSDP shards the parameters over the data-parallel ranks."""
+        """True if FSDP shards the parameters over the data-parallel ranks."""
         return _uses_fsdp(self.plan)
 
     @property

@@ -10,11 +10,11 @@ import sys
 
 # Parameters of mallopt. Source: https://man7.org/linux/man-pages/man3/mallopt.3.html; numbers as in glibc's <malloc.h>.
 _M_TRIM_THRESHOLD = -1
-"""How many bytes the free top of the heap must have before glibc returns it to the kernel."""
+"""Bytes of the free top of the heap from which glibc returns it to the kernel."""
 _M_MMAP_THRESHOLD = -3
 """Blocks of at least this size in bytes are mapped (mmap) outside the heap. Freeing one returns it to the kernel."""
 _M_MMAP_MAX = -4
-"""How many blocks may be mapped by themselves at a time."""
+"""Number of blocks that may be mapped by themselves at a time."""
 
 _INT_MAX = 2**31 - 1
 # The values that glibc starts with.

@@ -67,11 +67,11 @@ class _BlockRange(NamedTuple):
     """Positions in the row that define a block."""
 
     origin: int
-    """Where the sequence would begin if it had its prefix: the block's keys are counted from here."""
+    """The row at which the sequence would begin if it had its prefix: the block's keys are counted from here."""
     start: int
     """The first query."""
     stop: int
-    """After the last query that is not padding."""
+    """The end: the row after the last query that is not padding."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class BlockGroup:
 
 @dataclass(frozen=True)
 class HeadLayout:
-    """Where a tensor `[batch, heads, sequence, head_dim]` lies in memory, seen as rows of `head_dim` elements."""
+    """The memory layout of a tensor `[batch, heads, sequence, head_dim]`, seen as rows of `head_dim` elements."""
 
     batch: int
     """Size of the batch dimension."""
@@ -157,7 +157,7 @@ def _block_ranges(sequences: PackedSequences) -> dict[tuple[int, int], list[_Blo
 
 @lru_cache(maxsize=2 * BLOCK_QUERIES // QUERY_MULTIPLE)
 def causal_bias(queries: int, dtype: torch.dtype) -> torch.Tensor:
-    """What is added to the scores of a block's queries and as many last keys: -inf where the key is after the query."""
+    """The mask added to the scores of a block's queries and its last keys: -inf where the key is after the query."""
     return torch.full((queries, queries), float("-inf"), dtype=dtype, device="cpu").triu_(1)
 
 

@@ -98,7 +98,7 @@ AttentionInterface.register(NAME, block_attention)
 
 
 def packed_by_varlen(device: torch.device) -> bool:
-    """Whether packed rows on a device are computed by variable-length attention."""
+    """True if packed rows on a device are computed by variable-length attention."""
     return device.type == "cuda"
 
 
@@ -147,7 +147,7 @@ def _identity(config: Any) -> Any:
 
 
 def _looks_up_attention(module: nn.Module) -> bool:
-    """Whether a module's class uses the name in its config only to look up the function in transformers' interface."""
+    """True if a module's class uses the name in its config only to look up the function in transformers' interface."""
     forward: Any = inspect.unwrap(type(module).forward)
     code = getattr(forward, "__code__", None)
     if code is None or "config" not in vars(module) or "ALL_ATTENTION_FUNCTIONS" not in code.co_names:
@@ -161,12 +161,12 @@ def _looks_up_attention(module: nn.Module) -> bool:
 
 
 def _is_packed_row(cu_seqlens: torch.Tensor | None, batch: int, length: int) -> bool:
-    """Whether the boundaries are those of the sequences in one row of this length."""
+    """True if the boundaries are those of the sequences in one row of this length."""
     return cu_seqlens is not None and batch == 1 and int(cu_seqlens[-1]) == length
 
 
 def _shared_prefix_len(cu_seqlens: torch.Tensor, cu_seqlens_k: torch.Tensor | None) -> int:
-    """How many more keys than queries each sequence after the first one has."""
+    """Number of keys minus number of queries of each sequence after the first one."""
     if cu_seqlens_k is None or len(cu_seqlens) < 3:
         return 0
     return int((cu_seqlens_k[2] - cu_seqlens_k[1]) - (cu_seqlens[2] - cu_seqlens[1]))

@@ -94,7 +94,7 @@ def _move_step_counts(state: Any, params: Sequence[torch.Tensor]) -> None:
 
 
 def _is_open(group: dict[str, Any]) -> bool:
-    """Whether the script leaves a group's implementation to torch."""
+    """True if the script leaves a group's implementation to torch."""
     return not (
         group["foreach"] is not None or group["fused"] is not None or group["capturable"] or group["differentiable"]
     )
@@ -108,7 +108,7 @@ def _lie_alike(
     max_exp_avg_sqs: Sequence[torch.Tensor],
     steps: Sequence[torch.Tensor],
 ) -> bool:
-    """Whether the fused kernels compute the same: the tensors of each parameter have one layout, type and device."""
+    """True if the fused kernels compute the same: the tensors of each parameter have one layout, type and device."""
     lists = [params, grads, exp_avgs, exp_avg_sqs, *([max_exp_avg_sqs] if max_exp_avg_sqs else [])]
     dtypes = [parameter.dtype for parameter in params]
     if not all(dtype.is_floating_point for dtype in set(dtypes)):
@@ -138,6 +138,6 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:
-    """Whether the elements fill a piece of memory without gaps and without being shared, in some order."""
+    """True if the elements fill a piece of memory without gaps and without being shared, in some order."""
     order = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
     return tensor.permute(order).is_contiguous()

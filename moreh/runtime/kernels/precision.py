@@ -25,7 +25,7 @@ _OF_CHECKPOINT: dict[str, bool] = {}
 
 
 def choose_bfloat16(device: torch.device, *, requested: bool) -> bool:
-    """Whether to compute in bfloat16: if it is requested, and faster on this device. The choice is logged.
+    """True if bfloat16 is requested, and faster than float32 on this device. The choice is logged.
 
     A training resumed from a checkpoint computes as the training that wrote it, if on a device of the same type:
     timed again, the choice could come out differently.
@@ -37,7 +37,7 @@ def choose_bfloat16(device: torch.device, *, requested: bool) -> bool:
 
 
 def chosen_precisions() -> dict[str, bool]:
-    """Whether this process computes in bfloat16, by the type of the device; for a checkpoint."""
+    """True if this process computes in bfloat16, by the type of the device; for a checkpoint."""
     return dict(_CHOSEN)
 
 
@@ -94,14 +94,14 @@ def in_float32(outputs: Any) -> Any:
 
 
 def inside_autocast() -> bool:
-    """Whether the script is in an autocast context of its own, even one that switches autocast off."""
+    """True if the script is in an autocast context of its own, even one that switches autocast off."""
     nesting = torch.autocast_increment_nesting() - 1
     torch.autocast_decrement_nesting()
     return nesting > 0
 
 
 def bfloat16_speedup(device: torch.device) -> float:
-    """How many times as fast bfloat16 matmuls are as float32 ones. Takes a fraction of a second.
+    """The speed of bfloat16 matmuls relative to float32. Takes a fraction of a second.
 
     It is the ratio of the fastest matmuls, taken in turns: other programs can only slow a matmul down.
     """

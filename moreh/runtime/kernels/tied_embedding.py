@@ -61,7 +61,7 @@ class TiedEmbedding:
         self._pending = []
 
     def _is_supported(self) -> bool:
-        """Whether the weight is shared, and the embedding is a plain look-up."""
+        """True if the weight is shared, and the embedding is a plain look-up."""
         embedding = self._embedding
         # In bfloat16, adding rows one by one to the output layer's gradient would lose more than autograd's one
         # addition.

@@ -30,7 +30,7 @@ _TRUSTED = "_moreh_row_boundaries"
 
 
 def is_usable(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether packed rows can be computed on a device, by a model whose weights have a dtype, in this context."""
+    """True if packed rows can be computed on a device, by a model whose weights have a dtype, in this context."""
     computes_in = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else dtype
     return computes_in in _HALF and device.type not in _REFUSED and varlen_function(device.type) is not None
 
@@ -87,7 +87,7 @@ def attend(
 def _is_proven(
     function: Varlen, device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int
 ) -> bool:
-    """Whether the function computes what torch's attention does, for these heads."""
+    """True if the function computes what torch's attention does, for these heads."""
     try:
         error = proof_error(function, device, dtype, heads, kv_heads, head_dim)
         reason = "" if error <= _PROOF_TOLERANCE else f"its result differs by {error:.1e}"

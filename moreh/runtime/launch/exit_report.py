@@ -40,23 +40,23 @@ class FailedWorker:
     """A worker that ended with an exit code other than 0."""
 
     exit: WorkerExit
-    """How it ended."""
+    """The worker's end."""
     error: WorkerErrorRecord | None
     """The exception that it recorded, if it did."""
 
     @property
     def is_consequence(self) -> bool:
-        """Whether it failed only because another worker failed."""
+        """True if the worker failed only because another worker failed."""
         return self.error is not None and self.error.lost_connection
 
     @property
     def may_be_consequence(self) -> bool:
-        """Whether it may have failed because another worker failed: NCCL's watchdog aborts at a lost connection."""
+        """True if another worker's failure may have been the cause: NCCL's watchdog aborts at a lost connection."""
         return self.is_consequence or (self.error is None and self.exit.exit_code == -signal.SIGABRT)
 
     @property
     def time(self) -> float:
-        """When the worker failed, in seconds since the epoch."""
+        """The time of the failure, in seconds since the epoch."""
         return self.exit.time if self.error is None else self.error.time
 
 
@@ -121,7 +121,7 @@ def _failed_workers(result: LaunchResult, logs: Path) -> list[FailedWorker]:
 
 
 def _has_shown(rank0: FailedWorker, first: FailedWorker) -> bool:
-    """Whether worker 0 has shown the first error: its own error, or another worker's error of the same kind."""
+    """True if worker 0 has shown the first error: its own error, or another worker's error of the same kind."""
     if rank0.exit.exit_code < 0 or (rank0.error is not None and rank0.is_consequence):
         return False
     if rank0.error is None or first.error is None:
@@ -166,7 +166,7 @@ def _signal_text(number: int, result: LaunchResult) -> str:
 
 
 def _place(logs: Path, rank: int) -> str:
-    """Where a worker died, as its last heartbeat and the stack that it wrote say."""
+    """The place where a worker died, by its last heartbeat and the stack that it wrote."""
     heartbeat, frames = read_heartbeat(heartbeat_path(logs, rank)), innermost_frames(stack_path(logs, rank))
     place = heartbeat.place if heartbeat.count else "before it had joined the others"
     return f"{place}; it stood in {frames[0].text}: {stack_path(logs, rank)}" if frames else place

@@ -127,7 +127,7 @@ class _World:
     variables: dict[str, str]
     """Variables of their environment, beside those of every world."""
     hang_seconds: float | None
-    """How long all of them may be silent in a step; None: for ever."""
+    """Seconds that all workers may be silent in a step; None: no limit."""
 
 
 def _run(world: _World, signals: SignalQueue, grace_s: Callable[[], float]) -> LaunchResult:

@@ -1,4 +1,4 @@
-"""What a script removes or renames, where several workers run the script: once, when all of them have come to it.
+"""Runs a script's removals and renamings once, when all workers that run the script have come to them.
 
 A worker that comes alone goes ahead after a while, so one that never comes costs time and no more.
 """
@@ -26,20 +26,20 @@ _PYTHON = f"{sysconfig.get_paths()['stdlib']}{os.sep}"
 
 @dataclass(frozen=True)
 class Removals:
-    """What the calls of this worker need to know."""
+    """The state that the calls of this worker share."""
 
     calls: SharedCalls
     """The calls of all workers."""
     private: set[str]
     """Temporary directories, whose names only this worker knows."""
     workers: int
-    """How many workers there are."""
+    """Number of workers."""
     one_machine: bool
-    """Whether all of them have the same files."""
+    """True if all workers have the same files."""
 
 
 def make_removal(removals: Removals, original: Any) -> Any:
-    """What takes the place of `os.remove`, `os.rename`, `shutil.rmtree` and their like."""
+    """A replacement for `os.remove`, `os.rename`, `shutil.rmtree` or the like."""
 
     @functools.wraps(original)
     def remove(*args: Any, **kwargs: Any) -> Any:
@@ -62,13 +62,13 @@ def make_removal(removals: Removals, original: Any) -> Any:
 
 
 def _is_private(path: str, private: set[str]) -> bool:
-    """Whether a path is of a temporary file or directory, whose name no other worker knows."""
+    """True if a path is of a temporary file or directory, whose name no other worker knows."""
     parents = Path(path).parents
     return str(parents[0]) == tempfile.gettempdir() or any(str(parent) in private for parent in (Path(path), *parents))
 
 
 def is_called_by_script(frame: FrameType | None) -> bool:
-    """Whether the script has made a call, by itself or through Python's own modules but `tempfile`."""
+    """True if the script has made a call, by itself or through Python's own modules but `tempfile`."""
     while frame is not None:
         file = frame.f_code.co_filename
         if is_user_file(file):
@@ -81,5 +81,5 @@ def is_called_by_script(frame: FrameType | None) -> bool:
 
 
 def is_called_by_tempfile(frame: FrameType) -> bool:
-    """Whether Python's `tempfile` has made a call."""
+    """True if Python's `tempfile` has made a call."""
     return frame.f_code.co_filename.endswith(f"{os.sep}tempfile.py")

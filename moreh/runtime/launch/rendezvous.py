@@ -21,14 +21,14 @@ WARNING_AFTER_S = 60.0
 
 @dataclass(frozen=True)
 class World:
-    """Where this process is among the workers."""
+    """The place of this process among the workers."""
 
     rank: int
-    """Its rank among all workers."""
+    """The rank of this process among all workers."""
     size: int
     """The number of all workers."""
     local_rank: int
-    """Its rank among the workers on this machine."""
+    """The rank of this process among the workers on this machine."""
     local_size: int
     """The number of workers on this machine."""
 

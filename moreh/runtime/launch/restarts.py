@@ -23,13 +23,13 @@ class Restarts:
     """The restarts of a run."""
 
     allowed: int
-    """How many there may be."""
+    """Number of allowed restarts."""
     done: int = 0
-    """How many there were."""
+    """Number of restarts so far."""
     _last: Heartbeat | None = None
 
     def decide(self, result: LaunchResult, exit_code: int, logs: Path) -> tuple[bool, str]:
-        """Whether the workers are to be started again, and what is said about it; nothing without restarts."""
+        """True if the workers are to be restarted, and the message about it; empty if restarts are off."""
         if self.allowed == 0 or exit_code in _FINAL_CODES or exit_code < 0 or result.stopped_by is not None:
             return False, ""
         if result.was_told and exit_code > _SIGNAL_CODE:  # the script has ended itself at a signal such as SIGUSR1
@@ -49,7 +49,7 @@ class Restarts:
 
     @property
     def wait_s(self) -> float:
-        """How long the next restart waits, in seconds."""
+        """Seconds until the next restart."""
         return min(FIRST_WAIT_S * 2 ** (self.done - 1), LONGEST_WAIT_S)
 
     def wait(self, signals: SignalQueue) -> bool:

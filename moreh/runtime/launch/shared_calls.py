@@ -22,7 +22,7 @@ class SharedCalls:
         self._pid = os.getpid()
 
     def are_here(self) -> bool:
-        """Whether this is the worker's own process: one that it has forked must not use its connection."""
+        """True if this is the worker's own process: one that it has forked must not use its connection."""
         return os.getpid() == self._pid
 
     def first(self, key: str, call: Callable[[], Any]) -> str | None:
@@ -62,7 +62,7 @@ class SharedCalls:
         return name
 
     def _begins(self, name: str) -> bool:
-        """Whether no other worker makes the call, or has made it."""
+        """True if no other worker makes the call, or has made it."""
         return bool(self._store.add(f"{name}/makers", 1) == 1)
 
     def _make(self, name: str, call: Callable[[], Any]) -> None:

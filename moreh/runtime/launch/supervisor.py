@@ -39,21 +39,21 @@ USER_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)
 
 @dataclass(frozen=True)
 class WorkerExit:
-    """How a worker ended on its own."""
+    """The end of a worker that ended on its own."""
 
     rank: int
     """The worker's rank."""
     pid: int
     """The worker's process id."""
     exit_code: int
-    """Its exit code, or the negative number of the signal that killed it."""
+    """The worker's exit code, or the negative number of the signal that killed it."""
     time: float
-    """When its end was noticed, in seconds since the epoch."""
+    """The time at which the end was noticed, in seconds since the epoch."""
 
 
 @dataclass(frozen=True)
 class LaunchResult:
-    """What became of the workers."""
+    """The end of all workers."""
 
     pids: dict[int, int]
     """The process ids of all workers, by rank."""
@@ -62,15 +62,15 @@ class LaunchResult:
     stopped_by: signal.Signals | None = None
     """The first stop signal that this process got, if it got one."""
     stopped_twice: bool = False
-    """Whether this process got a second stop signal, which ends the waiting at once."""
+    """True if this process got a second stop signal, which ends the waiting at once."""
     joined: bool = True
-    """Whether any worker had joined the others."""
+    """True if any worker had joined the others."""
     hang: Hang | None = None
     """The silence that ended the waiting, if one did."""
     killed_for_memory: bool | None = None
-    """Whether the system has killed processes meanwhile because memory ran out; None where it does not say."""
+    """True if the system has killed processes meanwhile because memory ran out; None where it does not say."""
     was_told: bool = False
-    """Whether this process got a signal that it passed on, and that alone does not stop a program."""
+    """True if this process got a signal that it passed on, and that alone does not stop a program."""
 
 
 @dataclass
@@ -78,11 +78,11 @@ class SignalQueue:
     """The signals that this process got. As a context manager it catches signals, except ignored ones (nohup)."""
 
     pending: list[signal.Signals] = field(default_factory=list)
-    """Those that have not been passed on yet."""
+    """Signals that have not been passed on yet."""
     stops: list[tuple[signal.Signals, float]] = field(default_factory=list)
-    """Those that stop a program, with their times in seconds since the epoch."""
+    """Signals that stop a program, with their times in seconds since the epoch."""
     told: bool = False
-    """Whether there was one of a script's own meaning."""
+    """True if a signal came that a script may give a meaning of its own, such as SIGUSR1."""
     _previous_handlers: dict[signal.Signals, Any] = field(default_factory=dict)
 
     def __enter__(self) -> Self:
@@ -162,7 +162,7 @@ def _look(watch: HangWatch) -> Hang | None:
 
 
 def _deadline(exits: dict[int, WorkerExit], signals: SignalQueue, joined: bool, grace_s: Callable[[], float]) -> float:
-    """When the waiting for workers that are still running ends, in seconds since the epoch."""
+    """The deadline for workers that are still running, in seconds since the epoch."""
     rank0 = exits.get(0)
     if len(signals.stops) > 1:
         return 0.0

@@ -36,9 +36,9 @@ class WorkerErrorRecord:
     message: str
     """The exception's class and the first line of its text, as in "ValueError: bad row 17"."""
     time: float
-    """When the exception ended the worker, in seconds since the epoch."""
+    """The time at which the exception ended the worker, in seconds since the epoch."""
     lost_connection: bool
-    """Whether the exception says only that another worker could not be reached any more."""
+    """True if the exception says only that another worker could not be reached any more."""
 
     @property
     def type_name(self) -> str:
@@ -68,7 +68,7 @@ def record_errors(*, lost_connection_log: Path | None) -> None:
 
 
 def is_lost_connection(error: BaseException) -> bool:
-    """Whether an exception, or one that led to it, says that another worker could not be reached any more."""
+    """True if an exception, or one that led to it, says that another worker could not be reached any more."""
     return any(
         isinstance(e, (dist.DistNetworkError, dist.DistStoreError))
         or (isinstance(e, RuntimeError) and _LOST_CONNECTION.search(str(e)) is not None)

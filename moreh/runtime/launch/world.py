@@ -40,7 +40,7 @@ _restarted_since: float | None = None
 
 
 def restarted_since() -> float | None:
-    """When the launcher was started, if it has started this worker again after a failure; None otherwise.
+    """The start of the launcher, if it has restarted this worker after a failure; None otherwise.
 
     In seconds since the epoch. What a script has saved since then is of this run.
     """
@@ -145,7 +145,7 @@ def _destroy_process_group(pid: int) -> None:
 
 
 def _is_gloo_busy() -> bool:
-    """Whether a thread of gloo is running rather than waiting for work (known on Linux only)."""
+    """True if a thread of gloo is running rather than waiting for work (known on Linux only)."""
     for stat in Path("/proc/self/task").glob("*/stat"):
         with contextlib.suppress(OSError):  # the thread has ended
             name, _, rest = stat.read_text().rpartition(")")

@@ -42,7 +42,7 @@ class LeanPipelineStage(_Stage):  # type: ignore[misc]
     """
 
     device: torch.device
-    """Where the stage computes."""
+    """The device of the stage."""
     hidden_shape: tuple[int, int, int]
     """[batch, sequence, hidden] of this step's hidden states; may change from step to step."""
 

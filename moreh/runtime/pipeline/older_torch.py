@@ -11,7 +11,7 @@ from torch.distributed.pipelining import PipelineStage
 
 
 def needs_older_stage() -> bool:
-    """Whether the installed torch is one of these releases."""
+    """True if the installed torch is one of these releases."""
     return not hasattr(PipelineStage, "_setup_forward_recv_info")
 
 

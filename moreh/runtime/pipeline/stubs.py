@@ -18,14 +18,14 @@ from moreh.models.parts import ModuleSlot
 
 @dataclass
 class StageState:
-    """What the stubs of a stage know of the micro-batch that the stage is computing."""
+    """The stubs' state for the micro-batch that the stage is computing."""
 
     received: torch.Tensor | None = None
     """Hidden states from the previous stage, [batch, sequence, hidden]; None on the first stage."""
     sent: torch.Tensor | None = None
     """Hidden states for the next stage, computed by the stage's last layer; None until then and on the last stage."""
     layers_started: bool = False
-    """Whether a layer of the stage has been called."""
+    """True if a layer of the stage has been called."""
     batch_shape: tuple[int, int] = (0, 0)
     """[batch, sequence] of the micro-batch. With sequence parallelism hidden states have a part of the sequence."""
     logit_positions: torch.Tensor | None = None
@@ -119,7 +119,7 @@ class LastMlpAtPositions(Stub):
         object.__setattr__(self, "_layer", slot.parent)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """What the MLP returns for hidden states [batch, sequence, hidden]."""
+        """The MLP's output for hidden states [batch, sequence, hidden]."""
         positions = self._state.logit_positions
         if positions is None or self._layer.gradient_checkpointing or args or kwargs:
             return self._original(x, *args, **kwargs)
@@ -163,7 +163,7 @@ class BoundaryLayer(Stub):
         self._sends = sends
 
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-        """What the layer returns."""
+        """The layer's output."""
         self._state.layers_started = True
         outputs = self._original(self._state.received if self._receives else x, *args, **kwargs)
         if self._sends:

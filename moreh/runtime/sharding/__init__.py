@@ -1,4 +1,4 @@
-"""Which rank holds what: the grid of ranks, the spec of each parameter, and moving between full tensors and shards.
+"""The grid of ranks, the sharding of each parameter, and conversions between full tensors and shards.
 
 - `mesh`: the ranks as a grid of pipeline, data and tensor parallelism.
 - `spec`: how one parameter is sharded; `placement` makes the specs of a model from its plan.

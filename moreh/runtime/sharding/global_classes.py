@@ -35,7 +35,7 @@ def dispatch_to(function: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any])
 
 
 class WholeTensor(torch.Tensor):
-    """What sharded tensors and views of them have in common: the methods of torch that are not dispatched."""
+    """The base of sharded tensors and their views: the methods of torch that are not dispatched."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
@@ -97,7 +97,7 @@ class WholeTensor(torch.Tensor):
         return True if original is not None and other is original else super().__eq__(other)
 
     def __hash__(self) -> int:
-        """That of the parameter which this one has replaced, if any: either finds the key of a dictionary."""
+        """The hash of the parameter which this one has replaced, if any: either finds the key of a dictionary."""
         # The original is kept, which has no data any more, so that no other tensor takes its address and so its hash.
         original = self.__dict__.get("_moreh_original")
         return id(self) if original is None else id(original)
@@ -109,7 +109,7 @@ class GlobalTensor(WholeTensor):
     local: torch.Tensor
     """This rank's part, an ordinary tensor; without elements where the rank holds nothing. Aliases share the object."""
     global_layout: GlobalLayout
-    """Which part it is."""
+    """The part of the whole tensor."""
 
     @staticmethod
     def __new__(cls: Any, local: torch.Tensor, layout: GlobalLayout) -> "GlobalTensor":
@@ -185,7 +185,7 @@ class ViewStep:
     kwargs: dict[str, Any]
     """The keyword arguments."""
     index: int | None
-    """Which of the views it is, where the operation returns several."""
+    """The index of the view, if the operation returns several."""
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
         """The view of a tensor."""
@@ -225,7 +225,7 @@ class GlobalView(WholeTensor):
         return full
 
     def full_tensor(self) -> torch.Tensor:
-        """What is seen, on every rank; collective. Changes of it do not reach the sharded tensor."""
+        """The viewed values, on every rank; collective. Changes of the result do not reach the sharded tensor."""
         return self.of(self.base.full_tensor())
 
     @property

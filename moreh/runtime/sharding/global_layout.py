@@ -14,10 +14,10 @@ from moreh.trace import span
 
 @dataclass(frozen=True)
 class GlobalLayout:
-    """How ranks hold a tensor of a parameter's shape: the parameter, its gradient, or state of an optimizer."""
+    """The layout over ranks of a tensor of a parameter's shape: the parameter, its gradient, or optimizer state."""
 
     spec: ParamSpec
-    """How the parameter is sharded. Its dtype is that of the parameter; other tensors have their own."""
+    """The sharding of the parameter. Its dtype is that of the parameter; other tensors have their own."""
     mesh: Mesh
     """This rank among the ranks."""
 
@@ -36,14 +36,14 @@ class GlobalLayout:
 
     @property
     def is_counted(self) -> bool:
-        """Whether a sum over ranks counts this rank's elements: of replicas, those of the lowest rank count."""
+        """True if a sum over ranks counts this rank's elements: of replicas, those of the lowest rank count."""
         spec, mesh = self.spec, self.mesh
         is_first = mesh.rank("pipeline") == spec.pipeline_ranks[0]
         is_first &= spec.tp_split is not None or mesh.rank("tensor") == 0
         return is_first and (spec.fsdp_dim is not None or mesh.rank("data") == 0)
 
     def matches(self, other: "GlobalLayout") -> bool:
-        """Whether two tensors are on the same ranks in the same way, so that elements meet without communication."""
+        """True if two tensors are on the same ranks in the same way, so that elements meet without communication."""
         same_shards = replace(self.spec, name=other.spec.name, dtype=other.spec.dtype) == other.spec
         return same_shards and self.mesh is other.mesh
 
@@ -62,7 +62,7 @@ class GlobalLayout:
 
 
 def is_whole_on_every_rank(spec: ParamSpec, mesh: Mesh) -> bool:
-    """Whether every rank's local tensor of a parameter is the whole one."""
+    """True if every rank's local tensor of a parameter is the whole one."""
     over_tp = spec.tp_split is not None and mesh.size("tensor") > 1
     over_dp = spec.fsdp_dim is not None and mesh.size("data") > 1
     return not over_tp and not over_dp and len(spec.pipeline_ranks) == mesh.size("pipeline")

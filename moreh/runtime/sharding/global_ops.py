@@ -59,7 +59,7 @@ def elementwise(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 @functools.cache
 def _is_elementwise(function: Any) -> bool:
-    """Whether each element of the result depends on the elements at its place alone."""
+    """True if each element of the result depends on the elements at its place alone."""
     packet = function.overloadpacket
     # Random numbers are drawn for the whole tensor, as on one device.
     if packet in _NOT_ELEMENTWISE or torch.Tag.nondeterministic_seeded in function.tags:
@@ -234,7 +234,7 @@ def _extreme(local: torch.Tensor, layout: GlobalLayout, *, is_max: bool) -> torc
 
 
 def _meets(tensor: torch.Tensor, layout: GlobalLayout) -> bool:
-    """Whether each of a tensor's elements is where the layout has the element that it meets, or on every rank."""
+    """True if each of a tensor's elements is where the layout has the element that it meets, or on every rank."""
     if isinstance(tensor, GlobalTensor):
         return tensor.global_layout is layout or tensor.global_layout.matches(layout)
     if isinstance(tensor, GlobalView):

@@ -50,7 +50,7 @@ def _meta(tensor: torch.Tensor) -> torch.Tensor:
 
 @functools.cache
 def _returns_views(function: Any) -> bool:
-    """Whether an operation returns views of its first argument and changes nothing."""
+    """True if an operation returns views of its first argument and changes nothing."""
     aliases = [result.alias_info for result in function._schema.returns]
     return any(alias is not None and not alias.is_write for alias in aliases)
 

@@ -97,7 +97,7 @@ def _remember_dtypes(
 
 
 def is_lazy_model(module: nn.Module) -> bool:
-    """Whether a module is a full model that has not been sharded yet."""
+    """True if a module is a full model that has not been sharded yet."""
     return _TARGET_DTYPES in module.__dict__
 
 
@@ -139,7 +139,7 @@ def with_target_dtypes(model: nn.Module) -> Iterator[None]:
 
 
 def has_half_weights(model: nn.Module) -> bool:
-    """Whether a model's weights are in half precision, as the first one is or will be once the model is sharded."""
+    """True if a model's weights are in half precision, as the first one is or will be once the model is sharded."""
     return next(iter(target_dtypes(model).values())) in (torch.bfloat16, torch.float16)
 
 

@@ -12,7 +12,7 @@ DIMENSIONS = ("pipeline", "data", "tensor")
 
 @dataclass(frozen=True)
 class Mesh:
-    """Where this rank is in the grid, and its groups along each dimension."""
+    """This rank's place in the grid, and its process groups along each dimension."""
 
     device_mesh: DeviceMesh | None
     """The grid as torch has it, with the names of DIMENSIONS. None for a single rank, which has no process group."""

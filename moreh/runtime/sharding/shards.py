@@ -26,9 +26,9 @@ class LocalShard:
     dim: int
     """The dimension along which the rank's boxes are concatenated."""
     offset: int
-    """Where the box begins along `dim` of the local tensor."""
+    """The start of the box along `dim` of the local tensor."""
     row_offset: int = 0
-    """Where the box begins along dimension 0 of the local tensor, for a slice of rows if `dim` is not 0."""
+    """The start of the box along dimension 0 of the local tensor, for a slice of rows if `dim` is not 0."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -72,7 +72,7 @@ def global_rank_of(mesh: Mesh | None) -> int:
 
 
 def is_owner(spec: ParamSpec, mesh: Mesh | None) -> bool:
-    """Whether this rank's pipeline rank holds the parameter, even if the rank's own shard of it is empty."""
+    """True if this rank's pipeline rank holds the parameter, even if the rank's own shard of it is empty."""
     return mesh is None or mesh.rank("pipeline") in spec.pipeline_ranks
 
 

@@ -15,7 +15,7 @@ Box = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True)
 class TPSplit:
-    """How tensor-parallel ranks split a parameter."""
+    """The split of a parameter over tensor-parallel ranks."""
 
     dim: int
     """The dimension that is split."""
@@ -26,10 +26,10 @@ class TPSplit:
 
 @dataclass(frozen=True)
 class ParamSpec:
-    """Where a parameter is: which ranks hold it, and how they split it."""
+    """The ranks that hold a parameter, and its split over them."""
 
     name: str
-    """Its name in `named_parameters()`; of tied parameters, the first."""
+    """The parameter's name in `named_parameters()`; of tied parameters, the first."""
     shape: tuple[int, ...]
     """The shape of the full tensor."""
     dtype: torch.dtype
@@ -37,7 +37,7 @@ class ParamSpec:
     pipeline_ranks: tuple[int, ...]
     """The pipeline ranks that hold it: one, or several if it is tied between stages."""
     tp_split: TPSplit | None = None
-    """How the tensor-parallel ranks of a pipeline rank split it. None: each holds all of it."""
+    """The split over the tensor-parallel ranks of a pipeline rank. None: each holds the whole parameter."""
     fsdp_dim: int | None = None
     """The dimension along which data-parallel ranks shard a tensor-parallel rank's part. None: each holds all of it."""
 

@@ -40,13 +40,13 @@ _PreHook = Callable[[nn.Module, Any, dict[str, Any]], tuple[Any, dict[str, Any]]
 
 
 class TensorParallelState:
-    """What the hooks of a model share."""
+    """The state that the hooks of a model share."""
 
     def __init__(self, group: dist.ProcessGroup, *, sequence_parallel: bool, rng: TPRngState) -> None:
         self.group = group
         """The tensor-parallel ranks."""
         self.sequence_parallel = sequence_parallel
-        """Whether ranks split sequences between blocks. A caller may turn it off, such as for a step of generation."""
+        """True if ranks split sequences between blocks. A caller may turn it off, such as for a step of generation."""
         self.rng = rng
         """The random numbers of this rank for its own heads and its part of the sequence."""
 

@@ -31,7 +31,7 @@ def experts_of(layer: nn.Module, experts: Experts | None) -> Any:
 
 
 def split_experts(layer: nn.Module, experts: Experts, size: int) -> dict[int, TPSplit]:
-    """How `size` ranks split the parameters of a layer's experts, by id; empty for a layer without experts.
+    """The split of the parameters of a layer's experts over `size` ranks, by id; empty for a layer without experts.
 
     Raises:
         PlanError: a rank would have no expert, or they are not in stacked parameters.

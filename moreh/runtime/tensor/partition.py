@@ -26,7 +26,7 @@ _REMEDY = "use tensor parallelism of size 1"
 
 @dataclass(frozen=True)
 class TensorPartition:
-    """How tensor-parallel ranks split the parameters of a model, by their names in `named_parameters()`."""
+    """The split of a model's parameters over tensor-parallel ranks, by their names in `named_parameters()`."""
 
     splits: dict[str, TPSplit]
     """The parameters that are split, and how. All others are the same on every rank."""
@@ -67,11 +67,11 @@ class _BlockPartition:
     """The parameters of a block in a layer, by id."""
 
     splits: dict[int, TPSplit]
-    """Those that are split."""
+    """The parameters that are split."""
     shared: set[int]
-    """Those that each rank uses for its own heads or features only, so that their gradients are partial."""
+    """The parameters that each rank uses for its own heads or features only, so that their gradients are partial."""
     summed: set[int]
-    """Those that are used after the sum over the ranks: the bias of the row-split matrix, B of its adapters."""
+    """The parameters used after the sum over the ranks: the bias of the row-split matrix, B of its adapters."""
 
 
 def max_tensor_parallel(model: nn.Module) -> int:
@@ -85,12 +85,12 @@ def max_tensor_parallel(model: nn.Module) -> int:
 
 
 def tensor_parallel_refusal(model: nn.Module, size: int) -> str | None:
-    """Why `size` ranks cannot split a model, as a sentence for the user; None if they can."""
+    """The reason why `size` ranks cannot split a model, as a sentence for the user; None if they can."""
     return _refusal(model, size, sequence_parallel=False)
 
 
 def sequence_parallel_refusal(model: nn.Module, size: int) -> str | None:
-    """Why `size` ranks cannot split a model and its sequences, as a sentence for the user; None if they can."""
+    """The reason why `size` ranks cannot split a model and its sequences, a sentence for the user; None if they can."""
     return _refusal(model, size, sequence_parallel=True)
 
 
@@ -103,7 +103,7 @@ def _refusal(model: nn.Module, size: int, *, sequence_parallel: bool) -> str | N
 
 
 def describe_partition(model: nn.Module, size: int, *, sequence_parallel: bool) -> TensorPartition:
-    """How `size` ranks split a model.
+    """The split of a model over `size` ranks.
 
     Raises:
         PlanError: they cannot; the message gives the reason.
@@ -176,7 +176,7 @@ def _check_sizes(decoder: SplittableDecoder, size: int, *, sequence_parallel: bo
 
 
 def _split_block(layer: nn.Module, block: TPBlock, shape: AttentionShape, names: dict[int, str]) -> _BlockPartition:
-    """How the parameters of a block are split.
+    """The split of a block's parameters.
 
     Raises:
         PlanError: a parameter belongs to all heads or features together.
@@ -223,19 +223,19 @@ def _split_block(layer: nn.Module, block: TPBlock, shape: AttentionShape, names:
 
 
 def _is_for_each_head(name: str, parameter: nn.Parameter, block: TPBlock, shape: AttentionShape) -> bool:
-    """Whether every head uses all of a parameter, such as a norm [head_dim] or a scalar."""
+    """True if every head uses all of a parameter, such as a norm [head_dim] or a scalar."""
     is_of_head = block.is_attention and tuple(parameter.shape) == (shape.head_dim,)
     return not _is_listed(name) and (is_of_head or tuple(parameter.shape) in ((), (1,)))
 
 
 def _is_by_head(name: str, parameter: nn.Parameter, block: TPBlock, shape: AttentionShape) -> bool:
-    """Whether a parameter has one row for each head: [heads, head_dim] or [kv_heads, head_dim]."""
+    """True if a parameter has one row for each head: [heads, head_dim] or [kv_heads, head_dim]."""
     by_head = ((shape.heads, shape.head_dim), (shape.kv_heads, shape.head_dim))
     return not _is_listed(name) and block.is_attention and tuple(parameter.shape) in by_head
 
 
 def _is_listed(name: str) -> bool:
-    """Whether a parameter is in a list of modules, such as one norm a head. A rank would use those of other heads."""
+    """True if a parameter is in a list of modules, such as one norm a head. A rank would use those of other heads."""
     return any(part.isdigit() for part in name.split("."))
 
 
@@ -288,7 +288,7 @@ def _matrix_names(blocks: tuple[TPBlock, ...]) -> Iterator[str]:
 
 
 def has_matrix(layer: nn.Module, name: str) -> bool:
-    """Whether a layer has a matrix, in an adapter or not."""
+    """True if a layer has a matrix, in an adapter or not."""
     try:
         return is_matrix(base_matrix(layer.get_submodule(name)))
     except AttributeError:

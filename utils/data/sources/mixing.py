@@ -19,10 +19,10 @@ class Mix:
     source_of: NDArray[np.int64]
     """The source of each example: `[examples]`. Below 0: it is of `data.eval_files`."""
     weights: NDArray[np.float64]
-    """How often each source's training rows are trained on in an epoch: `[sources]`."""
+    """Number of times that each source's training rows are used in an epoch: `[sources]`."""
 
     def to_hold_out(self, counts: NDArray[np.int64], eval_rows: int) -> NDArray[np.int64]:
-        """How many rows each source is to hold out, `[sources]`, of its `counts`: together `eval_rows`.
+        """Number of rows that each source holds out of its `counts`, `[sources]`: together `eval_rows`.
 
         They are in the proportion of the rows that the sources train on, each counted once: of 1,000 with weight 0.1
         and 100 with weight 3, as many of the one as of the other.
@@ -35,7 +35,7 @@ class Mix:
         return rows
 
     def rows_once(self, counts: NDArray[np.int64]) -> NDArray[np.float64]:
-        """How many different rows of each source are used, of its `counts`: `[sources]`."""
+        """Number of different rows of each source that are used, of its `counts`: `[sources]`."""
         used: NDArray[np.float64] = counts.astype(np.float64) * np.minimum(self.weights, 1.0)
         return used
 
@@ -54,27 +54,27 @@ class Mix:
         return np.concatenate(parts)
 
     def counts(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
-        """How many of some examples are of each source: `[sources]`."""
+        """Number of examples of each source: `[sources]`."""
         sources = self.source_of[indices]
         return np.bincount(sources[sources >= 0], minlength=len(self.weights))
 
 
 @dataclass(frozen=True)
 class SourceRows:
-    """What became of a source of a mix."""
+    """The row counts of a source of a mix."""
 
     name: str
-    """Where it is in the settings, and its name there."""
+    """The source's place in the settings, with its name."""
     weight: float
-    """How often its training rows are trained on in an epoch."""
+    """Number of times that its training rows are used in an epoch."""
     read: dict[str, Any]
     """The fields of a `SourceCounts`."""
     training: int
-    """Its training rows, each counted once."""
+    """Number of training rows, each counted once."""
     epoch: int
-    """Its rows of an epoch."""
+    """Number of rows in an epoch."""
     held_out: int
-    """Its held-out rows."""
+    """Number of held-out rows."""
 
     def text(self, epoch_rows: int) -> str:
         """The line of the log, for an epoch of so many rows."""
@@ -108,7 +108,7 @@ def rows_of_sources(
     kept: Mapping[str, NDArray[np.int64]],
     rows: Mapping[str, NDArray[np.int64]],
 ) -> list[SourceRows]:
-    """What became of each source.
+    """The row counts of each source.
 
     Args:
         data: the section of the data.

@@ -23,7 +23,7 @@ _HINT = " (data.unusable=skip leaves such rows out)"
 
 @dataclass(frozen=True)
 class SourceCounts:
-    """What became of the rows of a source."""
+    """The counts of a source's rows, by outcome."""
 
     read: int = 0
     """Rows of the source."""
@@ -34,7 +34,7 @@ class SourceCounts:
     unusable: int = 0
     """Rows that were skipped because they lack a text."""
     first_unusable: str = ""
-    """Why the first of these was skipped."""
+    """The reason why the first of these was skipped."""
 
     @property
     def used(self) -> int:
@@ -62,7 +62,7 @@ class ExampleReader(Generic[ExampleT]):
         self._data, self._records = data, records
         self._make: Callable[[Record], ExampleT] = make
         self.counts = SourceCounts()
-        """What has become of the records so far. Duplicates are not known yet."""
+        """The counts of the records read so far, by outcome. Duplicates are not known yet."""
 
     def __iter__(self) -> Iterator[ExampleT]:
         data = self._data
@@ -88,12 +88,12 @@ class ExampleReader(Generic[ExampleT]):
 
 
 def maker_of_pairs(data: DataSection, make_pair: MakePair) -> Callable[[Record], Pair]:
-    """What an `ExampleReader` of pairs calls."""
+    """The function that makes a pair of a record, for an `ExampleReader`."""
     return lambda record: Pair(record.location, *make_pair(record, data))
 
 
 def maker_of_conversations(data: DataSection, make_pair: MakePair) -> Callable[[Record], Conversation]:
-    """What an `ExampleReader` of conversations calls. A pair is a conversation of two turns."""
+    """The function that makes a conversation of a record, for an `ExampleReader`. A pair makes two turns."""
     if data.format == "chat":
         return lambda record: read_conversation(record, data)
     return lambda record: conversation_of_pair(record.location, *make_pair(record, data))

@@ -19,7 +19,7 @@ def frozen_names(model: Any, config: Config) -> list[str]:
 
 
 def base_fingerprint(model: Any, config: Config) -> str | None:
-    """What tells the frozen weights from those of another model; None without adapters.
+    """A fingerprint of the frozen weights; None without adapters.
 
     It is the commit of a model of the hub, else a checksum of pieces of the files in the directory.
     """

@@ -158,7 +158,7 @@ class Checkpoints:
         return lines
 
     def _request(self) -> int:
-        """What any rank asks for; the end of the run comes before a checkpoint."""
+        """The request of any rank; the end of the run has priority over a checkpoint."""
         if self._stop.signal is not None:
             return max_over_ranks(_STOP + self._stop.signal)
         if self._limit is not None and time.time() + self._grace.seconds >= self._limit.ends:
@@ -263,7 +263,7 @@ class Checkpoints:
 
 
 def _checked(checkpoint: Path) -> dict[str, Any]:
-    """What the manifest of a checkpoint says, after its files were checked.
+    """The manifest's facts about a checkpoint, after its files were checked.
 
     Raises:
         CheckpointError: a file is damaged, or the checkpoint is another one than its name says.

@@ -24,7 +24,7 @@ def bytes_of_checkpoint(model: Any, config: Config) -> int:
 
 
 def lack_of_space(directory: Path, needed: int) -> str | None:
-    """Why a checkpoint of so many bytes does not fit the disk of a directory; None where it may."""
+    """The reason why a checkpoint of so many bytes does not fit the disk of a directory; None if it may fit."""
     free = free_bytes(directory)
     if free >= _CLEARLY * needed:
         return None

@@ -62,7 +62,7 @@ def checkpoints_to_resume(resume: str | None, run_directory: Path, restarted_sin
 
 
 def _written(checkpoint: Path) -> float:
-    """When a checkpoint was complete, in seconds since the epoch; 0 where it is not."""
+    """The time at which a checkpoint was complete, in seconds since the epoch; 0 if it is not."""
     with contextlib.suppress(OSError):
         return (checkpoint / MANIFEST).stat().st_mtime
     return 0.0

@@ -42,11 +42,11 @@ class Difference:
     key: str
     """The setting, or `content.<what>`, or `optimizer`, or `versions.<package>`."""
     saved: Any
-    """Its value in the checkpoint; None where there is none."""
+    """The value in the checkpoint; None if there is none."""
     now: Any
-    """Its value in this run; None where there is none."""
+    """The value in this run; None if there is none."""
     kind: Kind
-    """Whether it may change freely, if `--resume-with` names it, or not without a force."""
+    """The condition for a change: none, `--resume-with` names the setting, or `--force`."""
 
     @property
     def text(self) -> str:
@@ -55,7 +55,7 @@ class Difference:
 
 
 def describe_run(config: Config, data: RunData, model: Any) -> dict[str, Any]:
-    """What a checkpoint says about the run: its settings, and the content of its data, tokenizer and model."""
+    """A checkpoint's facts about the run: its settings, and hashes of its data, tokenizer and model."""
     return {"settings": _settings(config.model_dump(mode="json")), "content": _content(config, data, model)}
 
 
@@ -77,7 +77,7 @@ def _settings(dumped: dict[str, Any]) -> dict[str, Any]:
 
 
 def compare(about: Mapping[str, Any], now: Mapping[str, Any], optimizers: Sequence[str]) -> list[Difference]:
-    """What differs between a checkpoint, of which its manifest says `about`, and a run as `describe_run` has it."""
+    """The differences between a checkpoint (`about`, from its manifest) and a run, as `describe_run` returns them."""
     script = about["script"]
     saved = {**_flat(_with_defaults(script["settings"])), **_flat(script["content"], "content.")}
     saved |= {"optimizer": ", ".join(about["optimizers"]), **_flat(about["versions"], "versions.")}

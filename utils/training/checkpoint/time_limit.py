@@ -90,7 +90,7 @@ def time_limit(settings: StopSection) -> TimeLimit | None:
 
 
 def _start_of_run() -> float:
-    """When the command was started, in seconds since the epoch: a launcher, where workers are started again."""
+    """The start of the command (of the launcher, if workers are restarted), in seconds since the epoch."""
     job = local_job_if_started()
     with contextlib.suppress(psutil.Error):
         return psutil.Process(os.getpid() if job is None else job.job.pid).create_time()
@@ -98,7 +98,7 @@ def _start_of_run() -> float:
 
 
 def slurm_end(environment: Mapping[str, str]) -> TimeLimit | None:
-    """When Slurm ends the job of this environment, as its variable or `scontrol` says; None where neither does."""
+    """The end of the Slurm job of this environment, by its variable or `scontrol`; None if neither says it."""
     job = environment.get("SLURM_JOB_ID", "")
     name = f"the end time of Slurm's job {job}"
     end = environment.get("SLURM_JOB_END_TIME", "")

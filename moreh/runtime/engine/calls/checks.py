@@ -151,7 +151,7 @@ def refusing_counts(root: nn.Module, mesh: Mesh) -> Iterator[None]:
 
 
 def has_wrong_ids(causal: Any, inputs: ModelInputs) -> bool:
-    """Whether an id, or the number of a position, is in no table, be it of a token that no label depends on."""
+    """True if a token id or a position is out of range, even at a token that no label depends on."""
     embeddings = causal.get_input_embeddings()
     ids, weight = inputs.tensors.get("input_ids"), getattr(embeddings, "weight", None)
     if ids is not None and weight is not None and bool(_is_outside(ids, weight.shape[0]).any()):

@@ -19,10 +19,10 @@ _FEW_CALLS = 4
 
 @dataclass
 class LossUse:
-    """What has become of one loss."""
+    """The use that a script has made of one loss."""
 
     used: bool = False
-    """Whether a backward pass has come through it."""
+    """True if a backward pass has come through the loss."""
 
 
 class CallHistory:
@@ -36,7 +36,7 @@ class CallHistory:
 
     @property
     def expects_backward(self) -> bool:
-        """Whether the script is likely to call `backward()` on the next loss: as on the last, first if it trains."""
+        """True if the script is likely to call `backward()` on the next loss: as on the last, first if it trains."""
         return self._training if self._last is None else self._last.used
 
     def add_call(self) -> LossUse:

@@ -39,14 +39,14 @@ _STAGE_STRIDE, _MICRO_BATCH_STRIDE = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9
 
 @dataclass(frozen=True)
 class LogitsPasses:
-    """How the logits of one model are computed."""
+    """Computes the logits of one model."""
 
     model: ParallelModel
     """The model."""
     vocabulary_size: int
     """Rows of its output layer."""
     sequence_multiple: int
-    """What the length of rows is padded to a multiple of."""
+    """The number that padded row lengths are a multiple of."""
     forward: Callable[..., tuple[list[torch.Tensor], int | None]]
     """Called with micro-batches, and `with_seeds` if a second pass may follow. Returns their logits, on the last stage,
     and the seed of the random numbers."""
@@ -187,11 +187,11 @@ def _with_second_pass(logits: torch.Tensor, passes: LogitsPasses, inputs: ModelI
 
 @dataclass(frozen=True)
 class _State:
-    """What the second pass needs besides the tensors of the call and the gradient of its logits."""
+    """The data that the second pass needs besides the tensors of the call and the gradient of its logits."""
 
     passes: LogitsPasses
     seed: int
-    """That of the first pass."""
+    """The seed of the first pass."""
     names: list[str]
     """The parameters that get gradients."""
     inputs: ModelInputs
@@ -199,7 +199,7 @@ class _State:
     input_names: list[str]
     """The names of the tensors."""
     versions: list[int]
-    """Those of the weights in the first pass."""
+    """The versions of the weights in the first pass."""
     as_in_call: Callable[[], AbstractContextManager[None]]
     """The mode and precision of the first pass."""
 

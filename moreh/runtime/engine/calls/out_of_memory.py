@@ -37,7 +37,7 @@ class MicroBatchLimit:
         return micro_batches
 
     def compute(self, cut: Callable[[], Shape], step: Callable[[Shape], Computed], mesh: Mesh) -> Computed:
-        """What `step` returns for a batch, which is cut and computed again after an error of the memory.
+        """The result of `step` for a batch; after an out-of-memory error, the batch is cut and computed again.
 
         Several workers compute it once: the others would wait for the one whose memory is full.
 

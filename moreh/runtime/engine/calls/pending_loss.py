@@ -22,18 +22,18 @@ Gradients = list[torch.Tensor | None]
 
 @dataclass
 class PendingLoss:
-    """How the gradients of a loss are had."""
+    """The source of the gradients of a loss."""
 
     call: RecordedCall
     """The call that has returned the loss."""
     gradients: Gradients | None
-    """Those of the trainable parameters, until they are handed over; None where they are computed when needed."""
+    """Gradients of the trainable parameters, until they are handed over; None if they are computed when needed."""
     compute: Callable[[tuple[torch.Tensor, ...]], Gradients]
     """Computes the gradients, given the tensors of the call."""
     history: CallHistory
-    """What the script does with losses of this model."""
+    """The script's use of this model's losses."""
     use: LossUse
-    """Where the use of this loss is noted."""
+    """The record of the use of this loss."""
 
 
 def pending_loss(loss: torch.Tensor, pending: PendingLoss, parameters: Sequence[torch.Tensor]) -> torch.Tensor:

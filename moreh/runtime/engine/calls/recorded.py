@@ -80,7 +80,7 @@ class RecordedCall:
 
     @property
     def has_changed(self) -> bool:
-        """Whether a weight has been changed in place since the call."""
+        """True if a weight has been changed in place since the call."""
         return bool(self._changed_weights())
 
     def check_unchanged(self) -> None:
@@ -104,7 +104,7 @@ class RecordedCall:
                 yield
 
     def own_forward(self, tensors: list[torch.Tensor] | tuple[torch.Tensor, ...], **changes: Any) -> Any:
-        """What the model's own forward pass gives for the call, some of its arguments changed."""
+        """The outputs of the model's own forward pass for the call, with some of its arguments changed."""
         args, kwargs = self.arguments(tensors)
         with self._in_own_forward():
             return self._module(*args, **{**kwargs, **changes})
@@ -117,7 +117,7 @@ class RecordedCall:
         return list(torch.autograd.grad(loss, parameters, allow_unused=True))
 
     def outputs_beside_the_loss(self, tensors: list[torch.Tensor]) -> Any:
-        """What the model's own forward pass gives without labels, with gradients where the call was made with them.
+        """The outputs of the model's own forward pass without labels, with gradients if the call was made with them.
 
         After an optimizer's step there are no gradients, as in torch, where the backward pass has used them up.
 

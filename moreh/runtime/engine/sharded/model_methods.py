@@ -44,7 +44,7 @@ def replace_methods(model: ParallelModel) -> None:
 
 
 def _save_model(module: Any, model: ParallelModel, directory: str | os.PathLike[str], **kwargs: Any) -> None:
-    """In place of `save_pretrained` of a model of transformers, which may be inside wrappers."""
+    """Replaces `save_pretrained` of a model of transformers, which may be inside wrappers."""
     # transformers' Trainer passes None, or what `state_dict()` has returned: the model's own weights.
     if _is_own_state(module, kwargs.get("state_dict")):
         kwargs.pop("state_dict", None)
@@ -65,7 +65,7 @@ def _names_in(module: nn.Module, model: ParallelModel) -> dict[str, str]:
 def _copy_state_dict(
     module: nn.Module, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
 ) -> Any:
-    """In place of `load_state_dict`: torch's own, which copies whole tensors into this rank's parts.
+    """Replaces `load_state_dict`: calls torch's own, which copies whole tensors into this rank's parts.
 
     Raises:
         OptionError: the tensors themselves would become the parameters.
@@ -91,7 +91,7 @@ def _unite_tied_entries(module: nn.Module, state_dict: dict[str, Any], prefix: s
 
 
 def _is_own_state(root: nn.Module, state_dict: Any) -> bool:
-    """Whether a state dict is None or has what the model's `state_dict()` returns: its parameters, not copies."""
+    """True if a state dict is None or has what the model's `state_dict()` returns: its parameters, not copies."""
     if state_dict is None:
         return True
     own = root.state_dict()
@@ -107,7 +107,7 @@ def _shares_memory(value: Any, own: torch.Tensor) -> bool:
 def _stay(
     module: nn.Module, device: torch.device, function: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
 ) -> nn.Module:
-    """In place of `_apply`, through which torch moves and casts a module: the shards stay where they are.
+    """Replaces `_apply`, through which torch moves and casts a module: the shards stay where they are.
 
     Raises:
         OptionError: the parameters would get another dtype, or lose their data.
@@ -156,7 +156,7 @@ def _save_adapters(wrapper: Any, device: torch.device) -> Any:
 
 
 def _adapter_state(wrapper: Any, save_embedding_layers: Any) -> dict[str, Any]:
-    """What PEFT saves of a model's state dict, over all its adapters: trained ones, frozen ones and inactive ones."""
+    """The entries of a model's state dict that PEFT saves: of trained, frozen and inactive adapters."""
     from peft import get_peft_model_state_dict
 
     state = wrapper.state_dict()

@@ -66,7 +66,7 @@ def replace_params(replacements: dict[int, nn.Parameter], originals: list[nn.Par
 
 
 def _refuse_earlier_graph(grad: torch.Tensor) -> NoReturn:
-    """Called where a gradient comes to a parameter that is not the model's any more."""
+    """Refuse a gradient for a parameter that is not the model's any more."""
     raise OptionError(
         "backward() through what was computed with a model's parameters before its first training batch, which has "
         "sharded them over workers since: compute it after that batch, or call backward() before"

@@ -31,20 +31,20 @@ STACK_S = 1.0
 
 @dataclass(frozen=True)
 class Standing:
-    """Where a worker stands that makes no progress."""
+    """The state of a worker that makes no progress."""
 
     rank: int
     pid: int
     heartbeat: Heartbeat
-    """Its last heartbeat."""
+    """The worker's last heartbeat."""
     is_stopped: bool
-    """Whether a signal has stopped its process."""
+    """True if a signal has stopped its process."""
     frames: tuple[Frame, ...]
-    """Its stack, the innermost frame first; empty if it could not write it."""
+    """The worker's stack, the innermost frame first; empty if the worker could not write it."""
 
     @property
     def text(self) -> str:
-        """Where it stands, as the end of a sentence."""
+        """The place where the worker is, as the end of a sentence."""
         parts = [self.heartbeat.place if self.heartbeat.count else "before it had joined the others"]
         if self.is_stopped:
             parts.append("its process is stopped (SIGSTOP)")
@@ -61,7 +61,7 @@ class Hang:
     """All workers were silent for too long."""
 
     seconds: float
-    """How long."""
+    """Seconds of silence."""
     behind: Standing
     """The worker that the others wait for."""
 
@@ -78,7 +78,7 @@ class HangWatch:
         self._has_said = False
 
     def look(self) -> tuple[str | None, Hang | None]:
-        """What is to be said now, if anything, and the hang that is to end the workers, if there is one."""
+        """The message to log now, if any, and the hang that is to end the workers, if there is one."""
         now = time.monotonic()
         if now - self._last_look < SECONDS_BETWEEN_LOOKS:
             return None, None

@@ -50,11 +50,11 @@ class Heartbeat:
     count: int = 0
     """The number of heartbeats until now; 0 for a worker that has not begun."""
     time: float = 0.0
-    """When it was, in seconds since the epoch."""
+    """The time of the heartbeat, in seconds since the epoch."""
     step: int | None = None
     """The step of the training; None before the first."""
     is_patient: bool = True
-    """Whether the worker is in a phase that may take many times as long as a step."""
+    """True if the worker is in a phase that may take many times as long as a step."""
     where: str = ""
     """The spans that it is in, the outermost first."""
     rows: str = ""

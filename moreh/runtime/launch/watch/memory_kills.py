@@ -11,7 +11,7 @@ class OutOfMemoryKills:
         self._before = _count()
 
     def has_grown(self) -> bool | None:
-        """Whether there were more since then; None where the system does not count them."""
+        """True if the system has killed processes since then; None if it does not count them."""
         now = _count()
         return None if now is None or self._before is None else now > self._before
 

@@ -24,7 +24,7 @@ class Frame:
 
     @property
     def is_library(self) -> bool:
-        """Whether it is not the user's own code."""
+        """True if the frame is not the user's own code."""
         return any(part in self.file for part in _LIBRARIES)
 
     @property
@@ -52,5 +52,5 @@ def innermost_frames(path: Path) -> list[Frame]:
 
 
 def waits_for_others(frames: Sequence[Frame]) -> bool:
-    """Whether a stack is that of a collective, which waits for other workers."""
+    """True if a stack is that of a collective, which waits for other workers."""
     return any(part in frame.file for frame in frames[:_NEAR] for part in _COLLECTIVES)
