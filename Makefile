@@ -9,6 +9,7 @@
 # make verify-families  the same for all model families, with plans of each kind on four processes
 # make verify-lora      adapters of SmolLM2 on 1 to 6 processes, merged and in PEFT (MODEL=DIRECTORY: of another model)
 # make conformance      run patterns of users' scripts with and without the line, on 1, 2 and 4 workers: half an hour
+# make verify-cost      time and memory of those patterns that loop, with and without the line: half an hour
 # make chaos            train on two workers while they are killed, stopped and their checkpoints damaged: 20 minutes
 #                       (MINUTES=5 SEED=2)
 # make soak             train on two workers with a checkpoint every 20 steps, and check that nothing grows: 30 minutes
@@ -34,10 +35,10 @@ MINUTES ?=
 # OpenMP threads spin for a while before they sleep. With the default, a step takes up to ten times as long when another
 # process wants a core; with 1000 iterations, twice as long. Benchmarks keep the default, which is a few percent faster on
 # a machine of one's own.
-train test conformance verify-plans verify-families verify-lora chaos soak docs-check: export GOMP_SPINCOUNT ?= 1000
+train test conformance verify-plans verify-families verify-lora verify-cost chaos soak docs-check: export GOMP_SPINCOUNT ?= 1000
 
-.PHONY: train test check install smollm2 conformance verify-plans verify-families verify-lora chaos soak docs-check fuzz \
-	lock bench clean gpu-check gpu-smoke test-versions
+.PHONY: train test check install smollm2 conformance verify-plans verify-families verify-lora verify-cost chaos soak \
+	docs-check fuzz lock bench clean gpu-check gpu-smoke test-versions
 
 train: install
 	$(BIN)/python train_gpt.py --config configs/gpt.yaml
@@ -76,6 +77,9 @@ verify-families: $(VENV)/installed-dev
 
 verify-lora: $(VENV)/installed-dev $(if $(MODEL),,smollm2)
 	$(BIN)/python -m tests.verify.lora $(or $(MODEL),models/smollm2-135m)
+
+verify-cost: $(VENV)/installed-dev
+	$(BIN)/python -m tests.verify.cost
 
 conformance: $(VENV)/installed-dev
 	$(BIN)/python -m tests.conformance
