@@ -129,11 +129,12 @@ def test_no_minutes_save_nothing(handlers, tmp_path, monkeypatch):
     assert saved_steps(tmp_path) == []
 
 
-def test_signal_saves_after_the_step_and_names_the_way_on(handlers, tmp_path):
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"])
+def test_signal_saves_after_the_step_and_names_the_way_on(handlers, tmp_path, name):
     _, end_step = make_checkpoints(tmp_path)
-    os.kill(os.getpid(), signal.SIGUSR1)
+    os.kill(os.getpid(), signal.Signals[name])
     with pytest.raises(
-        Stopped, match=r"stopped by SIGUSR1 after step 4, and saved in .*step-4; to continue: .* --resume auto"
+        Stopped, match=rf"stopped by {name} after step 4, and saved in .*step-4; to continue: .* --resume auto"
     ):
         end_step(4)
     assert saved_steps(tmp_path) == ["step-4"]
