@@ -107,6 +107,23 @@ def test_closed_pipe_does_not_end_the_training(environment, tiny_config, tmp_pat
     assert (tmp_path / "runs" / "tiny" / "model" / "model.safetensors").exists()
 
 
+def test_interrupt_during_imports_is_one_line(environment, tiny_config, tmp_path):
+    """Libraries turn a KeyboardInterrupt in their imports into errors of their own."""
+    library = (
+        "import os, signal\ntry:\n    os.kill(os.getpid(), signal.SIGINT)\nexcept KeyboardInterrupt:\n    os.none\n"
+    )
+    (tmp_path / "torch.py").write_text(library, encoding="utf-8")
+    finished = subprocess.run(
+        [sys.executable, "train_gpt.py", "--config", tiny_config],
+        env={**environment, "PYTHONPATH": str(tmp_path)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (finished.returncode, finished.stderr) == (130, "interrupted\n")
+
+
 def test_second_interrupt_ends_the_run_at_any_time(environment, tiny_config, tmp_path):
     """Ctrl-C mostly arrives in a backward pass, where Python's exceptions have nowhere to go."""
     command = ["train_gpt.py", "--config", tiny_config, "train.gradient_accumulation=1000", "log.sample_tokens=0"]
