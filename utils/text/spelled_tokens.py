@@ -66,7 +66,7 @@ class SpelledTokens:
         if self._as_text:
             names = ", ".join(name for name, _ in self._as_text.most_common(3))
             lines.append(
-                f"{max(self._as_text.values())} texts spell control tokens ({names}), which are read as text "
+                f"control tokens spelled in {max(self._as_text.values())} of the texts ({names}): read as text "
                 "(data.control_tokens=parse reads them as the tokens)"
             )
         template = self._data.template

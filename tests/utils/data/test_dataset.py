@@ -212,4 +212,4 @@ def test_notes_and_problems_of_all_processes_are_counted(tiny_config, tmp_path, 
     assert sum(split.unusable for split in counts) == 2
     assert any("chats.jsonl:18" in split.first_unusable for split in counts)
     assert len(data.train) + len(data.evaluation) == 38
-    assert [note.partition(" (")[0] for note in data.notes] == ["38 texts spell control tokens"]
+    assert [note.partition(" (")[0] for note in data.notes] == ["control tokens spelled in 38 of the texts"]
