@@ -85,9 +85,14 @@ WITH_PLAN = """
 import types
 from moreh.planner.plan.notation import parse_plan
 from moreh.runtime.engine import multi_worker_hook
-multi_worker_hook.select_worker_plan = lambda model, training, flavor, options, variables, workers, bfloat16: (
-    types.SimpleNamespace(plan=parse_plan(PLAN, training, workers), step_time_s=1.0, memory_bytes=1.0)
-)
+def with_plan(model, training, flavor, options, variables, workers, bfloat16):
+    plan = parse_plan(PLAN, training, workers)
+    stage_s = (1.0,) * plan.pipeline
+    return types.SimpleNamespace(
+        plan=plan, step_time_s=1.0, memory_bytes=1.0,
+        stage_forward_s=stage_s, stage_backward_s=stage_s, weight_fraction=0.5, send_s=0.0,
+    )
+multi_worker_hook.select_worker_plan = with_plan
 """
 # Nothing is seeded but, before the line, the first worker; from_pretrained leaves the model in evaluation mode.
 AS_PRINTED = """
