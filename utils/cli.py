@@ -50,8 +50,36 @@ def run_script(
 
     A script imports torch in its `main`, so --help, --plan-only and an error in the settings answer in a second.
     """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     show_any_text()
+    arguments = _parser(default_config, description).parse_intermixed_args()
+
+    def program() -> None:
+        overrides = arguments.overrides + _resume_overrides(
+            arguments.resume, arguments.resume_with, is_forced=arguments.resume_force
+        )
+        config = load_config(expand_home(arguments.config), overrides)
+        with restored_variables(PLATFORM_LINES_VARIABLE, WAIT_VARIABLE):
+            os.environ.setdefault(PLATFORM_LINES_VARIABLE, str(int(config.log.platform_lines)))
+            os.environ.setdefault(WAIT_VARIABLE, "0")  # who starts a run by hand wants to know that it does not start
+            if arguments.plan_only:
+                from utils.plan_only import print_plan
+
+                print_plan(config)
+            elif arguments.show_rows is not None:
+                from utils.data.show_rows import print_rows
+
+                if not sys.stderr.isatty():
+                    disable_progress_bars()
+                print_rows(config, make_pair, make_example, arguments.show_rows)
+            else:
+                run_main(main, config, is_dry=arguments.dry_run)
+
+    return exit_code_of(program, debug=arguments.debug)
+
+
+def _parser(default_config: str, description: str | None) -> argparse.ArgumentParser:
+    """The options of a training script."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default=default_config, metavar="FILE", help="settings (default: %(default)s)")
     parser.add_argument("--plan-only", action="store_true", help="print the best plans for the accelerator, and exit")
     parser.add_argument(
@@ -85,30 +113,7 @@ def run_script(
         from utils.config.markdown import settings_help
 
         parser.epilog = settings_help(terminal_width())
-    arguments = parser.parse_intermixed_args()
-
-    def program() -> None:
-        overrides = arguments.overrides + _resume_overrides(
-            arguments.resume, arguments.resume_with, is_forced=arguments.resume_force
-        )
-        config = load_config(expand_home(arguments.config), overrides)
-        with restored_variables(PLATFORM_LINES_VARIABLE, WAIT_VARIABLE):
-            os.environ.setdefault(PLATFORM_LINES_VARIABLE, str(int(config.log.platform_lines)))
-            os.environ.setdefault(WAIT_VARIABLE, "0")  # who starts a run by hand wants to know that it does not start
-            if arguments.plan_only:
-                from utils.plan_only import print_plan
-
-                print_plan(config)
-            elif arguments.show_rows is not None:
-                from utils.data.show_rows import print_rows
-
-                if not sys.stderr.isatty():
-                    disable_progress_bars()
-                print_rows(config, make_pair, make_example, arguments.show_rows)
-            else:
-                run_main(main, config, is_dry=arguments.dry_run)
-
-    return exit_code_of(program, debug=arguments.debug)
+    return parser
 
 
 def _resume_overrides(resume: str | None, changes: list[str], *, is_forced: bool) -> list[str]:

@@ -40,8 +40,8 @@ from utils.text.tokenizers import load_tokenizer
 
 # Part of each cache key: raise it when the same settings are to give other rows.
 _FORMAT = 8
-# How much larger the cache is than the files that it is made of while it is made: the texts, and for each token, which
-# is three or four bytes of a text, eight bytes of ids and labels.
+# Peak size of the cache while it is made, relative to the files of the data: it holds the texts, and for each token
+# (three or four bytes of a text) eight bytes of ids and labels.
 _TIMES_ITS_FILES = 3
 
 
@@ -107,7 +107,7 @@ def prepare_data(
 
 
 def _read_entry(directory: Path) -> tuple[RunData, dict[str, Any]]:
-    """The rows to store in a directory of the cache, and the counts of their sources."""
+    """The data in a directory of the cache, and the row counts of its sources."""
     counts = json.loads((directory / "counts.json").read_text(encoding="utf-8"))
     rows = read_rows(directory)
     data = RunData(
@@ -131,12 +131,7 @@ def _prepare(
     """
     info("Reading and tokenizing the data (later runs use the cache).")
     data = config.data
-    expected, free = _TIMES_ITS_FILES * size_of_data(data), shutil.disk_usage(target).free
-    if expected > free:
-        info(
-            f"warning: run.cache_directory: the tokenized data takes about {gib(expected)}, and the disk of "
-            f"{target.parent} has {gib(free)} free"
-        )
+    _warn_of_full_disk(target, data, info)
     is_chat = data.format == "chat"
 
     def reader(section: DataSection, records: Iterable[Record]) -> ExampleReader[Any]:
@@ -187,6 +182,15 @@ def _prepare(
     counts |= {"notes": encoded.notes, "content": content}
     (target / "counts.json").write_text(json.dumps(counts), encoding="utf-8")
     store.unlink()
+
+
+def _warn_of_full_disk(target: Path, data: DataSection, info: Callable[[str], None]) -> None:
+    expected, free = _TIMES_ITS_FILES * size_of_data(data), shutil.disk_usage(target).free
+    if expected > free:
+        info(
+            f"warning: run.cache_directory: the tokenized data takes about {gib(expected)}, and the disk of "
+            f"{target.parent} has {gib(free)} free"
+        )
 
 
 def _tokenizer(config: Config, texts: Iterable[str]) -> Any:

@@ -67,8 +67,11 @@ def select_plan(
 ) -> Selection:
     """Search for an accelerator's best plan; log the platform's lines and write its files to the current directory.
 
-    With `MOREH_PLATFORM_LINES=0`, one line of the plan takes the place of the platform's lines. `bfloat16` is whether
-    the workers compute in bfloat16 with float32 weights, and counts where they are the accelerator's devices.
+    With `MOREH_PLATFORM_LINES=0`, one line of the plan replaces the platform's lines.
+
+    Args:
+        bfloat16: The workers compute in bfloat16 with float32 weights. It has no effect on a simulated accelerator.
+        half_weights: The weights are in half precision.
 
     Raises:
         PlanError: no plan divides the batch under the constraints.
@@ -88,35 +91,48 @@ def select_plan(
     if variables.platform_lines:
         _log_search(result, log)
     if variables.detailed_log:
-        word = "simulated" if flavor.simulated else "predicted"
-        lines = [detailed_line(rank, prediction, word) for rank, prediction in enumerate(result.best, start=1)]
-        if variables.detailed_log == 1:
-            for line in lines:
-                log(line)
-        else:
-            _write(Path(DETAILED_LOG), lines, log)
+        _log_candidates(result, flavor, variables, log)
     if not result.best:
         return Selection(None, result.smallest_bytes)
     best = result.best[0]
-    line = selected_config(best.plan)
-    _write(Path(SELECTED_CONFIG), [line], log)
-    device, devices = environment.cluster.device, f"{flavor.devices} x {flavor.device.name}"
+    _write(Path(SELECTED_CONFIG), [selected_config(best.plan)], log)
+    _log_selected(best, flavor, environment.cluster.device, variables, log)
+    return Selection(best, result.smallest_bytes)
+
+
+def _log_candidates(
+    result: SearchResult, flavor: Flavor, variables: PlannerVariables, log: Callable[[str], None]
+) -> None:
+    """List the best candidates on the console or in a file."""
+    word = "simulated" if flavor.simulated else "predicted"
+    lines = [detailed_line(rank, prediction, word) for rank, prediction in enumerate(result.best, start=1)]
+    if variables.detailed_log == 1:
+        for line in lines:
+            log(line)
+    else:
+        _write(Path(DETAILED_LOG), lines, log)
+
+
+def _log_selected(
+    best: Prediction, flavor: Flavor, device: Device, variables: PlannerVariables, log: Callable[[str], None]
+) -> None:
+    """Log the plan; `device` is the flavor's, with its measured rates if no entry of devices.json describes it."""
+    devices = f"{flavor.devices} x {flavor.device.name}"
     if not variables.platform_lines:
         log(
             f"{_prefix(flavor)}: {plan_text(best.plan)} on {devices}: {seconds_text(best.step_time_s)} a step, "
             f"{gib(best.memory_bytes)}"
         )
-        return Selection(best, result.smallest_bytes)
+        return
     log("Configuration for parallelism is selected.")
-    log(line)
+    log(selected_config(best.plan))
     log("train: true")
     log(
         f"{_prefix(flavor)}: on {flavor.name} ({devices}) the plan '{plan_text(best.plan)}' is "
         f"predicted to take {seconds_text(best.step_time_s)} a step, {best.tokens_per_second:,.0f} tokens/s, "
-        f"{best.mfu:.1%} of the peak, and {memory_text(best, flavor)} of {gib(device.memory_bytes)} on the fullest "
-        f"device. {_uncertainty_text(device)}"
+        f"{best.mfu:.1%} of the peak, and {memory_text(best, flavor)} of {gib(device.memory_bytes)} on the "
+        f"fullest device. {_uncertainty_text(device)}"
     )
-    return Selection(best, result.smallest_bytes)
 
 
 def _prefix(flavor: Flavor) -> str:

@@ -1,20 +1,19 @@
 """A model sharded over the ranks as a plan says: this rank's parameters and stages, and what the script sees."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from moreh.errors import OptionError
 from moreh.models.compatibility import unsupported_module
 from moreh.models.parts import ModelParts, split_into_parts
 from moreh.planner.plan.plan import Plan
+from moreh.runtime.engine.fsdp import fully_shard_stage
 from moreh.runtime.kernels.recomputation import recompute_activations
 from moreh.runtime.pipeline.lean_stage import Pipeline
 from moreh.runtime.pipeline.stage import LogitPositions, OutputFn, Stage
@@ -25,7 +24,6 @@ from moreh.runtime.sharding.placement import parameter_specs, stage_placements
 from moreh.runtime.sharding.spec import ParamSpec, tp_shard_shape
 from moreh.runtime.sharding.user_view import user_param
 from moreh.runtime.tensor.apply import install_tensor_parallel
-from moreh.runtime.tensor.collectives import reduce_scatter
 from moreh.runtime.tensor.partition import TensorPartition, describe_partition
 
 # Given the index of a micro-batch, the keyword arguments that the model is called with.
@@ -100,15 +98,7 @@ def build_sharded(
     """
     mesh = make_mesh(plan.pipeline, plan.data, plan.tensor)
     parts = split_into_parts(root)
-    partition = TensorPartition({}, frozenset())
-    if plan.tensor > 1:
-        custom = unsupported_module(root)
-        if custom is not None:
-            raise OptionError(
-                f"{custom}, and tensor parallelism would give it a part of what it computes with: leave tensor "
-                "parallelism to the planner, which uses none for such a model"
-            )
-        partition = describe_partition(root, plan.tensor, sequence_parallel=plan.sequence_parallel)
+    partition = _tensor_partition(root, plan)
     specs = parameter_specs(parts, plan, partition.splits)
     originals = dict(root.named_parameters())
     slots = _param_slots(root, originals)
@@ -131,16 +121,8 @@ def build_sharded(
         for name, shape in _shapes_before_fsdp(specs, pipeline_rank, mesh).items():
             _fill(slots[name], _without_data(originals[name], specs[name], shape))
         for stage in stages:
-            _fully_shard(stage, plan, mesh)
-    compute_params = {}
-    for name in list(local_shards):
-        shard = local_shards.pop(name)  # freed one by one: only one parameter exists twice at a time
-        if _uses_fsdp(plan):
-            compute_params[name] = _fsdp_parameter(slots[name])
-            local_tensor(compute_params[name]).detach().copy_(shard)
-        else:
-            compute_params[name] = nn.Parameter(shard, requires_grad=originals[name].requires_grad)
-        _fill(slots[name], compute_params[name])
+            fully_shard_stage(stage, plan, mesh)
+    compute_params = _compute_params(local_shards, originals, slots, uses_fsdp=_uses_fsdp(plan))
     memory = {name: local_tensor(parameter).detach() for name, parameter in compute_params.items()}
     bound_memory = {name: tensor.detach() for name, tensor in memory.items()}
     user_params = {
@@ -161,6 +143,39 @@ def build_sharded(
     )
     install_user_params(model)
     return model
+
+
+def _tensor_partition(root: nn.Module, plan: Plan) -> TensorPartition:
+    """The split of the parameters by tensor parallelism; empty without it."""
+    if plan.tensor == 1:
+        return TensorPartition({}, frozenset())
+    custom = unsupported_module(root)
+    if custom is not None:
+        raise OptionError(
+            f"{custom}, and tensor parallelism would give it a part of what it computes with: leave tensor "
+            "parallelism to the planner, which uses none for such a model"
+        )
+    return describe_partition(root, plan.tensor, sequence_parallel=plan.sequence_parallel)
+
+
+def _compute_params(
+    local_shards: dict[str, torch.Tensor],
+    originals: dict[str, nn.Parameter],
+    slots: dict[str, list[ParamSlot]],
+    *,
+    uses_fsdp: bool,
+) -> dict[str, nn.Parameter]:
+    """Put this rank's shards into the modules; returns their parameters. Empties `local_shards`."""
+    compute_params = {}
+    for name in list(local_shards):
+        shard = local_shards.pop(name)  # freed one by one: only one parameter exists twice at a time
+        if uses_fsdp:
+            compute_params[name] = _fsdp_parameter(slots[name])
+            local_tensor(compute_params[name]).detach().copy_(shard)
+        else:
+            compute_params[name] = nn.Parameter(shard, requires_grad=originals[name].requires_grad)
+        _fill(slots[name], compute_params[name])
+    return compute_params
 
 
 def build_unsharded(
@@ -247,47 +262,3 @@ def _shapes_before_fsdp(specs: dict[str, ParamSpec], pipeline_rank: int, mesh: M
         for name, spec in specs.items()
         if pipeline_rank in spec.pipeline_ranks
     }
-
-
-def _fully_shard(stage: Stage, plan: Plan, mesh: Mesh) -> None:
-    """Let FSDP shard a stage: each layer is one group of parameters, the rest of the stage another."""
-    data_mesh = mesh.submesh("data")
-    # In a pipeline the schedule gathers parameters once for all micro-batches.
-    reshard = plan.sharding == "parameters" and plan.pipeline == 1
-    load_hooks = [(module, dict(module._load_state_dict_post_hooks)) for module in stage.modules()]
-    for layer in stage.layers:
-        fully_shard(layer, mesh=data_mesh, reshard_after_forward=reshard)
-    fully_shard(stage, mesh=data_mesh, reshard_after_forward=reshard)
-    stage._apply(lambda tensor: torch.empty_like(tensor, device=mesh.device) if tensor.is_meta else tensor)  # type: ignore[no-untyped-call]
-    for module in stage.modules():
-        if isinstance(module, FSDPModule):
-            # Losses are divided by the number of all label tokens, so gradients are summed and not averaged.
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
-            module.set_custom_reduce_scatter(_FsdpReduceScatter())
-    for module, hooks in load_hooks:
-        # FSDP's look for its own parameters, where `load_state_dict` has filled the script's.
-        module._load_state_dict_post_hooks.clear()
-        module._load_state_dict_post_hooks.update(hooks)
-
-
-class _FsdpReduceScatter(ReduceScatter):
-    """Lets FSDP use this package's reduce-scatter, which moves half as many bytes on CPUs."""
-
-    def allocate(self, size: Sequence[int | torch.SymInt], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        return torch.empty(*size, dtype=dtype, device=device)
-
-    def __call__(
-        self,
-        output_tensor: torch.Tensor,
-        input_tensor: torch.Tensor,
-        group: dist.ProcessGroup,
-        op: Any,
-        async_op: bool = False,
-    ) -> None:
-        if op != dist.ReduceOp.SUM or async_op:
-            raise RuntimeError(
-                f"FSDP asked for a reduce-scatter with op={op}, async_op={async_op}: this one supports op=SUM, "
-                "async_op=False; run with the torch release that this package was tested with"
-            )
-        reduce_scatter(output_tensor, input_tensor, group, "fsdp_reduce_scatter")
