@@ -46,7 +46,7 @@ class System:
     """A system that is compared."""
 
     name: str
-    """Its name in the tables."""
+    """The system's name in the tables."""
     command: tuple[str, ...]
     """A script of `systems/` with its arguments."""
     environment: str | None = None

@@ -35,9 +35,9 @@ class Run:
     """The figures of one run."""
 
     real_tokens_per_s: list[float]
-    """Of each step after the first ones; padding does not count."""
+    """Real tokens/s of each step after the first ones; padding does not count."""
     losses: list[float]
-    """Of each step."""
+    """The loss of each step."""
     peak_bytes: int
     """The peak resident set of the process."""
 

@@ -1,5 +1,6 @@
 """Files and folders stay small enough to be read."""
 
+import re
 import subprocess
 from collections import Counter
 from pathlib import PurePath
@@ -37,6 +38,11 @@ def strange_folders(paths):
     return {PurePath(path).parts[0] for path in paths if "/" in path} - TOP_FOLDERS
 
 
+def questions(text):
+    """First lines of docstrings that begin like a question, which the style of CONTRIBUTING.md excludes."""
+    return re.findall(r'^\s*r?"""((?:What|Whether|Which|Why|Who) .*)', text, re.MULTILINE)
+
+
 def test_no_run_is_left_among_the_tracked_files():
     """A test or a command that trains into the checkout leaves a folder, which `git add` then takes."""
     if not (ROOT / ".git").exists():
@@ -68,3 +74,14 @@ def test_long_file_is_seen(lines, is_long):
 @pytest.mark.parametrize(("files", "is_full"), [(MAX_FILES, False), (MAX_FILES + 1, True)])
 def test_full_folder_is_seen(files, is_full):
     assert bool(full_folders([f"moreh/x/{number}.py" for number in range(files)])) == is_full
+
+
+def test_docstrings_are_no_questions():
+    paths = [path for path in python_files() if not path.startswith("tests/") or path.startswith("tests/helpers/")]
+    found = {path: questions((ROOT / path).read_text()) for path in paths}
+    assert not any(found.values()), f"begin with a noun or True if: { ({path: q for path, q in found.items() if q}) }"
+
+
+def test_question_is_seen():
+    assert questions('def f():\n    """Whether it rains."""\n') == ['Whether it rains."""']
+    assert not questions('def f():\n    """True if it rains: whether it snows is unknown."""\n')

@@ -1,1 +1,1 @@
-"""How the planner is fitted to published runs, and how it is tested on them."""
+"""The fit of the planner to published runs, and its tests on them."""

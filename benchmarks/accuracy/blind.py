@@ -44,7 +44,7 @@ class BlindRun:
 
     @property
     def covered(self) -> bool:
-        """Whether the measured step time lies in the interval."""
+        """True if the measured step time lies in the interval."""
         assert self.run.step_time_s is not None
         return self.low <= self.run.step_time_s <= self.high
 
@@ -59,7 +59,7 @@ class Group:
     errors: dict[int, FloatArray]
     """For each number of measured runs: relative errors of the others, [draws, runs]; NaN for the measured ones."""
     covered: dict[int, FloatArray]
-    """In the same way, whether the measured step time lies in the interval (1 or 0)."""
+    """In the same way, 1 if the measured step time lies in the interval, else 0."""
 
 
 def fastest_plan(run: PublishedRun, environment: Environment) -> Plan:

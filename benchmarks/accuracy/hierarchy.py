@@ -36,7 +36,7 @@ class Spreads:
     generations: float = 1.0
     classes: float = 0.2
     pairs: float = 0.3
-    """Of a program on a generation."""
+    """Standard deviation of a program's draw for a generation."""
     models: float = 0.03
     """Standard deviation that the steps of one model with one program on one class share."""
     hosts: float = 3.0
@@ -149,7 +149,7 @@ class _Shared:
     """Draws of programs: `Spreads.hosts` squared times as much of the times of hosts."""
 
     def of(self, hosts: bool, spreads: Spreads) -> FloatArray:
-        """All of it, for the times of hosts or for other constants."""
+        """The covariance, for the times of hosts or for other constants."""
         if hosts:
             return spreads.usual_host**2 + spreads.hosts**2 * self.programs
         return spreads.population**2 + self.devices + self.programs

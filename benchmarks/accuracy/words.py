@@ -55,7 +55,7 @@ def sharding_of(row: RunRow) -> Sharding | None:
 
 
 def uses_sequence_parallelism(row: RunRow) -> bool:
-    """Whether tensor-parallel ranks split the residual stream."""
+    """True if tensor-parallel ranks split the residual stream."""
     in_recompute = "sequence" in cell(row, "recompute").lower()
     return in_recompute or "torchtitan" in cell(row, "framework") or is_modern_megatron(row)
 

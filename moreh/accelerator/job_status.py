@@ -44,7 +44,7 @@ class PredictedUse:
 
 @dataclass(frozen=True)
 class PipelineTimes:
-    """What the planner predicts of a step's pipeline: the arguments of `planner.cost.pipeline_time.simulate`."""
+    """The planner's prediction of a step's pipeline: the arguments of `planner.cost.pipeline_time.simulate`."""
 
     schedule: str
     """The order of the operations, one of the planner's `SCHEDULES`."""

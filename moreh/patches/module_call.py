@@ -111,7 +111,7 @@ def _make_call(original: Any) -> Any:
 
 
 def first_parameter(module: torch.nn.Module) -> torch.nn.Parameter | None:
-    """What `next(module.parameters(), None)` returns, in a tenth of the time: each call of a module asks for it."""
+    """The first parameter of a module, or None: `next(module.parameters(), None)` would take ten times as long."""
     for parameter in module._parameters.values():
         if parameter is not None:
             return parameter

@@ -28,15 +28,15 @@ class Patch:
     target: str
     """The dotted name of what is replaced, such as "torch.nn.Module._call_impl"; of a group, the name of the owner."""
     why: str
-    """What the replacement does, and what would not work without it."""
+    """The effect of the replacement, and what would not work without it."""
     no_public_way: str
-    """Why no public interface of the library serves."""
+    """The reason why no public interface of the library serves."""
     tested: tuple[str, ...]
     """The releases that the patch was tested with, such as "torch 2.13"."""
     names: tuple[str, ...] = ()
-    """Of a group: the replaced attributes, as dotted names below `target`. Empty for a single target."""
+    """The replaced attributes of a group, as dotted names below `target`. Empty for a single target."""
     adds: bool = False
-    """Whether the target is an attribute that the library does not have."""
+    """True if the target is an attribute that the library does not have."""
     module: str = field(default_factory=_declaring_module, repr=False)
     """The module that declares the patch, set automatically."""
 
@@ -52,7 +52,7 @@ class Patch:
 
     @property
     def is_active(self) -> bool:
-        """Whether the targets are replaced now."""
+        """True if the targets are replaced now."""
         return any(target in _active for target in self.targets)
 
     def install(self, make_replacement: Callable[[Any], Any]) -> Any:
@@ -98,9 +98,9 @@ class _Installed:
 
     patch: Patch
     original: Any
-    """What was replaced; None if there was nothing."""
+    """The replaced object; None if there was none."""
     is_own: bool
-    """Whether the owner had the original itself, rather than by inheritance."""
+    """True if the owner had the original itself, rather than by inheritance."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class ActivePatch:
     target: str
     """The dotted name of what is replaced."""
     why: str
-    """What the replacement does, and what would not work without it."""
+    """The effect of the replacement, and what would not work without it."""
     tested: tuple[str, ...]
     """The releases that the patch was tested with."""
     file: str
@@ -130,7 +130,7 @@ def active() -> tuple[ActivePatch, ...]:
 
 
 def original_of(target: str) -> Any:
-    """What a library has under a dotted name, whether it is replaced now or not; None for an added attribute."""
+    """The library's own object under a dotted name, even if it is replaced now; None for an added attribute."""
     if target in _active:
         return _active[target].original
     owner, attribute = _owner_of(target)

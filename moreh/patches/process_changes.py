@@ -12,11 +12,11 @@ class ProcessChange:
     """One kind of change in one file."""
 
     what: str
-    """What is changed or called, such as "sys.excepthook"."""
+    """The object that is changed or called, such as "sys.excepthook"."""
     where: str
     """The file, such as "moreh/runtime/launch/world.py"."""
     why: str
-    """What the change is for, when it is made, and whether it is taken back."""
+    """The purpose of the change, when it is made, and whether it is taken back."""
 
 
 PROCESS_CHANGES = (

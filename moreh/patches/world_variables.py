@@ -47,12 +47,12 @@ def variables() -> Mapping[str, str]:
 
 
 def has_launcher() -> bool:
-    """Whether our launcher started this process itself."""
+    """True if our launcher started this process itself."""
     return variables().get(LAUNCHER_PID) == str(os.getppid())
 
 
 def started_in_world() -> bool:
-    """Whether our launcher, torchrun or the like started this process as one of several workers."""
+    """True if our launcher, torchrun or the like started this process as one of several workers."""
     found = variables()
     return "RANK" in found or found.get("WORLD_SIZE", "1") != "1"
 

@@ -1,4 +1,4 @@
-"""What two runs of a script have in common: reported values, how they end, printed lines and files.
+"""A comparison of two runs of a script: reported values, how they end, printed lines and files.
 
 Each function returns the differences as sentences, and none where there is none. A NaN equals a NaN and nothing else.
 """

@@ -30,14 +30,14 @@ FILES_OF_THE_LINE = ("advanced_parallelization_selected_config.dump", "autoconfi
 
 @dataclass(frozen=True)
 class Run:
-    """What a run of a script has left."""
+    """The results of a script's run."""
 
     ranks: list
     """Of each rank, what `run_script` has written: `values` and `error`; None if it ended without writing."""
     output: str
-    """What the first rank has printed, without the lines of the log."""
+    """The first rank's standard output, without the lines of the log."""
     errors: str
-    """What the first rank that failed, or the first one, has written to standard error."""
+    """The standard error of the first rank that failed, else of the first rank."""
     directory: Path
     """The working directory."""
 
@@ -55,7 +55,7 @@ class Outcome:
     details: tuple[str, ...]
     """The message of a refusal, or the differences."""
     complaint: str
-    """Why this is not what is expected; empty if it is."""
+    """The reason why the outcome is not the expected one; empty if it is."""
 
 
 class Harness:

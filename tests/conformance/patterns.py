@@ -30,7 +30,7 @@ KINDS = ("equal", "refused", "differs")
 
 @dataclass(frozen=True)
 class Expectation:
-    """What a run with the line is expected to be, compared with the run without."""
+    """The expected outcome of a run with the line, compared with the run without."""
 
     kind: Literal["equal", "refused", "differs"]
     words: str = ""
@@ -48,13 +48,13 @@ class Pattern:
     """The name of its file."""
     name: str
     what: str
-    """What the script does, in a line."""
+    """A description of the script, in a line."""
     script: str
     """The source, with `MARK` where the line is called."""
     one: Expectation
-    """What is expected on one worker."""
+    """The expected outcome on one worker."""
     several: Expectation
-    """What is expected on several workers."""
+    """The expected outcome on several workers."""
     tolerance: float = TOLERANCE
     """The largest relative difference of numbers."""
     options: str = ""
@@ -69,7 +69,7 @@ class Pattern:
         return self.script.replace(MARK, line)
 
     def expectation(self, workers):
-        """What is expected on a number of workers."""
+        """The expected outcome on a number of workers."""
         return self.one if workers == 1 else self.several
 
 

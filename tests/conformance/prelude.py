@@ -1,4 +1,4 @@
-"""What the scripts of the conformance suite import: tiny models and batches, and `check`, which reports a value."""
+"""Imports of the conformance scripts: tiny models and batches, and `check`, which reports a value."""
 
 import torch
 from torch import nn

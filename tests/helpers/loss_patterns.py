@@ -1,4 +1,4 @@
-"""What scripts do with the losses and logits of calls with labels, each as a function of the call and the model."""
+"""Uses of the losses and logits of calls with labels, each a function of the call and the model."""
 
 import torch
 from torch.nn import functional

@@ -19,7 +19,7 @@ class Block:
     line: int
     """The line of its opening fence, from 1."""
     language: str
-    """What follows the fence, such as "bash" or "bash slow"."""
+    """The words after the fence, such as "bash" or "bash slow"."""
     text: str
 
 
@@ -60,7 +60,7 @@ def prose_lines(page: Path) -> list[tuple[int, str]]:
 
 
 def generated(page: Path, name: str) -> str:
-    """What a command has written into a page, between two comments that name it."""
+    """The output of a command in a page, between two comments that name the command."""
     text = page.read_text(encoding="utf-8")
     start, end = f"<!-- {name}: generated -->", f"<!-- {name}: end -->"
     assert start in text, f"{page.name} has no line {start}"

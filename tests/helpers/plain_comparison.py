@@ -33,7 +33,7 @@ class FastCalls:
 
 
 def plain_call(model: Any, **inputs: Any) -> Any:
-    """What `FastCalls` returns, in plain transformers."""
+    """The outputs of `FastCalls` in plain transformers."""
     return model(**(inputs or batch(_causal(model))))
 
 

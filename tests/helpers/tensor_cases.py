@@ -1,4 +1,4 @@
-"""What each rank computes in the tests of tensor parallelism: a split model beside the same model on one process."""
+"""The work of each rank in the tests of tensor parallelism: a split model beside the same model on one process."""
 
 import copy
 
@@ -40,7 +40,7 @@ def whole_model(family, changes):
 
 
 def gathered_parts(tokens):
-    """Whether gathered parts of `tokens` tokens a rank are contiguous, and the rank of each token in their order."""
+    """True if gathered parts of `tokens` tokens a rank are contiguous, and the rank of each token in their order."""
     group = tensor_group(2)
     gathered = gather_from_sp(torch.full((BATCH, tokens, 4), float(group.rank())), 1, group)
     return gathered.is_contiguous(), gathered[0, :, 0].tolist()

@@ -48,7 +48,7 @@ def optimizer_state_by_name(model, optimizer):
 
 
 def shard_training(model, optimizer, grid, as_global=False):
-    """What a rank has of a training: specs, local tensors, parameters, an optimizer with its state, and the mesh.
+    """A rank's part of a training: specs, local tensors, parameters, an optimizer with its state, and the mesh.
 
     With `as_global`, parameters and state that data-parallel ranks shard are global tensors.
     """

@@ -67,7 +67,7 @@ class _LogFile(logging.FileHandler):
     _has_warned = False
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Called with the error of a line in hand. Logging's own answer is a traceback for each line."""
+        """Report an error of writing a line, once: logging itself would print a traceback for each line."""
         error = sys.exc_info()[1]
         if not isinstance(error, OSError):
             super().handleError(record)
@@ -107,7 +107,7 @@ class _FileFormatter(logging.Formatter):
         super().__init__("%(asctime)s %(message)s")
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        """Called by `format` once message and time are known."""
+        """Format a record whose message and time are known."""
         text = super().formatMessage(record)
         if record.name == moreh_logger.name:
             text = text.replace(record.message, f"[{record.levelname.lower()}] {record.message}", 1)

@@ -25,11 +25,11 @@ class Line:
     """A curve of a chart."""
 
     name: str
-    """Its name in the legend."""
+    """The line's name in the legend."""
     curve: Curve
-    """Its values."""
+    """The line's values."""
     unit: float = 1.0
-    """How many units of the metric are one unit of the axis, such as 2**30 bytes."""
+    """Units of the metric in one unit of the axis, such as 2**30 bytes."""
     has_dots: bool = False
     """True if the line has few values, and each has a dot."""
 
@@ -39,9 +39,9 @@ class Chart:
     """Some curves over the same steps."""
 
     title: str
-    """What it shows."""
+    """The title."""
     y_label: str
-    """What the values are, with their unit."""
+    """The meaning of the values, with their unit."""
     lines: Sequence[Line]
     """The curves; those without points are left out."""
     from_zero: bool = True
@@ -62,7 +62,7 @@ class Axis:
     """True if the axis is logarithmic."""
 
     def fraction(self, value: float) -> float:
-        """Where a value is on the axis, from 0 to 1."""
+        """The place of a value on the axis, from 0 to 1."""
         low, high = self.low, self.high
         if self.is_log:
             low, high, value = math.log10(low), math.log10(high), math.log10(value)
@@ -183,7 +183,7 @@ def _x_tick(axis: Axis, value: float, text: str) -> str:
 
 
 def _data(lines: Sequence[Line], across: Axis) -> str:
-    """What the script shows on hovering: points as [step, value] or [first step, last step, mean, low, high]."""
+    """The data for hovering: points as [step, value] or [first step, last step, mean, low, high]."""
     content = {
         "last": across.high,
         "lines": [{"name": line.name, "points": [_values(point, line.unit) for point in line.curve.points]}

@@ -64,9 +64,9 @@ class Curve:
         self.first = self.last = math.nan
         """The first and the last value that are finite."""
         self.count_before_recent = 0
-        """How many finite values came before those of `recent`."""
+        """Number of finite values before those of `recent`."""
         self.not_finite = 0
-        """How many values were NaN or infinite. They are in no point."""
+        """Number of NaN or infinite values. They are in no point."""
         self.first_not_finite_step: float | None = None
         """The step of the first of those values."""
         self._values_per_point = 1

@@ -17,7 +17,7 @@ GIT_TIMEOUT_S = 2
 
 
 def environment_rows() -> dict[str, str]:
-    """What the run runs on, by name."""
+    """The hardware and software of the run, by name."""
     rows = {
         "moreh": __version__,
         "Python": platform.python_version(),

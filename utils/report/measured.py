@@ -37,7 +37,7 @@ class MeasuredRun:
 
 
 def measured_run(state: RunState, curves: RunCurves, rows_of_batch: int) -> MeasuredRun | None:
-    """What the last steps of a run measured; None if they were too few, or if nothing was planned for the machine."""
+    """The figures of a run's last steps; None if they were too few, or if nothing was planned for the machine."""
     plans = [plan for plan in state.plans if not plan["simulated"] and plan.get("notation")]
     first = curves["step_s"].count_before_recent
     seconds = list(curves["step_s"].recent)[max(0, FIRST_STEPS - first) :]

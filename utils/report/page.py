@@ -27,16 +27,16 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inl
 
 @dataclass(frozen=True)
 class Report:
-    """What a report shows."""
+    """The content of a report."""
 
     name: str
     """The name of the run."""
     state: RunState
     """Metadata of the run."""
     curves: RunCurves
-    """Its metrics."""
+    """The run's metrics."""
     settings: str
-    """Its config.yaml."""
+    """The run's config.yaml."""
     renewed: float
     """The time of the report, in seconds since the epoch."""
 
@@ -148,7 +148,7 @@ def _plans(report: Report) -> str:
 
 
 def _simulated(report: Report) -> str:
-    """What stands for devices that the machine does not have."""
+    """A note on figures of devices that the machine does not have."""
     if not report.state.is_simulated:
         return ""
     plans = [plan for plan in report.state.plans if plan["simulated"]]
@@ -184,7 +184,7 @@ def _plan_table(plans: Iterable[Mapping[str, Any]], more: Iterable[list[str]]) -
 
 
 def _samples(state: RunState) -> str:
-    """What the model wrote before the training and last."""
+    """The model's samples before the training and at the last evaluation."""
     if not state.samples:
         return ""
     shown = "".join(

@@ -17,7 +17,7 @@ RUNNING, FINISHED, STOPPED, FAILED, KILLED = "running", "finished", "stopped", "
 
 @dataclass(frozen=True)
 class Sample:
-    """What the model wrote in an evaluation."""
+    """The model's sample in an evaluation."""
 
     step: int
     """The steps that were done."""
@@ -30,13 +30,13 @@ class RunState:
     """Metadata of a run."""
 
     started: float
-    """When its process started the run or went on with it, in seconds since the epoch."""
+    """The time at which its process started or resumed the run, in seconds since the epoch."""
     ended: float | None = None
-    """When the run ended; None while it is running."""
+    """The end of the run, in seconds since the epoch; None while it is running."""
     status: str = RUNNING
     """One of running, finished, stopped, failed and killed."""
     detail: str = ""
-    """How it ended: a signal, or the first line of an error."""
+    """The reason of the end: a signal, or the first line of an error."""
     command: str = ""
     """The command line."""
     first_step: int = 0
@@ -46,13 +46,13 @@ class RunState:
     batches_per_step: int = 1
     """Forward passes of a step."""
     is_simulated: bool = False
-    """Whether `memory_bytes` of the metrics stands for devices that the machine does not have."""
+    """True if `memory_bytes` of the metrics stands for devices that the machine does not have."""
     plans: list[dict[str, Any]] = field(default_factory=list)
     """The chosen plans, with the fields of `moreh.accelerator.job_status.ChosenPlan`."""
     samples: list[Sample] = field(default_factory=list)
     """The first sample and the last one."""
     environment: dict[str, str] = field(default_factory=dict)
-    """What the run ran on, by name."""
+    """The hardware and software of the run, by name."""
     tracker_runs: dict[str, str] = field(default_factory=dict)
     """The id of the run in each tracker, with which a resumed run continues there."""
 
@@ -97,7 +97,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def is_being_written(directory: Path) -> bool:
-    """Whether a run is writing to a directory: a run holds a lock beside it until it ends, however it ends."""
+    """True if a run is writing to a directory: a run holds a lock beside it until it ends, however it ends."""
     lock = directory.with_name(f".{directory.name}.lock")
     if not lock.exists():
         return False

@@ -41,7 +41,7 @@ class RenderedChat:
     fields: tuple[_Span, ...]
     """The spans that came from the contents of messages; there, the name of a control token is text."""
     answers: tuple[_Span, ...]
-    """What the assistant writes: each turn after its header, up to and including the token that ends it."""
+    """The text that the assistant writes: each turn after its header, up to and including the token that ends it."""
 
     @property
     def marked_text(self) -> FilledPrompt:
@@ -146,7 +146,7 @@ def segments_of(chat: RenderedChat) -> list[tuple[FilledPrompt, bool]]:
 def _start_of_answer(
     earlier: Sequence[Message], text: str, content: int | None, after: int, tokenizer: Any, tools: Any
 ) -> int:
-    """Where an answer to the earlier messages begins in the text of the whole conversation."""
+    """The start of an answer to the earlier messages in the text of the whole conversation."""
     try:
         prompt = _render(earlier, tokenizer, tools, add_generation_prompt=True) if earlier else None
     except ChatError:
@@ -165,7 +165,7 @@ def _start_of_answer(
 def _contents(
     messages: Sequence[Message], text: str, tokenizer: Any, tools: Any, *, add_generation_prompt: bool = False
 ) -> dict[int, tuple[int | None, int]]:
-    """Where the content of each message is in the rendered text, found by rendering the contents between marks.
+    """The place of each message's content in the rendered text, found by rendering the contents between marks.
 
     A content of white space is left out. The beginning is None where the template cuts a content, as it may with
     what the assistant thought before its answer.

@@ -9,7 +9,7 @@ _PROMPT = "\u2045prompt\u2046"
 
 
 def is_chat_template(tokenizer: Any, template: str) -> bool:
-    """Whether a tokenizer's chat template makes of one user's message what `data.template` makes of a prompt."""
+    """True if a tokenizer's chat template renders one user message as `data.template` renders a prompt."""
     if template_names(template) != {"prompt"}:
         return False
     messages = [{"role": "user", "content": _PROMPT}]

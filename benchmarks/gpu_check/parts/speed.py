@@ -31,13 +31,13 @@ class Meter:
     settings: Settings
     """Number of steps that count."""
     seconds: list[float] = field(default_factory=list)
-    """Of each step, the first ones included."""
+    """Seconds of each step, the first ones included."""
     label_tokens: list[int] = field(default_factory=list)
-    """Of each step."""
+    """Label tokens of each step."""
     flops: list[float] = field(default_factory=list)
-    """Of each step."""
+    """FLOPs of each step."""
     losses: list[float] = field(default_factory=list)
-    """Of each step."""
+    """The loss of each step."""
     _start: float = 0.0
 
     def begin(self) -> None:

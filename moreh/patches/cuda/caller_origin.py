@@ -16,7 +16,7 @@ _TORCH = f"{Path(torch.__file__).resolve().parent}/"
 
 
 def caller_is_user_code(frames_up: int) -> bool:
-    """Whether the code that called, `frames_up` frames above the caller of this function, is a user's.
+    """True if the code that called, `frames_up` frames above the caller of this function, is a user's.
 
     User code is what stands neither in the standard library nor in a directory of installed packages. A notebook's
     cells and what is typed at a prompt are user code.
@@ -25,12 +25,12 @@ def caller_is_user_code(frames_up: int) -> bool:
 
 
 def caller_is_torch_or_moreh(frames_up: int) -> bool:
-    """Whether the code that called, `frames_up` frames above the caller of this function, is torch's or moreh's."""
+    """True if the code that called, `frames_up` frames above the caller of this function, is torch's or moreh's."""
     return _is_torch_or_moreh(sys._getframe(frames_up + 1).f_code.co_filename)
 
 
 def caller_asks_for_bfloat16(frames_up: int) -> bool:
-    """Whether the code that called is transformers', which asks only whether a script may ask for bfloat16.
+    """True if the code that called is transformers', which asks only whether a script may ask for bfloat16.
 
     It leads into no CUDA code: `TrainingArguments(bf16=True)` is autocast, on whatever device there is.
     """
@@ -41,7 +41,7 @@ def caller_asks_for_bfloat16(frames_up: int) -> bool:
 
 @cache
 def is_user_file(file_name: str) -> bool:
-    """Whether a file is the user's: see `caller_is_user_code`."""
+    """True if a file is the user's: see `caller_is_user_code`."""
     if file_name.startswith("<frozen"):
         return False
     if file_name.startswith("<"):  # <stdin>, <string>, <ipython-input-...>

@@ -1,4 +1,4 @@
-"""Which values of a `device` argument mean the accelerator."""
+"""The values of a `device` argument that mean the accelerator."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from moreh.errors import AcceleratorError
 
 
 def names_accelerator(device: Any) -> bool:
-    """Whether a device argument means the accelerator: `"cuda"`, `"cuda:0"`, `torch.device("cuda")` or an index.
+    """True if a device argument means the accelerator: `"cuda"`, `"cuda:0"`, `torch.device("cuda")` or an index.
 
     Raises:
         AcceleratorError: it means a second one, such as `"cuda:1"`.
@@ -25,7 +25,7 @@ def names_accelerator(device: Any) -> bool:
 
 
 def is_device_index(value: Any) -> bool:
-    """Whether a value is an index of a device rather than another argument, such as a flag."""
+    """True if a value is an index of a device rather than another argument, such as a flag."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 

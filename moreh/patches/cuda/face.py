@@ -29,13 +29,13 @@ class Audience(Enum):
     NOBODY = "0"
     """Nobody's: the face is not installed."""
     SCRIPTS = ""
-    """Those of scripts; libraries get torch's own answers."""
+    """Scripts; libraries get torch's own answers."""
     EVERYBODY = "1"
-    """Those of everybody but torch and this package."""
+    """All code but torch and this package."""
 
 
 def audience_from_environment() -> Audience:
-    """What MOREH_CUDA_FACE says.
+    """The value of MOREH_CUDA_FACE.
 
     Raises:
         OptionError: its value is neither 0 nor 1.

@@ -96,7 +96,7 @@ def _tensor_methods(device: SimulatedDevice) -> dict[str, Callable[..., Any]]:
         return on_device(result if device.holds(tensor) else _copied(result, tensor))
 
     def leaves_accelerator(tensor: torch.Tensor, target: Any) -> bool:
-        """Whether a move takes a tensor off the device.
+        """True if a move takes a tensor off the device.
 
         A library's device object may not mean that: a tensor on the device says `cpu` too.
         """

@@ -71,7 +71,7 @@ DEVICE_GUARD = Patch(
 
 @dataclass(frozen=True)
 class DeviceProperties:
-    """What `torch.cuda.get_device_properties` returns for the accelerator."""
+    """The accelerator's properties, for `torch.cuda.get_device_properties`."""
 
     name: str
     """The name of the device."""

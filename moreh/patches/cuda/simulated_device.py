@@ -13,12 +13,12 @@ class SimulatedDevice(Protocol):
     """
 
     name: str
-    """What `torch.cuda.get_device_name` says."""
+    """The name that `torch.cuda.get_device_name` returns."""
     capability: tuple[int, int]
-    """What `torch.cuda.get_device_capability` says: major and minor."""
+    """The capability that `torch.cuda.get_device_capability` returns: major and minor."""
 
     def is_in_use(self) -> bool:
-        """Whether the script has put anything on the device."""
+        """True if the script has put anything on the device."""
 
     def capacity_bytes(self) -> int:
         """Memory that this process may use, in bytes."""
@@ -33,10 +33,10 @@ class SimulatedDevice(Protocol):
         """Forget the peak so far."""
 
     def holds(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor was made on the device or moved there. The results of operations are not known to be."""
+        """True if a tensor was made on the device or moved there. The results of operations are not known to be."""
 
     def may_hold(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor is on the device or, as the result of an operation, could be."""
+        """True if a tensor is on the device or, as the result of an operation, could be."""
 
     def add_tensor(self, tensor: torch.Tensor) -> None:
         """Put a tensor on the device, unless it is there."""

@@ -29,7 +29,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class IntervalPrediction:
-    """What a plan is predicted to cost, and how far that may be off."""
+    """The predicted cost of a plan, with intervals."""
 
     cost: Prediction
     """The most probable figures, with calibrated constants where there is a calibration."""
@@ -42,7 +42,7 @@ class IntervalPrediction:
     measured_steps: int
     """Steps that the prediction is calibrated with; 0 for none."""
     text: str
-    """What it rests on, such as "calibrated with 3 steps", and why the interval is as wide as it is."""
+    """The basis of the prediction, such as "calibrated with 3 steps", and the reason for the interval's width."""
 
 
 def predict(

@@ -40,7 +40,7 @@ def log_step_time_slopes(plan: Plan, training: Training, environment: Environmen
 
 
 def used_constant(name: str, plan: Plan, environment: Environment) -> bool:
-    """Whether a constant can matter to a plan at all: most plans leave some out, and each costs a prediction."""
+    """True if a constant can matter to a plan at all: most plans leave some out, and each costs a prediction."""
     if name == "float8":
         return environment.software.compute == "float8"
     if name in ("node", "node_hop_s", "partial_node", "contention"):

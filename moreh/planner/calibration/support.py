@@ -37,7 +37,7 @@ def least_factor(plan: Plan, training: Training, environment: Environment) -> tu
 
 
 def _hardly_measured(plan: Plan, training: Training) -> str:
-    """What is modeled but in none of the published runs; empty if nothing is."""
+    """The mechanisms that are modeled but in none of the published runs; empty if there are none."""
     layers = training.architecture.layers
     found = (
         (any(layer.state_elements for layer in layers), "linear attention"),
@@ -51,5 +51,5 @@ def _hardly_measured(plan: Plan, training: Training) -> str:
 
 
 def has_experts(architecture: Architecture) -> bool:
-    """Whether a layer has linear layers of which each token uses only some."""
+    """True if a layer has linear layers of which each token uses only some."""
     return any(linear.active != linear.copies for layer in architecture.layers for linear in layer.linears)

@@ -146,13 +146,13 @@ class AutocastCopies:
     """Bytes of the copies of weights that autocast makes, [n, pipeline] each."""
 
     forward_end: FloatArray
-    """Of all layers of the rank, at the end of the forward pass."""
+    """Copies of all layers of the rank, at the end of the forward pass."""
     backward_start: FloatArray
-    """Of all layers of the rank, at the beginning of the backward pass."""
+    """Copies of all layers of the rank, at the beginning of the backward pass."""
     layer: FloatArray
-    """Of one layer."""
+    """Copies of one layer."""
     head: FloatArray
-    """Of the output layer, on the rank that has it."""
+    """Copies of the output layer, on the rank that has it."""
 
 
 def autocast_copies(
@@ -175,13 +175,13 @@ class HeldGradients:
     """Gradients of weights at moments of a step, [n, pipeline] each; in bytes, except `head_parameters`."""
 
     before: FloatArray
-    """Before the backward pass."""
+    """Gradients before the backward pass."""
     last_layer: FloatArray
-    """In the backward pass of a stage's last layer."""
+    """Gradients in the backward pass of a stage's last layer."""
     first_layer: FloatArray
-    """In the backward pass of a stage's first layer."""
+    """Gradients in the backward pass of a stage's first layer."""
     embedding: FloatArray
-    """In the backward pass of the embedding."""
+    """Gradients in the backward pass of the embedding."""
     head_parameters: FloatArray
     """Number of the output layer's weights that have a gradient, on the rank that has the output layer."""
 

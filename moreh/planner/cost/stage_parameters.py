@@ -17,7 +17,7 @@ class StageParameters:
     """Numbers of parameters on one device before any data-parallel sharding, [n] each."""
 
     layer: FloatArray
-    """Of a layer: the mean over the model's layers."""
+    """Parameters of a layer: the mean over the model's layers."""
     first: FloatArray
     """Parameters that the first stage adds: the embedding, learned positions and the like."""
     last: FloatArray

@@ -31,7 +31,7 @@ class MeasuredMatmul:
     """A matmul `[rows, inner] x [inner, outer]`."""
 
     compute: str
-    """Its precision: "float32" or "half" (bfloat16, or float16 where there is no bfloat16)."""
+    """The precision: "float32" or "half" (bfloat16, or float16 if there is no bfloat16)."""
     rows: int
     inner: int
     outer: int
@@ -48,7 +48,7 @@ class MeasuredCollective:
     """A collective over all workers."""
 
     operation: str
-    """Its kind: "all-reduce" or "all-gather"."""
+    """The kind: "all-reduce" or "all-gather"."""
     size_bytes: int
     """Bytes of the result."""
     seconds: float
@@ -72,11 +72,11 @@ class LocalProfile:
     """Units that each work on a tile of a matmul: a GPU's multiprocessors; 1 on CPU, whose cores share every matmul."""
     matmuls: tuple[MeasuredMatmul, ...]
     attention_float32_flops_per_second: float
-    """Of fused causal attention, forward, in float32."""
+    """Rate of fused causal attention, forward, in float32."""
     attention_bf16_flops_per_second: float
-    """Of fused causal attention, forward, in half precision."""
+    """Rate of fused causal attention, forward, in half precision."""
     memory_bytes_per_second: float
-    """Of large copies and additions."""
+    """Rate of large copies and additions."""
     forward_operation_s: float
     """Seconds of an operation of a layer on tiny tensors."""
     autograd_operation_s: float

@@ -27,7 +27,7 @@ class FileSum:
     """The size and checksum that a file must have."""
 
     bytes: int
-    """Its size."""
+    """The size of the file."""
     crc32: int
     """The CRC-32 of its content."""
 
@@ -120,7 +120,7 @@ def reason_against(path: Path, expected: FileSum, *, reads: bool = True) -> str 
 
 
 def sum_of_file(path: Path) -> FileSum:
-    """The record of a file as it is now.
+    """The size and checksum of a file as it is now.
 
     Raises:
         OSError: it cannot be read.
@@ -162,5 +162,5 @@ class ChecksumFile(io.BufferedWriter):
 
     @property
     def sum(self) -> FileSum:
-        """The record of the file, once it is closed."""
+        """The size and checksum of the file, once it is closed."""
         return FileSum(self._bytes, self._checksum)

@@ -37,7 +37,7 @@ class OlderPipelineStage(PipelineStage):
         """Shapes may differ from those of the first step."""
 
     def clear_runtime_states(self) -> None:
-        """Called by the schedules before each step. There are no buffers whose gradients torch could drop."""
+        """Do nothing before a step: there are no buffers whose gradients the schedules could drop."""
         infos, self.args_recv_info = self.args_recv_info, {}
         try:
             super().clear_runtime_states()

@@ -143,7 +143,7 @@ class GlobalTensor(WholeTensor):
 
     @data.setter
     def data(self, value: torch.Tensor) -> None:
-        """As in torch, the tensor has the memory of `value` from now on. Of an ordinary one, it copies its part.
+        """Give the tensor the memory of `value`, as in torch; of an ordinary tensor, copy this rank's part.
 
         Raises:
             OptionError: `value` has another shape or dtype.

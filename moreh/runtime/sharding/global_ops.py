@@ -179,7 +179,7 @@ def _over_ranks(value: torch.Tensor, mesh: Mesh) -> list[torch.Tensor]:
 
 
 def _of_all_ranks(value: torch.Tensor, mesh: Mesh) -> list[torch.Tensor]:
-    """As `_over_ranks`. NaN stays NaN, which a maximum of gloo's would lose."""
+    """As `_over_ranks`, without a span. A NaN stays NaN."""
     ranks = math.prod(mesh.size(dimension) for dimension in ("pipeline", "data", "tensor"))
     values = torch.zeros(ranks, *value.shape, dtype=value.dtype, device=mesh.device)
     values[global_rank_of(mesh)] = value

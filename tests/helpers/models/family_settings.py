@@ -1,4 +1,4 @@
-"""What the tests of each family need: one entry for each family of the registry.
+"""Settings of the tests of each family: one entry for each family of the registry.
 
 A test fails for a family without an entry (tests/models/test_families.py).
 """
@@ -21,12 +21,12 @@ class FamilyCases:
     """The configurations that a family is tested with."""
 
     training: Changes = field(default_factory=dict)
-    """What a tiny model needs to be trained with two tensor-parallel ranks, and packed."""
+    """Settings of a tiny model for training with two tensor-parallel ranks, and for packing."""
     tensor_parallel: tuple[Changes, ...] = (HEADS,)
-    """What is compared with two and with four tensor-parallel ranks, one for each way in which the family computes;
-    none where tensor parallelism is refused."""
+    """Configurations to compare with two and with four tensor-parallel ranks, one for each way in which the family
+    computes; none if tensor parallelism is refused."""
     architecture: tuple[Changes, ...] = ()
-    """What the architecture from the configuration is compared with; none where transformers builds the model."""
+    """The model to compare the configuration's architecture with; None if transformers builds the model."""
 
 
 FAMILY_CASES = {

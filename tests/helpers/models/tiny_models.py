@@ -30,7 +30,7 @@ def name_case(case):
 
 
 def names_of_keys(family):
-    """What transformers calls keys of a family's record, {key: name}; None for a key that the family does not have."""
+    """transformers' names for the keys of a family's record, {key: name}; None for a key that the family lacks."""
     keys = FAMILIES[family].config_keys if family in FAMILIES else None
     if keys is None:
         return {}

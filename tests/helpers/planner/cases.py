@@ -1,4 +1,4 @@
-"""What the tests of the planner share: models, and random trainings on random devices."""
+"""Cases of the tests of the planner: models, and random trainings on random devices."""
 
 from dataclasses import replace
 

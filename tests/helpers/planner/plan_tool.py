@@ -1,4 +1,4 @@
-"""What the tests of moreh-plan share: a small model, a training step, running the tool, and reading its tables."""
+"""Helpers of the tests of moreh-plan: a small model, a training step, running the tool, and reading its tables."""
 
 import json
 import sys
@@ -69,7 +69,7 @@ def table_rows(text):
 
 
 def sentences_below_table(text):
-    """What is printed below a table, a string for each line."""
+    """The text below a table, a string for each line."""
     return text.split("+\n")[-1].splitlines()
 
 
@@ -79,6 +79,6 @@ def plan_of(content):
 
 
 def search_result(model, flavor, count=10):
-    """What the search finds for a model's STEP on an accelerator."""
+    """The result of the search for a model's STEP on an accelerator."""
     training = Training(describe(model), 48, 128)
     return search(training, make_environment(cluster_for_flavor(find_flavor(flavor))), count=count)

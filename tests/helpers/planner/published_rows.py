@@ -1,4 +1,4 @@
-"""What the tests of published runs share: the scripts of benchmarks/, the file of runs, and a row to change."""
+"""Fixtures of the tests of published runs: the scripts of benchmarks/, the file of runs, and a row to change."""
 
 import csv
 import sys

@@ -1,4 +1,4 @@
-"""What the tests of pipeline schedules share: schedules that torch runs, and stages with times."""
+"""Cases of the tests of pipeline schedules: schedules that torch runs, and stages with times."""
 
 from collections.abc import Iterator
 from typing import Any

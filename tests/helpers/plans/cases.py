@@ -1,4 +1,4 @@
-"""What plans are verified on: tiny models, the batches of a short training, and every plan that the planner has."""
+"""The cases of plan tests: tiny models, the batches of a short training, and every plan that the planner has."""
 
 import functools
 from itertools import combinations
@@ -63,7 +63,7 @@ CONSTRAINTS = {"deep-gpt2": Constraints(pipeline=8)}
 
 
 def training_of(family):
-    """What the planner is told of the training."""
+    """The planner's description of the training."""
     return Training(architecture_from_config(MODELS[family], family), BATCH, LENGTH)
 
 
@@ -147,7 +147,7 @@ def batch(index):
 
 
 def can_be_packed(index):
-    """Whether nothing is masked before the labels of a batch. A packed row is longer than any other."""
+    """True if nothing is masked before the labels of a batch. A packed row is longer than any other."""
     inputs = batch(index)
     has_label = inputs["labels"] != -100
     is_useful = has_label.flip(1).cumsum(1).flip(1) > 0

@@ -27,7 +27,7 @@ TIMEOUT_S, START_TIMEOUT_S = 300, 600
 
 @dataclass(frozen=True)
 class Shard:
-    """What a rank holds of a parameter."""
+    """A rank's part of a parameter."""
 
     boxes: list
     """The boxes of the whole tensor that the rank holds, `[box, dimension, 2]`."""
@@ -43,7 +43,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class RankResult:
-    """What a rank has seen and computed."""
+    """The results of a rank."""
 
     curves: Curves
     shards: dict[str, Shard]
@@ -118,7 +118,7 @@ class Differences:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What came out for a plan."""
+    """The result of a plan."""
 
     family: str
     plan: Plan
@@ -156,7 +156,7 @@ def verify(family, plan, fault=None, steps=STEPS, timeout=TIMEOUT_S, loss="built
 
 
 def not_held_as_planned(ranks, weights, plan):
-    """What the ranks have held otherwise than the plan says: an unsharded model would be right, too."""
+    """The parts that ranks hold otherwise than the plan says: an unsharded model would give the right results, too."""
     problems = []
     copies = plan.data if plan.sharding == "none" else 1
     for name, weight in weights.items():
@@ -168,7 +168,7 @@ def not_held_as_planned(ranks, weights, plan):
 
 
 def not_called_as_planned(ranks, plan, steps):
-    """What the ranks have computed otherwise than the plan says."""
+    """The computations of ranks that differ from the plan."""
     problems = []
     batches = range(sum(CALLS[:steps]))
     repeats = 1 if plan.recomputation == "none" else 2

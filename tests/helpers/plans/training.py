@@ -23,7 +23,7 @@ EVALUATED_STEP = 0
 
 @dataclass
 class Curves:
-    """What a script sees of its training."""
+    """The curves that a script sees of its training."""
 
     losses: list[float] = field(default_factory=list)
     """Of each step."""
@@ -116,7 +116,7 @@ def new_model(family):
 
 @dataclass(frozen=True)
 class Reference:
-    """What a single process computes."""
+    """The curves of a single process."""
 
     curves: Curves
     gradients: dict[str, np.ndarray]

@@ -70,7 +70,7 @@ class DisturbedRun:
             )
 
     def console(self) -> str:
-        """What the processes have written until now."""
+        """The output of the processes until now."""
         path = self.directory / "console.log"
         return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
 
@@ -90,7 +90,7 @@ class DisturbedRun:
         return {path.name: path.read_bytes() for path in sorted((self.run / "model").glob("*.safetensors"))}
 
     def differences(self, expected: "DisturbedRun") -> list[str]:
-        """What is not as in an undisturbed run; nothing if all is equal."""
+        """The differences from an undisturbed run; empty if there are none."""
         problems = [
             f"{actual} instead of {wanted}"
             for actual, wanted in zip(self.metrics(), expected.metrics(), strict=False)

@@ -90,7 +90,7 @@ class _Script:
         self.pid = self.process.pid
 
     def output(self):
-        """What the script has written to standard output until now."""
+        """The script's standard output until now."""
         number = self.files[1].fileno()
         return os.pread(number, os.fstat(number).st_size, 0).decode()
 

@@ -1,4 +1,4 @@
-"""What a script does with a sharded model beside training it, in the tests: it draws, moves the model and casts it."""
+"""Uses of a sharded model beside its training: a script draws random numbers, moves the model and casts it."""
 
 import random
 
@@ -11,7 +11,7 @@ from tests.helpers.sharded.loop import train
 
 
 def drawn_after_training(family, plan, **settings):
-    """What the script's generators give after a training and an evaluation: of a whole and of a sharded model."""
+    """Random numbers of the script after a training and an evaluation: with a whole and with a sharded model."""
     whole, sharded, _ = sharded_copy(family, plan, **settings)
     draws = []
     for model in (whole, sharded):
@@ -27,7 +27,7 @@ def drawn_after_training(family, plan, **settings):
 
 
 def moves(plan):
-    """What is said to moves and casts of a sharded model, and whether it has kept its tensors and can be trained."""
+    """The errors for moves and casts of a sharded model, and whether it has kept its tensors and can be trained."""
     _, model, runner = sharded_copy("llama", plan)
     train(model, steps=1)
     before = [id(tensor) for tensor in runner.model.user_params.values()]

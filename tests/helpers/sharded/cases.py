@@ -1,4 +1,4 @@
-"""What each rank does in the tests of sharded models: the same with a whole and a sharded model, to compare them."""
+"""The work of each rank in the tests of sharded models: the same with a whole and a sharded model, to compare them."""
 
 import copy
 import functools
@@ -89,7 +89,7 @@ def sharded_copy(family, plan, **settings):
 
 
 def sharding_error(family, plan, **settings):
-    """What is said to a plan that a model cannot be sharded by."""
+    """The error for a plan that cannot shard a model."""
     return error_of(lambda: sharded_copy(family, plan, **settings))
 
 
@@ -103,7 +103,7 @@ def error_of(function):
 
 
 def errors_of_other_computations(plan):
-    """What is said to models that compute more than their layers and the usual loss."""
+    """The errors for models that compute more than their layers and the usual loss."""
     from peft import PromptTuningConfig, get_peft_model
     from transformers import LlamaForCausalLM
 
@@ -194,7 +194,7 @@ def _without_padding(tensor, mask):
 
 
 def refusals(plan):
-    """What a sharded model says to calls that it cannot answer."""
+    """The errors of a sharded model for calls that it cannot answer."""
     _, model, _ = sharded_copy("gpt2", plan)
     ids, mask, labels = batch(0, model.config.vocab_size)
     rank = dist.get_rank()
@@ -262,7 +262,7 @@ def dropout_loss(plan):
 
 
 def received_at_once(family, plan, frees_buffers):
-    """What this rank of a pipeline receives in two batches of different lengths, hidden states and gradients.
+    """The hidden states and gradients that this pipeline rank receives in two batches of different lengths.
 
     Returns how many, how many of them exist at once, and the lengths. No buffer is freed if `frees_buffers` is false.
     """

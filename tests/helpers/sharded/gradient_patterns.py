@@ -1,4 +1,4 @@
-"""What scripts do with gradients, hooks and optimizers, as in `parameter_patterns.py`."""
+"""Uses of gradients, hooks and optimizers, as in `parameter_patterns.py`."""
 
 import copy
 import io

@@ -1,4 +1,4 @@
-"""What a script changes in a model: modules of its own before it is sharded, and what is refused afterwards."""
+"""A script's changes of a model: its own modules before the sharding, and the changes refused afterwards."""
 
 import copy
 import io
@@ -44,7 +44,7 @@ def difference_with_own_module(plan):
 
 
 def errors_of_changes(plan):
-    """What is said to scripts that copy a sharded model or change what it consists of."""
+    """The errors for scripts that copy a sharded model or change its modules."""
     install_sharding_support()
     ids, _, labels = batch(0, make_model("llama").config.vocab_size)
 

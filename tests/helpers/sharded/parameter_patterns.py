@@ -1,4 +1,4 @@
-"""What scripts do with parameters and their gradients: each the same on a whole model and on a sharded one.
+"""Uses of parameters and their gradients: each gives the same on a whole model and on a sharded one.
 
 Each pattern trains a model a little and returns what a script would see: numbers and whole tensors.
 """

@@ -1,4 +1,4 @@
-"""What each rank does in the tests of resuming: train, save, load under another plan, and train on."""
+"""The work of each rank in the tests of resuming: train, save, load under another plan, and train on."""
 
 import torch
 
@@ -37,7 +37,7 @@ def resume_and_train(family, plan, directory, settings=None):
 
 
 def interrupted_is_identical(plan, directory):
-    """Whether a training that was saved and loaded into a new model ends with the bits of one that went through."""
+    """True if a training that was saved and loaded into a new model ends with the bits of one that went through."""
     weights = []
     for interrupted in (False, True):
         _, model, runner = sharded_copy("llama", plan, attention_dropout=0.2)

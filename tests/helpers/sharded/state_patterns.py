@@ -1,4 +1,4 @@
-"""What scripts do with the state dict of a model, as in `parameter_patterns.py`."""
+"""Uses of the state dict of a model, as in `parameter_patterns.py`."""
 
 import copy
 import io

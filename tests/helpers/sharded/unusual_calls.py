@@ -19,7 +19,7 @@ from tests.helpers.sharded.cases import error_of, sharded_copy, weight_differenc
 
 
 def errors_of_calls(plan):
-    """What a whole model says to wrong ids, what a sharded one says to them and others, and losses in between."""
+    """The errors of a whole and of a sharded model for wrong ids and other calls, and losses in between."""
     whole, sharded, _ = sharded_copy("llama", plan)
     ids, _, labels = batch(0, whole.config.vocab_size)
     beyond, negative = ids.clone(), ids.clone()
@@ -50,7 +50,7 @@ def errors_of_calls(plan):
 
 
 def errors_of_earlier_graphs(plan):
-    """What is said to backward passes through graphs from before a model was sharded, and the gradients after them."""
+    """The errors of backward passes through graphs from before the sharding, and the gradients after them."""
     install_sharding_support()
     model = make_model("llama")
     ids, _, labels = batch(0, model.config.vocab_size)

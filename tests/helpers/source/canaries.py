@@ -90,7 +90,7 @@ def _of_class(value: type) -> Fingerprint:
 
 
 def _of_builtin(name: str, value: Any) -> Fingerprint:
-    """What is known of a function in C: its documentation, and the schemas of the operator with its name."""
+    """A record of a function in C: its documentation, and the schemas of the operator with its name."""
     import torch
 
     operator = f"aten::{name.rpartition('.')[2]}"

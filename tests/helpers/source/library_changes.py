@@ -63,7 +63,7 @@ def _changed_by_assignment(source: Source, target: ast.expr) -> str | None:
 
 
 def _is_type_of(node: ast.expr) -> bool:
-    """Whether an expression is `type(x)` or `x.__class__`."""
+    """True if an expression is `type(x)` or `x.__class__`."""
     if isinstance(node, ast.Attribute):
         return node.attr == "__class__"
     return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "type"

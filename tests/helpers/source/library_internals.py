@@ -1,4 +1,4 @@
-"""What the package uses of libraries beyond their public interface, without replacing it, and what it relies on there.
+"""The internals of libraries that the package uses without replacing them, and what it relies on there.
 
 Each name has a canary (`tests/patches/test_canaries.py`). A test finds private names in the source that are missing
 here. `module.Class:attribute` is an attribute that the class gives to its instances.

@@ -71,12 +71,12 @@ def _is_private(name: str) -> bool:
 
 
 def _is_super(node: ast.expr) -> bool:
-    """Whether an expression is `super()`: a private method that is called there is a library's."""
+    """True if an expression is `super()`: a private method that is called there is a library's."""
     return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "super"
 
 
 def is_covered(name: str, listed: Iterable[str]) -> bool:
-    """Whether a private name, or a part that contains it, is among the listed ones.
+    """True if a private name, or a part that contains it, is among the listed ones.
 
     A class may be imported from more than one module, so its name and what follows are enough.
     """

@@ -69,7 +69,7 @@ def _changed_by_call(source: Source, call: ast.Call) -> str | None:
 
 
 def _is_logger_of_library(source: Source, node: ast.expr) -> bool:
-    """Whether an expression is `logging.getLogger("...")` with a name that is not this project's."""
+    """True if an expression is `logging.getLogger("...")` with a name that is not this project's."""
     if not isinstance(node, ast.Call) or source.dotted(node.func) != "logging.getLogger" or not node.args:
         return False
     name = node.args[0]
@@ -77,7 +77,7 @@ def _is_logger_of_library(source: Source, node: ast.expr) -> bool:
 
 
 def _within_catch_warnings(source: Source, node: ast.AST) -> bool:
-    """Whether `with warnings.catch_warnings():` takes a change back."""
+    """True if `with warnings.catch_warnings():` takes a change back."""
     contexts = (
         source.dotted(item.context_expr.func)
         for parent in source.enclosing(node)

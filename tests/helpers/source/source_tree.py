@@ -65,7 +65,7 @@ class Source:
                 next(self._visible(node))[alias.asname or alias.name] = f"{node.module}.{alias.name}"
 
     def _add_aliases(self, node: ast.AST) -> None:
-        """What `name = torch.nn.Module`, `for name in (torch, torch.fft)` and `function(torch.nn.Module)` name."""
+        """Add the aliases of `name = torch.nn.Module`, `for name in (torch, torch.fft)` and `function(torch.nn.Module)`."""
         if isinstance(node, ast.Assign) and len(node.targets) == 1:
             self._add_alias(node, node.targets[0], node.value)
         elif isinstance(node, ast.AnnAssign) and node.value is not None:
@@ -98,7 +98,7 @@ def sources(*directories: str) -> tuple[Source, ...]:
 
 
 def assigned(node: ast.AST) -> Iterator[ast.expr]:
-    """What a statement assigns to or deletes."""
+    """The targets that a statement assigns to or deletes."""
     if isinstance(node, ast.Assign | ast.Delete):
         targets = list(node.targets)
     elif isinstance(node, ast.AnnAssign | ast.AugAssign | ast.For):

@@ -48,10 +48,10 @@ class LogitsPasses:
     sequence_multiple: int
     """The number that padded row lengths are a multiple of."""
     forward: Callable[..., tuple[list[torch.Tensor], int | None]]
-    """Called with micro-batches, and `with_seeds` if a second pass may follow. Returns their logits, on the last stage,
-    and the seed of the random numbers."""
+    """Computes the logits (on the last stage) and the seed of the random numbers, given micro-batches, and `with_seeds`
+    if a second pass may follow."""
     second_pass: Callable[[list[ModelInputs], int, list[torch.Tensor]], dict[str, torch.Tensor]]
-    """Called with micro-batches, the seed and the gradients of their logits. Returns gradients by parameter name."""
+    """Computes gradients by parameter name, given micro-batches, the seed and the gradients of their logits."""
 
 
 class MicroBatchSeeds:

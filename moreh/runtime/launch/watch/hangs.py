@@ -58,7 +58,7 @@ class Standing:
 
 @dataclass(frozen=True)
 class Hang:
-    """All workers were silent for too long."""
+    """A silence of all workers that lasted too long."""
 
     seconds: float
     """Seconds of silence."""
