@@ -11,10 +11,10 @@ import torch
 
 from utils.config.schema import TrainSection
 
-# The share of the steps in which the schedule wsd falls where `train.decay_steps` does not say.
-_DECAYING = 0.2
-# The height between `min_lr_ratio` (0) and the top (1), by the progress of the fall (0 to 1).
-_HEIGHTS: dict[str, Callable[[float], float]] = {
+# The share of the steps that the decay of the schedule wsd takes, if `train.decay_steps` is not given.
+_DEFAULT_DECAY_SHARE = 0.2
+# The learning rate between `min_lr_ratio` (0) and `train.lr` (1), by the progress of the decay (0 to 1).
+_DECAY_SHAPES: dict[str, Callable[[float], float]] = {
     "linear": lambda progress: 1 - progress,
     "cosine": lambda progress: (1 + math.cos(math.pi * progress)) / 2,
     "1-sqrt": lambda progress: 1 - math.sqrt(progress),
@@ -24,8 +24,8 @@ _HEIGHTS: dict[str, Callable[[float], float]] = {
 def lr_factor(step: int, total_steps: int, train: TrainSection) -> float:
     """The learning rate of a step, counted from 1, as a fraction of `train.lr`.
 
-    The warm-up rises in equal parts: with 4 warm-up steps the factors are 1/4, 2/4, 3/4, 1. After it the factor falls
-    to `min_lr_ratio` in the last step.
+    The warm-up is linear: with 4 warm-up steps the factors are 1/4, 2/4, 3/4, 1. Then the factor decays to
+    `min_lr_ratio` in the last step.
     """
     if step < train.warmup_steps:
         return step / train.warmup_steps
@@ -36,12 +36,12 @@ def lr_factor(step: int, total_steps: int, train: TrainSection) -> float:
     if train.schedule == "wsd":
         shape, first = train.decay_shape, max(first, total_steps - decay_steps(total_steps, train))
     progress = min(max(step - first, 0) / max(total_steps - first, 1), 1.0)
-    return train.min_lr_ratio + (1 - train.min_lr_ratio) * _HEIGHTS[shape](progress)
+    return train.min_lr_ratio + (1 - train.min_lr_ratio) * _DECAY_SHAPES[shape](progress)
 
 
 def decay_steps(total_steps: int, train: TrainSection) -> int:
-    """The steps over which the schedule wsd falls."""
-    return max(round(total_steps * _DECAYING), 1) if train.decay_steps is None else train.decay_steps
+    """Number of steps of the decay of the schedule wsd."""
+    return max(round(total_steps * _DEFAULT_DECAY_SHARE), 1) if train.decay_steps is None else train.decay_steps
 
 
 def make_scheduler(

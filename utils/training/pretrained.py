@@ -16,7 +16,7 @@ from utils.errors import UserError, in_one_line
 from utils.text.tokenizers import load_tokenizer
 from utils.training.lora import base_of_adapter, is_adapter, with_adapter
 
-# Sizes by the names that transformers gives them in every family. A model of 0 layers is one that learns nothing.
+# transformers' names of the sizes of a model, the same in every family.
 _SIZES = (
     "num_hidden_layers",
     "hidden_size",
@@ -27,18 +27,16 @@ _SIZES = (
     "vocab_size",
     "max_position_embeddings",
 )
-# So many values, half a GiB, fit any memory, and transformers then says which tensors are of another model.
-_MANY_VALUES = 2**27
-# Tensors in files of older versions of transformers that no model reads: they are computed from its configuration.
-_COMPUTED = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias", "attention.bias", "attention.masked_bias")
+# A model of at most this number of parameters (half a GiB) fits any memory: transformers names the wrong tensors.
+_ALWAYS_LOADED = 2**27
+# Tensors in files of older versions of transformers that no model reads: it computes them from its configuration.
+_UNREAD = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias", "attention.bias", "attention.masked_bias")
 
 
 def load_pretrained(name: str, label: str, dtype: str = "auto") -> Any:
-    """A causal language model from a directory or the hub, with its adapter if that is what the directory holds.
+    """A causal language model from a directory or the hub; for the directory of an adapter, its base model with it.
 
-    An error begins with `label`.
-
-    Code that comes with a model is not run.
+    An error begins with `label`. Code that comes with a model is not run.
 
     Raises:
         UserError: the model cannot be loaded, or only in part. transformers would draw missing weights at random, and
@@ -47,13 +45,13 @@ def load_pretrained(name: str, label: str, dtype: str = "auto") -> Any:
     name = expand_home(name)
     if is_adapter(name):
         base = load_pretrained(base_of_adapter(name, label), f"{label}: the base model of {name}", dtype)
-        # Of the base model, the adapter has no generation settings of its own.
+        # An adapter has no generation settings of its own, so those of the base model are changed.
         end_at_trained_token(base, load_tokenizer(name), info=lambda line: None)
         return with_adapter(base, name, label)
     if (reason := _reason_for_no_model(name)) is not None:
         raise UserError(f"{label}: {reason}")
     try:
-        _check_amount(name, label)
+        _check_parameter_count(name, label)
         with _without_load_report():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 name, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False
@@ -77,7 +75,7 @@ def load_pretrained(name: str, label: str, dtype: str = "auto") -> Any:
     problems += [
         f"{key} is in its files, and not in a model of its configuration"
         for key in sorted(report["unexpected_keys"])
-        if not key.endswith(_COMPUTED)
+        if not key.endswith(_UNREAD)
     ]
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
@@ -119,8 +117,8 @@ def _reason_for_no_model(name: str) -> str | None:
     return None
 
 
-def _check_amount(name: str, label: str) -> None:
-    """Refuse a configuration of a far larger model than the files hold, before its missing weights fill the memory."""
+def _check_parameter_count(name: str, label: str) -> None:
+    """Refuse a configuration of a much larger model than the files hold: its missing weights would fill the memory."""
     stored = _stored_values(Path(name))
     if stored is None:
         return
@@ -129,7 +127,7 @@ def _check_amount(name: str, label: str) -> None:
         return
     with torch.device("meta"):
         values = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(model_config).parameters())
-    if values > max(2 * stored, _MANY_VALUES):
+    if values > max(2 * stored, _ALWAYS_LOADED):
         raise UserError(
             f"{label}: {name!r} cannot be loaded, because its config.json is of another model than its weights: it is "
             f"of {values:,} parameters, and its files hold {stored:,}"
@@ -137,7 +135,7 @@ def _check_amount(name: str, label: str) -> None:
 
 
 def _stored_values(directory: Path) -> int | None:
-    """The numbers in the safetensors files of a directory; None where there are none."""
+    """Number of values in the safetensors files of a directory; None without such files."""
     from safetensors import safe_open
 
     count = None

@@ -65,7 +65,7 @@ class Source:
                 next(self._visible(node))[alias.asname or alias.name] = f"{node.module}.{alias.name}"
 
     def _add_aliases(self, node: ast.AST) -> None:
-        """Add the aliases of `name = torch.nn.Module`, `for name in (torch, torch.fft)` and `function(torch.nn.Module)`."""
+        """Add aliases: `name = torch.nn.Module`, `for name in (torch, torch.fft)`, `function(torch.nn.Module)`."""
         if isinstance(node, ast.Assign) and len(node.targets) == 1:
             self._add_alias(node, node.targets[0], node.value)
         elif isinstance(node, ast.AnnAssign) and node.value is not None:

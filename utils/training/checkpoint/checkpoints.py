@@ -33,12 +33,12 @@ from utils.training.evaluation import Evaluation
 from utils.training.lr_schedule import restore_scheduler
 from utils.workers import max_over_ranks, rank
 
-# What a rank asks for after a step: nothing, a checkpoint because of the time, or the end of the run, because of a time
-# limit or, with the signal's number added, a signal.
+# The request of a rank after a step: nothing, a checkpoint because of the time, or the end of the run. The cause of the
+# end is a time limit or, if the number of a signal is added, a signal.
 _NOTHING, _SAVE, _STOP = 0, 1, 2
 # Settings of the optimizer's groups that come from the settings of the run, which have been compared.
 _OF_SETTINGS = ("lr", "initial_lr", "weight_decay")
-# After a checkpoint that could not be saved, another one is tried after so long, if none is due before.
+# A checkpoint that could not be saved is tried again after this time, if none is due before.
 _RETRY_MINUTES = 5
 
 
@@ -65,7 +65,7 @@ class Checkpoints:
     def start_or_resume(self, model: Any, optimizer: Any, scheduler: Any, total_steps: int) -> int:
         """Evaluate the model and start the run, or read the checkpoint to resume; returns the number of steps done.
 
-        The checkpoint may be from another number of workers. Where all steps are done, the model is evaluated.
+        The checkpoint may be from another number of workers. If all steps are done, the model is evaluated.
 
         Raises:
             CheckpointError: the checkpoint is damaged, or of another model or optimizer.
@@ -88,7 +88,7 @@ class Checkpoints:
             step = self._resume(model, optimizer, scheduler)
         request = self._request()
         if request == _STOP and step < total_steps:
-            raise UserError(  # an exit code that asks for another start would do so for ever
+            raise UserError(  # not Stopped, whose exit code asks for a restart: it would be restarted for ever
                 f"{'the time limit' if self._limit is None else self._limit.name} is nearer than the grace period of "
                 f"{self._grace.seconds:.0f} s, so no step can be trained: raise it, or lower stop.grace_seconds"
             )
@@ -100,7 +100,7 @@ class Checkpoints:
         return step
 
     def _resume(self, model: Any, optimizer: Any, scheduler: Any) -> int:
-        """Go on from the newest checkpoint that is whole; returns its step."""
+        """Resume from the newest intact checkpoint; returns its step."""
         damaged = []
         for checkpoint in self._to_resume:
             try:
@@ -142,9 +142,9 @@ class Checkpoints:
         return step
 
     def _begin_branch(self, checkpoint: Path, damaged: list[Path]) -> list[str]:
-        """Set aside what is not of the line of training that goes on from a checkpoint, and remove what is too old.
+        """Rename the checkpoints that do not lead to the resumed one, and remove old ones; returns log lines.
 
-        Returns lines about it. The latest one is set aside last: a process that is killed here has not gone back.
+        The newest one is renamed last: if the process is killed before, the next run resumes from it.
         """
         lines = []
         is_own = checkpoint.resolve().parent == self._directory.resolve()
@@ -169,7 +169,7 @@ class Checkpoints:
         return max_over_ranks(_SAVE if is_due else _NOTHING)
 
     def maybe_save(self, step: int, model: Any, optimizer: Any, scheduler: Any) -> None:
-        """Start to write the state after a step if the settings ask for it. Training continues meanwhile.
+        """Start to write a checkpoint if one is due after a step. Training continues meanwhile.
 
         Raises:
             Stopped: a signal has asked a worker to stop, or the time limit is near, and the state is saved.
@@ -208,12 +208,12 @@ class Checkpoints:
         return self._last_saved
 
     def _load(self, model: Any, optimizer: Any, checkpoint: Path, about: dict[str, Any]) -> Any:
-        """Read a checkpoint whose files were checked; frozen weights are not in it if its manifest says so."""
+        """Load a checkpoint whose files were checked. Frozen weights are missing in it if its manifest says so."""
         without = self._frozen if about["script"].get("without_frozen") else ()
         return load_training(model, [optimizer], checkpoint, keep=_OF_SETTINGS, without=without, is_checked=True)
 
     def _save(self, step: int, model: Any, optimizer: Any, scheduler: Any) -> bool:
-        """Start to write the state after a step. Returns False if the disk has no room for it."""
+        """Start to write a checkpoint; returns False if the disk has no room for it."""
         evaluation = self._evaluation
         path = self._directory / f"step-{step}"
         self._last_save = time.monotonic()
@@ -238,9 +238,9 @@ class Checkpoints:
         return True
 
     def flush(self) -> bool:
-        """Wait until the checkpoint that is being written is complete. Then remove all but the last ones.
+        """Wait until the checkpoint in progress is complete, then remove old ones; returns False if it failed.
 
-        A checkpoint that cannot be written is reported, and training continues. Returns whether the last one could.
+        A failure is logged, and training continues.
         """
         if self._saving is None:
             return True
