@@ -131,7 +131,7 @@ def _as_chat(question: str, arguments: argparse.Namespace) -> list[dict[str, Any
 
 
 def _as_trained(question: str, template: PromptTemplate | None, arguments: argparse.Namespace) -> str:
-    """The question in the template that the model was trained with, unless it is in it already or stands for itself."""
+    """The question in the template of the model's training, unless it already is, or the model has no template."""
     fields = dict(arguments.field)
     if template is None:
         if fields:

@@ -1,4 +1,4 @@
-"""Measure what the one line gives on one machine: the same training without it, with it, and on two workers.
+"""Measure the speedup of the one line on one machine: a training without it, with it, and on two workers.
 
 python benchmarks/one_line.py [--rounds 3] [--steps 60]
 

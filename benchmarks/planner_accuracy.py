@@ -183,7 +183,7 @@ def main(arguments: Sequence[str]) -> int:
 
 if __name__ == "__main__":
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a row's names may hold what the terminal cannot show
+        sys.stdout.reconfigure(errors="backslashreplace")  # for names that the terminal cannot show
     try:
         sys.exit(main(sys.argv[1:]))
     except OSError as error:  # a file that cannot be read or written, or a reader that has seen enough

@@ -18,7 +18,7 @@ MAX_COUNT_OF_COLUMN = {"layers": 10_000}
 
 
 class Unusable(Exception):
-    """A row lacks what a prediction needs, or describes what is not modeled."""
+    """A row lacks an input of the prediction, or has a mechanism that is not modeled."""
 
 
 def cell(row: RunRow, column: str) -> str:
@@ -88,7 +88,7 @@ _PROGRAMS = (
 
 
 def program_of(row: RunRow) -> str:
-    """The program of a row, whatever its version: what is left out as a whole to test on a program that is new."""
+    """The program of a row, without its version: the unit that is left out of the fit to test on a new program."""
     framework = cell(row, "framework")
     for pattern, name in _PROGRAMS:
         if re.search(pattern, framework.lower()):

@@ -1,4 +1,4 @@
-"""Published measurements of training runs, read as what the planner works on: a model, a plan, a cluster, a program.
+"""Published measurements of training runs as the planner's inputs: a model, a plan, a cluster, a program.
 
 The format is that of data/published_runs.csv, a row for each measurement. What only the program's documentation says
 (which kernels, what is kept in memory) is in published_programs.py. A row that leaves open what is needed for a
@@ -39,11 +39,11 @@ class PublishedRun:
 
     id: str
     digest: str
-    """Identifies what the row says, whatever its id."""
+    """A hash of the row without its id."""
     group: str
     """The publication or the system."""
     program: str
-    """The program, whatever its version."""
+    """The program, without its version."""
     sweep: str
     """The fields that identify runs which differ only in the plan."""
     training: Training
@@ -73,7 +73,7 @@ def read_rows(path: Path) -> list[RunRow]:
 
 
 def row_digest(row: RunRow) -> str:
-    """Twelve hexadecimal digits for what a row says, without its id: another file may give the id to another row."""
+    """Twelve hexadecimal digits of a hash of a row without its id: another file may give the id to another row."""
     cells = sorted((column, cell(row, column)) for column in row if column != "id" and cell(row, column))
     return hashlib.sha256(json.dumps(cells).encode()).hexdigest()[:12]
 

@@ -40,18 +40,18 @@ def replacing_file(path: Path, *, durable: bool, mode: int = 0o666) -> Iterator[
 
 
 def remove_temporaries(path: Path) -> None:
-    """Remove what processes that were killed in `replacing_file(path)` have left; call it while none is in there."""
+    """Remove the files of processes that were killed in `replacing_file(path)`; call it while no process is in it."""
     for leftover in path.parent.glob(f"{glob.escape(path.name)}.*{_TEMPORARY}"):
         leftover.unlink(missing_ok=True)
 
 
 def staging_path(target: Path) -> Path:
-    """The directory in which what will be `target` is written, if one process at a time writes it."""
+    """The directory that is renamed to `target` when it is complete, if one process at a time writes it."""
     return target.parent / f".{target.name}-unfinished"
 
 
 def make_staging_directory(target: Path, *, inside: bool = False, shared: bool = False) -> Path:
-    """Make an empty directory on the target's file system, for what will be `target`, and the directories above it.
+    """Make an empty directory on the target's file system, to be renamed to `target`, and the directories above it.
 
     It is `staging_path(target)`, emptied of what an interrupted process left. The caller removes it after an error.
 

@@ -19,7 +19,7 @@ class LevelInBrackets(logging.Formatter):
 
 
 class StandardOutputHandler(logging.StreamHandler[TextIO]):
-    """Writes to what `sys.stdout` is at the moment of writing, so that later redirections are followed."""
+    """Writes to the current `sys.stdout`, so that later redirections are followed."""
 
     @property
     def stream(self) -> TextIO:  # noqa: D102

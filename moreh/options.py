@@ -15,7 +15,7 @@ from moreh.errors import OptionError
 Auto = Literal["auto"]
 # The maximum number of workers on one machine. Each worker is a process that imports torch.
 MAX_WORKERS = 256
-# How much of a device's memory a plan may use; the platform's default. The rest is for what no plan counts and for
+# The share of a device's memory that a plan may use: the platform's default. The rest is for uncounted memory and for
 # errors of predicted memory. Not counted are the context and kernels of CUDA or ROCm, buffers of NCCL, workspaces of
 # matmuls, and blocks that torch's allocator cannot use. Errors are up to 10 % in
 # tests/benchmarks/test_planner_accuracy.py.
@@ -56,7 +56,7 @@ def _option(default: Any, allowed: str, doc: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelOptions:
-    """The options of `enable_advanced_parallelization`; each field's metadata says what it allows and what it does."""
+    """The options of `enable_advanced_parallelization`; each field's metadata has its allowed values and its effect."""
 
     pipeline_parallel: bool = _option(True, SWITCH, "Allow splitting the layers into pipeline stages.")
     num_stages: int | Auto = _option("auto", COUNT_OR_AUTO, "Number of pipeline ranks; fewer if no plan has that many.")

@@ -36,7 +36,7 @@ def storage_of(tensor: torch.Tensor) -> torch.UntypedStorage | None:
 
 
 def storage_address(storage: torch.UntypedStorage) -> int:
-    """The address of a storage's C++ object: equal for all Python objects that stand for the same storage."""
+    """The address of a storage's C++ object: equal for all Python objects of the same storage."""
     address: int = storage._cdata
     return address
 

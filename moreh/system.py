@@ -6,7 +6,7 @@ from pathlib import Path
 
 # Processes that import torch, for each core. More of them only wait for each other.
 PROCESSES_PER_CORE = 4
-# On any machine, so that plans of so many workers can be tried.
+# On any machine, so that plans for this number of workers can be tried.
 LEAST_PROCESSES = 8
 # What a process takes that imports torch, before it has a model.
 PROCESS_BYTES = 300 * 2**20

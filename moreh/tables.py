@@ -67,7 +67,7 @@ class Table:
         return replace(self, columns=tuple(replace(column, width=1) for column in self.columns), margin=1)
 
     def wrapped(self, lines: int) -> "Table":
-        """The table with cells of up to so many lines in the wrapping column."""
+        """The table with cells of up to `lines` lines in the wrapping column."""
         return replace(self, lines=lines)
 
 
@@ -100,7 +100,7 @@ def draw_table(
 
 
 def draw_widest(forms: Sequence[Table], width: int | None) -> str:
-    """Draw the first form that is at most `width` characters wide; None stands for any width.
+    """Draw the first form that is at most `width` characters wide; None means any width.
 
     `forms` begin with the fullest one. Where none fits, the last form is drawn with cells of as many lines as it takes.
     """
@@ -154,7 +154,7 @@ def _fit(table: Table, width: int) -> Table | None:
 
 
 def _squeeze(table: Table, width: int) -> Table:
-    """The table at the given width, whatever that does to the words of its wrapping column."""
+    """The table at the given width, even if it breaks words of its wrapping column."""
     wrapping = _wrapping_column(table)
     if wrapping is None:
         return table

@@ -30,7 +30,7 @@ PREFIX = "moreh::"
 # A child of the log's logger: a filter that silences the info lines of ranks other than 0 does not apply to it.
 _logger = logger.getChild("trace")
 _logs_spans = False
-# What is told of each span as it begins and ends.
+# The functions that are called as a span begins and ends.
 _watcher: tuple[Callable[[str], None], Callable[[], None]] | None = None
 _nesting = threading.local()
 

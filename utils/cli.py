@@ -117,7 +117,7 @@ def _parser(default_config: str, description: str | None) -> argparse.ArgumentPa
 
 
 def _resume_overrides(resume: str | None, changes: list[str], *, is_forced: bool) -> list[str]:
-    """The settings that the options of resuming stand for.
+    """The settings that the options of resuming set.
 
     Raises:
         UserError: an option is empty, changes a setting that it must not, or is given without --resume.

@@ -90,7 +90,7 @@ def print_plan(config: Config) -> None:
 
 
 def plan_request(config: Config) -> Request:
-    """The request to the planner for a run: what the hook plans at the first batch."""
+    """The request to the planner for a run, as the hook makes it at the first batch."""
     architecture = _trained_architecture(config)
     max_positions, max_length = architecture.max_positions, config.data.max_length
     if max_positions is not None and max_positions < max_length:
@@ -177,7 +177,7 @@ def _new_architecture(architecture: dict[str, Any], tokenizer: TokenizerSection)
 
 
 def _no_plan_text(request: Request, smallest_bytes: float) -> str:
-    """The error if no plan fits: what the smallest plan needs, and what would help."""
+    """The error if no plan fits: the memory of the smallest plan, and remedies."""
     larger = smallest_sufficient(request)
     remedies = (
         [f"give accelerator.model={larger.flavor.name}"] if larger is not None and larger.flavor is not None else []

@@ -57,7 +57,7 @@ class Peaks:
     loading: int
     """Peak of anonymous memory while loading, above the start."""
     saving: int
-    """Peak of anonymous memory while saving, above what it had after loading."""
+    """Peak of anonymous memory while saving, above that after loading."""
     files: int
     """Peak of mapped files while loading."""
     load_s: float
@@ -89,7 +89,7 @@ class MemoryMonitor:
 
 
 def main() -> None:
-    """Run the cases and print what each rank needed."""
+    """Run the cases and print the memory and time of each rank."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=1.0, help="size of the checkpoint in bfloat16 (1.0)")
     gigabytes = parser.parse_args().gigabytes
@@ -124,7 +124,7 @@ def main() -> None:
 
 
 def print_peaks(rank: int, peaks: Peaks) -> bool:
-    """Print what a rank needed; returns whether it exceeds the bound."""
+    """Print the memory and time of a rank; returns True if they exceed the bound."""
     bound = BOUND * peaks.share + peaks.largest
     # While it saves, a rank has its share already.
     exceeded = peaks.loading > bound or peaks.share + peaks.saving > bound
@@ -200,7 +200,7 @@ def run_rank(
 
 
 def warm_up(directory: Path) -> None:
-    """Load and save a tiny model, so that what the first call leaves in memory is not counted."""
+    """Load and save a tiny model, so that memory which the first call keeps is not counted."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(

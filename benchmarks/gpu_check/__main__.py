@@ -106,7 +106,7 @@ def _environment(scratch: Path, *, dry: bool) -> dict[str, str]:
 
 
 def _import_libraries(environment: dict[str, str]) -> None:
-    """In the dry mode the parts are copies of this process, which has imported what takes seconds."""
+    """Import slow libraries before the dry mode forks the parts."""
     os.environ.update(environment)
     import torch  # noqa: F401
     from transformers import GPT2LMHeadModel, LlamaForCausalLM  # noqa: F401

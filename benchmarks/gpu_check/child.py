@@ -68,7 +68,7 @@ def is_device_error(error: BaseException) -> bool:
 
 
 def _free_memory() -> None:
-    """Give back what the last case has left on the device."""
+    """Free the memory that the last case has left on the device."""
     gc.collect()
     torch: Any = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():

@@ -117,7 +117,7 @@ class _Processes(Protocol):
         """The exit code, the first other than 0 of several; None while one of them runs."""
 
     def kill(self) -> None:
-        """End them, and what they have started."""
+        """End the processes and their children."""
 
 
 class _Spawned:

@@ -19,7 +19,7 @@ FAMILIES = (
 )
 PRECISIONS = ("float32", "bfloat16")
 WORKLOADS = ("chats", "smollm2", "llama-1.3b")
-# The most telling ones first: what no time is left for is at the end.
+# The most informative parts first: the last ones are skipped if the time runs out.
 SYSTEMS = ("line", "trainer, compiled", "loop, bfloat16", "trainer", "plain loop", "liger", "trl, packed")
 # The whole check, in seconds.
 BUDGET_S, SMOKE_BUDGET_S = 480.0, 90.0
@@ -45,7 +45,7 @@ def full_check(*, dry: bool) -> list[Part]:
 
 
 def smoke_check() -> list[Part]:
-    """The parts of `make gpu-smoke`: what a report of a bug needs."""
+    """The parts of `make gpu-smoke`, for the report of a bug."""
     families = FAMILIES[:4]
     references = tuple(f"{precision}/{family}" for precision in PRECISIONS for family in families)
     speed = tuple(f"smollm2/{system}" for system in ("line", "loop, bfloat16"))

@@ -13,7 +13,7 @@ def with_adapters(model: Any, workload: Workload) -> Any:
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(0)
-    # all-linear stands for all matrices but the output layer.
+    # all-linear means all matrices but the output layer.
     settings = LoraConfig(
         task_type="CAUSAL_LM",
         r=workload.lora_rank,

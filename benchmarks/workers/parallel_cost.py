@@ -22,7 +22,7 @@ STEPS_PER_ROUND = 2
 # Both are small enough to wait for, and large enough that sharding them makes sense.
 SPEED = Shape(layers=8, hidden=512, heads=16, intermediate=1408, vocabulary=8192, batch_size=16, sequence_length=256)
 SPLIT = Shape(layers=8, hidden=768, heads=16, intermediate=2048, vocabulary=8192, batch_size=8, sequence_length=256)
-# FSDP moves parameters, not activations: what it costs a token falls with the tokens of each worker.
+# FSDP moves parameters, not activations: its cost per token falls with the tokens of each worker.
 LARGER_BATCH = dataclasses.replace(SPLIT, batch_size=32)
 
 

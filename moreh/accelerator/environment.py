@@ -7,7 +7,7 @@ from moreh.log import logger
 from moreh.options import ENABLE_VARIABLE
 
 VISIBLE_DEVICE = "MOREH_VISIBLE_DEVICE"
-# Variables of the platform without a meaning here, and what takes their place.
+# Variables of the platform that have no effect here, each with its replacement.
 _WITHOUT_EFFECT = {
     "ACCELERATOR_PLATFORM_FLAVOR": "'moreh-switch-model' chooses the accelerator's model",
 }

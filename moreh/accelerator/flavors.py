@@ -40,7 +40,7 @@ class Flavor:
     nodes: int
     """Nodes that the devices are on, equally many on each."""
     simulated: bool = True
-    """True if the devices are those of the list, whatever this machine has; False for the GPUs of this machine."""
+    """True if the flavor is one of the list, so its devices are simulated; False for the GPUs of this machine."""
 
     @property
     def memory_mib(self) -> int:

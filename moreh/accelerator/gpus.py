@@ -90,7 +90,7 @@ def _use_of(index: int, name: str) -> GpuUse:
 
     power_mw = _answer(torch.cuda.power_draw, index)
     used_bytes = _answer(torch.cuda.device_memory_used, index)
-    # Second choice: it makes a context on the GPU, whose memory is then among what is used.
+    # Second choice: it makes a context on the GPU, whose memory then counts as used.
     free_bytes, total_bytes = torch.cuda.mem_get_info(index) if used_bytes is None else (0, 0)
     if used_bytes is None:
         used_bytes = total_bytes - free_bytes

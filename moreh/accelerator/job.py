@@ -55,7 +55,7 @@ class LocalJob:
         self.uses_all_devices = False
         # What the planner predicts for the simulated devices; None until a training run has been planned.
         self.predicted: PredictedUse | None = None
-        # The last plan that was chosen for each set of devices, with what is predicted of it.
+        # The last plan that was chosen for each set of devices, with its prediction.
         self.chosen_plans: dict[str, ChosenPlan] = {}
         self._planned: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
         # Rank and process id of each worker on this machine; empty if there is one worker.

@@ -115,7 +115,7 @@ class JobStatus:
     memory_bytes: dict[str, int]
     """Bytes of each kind (parameters, gradients, ...) on the accelerator."""
     simulated: bool
-    """True if memory and utilization stand for devices that this machine does not have."""
+    """True if memory and utilization are of devices that this machine does not have."""
     cores: int
     """CPU cores that the job may use."""
     earlier: CpuSample

@@ -157,7 +157,7 @@ def _require_idle(registry: Registry, index: int, verb: str) -> None:
 
 
 def _update(change: Callable[[Registry], tuple[Registry, Result]]) -> Result:
-    """Apply a change to the registry under the writers' lock, and delete what dead processes left."""
+    """Apply a change to the registry under the writers' lock, and delete the jobs of dead processes."""
     with writer_lock():
         remove_temporaries(_registry_path())
         before = read_registry()

@@ -40,7 +40,7 @@ class Accelerator:
         return find_flavor(self.model) if machine is None else machine
 
     def with_model(self, selection: str) -> "Accelerator":
-        """The same accelerator with the model of that name or number. This machine is what is there without a choice.
+        """The same accelerator with the model of that name or number. Without a choice, it is this machine.
 
         Raises:
             AcceleratorError: there is no such model.
@@ -70,7 +70,7 @@ class Job:
 
     @property
     def shown(self) -> str:
-        """The job in a sentence. Its command may be of any length, and hold what a terminal would obey."""
+        """The job for messages, without control characters, its command shortened."""
         return f"job {self.id} (process {self.pid}: {in_one_line(self.command)})"
 
     def is_running(self) -> bool:
@@ -114,7 +114,7 @@ class Registry:
 
 
 def parse_registry(content: Any, path: Path) -> Registry:
-    """The registry that the JSON of a file holds; None means no file, and stands for one accelerator.
+    """The registry in the JSON of a file; None means no file, which is a registry of one accelerator.
 
     Raises:
         RegistryError: the content is damaged.
@@ -142,7 +142,7 @@ def new_token() -> str:
 
 
 def _parse_accelerator(row: Any) -> Accelerator:
-    """An accelerator from its row. Before there was `chosen`, the default flavor was what nobody had chosen."""
+    """An accelerator from its row. A row of an earlier release has no `chosen`: its default flavor was no choice."""
     return Accelerator(**{"chosen": row["model"] != default_flavor().name, **row})
 
 

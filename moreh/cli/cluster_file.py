@@ -14,7 +14,7 @@ MAX_COUNT, MAX_RATE = 100_000, 1e6
 
 @dataclass(frozen=True)
 class ClusterFile:
-    """A cluster in the user's words. What is None is what is usual for the device."""
+    """A cluster in the user's words. None: the usual value for the device."""
 
     device: str
     """A kind of device of `moreh-plan --help`, or "this machine" for one like the GPUs of this machine."""

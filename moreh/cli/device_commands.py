@@ -24,7 +24,7 @@ def list_devices(*, as_json: bool) -> None:
 
 
 def add_device(model: str, *, ask_for_it: bool) -> str | None:
-    """Add an accelerator; returns what was done, or None if the user left the question."""
+    """Add an accelerator; returns a sentence about it, or None if the user cancelled."""
     if ask_for_it:
         print_models(current=None)
         print()
@@ -37,7 +37,7 @@ def add_device(model: str, *, ask_for_it: bool) -> str | None:
 
 
 def remove_device(device: str, *, ask_for_it: bool) -> str | None:
-    """Remove an accelerator; returns what was done, or None if the user left the question."""
+    """Remove an accelerator; returns a sentence about it, or None if the user cancelled."""
     index = _ask_for_device("Device to remove") if ask_for_it else _index(device)
     if index is None:
         return None
@@ -46,7 +46,7 @@ def remove_device(device: str, *, ask_for_it: bool) -> str | None:
 
 
 def switch_device(device: str, *, ask_for_it: bool) -> str | None:
-    """Make an accelerator the current one; returns what was done, or None if the user left the question."""
+    """Make an accelerator the current one; returns a sentence about it, or None if the user cancelled."""
     index = _ask_for_device("Device to switch to") if ask_for_it else _index(device)
     if index is None:
         return None

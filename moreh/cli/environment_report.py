@@ -49,7 +49,7 @@ def environment_report() -> dict[str, Any]:
 
 
 def environment_variables(environment: "os._Environ[str] | dict[str, str]") -> dict[str, str]:
-    """The variables that change what moreh does, without values that look secret."""
+    """The variables that affect moreh, without values that look secret."""
     return {
         name: HIDDEN if _SECRET_NAME.search(name) else _SECRET_IN_URL.sub(f"{HIDDEN}@", value)
         for name, value in sorted(environment.items())

@@ -50,7 +50,7 @@ def _smi(arguments: list[str]) -> int:
     if options.command == "device":
         _change_devices(options)
     elif options.version and options.json:
-        # Only here: what the module imports would make every other call slower.
+        # Imported here: the module's imports would slow down every other call.
         from moreh.cli.environment_report import environment_report
 
         print(json.dumps(environment_report(), indent=1))
@@ -111,7 +111,7 @@ def _change_devices(options: argparse.Namespace) -> None:
 
 
 def _end_job(index: int | None) -> str:
-    """End the job of an accelerator, politely and then by force; say what was done."""
+    """End the job of an accelerator, first by SIGTERM, then by SIGKILL; returns the outcome as a sentence."""
     registry = read_registry()
     accelerator = registry.accelerator(registry.current if index is None else index)
     job = registry.job_on(accelerator.index)

@@ -34,7 +34,7 @@ class AcceleratorReport:
 
     @property
     def memory_mib(self) -> int | None:
-        """The accelerator's memory in use, in MiB: what the driver says, or else what the job uses."""
+        """The accelerator's memory in use, in MiB: the driver's figure or, without one, the job's."""
         return sum(gpu.memory_used_mib for gpu in self.gpus) if self.gpus else self.job_memory_mib
 
     @property

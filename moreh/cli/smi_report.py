@@ -67,9 +67,9 @@ GPU_NOTE = (
     "what it says only with pynvml (pip install nvidia-ml-py) or amdsmi."
 )
 WORKERS_NOTE = "Measured memory is what a worker's process holds in this machine's memory, code and libraries included."
-# What the tools of drivers print where a GPU does not tell.
+# What the tools of drivers print for a figure that a GPU does not report.
 NOT_TOLD = "N/A"
-# The width of a table where standard output is not a terminal, and what a table of processes has beside the command.
+# The width of a table if standard output is no terminal, and the part of it that is not the process's command.
 PIPE_WIDTH, REST_OF_TABLE, MIN_COMMAND_WIDTH = 200, 70, 27
 
 
@@ -231,7 +231,7 @@ def _is_simulated(report: AcceleratorReport) -> bool | None:
 
 
 def _in_table(command: str) -> str:
-    """A command line for a table: shortened to what the terminal has left."""
+    """A command line for a table, shortened to the rest of the terminal's width."""
     width = max(shutil.get_terminal_size((PIPE_WIDTH, 24)).columns - REST_OF_TABLE, MIN_COMMAND_WIDTH)
     return in_one_line(command, width)
 

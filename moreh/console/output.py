@@ -12,7 +12,7 @@ def say(text: str) -> None:
 
 
 def flush_output() -> OSError | None:
-    """Write what is left in the buffers of both streams; returns the error of standard output.
+    """Flush the buffers of both streams; returns the error of standard output.
 
     What cannot be written is discarded. Otherwise Python would try it again when it ends, and end with an error.
     """

@@ -73,7 +73,7 @@ class KnownComputation:
         self._last_hook = self._last_node_hook = -1
 
     def _has_changed(self) -> bool:
-        """True if functions, classes or settings differ from what was recorded; records them."""
+        """True if functions, classes or settings differ from the recorded ones; records them."""
         details, settings = self._details_now(), self._settings_now()
         if self._functions is not None and details == self._details and settings == self._settings:
             return not self._functions.are_unchanged()

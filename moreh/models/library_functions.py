@@ -49,7 +49,7 @@ class LibraryFunctions:
     def __init__(self, root: nn.Module) -> None:
         classes = frozenset(cls for module in root.modules() for cls in type(module).__mro__ if cls is not object)
         namespaces, names = _known_reachable.get(classes) or _reachable(classes)
-        # The names of each namespace, and what they stand for.
+        # The names of each namespace, and the objects that they refer to.
         self._recorded: list[tuple[Mapping[str, Any], Callable[[Any], Any], Any]] = []
         # How many names each class has: one that is added may hide another of a base class.
         self._sizes = [(vars(cls), len(vars(cls))) for cls in (*classes, torch.Tensor)]
@@ -61,7 +61,7 @@ class LibraryFunctions:
                 get = itemgetter(*used)
                 self._recorded.append((namespace, get, get(namespace)))
             self.all_replaced += [f"{label}.{name}" for name in used if not _is_own(label, name, namespace[name])]
-        # A function of the script would hide what the library's own reaches.
+        # A function of the script would hide the functions that the library's own calls.
         if self.replaced is None:
             _known_reachable[classes] = namespaces, names
             if len(_known_reachable) > _MAX_KNOWN:
@@ -132,7 +132,7 @@ def _names_in(code: CodeType) -> tuple[str, ...]:
 
 
 def _functions_of(value: Any) -> Iterator[FunctionType]:
-    """The functions with code that an attribute consists of: what it wraps, and what its closure calls."""
+    """The functions whose code an attribute runs: those that it wraps, and those that its closure calls."""
     if isinstance(value, property):
         value = value.fget
     for function in wrapped_chain(value):

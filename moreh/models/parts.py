@@ -1,4 +1,4 @@
-"""The parts of a causal language model of transformers, whatever their names: before, in and after the layers.
+"""The parts of a causal language model of transformers before, in and after the layers, in any family.
 
 The runtime computes a model by these parts. Each pipeline stage has some layers. The first stage also has the modules
 before the layers, the last stage those after them.

@@ -32,7 +32,7 @@ _LIBRARY_DIRECTORIES = tuple(
         *(str(Path(_TRANSFORMERS_DIRECTORY).parent / name) for name in ("peft", "accelerate")),
     )
 )
-# Its `deprecated` wraps functions of torch; what is wrapped is looked at as well.
+# Its `deprecated` wraps functions of torch; the wrapped function is checked as well.
 _DEPRECATION_FILE = str(typing_extensions.__file__)
 _LIBRARY_PACKAGES = frozenset(
     {"accelerate", "builtins", "functools", "moreh", "numpy", "packaging", "peft", "torch", "transformers", "typing"}
@@ -154,7 +154,7 @@ def _content(value: Any) -> Any:
 
 
 def wrapped_chain(function: Any) -> Iterator[Any]:
-    """A function, what it wraps (`__wrapped__`), what that wraps, and so on; bound methods as plain functions."""
+    """A function and the chain of functions that it wraps (`__wrapped__`); bound methods as plain functions."""
     while function is not None:
         function = getattr(function, "__func__", function)
         yield function

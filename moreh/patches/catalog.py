@@ -51,7 +51,7 @@ def markdown() -> str:
 
 
 def _reasons(patch: Patch) -> list[str]:
-    """A list item that says what a patch is for, and why no public API does it."""
+    """A list item with the purpose of a patch, and the reason why no public API serves."""
     lines = _item(f"`{patch.target}` in `{patch.file}`, tested with {', '.join(patch.tested)}:")
     lines += _continued(patch.why)
     if patch.names:
@@ -62,7 +62,7 @@ def _reasons(patch: Patch) -> list[str]:
 
 
 def _change(change: ProcessChange) -> list[str]:
-    """A list item that says what is changed, where and what for."""
+    """A list item with the changed object, the file and the purpose."""
     return _item(f"`{change.what}` in `{change.where}`:") + _continued(change.why)
 
 

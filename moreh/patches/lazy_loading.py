@@ -44,7 +44,7 @@ ShouldStayOnDisk = Callable[[nn.Module, dict[str, torch.dtype]], bool]
 
 
 class _MappedTensor:
-    """Stands in for a tensor of a safetensors file: loads it mapped, whatever dtype it is asked for."""
+    """Stands in for a tensor of a safetensors file: loads it memory-mapped, without the requested conversion."""
 
     def __init__(self, tensor_slice: Any) -> None:
         self._slice = tensor_slice

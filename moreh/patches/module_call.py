@@ -18,7 +18,7 @@ from moreh.patches.patch import Patch
 # Takes the model and the arguments of the call; makes a context that is entered before the forward pass and left
 # after it, however it ends.
 MakeContext = Callable[[torch.nn.Module, tuple[Any, ...], dict[str, Any]], AbstractContextManager[Any]]
-# Takes the model and its outputs after a forward pass without an error; returns what the script gets.
+# Takes the model and its outputs after a forward pass without an error; returns the outputs for the script.
 AfterCall = Callable[[torch.nn.Module, Any], Any]
 # Takes the model and the arguments; returns the outputs in place of the module's own forward pass, or NotImplemented to
 # let that happen.
@@ -66,7 +66,7 @@ def before_calls_in_backward(check: CheckCall) -> None:
 
 @contextmanager
 def inside_of_call() -> Iterator[None]:
-    """Let calls of modules be what they are without the patch, as those in an outermost call are."""
+    """Let calls of modules behave as without the patch, like those within an outermost call."""
     before = getattr(_inside, "model_call", False)
     _inside.model_call = True
     try:
@@ -83,7 +83,7 @@ def _patch_module_call() -> None:
 
 def _make_call(original: Any) -> Any:
     def call(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        # A compiler traces what a model computes, not what is done around it.
+        # A compiler traces the model's computation, not the hook around it.
         if torch.compiler.is_compiling() or getattr(_inside, "model_call", False):
             return original(self, *args, **kwargs)
         # In the backward pass, recomputation calls parts of a model by themselves.

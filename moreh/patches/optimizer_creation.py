@@ -1,4 +1,4 @@
-"""Calls functions with every new optimizer, whatever its class.
+"""Calls functions with every new optimizer of any class.
 
 The engine chooses fused kernels for new optimizers, refuses those that cannot work on sharded parameters, and gives the
 others the parameters of a model that is sharded after they were made.

@@ -26,7 +26,7 @@ class Patch:
     """A replaced attribute of a library, or a group of them that are replaced for one reason."""
 
     target: str
-    """The dotted name of what is replaced, such as "torch.nn.Module._call_impl"; of a group, the name of the owner."""
+    """The dotted name of the replaced object, such as "torch.nn.Module._call_impl"; of a group, that of the owner."""
     why: str
     """The effect of the replacement, and what would not work without it."""
     no_public_way: str
@@ -56,7 +56,7 @@ class Patch:
         return any(target in _active for target in self.targets)
 
     def install(self, make_replacement: Callable[[Any], Any]) -> Any:
-        """Replace the target by what `make_replacement` makes of the original, which is returned. Once in a process.
+        """Replace the target with `make_replacement(original)`, once per process; returns the original.
 
         Raises:
             AssertionError: the patch is active already, or is a group.
@@ -66,7 +66,7 @@ class Patch:
         return _active[self.target].original
 
     def install_each(self, make_replacement: Callable[[str, Any], Any]) -> None:
-        """Replace each target by what `make_replacement` makes of its name below `target` and the original.
+        """Replace each target with `make_replacement(name, original)`, where `name` is its name below `target`.
 
         Raises:
             AssertionError: the patch is active already.
@@ -108,7 +108,7 @@ class ActivePatch:
     """One replaced attribute, as the tools and reports of bugs show it."""
 
     target: str
-    """The dotted name of what is replaced."""
+    """The dotted name of the replaced object."""
     why: str
     """The effect of the replacement, and what would not work without it."""
     tested: tuple[str, ...]

@@ -57,7 +57,7 @@ MakeFunction = Callable[[Any], Any]
 def install_script_files(
     open_file: MakeFunction, mkdir: MakeFunction, removal: MakeFunction, save: MakeFunction, model: MakeFunction
 ) -> None:
-    """Replace `open`, `os.mkdir`, what removes and renames, `torch.save`, and models' `save_pretrained`; once."""
+    """Replace `open`, `os.mkdir`, removals, renamings, `torch.save`, and `save_pretrained` of models; once."""
     OPEN.install(open_file)
     IO_OPEN.install(open_file)
     MKDIR.install(mkdir)

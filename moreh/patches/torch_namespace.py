@@ -21,7 +21,7 @@ TORCH_VERSION_MOREH = Patch(
     tested=("torch 2.13",),
     adds=True,
 )
-# Of the platform's other operators, what computes the same.
+# torch's equivalents of the platform's other operators.
 INSTEAD = {
     "flash_attention": "torch.nn.functional.scaled_dot_product_attention",
     "T5LayerNorm": "torch.nn.RMSNorm",

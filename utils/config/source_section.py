@@ -50,7 +50,7 @@ class SourceKeys(Section):
     response_field: NonEmpty = "response"
     """The field with the response."""
     template: NonEmpty = "{prompt}"
-    """The text before the response. `{prompt}` stands for the prompt field, and any other field may be named in
+    """The text before the response. `{prompt}` is the prompt field, and any other field may be named in
     braces; null becomes empty text. The template is saved with the model, and `generate.py` applies it."""
 
     def named_files(self) -> list[str]:
@@ -142,7 +142,7 @@ class MixedSource(SourceKeys):
 
 
 def existing_files(files: list[str] | None) -> list[str] | None:
-    """Names of files, with the names that a pattern stands for in its place.
+    """Names of files; a pattern is replaced with the names that it matches.
 
     Raises:
         ValueError: there is no such file.
@@ -162,7 +162,7 @@ def existing_files(files: list[str] | None) -> list[str] | None:
 
 
 def _matches(pattern: str) -> list[str]:
-    """The paths that a pattern such as `data/*.jsonl` stands for, sorted."""
+    """The paths that a pattern such as `data/*.jsonl` matches, sorted."""
     path = Path(pattern)
     return sorted(map(str, Path(path.anchor).glob(str(path.relative_to(path.anchor)))))
 

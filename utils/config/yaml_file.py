@@ -146,7 +146,7 @@ def _forget(locations: Locations, key: KeyPath) -> None:
 
 
 def _override_value(keys: tuple[str, ...], text: str) -> Any:
-    """A value of the command line: for a key of texts what was typed, for all others YAML.
+    """A value of the command line: for a text key as typed, for all others parsed as YAML.
 
     A text in quotes is YAML as well, as are null and numbers where the key allows them.
 
@@ -208,7 +208,7 @@ def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
 
 
 def _describe_all(errors: list[ErrorDetails], locations: Locations, path: str) -> list[str]:
-    """One line for each wrong key: where it is written, its name, its value and what is allowed."""
+    """One line for each wrong key: its place, name, value and the allowed values."""
     errors_of: dict[KeyPath, list[ErrorDetails]] = {}
     for details in errors:
         *sections, last = details["loc"] or (None,)

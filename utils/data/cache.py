@@ -103,7 +103,7 @@ def find_damage(directory: Path) -> str | None:
 
 
 def _remove(directory: Path, damage: str, info: Callable[[str], None]) -> None:
-    """Remove a damaged directory, and what killed processes have left of it. Call it while holding its lock."""
+    """Remove a damaged directory, and the remains of killed processes. Call it while holding its lock."""
     if directory.exists():
         info(f"warning: {directory} is damaged ({damage}): it is rebuilt")
     for path in (directory, *directory.parent.glob(f"{directory.name}.*")):

@@ -15,7 +15,7 @@ from utils.text.chat import ChatError, Message, encode_segments, render_chat, se
 from utils.text.control_tokens import control_token_pattern
 from utils.text.spelled_tokens import SpelledTokens
 
-# The fields of a row that may hold its messages, and what they call the role and the text of a message.
+# The fields of a row that may hold its messages, and their names for the role and the text of a message.
 _LAYOUTS = {"messages": ("role", "content"), "conversations": ("from", "value")}
 # Other names of the roles.
 _ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant", "observation": "tool"}
@@ -141,7 +141,7 @@ def _read_message(record: Record, field: str, number: int, message: Any) -> Mess
     where = f"message {number} of {field!r}"
     if not isinstance(message, Mapping):
         raise record.unusable(f"{where} is {str(message)[:40]!r}, not an object with a role and text")
-    # Tables have null for what a message lacks.
+    # Tables have null for the fields that a message lacks.
     given = {key: value for key, value in message.items() if value is not None}
     role_key, text_key = next((keys for keys in _LAYOUTS.values() if keys[0] in given), _LAYOUTS["messages"])
     role = _ROLES.get(given.get(role_key, ""), given.get(role_key))

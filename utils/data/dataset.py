@@ -84,7 +84,7 @@ def prepare_data(
         data, counts = _read_entry(directory)
     except UserError:
         raise
-    except Exception as error:  # the checksums fit, so somebody has written something else
+    except Exception as error:  # the checksums fit, so another program has written the files
         reason = f"{type(error).__name__}: {in_one_line(str(error))}"
         raise UserError(f"run.cache_directory: {directory} cannot be read: {reason}; delete it") from error
     sources = [SourceRows(**source) for source in counts["sources"]]

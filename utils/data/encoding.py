@@ -33,7 +33,7 @@ _ROW = {
     "prompt_length": datasets.Value("int32"),
     "location": datasets.Value("string"),
 }
-# What the rows are chosen by, and what the log says about them.
+# The columns by which rows are selected, and which the log counts.
 _RESULT = {
     "outcome": datasets.Value("int8"),
     "content_hash": datasets.Value("int64"),

@@ -40,7 +40,7 @@ class LogFileHandler(logging.handlers.MemoryHandler):
             logger.removeHandler(self)
         if self.target is not None:
             self.flush()
-            with contextlib.suppress(OSError):  # a full disk, of which a line has told
+            with contextlib.suppress(OSError):  # a full disk, which a line has reported
                 self.target.close()
         self.close()
 
@@ -85,9 +85,9 @@ class _ConsoleHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         text = printable(self.format(record), kept="\n\t", mark="\ufffd")
         width = terminal_width()
-        if len(text) > width and "\n" not in text:  # the lines of a sample are what the model has written
+        if len(text) > width and "\n" not in text:  # a sample keeps the model's own lines
             text = wrap_line(text, width, indent=2)
-        # A closed pipe, as after `| head`, or a full disk does not end the run: train.log goes on.
+        # A closed pipe, as after `| head`, or a full disk does not end the run: train.log continues.
         try:
             encoding = sys.stdout.encoding or "utf-8"  # a StringIO has none
             tqdm.write(text.encode(encoding, "replace").decode(encoding), file=sys.stdout)

@@ -23,7 +23,7 @@ class MetricsFile:
         self._path, self._warn = path, warn
         self._has_warned = False
         self._kept: list[bytes] = []
-        # Unbuffered, so that what was not written is known.
+        # Unbuffered, so that the unwritten lines are known.
         self._file = path.open("ab", buffering=0)
         self._size = self._file.seek(0, os.SEEK_END)
 

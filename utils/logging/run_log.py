@@ -201,7 +201,7 @@ class RunLog:
                 self._bar = None
 
     def log_sample(self, step: int, text: str) -> None:
-        """Write what the model has written in the evaluation after a step to the console, train.log and the report."""
+        """Write the model's sample of the evaluation after a step to the console, train.log and the report."""
         self.info(f"Sample:\n{text}")
         if self._report is not None:
             self._report.add_sample(Sample(step, text))
@@ -225,7 +225,7 @@ class RunLog:
         self.info(f"Model: {self.directory / 'model'}")
 
     def _report_measured(self) -> None:
-        """Say what was predicted beside what was measured, and write it down for `moreh-plan --calibrate`."""
+        """Log predicted beside measured figures, and write them to a file for `moreh-plan --calibrate`."""
         from utils.report.measured import measured_run, summary_text, write_measured
 
         assert self._report is not None, "start() comes first"
@@ -240,7 +240,7 @@ class RunLog:
 
 
 def _how_it_ended(error: BaseException | None) -> tuple[str, str]:
-    """The status of a run in its report, and what it says of the end."""
+    """The status of a run in its report, and the reason of its end."""
     if error is None:
         return FINISHED, ""
     if isinstance(error, Stopped):

@@ -24,7 +24,7 @@ class Tracker(Protocol):
         """Send the metrics of a step."""
 
     def end(self) -> None:
-        """Send what is left."""
+        """Send the remaining metrics."""
 
 
 class Trackers:
@@ -45,7 +45,7 @@ class Trackers:
             require_package(name, f"log.trackers: {name}")
 
     def start(self, directory: Path, config: Config, earlier_runs: Mapping[str, str]) -> dict[str, str]:
-        """Start a run in each tracker, or go on with an earlier one; returns what names it there.
+        """Start a run in each tracker, or continue an earlier one; returns the run's ids.
 
         Raises:
             UserError: a tracker refuses.
@@ -66,7 +66,7 @@ class Trackers:
             self._guarded(name, lambda run: run.log(values, int(metrics["step"])))
 
     def end(self) -> None:
-        """Send what is left, and end the runs."""
+        """Send the remaining metrics, and end the runs."""
         for name in list(self._running):
             self._guarded(name, lambda run: run.end())
         self._running.clear()
@@ -139,7 +139,7 @@ class _MLflow:
         self.run_id = str(self._run.info.run_id)
         self._kept: list[Any] = []
         self._last_sent = time.monotonic()
-        if run_id is None:  # the settings of a run that goes on may have changed, and MLflow refuses to change them
+        if run_id is None:  # the settings of a resumed run may have changed, and MLflow refuses to change them
             mlflow.log_params({key: str(value)[:_MLFLOW_TEXT] for key, value in _flat(config.model_dump()).items()})
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:

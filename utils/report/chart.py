@@ -16,7 +16,7 @@ from utils.report.curves import Curve, Point
 WIDTH, HEIGHT = 1000, 400
 # About as many ticks as an axis has.
 TICKS = 5
-# A curve of positive values that differ more than so many times is drawn on a logarithmic axis, where that is allowed.
+# Positive values whose ratio exceeds this number are drawn on a logarithmic axis, if the chart allows it.
 LOG_RATIO = 50
 
 

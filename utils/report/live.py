@@ -23,7 +23,7 @@ from utils.report.run_state import (
 )
 
 PAGE = "report.html"
-# The page is renewed after a step, at most once in so many seconds.
+# Minimum number of seconds between two updates of the page, which happen after a step.
 SECONDS_BETWEEN_RENEWALS = 15.0
 
 

@@ -21,7 +21,7 @@ from utils.report.timeline import timeline_html
 # Above this loss, which no trained model has, a perplexity is a number of many digits.
 MAX_PERPLEXITY_LOSS = 20
 _HERE = Path(__file__).parent
-# A browser that opens the page loads nothing from elsewhere, whatever text the page holds.
+# A browser that opens the page loads nothing from elsewhere, even if the page's texts contain HTML.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
 
@@ -128,7 +128,7 @@ def _allocated(curves: RunCurves) -> Line:
 
 
 def _plans(report: Report) -> str:
-    """The plans for this machine, and below them what was measured."""
+    """The plans for this machine, and the measured figures below them."""
     plans = [plan for plan in report.state.plans if not plan["simulated"]]
     if not plans:
         return ""

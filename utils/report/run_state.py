@@ -46,7 +46,7 @@ class RunState:
     batches_per_step: int = 1
     """Forward passes of a step."""
     is_simulated: bool = False
-    """True if `memory_bytes` of the metrics stands for devices that the machine does not have."""
+    """True if `memory_bytes` of the metrics is of devices that the machine does not have."""
     plans: list[dict[str, Any]] = field(default_factory=list)
     """The chosen plans, with the fields of `moreh.accelerator.job_status.ChosenPlan`."""
     samples: list[Sample] = field(default_factory=list)

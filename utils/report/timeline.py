@@ -19,7 +19,7 @@ from moreh.planner.units import seconds_text
 WIDTH, ROW = 1000, 24
 # The space between the two drawings of a step whose middle is left out.
 GAP = 24
-# Pipelines with more operations are not simulated for a page that is renewed while the run goes on.
+# Pipelines with more operations are not simulated for a page that is updated during the run.
 MAX_OPERATIONS = 50_000
 # With more ranks, a drawing has more boxes than a page should.
 MAX_RANKS = 32

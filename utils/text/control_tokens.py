@@ -60,7 +60,7 @@ def unknown_end_token(response: str, pattern: re.Pattern[str]) -> str | None:
 
 
 def _candidates(text: str, tokenizer: Any) -> list[str]:
-    """Names that may end a text: the tokenizer's own end token, and what others call theirs."""
+    """Names that may end a text: the tokenizer's own end token, and the end tokens of other tokenizers."""
     names = [tokenizer.eos_token] if text.endswith(tokenizer.eos_token) else []
     match = re.search(rf"(?:{_END_NAMES})$", text)
     return [*names, match[0]] if match is not None else names

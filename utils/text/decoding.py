@@ -30,7 +30,7 @@ def _decode(ids: list[int], tokenizer: Any) -> str:
 
 
 class AnswerStreamer(BaseStreamer):
-    """Writes an answer while `model.generate` produces it; the pieces joined are what `decode_answer` returns."""
+    """Writes an answer while `model.generate` produces it; the joined pieces equal the result of `decode_answer`."""
 
     def __init__(self, tokenizer: Any, write: Callable[[str], None]) -> None:
         self._tokenizer, self._write = tokenizer, write
@@ -48,7 +48,7 @@ class AnswerStreamer(BaseStreamer):
         self._continue_with(text)
 
     def end(self) -> None:
-        """Write what is left: a character that stayed incomplete."""
+        """Write the rest: a character that stayed incomplete."""
         self._continue_with(decode_answer(self._ids, self._tokenizer))
 
     def _continue_with(self, text: str) -> None:

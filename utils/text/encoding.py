@@ -9,7 +9,7 @@ _SEPARATORS = ("\t", "\n", "~")
 
 
 def encode_prompts(prompts: list[str], tokenizer: Any) -> list[list[int]]:
-    """Token ids of prompts, with what the model expects before a text; an end-of-text token after them is removed.
+    """Token ids of prompts, with the tokens that the model expects before a text, and no end-of-text token.
 
     The name of a control token is the token, except in the fields of a `FilledPrompt`, where it is text. A begin token
     that a prompt spells is not added once more. An empty prompt becomes the token that begins a text, so that the first

@@ -47,7 +47,7 @@ class SpelledTokens:
         return [self._as_text, self._ends, self._unknown_ends]
 
     def add(self, counts: Sequence[Mapping[str, int]]) -> None:
-        """Add what another process has counted, as its `counts` gives it."""
+        """Add the `counts` of another process."""
         for counter, other in zip(self.counts(), counts, strict=True):
             counter.update(other)
 

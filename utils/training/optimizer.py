@@ -39,7 +39,7 @@ def make_optimizer(
         info(f"Muon updates {sizes[0]} matrices of the layers, AdamW the other {sizes[1]} parameters")
         muon = make([parameter for _, parameter in matrices], **common, **settings)
         return MuonWithAdamW(muon, torch.optim.AdamW(_groups(others, train), **of_adamw))
-    except MorehError:  # what the line says of an optimizer is not about its settings
+    except MorehError:  # an error of the one line is not about the optimizer's settings
         raise
     except ValueError as error:
         raise UserError(f"train.optimizer_settings: {train.optimizer}: {error}") from None

@@ -89,7 +89,7 @@ def load_pretrained(name: str, label: str, dtype: str = "auto") -> Any:
 
 @contextmanager
 def _without_load_report() -> Iterator[None]:
-    """Keep transformers' table of missing and unexpected tensors off the console: they are an error, told in a line."""
+    """Keep transformers' table of missing and unexpected tensors off the console: an error of one line names them."""
 
     def is_other(record: logging.LogRecord) -> bool:
         return "LOAD REPORT" not in record.getMessage()

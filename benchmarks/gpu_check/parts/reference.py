@@ -12,7 +12,7 @@ from gpu_check.settings import Result, Settings
 
 
 def run(case: str, settings: Settings) -> Result:
-    """Compute a family as plain transformers does, and keep what came out."""
+    """Compute a family in plain transformers, and store the results."""
     precision, family = case.split("/")
     model = make_model(family, settings)
     loss, gradients, _ = loss_and_gradients(model, settings, autocast=precision == "bfloat16")
@@ -34,7 +34,7 @@ def batch_of(settings: Settings) -> Batch:
 def loss_and_gradients(
     model: Any, settings: Settings, *, autocast: bool
 ) -> tuple[float, dict[str, torch.Tensor], type[Any]]:
-    """The loss of the batch, the gradients by name on the CPU, and the class of what the model returned."""
+    """The loss of the batch, the gradients by name on the CPU, and the class of the model's outputs."""
     batch = batch_of(settings).to(settings.device)
     context = torch.autocast(settings.device, torch.bfloat16) if autocast else contextlib.nullcontext()
     with context:

@@ -67,7 +67,7 @@ class MemoryLedger:
             self._modules.discard(module)
 
     def has_parameter(self, tensor: torch.Tensor) -> bool:
-        """True if a tensor is a parameter of a module that is counted, whatever memory it has now."""
+        """True if a tensor is a parameter of a counted module, even if it has other memory now."""
         return any(parameter is tensor for module in list(self._modules) for parameter in module.parameters())
 
     def add_optimizer(self, optimizer: torch.optim.Optimizer) -> None:

@@ -85,7 +85,7 @@ class SavedActivations:
         return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
 
     def take_peak_since_report(self) -> int:
-        """The highest total in bytes since the last call: what an allocator still holds between two steps."""
+        """The highest total in bytes since the last call, which an allocator still holds between two steps."""
         with self._lock:
             peak, self._peak_since_report = self._peak_since_report, self.total_bytes
         return peak

@@ -94,7 +94,7 @@ def _main_weight(part: nn.Module | None) -> nn.Parameter | None:
 def _count_outside(
     module: nn.Module, layers: nn.ModuleList, embedding: nn.Parameter, head: nn.Parameter, head_module: nn.Module
 ) -> tuple[ParameterCount, ParameterCount, bool]:
-    """Count what is before the layers besides the token embedding and what is after them besides the output layer.
+    """Count parameters before the layers without the token embedding, and after them without the output layer.
 
     The last result says whether the output layer has a bias.
     """

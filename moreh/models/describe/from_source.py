@@ -1,4 +1,4 @@
-"""The architecture of a model from what a user gives: a configuration file, a directory with one, or a model's name.
+"""The architecture of a model from a user's input: a configuration file, a directory with one, or a model's name.
 
 Families of the registry with an architecture (moreh/models/families) are described in milliseconds, without torch.
 transformers builds a model of any other family on the meta device, without memory for its weights, which takes seconds.
@@ -182,7 +182,7 @@ def unplanned_layers(model: Any) -> str:
 
 
 class _Unsuitable(Exception):
-    """The family cannot be planned, whatever the configuration says; the message ends a sentence about it."""
+    """The family cannot be planned with any configuration; the message ends a sentence about it."""
 
 
 @contextmanager

@@ -25,7 +25,7 @@ def slice_mask(mask: "torch.Tensor", heads: int, first: int, last: int) -> "torc
 def _architecture(config: HFConfig) -> Architecture:
     new = config.flag("new_decoder_architecture")
     if not new:
-        # The old architecture has one key-value head or as many as query heads, whatever the file says.
+        # The old architecture has one key-value head or as many as query heads, even if the file has another number.
         kv_heads = 1 if config.flag("multi_query") else None
         config = replace(config, values={**config.values, "num_key_value_heads": kv_heads})
     bias = config.flag("bias")

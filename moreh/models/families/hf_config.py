@@ -22,7 +22,7 @@ _DROPOUT_KEY = re.compile(r"(?!classifier|summary|seq_classif|qa_)(?!.*layerdrop
 
 
 def is_dropout_key(key: str) -> bool:
-    """True if a key of a configuration is the probability that elements are dropped, in whatever family."""
+    """True if a key of a configuration is a dropout probability, in any family."""
     return _DROPOUT_KEY.fullmatch(key) is not None
 
 
@@ -87,7 +87,7 @@ class HFConfig:
     """The keys whose default is None: null in a file means the same."""
 
     def refuse(self, key: str, allowed: str) -> PlanError:
-        """The error for the value of `key`: it names the value and what is allowed."""
+        """The error for the value of `key`, with the value and the allowed values."""
         shown = reprlib.repr(self.values[key])
         return PlanError(f"{self.name}: {self.file_keys.get(key, key)} is {shown}: give {allowed}")
 

@@ -1,4 +1,4 @@
-"""The registry of families: all that is known of a family of transformers beyond what transformers itself declares.
+"""The registry of families: facts about families of transformers that transformers itself does not declare.
 
 A decoder of any other family trains too, with pipelines and sharding, but without tensor parallelism and packing. To
 plan for its configuration, transformers builds the model.

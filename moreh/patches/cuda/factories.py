@@ -26,7 +26,7 @@ _SHARING = ("as_tensor", "asarray")
 def _factory_names() -> Iterator[str]:
     """The dotted names, below torch, of the functions that create a tensor on a device."""
     modules: dict[str, ModuleType] = {"": torch, "fft.": torch.fft, "nested.": torch.nested}
-    # The set is built on its first use and must hold torch's own functions: they are what reaches a DeviceContext.
+    # The set is built on its first use and must hold torch's own functions, which a DeviceContext receives.
     constructors = _device_constructors()
     for prefix, module in modules.items():
         for name in dir(module):

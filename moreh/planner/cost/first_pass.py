@@ -13,7 +13,7 @@ from moreh.planner.plan.arrays import FloatArray
 from moreh.planner.plan.plan import Training
 from moreh.planner.plan.plan_table import PlanTable, sum_by_rank
 
-# Logits come to the script in float32, and so does their gradient.
+# The script gets logits in float32, and gives their gradient in float32.
 _LOGIT_BYTES = 4
 _TENSORS = 2
 
@@ -32,7 +32,7 @@ def first_pass_s(
     """
     if not training.own_loss:
         return np.zeros(len(plans))
-    # The first micro-batch passes all stages; each other one comes after what the busiest rank does with one.
+    # The first micro-batch passes all stages; each further one adds the busiest rank's time for one.
     busiest_s = sum_by_rank(plans, forward_s).max(axis=1)
     pass_s = forward_s.sum(axis=1) + (plans.micro_batches - 1) * busiest_s
     # Cores that workers share are never idle while any worker can compute.

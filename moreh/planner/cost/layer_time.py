@@ -23,7 +23,7 @@ FUSED_ATTENTION_BACKWARD = 2.5
 # Memory traffic of the backward pass of norms, activations and residuals against the forward pass: a gradient is read
 # besides the input, and both have the input's size.
 ELEMENTWISE_BACKWARD = 1.5
-# Linear attention works in chunks of so many positions: it computes scores inside each, and then reads and updates its
+# Linear attention works in chunks of this number of positions: it computes scores inside each, and then updates its
 # state, with 6 operations for each element (https://arxiv.org/abs/2412.06464).
 LINEAR_CHUNK, LINEAR_STATE_FLOPS = 64, 6
 
@@ -49,7 +49,7 @@ class LayerTime:
     expert_forward_s: FloatArray
     """Exchange of tokens with the ranks of their experts in the forward pass."""
     expert_backward_s: FloatArray
-    """The same in the backward pass, with what recomputation repeats."""
+    """The same in the backward pass, recomputation included."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def _attention_s(
         return forward_s, 2 * forward_s
     keys = length if layer.window is None else min(length, layer.window)
     if software.fused_attention:
-        # Fused kernels skip what the causal mask hides: half of the scores, or less with a sliding window.
+        # Fused kernels skip the scores that the causal mask hides: half of them, or less with a sliding window.
         mean_keys = keys - keys * keys / (2 * length)
         forward_s = roofline.attention_s(4 * tokens * mean_keys * heads * layer.head_dim)
         return forward_s, FUSED_ATTENTION_BACKWARD * forward_s

@@ -92,7 +92,7 @@ def sequence_operations(table: OperationTable, schedule: Schedule, chunks: int) 
     input_type = np.where((kind == FORWARD) | ((kind != BACKWARD_WEIGHT) & is_last_stage), 0, 1)
     results = (result_type * stages + stage) * micro_batches + micro_batch
     inputs = (input_type * stages + input_stage) * micro_batches + micro_batch
-    # One number more stands for the input of the first stage, which is there from the start.
+    # One more number is the input of the first stage, which exists from the start.
     available = 3 * stages * micro_batches
     reads_batch = (kind == FORWARD) & (stage == 0)
     inputs[reads_batch] = available
@@ -254,7 +254,7 @@ def makespan(
 def _steady_state(
     sequence: ExecutionSequence, ends: FloatArray, ranks: int, rounds: int, depth: int
 ) -> tuple[int, float] | None:
-    """The period of a steady state, in rounds, and its seconds; None if the ranks do not come to repeat themselves.
+    """The period of a steady state, in rounds, and its seconds; None if the ranks do not repeat themselves.
 
     An operation waits only for operations that are less than `depth` rounds before. If all operations of `depth` rounds
     end the same time after those one period before, so do all that follow, up to the drain.

@@ -140,7 +140,7 @@ def predict(plan: Plan, training: Training, environment: Environment) -> Predict
 
 
 def step_seconds(table: PlanTable, row: int, times: StageTime) -> float:
-    """Seconds of one step: the simulated pipeline, and what precedes and follows it.
+    """Seconds of one step: the simulated pipeline, and the time before and after it.
 
     Cores that workers share are never idle while any worker can compute. So the micro-batches take as long as the work
     of all workers, unless they take longer even with a core for each worker.

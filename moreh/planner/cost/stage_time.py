@@ -53,7 +53,7 @@ class StageTime:
     gradients_s: FloatArray
     """Communication of gradients and parameters at the end of a step that computation does not hide, [n]."""
     optimizer_s: FloatArray
-    """The optimizer's step, and what the host does between steps, [n]."""
+    """The optimizer's step, and the host's work between steps, [n]."""
     all_work_s: FloatArray
     """All devices' micro-batches, if the CPU cores that they share are never idle; 0 where none are shared, [n]."""
     first_pass_s: FloatArray

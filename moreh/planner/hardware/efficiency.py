@@ -54,7 +54,7 @@ class Efficiency:
     """The rate inside a node falls with this power of the share of the node's devices that are in a group: 1 where each
     pair of devices has a link of its own, 0 where all links lead to a switch and any group can fill them."""
     elementwise: float = 1.0
-    """Memory traffic of norms, activations and residuals, as a multiple of what the program is taken to have."""
+    """Memory traffic of norms, activations and residuals, as a multiple of the software profile's."""
     layer_host_s: float = 0.0
     """Seconds in which the host launches one layer's forward pass, or its backward pass. Small layers take as long."""
     step_host_s: float = 0.0

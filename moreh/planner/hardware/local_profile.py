@@ -178,7 +178,7 @@ def _require_workers(workers: int) -> None:
 
 
 def _threads_per_worker(workers: int) -> int:
-    """CPU threads of one worker: its share of the cores, or what OMP_NUM_THREADS allows it."""
+    """CPU threads of one worker: its share of the cores, at most OMP_NUM_THREADS."""
     share = max(1, min(available_cores(), psutil.cpu_count(logical=False) or available_cores()) // workers)
     limit = os.environ.get("OMP_NUM_THREADS", "")
     return min(share, int(limit)) if limit.isdecimal() and int(limit) > 0 else share

@@ -23,7 +23,7 @@ from moreh.planner.hardware.local_profile import concurrent_workers
 from moreh.planner.hardware.worker_processes import FIGURES_FILE
 
 # Rows, inner and outer size of matmuls on CPU: several depths of one result, and several results of one depth. Each
-# takes a few milliseconds, less than what the system gives another program at a time.
+# takes a few milliseconds, less than a time slice of another program.
 MATMUL_DEPTHS = ((512, 64, 512), (512, 128, 512), (512, 512, 512), (256, 2048, 256), (256, 1024, 512))
 MATMUL_RESULTS = ((32, 256, 256), (128, 256, 256), (256, 256, 256), (512, 256, 1024))
 # Factor of sizes on GPUs, which are so fast that the sizes above would measure kernel launches only.
@@ -40,7 +40,7 @@ CHAIN = 100
 BUDGET_S = 0.02
 ALL_PASSES_S = 5.0
 
-# Seconds by what took them: ("matmul", compute, rows, inner, outer), ("copy",), ...
+# Seconds by measurement: ("matmul", compute, rows, inner, outer), ("copy",), ...
 Figures = dict[tuple[str | int, ...], float]
 
 

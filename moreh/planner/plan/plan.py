@@ -41,7 +41,7 @@ class Plan:
     context: int = 1
     """Context-parallel size."""
     expert: int = 1
-    """Expert-parallel size: so many neighboring data-parallel ranks hold the experts of a mixture together."""
+    """Expert-parallel size: the number of neighboring data-parallel ranks that share the experts of a mixture."""
     micro_batch_size: int = 1
     """Sequences that one data-parallel rank computes at once."""
     micro_batches: int = 1

@@ -16,7 +16,7 @@ SHARD_NONE, SHARD_OPTIMIZER, SHARD_GRADIENTS, SHARD_PARAMETERS = range(len(SHARD
 
 @dataclass(frozen=True)
 class PlanTable:
-    """`n` plans with the same pipeline size, number of chunks and schedule. See `Plan` for what the fields mean."""
+    """`n` plans with the same pipeline size, number of chunks and schedule. `Plan` documents the fields."""
 
     pipeline: int
     chunks: int

@@ -98,7 +98,7 @@ def is_runnable(
     micro_batches: NDArray[np.integer[Any]],
     chunks: NDArray[np.integer[Any]],
 ) -> NDArray[np.bool_]:
-    """True where `check_schedule` accepts a candidate. The arrays broadcast. Never raises, whatever the values."""
+    """True where `check_schedule` accepts a candidate. The arrays broadcast. Raises for no values."""
     ranks, micro_batches, chunks = np.asarray(ranks), np.asarray(micro_batches), np.asarray(chunks)
     positive = (ranks >= 1) & (micro_batches >= 1) & (chunks >= 1)
     if schedule == "1f1b":

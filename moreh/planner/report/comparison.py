@@ -109,7 +109,7 @@ def comparison_sentences(steps: Sequence[ComparedStep]) -> list[str]:
 
 
 def comparison_json(steps: Sequence[ComparedStep]) -> Json:
-    """The steps in the order of the predictions, and what the ones that did not calibrate say of them."""
+    """The steps in the order of the predictions, and the errors for steps that did not calibrate."""
     rest = [step for step in steps if not step.is_calibration]
     return {
         "steps": [

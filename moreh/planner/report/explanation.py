@@ -14,7 +14,7 @@ from moreh.planner.search.search import TIE_TOLERANCE
 from moreh.planner.units import gib, percent_text, seconds_text
 from moreh.tables import Column, Table
 
-# What the pieces that a plan's notation leaves out stand for.
+# The meaning of the pieces that a plan's notation omits.
 DEFAULT_PIECES = {
     "cp": "cp1",
     "ep": "ep1",
@@ -135,7 +135,7 @@ def _cause(asked: Plan, best: Plan, field: str) -> str:
 
 
 def _fullest(prediction: Prediction) -> tuple[int, DeviceMemory]:
-    """The pipeline rank that needs the most memory, and what it needs."""
+    """The pipeline rank that needs the most memory, and its memory."""
     return max(enumerate(prediction.memory), key=lambda entry: entry[1].total)
 
 

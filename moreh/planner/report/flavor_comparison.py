@@ -1,4 +1,4 @@
-"""Compares a training on all accelerators: what fits, how fast it is, and what it costs."""
+"""Compares a training on all accelerators: memory, speed and price."""
 
 import re
 from collections.abc import Iterable

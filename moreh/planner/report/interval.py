@@ -38,7 +38,7 @@ def memory_names_text(prediction: Prediction, device: Device) -> str:
 
 
 def interval_json(interval: IntervalPrediction) -> Json:
-    """The intervals with what they rest on."""
+    """The intervals with their basis."""
     return {
         "step_time_s": _ends(interval.step_time_s),
         "tokens_per_second": _ends(interval.tokens_per_second),

@@ -68,7 +68,7 @@ def header_pairs(request: Request, result: SearchResult | None = None, idle: str
 
 
 def optimizer_text(optimizer: OptimizerState, devices: int) -> str:
-    """An optimizer with the size of its state, and what is not predicted of it."""
+    """An optimizer with the size of its state, and its costs that are not predicted."""
     matrices = "" if optimizer.matrix_values is None else f" ({optimizer.matrix_values:g} in the layers' matrices)"
     size = "" if optimizer.value_bytes is None else f" of {optimizer.value_bytes} bytes"
     text = f"{optimizer.name}, {optimizer.values:g} values of state{size} for each trained weight{matrices}"

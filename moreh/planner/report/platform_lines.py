@@ -23,7 +23,7 @@ distribute_param : true, distribute_low_prec_param : false'
 
 
 def detailed_line(rank: int, prediction: Prediction, word: str) -> str:
-    """A line of the detailed log. Candidate 1 is the best. `word` says what kind of figure its step time is."""
+    """A line of the detailed log. Candidate 1 is the best. `word` names the kind of step time, such as simulated."""
     plan = prediction.plan
     parts = ", ".join(
         f"{name.removesuffix('_s')} {getattr(prediction.parts, name):.3f} s"

@@ -36,7 +36,7 @@ def print_plans(
     notes: Iterable[tuple[str, str]] = (),
     calibration: Calibration | None = None,
 ) -> None:
-    """Print what was planned and the table of the best plans, of which there is at least one.
+    """Print the planned training and the table of the best plans, of which there is at least one.
 
     `idle` says why some devices have nothing to do; empty where all have something to do. `notes` are more pairs of a
     word and a text. `calibration` is what measured steps say of the program.

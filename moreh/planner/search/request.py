@@ -29,7 +29,7 @@ class Request:
 
     @property
     def accelerator(self) -> str:
-        """The accelerator or the devices, for people."""
+        """The accelerator or the devices, as text."""
         devices = f"{self.environment.cluster.devices} x {self.device.name}"
         return devices if self.flavor is None else f"{self.flavor.name} ({devices})"
 

@@ -29,7 +29,7 @@ class BatchCutter:
     skip_padding: bool
     """Drop the tokens after each sequence's last label."""
     pack_rows: bool
-    """Pack sequences into rows of one length where that does not change what the model computes."""
+    """Pack sequences into rows of one length if that does not change the model's results."""
     share_prefix: bool
     """Compute the tokens that all sequences begin with only once in each packed row."""
 

@@ -23,13 +23,13 @@ def on_host(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, .
 
 
 def copy_to_pinned(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy in pinned memory, which is there once the GPU's stream has come to it."""
+    """A copy in pinned memory, which is complete once the GPU's stream has reached it."""
     copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
     return copy.copy_(tensor.detach(), non_blocking=True)
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor on a device. From the CPU to a GPU it is copied while both go on."""
+    """A tensor on a device. The copy from the CPU to a GPU is asynchronous."""
     if tensor.device.type == "cpu" and device.type == "cuda":
         # torch keeps the pinned memory until the copy is done.
         return tensor.pin_memory().to(device, non_blocking=True)

@@ -68,7 +68,7 @@ def _lazy_class(output_class: type[ModelOutput]) -> type[Any]:
 
 
 class LazyOutput:
-    """The part of a class of outputs that computes what is missing before it is accessed.
+    """A mixin for classes of outputs: computes missing outputs when they are accessed.
 
     `dict.items(outputs)` gives what there is already.
     """
@@ -78,7 +78,7 @@ class LazyOutput:
     _complete_class: type[ModelOutput]
     """The class of the object once it is complete."""
     _compute: Callable[[], ModelOutput]
-    """Makes what is missing, and the loss or not."""
+    """Computes the missing outputs, with or without the loss."""
     loss: torch.Tensor
     """The mean loss over the label tokens of the batch, a scalar."""
 
@@ -87,12 +87,12 @@ class LazyOutput:
         return cls._complete_class(*args, **kwargs)
 
     def change_later(self, change: Callable[[Any], Any]) -> None:
-        """Let `change` be applied to what is computed later."""
+        """Let `change` be applied to the outputs that are computed later."""
         compute = self._compute
         object.__setattr__(self, "_compute", lambda: change(compute()))
 
     def _complete(self) -> Any:
-        """Compute what is missing, and become an object of the model's class."""
+        """Compute the missing outputs, and become an object of the model's class."""
         computed = self._compute()  # may raise, now and again the next time
         object.__delattr__(self, "_compute")
         self.__class__ = self._complete_class  # type: ignore[assignment]

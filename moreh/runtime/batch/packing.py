@@ -69,7 +69,7 @@ def can_pack(
 
 
 def max_row_tokens(sequence_length: int) -> int | None:
-    """The most tokens of a packed row on a CPU, of sequences of at most so many; None if these cannot be packed."""
+    """Maximum length of a packed row on a CPU, for sequences of at most this length; None if they cannot be packed."""
     return None if sequence_length > MAX_SEQUENCE_LENGTH else MAX_ROW_LENGTH - MAX_SEQUENCE_LENGTH
 
 

@@ -1,4 +1,4 @@
-"""Gradients times what the script has made of the loss, in place and without a wait for the device."""
+"""Scales gradients by the gradient of the loss, in place and without a wait for the device."""
 
 from collections.abc import Sequence
 

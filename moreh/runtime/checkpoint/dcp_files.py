@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from moreh.runtime.checkpoint.manifest import ChecksumFile, FileSum
 
-# What a `.metadata` file may name. None of it does more than to hold what it is given.
+# The classes that a `.metadata` file may name: plain containers, which run no code of the file.
 _ALLOWED = {
     "torch.distributed.checkpoint.metadata": {
         "BytesStorageMetadata",

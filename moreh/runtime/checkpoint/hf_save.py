@@ -30,7 +30,7 @@ from moreh.runtime.sharding.mesh import Mesh
 from moreh.runtime.sharding.shards import check_local_tensors, global_rank_of
 from moreh.runtime.sharding.spec import ParamSpec
 
-# Arguments of save_pretrained that do not work here, and what to do instead.
+# Unsupported arguments of save_pretrained, each with its remedy.
 _REFUSED = {
     "state_dict": "leave it out: the weights that are saved are the model's own",
     "save_function": "leave it out: the files are written piece by piece",

@@ -34,7 +34,7 @@ class FileSum:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The files of a checkpoint, and what it is a checkpoint of."""
+    """The files of a checkpoint, and facts about its training."""
 
     files: Mapping[str, FileSum]
     """The files by their names, without the manifest itself."""
@@ -137,7 +137,7 @@ def _checksum(file: BinaryIO) -> int:
 
 
 class ChecksumFile(io.BufferedWriter):
-    """A file that is written from its beginning to its end, and sums up what it is given.
+    """A file that is written sequentially, and computes the checksum of its content.
 
     Libraries that write to a file may replace its error by one of their own that does not name the reason, so the
     error is kept.
@@ -150,7 +150,7 @@ class ChecksumFile(io.BufferedWriter):
         """The error of the first write that failed."""
 
     def write(self, data: Any, /) -> int:
-        """Write bytes. Their checksum is that of the memory, so what the disk changes is noticed as well."""
+        """Write bytes. The checksum is computed in memory, so it also reveals damage by the disk."""
         try:
             written = super().write(data)
         except OSError as error:

@@ -103,7 +103,7 @@ def load_training_state(
     keep: Collection[str] = (),
     without: Collection[str] = (),
 ) -> Any:
-    """Read what `collect_training_state` collected, under any plan, into local tensors and optimizers; collective.
+    """Load a state of `collect_training_state`, under any plan, into local tensors and optimizers; collective.
 
     The arguments are those of `collect_training_state`. The optimizers need not have made a step; of their groups, the
     settings that `keep` names stay as they are, as do the parameters that `without` names.
@@ -147,7 +147,7 @@ def load_training_state(
 
 
 def load_extra(directory: str | os.PathLike[str]) -> Any:
-    """Read only `extra` of what `collect_training_state` collected. Not collective.
+    """Read only `extra` of a state of `collect_training_state`. Not collective.
 
     Raises:
         CheckpointError: there is no complete checkpoint.

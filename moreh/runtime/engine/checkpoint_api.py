@@ -87,7 +87,7 @@ def _about(optimizers: Sequence[Optimizer], script: Mapping[str, Any] | None) ->
 
 
 def software_versions() -> dict[str, str]:
-    """The versions of what a training depends on, as a checkpoint keeps them."""
+    """The versions of the software that a training depends on, as a checkpoint stores them."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -97,7 +97,7 @@ def software_versions() -> dict[str, str]:
 
 
 def check_training(directory: str | os.PathLike[str]) -> dict[str, Any]:
-    """Check the files of a checkpoint, and return what its manifest says about the training; collective.
+    """Check the files of a checkpoint, and return its manifest's entries about the training; collective.
 
     That is: "optimizers" (the names of their classes), "bfloat16" (whether it was computed in it, by the type of the
     device), "workers", "versions", and "script" (what `save_training` was given as `about`).
@@ -125,7 +125,7 @@ def load_training(
     without: Collection[str] = (),
     is_checked: bool = False,
 ) -> Any:
-    """Read what `save_training` wrote, under any plan and number of workers, and return `extra`; collective.
+    """Load a checkpoint of `save_training`, under any plan and number of workers; returns `extra`; collective.
 
     If several workers have not sharded the model yet, the weights and optimizer states are read when they do. Each
     worker then reads its own shards. Training continues in the precision of the checkpoint.

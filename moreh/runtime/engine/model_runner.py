@@ -174,7 +174,7 @@ class ModelRunner:
         return batch_logits(self._logits_passes, inputs)
 
     def loss_and_logits(self, inputs: ModelInputs) -> tuple[torch.Tensor, torch.Tensor]:
-        """The loss of a batch with labels and its logits, from one pass; raises what `loss` and `logits` raise."""
+        """The loss of a batch with labels and its logits, from one pass; raises the errors of `loss` and `logits`."""
         self._check_labels(inputs)
         assert inputs.labels is not None
         logits = self.logits(inputs)

@@ -1,4 +1,4 @@
-"""A model sharded over the ranks as a plan says: this rank's parameters and stages, and what the script sees."""
+"""A model sharded over the ranks under a plan: this rank's parameters and stages, and the script's parameters."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -34,7 +34,7 @@ ParamSlot = tuple[dict[str, nn.Parameter | None], str]
 
 @dataclass(frozen=True)
 class ParallelModel:
-    """A model and what this rank computes of it."""
+    """A model and this rank's part of it."""
 
     parts: ModelParts
     """The whole model: its wrappers, embeddings, layers and output layer."""

@@ -96,7 +96,7 @@ def run_forward(model: ParallelModel, num_micro_batches: int, hidden_shape: tupl
 
 
 def _set_fsdp_sync(stage: nn.Module, model: ParallelModel, *, is_last: bool) -> None:
-    """Set what FSDP does after the backward pass of a micro-batch. It depends on what the plan shards."""
+    """Set FSDP's work after the backward pass of a micro-batch, which depends on the plan's sharding."""
     assert isinstance(stage, FSDPModule)
     stage.set_is_last_backward(is_last)
     stage.set_reshard_after_backward(is_last or model.plan.sharding == "parameters")

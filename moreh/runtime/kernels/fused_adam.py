@@ -71,7 +71,7 @@ class _FusedSteps:
         return has_complex
 
     def end(self, *_: Any) -> None:
-        """Switch the kernels of all groups back to what the script has chosen."""
+        """Switch the kernels of all groups back to the script's choice."""
         for group in self._fused_groups:
             group["fused"] = None
         self._fused_groups.clear()
@@ -133,7 +133,7 @@ def _lie_alike(
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a sharded tensor, which is what kernels compute with; another tensor as it is."""
+    """This rank's part of a sharded tensor, for the kernels; any other tensor as it is."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 

@@ -42,7 +42,7 @@ def chosen_precisions() -> dict[str, bool]:
 
 
 def choose_as(precisions: Mapping[str, bool]) -> None:
-    """From now on, choose what `chosen_precisions` returned in another process. Call it before the first choice."""
+    """Make the choices that `chosen_precisions` returned in another process. Call it before the first choice."""
     _OF_CHECKPOINT.clear()
     _OF_CHECKPOINT.update(precisions)
     for device_type, bfloat16 in _CHOSEN.items():
@@ -74,7 +74,7 @@ def autocast_if(bfloat16: bool, device_type: str) -> AbstractContextManager[obje
 
 
 def in_float32(outputs: Any) -> Any:
-    """A model's outputs with bfloat16 tensors cast to float32, so that what the script computes from them is exact."""
+    """A model's outputs with bfloat16 tensors cast to float32, so that the script computes with them in float32."""
     if isinstance(outputs, torch.Tensor):
         return outputs.float() if outputs.dtype == torch.bfloat16 else outputs
     if hasattr(outputs, "to_tuple"):

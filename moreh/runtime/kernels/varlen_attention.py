@@ -20,7 +20,7 @@ from moreh.log import logger
 # key and value [tokens, kv_heads, head_dim], the boundaries int32 [sequences + 1].
 Varlen = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int, float], torch.Tensor]
 _HALF = (torch.bfloat16, torch.float16)
-# Of the sequences of the proof, and what half precision may differ in.
+# Lengths of the sequences of the check, and the tolerance of half precision.
 _PROOF_LENGTHS = (5, 17, 42)
 _PROOF_TOLERANCE = 2e-2
 # Device types on which a proof has failed.
@@ -87,7 +87,7 @@ def attend(
 def _is_proven(
     function: Varlen, device: torch.device, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int
 ) -> bool:
-    """True if the function computes what torch's attention does, for these heads."""
+    """True if the function gives the results of torch's attention for these heads."""
     try:
         error = proof_error(function, device, dtype, heads, kv_heads, head_dim)
         reason = "" if error <= _PROOF_TOLERANCE else f"its result differs by {error:.1e}"

@@ -156,7 +156,7 @@ def _describe_hang(result: LaunchResult, hang: Hang, logs: Path) -> list[str]:
 
 
 def _signal_text(number: int, result: LaunchResult) -> str:
-    """The name of a signal and what it says about the cause."""
+    """The name of a signal and its usual cause."""
     if number not in set(signal.Signals):
         return f"signal {number}"
     name, cause = signal.Signals(number).name, _CAUSES.get(signal.Signals(number), "")

@@ -9,7 +9,7 @@ from moreh.runtime.launch.paths import heartbeat_path
 from moreh.runtime.launch.supervisor import POLL_INTERVAL_S, LaunchResult, SignalQueue
 from moreh.runtime.launch.watch.heartbeat import Heartbeat, read_heartbeat
 
-# The first restart waits so long, and each further one twice as long as the one before.
+# Seconds before the first restart; each further restart waits twice as long as the one before.
 FIRST_WAIT_S = 1.0
 LONGEST_WAIT_S = 60.0
 # Exit codes that starting again does not change: the end, an error that the user has to correct, and that of a run that

@@ -66,7 +66,7 @@ def _make_open(rank: int, calls: SharedCalls, original: Any) -> Any:
 
 
 def _new_file(calls: SharedCalls, original: Any, file: Any, mode: str, *args: Any, **kwargs: Any) -> Any:
-    """A file that may not exist yet: the first worker makes it, and what the others write goes nowhere."""
+    """A file that may not exist yet: the first worker creates it, and the writes of the others are discarded."""
     opened: list[Any] = []
     path = os.path.abspath(file)  # noqa: PTH100
     outcome = calls.first(f"open/{path}", lambda: opened.append(original(file, mode, *args, **kwargs)))

@@ -38,7 +38,7 @@ class SharedCalls:
         return self._outcome(name)
 
     def together(self, key: str, call: Callable[[], Any], workers: int, patience: timedelta) -> str | None:
-        """Make the call on the worker that comes last of all; returns what `first` does.
+        """Make the call on the last worker that arrives; returns the result of `first`.
 
         After `patience`, the first one goes ahead without those that have not come.
         """

@@ -19,7 +19,7 @@ from moreh.runtime.launch.watch.memory_kills import OutOfMemoryKills
 
 POLL_INTERVAL_S = 0.05
 # Grace periods, after which workers that are still running are killed. That after a signal is the job's own.
-# After a signal, once worker 0 has ended and so has saved what it alone saves.
+# After a signal, once worker 0 has ended, and so has saved the files that only it saves.
 SIGNAL_GRACE_AFTER_RANK0_S = 15.0
 # After a signal, while no worker has joined the others, so that there is nothing to save. Python may lose an interrupt
 # that comes during an import, because it cannot raise KeyboardInterrupt out of a callback. Such a worker would go on,
@@ -154,7 +154,7 @@ def supervise(
 
 
 def _look(watch: HangWatch) -> Hang | None:
-    """The hang that the watch has noticed; what it has to say is said."""
+    """The hang that the watch has noticed, after logging its message."""
     warning, hang = watch.look()
     if warning is not None:
         print(f"warning: {warning}", file=sys.stderr, flush=True)
@@ -184,7 +184,7 @@ def _deadline(exits: dict[int, WorkerExit], signals: SignalQueue, joined: bool, 
 
 def _pass_on(caught: signal.Signals, workers: dict[int, subprocess.Popen[bytes]]) -> None:
     if caught is signal.SIGTSTP:
-        # Ctrl-Z: the workers have no terminal of their own that would stop them and let them go on.
+        # Ctrl-Z: the workers have no terminal of their own that would stop and resume them.
         _for_each(workers, lambda pid: os.killpg(pid, signal.SIGSTOP))
         os.kill(os.getpid(), signal.SIGSTOP)
         _for_each(workers, lambda pid: os.killpg(pid, signal.SIGCONT))

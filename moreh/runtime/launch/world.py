@@ -198,7 +198,7 @@ def _register_as_one_job(world: World) -> None:
 
 
 def _register_in_turn(world: World, run: str) -> str | None:
-    """Register this worker's job, unless the accelerator of any machine is busy: what is said then; collective.
+    """Register this worker's job; returns a message if the accelerator of any machine is busy; collective.
 
     Raises:
         AcceleratorError: a worker was refused for another reason.

@@ -36,7 +36,7 @@ _Stage: Any = OlderPipelineStage if needs_older_stage() else PipelineStage
 
 
 class LeanPipelineStage(_Stage):  # type: ignore[misc]
-    """A stage whose receive buffers exist from the posting of a receive until the computation with what was received.
+    """A stage whose receive buffers exist only from the posting of a receive until the stage has computed with it.
 
     An empty span marks each transfer that is posted, with its bytes. The schedule starts the transfer later.
     """
@@ -83,7 +83,7 @@ class LeanPipelineStage(_Stage):  # type: ignore[misc]
         return _marked("post_send_gradients", _as_sent(super().get_bwd_send_ops(bwd_chunk_id)))
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
-        """Compute a micro-batch. Autograd keeps what it needs of the hidden states, so their buffer is freed."""
+        """Compute a micro-batch, and free its receive buffer: autograd keeps the hidden states that it needs."""
         self._move_buffers(self.args_recv_info[fwd_chunk_id])
         output = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
         _free_buffers(self.args_recv_info[fwd_chunk_id])
@@ -120,7 +120,7 @@ class LeanPipelineStage(_Stage):  # type: ignore[misc]
                 info.buffer = torch.empty(self.hidden_shape, dtype=info.tensor_meta.dtype, device=device)
 
     def _move_buffers(self, infos: tuple[Any, ...]) -> None:
-        """Move what was received to the device that computes with it, if it lies elsewhere."""
+        """Move the received tensors to the device of the stage, if they are on another."""
         for info in infos:
             if info.buffer is not None:
                 info.buffer = info.buffer.to(self.device)

@@ -33,14 +33,14 @@ from moreh.runtime.pipeline.stubs import (
 
 # A method of transformers' models. It warns of padding without an attention mask.
 _PADDING_WARNING = "warn_if_padding_and_no_attention_mask"
-# Given the model's outputs for a micro-batch and the micro-batch's index, what the last stage returns.
+# Makes the last stage's result of the model's outputs for a micro-batch and the micro-batch's index.
 OutputFn = Callable[[Any, int], torch.Tensor]
 # Given a micro-batch's index, the positions in its flattened [batch * sequence] whose logits are needed; None for all.
 LogitPositions = Callable[[int], torch.Tensor | None]
 
 
 class Stage(nn.Module):
-    """The layers `first` to `last - 1` of a model. The first and the last stage also have what is before or after them.
+    """The layers `first` to `last - 1` of a model; in the first and last stage, also the modules before or after them.
 
     The parameters of a stage are those of the modules that it computes.
     """

@@ -69,7 +69,7 @@ class EmbeddingStub(Stub):
 
 
 class HeadStub(Stub):
-    """Stands in for a module after the layers, such as the final norm. No result depends on what it returns."""
+    """Stands in for a module after the layers, such as the final norm. No result depends on its output."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Zeros of the shape of whole sequences, [batch, sequence, hidden]."""
@@ -89,7 +89,7 @@ class TupleTolerantNorm(Stub):
     """
 
     def forward(self, x: Any) -> Any:
-        """The norm of hidden states, or what is in a tuple as it is."""
+        """The norm of hidden states; the content of a tuple is returned unchanged."""
         return self._original(x) if isinstance(x, torch.Tensor) else x[0]
 
 

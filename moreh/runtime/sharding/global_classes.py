@@ -194,7 +194,7 @@ class ViewStep:
 
 
 class GlobalView(WholeTensor):
-    """A view of a whole tensor: rows, a transposition. It has no memory; what is written to it reaches the tensor."""
+    """A view of a whole tensor, such as rows or a transposition. It has no memory; writes to it reach the tensor."""
 
     base: GlobalTensor
     """The tensor of which it is a view."""

@@ -68,7 +68,7 @@ def _views(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _on_whole_tensors(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Gather what the operation needs, compute with whole tensors, and write back its changes; collective."""
+    """Gather the operation's arguments, compute with whole tensors, and write back its changes; collective."""
     gathered: dict[int, torch.Tensor] = {}
     seen: dict[int, torch.Tensor] = {}
     originals: dict[int, WholeTensor] = {}
@@ -79,7 +79,7 @@ def _on_whole_tensors(function: Any, args: tuple[Any, ...], kwargs: dict[str, An
         if id(value) not in seen:
             base = value.base if isinstance(value, GlobalView) else value
             assert isinstance(base, GlobalTensor)
-            # Aliases share `local`, on every rank alike: what is written to one is seen in the other.
+            # Aliases share `local` on every rank: a write to one alias is visible in the other.
             key = id(base.local)
             if key not in gathered:
                 gathered[key] = base.full_tensor()

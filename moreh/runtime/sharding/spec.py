@@ -54,7 +54,7 @@ def shard_range(length: int, ranks: int, rank: int) -> tuple[int, int]:
 
 
 def tp_shard_shape(spec: ParamSpec, tp_rank: int, tp_size: int) -> tuple[int, ...]:
-    """The shape of what a tensor-parallel rank has of a parameter, before FSDP shards it."""
+    """The shape of a tensor-parallel rank's part of a parameter, before FSDP shards it."""
     if spec.tp_split is None:
         return spec.shape
     ranges = (shard_range(size, tp_size, tp_rank) for size in spec.tp_split.chunk_sizes)

@@ -219,7 +219,7 @@ def _count_conv1d_outputs(module: Any, args: Any) -> None:
 
 
 def _split_sequence(state: TensorParallelState) -> _PreHook:
-    """Split before the first layer, when transformers has computed what needs whole sequences, such as masks."""
+    """Split before the first layer: transformers has then computed masks and the like from whole sequences."""
 
     def split(hidden_states: torch.Tensor) -> torch.Tensor:
         if not state.sequence_parallel:

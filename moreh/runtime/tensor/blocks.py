@@ -53,7 +53,7 @@ def attention_shape(config: Any) -> AttentionShape:
     heads = int(config.num_attention_heads)
     kv_heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_kv_heads", None) or heads
     if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
-        # Falcon's old architecture has one key-value head, whatever the configuration says.
+        # Falcon's old architecture has one key-value head, even if its configuration has another number.
         kv_heads = 1
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     return AttentionShape(heads, int(kv_heads), int(head_dim))

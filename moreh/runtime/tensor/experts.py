@@ -89,7 +89,7 @@ def install_experts(layer: nn.Module, experts: Experts | None, group: dist.Proce
         return hidden_states, (index - first).where(is_own, others), weights.where(is_own, 0)
 
     def leave(called: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
-        # Eager code leaves out experts that no token has come to. Where these are all of this rank's, it has a gradient
+        # Eager code skips experts without tokens. If these are all of this rank's experts, it has a gradient
         # of 0 all the same, as on one process, and takes part in the sums over the ranks.
         if in_eager_mode and not (args[1] < module.num_experts).any():
             for tensor in (*called.parameters(), args[0], args[2]):

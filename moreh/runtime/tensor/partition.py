@@ -39,7 +39,7 @@ class SplittableDecoder:
     """A decoder whose family has tensor-parallel blocks, its parameters whole or already split."""
 
     parts: ModelParts
-    """The model, split into what is before, in and after its layers."""
+    """The model, split into the parts before, in and after its layers."""
     config: Any
     """The configuration of transformers."""
     embedding: nn.Embedding

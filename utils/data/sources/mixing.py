@@ -77,7 +77,7 @@ class SourceRows:
     """Number of held-out rows."""
 
     def text(self, epoch_rows: int) -> str:
-        """The line of the log, for an epoch of so many rows."""
+        """The log line, for an epoch of `epoch_rows` rows."""
         return (
             f"Rows of {self.name}: {SourceCounts(**self.read)}; {self.held_out} held out, {self.training} to train on: "
             f"with weight {self.weight:g}, {self.epoch} of the epoch's {epoch_rows} ({self.epoch / epoch_rows:.1%})"

@@ -57,7 +57,7 @@ def state_of_tokenizer(name: str) -> Any:
 
     try:
         return [name, str(cached_file(name, "tokenizer_config.json"))]  # the path names the version
-    except OSError:  # `load_tokenizer` says what is wrong with it
+    except OSError:  # `load_tokenizer` raises the error
         return [name]
 
 

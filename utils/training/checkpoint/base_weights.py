@@ -6,7 +6,7 @@ from typing import Any
 
 from utils.config.schema import Config
 
-# Of each file of weights, so many pieces of so many bytes are looked at. Two models differ in nearly all of them.
+# The number and size of the pieces of each weight file that are compared. Two models differ in nearly all pieces.
 _PIECES, _PIECE_BYTES = 64, 1 << 16
 _SUFFIXES = (".safetensors", ".bin")
 

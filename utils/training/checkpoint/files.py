@@ -89,7 +89,7 @@ def prune(directory: Path, keep_last: int, *, keep_best: bool) -> None:
 
 
 def remove_unfinished(directory: Path) -> None:
-    """Remove what processes that were killed while they saved have left."""
+    """Remove the files of processes that were killed while they saved."""
     for leftover in directory.glob(_UNFINISHED):
         shutil.rmtree(leftover, ignore_errors=True)
 

@@ -26,7 +26,7 @@ def random_states() -> dict[str, Any]:
 
 
 def restore_random_states(states: dict[str, Any]) -> None:
-    """Set the random generators to what `random_states` returned.
+    """Set the random generators to the result of `random_states`.
 
     Without GPUs now, or in a checkpoint that was written without them, the states of GPUs stay as they are.
     """

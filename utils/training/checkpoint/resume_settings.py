@@ -14,11 +14,11 @@ from utils.data.dataset import RunData
 from utils.errors import UserError
 from utils.training.checkpoint.base_weights import base_fingerprint
 
-# Settings that a run may change when it goes on: they change none of its numbers but the plan's rounding, or are the
+# Settings that a resumed run may change: they change none of its numbers but the plan's rounding, or are the
 # length of the run.
 _FREE_SECTIONS = ("run.", "log.", "checkpoint.", "stop.", "launch.", "accelerator.", "versions.")
 _FREE = ("train.steps", "train.epochs", "train.loader_workers", "train.non_finite")
-# Names of what is compared by its content as well. Another name of the same content may be given.
+# Names of files whose content is compared: another name of the same content is allowed.
 _NAMES_OF_DATA = tuple(
     f"data.{key}"
     for key in ("docstrings", "summaries", "files", "eval_files", "hub", "hub_configuration", "split", "sources")
@@ -28,7 +28,7 @@ _NAMES = {
     "tokenizer.pretrained": ("content.tokenizer",),
     "model.pretrained": ("content.tokenizer", "content.architecture", "content.frozen_weights"),
 }
-# Keys of a model's configuration that do not change what it computes.
+# Keys of a model's configuration that do not affect its results.
 _NO_ARCHITECTURE = {"_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype"}
 _SHOWN_CHARACTERS = 48
 

@@ -19,7 +19,7 @@ from utils.errors import EXIT_REQUEUE, EXIT_SIGNAL, Stopped
 from utils.workers import rank
 
 MINIMUM_GRACE_S = 60.0
-# The grace period is so many times as long as a step and a save.
+# The grace period is this many times as long as a step and a save.
 _MARGIN = 2
 # Evaluations are between steps, so the longest of the last ones counts.
 _STEPS_TO_REMEMBER = 10
@@ -29,7 +29,7 @@ _SCONTROL_TIMEOUT_S = 10
 
 
 class GracePeriod:
-    """The time that a run needs to save after it was asked to stop: what the settings say, or as measured."""
+    """The time that a run needs to save after it was asked to stop: that of the settings, or measured."""
 
     def __init__(self, settings: StopSection) -> None:
         self._given = settings.grace_seconds
@@ -45,12 +45,12 @@ class GracePeriod:
         return max(MINIMUM_GRACE_S, _MARGIN * (max(self._steps, default=0.0) + self._save_s))
 
     def expect_save(self, size_bytes: int) -> None:
-        """Count on a save of so many bytes until one has been measured."""
+        """Estimate the time of a save by its bytes, until one has been measured."""
         self._save_s = size_bytes / _BYTES_PER_SECOND
         self._tell()
 
     def end_step(self) -> None:
-        """Call it after each step: what came since the last call is the time of the step, evaluation included."""
+        """Call it after each step: the time since the last call is that of the step, evaluation included."""
         now = time.monotonic()
         if self._last_end is not None:
             self._steps.append(now - self._last_end)
@@ -58,7 +58,7 @@ class GracePeriod:
         self._tell()
 
     def end_save(self, seconds: float) -> None:
-        """A save took so long, until its files were complete. The thread that writes them calls it."""
+        """Record the seconds of a save, until its files were complete. The writing thread calls it."""
         self._save_s = seconds
 
     def _tell(self) -> None:
@@ -115,7 +115,7 @@ def slurm_end(environment: Mapping[str, str]) -> TimeLimit | None:
 
 
 def end_of_run(signal_number: int, limit: TimeLimit | None, what: str) -> Stopped:
-    """The end of a run that a signal or, with number 0, a time limit has asked for; `what` says where it is.
+    """The end of a run that a signal or, with number 0, a time limit has asked for; `what` is its place.
 
     A limit of None is one that another rank knows.
     """

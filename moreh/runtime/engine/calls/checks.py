@@ -86,7 +86,7 @@ def check_functions(root: nn.Module, expected: LibraryFunctions) -> LibraryFunct
 
 
 def check_surroundings() -> None:
-    """Check what the script has put around a call of a causal language model.
+    """Check the modes and hooks that the script has put around a call of a causal language model.
 
     Raises:
         OptionError: it would see, or compute once more, one worker's part of the call.

@@ -1,4 +1,4 @@
-"""The script's use of earlier calls, which predicts what the next call has to compute.
+"""The script's use of earlier calls, which predicts what the next call must compute.
 
 The runtime is fast where a script calls `backward()` once for each loss and reads nothing else. Whatever else a script
 does is computed when it happens; once it is known of a script, the model's own forward pass gives all of it in one.

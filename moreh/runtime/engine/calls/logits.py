@@ -55,7 +55,7 @@ class LogitsPasses:
 
 
 class MicroBatchSeeds:
-    """Seeds for each micro-batch and stage, so that two passes draw the same numbers in whatever order they go."""
+    """Seeds for each micro-batch and stage, so that two passes draw the same numbers in any order."""
 
     def __init__(self, seed: int) -> None:
         self._seed = seed

@@ -26,7 +26,7 @@ def replace_methods(model: ParallelModel) -> None:
     """
     root: Any = model.parts.root
     for wrapper in wrappers(root):
-        # DataParallel and others have none, and torch.compile's has that of what is inside.
+        # DataParallel and others have no `save_pretrained`; torch.compile's wrapper has that of the compiled model.
         if hasattr(wrapper, "peft_config"):
             wrapper.__dict__["save_pretrained"] = _save_adapters(wrapper, model.mesh.device)
     causal: Any = unwrapped(root)
@@ -45,7 +45,7 @@ def replace_methods(model: ParallelModel) -> None:
 
 def _save_model(module: Any, model: ParallelModel, directory: str | os.PathLike[str], **kwargs: Any) -> None:
     """Replaces `save_pretrained` of a model of transformers, which may be inside wrappers."""
-    # transformers' Trainer passes None, or what `state_dict()` has returned: the model's own weights.
+    # transformers' Trainer passes None or the result of `state_dict()`: the model's own weights.
     if _is_own_state(module, kwargs.get("state_dict")):
         kwargs.pop("state_dict", None)
     names, local = _names_in(module, model), model.local_tensors()
@@ -91,7 +91,7 @@ def _unite_tied_entries(module: nn.Module, state_dict: dict[str, Any], prefix: s
 
 
 def _is_own_state(root: nn.Module, state_dict: Any) -> bool:
-    """True if a state dict is None or has what the model's `state_dict()` returns: its parameters, not copies."""
+    """True if a state dict is None or has the model's own parameters, as `state_dict()` returns them, not copies."""
     if state_dict is None:
         return True
     own = root.state_dict()
@@ -128,7 +128,7 @@ def _stay(
 
 
 def _save_adapters(wrapper: Any, device: torch.device) -> Any:
-    """PEFT's own `save_pretrained`, with what it saves gathered into whole tensors, because adapters are small.
+    """PEFT's own `save_pretrained` of whole tensors, which are gathered because adapters are small.
 
     Raises (from what is returned):
         OptionError: other weights than the model's own are to be saved.

@@ -58,7 +58,7 @@ def replace_params(replacements: dict[int, nn.Parameter], originals: list[nn.Par
             replacement.__dict__.update(own_attributes(original))
             if original.requires_grad:
                 original.register_hook(_refuse_earlier_graph)
-            # Without memory, in the shape that a graph from before goes on with, until it comes to the hook.
+            # Without memory, in the shape that the backward pass of an earlier graph expects until it reaches the hook.
             original.data = original.data.new_zeros(()).expand(original.shape)
             replacement.__dict__[_REPLACEMENT] = replacement
             original.__dict__ = replacement.__dict__

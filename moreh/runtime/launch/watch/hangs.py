@@ -14,18 +14,18 @@ from moreh.runtime.launch.paths import heartbeat_path, stack_path
 from moreh.runtime.launch.watch.heartbeat import STACK_SIGNAL, Heartbeat, read_heartbeat
 from moreh.runtime.launch.watch.stacks import Frame, innermost_frames, waits_for_others
 
-# Silence is said after this time, or after half of the time that ends a run, if that is less.
+# Silence is reported after this time, or after half of the time that ends a run, if that is less.
 WARNING_AFTER_S = 60.0
-# Planning, compiling, loading and saving may take so many times as long as a step.
+# Planning, compiling, loading and saving may take this many times as long as a step.
 PATIENCE = 6
-# And at least so long: the time of these phases does not follow from that of a step.
+# And at least this time, because their duration does not depend on that of a step.
 LEAST_PATIENCE_S = 300.0
-# A step may take so many times as long as the longest one between two heartbeats until now.
+# A step may take this many times as long as the longest step so far.
 SLOWER = 3
 SECONDS_BETWEEN_LOOKS = 0.5
-# If this process was not there for so long, as on a machine that was asleep, the workers were not either.
+# If this process was suspended for this time, as on a sleeping machine, so were the workers.
 ABSENCE_S = 20.0
-# What a worker gets to write its stack.
+# The time that a worker has to write its stack.
 STACK_S = 1.0
 
 

@@ -62,7 +62,7 @@ class Heartbeat:
 
     @property
     def place(self) -> str:
-        """The step and what is done in it, for a message."""
+        """The step and its phase, for a message."""
         step = "before the first step" if self.step is None else f"step {self.step}"
         return f"{step}, in {self.where}" if self.where else step
 
