@@ -37,7 +37,7 @@ def warn_of_variables_without_effect() -> None:
             logger.warning("%s=%s has no effect: %s.", name, os.environ[name], instead)
 
 
-def warn_of_a_line_that_was_not_called() -> None:
+def warn_of_missing_line() -> None:
     """Log a line at the end of a script that relied on the environment for advanced parallelization."""
     if os.environ.get(ENABLE_VARIABLE, "").strip() == "1":
         logger.warning(

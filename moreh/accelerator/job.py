@@ -16,7 +16,7 @@ import psutil
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from moreh.accelerator.environment import warn_of_a_line_that_was_not_called, warn_of_variables_without_effect
+from moreh.accelerator.environment import warn_of_missing_line, warn_of_variables_without_effect
 from moreh.accelerator.job_status import (
     DEFAULT_GRACE_S,
     ChosenPlan,
@@ -289,5 +289,5 @@ def _command_line(process: psutil.Process) -> str:
 def _end_own_job(job: Job) -> None:
     if os.getpid() == job.pid:
         if _local_job is not None and not _local_job.uses_all_devices:
-            warn_of_a_line_that_was_not_called()
+            warn_of_missing_line()
         end_job(job.id)

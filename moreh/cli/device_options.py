@@ -5,7 +5,7 @@ from pathlib import Path
 
 from moreh.accelerator.this_machine import THIS_MACHINE
 from moreh.cli.cluster_file import KEYS
-from moreh.cli.terminal import amount, whole
+from moreh.cli.terminal import positive_number, whole_number
 
 # Above any real cluster, so that a typo does not keep the search busy for minutes.
 MAX_DEVICES, MAX_GBIT = 100_000, 1e6
@@ -23,7 +23,7 @@ def add_device_options(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--devices",
-        type=whole(MAX_DEVICES),
+        type=whole_number(MAX_DEVICES),
         metavar="N",
         help=f"The number of these devices (with --device '{THIS_MACHINE}': of worker processes).",
     )
@@ -40,13 +40,13 @@ def add_device_options(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--devices-per-node",
-        type=whole(MAX_DEVICES),
+        type=whole_number(MAX_DEVICES),
         metavar="N",
         help="Devices per node (default: that of the device).",
     )
     group.add_argument(
         "--network-gbit-per-device",
-        type=amount(MAX_GBIT),
+        type=positive_number(MAX_GBIT),
         metavar="G",
         help="Network from one device to other nodes, in Gbit/s in one direction (default: that of the device).",
     )

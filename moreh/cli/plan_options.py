@@ -9,7 +9,7 @@ from pathlib import Path
 from moreh.accelerator.devices import all_devices
 from moreh.accelerator.this_machine import THIS_MACHINE
 from moreh.cli.device_options import MAX_DEVICES, add_device_options, device_option_requirements
-from moreh.cli.terminal import amount, help_formatter, whole
+from moreh.cli.terminal import help_formatter, positive_number, whole_number
 from moreh.options import DEFAULT_MEMORY_PERCENT
 from moreh.planner.optimizer_state import ADAMW, OPTIMIZER_STATES
 from moreh.planner.plan.notation import LEGEND
@@ -75,13 +75,13 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--batch-size",
-        type=whole(MAX_ROWS),
+        type=whole_number(MAX_ROWS),
         required=True,
         metavar="B",
         help="Sequences per training step, over all devices.",
     )
     parser.add_argument(
-        "--sequence-length", type=whole(MAX_TOKENS), required=True, metavar="S", help="Tokens per sequence."
+        "--sequence-length", type=whole_number(MAX_TOKENS), required=True, metavar="S", help="Tokens per sequence."
     )
     _add_training(parser.add_argument_group("training (default: all parameters, with AdamW)"))
     add_device_options(parser.add_argument_group("devices (default: the current accelerator)"))
@@ -112,7 +112,7 @@ def parse_options(arguments: list[str]) -> argparse.Namespace:
 def _add_training(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--lora",
-        type=whole(MAX_RANK),
+        type=whole_number(MAX_RANK),
         metavar="R",
         help="Train LoRA adapters of rank R; all other parameters are frozen.",
     )
@@ -152,9 +152,9 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_constraints(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--stages", type=whole(MAX_DEVICES), metavar="N", help="Use exactly N pipeline ranks.")
+    group.add_argument("--stages", type=whole_number(MAX_DEVICES), metavar="N", help="Use exactly N pipeline ranks.")
     group.add_argument(
-        "--micro-batches", type=whole(MAX_ROWS), metavar="N", help="Cut each step into exactly N micro-batches."
+        "--micro-batches", type=whole_number(MAX_ROWS), metavar="N", help="Cut each step into exactly N micro-batches."
     )
     group.add_argument(
         "--recompute",
@@ -169,7 +169,7 @@ def _add_constraints(group: argparse._ArgumentGroup) -> None:
         help="Shard parameters over data-parallel ranks: yes, no, or auto (the default), which tries both.",
     )
     group.add_argument(
-        "--max-tensor", type=whole(MAX_DEVICES), metavar="N", help="Use at most N tensor-parallel ranks."
+        "--max-tensor", type=whole_number(MAX_DEVICES), metavar="N", help="Use at most N tensor-parallel ranks."
     )
     group.add_argument(
         "--schedules",
@@ -181,21 +181,21 @@ def _add_constraints(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--max-context",
-        type=whole(MAX_DEVICES),
+        type=whole_number(MAX_DEVICES),
         default=1,
         metavar="N",
         help="Use at most N context-parallel ranks (default 1: the local runtime has no context parallelism).",
     )
     group.add_argument(
         "--max-expert",
-        type=whole(MAX_DEVICES),
+        type=whole_number(MAX_DEVICES),
         default=1,
         metavar="N",
         help="Use at most N expert-parallel ranks (default 1: the local runtime has no expert parallelism).",
     )
     group.add_argument(
         "--memory-percent",
-        type=amount(100),
+        type=positive_number(100),
         default=float(DEFAULT_MEMORY_PERCENT),
         metavar="P",
         help=f"Let plans use P percent of each device's memory (default {DEFAULT_MEMORY_PERCENT}).",
@@ -208,7 +208,7 @@ def _add_constraints(group: argparse._ArgumentGroup) -> None:
 def _add_output(group: argparse._ArgumentGroup) -> None:
     kind = group.add_mutually_exclusive_group()
     kind.add_argument(
-        "--count", type=whole(MAX_PLANS), metavar="N", help=f"Print the N best plans (default {DEFAULT_COUNT})."
+        "--count", type=whole_number(MAX_PLANS), metavar="N", help=f"Print the N best plans (default {DEFAULT_COUNT})."
     )
     kind.add_argument(
         "--explain",
@@ -226,13 +226,13 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--dataset-tokens",
-        type=amount(1e18),
+        type=positive_number(1e18),
         metavar="N",
         help="With --flavors: add the hours and device-hours for training on N tokens.",
     )
     group.add_argument(
         "--price-per-device-hour",
-        type=amount(1e9),
+        type=positive_number(1e9),
         metavar="X",
         help="With --dataset-tokens: add the cost, in the currency of X.",
     )

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import math
 import sys
 import time
 
@@ -14,7 +13,7 @@ from moreh.accelerator.registry_content import Job
 from moreh.cli.device_commands import add_device, list_devices, remove_device, switch_device
 from moreh.cli.smi_collect import AcceleratorReport, collect_reports
 from moreh.cli.smi_report import as_json, draw_reports
-from moreh.cli.terminal import help_formatter, run_tool
+from moreh.cli.terminal import help_formatter, positive_number, run_tool
 from moreh.errors import AcceleratorError
 from moreh.version import __version__
 
@@ -154,16 +153,6 @@ def _with_command(arguments: list[str]) -> list[str]:
     return [*arguments[:first], "device", *arguments[first:]]
 
 
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = math.nan
-    if not 0 < seconds <= MAX_SECONDS_BETWEEN:
-        raise argparse.ArgumentTypeError(f"{text}: give a number of seconds above 0, at most {MAX_SECONDS_BETWEEN:g}")
-    return seconds
-
-
 def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="moreh-smi",
@@ -182,7 +171,13 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         action="store_true",
         help="End the job on the current accelerator, or on accelerator -i, after the job has saved.",
     )
-    parser.add_argument("-l", "--loop", type=_seconds, metavar="SECONDS", help="Repeat the output every SECONDS.")
+    parser.add_argument(
+        "-l",
+        "--loop",
+        type=positive_number(MAX_SECONDS_BETWEEN),
+        metavar="SECONDS",
+        help="Repeat the output every SECONDS.",
+    )
     parser.add_argument("--json", action="store_true", help="Print JSON instead of tables.")
     parser.add_argument(
         "-s",
@@ -197,6 +192,13 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         help="Print the version; with --json, also the versions of Python and torch, the machine, the environment "
         "variables and the patches of libraries.",
     )
+    _add_device_command(parser)
+    options = parser.parse_args(_with_command(arguments))
+    _check_combinations(parser, options)
+    return options
+
+
+def _add_device_command(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(dest="command", metavar="device")
     device = commands.add_parser(
         "device",
@@ -220,7 +222,10 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     device.add_argument(
         "--json", action="store_true", default=argparse.SUPPRESS, help="Print the resulting list as JSON."
     )
-    options = parser.parse_args(_with_command(arguments))
+
+
+def _check_combinations(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """End the program with an error if options cannot be combined."""
     actions = {
         "device": options.command == "device",
         "--token": options.token,
@@ -236,7 +241,6 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         parser.error(f"--physical cannot be combined with {given[0]}")
     if options.idx is not None and given in (["device"], ["--version"], ["--server-version"]):
         parser.error(f"--idx cannot be combined with {given[0]}")
-    return options
 
 
 if __name__ == "__main__":

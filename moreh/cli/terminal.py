@@ -48,7 +48,7 @@ def run_tool(main: Callable[[list[str]], int]) -> int:
         flush_output()
 
 
-def whole(maximum: int) -> Callable[[str], int]:
+def whole_number(maximum: int) -> Callable[[str], int]:
     """The type of an option: a whole number from 1 to `maximum`."""
 
     def parse(text: str) -> int:
@@ -59,7 +59,7 @@ def whole(maximum: int) -> Callable[[str], int]:
     return parse
 
 
-def amount(maximum: float) -> Callable[[str], float]:
+def positive_number(maximum: float) -> Callable[[str], float]:
     """The type of an option: a number above 0, at most `maximum`."""
 
     def parse(text: str) -> float:

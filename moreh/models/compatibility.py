@@ -26,7 +26,7 @@ from moreh.models.provenance import (
     is_accelerate_bf16_forward,
     is_library_function,
     is_stock_transformers,
-    norm_of_whole_calls,
+    whole_batch_norm,
 )
 
 # What a forward pass of transformers may assign to `loss`, as source code: the mean over label tokens, and the loss
@@ -64,7 +64,7 @@ def unsupported_reason(root: Any) -> str | None:
         return f"{name} has an encoder and a decoder"
     if config is not causal.config:
         return f"{name} is more than a language model"
-    if (norm := norm_of_whole_calls(root)) is not None:
+    if (norm := whole_batch_norm(root)) is not None:
         return f"{name} has {norm}"
     if not hasattr(causal.get_output_embeddings(), "weight"):
         return f"the output layer of {name} is not a single matrix"

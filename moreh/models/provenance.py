@@ -105,8 +105,8 @@ def first_custom_module(model: nn.Module) -> nn.Module | None:
     return None
 
 
-def norm_of_whole_calls(model: nn.Module) -> str | None:
-    """A normalization that a script has put into a model and that computes with whole calls, as a clause for messages.
+def whole_batch_norm(model: nn.Module) -> str | None:
+    """A normalization in a model that depends on the whole batch, as a clause for messages; None if there is none.
 
     With batch normalization the sequences of a batch affect each other. Running statistics and the estimate of a
     spectral norm change once in each call, not once in each part of it.

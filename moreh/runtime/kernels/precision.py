@@ -32,7 +32,7 @@ def choose_bfloat16(device: torch.device, *, requested: bool) -> bool:
     """
     if device.type == "meta":
         return False
-    _CHOSEN[device.type] = requested and _pays(device)
+    _CHOSEN[device.type] = requested and _choose(device)
     return _CHOSEN[device.type]
 
 
@@ -53,7 +53,7 @@ def choose_as(precisions: Mapping[str, bool]) -> None:
             )
 
 
-def _pays(device: torch.device) -> bool:
+def _choose(device: torch.device) -> bool:
     if device.type in _OF_CHECKPOINT:
         bfloat16 = _OF_CHECKPOINT[device.type]
         logger.info("mixed_precision : %s, as in the checkpoint", "bfloat16" if bfloat16 else "off, float32")

@@ -27,12 +27,11 @@ def rank_local_rng(mesh: Mesh, *, is_random: bool) -> Iterator[None]:
 
     Args:
         mesh: the ranks.
-        is_random: whether the model is known to draw random numbers, as it would from the script's generator on one
-            worker. Then the script's generator advances by one draw on every rank: ranks stay in step however many
-            numbers each draws, and the script's seed determines the run. Otherwise it does not advance, since it would
-            not on one worker.
+        is_random: True if the model draws random numbers. Then the script's generator advances by one draw on every
+            rank, so ranks stay in step even if they draw different amounts, and the script's seed determines the run.
+            Otherwise it does not advance, as on one worker.
     """
-    seed = int(torch.randint(2**62, (1,), device="cpu", generator=None if is_random else _generator_of_the_runtime()))
+    seed = int(torch.randint(2**62, (1,), device="cpu", generator=None if is_random else _runtime_generator()))
     index = mesh.rank("pipeline") * mesh.size("data") + mesh.rank("data")
     devices = [mesh.device] if mesh.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
@@ -40,8 +39,8 @@ def rank_local_rng(mesh: Mesh, *, is_random: bool) -> Iterator[None]:
         yield
 
 
-def _generator_of_the_runtime() -> torch.Generator:
-    """A generator that no script draws from, seeded once by the state of the script's, which is not changed."""
+def _runtime_generator() -> torch.Generator:
+    """The runtime's own generator, seeded once by the state of the script's generator, which does not change."""
     global _own_generator
     if _own_generator is None:
         digest = hashlib.sha256(torch.get_rng_state().numpy().tobytes()).digest()

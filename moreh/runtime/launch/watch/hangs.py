@@ -30,7 +30,7 @@ STACK_S = 1.0
 
 
 @dataclass(frozen=True)
-class Standing:
+class StalledWorker:
     """The state of a worker that makes no progress."""
 
     rank: int
@@ -62,12 +62,12 @@ class Hang:
 
     seconds: float
     """Seconds of silence."""
-    behind: Standing
+    behind: StalledWorker
     """The worker that the others wait for."""
 
 
 class HangWatch:
-    """Looks at the heartbeats of the workers in the directory of their logs; `hang_seconds` None: never ends them."""
+    """Watches the heartbeats of the workers in the directory of their logs; `hang_seconds` None: never ends them."""
 
     def __init__(self, logs: Path, pids: Mapping[int, int], hang_seconds: float | None) -> None:
         self._logs, self._pids, self._hang_seconds = logs, pids, hang_seconds
@@ -111,29 +111,28 @@ class HangWatch:
             f"{behind.pid}) is behind: {behind.text}"
         )
 
-    def _behind(self, heartbeats: Mapping[int, Heartbeat], *, is_last: bool) -> Standing:
-        """The worker that the others wait for: one that is stopped, or in no collective, or has come least far."""
+    def _behind(self, heartbeats: Mapping[int, Heartbeat], *, is_last: bool) -> StalledWorker:
+        """The worker that the others wait for: one that is stopped, or in no collective, or at the earliest step."""
         stopped = {rank for rank, pid in self._pids.items() if _is_stopped(pid)}
         self._ask_for_stacks(heartbeats, self._pids.keys() - stopped)
         if is_last and stopped:
-            # A stopped worker has to go on to write its stack. All are about to be ended: nobody may go on meanwhile.
+            # A stopped worker must continue to write its stack, and the others, which are about to be ended, must not.
             self._send(signal.SIGSTOP, self._pids.keys() - stopped)
             self._ask_for_stacks(heartbeats, stopped, wake=True)
-        standings = [
-            Standing(
+        stalled = [
+            StalledWorker(
                 rank, pid, heartbeats[rank], rank in stopped, tuple(innermost_frames(stack_path(self._logs, rank)))
             )
             for rank, pid in self._pids.items()
         ]
-        return min(standings, key=_how_far)
+        return min(stalled, key=_progress)
 
     def _ask_for_stacks(self, heartbeats: Mapping[int, Heartbeat], ranks: Set[int], *, wake: bool = False) -> None:
-        """Let workers write their stacks, and wait for them a moment. Those that are woken are stopped again."""
+        """Let workers write their stacks, and wait for at most STACK_S. Workers that are woken are stopped again."""
         if STACK_SIGNAL is None:
             return
-        asked = {
-            rank for rank in ranks if heartbeats[rank].count > 0
-        }  # others do not know the signal, which would end them
+        # A worker without a heartbeat does not handle the signal yet, which would end it.
+        asked = {rank for rank in ranks if heartbeats[rank].count > 0}
         for rank in asked:
             with contextlib.suppress(OSError):
                 os.truncate(stack_path(self._logs, rank), 0)
@@ -154,10 +153,11 @@ class HangWatch:
                 os.kill(self._pids[rank], number)
 
 
-def _how_far(standing: Standing) -> tuple[bool, bool, int, int]:
-    step = -1 if standing.heartbeat.step is None else standing.heartbeat.step
-    is_waiting = waits_for_others(standing.frames)
-    return not standing.is_stopped, is_waiting, step, standing.heartbeat.count
+def _progress(worker: StalledWorker) -> tuple[bool, bool, int, int]:
+    """A key that is least for the worker that the others wait for."""
+    step = -1 if worker.heartbeat.step is None else worker.heartbeat.step
+    is_waiting = waits_for_others(worker.frames)
+    return not worker.is_stopped, is_waiting, step, worker.heartbeat.count
 
 
 def _is_stopped(pid: int) -> bool:
