@@ -1,6 +1,6 @@
 """Bytes that a plan needs on every device: parameters, gradients, optimizer state, activations, logits, buffers.
 
-`peak_memory` is what the search and the predictions call. It is either the sum of all temporary tensors or the highest
+The search and the predictions call `peak_memory`. The peak is either the sum of all temporary tensors or the highest
 moment of a step, depending on how the software manages memory.
 """
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 
 from moreh.planner.cost.activation_memory import (
+    LayerActivations,
     embedding_activations,
     final_activations,
     layer_activations,
@@ -16,10 +17,12 @@ from moreh.planner.cost.activation_memory import (
     residual_element_bytes,
     residual_elements,
 )
-from moreh.planner.cost.edge_exchange import edge_exchange
+from moreh.planner.cost.edge_exchange import EdgeExchange, edge_exchange
 from moreh.planner.cost.first_pass import own_loss_bytes
 from moreh.planner.cost.layer_time import micro_batch_tokens
 from moreh.planner.cost.memory_states import (
+    AutocastCopies,
+    HeldGradients,
     ModelStates,
     autocast_copies,
     edge_ranks,
@@ -94,7 +97,7 @@ def _sum_of_moments(states: ModelStates, plans: PlanTable, training: Training, s
     """The memory of all moments of a step, added up: for software that does not reuse memory within a step."""
     sharding = plans.sharding[:, None]
     # The embedding or the output layer: where parameters are sharded, it is gathered and its gradient reduced.
-    # Otherwise its new gradient exists before it is added to the one that is there.
+    # Otherwise its new gradient exists beside the one that it is added to.
     gathers_edge = (sharding == SHARD_PARAMETERS) & reshards_each_micro_batch(plans.pipeline, software)
     bytes_per_parameter = np.where(
         gathers_edge, software.gather_bytes + software.reduce_bytes, software.activation_bytes
@@ -148,6 +151,58 @@ def _moments(states: ModelStates, plans: PlanTable, training: Training, software
     return first + _passes(states, plans, training, software, in_flight_later, several)
 
 
+@dataclass(frozen=True)
+class _Passes:
+    """The passes of a micro-batch: bytes that several of their moments share, [n, pipeline] each."""
+
+    states: ModelStates
+    software: SoftwareProfile
+    layers: FloatArray
+    """Number of layers of the rank."""
+    kept: FloatArray
+    """Activations at the end of the forward pass, without those of the final norm."""
+    stage: FloatArray
+    """Activations of one micro-batch in one stage, which the backward pass frees from the last layer to the first."""
+    gradients: HeldGradients
+    copies: AutocastCopies
+    edges: EdgeExchange
+    edge_buffers: FloatArray
+    """Buffers for the largest gather and reduction of the embedding or the output layer."""
+    residual_gradient: FloatArray
+    """The gradient of the residual stream."""
+    freed_at_once: FloatArray
+    """Copies of layers that the backward pass frees one after the other, in the last micro-batch."""
+    first: FloatArray
+    """1 for the rank with the embedding, else 0."""
+    last: FloatArray
+    """1 for the rank with the output layer, else 0."""
+
+    def moment(
+        self,
+        activations: FloatArray | float,
+        gradients: FloatArray,
+        copies: FloatArray | float = 0.0,
+        logits: FloatArray | float = 0.0,
+        buffers: FloatArray | float = 0.0,
+    ) -> PeakMemory:
+        """One moment; the arguments are the bytes that differ from moment to moment."""
+        zeros = np.zeros_like(self.kept)
+        activations, logits, buffers = (
+            zeros + activations,
+            zeros + logits,
+            zeros + buffers + self.software.scratch_bytes,
+        )
+        return PeakMemory(
+            parameters=self.states.weight_bytes + copies,
+            gradients=gradients,
+            optimizer=self.states.optimizer_bytes,
+            activations=activations,
+            logits=logits,
+            buffers=buffers,
+            fragmentation=self.software.fragmentation * (activations + logits + buffers),
+        )
+
+
 def _passes(
     states: ModelStates,
     plans: PlanTable,
@@ -160,101 +215,86 @@ def _passes(
 
     Args:
         in_flight: (Stage, micro-batch) pairs whose activations a rank holds, [n, pipeline].
-        all_gradients: Whether all gradients exist before the backward pass, [n, 1].
+        all_gradients: True if all gradients exist before the backward pass, [n, 1].
     """
-    zeros = np.zeros_like(states.rank_parameters)
     first, last = edge_ranks(plans)
-    copies = autocast_copies(states, plans, training, software)
-    gradients = held_gradients(states, plans, training, all_gradients)
-    logits = logit_elements(plans, training, software)
-
     layer = layer_activations(plans, training, software)
-    # One micro-batch in one stage: freed while its backward pass goes from the last layer to the first.
     stage = mean_layers_per_stage(plans) * layer.kept[:, None]
     embedding = embedding_activations(plans, training, software)[:, None]
-    kept = in_flight * (stage + first * embedding / plans.chunks) + _deferred_bytes(plans, training, software)
-    with_final = kept + last * final_activations(plans, training, software)[:, None]
-    residual_gradient = (residual_elements(plans, training) * residual_element_bytes(software))[:, None]
-    in_last_layer = kept + (layer.backward - layer.kept)[:, None]
-    in_first_layer = kept - stage + layer.backward[:, None]
-
-    # The largest single gather and reduction.
     edges = edge_exchange(states, plans, training, software)
     gathered = largest_edge_parameters(states, plans) * (software.gather_bytes + software.reduce_bytes)
     gathers_edge = (plans.sharding[:, None] == SHARD_PARAMETERS) & (not software.uses_fully_shard)
     # fully_shard reduces no layer's gradients before the layer's backward pass.
     at_edge = states.gathered_bytes if software.uses_fully_shard else states.exchange_bytes
-    edge = np.maximum(at_edge, np.where(gathers_edge, gathered, 0.0)) + edges.gathered
-    layer_exchange = states.exchange_bytes + edges.gathered + edges.head_gradient
+    passes = _Passes(
+        states=states,
+        software=software,
+        layers=sum_by_rank(plans, plans.stage_layers.astype(np.float64)),
+        kept=in_flight * (stage + first * embedding / plans.chunks) + _deferred_bytes(plans, training, software),
+        stage=stage,
+        gradients=held_gradients(states, plans, training, all_gradients),
+        copies=autocast_copies(states, plans, training, software),
+        edges=edges,
+        edge_buffers=np.maximum(at_edge, np.where(gathers_edge, gathered, 0.0)) + edges.gathered,
+        residual_gradient=(residual_elements(plans, training) * residual_element_bytes(software))[:, None],
+        freed_at_once=np.where(all_gradients, 0.0, states.layer_copy_bytes),
+        first=first,
+        last=last,
+    )
+    loss, layers = _loss_moments(passes, plans, training), _layer_moments(passes, layer)
+    return [*loss, *layers, *_last_moments(passes, plans, training)]
+
+
+def _loss_moments(passes: _Passes, plans: PlanTable, training: Training) -> list[PeakMemory]:
+    """The end of the forward pass, and the backward passes of the loss and of the output layer."""
+    software, gradients, copies, edge = passes.software, passes.gradients, passes.copies, passes.edge_buffers
+    with_final = passes.kept + passes.last * final_activations(plans, training, software)[:, None]
+    in_head = with_final + passes.last * passes.residual_gradient
+    logits = logit_elements(plans, training, software)
     # autocast gives a matrix a gradient in low precision, which is then converted.
     low_bytes = software.activation_bytes if software.autocast else software.gradient_bytes
     converted_bytes = low_bytes + software.gradient_bytes if software.autocast else 0
-
-    def moment(
-        activations: FloatArray,
-        gradients: FloatArray,
-        copies: FloatArray = zeros,
-        logits: FloatArray = zeros,
-        buffers: FloatArray = zeros,
-    ) -> PeakMemory:
-        buffers = buffers + software.scratch_bytes
-        temporary = activations + logits + buffers
-        return PeakMemory(
-            parameters=states.weight_bytes + copies,
-            gradients=gradients,
-            optimizer=states.optimizer_bytes,
-            activations=activations,
-            logits=logits,
-            buffers=buffers,
-            fragmentation=software.fragmentation * temporary,
-        )
-
-    before_loss = logits * software.forward_logit_bytes
-    in_loss = logits * software.logit_bytes
-    after_loss = logits * software.activation_bytes
-    in_head = with_final + last * residual_gradient
+    forward_copies, backward_copies = copies.forward_end + copies.head, copies.backward_start + copies.head
     head_gradient = np.maximum(edge, gradients.head_parameters * low_bytes)
     converted_gradient = np.maximum(edge, gradients.head_parameters * converted_bytes)
-    optimizer = optimizer_temporary_bytes(states, plans, training, software)
-    everything = states.rank_trainable * states.gradient_bytes
+    return [
+        passes.moment(with_final, gradients.before, forward_copies, logits * software.forward_logit_bytes, edge),
+        passes.moment(with_final, gradients.before, backward_copies, logits * software.logit_bytes, edge),
+        passes.moment(in_head, gradients.before, backward_copies, logits * software.activation_bytes, head_gradient),
+        passes.moment(in_head, gradients.before, copies.backward_start, 0.0, converted_gradient),
+    ]
+
+
+def _layer_moments(passes: _Passes, layer: LayerActivations) -> list[PeakMemory]:
+    """The backward passes of a stage's last layer and of its first one."""
+    copies = passes.copies
+    buffers = passes.states.exchange_bytes + passes.edges.gathered + passes.edges.head_gradient
+    in_last = passes.kept + (layer.backward - layer.kept)[:, None]
+    in_first = passes.kept - passes.stage + layer.backward[:, None]
+    copies_in_last = np.maximum(copies.backward_start, copies.layer)
+    copies_in_first = copies.layer - passes.freed_at_once * (1 - 1 / passes.layers)
+    return [
+        passes.moment(in_last, passes.gradients.last_layer, copies_in_last, buffers=buffers),
+        passes.moment(in_first, passes.gradients.first_layer, copies_in_first, buffers=buffers),
+    ]
+
+
+def _last_moments(passes: _Passes, plans: PlanTable, training: Training) -> list[PeakMemory]:
+    """The backward passes of the embedding, of any micro-batch and of the last one; the optimizer's step."""
+    states, software, edges = passes.states, passes.software, passes.edges
     reduces = shards_gradients(plans, software)[:, None]
+    in_embedding = passes.kept - passes.stage + passes.first * passes.residual_gradient
+    exchange = np.maximum(passes.edge_buffers, edges.gathered + np.where(reduces, edges.reduced, 0.0))
+    everything = states.rank_trainable * states.gradient_bytes
     # The last micro-batch frees the gathered layers and shards their gradients, one after the other.
-    freed_at_once = np.where(all_gradients, 0.0, states.layer_copy_bytes)
-    layers = sum_by_rank(plans, plans.stage_layers.astype(np.float64))
-    layer_gradients = layers * states.trainable.layer[:, None] * states.gradient_bytes
+    layer_gradients = passes.layers * states.trainable.layer[:, None] * states.gradient_bytes
     at_last = everything - np.where(reduces, 0.0, layer_gradients * (1 - states.optimizer_share))
+    # Gradients that are not sharded are reduced before the optimizer's step.
     all_reduced = ((plans.data * plans.context > 1) & (plans.sharding == SHARD_NONE))[:, None]
     all_reduce = np.where(all_reduced, np.minimum(software.all_reduce_bytes, everything), 0.0)
+    optimizer = optimizer_temporary_bytes(states, plans, training, software)
     return [
-        # The end of the forward pass.
-        moment(with_final, gradients.before, copies.forward_end + copies.head, before_loss, edge),
-        # The backward pass of the loss.
-        moment(with_final, gradients.before, copies.backward_start + copies.head, in_loss, edge),
-        # The backward pass of the output layer, and the conversion of its gradient.
-        moment(in_head, gradients.before, copies.backward_start + copies.head, after_loss, head_gradient),
-        moment(in_head, gradients.before, copies.backward_start, zeros, converted_gradient),
-        # The backward pass of a stage's last layer.
-        moment(
-            in_last_layer,
-            gradients.last_layer,
-            np.maximum(copies.backward_start, copies.layer),
-            buffers=layer_exchange,
-        ),
-        # The backward pass of a stage's first layer.
-        moment(
-            in_first_layer,
-            gradients.first_layer,
-            copies.layer - freed_at_once * (1 - 1 / layers),
-            buffers=layer_exchange,
-        ),
-        # The backward pass of the embedding, of any micro-batch and of the last one.
-        moment(
-            kept - stage + first * residual_gradient,
-            gradients.embedding,
-            -freed_at_once,
-            buffers=np.maximum(edge, edges.gathered + np.where(reduces, edges.reduced, 0.0)),
-        ),
-        moment(zeros, at_last, -states.layer_copy_bytes, buffers=edges.gathered + edges.reduced),
-        # The exchange of gradients that are not sharded, and the optimizer's step.
-        moment(zeros, everything, buffers=np.maximum(all_reduce, optimizer)),
+        passes.moment(in_embedding, passes.gradients.embedding, -passes.freed_at_once, buffers=exchange),
+        passes.moment(0.0, at_last, -states.layer_copy_bytes, buffers=edges.gathered + edges.reduced),
+        passes.moment(0.0, everything, buffers=np.maximum(all_reduce, optimizer)),
     ]
