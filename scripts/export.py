@@ -33,7 +33,7 @@ def export(source: str, target: Path, *, merge: bool, dtype: str) -> None:
 
     from utils.text.tokenizers import load_tokenizer
     from utils.training.lora import is_adapter
-    from utils.training.pretrained import load_pretrained
+    from utils.training.pretrained import load_pretrained, reason_for_no_model
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
@@ -44,6 +44,8 @@ def export(source: str, target: Path, *, merge: bool, dtype: str) -> None:
         raise UserError(f"{target} exists already: give another directory")
     if is_adapter(source) and not merge:
         raise UserError(f"{source} holds an adapter, which is not a model by itself: give --merge")
+    if (reason := None if is_adapter(source) else reason_for_no_model(source)) is not None:
+        raise UserError(f"the model: {reason}")
     if merge and not is_adapter(source):
         raise UserError(f"--merge: {source} holds no adapter to merge: leave --merge out")
     model = load_pretrained(source, "the model", dtype="float32")

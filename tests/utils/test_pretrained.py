@@ -90,3 +90,15 @@ def test_new_model_of_no_layers_is_refused(tiny_config, size, value):
     config = load_config(str(tiny_config), [f"model.architecture.{size}={value}"])
     with pytest.raises(UserError, match=r"model\.architecture: "):
         load_model(config, chat_tokenizer())
+
+
+@pytest.mark.parametrize("name", ["", "model"])
+def test_run_that_has_not_finished_is_named(tmp_path, name):
+    run = tmp_path / "runs" / "mine"
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text("run: {name: mine}\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"the run .*mine has no model yet, .*: continue it with --resume auto"):
+        load_pretrained(str(run / name), "the checkpoint")
+    (run / "model").mkdir()
+    with pytest.raises(UserError, match="there is no model in"):
+        load_pretrained(str(run / name), "the checkpoint")

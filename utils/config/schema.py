@@ -159,7 +159,9 @@ class TrainSection(Section):
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give exactly one of steps and epochs")
         if self.steps is not None and self.warmup_steps > self.steps:
-            raise ValueError(f"warmup_steps is {self.warmup_steps}, but there are only {self.steps} steps")
+            raise ValueError(
+                f"warmup_steps is {self.warmup_steps}, but there are only {self.steps} steps: give fewer warmup_steps"
+            )
         if self.schedule != "wsd" and (self.decay_steps is not None or self.decay_shape != "linear"):
             raise ValueError(
                 f"decay_steps and decay_shape are of the schedule wsd, and schedule is {self.schedule}: leave them "
@@ -168,7 +170,7 @@ class TrainSection(Section):
         if self.steps is not None and self.warmup_steps + (self.decay_steps or 0) > self.steps:
             raise ValueError(
                 f"warmup_steps is {self.warmup_steps} and decay_steps is {self.decay_steps}, but there are only "
-                f"{self.steps} steps"
+                f"{self.steps} steps: give fewer of the two"
             )
         return self
 

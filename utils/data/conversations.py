@@ -1,5 +1,6 @@
 """Reads conversations, and encodes them as rows of token ids with labels on the answers."""
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from utils.text.spelled_tokens import SpelledTokens
 _LAYOUTS = {"messages": ("role", "content"), "conversations": ("from", "value")}
 # Other names of the roles.
 _ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant", "observation": "tool"}
+# In ShareGPT's layout, a turn of the assistant whose text is the call of a function, as JSON.
+_CALL_ROLE = "function_call"
 _KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -144,14 +147,48 @@ def _read_message(record: Record, field: str, number: int, message: Any) -> Mess
     # Tables have null for the fields that a message lacks.
     given = {key: value for key, value in message.items() if value is not None}
     role_key, text_key = next((keys for keys in _LAYOUTS.values() if keys[0] in given), _LAYOUTS["messages"])
+    if given.get(role_key) == _CALL_ROLE:
+        calls = _calls_of_text(record, where, given.get(text_key))
+        given = {role_key: "assistant", text_key: "", "tool_calls": calls}
     role = _ROLES.get(given.get(role_key, ""), given.get(role_key))
     if role not in _KNOWN_ROLES:
-        allowed = ", ".join((*_KNOWN_ROLES, *_ROLES))
+        allowed = ", ".join((*_KNOWN_ROLES, *_ROLES, _CALL_ROLE))
         raise record.unusable(f"{where} has the {role_key} {role!r}; expected one of {allowed}")
     others = {key: value for key, value in given.items() if key not in (role_key, text_key)}
+    if "tool_calls" in others:
+        others["tool_calls"] = _with_parsed_arguments(others["tool_calls"])
     if text_key not in given and not (role == "assistant" and "tool_calls" in others):
         raise record.unusable(f"{where} has no {text_key}: its fields are {', '.join(message) or 'none'}")
     return {**others, "role": role, "content": _text(record, where, given.get(text_key, ""))}
+
+
+def _calls_of_text(record: Record, where: str, text: Any) -> list[Any]:
+    """The calls of functions in a text such as {"name": "add", "arguments": {"a": 2}}, or in a list of these."""
+    try:
+        content = json.loads(text)
+    except (TypeError, ValueError, RecursionError):
+        content = None
+    calls = content if isinstance(content, list) else [content]
+    if not calls or not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
+        raise record.unusable(
+            f'{where} is a {_CALL_ROLE} without a call such as {{"name": "add", "arguments": {{"a": 2}}}}: '
+            f"{str(text)[:40]!r}"
+        )
+    return [{"type": "function", "function": call} for call in calls]
+
+
+def _with_parsed_arguments(calls: Any) -> Any:
+    """Calls of functions with their arguments as objects, as chat templates expect; APIs give the text of an object."""
+    if isinstance(calls, Mapping):
+        parsed = {key: _with_parsed_arguments(value) if key == "function" else value for key, value in calls.items()}
+        if isinstance(arguments := calls.get("arguments"), str):
+            with contextlib.suppress(ValueError, RecursionError):
+                content = json.loads(arguments)
+                parsed["arguments"] = content if isinstance(content, dict) else arguments
+        return parsed
+    if isinstance(calls, Sequence) and not isinstance(calls, str):
+        return [_with_parsed_arguments(call) for call in calls]
+    return calls
 
 
 def _text(record: Record, where: str, content: Any) -> str:

@@ -94,6 +94,7 @@ def render_chat(messages: Sequence[Message], tokenizer: Any, end: str, tools: An
         following = (span[0] for later, span in contents.items() if later > index and span[0] is not None)
         if found < 0 or found > min(following, default=len(text)):
             raise ChatError(f"the chat template ends message {index + 1}, of the assistant, without {end}")
+        _check_calls_are_shown(message, index, text[start:found])
         answers.append((start, found + len(end)))
     fields = tuple(sorted((begin, last) for begin, last in contents.values() if begin is not None))
     return RenderedChat(text, fields, tuple(answers))
@@ -141,6 +142,19 @@ def segments_of(chat: RenderedChat) -> list[tuple[FilledPrompt, bool]]:
         if first < last:
             segments.append((FilledPrompt(chat.text[first:last], fields), number % 2 == 1))
     return segments
+
+
+def _check_calls_are_shown(message: Message, index: int, answer: str) -> None:
+    """Refuse a template that leaves the calls of functions out: the model would learn to answer nothing instead."""
+    calls = message.get("tool_calls") or ()
+    for call in calls if isinstance(calls, Sequence) else ():
+        function = call.get("function", call) if isinstance(call, Mapping) else None
+        name = function.get("name") if isinstance(function, Mapping) else None
+        if isinstance(name, str) and name not in answer:
+            raise ChatError(
+                f"message {index + 1} calls the function {name!r}, which the chat template does not show: give one "
+                "that shows tool_calls in data.chat_template"
+            )
 
 
 def _start_of_answer(

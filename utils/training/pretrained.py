@@ -48,7 +48,7 @@ def load_pretrained(name: str, label: str, dtype: str = "auto") -> Any:
         # An adapter has no generation settings of its own, so those of the base model are changed.
         end_at_trained_token(base, load_tokenizer(name), info=lambda line: None)
         return with_adapter(base, name, label)
-    if (reason := _reason_for_no_model(name)) is not None:
+    if (reason := reason_for_no_model(name)) is not None:
         raise UserError(f"{label}: {reason}")
     try:
         _check_parameter_count(name, label)
@@ -105,11 +105,14 @@ def _without_load_report() -> Iterator[None]:
         loader.removeFilter(is_other)
 
 
-def _reason_for_no_model(name: str) -> str | None:
+def reason_for_no_model(name: str) -> str | None:
     """The reason why a directory holds no model. Checked before the hub, whose errors would name repositories."""
     path = Path(name)
+    below = path / "model"  # in the directory of a run
+    run = path.parent if path.name == below.name else path
+    if (run / "config.yaml").is_file() and not (run / below.name).is_dir() and not (path / "config.json").is_file():
+        return f"the run {run} has no model yet, which it saves at its end: continue it with --resume auto"
     if path.is_dir() and not (path / "config.json").is_file():
-        below = path / "model"  # in the directory of a run
         suggestion = f"; did you mean {below}?" if (below / "config.json").is_file() or is_adapter(str(below)) else ""
         return f"there is no model in {name}, which has no config.json{suggestion}"
     if not path.is_dir() and (name.startswith((".", "/", "~")) or name.count("/") > 1):

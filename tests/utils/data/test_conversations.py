@@ -62,6 +62,21 @@ def test_texts_may_be_in_parts_and_columns_may_have_null():
     assert read(messages=[call]).messages[0]["content"] == ""
 
 
+def test_calls_have_their_arguments_as_objects_in_each_layout():
+    """As templates expect them. OpenAI's messages have the text of an object, ShareGPT's turns a text of it all."""
+    function = {"name": "add", "arguments": {"a": "\u00e9"}}
+    expected = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
+    text = {"type": "function", "function": {**function, "arguments": json.dumps(function["arguments"])}}
+    for calls in ([text], [{"type": "function", "function": function}]):
+        assert read(messages=[{"role": "assistant", "content": None, "tool_calls": calls}]).messages == (expected,)
+    for content in (function, [function], {**function, "arguments": json.dumps(function["arguments"])}):
+        turn = {"from": "function_call", "value": json.dumps(content)}
+        assert read(conversations=[turn]).messages == (expected,)
+    plain = [{"name": "say", "arguments": "not JSON"}, {"name": "say", "arguments": "3"}]
+    message = {"role": "assistant", "content": "", "tool_calls": plain}
+    assert read(messages=[message]).messages[0]["tool_calls"] == plain
+
+
 @pytest.mark.parametrize(
     ("fields", "problem"),
     [
@@ -73,6 +88,8 @@ def test_texts_may_be_in_parts_and_columns_may_have_null():
         ({"messages": [{"role": "user", "text": "x"}]}, "message 1 of 'messages' has no content"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "has parts that are not text"),
         ({"messages": [{"role": "user", "content": 3}]}, "field 'content' is 3, not a string"),
+        ({"conversations": [{"from": "function_call", "value": "add"}]}, "is a function_call without a call such as"),
+        ({"conversations": [{"from": "function_call", "value": "[]"}]}, "is a function_call without a call such as"),
         ({"conversations": [{"from": "human", "value": "x"}], "tools": "{"}, "field 'tools' is a string, but not JSON"),
     ],
 )

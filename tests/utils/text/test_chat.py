@@ -155,6 +155,16 @@ def test_tool_turns_are_no_labels_and_calls_are(qwen3):
     assert third == "<think>\n\n</think>\n\nSix.\n\nThree twice.<|im_end|>"
 
 
+def test_calls_that_a_template_does_not_show_are_refused(chatml):
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
+    messages = [QUESTION, {"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "content": "4"}]
+    with pytest.raises(ChatError, match=r"message 2 calls the function 'add', which the chat template does not show"):
+        answers_of([*messages, ANSWER], chatml)
+    flat = [QUESTION, {"role": "assistant", "content": "Wait.", "tool_calls": [call["function"]]}]
+    with pytest.raises(ChatError, match="message 2 calls"):
+        answers_of(flat, chatml)
+
+
 def test_thoughts_are_labels_where_the_template_shows_them(qwen3):
     """Qwen3's template drops the thoughts of earlier turns, so what comes before an answer differs in the end."""
     thinking = {"role": "assistant", "content": "<think>\nTwo.\n</think>\n\nIt is four."}

@@ -1,0 +1,62 @@
+"""Runs the examples in docstrings of held-out functions with the bodies that a model has written."""
+
+import secrets
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from utils.workers import max_over_ranks, rank
+
+# A busy machine gives a process little of the CPU time that `example_process.py` allows.
+_TIMEOUT_S = 120
+_PROCESS = Path(__file__).with_name("example_process.py")
+_SIGN = ">>> "
+
+
+def functions_with_examples(functions: Iterable[tuple[str, str]], count: int) -> list[int]:
+    """The indices of the first `count` functions whose examples show something; collective over the workers.
+
+    Args:
+        functions: signature with docstring, and body of each.
+    """
+    chosen: list[int] = []
+    for index, (signature, body) in enumerate(functions):
+        if len(chosen) == count:
+            break
+        if _SIGN in signature and max_over_ranks(int(rank() == 0 and tests_its_body(signature, body))):
+            chosen.append(index)
+    return chosen
+
+
+def tests_its_body(signature: str, body: str) -> bool:
+    """Whether the examples in a docstring pass with the function's own body, and fail without it."""
+    first = next((line for line in body.splitlines() if line.strip()), "")
+    nothing = first[: len(first) - len(first.lstrip())] + "raise NotImplementedError\n"
+    return examples_pass(signature + body) and not examples_pass(signature + nothing)
+
+
+def examples_pass(source: str) -> bool:
+    """Whether all docstring examples of a source pass, in a process with limits on time, memory and files.
+
+    The limits stop mistakes. They do not keep the code from files and networks that this process may use.
+    """
+    word = secrets.token_hex()
+    with tempfile.TemporaryDirectory() as directory:
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-X", "utf8", _PROCESS],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            cwd=directory,
+            env={},
+            start_new_session=True,
+        )
+        try:
+            output, _ = process.communicate(f"{word}\n{source}".encode("utf-8", "replace"), _TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            return False
+    return output.decode("utf-8", "replace").splitlines()[-1:] == [word]
