@@ -197,6 +197,9 @@ class LogSection(Section):
     rouge_rows: NotNegative = 0
     """The number of held-out rows for ROUGE-1, ROUGE-2 and ROUGE-L, which compare generated responses with those in
     the data before and after training; 0: none. Needs the package `rouge-score`."""
+    example_functions: NotNegative = 0
+    """The number of held-out Python functions whose docstring examples are run with the model's body, before and after
+    training; 0: none. Each runs in a process with limits on time, memory and files, which is no sandbox."""
     platform_lines: bool = False
     """Log the search for a plan in the MoAI Platform's lines instead of one line. The variable MOREH_PLATFORM_LINES
     overrides this key."""

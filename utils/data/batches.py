@@ -117,11 +117,14 @@ def total_steps(loader: DataLoader[Batch], config: Config) -> int:
             f"{config.train.gradient_accumulation} batches of one step (train.gradient_accumulation)"
         )
     if config.train.warmup_steps > steps:
-        raise UserError(f"train.warmup_steps is {config.train.warmup_steps}, but train.epochs makes only {steps} steps")
+        raise UserError(
+            f"train.warmup_steps is {config.train.warmup_steps}, but train.epochs makes only {steps} steps of these "
+            "data: give fewer warm-up steps, or more epochs"
+        )
     if config.train.warmup_steps + (config.train.decay_steps or 0) > steps:
         raise UserError(
             f"train.warmup_steps is {config.train.warmup_steps} and train.decay_steps is {config.train.decay_steps}, "
-            f"but train.epochs makes only {steps} steps"
+            f"but train.epochs makes only {steps} steps of these data: give fewer of the two"
         )
     return steps
 

@@ -6,6 +6,7 @@ from itertools import groupby
 from typing import Any
 
 from moreh.console.printable import printable
+from moreh.tables import terminal_width, wrap_line
 from utils.config.schema import Config
 from utils.data.dataset import prepare_data
 from utils.data.labels import IGNORED
@@ -23,12 +24,16 @@ def print_rows(config: Config, make_pair: MakePair, make_example: MakeExample, c
     Raises:
         UserError: the data or the tokenizer cannot be read.
     """
-    data = prepare_data(config, make_pair, make_example, lambda line: print(line, file=sys.stderr))
+    data = prepare_data(config, make_pair, make_example, _say)
     print(
         f"The first {min(count, len(data.train))} of {len(data.train)} training rows; labels are in {''.join(MARKS)}:"
     )
     for text in format_rows(data.train.select(range(min(count, len(data.train)))), data.tokenizer):
         print(f"\n{text}")
+
+
+def _say(line: str) -> None:
+    print(wrap_line(line, terminal_width(), indent=2), file=sys.stderr)
 
 
 def format_rows(rows: Iterable[Mapping[str, Any]], tokenizer: Any) -> Iterable[str]:

@@ -30,6 +30,7 @@ METRIC_KEYS = (
     "step",
     "loss",
     "eval_loss",
+    "examples_passed",
     "lr",
     "grad_norm",
     "real_tokens_per_s",
@@ -59,7 +60,7 @@ class RunLog:
         self.evaluation_s = 0.0
         """Seconds of the last evaluation, its sample included."""
         self.evaluated: dict[str, float] = {}
-        """Metrics of an evaluation that belong to the next step that is logged, some of `ROUGE_NAMES`."""
+        """Metrics of an evaluation that belong to the next step that is logged."""
         self._config = config
         self._metrics: MetricsFile | None = None
         self._bar: tqdm[Any] | None = None

@@ -117,6 +117,8 @@ def _charts(report: Report) -> str:
     ]
     rouge = [Line(name, curves[key], has_dots=True) for key, name in ROUGE_NAMES.items()]
     charts.append(Chart("ROUGE", "F1 of generated responses", rouge))
+    passed = Line("functions whose examples pass", curves["examples_passed"], has_dots=True)
+    charts.append(Chart("Docstring examples", "share of the functions", [passed]))
     if not report.state.is_simulated:
         charts.append(Chart("Allocated memory", "GiB, the most until then", [_allocated(curves)]))
     drawn = "".join(chart_html(chart, curves.last_step) for chart in charts)

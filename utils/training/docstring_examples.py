@@ -1,6 +1,9 @@
 """Runs the examples in docstrings of held-out functions with the bodies that a model has written."""
 
+import contextlib
+import os
 import secrets
+import signal
 import subprocess
 import sys
 import tempfile
@@ -43,20 +46,24 @@ def examples_pass(source: str) -> bool:
     The limits stop mistakes. They do not keep the code from files and networks that this process may use.
     """
     word = secrets.token_hex()
-    with tempfile.TemporaryDirectory() as directory:
+    # The process may write to files only, since they have a limit.
+    with tempfile.TemporaryDirectory() as directory, tempfile.TemporaryFile() as output:
         process = subprocess.Popen(
             [sys.executable, "-I", "-X", "utf8", _PROCESS],
             stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
+            stdout=output,
             stderr=subprocess.DEVNULL,
             cwd=directory,
             env={},
             start_new_session=True,
         )
         try:
-            output, _ = process.communicate(f"{word}\n{source}".encode("utf-8", "replace"), _TIMEOUT_S)
+            process.communicate(f"{word}\n{source}".encode("utf-8", "replace"), _TIMEOUT_S)
         except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
             return False
-    return output.decode("utf-8", "replace").splitlines()[-1:] == [word]
+        finally:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)  # the processes that it may have started, too
+            process.wait()
+        output.seek(0)
+        return output.read().decode("utf-8", "replace").splitlines()[-1:] == [word]

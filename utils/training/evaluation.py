@@ -16,6 +16,7 @@ from utils.data.labels import count_labels
 from utils.errors import UserError
 from utils.logging.run_log import RunLog
 from utils.text.decoding import decode_answer
+from utils.training.docstring_examples import examples_pass, functions_with_examples
 from utils.training.rouge import rouge_of_texts, rouge_text
 
 # A little below 1: a small model's text still varies but seldom turns to noise.
@@ -43,6 +44,7 @@ class Evaluation:
         self._model, self._data, self._config = model, data, config
         self._show_sample, self._log, self._total_steps = show_sample, log, total_steps
         self._loader = evaluation_loader(data, config)
+        self._functions = self._choose_functions(config.log.example_functions) if config.log.example_functions else []
 
     def is_due(self, step: int) -> bool:
         """True if the settings ask for an evaluation after a step. After the last step there always is one."""
@@ -68,7 +70,12 @@ class Evaluation:
         if self._config.log.rouge_rows > 0 and step in (0, self._total_steps):
             scores = self._rouge(self._config.log.rouge_rows)
             self._log.info(f"[Step {step}/{self._total_steps}] | {rouge_text(scores)}")
-            self._log.evaluated = scores
+            self._log.evaluated |= scores
+        if self._functions and step in (0, self._total_steps):
+            passed, count = self._count_passed(), len(self._functions)
+            text = f"Docstring examples: those of {passed} of {count} functions pass"
+            self._log.info(f"[Step {step}/{self._total_steps}] | {text}")
+            self._log.evaluated["examples_passed"] = passed / count
         self._log.evaluation_s = time.perf_counter() - started
         if math.isnan(self.first_loss):
             self.first_loss = loss
@@ -84,6 +91,40 @@ class Evaluation:
             generate_sample(self._model, prompt_ids, tokenizer, self._config.log.sample_tokens),
             decode_answer(response_ids, tokenizer),
         )
+
+    def _choose_functions(self, count: int) -> list[int]:
+        """The held-out rows whose docstring examples are run.
+
+        Raises:
+            UserError: there is none.
+        """
+        rows, tokenizer = self._data.evaluation, self._data.tokenizer
+        texts = (
+            (
+                tokenizer.decode(row["input_ids"][: row["prompt_length"]]),
+                decode_answer(row["input_ids"][row["prompt_length"] :], tokenizer),
+            )
+            for row in rows
+        )
+        if not (chosen := functions_with_examples(texts, count)):
+            raise UserError(
+                f"log.example_functions: none of the {len(rows)} held-out rows is a Python function, without a "
+                "template around it, whose docstring has examples that pass with its body and fail without: leave the "
+                "key out"
+            )
+        self._log.info(f"Docstring examples of {len(chosen)} held-out functions are run with the model's bodies")
+        return chosen
+
+    def _count_passed(self) -> int:
+        """The number of the functions whose examples pass with the body of the model's most likely tokens."""
+        tokenizer, passed = self._data.tokenizer, 0
+        rows = [self._data.evaluation[index] for index in self._functions]
+        longest = max(len(row["input_ids"]) - row["prompt_length"] for row in rows)
+        for row in rows:
+            prompt_ids = row["input_ids"][: row["prompt_length"]]
+            body = generate_sample(self._model, prompt_ids, tokenizer, longest, is_drawn=False)
+            passed += self._log.is_writer and examples_pass(tokenizer.decode(prompt_ids) + body)
+        return passed
 
     def _rouge(self, count: int) -> dict[str, float]:
         """ROUGE of the first rows: of responses of the most likely tokens, as long as the longest one in the data."""

@@ -2,6 +2,7 @@
 
 import functools
 import math
+import re
 import statistics
 import time
 from collections.abc import Iterable, Iterator
@@ -13,6 +14,7 @@ import torch
 from moreh.accelerator.job import local_job_if_started
 from moreh.accelerator.job_status import JobProgress
 from moreh.runtime.launch.watch.heartbeat import begin_step
+from moreh.tables import terminal_width
 from utils.config.schema import Config
 from utils.data.batches import Batch
 from utils.data.labels import count_labels
@@ -69,10 +71,11 @@ class StepMeter:
         if step % self._every == 0 or step == self._total_steps:
             speed, memory = self._real_tokens / self._seconds, _memory_in_use() / 2**30
             left = self._time_left(step)
-            self._log.info(
+            text = (
                 f"[Step {step}/{self._total_steps}] {step / self._total_steps:.0%} | Loss: {loss:.4f} | lr {lr:.1e} | "
                 f"norm {grad_norm:.2f} | {speed:,.0f} tokens/s | {memory:.1f} GiB{f' | {left} left' if left else ''}"
             )
+            self._log.info(text if len(text) <= terminal_width() else shortened(text))
             if (job := local_job_if_started()) is not None:
                 job.progress = JobProgress(step, self._total_steps, loss, speed, left)
             self._real_tokens, self._seconds = 0, 0.0
@@ -106,6 +109,17 @@ class StepMeter:
             return ""
         pace = (time.perf_counter() - self._first_start) / self._steps_done
         return duration_text(pace * (self._total_steps - step))
+
+
+def shortened(line: str) -> str:
+    """The line of a step with fewer digits of what needs few, so that it stays one line on a console.
+
+    >>> shortened("norm 10.95 | 100,393 tokens/s | 79.8 GiB | 13 h 05 min left")
+    'norm 10.9 | 100,393 tok/s | 79 GiB | 13 h left'
+    """
+    line = re.sub(r"norm ([\d.]+)", lambda found: f"norm {float(found[1]):.3g}", line).replace(" tokens/s", " tok/s")
+    line = re.sub(r"(\d\d+)\.\d GiB", r"\1 GiB", line)
+    return re.sub(r"(\d+ h) \d\d min left", r"\1 left", line)
 
 
 def evaluations_of(config: Config, total_steps: int) -> int:

@@ -5,10 +5,11 @@ import json
 import pytest
 
 from tests.helpers.scripts.tiny_runs import prepare
+from train_gpt import make_example, make_pair
 from utils.config.schema import Config, DataSection
 from utils.data.conversations import read_conversation
 from utils.data.records import Record, UnusableRow
-from utils.data.show_rows import format_rows
+from utils.data.show_rows import format_rows, print_rows
 from utils.errors import UserError
 
 
@@ -96,6 +97,14 @@ def test_calls_have_their_arguments_as_objects_in_each_layout():
 def test_row_without_a_conversation_is_named(fields, problem):
     with pytest.raises(UnusableRow, match=rf"chats\.jsonl:1.*{problem}"):
         read(**fields)
+
+
+def test_lines_above_the_rows_are_wrapped(chat_config, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "60")
+    print_rows(chat_config([{"messages": chat} for chat in chats(5)], eval_rows=1), make_pair, make_example, 1)
+    lines = capsys.readouterr().err.splitlines()
+    assert any(line.startswith("  ") for line in lines)
+    assert [line for line in lines if len(line) > 60 and len(line.split()) > 1] == []
 
 
 def test_new_tokenizer_has_the_tokens_of_chatml(chat_config):
