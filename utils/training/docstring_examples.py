@@ -34,14 +34,14 @@ def functions_with_examples(functions: Iterable[tuple[str, str]], count: int) ->
 
 
 def tests_its_body(signature: str, body: str) -> bool:
-    """Whether the examples in a docstring pass with the function's own body, and fail without it."""
+    """True if the examples in a docstring pass with the function's own body, and fail without it."""
     first = next((line for line in body.splitlines() if line.strip()), "")
     nothing = first[: len(first) - len(first.lstrip())] + "raise NotImplementedError\n"
     return examples_pass(signature + body) and not examples_pass(signature + nothing)
 
 
 def examples_pass(source: str) -> bool:
-    """Whether all docstring examples of a source pass, in a process with limits on time, memory and files.
+    """True if all docstring examples of a source pass, in a process with limits on time, memory and files.
 
     The limits stop mistakes. They do not keep the code from files and networks that this process may use.
     """

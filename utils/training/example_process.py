@@ -21,7 +21,7 @@ LIMITS = {
 
 
 def all_examples_pass(source: str) -> bool:
-    """Whether a source has docstring examples, and all of them pass."""
+    """True if a source has docstring examples, and all of them pass."""
     module = types.ModuleType("source")
     with contextlib.redirect_stdout(io.StringIO()):
         exec(compile(source, "source", "exec"), module.__dict__)
