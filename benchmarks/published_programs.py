@@ -74,6 +74,9 @@ def required(row: RunRow, column: str) -> int:
     return value
 
 
+# The year before DeepSpeed's version 0.6.
+LAST_YEAR_OF_WAITING_STREAMS = 2021
+
 # Names of programs in the column `framework`, in the order in which they are tried.
 _PROGRAMS = (
     (r"llm-?foundry", "llm-foundry"),
@@ -103,7 +106,9 @@ def software_of(row: RunRow, compute: str) -> SoftwareProfile:
     `compute` is the precision, as in a `SoftwareProfile`. No trait is chosen from a published figure.
     """
     framework, sharding = cell(row, "framework"), cell(row, "sharding")
-    name, fsdp = framework.lower(), "fsdp" in f"{framework} {sharding}".lower()
+    name = framework.lower()
+    fsdp = re.search(r"[fh]sdp|(full|hybrid)[-_ ]?shard", f"{framework} {sharding}".lower()) is not None
+    zero_3 = re.search(r"(zero|stage)[-_ ]*(stage)?[-_ ]*3", f"{framework} {sharding}".lower()) is not None
     if "llm-foundry" in framework:
         # Its loss is the fused one of FlashAttention, which writes the gradient over the logits.
         software = SoftwareProfile("llm-foundry", logit_bytes=4, logit_traffic_bytes=8)
@@ -113,7 +118,7 @@ def software_of(row: RunRow, compute: str) -> SoftwareProfile:
     elif "torchtitan" in framework:
         software = _torchtitan(row)
     elif "ZeRO-3" in framework:
-        software = replace(_megatron(row), name="DeepSpeed", overlaps_data_parallel=True)
+        software = replace(_megatron(row), name="DeepSpeed")
     elif "OneFlow" in framework:
         software = replace(_megatron(row), name="OneFlow", overlaps_data_parallel=True)
     elif "MoAI" in framework:
@@ -129,7 +134,21 @@ def software_of(row: RunRow, compute: str) -> SoftwareProfile:
     if software.guessed and fsdp:
         # Without a setting, FSDP reduces gradients in the precision of computation. With stages, weights stay gathered.
         software = replace(software, reduce_bytes=2, reshards_in_pipeline=False)
+    if "deepspeed" in name and zero_3:
+        # Before version 0.6, the streams of computation and communication waited for each other
+        # (https://arxiv.org/abs/2205.00119, section 4).
+        overlaps = publication_year(row) > LAST_YEAR_OF_WAITING_STREAMS
+        software = replace(software, exchanges_each_matrix=True, overlaps_data_parallel=overlaps)
     return replace(software, compute=compute)
+
+
+def publication_year(row: RunRow) -> float:
+    """The year in which a run was published, by a year, an arXiv number or a conference in its cells; else infinity."""
+    text = " ".join(cell(row, column) for column in ("framework", "group", "source"))
+    years = [int(year) for year in re.findall(r"(?<![\d.:@/])(20[12]\d)(?!\d)", text)]
+    years += [2000 + int(year) for year in re.findall(r"arxiv[:\s]?\s?(\d\d)\d\d\.\d{4,5}", text.lower())]
+    years += [2000 + int(year) for year in re.findall(r"\b(?:SC|NeurIPS|ICML|MLSys|ISCA|MICRO)[' -]?(\d\d)\b", text)]
+    return min(years, default=math.inf)
 
 
 def trains_with_dropout(row: RunRow) -> bool:

@@ -8,16 +8,17 @@ prediction is unusable, and the reason is reported.
 import csv
 import hashlib
 import json
-import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from accuracy.clusters import device_of, network_bytes_per_second
+from accuracy.columns import parallel_sizes, with_known_columns, with_known_model
 from accuracy.measured_memory import MemoryKind, memory_kind
 from accuracy.modeled import check_modeled, compute_of
-from accuracy.words import not_modeled, recomputation_of, sharding_of, uses_sequence_parallelism
+from accuracy.step_times import step_time_s
+from accuracy.words import not_modeled, recomputation_of, sharding_of, sharding_replicas, uses_sequence_parallelism
 from published_models import architecture_of
 from published_programs import RunRow, Unusable, cell, measurement, optional, program_of, required, software_of
 
@@ -84,15 +85,13 @@ def published_run(row: RunRow) -> PublishedRun:
     Raises:
         Unusable: the row does not give what a prediction needs.
     """
+    digest, row = row_digest(row), with_known_model(with_known_columns(row))
     architecture, framework = architecture_of(row), cell(row, "framework")
     device, per_unit = device_of(row)
     units = required(row, "n_gpus")
     devices = units * per_unit
-    tensor, pipeline = optional(row, "tp"), optional(row, "pp")
-    if tensor is None or pipeline is None:
-        raise Unusable("the plan is not given (tp, pp)")
+    tensor, pipeline, context = parallel_sizes(row, devices)
     check_modeled(row)
-    context = optional(row, "cp") or 1
     data = devices // (tensor * pipeline * context)
     if tensor * pipeline * context * data != devices:
         raise Unusable(f"tp x pp x cp = {tensor * pipeline * context} does not divide {devices} devices")
@@ -115,15 +114,17 @@ def published_run(row: RunRow) -> PublishedRun:
     software = replace(software_of(row, compute_of(row)), not_modeled=not_modeled(row, length))
     if "torchtitan" in framework and pipeline > 1:
         sizes = (_torchtitan_micro_batch_size(row, sizes[0], pipeline),)
+    node_ranks = max(1, cluster.devices_per_node // tensor)
     plans = tuple(
-        _plan(row, architecture, tensor, pipeline, data, context, size, batch // (data * size)) for size in sizes
+        _plan(row, architecture, tensor, pipeline, data, context, size, batch // (data * size), node_ranks)
+        for size in sizes
     )
-    measured = _step_time_s(row, training, units)
+    measured = step_time_s(row, training, units, per_unit * device.bf16_flops_per_second)
     text = " ".join(cell(row, column) for column in ("flag", "mem_as_published", "notes")).lower()
     names = [cell(row, column) for column in ("group", "framework", "model", "gpu")]
     return PublishedRun(
         id=cell(row, "id"),
-        digest=row_digest(row),
+        digest=digest,
         group=cell(row, "group"),
         program=program_of(row),
         sweep="/".join((*names, str(units), str(batch), str(length), cell(row, "precision"))),
@@ -172,6 +173,7 @@ def _plan(
     context: int,
     micro_batch_size: int,
     micro_batches: int,
+    node_ranks: int,
 ) -> Plan:
     chunks = optional(row, "vpp") or 1
     stages = pipeline * chunks
@@ -199,31 +201,9 @@ def _plan(
         # Unknown words: the interval is wide then.
         recomputation=recomputation_of(row) or "none",
         sharding=sharding_of(row) or "none",
+        replicas=sharding_replicas(row, data * context, node_ranks) if sharding_of(row) not in (None, "none") else 1,
         sequence_parallel=tensor > 1 and uses_sequence_parallelism(row),
     )
-
-
-def _step_time_s(row: RunRow, training: Training, units: int) -> float | None:
-    """Seconds of a step, from the first published figure that tells them."""
-    seconds = None
-    if step := measurement(row, "step_time_s"):
-        seconds = step
-    elif rate := measurement(row, "tok_s_per_gpu"):
-        seconds = training.tokens / (rate * units)
-    elif rate := measurement(row, "tok_s_total"):
-        seconds = training.tokens / rate
-    elif samples := measurement(row, "samples_s_total"):
-        seconds = training.global_batch_size / samples
-    elif tflops := measurement(row, "tflops_per_gpu"):
-        counts = cell(row, "tflops_counts")
-        if "96BsLh" in counts or "incl. full recompute" in counts:
-            # Equation 3 of arXiv:2104.04473
-            model = training.architecture
-            hidden, layers = model.hidden, len(model.layers)
-            terms = 1 + training.sequence_length / (6 * hidden) + model.vocabulary / (16 * layers * hidden)
-            seconds = 96 * training.tokens * layers * hidden**2 * terms / (tflops * 1e12 * units)
-    # A rate of 1e-320 or 1e308 is a number too.
-    return seconds if seconds is not None and 0 < seconds < math.inf else None
 
 
 def failure(error: Exception) -> str:

@@ -20,7 +20,6 @@ _SHARDINGS: tuple[tuple[str, Sharding], ...] = (
 )
 # Patterns, the columns in which they are looked for, and what then is not modeled.
 _NOT_MODELED = (
-    (r"\bhsdp\b|hybrid[-_ ]?shard", "sharding", "sharding inside groups of nodes"),
     (
         r"8.?bit.{0,3}(adam|optim|lion)|adam\w*.?8.?bit|\bbnb\b|bitsandbytes|\bpaged\b|\bgalore\b|\blion\b|\bmuon\b"
         r"|\bshampoo\b|\bsoap\b|adafactor|\bsgd\b|optimizer.in.backward",
@@ -52,6 +51,26 @@ def sharding_of(row: RunRow) -> Sharding | None:
     # NeMo's recipes have Megatron Core's distributed optimizer.
     always = always or (not text and re.search(r"bridge|nemo", framework.lower()) is not None)
     return "optimizer" if always and kind in ("none", None) else kind
+
+
+def sharding_replicas(row: RunRow, ranks: int, node_ranks: int) -> int:
+    """Groups of data-parallel ranks that each shard everything: 1 without hybrid sharding.
+
+    Args:
+        ranks: Data- and context-parallel ranks.
+        node_ranks: Those of them in one node, which shard together where a row says nothing else.
+    """
+    text = cell(row, "sharding").lower()
+    if not re.search(r"hsdp|hybrid|replicate", text):
+        return 1
+    # As torch's meshes are written: replicas, then shards.
+    both = re.search(r"(?:hsdp|hybrid\w*)\D{0,2}(\d+) ?[x\u00d7,] ?(\d+)", text)
+    if both and int(both[1]) * int(both[2]) == ranks:
+        return int(both[1])
+    shards = re.search(r"shard(?:s|ed|_?degree|_?size|_?group)?\D{0,3}(\d+)", text)
+    copies = re.search(r"repli(?:cate|cas?)(?:d|_?degree|_?size)?\D{0,3}(\d+)", text)
+    replicas = int(copies[1]) if copies else ranks // max(int(shards[1]) if shards else node_ranks, 1)
+    return replicas if replicas > 0 and ranks % replicas == 0 else 1
 
 
 def uses_sequence_parallelism(row: RunRow) -> bool:

@@ -55,6 +55,8 @@ class SoftwareProfile:
     """Memory traffic of the loss for each logit, forward and backward together."""
     overlaps_data_parallel: bool = True
     """True if gathering parameters and reducing gradients overlap with computation."""
+    exchanges_each_matrix: bool = False
+    """True if each matrix is gathered, and its gradient reduced, by a collective of its own, not a layer at once."""
     overlaps_tensor_parallel: bool = False
     """True if tensor-parallel collectives overlap with matmuls."""
     rings_use_all_ports: bool = True

@@ -126,7 +126,6 @@ def test_float8_has_a_wide_interval(precision):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"sharding": "HSDP 2x8"}, "groups of nodes"),
         ({"sharding": "3D mesh"}, "sharding='3D mesh' is not known"),
         ({"recompute": "block, 4 layers"}, "recompute='block, 4 layers' is not known"),
         ({"flag": "paged_adamw_8bit"}, "other than AdamW"),

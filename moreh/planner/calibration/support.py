@@ -44,6 +44,7 @@ def _hardly_measured(plan: Plan, training: Training) -> str:
         (any(layer.window and layer.window < training.sequence_length for layer in layers), "a sliding window"),
         (any(linear.frozen for layer in layers for linear in layer.linears), "frozen weights"),
         (plan.schedule in SPLIT_BACKWARD, "a split backward pass"),
+        (plan.replicas > 1, "hybrid sharding"),
         (training.sequence_length > LONGEST_SEQUENCE, f"sequences of more than {LONGEST_SEQUENCE:,} tokens"),
         (plan.devices > MOST_DEVICES, f"more than {MOST_DEVICES:,} devices"),
     )

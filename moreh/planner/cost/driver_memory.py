@@ -40,5 +40,5 @@ def driver_tool(device: Device) -> str:
 def driver_memory(plan: Plan, allocated: float) -> DriverMemory:
     """The memory that tools show for a plan whose fullest device has `allocated` live bytes."""
     reserved = allocated * (1 + RESERVED_SHARE)
-    groups = sum(size > 1 for size in (plan.tensor, plan.pipeline, plan.data, plan.context, plan.expert))
+    groups = sum(size > 1 for size in (plan.tensor, plan.pipeline, plan.data, plan.context, plan.expert, plan.replicas))
     return DriverMemory(allocated, reserved, reserved + CONTEXT_BYTES + groups * GROUP_BYTES)

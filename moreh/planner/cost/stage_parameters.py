@@ -7,7 +7,7 @@ import numpy as np
 from moreh.models.architecture import Architecture
 from moreh.planner.hardware.cluster import Cluster, RingLinks, ring_links
 from moreh.planner.hardware.roofline import Roofline
-from moreh.planner.plan.arrays import BoolArray, FloatArray
+from moreh.planner.plan.arrays import BoolArray, FloatArray, IntArray
 from moreh.planner.plan.plan_table import SHARD_GRADIENTS, SHARD_OPTIMIZER, PlanTable, sum_by_rank
 from moreh.planner.software_profile import SoftwareProfile
 
@@ -98,23 +98,49 @@ class ReplicaRings:
     """Links of the data-parallel and context-parallel ranks."""
     experts: RingLinks
     """Links of those of them that hold the same experts."""
+    replicas: RingLinks
+    """Links of the ranks that hold the same shards, where groups of ranks shard (hybrid sharding)."""
+    shard_ranks: IntArray
+    """Ranks that shard together, [n]."""
 
     @classmethod
     def of(cls, roofline: Roofline, cluster: Cluster, plans: PlanTable) -> "ReplicaRings":
         """The groups of every plan."""
-        ranks = plans.data * plans.context
-        weights = ring_links(cluster, ranks, plans.tensor)
-        experts = ring_links(cluster, ranks // plans.expert, plans.tensor * plans.expert)
-        if roofline.software.rings_use_all_ports:
-            return cls(roofline, weights, experts)
-        return cls(roofline, _through_one_port(cluster, weights), _through_one_port(cluster, experts))
+        ranks = plans.shard_ranks
+        all_ports = roofline.software.rings_use_all_ports
 
-    def exchange_s(self, parameters: FloatArray, experts: FloatArray, parameter_bytes: FloatArray | int) -> FloatArray:
-        """Seconds of a gather or reduction of `parameters`, of which `experts` are experts, [n]; 0 for 0 bytes."""
-        seconds = self.roofline.ring_s((parameters - experts) * parameter_bytes, self.weights)
+        def links(size: IntArray, stride: IntArray) -> RingLinks:
+            found = ring_links(cluster, size, stride)
+            return found if all_ports else _through_one_port(cluster, found)
+
+        return cls(
+            roofline,
+            weights=links(ranks, plans.tensor),
+            experts=links(ranks // plans.expert, plans.tensor * plans.expert),
+            replicas=links(plans.replicas, plans.tensor * ranks),
+            shard_ranks=ranks,
+        )
+
+    def exchange_s(
+        self,
+        parameters: FloatArray,
+        experts: FloatArray,
+        parameter_bytes: FloatArray | int,
+        collectives: float = 1,
+    ) -> FloatArray:
+        """Seconds of a gather or reduction of `parameters`, of which `experts` are experts, [n]; 0 for 0 bytes.
+
+        All parameters but the experts are exchanged by so many `collectives`.
+        """
+        seconds = self.roofline.ring_s((parameters - experts) * parameter_bytes, self.weights, collectives)
         expert_s = self.roofline.ring_s(experts * parameter_bytes, self.experts)
         seconds = seconds + np.where(experts > 0, expert_s, 0.0)
-        return np.where(np.asarray(parameter_bytes) > 0, seconds, 0.0)
+        return np.where(parameters * parameter_bytes > 0, seconds, 0.0)
+
+    def replicas_s(self, gradients: FloatArray, gradient_bytes: FloatArray | int) -> FloatArray:
+        """Seconds in which groups of ranks add up the shards of their gradients, [n]; 0 in one group or for 0 bytes."""
+        seconds = 2 * self.roofline.ring_s(gradients * gradient_bytes / self.shard_ranks, self.replicas)
+        return np.where(gradients * gradient_bytes > 0, seconds, 0.0)
 
 
 def _through_one_port(cluster: Cluster, links: RingLinks) -> RingLinks:
@@ -127,7 +153,7 @@ def mean_shards(plans: PlanTable, rank_parameters: FloatArray, experts: FloatArr
 
     Experts that an expert-parallel group splits have fewer replicas: the mean is weighted by parameters.
     """
-    shards = (plans.data * plans.context)[:, None]
+    shards = plans.shard_ranks[:, None]
     rank_experts = sum_by_rank(plans, experts[:, None] * plans.stage_layers)
     share = rank_experts / np.maximum(rank_parameters, 1.0)
     return shards / (1 + share * (plans.expert[:, None] - 1))

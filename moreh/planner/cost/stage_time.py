@@ -106,13 +106,15 @@ def stage_time(roofline: Roofline, cluster: Cluster, plans: PlanTable, training:
         reduced: FloatArray,
         gathered_experts: FloatArray = zeros,
         reduced_experts: FloatArray = zeros,
+        collectives: float = 1,
     ) -> FloatArray:
         """Seconds of a computation while `gathered` parameters and `reduced` gradients are exchanged.
 
         The experts among them are exchanged with the ranks that hold the same ones.
         """
-        exchange_s = rings.exchange_s(gathered, gathered_experts, gather_bytes)
-        exchange_s = exchange_s + rings.exchange_s(reduced, reduced_experts, reduce_bytes)
+        exchange_s = rings.exchange_s(gathered, gathered_experts, gather_bytes, collectives)
+        exchange_s = exchange_s + rings.exchange_s(reduced, reduced_experts, reduce_bytes, collectives)
+        exchange_s = exchange_s + rings.replicas_s(reduced, reduce_bytes)
         if software.overlaps_data_parallel:
             return roofline.overlapped_s(computation_s, exchange_s)
         return computation_s + exchange_s
@@ -121,8 +123,11 @@ def stage_time(roofline: Roofline, cluster: Cluster, plans: PlanTable, training:
     layer_forward = layer_forward + layer.expert_forward_s
     layer_backward = layer.backward_s + layer.backward_exchange_s + layer.recompute_s + layer.recompute_exchange_s
     layer_backward = layer_backward + layer.expert_backward_s
-    forward_s = with_exchange(layer_forward, parameters.layer, zeros, parameters.experts)
-    backward_s = with_exchange(layer_backward, parameters.layer, trainable.layer, parameters.experts, trainable.experts)
+    collectives = _matrices_of_layer(training) if software.exchanges_each_matrix else 1
+    forward_s = with_exchange(layer_forward, parameters.layer, zeros, parameters.experts, collectives=collectives)
+    backward_s = with_exchange(
+        layer_backward, parameters.layer, trainable.layer, parameters.experts, trainable.experts, collectives
+    )
     forward, backward = forward_s[:, None] * plans.stage_layers, backward_s[:, None] * plans.stage_layers
     forward[:, 0] += with_exchange(embedding.forward_s, parameters.first, zeros)
     backward[:, 0] += with_exchange(embedding.backward_s, zeros, trainable.first)
@@ -161,6 +166,13 @@ def stage_time(roofline: Roofline, cluster: Cluster, plans: PlanTable, training:
         expert_exchange_s=experts,
     )
     return times.slower(roofline.efficiency.slowdown)
+
+
+def _matrices_of_layer(training: Training) -> float:
+    """How many matrices a layer has that every rank holds: the mean over the layers."""
+    kinds = training.architecture.layer_kinds()
+    matrices = sum(count * sum(not linear.is_expert for linear in layer.linears) for layer, count in kinds)
+    return matrices / len(training.architecture.layers)
 
 
 def _edge_s(edge: EdgeTime, applies: BoolArray) -> FloatArray:
@@ -216,6 +228,7 @@ def _step_end_s(
     trained_experts = sum_by_rank(plans, trainable.experts[:, None] * plans.stage_layers).max(axis=1)
     all_experts = sum_by_rank(plans, parameters.experts[:, None] * plans.stage_layers).max(axis=1)
     reduce_s = rings.exchange_s(most_trainable, trained_experts, software.reduce_bytes)
+    reduce_s = reduce_s + rings.replicas_s(most_trainable, software.reduce_bytes)
     gather_s = rings.exchange_s(most_parameters, all_experts, software.gather_bytes)
     gather_updated_s = rings.exchange_s(most_trainable, trained_experts, software.gather_bytes)
     reshards = reshards_each_micro_batch(plans.pipeline, software)
@@ -237,7 +250,7 @@ def _step_end_s(
     optimizer = training.optimizer
     kept_bytes = state_bytes(optimizer.values, optimizer, software.moment_bytes, software.optimizer_bytes)
     moved_bytes = 2 * software.gradient_bytes + 2 * (software.weight_bytes + kept_bytes)
-    shards = np.where(plans.sharding >= SHARD_OPTIMIZER, plans.data * plans.context, 1)
+    shards = np.where(plans.sharding >= SHARD_OPTIMIZER, plans.shard_ranks, 1)
     # Experts have fewer replicas to shard them over.
     trained = (most_trainable + trained_experts * (np.where(shards > 1, plans.expert, 1) - 1)) / shards
     optimizer_s = trained * (moved_bytes + software.weight_copy_bytes) / roofline.memory_rate

@@ -90,16 +90,17 @@ class Roofline:
         ratio = np.minimum(device_s, host_s) / longer_s
         return longer_s * (1 + ratio**HOST_SHARPNESS) ** (1 / HOST_SHARPNESS) - device_s
 
-    def ring_s(self, whole_bytes: Number, links: RingLinks) -> FloatArray:
-        """Seconds of a ring all-gather or reduce-scatter whose whole tensor has `whole_bytes`; 0 in a group of one.
+    def ring_s(self, whole_bytes: Number, links: RingLinks, collectives: Number = 1) -> FloatArray:
+        """Seconds of ring all-gathers or reduce-scatters whose whole tensors have `whole_bytes`; 0 in a group of one.
 
-        An all-reduce is both, one after the other: Thakur et al. 2005, https://doi.org/10.1177/1094342005051521.
+        `collectives` follow each other, and each of them has the latency of a ring. An all-reduce is both, one after
+        the other: Thakur et al. 2005, https://doi.org/10.1177/1094342005051521.
         """
         inside_node = self.efficiency.node * links.share_of_node**self.efficiency.partial_node
         fraction = np.where(links.across_nodes, self.efficiency.network, inside_node)
         hop_s = np.where(links.across_nodes, self.efficiency.network_hop_s, self.efficiency.node_hop_s)
         share = (links.size - 1) / links.size
-        seconds = share * whole_bytes / (links.bytes_per_second * fraction) + (links.size - 1) * hop_s
+        seconds = share * whole_bytes / (links.bytes_per_second * fraction) + collectives * (links.size - 1) * hop_s
         return np.where(links.size > 1, seconds, 0.0)
 
     def overlapped_s(self, computation_s: FloatArray, communication_s: FloatArray) -> FloatArray:

@@ -24,6 +24,7 @@ A plan is written as these fields, in any order:
   interleaved:2         pipeline schedule and chunks per rank; also 1f1b, zero-bubble:N, zbv
   recompute:selective   activation recomputation; also none, full
   shard:optimizer       what data-parallel ranks shard; also none, gradients, parameters
+  shard:parameters:8    the same in groups of 8 ranks (hybrid sharding, which is predicted but cannot be run)
   sp                    sequence parallelism
   layers:9,10x6,11      layers per stage: 9, then 10 in six stages, then 11
 Defaults: parallel sizes are 1, dp uses all remaining devices, micro-batches have 1 row, the schedule is
@@ -41,7 +42,7 @@ _PATTERNS = {
     "mb": rf"mb({_NUMBER}(?:x{_NUMBER})?)",
     "schedule": rf"(1f1b|zbv|(?:interleaved|zero-bubble)(?::{_NUMBER})?)",
     "recompute": f"recompute:({'|'.join(RECOMPUTATIONS)})",
-    "shard": f"shard:({'|'.join(SHARDINGS)})",
+    "shard": f"shard:((?:{'|'.join(SHARDINGS)})(?::{_NUMBER})?)",
     "sp": "(sp)",
     "layers": rf"layers:({_NUMBER}(?:x{_NUMBER})?(?:,{_NUMBER}(?:x{_NUMBER})?)*)",
 }
@@ -65,6 +66,7 @@ def plan_text(plan: Plan) -> str:
 def plan_fields(plan: Plan) -> dict[str, str]:
     """The text of each field by the field's name; empty where a field has its default value and is left out."""
     chunks = "" if plan.schedule == "zbv" else f":{plan.chunks}"
+    groups = f":{plan.shard_ranks}" if plan.replicas > 1 else ""
     even = even_layers(sum(plan.stage_layers), len(plan.stage_layers))
     return {
         "tp": f"tp{plan.tensor}",
@@ -75,7 +77,7 @@ def plan_fields(plan: Plan) -> dict[str, str]:
         "mb": f"mb{plan.micro_batch_size}x{plan.micro_batches}",
         "schedule": f"{plan.schedule}{chunks}" if plan.schedule != "1f1b" else "",
         "recompute": f"recompute:{plan.recomputation}" if plan.recomputation != "none" else "",
-        "shard": f"shard:{plan.sharding}" if plan.sharding != "none" else "",
+        "shard": f"shard:{plan.sharding}{groups}" if plan.sharding != "none" else "",
         "sp": "sp" if plan.sequence_parallel else "",
         "layers": f"layers:{_run_lengths(plan.stage_layers)}" if plan.stage_layers != even else "",
     }
@@ -100,6 +102,7 @@ def parse_plan(text: str, training: Training, devices: int) -> Plan:
     data = _data(given, tensor * pipeline * context, devices)
     micro_batch_size, micro_batches = _micro_batches(given, data, training.global_batch_size)
     schedule, chunks = _schedule(given, pipeline)
+    sharding, _, group = given.get("shard", "none").partition(":")
     plan = Plan(
         stage_layers=_layers(given, len(training.architecture.layers), pipeline * chunks),
         tensor=tensor,
@@ -112,7 +115,8 @@ def parse_plan(text: str, training: Training, devices: int) -> Plan:
         schedule=schedule,
         chunks=chunks,
         recomputation=next(value for value in RECOMPUTATIONS if value == given.get("recompute", "none")),
-        sharding=next(value for value in SHARDINGS if value == given.get("shard", "none")),
+        sharding=next(value for value in SHARDINGS if value == sharding),
+        replicas=_replicas(group, data * context),
         sequence_parallel="sp" in given,
     )
     _check(plan, training)
@@ -172,6 +176,18 @@ def _data(fields: dict[str, str], others: int, devices: int) -> int:
         needed = f"{data * others} device{'s' if data * others > 1 else ''}"
         raise PlanError(f"plan: {sizes} is for {needed}, but there are {devices}: give {instead}")
     return data
+
+
+def _replicas(group: str, ranks: int) -> int:
+    if not group:
+        return 1
+    size = int(group)
+    if size < 1 or ranks % size:
+        raise PlanError(
+            f"plan: groups of {group} ranks that shard together do not divide the {ranks} data- and context-parallel "
+            f"ranks: give a divisor of {ranks}"
+        )
+    return ranks // size
 
 
 def _micro_batches(fields: dict[str, str], data: int, batch: int) -> tuple[int, int]:

@@ -52,6 +52,9 @@ class Plan:
     """Stages that each pipeline rank holds (virtual pipeline stages)."""
     recomputation: Recomputation = "none"
     sharding: Sharding = "none"
+    replicas: int = 1
+    """Groups of neighboring data- and context-parallel ranks that each shard everything (hybrid sharding); 1 where all
+    ranks shard together. The runtime cannot run several: they are for predictions of other programs."""
     sequence_parallel: bool = False
     """True if tensor-parallel ranks split norms and residuals along the sequence (https://arxiv.org/abs/2205.05198)."""
 
@@ -59,6 +62,11 @@ class Plan:
     def devices(self) -> int:
         """The number of devices that the plan occupies."""
         return self.tensor * self.context * self.data * self.pipeline
+
+    @property
+    def shard_ranks(self) -> int:
+        """The data- and context-parallel ranks that shard together."""
+        return self.data * self.context // self.replicas
 
     @property
     def global_batch_size(self) -> int:

@@ -27,6 +27,10 @@ def plan_problems(plan: Plan, training: Training) -> Iterator[str]:
             f"shard:{plan.sharding} shards over data-parallel ranks, but the plan has dp1: leave it out, or give "
             "another dp"
         )
+    if plan.replicas > 1 and plan.sharding == "none":
+        yield f"{plan.replicas} groups of ranks have nothing to shard: give shard:parameters:{plan.shard_ranks}"
+    if plan.replicas > 1 and plan.expert > 1:
+        yield f"shard:{plan.sharding}:{plan.shard_ranks} does not go with ep{plan.expert}: leave one of them out"
     if plan.sharding != "none" and plan.schedule in SPLIT_BACKWARD:
         yield (
             f"shard:{plan.sharding} does not go with {plan.schedule}, whose split backward pass leaves the gradients "

@@ -29,6 +29,7 @@ class PlanTable:
     micro_batches: IntArray  # [n]
     recomputation: IntArray  # [n], a RECOMPUTE_... code: an index into RECOMPUTATIONS
     sharding: IntArray  # [n], a SHARD_... code: an index into SHARDINGS
+    replicas: IntArray  # [n]
     sequence_parallel: BoolArray  # [n]
     stage_layers: IntArray  # [n, pipeline * chunks]
 
@@ -44,6 +45,11 @@ class PlanTable:
     def stage_ranks(self) -> IntArray:
         """The pipeline rank that holds each stage, [stages]."""
         return stage_to_rank(self.schedule, self.pipeline, self.chunks)
+
+    @property
+    def shard_ranks(self) -> IntArray:
+        """The data- and context-parallel ranks that shard together, [n]."""
+        return self.data * self.context // self.replicas
 
     def take(self, rows: IntArray) -> "PlanTable":
         """The plans at these rows."""
@@ -67,6 +73,7 @@ class PlanTable:
             chunks=self.chunks,
             recomputation=RECOMPUTATIONS[int(self.recomputation[row])],
             sharding=SHARDINGS[int(self.sharding[row])],
+            replicas=int(self.replicas[row]),
             sequence_parallel=bool(self.sequence_parallel[row]),
         )
 
@@ -90,6 +97,7 @@ class PlanTable:
             micro_batches=column([p.micro_batches for p in plans]),
             recomputation=column([RECOMPUTATIONS.index(p.recomputation) for p in plans]),
             sharding=column([SHARDINGS.index(p.sharding) for p in plans]),
+            replicas=column([p.replicas for p in plans]),
             sequence_parallel=np.array([p.sequence_parallel for p in plans], dtype=np.bool_),
             stage_layers=np.array([p.stage_layers for p in plans], dtype=np.int64),
         )

@@ -72,6 +72,8 @@ def explanation_sentences(request: Request, asked: Prediction, best: Prediction 
     refusal = torch_refusal(asked.plan)
     if refusal:
         sentences.append(f"PyTorch cannot run its pipeline schedule: {refusal}. The figures assume that it could.")
+    if asked.plan.replicas > 1:
+        sentences.append("This package cannot run hybrid sharding. The figures are for programs that can.")
     reasons = _reasons_to_pass_over(asked.plan, request)
     if not reasons and not refusal and fits and best is not None and _is_faster(asked, best):
         reasons = ["its stages have other numbers of layers"]

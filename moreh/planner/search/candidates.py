@@ -53,6 +53,8 @@ class _Columns(NamedTuple):
     def table(self, pipeline: int, schedule: Schedule, chunks: int, stage_layers: IntArray) -> PlanTable:
         """A table of these columns with a pipeline."""
         columns = self._asdict() | {"sequence_parallel": self.sequence_parallel.astype(np.bool_)}
+        # The runtime has no hybrid sharding.
+        columns["replicas"] = np.ones_like(self.tensor)
         return PlanTable(pipeline=pipeline, chunks=chunks, schedule=schedule, stage_layers=stage_layers, **columns)
 
 

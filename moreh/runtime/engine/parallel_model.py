@@ -96,6 +96,11 @@ def build_sharded(
     `inputs`, `output_fn` and `logit_positions` are those of `Stage`. Parameters that this rank does not hold stay in
     the model without data, on the meta device, so that names and counts remain those of the whole model.
     """
+    if plan.replicas > 1:
+        raise OptionError(
+            f"shard:{plan.sharding}:{plan.shard_ranks}: hybrid sharding is predicted, but cannot be run: give "
+            f"shard:{plan.sharding}, which shards over all data-parallel ranks"
+        )
     mesh = make_mesh(plan.pipeline, plan.data, plan.tensor)
     parts = split_into_parts(root)
     partition = _tensor_partition(root, plan)
