@@ -16,23 +16,23 @@ _TORCH = f"{Path(torch.__file__).resolve().parent}/"
 
 
 def caller_is_user_code(frames_up: int) -> bool:
-    """True if the code that called, `frames_up` frames above the caller of this function, is a user's.
+    """True if the code `frames_up` frames above the caller of this function is a user's.
 
-    User code is what stands neither in the standard library nor in a directory of installed packages. A notebook's
-    cells and what is typed at a prompt are user code.
+    User code is neither in the standard library nor in a directory of installed packages. Cells of a notebook and input
+    at a prompt are user code.
     """
     return is_user_file(sys._getframe(frames_up + 1).f_code.co_filename)
 
 
 def caller_is_torch_or_moreh(frames_up: int) -> bool:
-    """True if the code that called, `frames_up` frames above the caller of this function, is torch's or moreh's."""
+    """True if the code `frames_up` frames above the caller of this function is torch's or moreh's."""
     return _is_torch_or_moreh(sys._getframe(frames_up + 1).f_code.co_filename)
 
 
 def caller_asks_for_bfloat16(frames_up: int) -> bool:
-    """True if the code that called is transformers', which asks only whether a script may ask for bfloat16.
+    """True if that code is transformers' check whether a script may request bfloat16.
 
-    It leads into no CUDA code: `TrainingArguments(bf16=True)` is autocast, on whatever device there is.
+    The check leads into no CUDA code: `TrainingArguments(bf16=True)` is autocast on any device.
     """
     frame = sys._getframe(frames_up + 1)
     module, function = frame.f_globals.get("__name__"), frame.f_code.co_name

@@ -52,5 +52,5 @@ def reduced_grad(entry: InputGrad, mesh: Mesh) -> torch.Tensor:
         grad = torch.zeros_like(entry.leaf)
     total = grad.detach().to(mesh.device).contiguous()
     with span("all_reduce_input_grad", total.nbytes):
-        mesh.reduce(total)
+        mesh.all_reduce(total)
     return total.to(entry.tensor.device)

@@ -33,7 +33,7 @@ def collect_grads(model: ParallelModel) -> dict[str, torch.Tensor]:
                 grads[name] = parameter.grad
                 parameter.grad = None
             elif parameter.requires_grad and len(model.specs[name].pipeline_ranks) > 1:
-                # With inputs_embeds, the first stage does not use tied embeddings. The last one waits for their sum.
+                # With inputs_embeds, the first stage does not use tied embeddings, but the last one waits for the sum.
                 grads[name] = torch.zeros_like(parameter.detach())
         _reduce(model, grads)
     return grads
@@ -118,10 +118,10 @@ def loss_with_deferred_grads(
     grads: dict[str, torch.Tensor],
     input_grads: list[tuple[torch.Tensor, torch.Tensor]],
 ) -> torch.Tensor:
-    """The loss of a batch whose gradients exist already, as a function of the script's parameters; collective.
+    """The loss of a batch as a function of the script's parameters, whose gradients exist already; collective.
 
-    Autograd takes the gradients from its backward pass, and adds them to the parameters, or whatever it is asked for.
-    `input_grads` are arguments of the call that have a history in the script, with their gradients.
+    The backward pass of the loss returns these gradients. `input_grads` are the arguments of the call that require
+    gradients, with their gradients.
     """
     names = [name for name in names_with_grads(model, grads) if model.user_params[name].requires_grad]
     parameters = [model.user_params[name] for name in names]
@@ -139,7 +139,7 @@ def names_with_grads(model: ParallelModel, grads: dict[str, torch.Tensor]) -> li
     has_grad = torch.tensor([name in grads for name in model.specs], dtype=torch.int32, device=model.mesh.device)
     if model.plan.pipeline > 1:
         with span("all_reduce_has_grad", has_grad.nbytes):
-            model.mesh.reduce(has_grad)
+            model.mesh.all_reduce(has_grad)
     return [name for name, has in zip(model.specs, has_grad.tolist(), strict=True) if has]
 
 
@@ -177,7 +177,7 @@ def hand_over_grads(
 ) -> list[torch.Tensor]:
     """Gradients times `scale`, a scalar, as the script sees them. They are scaled in place.
 
-    `grads` has None where this rank holds nothing of the parameter.
+    `grads` has None for a parameter that this rank does not hold.
     """
     with span("accumulate_grads"):
         local = {name: None if grad is None else local_tensor(grad) for name, grad in grads.items()}

@@ -254,7 +254,7 @@ class ModelRunner:
                 total += loss
         if self.plan.devices > 1:
             with span("all_reduce_loss", total.nbytes):
-                mesh.reduce(total)
+                mesh.all_reduce(total)
         return total.to(torch.promote_types(self.model.dtype, torch.float32))
 
     def _rank_local_rng(self) -> AbstractContextManager[None]:

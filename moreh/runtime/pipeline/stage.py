@@ -2,7 +2,7 @@
 
 The model's code runs unchanged, so masks, positions and rotary angles are its own. While a stage computes, stubs
 (stubs.py) are in the slots of other stages' modules: embeddings return zeros, layers pass on their input. The first
-layer of the stage takes the hidden states that the stage received. The stage sends on what its last layer returns.
+layer of the stage takes the hidden states that the stage received. The stage sends its last layer's output.
 
 A model on one worker is one stage.
 """
@@ -62,7 +62,7 @@ class Stage(nn.Module):
             last: Index after the stage's last layer.
             inputs: Given a micro-batch's index, the arguments of the model. Every stage needs the token ids for masks
                 and positions.
-            output_fn: Given the model's outputs and the index, what the last stage returns.
+            output_fn: Makes the last stage's result of the model's outputs and the index.
             logit_positions: Given the index, the positions whose logits are needed, or None for all. With positions,
                 the model's logits are [1, positions, vocabulary].
         """
@@ -109,7 +109,7 @@ class Stage(nn.Module):
                 micro-batches.
 
         Returns:
-            Hidden states for the next stage, [batch, sequence, hidden]; on the last stage what `output_fn` returns.
+            Hidden states for the next stage, [batch, sequence, hidden]; on the last stage the result of `output_fn`.
         """
         with trace.span("stage_forward"):
             index = int(micro_batch)
@@ -136,11 +136,11 @@ class Stage(nn.Module):
         """Put the stubs into the model for the time of a forward pass.
 
         The swap is in `_modules`, where `nn.Module` looks submodules up. It is made for each forward pass, because the
-        stages of a rank share one model but have different stubs. Between forward passes the model is whole: a script
-        that reads its parameters, saves it or evaluates it sees nothing of the stages.
+        stages of a rank share one model but have different stubs. Between forward passes the model is whole: the script
+        can read its parameters, save it or evaluate it.
         """
         base_model = self._model.causal.base_model
-        # The runtime leaves out masks that hide only positions that no loss depends on. The warning would be wrong.
+        # The runtime omits masks that hide only positions without effect on the loss, so the warning would be wrong.
         base_model.__dict__[_PADDING_WARNING] = lambda *args, **kwargs: None
         try:
             for slot, stub in self._model.stubs:

@@ -183,7 +183,7 @@ def _of_all_ranks(value: torch.Tensor, mesh: Mesh) -> list[torch.Tensor]:
     ranks = math.prod(mesh.size(dimension) for dimension in ("pipeline", "data", "tensor"))
     values = torch.zeros(ranks, *value.shape, dtype=value.dtype, device=mesh.device)
     values[global_rank_of(mesh)] = value
-    mesh.reduce(values)
+    mesh.all_reduce(values)
     return list(values.to(value.device))
 
 

@@ -15,7 +15,7 @@ class Mesh:
     """This rank's place in the grid, and its process groups along each dimension."""
 
     device_mesh: DeviceMesh | None
-    """The grid as torch has it, with the names of DIMENSIONS. None for a single rank, which has no process group."""
+    """torch's mesh, with the dimensions DIMENSIONS. None for a single rank, which has no process group."""
     device: torch.device
     """The device on which this rank computes."""
 
@@ -37,10 +37,10 @@ class Mesh:
         assert self.device_mesh is not None
         return _submesh(self.device_mesh, dimensions)
 
-    def reduce(self, tensor: torch.Tensor, operation: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> None:
-        """Reduce a tensor over all ranks, in place; collective."""
+    def all_reduce(self, tensor: torch.Tensor) -> None:
+        """Sum a tensor over all ranks, in place; collective."""
         if self.device_mesh is not None:
-            dist.all_reduce(tensor, op=operation)
+            dist.all_reduce(tensor)
 
     def global_rank(self, pipeline_rank: int, dp_rank: int, tp_rank: int) -> int:
         """The global rank at a coordinate of the grid."""

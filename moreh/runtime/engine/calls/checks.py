@@ -141,7 +141,7 @@ def refusing_counts(root: nn.Module, mesh: Mesh) -> Iterator[None]:
     names, after = list(before), forward_counts(root)
     changed = torch.tensor([before[name] != after.get(name) for name in names], dtype=torch.int32, device=mesh.device)
     with span("all_reduce_counts", changed.nbytes):
-        mesh.reduce(changed)
+        mesh.all_reduce(changed)
     for name, count in zip(names, changed.tolist(), strict=True):
         if count:
             raise OptionError(
