@@ -117,7 +117,7 @@ def terminal_width() -> int:
 def wrap_line(text: str, width: int | None, indent: int = 0) -> str:
     """Break a line between words so that it fits `width` (None: any); the lines after the first are indented.
 
-    No word is broken, be it a path or a plan with a hyphen: a longer one stands on a line of its own.
+    No word is broken, even a path or a plan with a hyphen: a longer one gets its own line.
 
     >>> print(wrap_line("no word is broken", 10, indent=2))
     no word is

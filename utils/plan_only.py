@@ -63,11 +63,11 @@ ARCHITECTURE_FILES = {
     "Qwen/Qwen1.5-7B": "qwen1_5_7b",
     "Qwen/Qwen2.5-7B": "qwen2_5_7b",
     "Qwen/Qwen3-0.6B": "qwen3_0_6b",
+    "Qwen/Qwen3-8B": "qwen3_8b",
     "Qwen/Qwen3-30B-A3B": "qwen3_30b_a3b",
     "Qwen/Qwen3-Next-80B-A3B-Instruct": "qwen3_next_80b_a3b",
     "deepseek-ai/DeepSeek-V3": "deepseek_v3",
     "openai/gpt-oss-20b": "gpt_oss_20b",
-    "Qwen/Qwen3-8B": "qwen3_8b",
 }
 
 

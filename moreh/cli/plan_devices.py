@@ -20,7 +20,7 @@ BYTES_PER_GBYTE, BYTES_PER_GBIT = 1e9, 1e9 / 8
 def devices_from_options(options: argparse.Namespace) -> tuple[Flavor | None, Environment]:
     """The accelerator of a command line, None where it is not one as it is, and the devices and software.
 
-    What the user states of a cluster wins over what is known of its devices, and the command line over the file.
+    The user's facts about a cluster override those of its devices, and the command line overrides the file.
 
     Raises:
         AcceleratorError: there is no such accelerator or device.

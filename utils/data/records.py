@@ -14,7 +14,7 @@ from utils.text.template import FilledPrompt, fill_template
 
 
 class UnusableRow(UserError):
-    """A row lacks a field, or has something else than a text in it."""
+    """A row lacks a field, or the field is not a text."""
 
 
 class SpelledNumber(float):
@@ -39,7 +39,7 @@ class Record:
     """Values by field name, as the source has them."""
 
     numbers: str = "refuse"
-    """`data.numbers`: whether a number is unusable, or the text of its digits."""
+    """`data.numbers`: "refuse" makes a number unusable, "text" makes it the text of its digits."""
 
     def text(self, field: str | None) -> str:
         """The text of a field; none is an empty text.
@@ -84,7 +84,7 @@ class Record:
         return self.fields[field]
 
     def unusable(self, reason: str) -> UnusableRow:
-        """The error that this record is not usable, which says where it was read."""
+        """The error that this record is not usable, with the place of the record."""
         return UnusableRow(f"{self.location}: {reason}")
 
 
@@ -105,7 +105,7 @@ class Pair:
 
     @property
     def key(self) -> tuple[str, str]:
-        """Equal for equal pairs."""
+        """A key that is equal for equal pairs."""
         return self.prompt, self.response
 
     @property
@@ -116,7 +116,7 @@ class Pair:
 
     @classmethod
     def from_content(cls, location: str, content: list[Any]) -> Self:
-        """The pair whose `content` this is."""
+        """The pair with this `content`."""
         prompt, fields, response = content
         if fields is not None:
             prompt = FilledPrompt(prompt, tuple(map(tuple, fields)))
@@ -124,7 +124,7 @@ class Pair:
 
     @property
     def text(self) -> str:
-        """The texts for training a new tokenizer."""
+        """The whole text, for training a new tokenizer."""
         return self.prompt + self.response
 
     @property

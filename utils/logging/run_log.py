@@ -47,9 +47,9 @@ _REPLACED_FILES = ("metrics.jsonl", FILE, "report.html")
 class RunLog:
     """The files of one run in its directory `<run.directory>/<run.name>/`. An earlier run of that name is kept as `.1`.
 
-    Nothing is written before `start`, so that an error before it leaves an earlier run in its place. An error at the
-    first batch, for example because no plan fits, comes after `start`; `--plan-only` finds it earlier. With several
-    workers only rank 0 writes: on the other ranks all methods do nothing.
+    Nothing is written before `start`, so an error before it does not rename an earlier run. An error at the first
+    batch, such as a plan that does not fit, comes after `start`; `--plan-only` finds it earlier. With several workers
+    only rank 0 writes: on the other ranks all methods do nothing.
     """
 
     def __init__(self, config: Config, *, is_dry: bool = False) -> None:
@@ -82,7 +82,7 @@ class RunLog:
         """Make the directory of the run, and write there from now on. Call it when everything is ready to train.
 
         Args:
-            again: the run was asked to go on. What it has written before its first checkpoint is then replaced.
+            again: True if the run resumes before its first checkpoint. Its files are then replaced.
 
         Raises:
             UserError: the directory cannot be made, or another run of the same name is writing to it.
@@ -97,8 +97,8 @@ class RunLog:
     def resume(self, step: int, begin_branch: Callable[[], None] = lambda: None) -> None:
         """Continue the files of the run after a step, or start them if there are none.
 
-        `begin_branch` is called before any file changes, when no other run can write to the directory. A process that
-        is killed after it has left the metrics of later steps, which the next one removes, and never too few.
+        `begin_branch` is called before any file changes, while no other run can write to the directory. If the process
+        is killed after it, the metrics of later steps remain; the next resumed run removes them.
 
         Raises:
             UserError: for the reasons of `start`, or because metrics.jsonl is damaged.

@@ -27,7 +27,7 @@ def control_token_pattern(tokenizer: Any) -> re.Pattern[str]:
 def split_at_spelled(prompt: str, pattern: re.Pattern[str]) -> list[tuple[str, bool]]:
     """The pieces of a prompt, each with whether it is the name of a control token that came from a field.
 
-    A prompt that no template was filled for has one piece: what is written in it is meant.
+    A prompt without a template has one piece, in which names of control tokens are the tokens.
     """
     if not isinstance(prompt, FilledPrompt):
         return [(prompt, False)]

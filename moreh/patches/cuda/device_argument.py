@@ -6,6 +6,12 @@ import torch
 
 from moreh.errors import AcceleratorError
 
+WHY_NO_FUNCTION_MODE = (
+    "A TorchFunctionMode costs two microseconds for each call of torch, holds for one thread only, and would have to "
+    "be removed while a model computes."
+)
+"""The reason why device arguments are replaced in each function, and not by a mode."""
+
 
 def names_accelerator(device: Any) -> bool:
     """True if a device argument means the accelerator: `"cuda"`, `"cuda:0"`, `torch.device("cuda")` or an index.

@@ -10,7 +10,7 @@ from torch.jit import _builtins
 from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils._device import DeviceContext, _device_constructors
 
-from moreh.patches.cuda.device_argument import names_accelerator
+from moreh.patches.cuda.device_argument import WHY_NO_FUNCTION_MODE, names_accelerator
 from moreh.patches.cuda.simulated_device import SimulatedDevice
 from moreh.patches.patch import Patch
 from moreh.storages import shares_storage
@@ -41,8 +41,7 @@ FACTORIES = Patch(
     target="torch",
     names=(*_factory_names(), *(f"Tensor.{name}" for name in _NEW)),
     why="Functions that create a tensor take the accelerator as their device.",
-    no_public_way="A TorchFunctionMode costs two microseconds for each call of torch, holds for one thread only, and "
-    "would have to be removed while a model computes.",
+    no_public_way=WHY_NO_FUNCTION_MODE,
     tested=("torch 2.13",),
 )
 DEVICE_CONTEXT = Patch(

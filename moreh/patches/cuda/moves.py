@@ -23,7 +23,12 @@ import torch
 from torch.nn import parameter as torch_parameter
 
 from moreh.patches.cuda.caller_origin import caller_is_user_code
-from moreh.patches.cuda.device_argument import is_device_index, names_accelerator, require_device_zero
+from moreh.patches.cuda.device_argument import (
+    WHY_NO_FUNCTION_MODE,
+    is_device_index,
+    names_accelerator,
+    require_device_zero,
+)
 from moreh.patches.cuda.simulated_device import SimulatedDevice
 from moreh.patches.patch import Patch
 from moreh.storages import shares_storage
@@ -32,8 +37,7 @@ TENSOR_MOVES = Patch(
     target="torch.Tensor",
     names=("to", "cuda", "cpu", "pin_memory"),
     why="Tensors move to the accelerator and back, as copies.",
-    no_public_way="A TorchFunctionMode costs two microseconds for each call of torch, holds for one thread only, and "
-    "would have to be removed while a model computes.",
+    no_public_way=WHY_NO_FUNCTION_MODE,
     tested=("torch 2.13",),
 )
 COMPILED_TENSOR_CUDA = Patch(

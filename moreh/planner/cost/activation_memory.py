@@ -166,7 +166,7 @@ def _kept_by_selective(
 def _backward_peak(tensors: _LayerTensors, architecture: Architecture, software: SoftwareProfile) -> FloatArray:
     """Bytes at the highest moment of a layer's backward pass, [n].
 
-    The pass frees what is kept on its way from the layer's result to its input. Its highest moment is in the
+    The pass frees the kept activations on its way from the layer's result to its input. Its highest moment is in the
     feed-forward network's activation or in attention.
     """
     # The activation: the gradient of its result replaces the result, and each factor of its last multiplication gets a

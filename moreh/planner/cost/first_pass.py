@@ -28,7 +28,7 @@ def first_pass_s(
         cluster: the devices and their links.
         plans: the plans.
         forward_s: the forward pass of one micro-batch, [n, stages].
-        training: what is trained.
+        training: the model and its batches.
     """
     if not training.own_loss:
         return np.zeros(len(plans))

@@ -191,7 +191,7 @@ def held_gradients(states: ModelStates, plans: PlanTable, training: Training, al
 
     Args:
         all_exist: Whether all gradients exist before, [n, 1]: where they are never freed, and from the second
-            micro-batch on. Otherwise those exist that the backward pass has come to.
+            micro-batch on. Otherwise, only those that the backward pass has reached.
     """
     everything = states.rank_trainable * states.gradient_bytes
     trainable, unsharded_bytes = states.trainable, states.unsharded_gradient_bytes

@@ -16,7 +16,7 @@ def failing_together(
     """A block that either succeeds on all ranks of a group or raises on all of them at its end; collective.
 
     Args:
-        action: what is being done, for the message, such as "saving the model".
+        action: the action in progress, for the message, such as "saving the model".
         device: the device of tensors that the group can reduce; by default the CPU.
         group: the ranks that take part; by default all ranks.
 

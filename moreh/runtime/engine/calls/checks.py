@@ -55,8 +55,8 @@ def check_thread() -> None:
     """Check that the main thread calls a model that several workers compute together.
 
     Raises:
-        OptionError: another thread does. Its messages would get between those of other calls, on each worker in another
-            order.
+        OptionError: another thread calls it. Its messages would mix with those of other calls, in another order on each
+            worker.
     """
     if threading.current_thread() is not threading.main_thread():
         raise OptionError(
@@ -68,7 +68,7 @@ def check_thread() -> None:
 def check_functions(root: nn.Module, expected: LibraryFunctions) -> LibraryFunctions:
     """Check that no function of the libraries that a model computes with was replaced since `expected` was recorded.
 
-    Returns what is there now. A model is cut, and batches are, for the functions that it was sharded with.
+    Returns the current functions. A model and its batches are cut for the functions at the time of sharding.
 
     Raises:
         OptionError: one was replaced.

@@ -130,7 +130,7 @@ def _stay(
 def _save_adapters(wrapper: Any, device: torch.device) -> Any:
     """PEFT's own `save_pretrained` of whole tensors, which are gathered because adapters are small.
 
-    Raises (from what is returned):
+    Raises (from the returned function):
         OptionError: other weights than the model's own are to be saved.
     """
     original = wrapper.save_pretrained
