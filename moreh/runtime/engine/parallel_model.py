@@ -56,7 +56,7 @@ class ParallelModel:
     param_slots: dict[str, list[ParamSlot]]
     """The places of each parameter in the modules: several for a tied one. Empty where no parameter was replaced."""
     fsdp_memory: dict[str, torch.Tensor] = field(default_factory=dict)
-    """FSDP's slots for this rank's parameters, which cannot be replaced. Empty without FSDP."""
+    """FSDP's memory of this rank's parameters, which cannot be replaced. Empty without FSDP."""
     bound_memory: dict[str, torch.Tensor] = field(default_factory=dict)
     """The local tensors of the script's parameters that share FSDP's memory. Empty without FSDP."""
     pipelines: dict[int, Pipeline] = field(default_factory=dict)

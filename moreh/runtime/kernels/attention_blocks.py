@@ -67,11 +67,11 @@ class _BlockRange(NamedTuple):
     """Positions in the row that define a block."""
 
     origin: int
-    """The row at which the sequence would begin if it had its prefix: the block's keys are counted from here."""
+    """The position at which the sequence would begin with its prefix: the block's keys are counted from here."""
     start: int
     """The first query."""
     stop: int
-    """The end: the row after the last query that is not padding."""
+    """The position after the last query that is not padding."""
 
 
 @dataclass(frozen=True)

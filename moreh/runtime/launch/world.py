@@ -27,8 +27,8 @@ from moreh.runtime.launch.rendezvous import World as World
 from moreh.runtime.launch.watch.heartbeat import start_heartbeat
 from moreh.runtime.launch.worker_errors import ERROR_FILE, record_errors
 
-# The timeout of collectives ends workers that wait for one that hangs. A worker that dies is noticed at once by the
-# process that started it. One worker may download or tokenize for a long time while the others wait.
+# The timeout of collectives ends workers that wait for a hung one; the launcher notices a dead worker at once. The
+# timeout is long, because one worker may download or tokenize while the others wait.
 TIMEOUT = timedelta(hours=1)
 PARENT_POLL_INTERVAL_S = 1.0
 # How long the process group's threads may take to end.
@@ -42,7 +42,7 @@ _restarted_since: float | None = None
 def restarted_since() -> float | None:
     """The start of the launcher, if it has restarted this worker after a failure; None otherwise.
 
-    In seconds since the epoch. What a script has saved since then is of this run.
+    In seconds since the epoch. Files that a script has saved since then are of this run.
     """
     return _restarted_since
 
@@ -63,7 +63,7 @@ def join_world() -> World:
 
     Raises:
         OptionError: the environment does not describe a world, or this machine has too few GPUs for it.
-        WorkerError: some workers have not come.
+        WorkerError: some workers did not join.
         AcceleratorError: another process is using the accelerator.
     """
     global _world, _restarted_since
@@ -71,7 +71,7 @@ def join_world() -> World:
         world = world_from_environment() if world_variables.started_in_world() else SINGLE_WORKER
         has_launcher = world_variables.has_launcher()
         if has_launcher:
-            _act_as_part_of_one_program(world)
+            _attach_to_launcher(world)
             since = world_variables.variables().get(world_variables.RESTARTED_SINCE)
             _restarted_since = None if since is None else float(since)
         if world.size > 1:
@@ -94,7 +94,7 @@ def _init_process_group(world: World) -> None:
 
     Raises:
         OptionError: this machine has fewer GPUs than workers, or the script has made a process group before the line.
-        WorkerError: some workers have not come.
+        WorkerError: some workers did not join.
     """
     if dist.is_initialized():
         raise OptionError(
@@ -154,7 +154,7 @@ def _is_gloo_busy() -> bool:
     return False
 
 
-def _act_as_part_of_one_program(world: World) -> None:
+def _attach_to_launcher(world: World) -> None:
     """Record errors for the launcher, write logs line by line, and end with the launcher.
 
     Worker 0 has the console. The launcher has directed the output of the other workers to their logs.
@@ -175,7 +175,7 @@ def _end_with_parent(parent_pid: int) -> None:
 
 
 def _register_as_one_job(world: World) -> None:
-    """Make the workers that torchrun started one job of each machine's accelerator.
+    """Register the workers that torchrun started as one job of each machine's accelerator.
 
     One worker registers the job, the others join it. Two torchruns on one machine that act as two nodes are one run
     too, because both have the same master address.
