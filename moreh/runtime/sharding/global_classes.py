@@ -1,18 +1,18 @@
 """The classes of sharded parameters, gradients and optimizer state as the script sees them: whole tensors.
 
-Import them from `global_tensor.py`, which knows what operations do with them.
+Import them from `global_tensor.py`, which dispatches the operations on them.
 
-A `GlobalTensor` has the shape of the whole tensor and holds this rank's part of it. What a script does with it means
-what it means with the whole tensor on one device:
+A `GlobalTensor` has the shape of the whole tensor and holds this rank's part of it. Operations on it give the results
+that they give on the whole tensor on one device:
 
 - elementwise operations, with each other and with ordinary tensors of the whole shape, compute on the local parts;
 - reductions to a number are summed over the ranks (`global_ops.py`);
 - everything else gathers the whole tensor, computes on it, and writes back its changes.
 
-Why not DTensor: `.item()` of a DTensor that is not yet reduced gives this rank's part, it does not mix with ordinary
-tensors, knows nothing of pipelines, and shows a matrix that is split in several chunks with its columns regrouped.
+DTensor does not serve: `.item()` of a DTensor that is not yet reduced gives this rank's part, a DTensor does not mix
+with ordinary tensors, has no pipeline dimension, and regroups the columns of a matrix that is split in several chunks.
 
-Operations that need other ranks are collective. Every worker runs the whole script, so all come to them.
+Operations that need other ranks are collective. Every worker runs the whole script, so every worker reaches them.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ from torch import nn
 from moreh.errors import OptionError
 from moreh.runtime.sharding.global_layout import GlobalLayout
 
-# What operations do with the classes; it knows them, so it is put in here by `global_tensor.py`.
+# Computes operations on the classes. `global_tensor.py`, which imports this file, sets it.
 _dispatch: list[Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]] = []
 
 
@@ -98,7 +98,7 @@ class WholeTensor(torch.Tensor):
 
     def __hash__(self) -> int:
         """The hash of the parameter which this one has replaced, if any: either finds the key of a dictionary."""
-        # The original is kept, which has no data any more, so that no other tensor takes its address and so its hash.
+        # The original, which has no data any more, is kept: no other tensor gets its address, and so its hash.
         original = self.__dict__.get("_moreh_original")
         return id(self) if original is None else id(original)
 
@@ -109,11 +109,11 @@ class GlobalTensor(WholeTensor):
     local: torch.Tensor
     """This rank's part, an ordinary tensor; without elements where the rank holds nothing. Aliases share the object."""
     global_layout: GlobalLayout
-    """The part of the whole tensor."""
+    """The layout of the whole tensor over the ranks."""
 
     @staticmethod
     def __new__(cls: Any, local: torch.Tensor, layout: GlobalLayout) -> "GlobalTensor":
-        """See the fields. The memory of `local` is shared."""
+        """Make a tensor of its fields; it shares the memory of `local`."""
         if tuple(local.shape) != layout.local_shape:
             raise ValueError(
                 f"{layout.spec.name}: the local tensor is {list(local.shape)}, the layout says "

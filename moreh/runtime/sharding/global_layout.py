@@ -26,10 +26,10 @@ class GlobalLayout:
         """The shape of the whole tensor."""
         return torch.Size(self.spec.shape)
 
-    # Asked for with each operation of an optimizer.
+    # Cached: each operation of an optimizer reads it.
     @cached_property
     def local_shape(self) -> tuple[int, ...]:
-        """The shape of this rank's local tensor. A rank that holds nothing has one without elements."""
+        """The shape of this rank's local tensor. A rank without a part has a tensor without elements."""
         if is_owner(self.spec, self.mesh):
             return local_shape(self.spec, self.mesh)
         return (0, *self.spec.shape[1:])
@@ -43,7 +43,7 @@ class GlobalLayout:
         return is_first and (spec.fsdp_dim is not None or mesh.rank("data") == 0)
 
     def matches(self, other: "GlobalLayout") -> bool:
-        """True if two tensors are on the same ranks in the same way, so that elements meet without communication."""
+        """True if two tensors have the same shards on the same ranks, so elementwise operations are local."""
         same_shards = replace(self.spec, name=other.spec.name, dtype=other.spec.dtype) == other.spec
         return same_shards and self.mesh is other.mesh
 

@@ -10,10 +10,10 @@ from moreh.runtime.sharding.spec import ParamSpec
 
 
 def user_param(local: torch.Tensor | None, spec: ParamSpec, mesh: Mesh, original: nn.Parameter) -> nn.Parameter:
-    """The parameter that the script sees. It shares memory with this rank's part of it, None if it has none.
+    """The parameter that the script sees. It shares memory with `local`, this rank's part; None if it has none.
 
-    A parameter that every rank has whole is the original, unless that had no data. It is no object that the rank
-    computes with, which hooks of the script would see partial gradients of.
+    A parameter that every rank has whole is the original, unless the original had no data. The rank computes with
+    another object, so hooks of the script see no partial gradients.
     """
     if is_whole_on_every_rank(spec, mesh):
         assert local is not None
@@ -25,7 +25,7 @@ def user_param(local: torch.Tensor | None, spec: ParamSpec, mesh: Mesh, original
     if local is None:
         local = torch.empty(layout.local_shape, dtype=spec.dtype, device=mesh.device)
     parameter = nn.Parameter(GlobalTensor(local, layout), original.requires_grad)
-    # From the start: it decides about the hash, which must not change while the parameter is a key.
+    # Set at once: the hash depends on it, which must not change while the parameter is a key.
     parameter.__dict__["_moreh_original"] = original
     return parameter
 
