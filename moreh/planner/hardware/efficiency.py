@@ -52,7 +52,8 @@ class Efficiency:
     """The share of computation that tensor-parallel ranks lose by waiting for the slowest of them at every exchange."""
     partial_node: float
     """The rate inside a node falls with this power of the share of the node's devices that are in a group: 1 where each
-    pair of devices has a link of its own, 0 where all links lead to a switch and any group can fill them."""
+    pair of devices has a link of its own, 0 where all links lead to a switch and any group can fill them. A fraction:
+    no group has less than the links to its own members."""
     elementwise: float = 1.0
     """Memory traffic of norms, activations and residuals, as a multiple of the software profile's."""
     layer_host_s: float = 0.0

@@ -18,7 +18,7 @@ from moreh.planner.hardware.environment import Environment
 from moreh.planner.plan.arrays import FloatArray
 
 CONSTANTS = tuple(field.name for field in fields(Efficiency))
-FRACTIONS = ("matmul", "float8", "attention", "memory", "node", "network", "contention")
+FRACTIONS = ("matmul", "float8", "attention", "memory", "node", "network", "contention", "partial_node")
 # Distance from 0 (and of a fraction, from 1) below which a constant is clipped, so that its logarithm is finite.
 MIN_VALUE = 1e-9
 # Standard deviation of the unconstrained constants that were measured on the machine itself. A judgment.
