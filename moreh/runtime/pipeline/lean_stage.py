@@ -1,7 +1,8 @@
 """torch's PipelineStage with receive buffers only for the micro-batches in flight.
 
-For each micro-batch of a stage, torch allocates a buffer for the hidden states and one for the gradients that the stage
-receives. It keeps these buffers, and the gradients that the stage sent, from step to step and for each batch shape.
+For each micro-batch of a stage, torch before 2.15 allocates a buffer for the hidden states and one for the gradients
+that the stage receives. It keeps these buffers, and the gradients that the stage sent, from step to step and for each
+batch shape. Later releases allocate a buffer when a receive is posted, in the shape of the first step.
 With many micro-batches they take more memory than the activations: hidden states [512, 8192] of 128 micro-batches in
 float32 are 2 GiB, three times for each chunk of the model on a rank.
 
@@ -12,7 +13,8 @@ torch has no public way to own the buffers, so this module relies on privates of
 |---|---|
 | `_setup_forward_recv_info`, `_setup_backward_recv_info` | overridden: the only places that allocate the buffers |
 | `args_recv_info`, `grad_recv_info` | by micro-batch, tuples of `_RecvInfo` for hidden states and for gradients |
-| `_RecvInfo.buffer`, `.tensor_meta.dtype`, `.is_root_arg` | the buffer, its dtype, whether the script passes it |
+| `_RecvInfo.buffer`, `.tensor_meta`, `.is_root_arg` | the buffer, its shape and dtype, whether the script passes it |
+| `_RecvInfo.allocate_buffer` | its presence shows that torch allocates buffers when a receive is posted |
 | `_runtime_validate` | turned off: it compares shapes with those of the first step |
 
 `get_*_ops`, `forward_one_chunk` and `backward_one_chunk` are public and called by the schedules.
@@ -20,7 +22,7 @@ torch has no public way to own the buffers, so this module relies on privates of
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -52,21 +54,21 @@ class LeanPipelineStage(_Stage):  # type: ignore[misc]
         self._runtime_validate = False
 
     def _setup_forward_recv_info(self, num_microbatches: int, has_backward: bool) -> None:
-        with self._buffers_on_meta():
+        with self._buffers_on(torch.device("meta")):
             super()._setup_forward_recv_info(num_microbatches, has_backward)
         for infos in self.args_recv_info.values():
             _free_buffers(infos)
 
     def _setup_backward_recv_info(self, num_microbatches: int) -> None:
-        with self._buffers_on_meta():
+        with self._buffers_on(torch.device("meta")):
             super()._setup_backward_recv_info(num_microbatches)
         for infos in self.grad_recv_info.values():
             _free_buffers(infos)
 
     def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
         """The receives of a micro-batch's hidden states."""
-        self._allocate_buffers(self.args_recv_info[fwd_chunk_id])
-        return _marked("post_recv_hidden_states", super().get_fwd_recv_ops(fwd_chunk_id))
+        with self._receive_buffers(self.args_recv_info[fwd_chunk_id]):
+            return _marked("post_recv_hidden_states", super().get_fwd_recv_ops(fwd_chunk_id))
 
     def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
         """The sends of a micro-batch's hidden states."""
@@ -74,9 +76,8 @@ class LeanPipelineStage(_Stage):  # type: ignore[misc]
 
     def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
         """The receives of the gradients of a micro-batch's hidden states."""
-        if self.has_backward:
-            self._allocate_buffers(self.grad_recv_info[bwd_chunk_id])
-        return _marked("post_recv_gradients", super().get_bwd_recv_ops(bwd_chunk_id))
+        with self._receive_buffers(self.grad_recv_info[bwd_chunk_id] if self.has_backward else ()):
+            return _marked("post_recv_gradients", super().get_bwd_recv_ops(bwd_chunk_id))
 
     def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
         """The sends of the gradients of a micro-batch's hidden states."""
@@ -104,20 +105,31 @@ class LeanPipelineStage(_Stage):  # type: ignore[misc]
             super().backward_weight_one_chunk(bwd_chunk_id, *args, **kwargs)
 
     @contextmanager
-    def _buffers_on_meta(self) -> Iterator[None]:
-        """Let torch allocate its buffers without memory."""
-        device, self.device = self.device, torch.device("meta")
+    def _buffers_on(self, device: torch.device) -> Iterator[None]:
+        """Let torch allocate its buffers on another device; those on `meta` take no memory."""
+        own_device, self.device = self.device, device
         try:
             yield
         finally:
-            self.device = device
+            self.device = own_device
 
-    def _allocate_buffers(self, infos: tuple[Any, ...]) -> None:
-        """Allocate the buffers of one micro-batch, which `infos` describe."""
+    @contextmanager
+    def _receive_buffers(self, infos: tuple[Any, ...]) -> Iterator[None]:
+        """The buffers of one micro-batch, which `infos` describe, in the shape of this step and where messages lie."""
+        _, length, size = self.hidden_shape
+        device = transfer_device(self.device)
         for info in infos:
-            if not info.is_root_arg:
-                device = transfer_device(self.device)
+            if info.is_root_arg or info.tensor_meta is None:
+                continue
+            if hasattr(info, "allocate_buffer"):  # the receive that torch posts within this context calls it
+                info.buffer = None
+                info.tensor_meta = replace(
+                    info.tensor_meta, shape=torch.Size(self.hidden_shape), stride=(length * size, size, 1)
+                )
+            else:
                 info.buffer = torch.empty(self.hidden_shape, dtype=info.tensor_meta.dtype, device=device)
+        with self._buffers_on(device):
+            yield
 
     def _move_buffers(self, infos: tuple[Any, ...]) -> None:
         """Move the received tensors to the device of the stage, if they are on another."""
