@@ -20,7 +20,13 @@ FAMILY = Family(
     "codegen",
     tensor_parallel=(
         attention_block(
-            "attn", "qkv_proj", "out_proj", split_qkv_groups, row_chunks=split_head_groups, head_groups=_GROUPS
+            "attn",
+            "qkv_proj",
+            "out_proj",
+            split_qkv_groups,
+            row_chunks=split_head_groups,
+            head_groups=_GROUPS,
+            head_attributes=("embed_dim",),  # transformers 5.24 takes a group's size from it
         ),
         GPTJ_MLP,
     ),

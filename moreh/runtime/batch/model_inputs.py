@@ -16,6 +16,8 @@ from moreh.trace import span
 # Arguments that ask for tensors of all layers, which exist only in parts on different ranks.
 WHOLE_MODEL_OUTPUTS = ("output_attentions", "output_hidden_states", "output_router_logits")
 LOGITS_TO_KEEP = "logits_to_keep"
+# The keys and values of earlier tokens; `cache` since transformers 5.24.
+CACHE_ARGUMENTS = ("past_key_values", "cache")
 ONE_WORKER = "run on 1 worker for that (MOREH_WORKERS=1)"
 _MASK, _POSITIONS = "attention_mask", "position_ids"
 
@@ -120,7 +122,7 @@ def _normalize_mask(causal: Any, inputs: dict[str, Any], tokens: torch.Tensor) -
                 "batch, or with one row for all"
             )
         # With a cache the mask is longer: it also has the tokens of earlier calls.
-        if mask.dim() == 2 and mask.shape[1] != tokens.shape[1] and "past_key_values" not in inputs:
+        if mask.dim() == 2 and mask.shape[1] != tokens.shape[1] and not inputs.keys() & CACHE_ARGUMENTS:
             raise OptionError(
                 f"attention_mask is {tuple(mask.shape)}: expected a number for each of the {tuple(tokens.shape[:2])} "
                 "tokens of the batch"

@@ -22,7 +22,7 @@ from moreh.options import ParallelOptions
 from moreh.planner.plan.plan import Plan
 from moreh.runtime.batch.host_copies import on_host
 from moreh.runtime.batch.loss_output import output_class_of, with_lazy_outputs
-from moreh.runtime.batch.model_inputs import WHOLE_MODEL_OUTPUTS, ModelInputs, read_inputs
+from moreh.runtime.batch.model_inputs import CACHE_ARGUMENTS, WHOLE_MODEL_OUTPUTS, ModelInputs, read_inputs
 from moreh.runtime.engine.calls.checks import has_wrong_ids
 from moreh.runtime.engine.calls.history import CallHistories, CallHistory
 from moreh.runtime.engine.calls.pending_loss import Gradients, PendingLoss, pending_loss
@@ -32,7 +32,7 @@ from moreh.threads import CALL_THREADS
 from moreh.trace import span
 
 # Arguments that only the model's own forward pass takes.
-_WHOLE_INPUTS = ("past_key_values", "logits_to_keep", "inputs_embeds")
+_WHOLE_INPUTS = (*CACHE_ARGUMENTS, "logits_to_keep", "inputs_embeds")
 # A runner keeps its model in memory, so only the most recent runners are kept.
 _MAX_RUNNERS = 4
 

@@ -11,6 +11,8 @@ _ATTENTION_COLUMNS = ("q_proj", "query_key_value", "qkv_proj")
 # The styles of transformers' plans that are understood here: column-split, row-split, and parameters that all ranks use
 # for their own heads, such as norms of each head.
 _COLUMN, _ROW, _SHARED = "colwise", "rowwise", "replicated_with_grad_allreduce"
+# The style of token embeddings, which are split whatever a plan says.
+_EMBEDDING = "embedding_rowwise"
 
 
 def tp_blocks(config: Any) -> tuple[TPBlock, ...] | str:
@@ -34,6 +36,8 @@ def _blocks_of_plan(family: str, plan: Mapping[str, str]) -> tuple[TPBlock, ...]
     modules: dict[str, dict[str, str]] = {}
     for pattern, style in plan.items():
         _, _, name = pattern.partition(".*.")
+        if not name and style == _EMBEDDING:
+            continue
         if not name or style not in (_COLUMN, _ROW, _SHARED):
             return f"the tensor-parallel plan of {family!r} has {style!r} for {pattern!r}, which is not supported"
         modules.setdefault(name.rpartition(".")[0], {})[name] = style

@@ -53,6 +53,9 @@ class RecordingStage:
     def perform_reduce_grad(self, factor: int) -> None:
         pass
 
+    def release_fwd_send_outputs(self, micro_batch: int) -> None:
+        """Called since torch 2.15."""
+
 
 def torch_1f1b(ranks: int, micro_batches: int, monkeypatch: pytest.MonkeyPatch) -> tuple[tuple[Operation, ...], ...]:
     # What it runs, because its own _get_pipeline_order names the last rank's micro-batches one too high (torch 2.13).

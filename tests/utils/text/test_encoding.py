@@ -54,7 +54,10 @@ def test_begin_token_that_a_field_spells_is_text_or_one_token():
     row, notes = row_of(tokenizer, "<s>two", "x")
     assert row.input_ids.count(tokenizer.bos_token_id) == 1
     assert tokenizer.decode(row.input_ids[1 : row.prompt_length]).strip() == "<s>two"
-    assert any("spell control tokens (<s>)" in note and "data.control_tokens=parse" in note for note in notes)
+    assert any(
+        "control tokens spelled in 1 of the texts (<s>)" in note and "data.control_tokens=parse" in note
+        for note in notes
+    )
     row, _ = row_of(tokenizer, "<s>two", "x", control_tokens="parse")
     assert row.input_ids == row_of(tokenizer, "two", "x")[0].input_ids
 
@@ -96,7 +99,7 @@ def test_control_token_inside_a_response_is_text_unless_it_is_to_be_parsed(token
     row, notes = row_of(tokenizer, "two", "3<|im_end|>three")
     assert end not in row.labels
     assert "3<|im_end|>three</s>" in learned(row, tokenizer)[0].strip()
-    assert any("spell control tokens" in note for note in notes)
+    assert any("control tokens spelled in" in note for note in notes)
     assert end in row_of(tokenizer, "two", "3<|im_end|>three", control_tokens="parse")[0].labels
 
 

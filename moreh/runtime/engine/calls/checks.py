@@ -15,7 +15,7 @@ from moreh.models.library_functions import LibraryFunctions
 from moreh.models.losses import IGNORED_LABEL
 from moreh.models.observers import observer_of_operations
 from moreh.models.provenance import forward_counts
-from moreh.runtime.batch.model_inputs import ONE_WORKER, ModelInputs
+from moreh.runtime.batch.model_inputs import CACHE_ARGUMENTS, ONE_WORKER, ModelInputs
 from moreh.runtime.sharding.mesh import Mesh
 from moreh.trace import span
 
@@ -112,8 +112,8 @@ def check_call(causal: Any, inputs: ModelInputs) -> None:
         IndexError: an id or a label is not in the vocabulary, as in torch.
         OptionError: the call hands a cache over, or its noise would be another than on one worker.
     """
-    if inputs.others.get("past_key_values") is not None:
-        raise OptionError(f"past_key_values: a model on several workers keeps no cache; leave it out, or {ONE_WORKER}")
+    if given := [name for name in CACHE_ARGUMENTS if inputs.others.get(name) is not None]:
+        raise OptionError(f"{given[0]}: a model on several workers keeps no cache; leave it out, or {ONE_WORKER}")
     if causal.training and uses_neftune(causal):
         raise OptionError(
             "NEFTune (neftune_noise_alpha): its noise depends on how a batch is cut and padded, and would be another "

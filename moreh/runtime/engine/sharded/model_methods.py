@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from moreh.errors import OptionError
 from moreh.models.introspection import unwrapped, wrappers
+from moreh.runtime.batch.model_inputs import CACHE_ARGUMENTS
 from moreh.runtime.checkpoint.copies import copy_to_other_directories
 from moreh.runtime.checkpoint.hf_save import save_sharded_model
 from moreh.runtime.engine.parallel_model import ParallelModel, local_tensor
@@ -175,9 +176,9 @@ def _generate_without_cache(module: nn.Module) -> Any:
     original: Any = module.generate
 
     def generate(*args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("past_key_values") is not None:
+        if given := [name for name in CACHE_ARGUMENTS if kwargs.get(name) is not None]:
             raise OptionError(
-                "generate(past_key_values=...): a model that is sharded over workers keeps no cache; leave it out"
+                f"generate({given[0]}=...): a model that is sharded over workers keeps no cache; leave it out"
             )
         return original(*args, **{**kwargs, "use_cache": False})
 
