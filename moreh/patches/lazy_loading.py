@@ -26,8 +26,8 @@ from moreh.patches.patch import Patch
 
 FROM_PRETRAINED = Patch(
     target="transformers.modeling_utils.PreTrainedModel.from_pretrained",
-    why="On several workers, arguments that place weights on devices are refused, and a loaded model stays in its "
-    "files until each rank has read its own shards.",
+    why="On several workers, the plan places the weights and not an argument, and a loaded model stays in its files "
+    "until each rank has read its own shards.",
     no_public_way="transformers has no hook that receives a loaded model.",
     tested=("transformers 5.23",),
 )
@@ -57,21 +57,22 @@ class _MappedTensor:
 
 
 def install_lazy_loading(
-    check_arguments: Callable[[Mapping[str, Any]], None],
+    take_arguments: Callable[[Mapping[str, Any]], tuple[dict[str, Any], torch.device | None]],
     should_stay_on_disk: ShouldStayOnDisk,
-    after_loading: Callable[[nn.Module], None],
+    after_loading: Callable[[nn.Module, torch.device | None], None],
 ) -> None:
     """Replace `from_pretrained`, once in a process; a second call does nothing.
 
     Args:
-        check_arguments: called with the keyword arguments of `from_pretrained`; raises an error for those to refuse.
+        take_arguments: given the keyword arguments of `from_pretrained`, returns those for transformers and the device
+            that the script asked for; raises an error for those to refuse.
         should_stay_on_disk: asked before a model's safetensors files are read. Other files (.bin, gguf, quantized) are
             loaded as always.
-        after_loading: called with every model that was loaded, from whatever files.
+        after_loading: called with every model that was loaded, from whatever files, and the device.
     """
     if FROM_PRETRAINED.is_active:
         return
-    FROM_PRETRAINED.install(functools.partial(_make_from_pretrained, check_arguments, after_loading))
+    FROM_PRETRAINED.install(functools.partial(_make_from_pretrained, take_arguments, after_loading))
     LOAD_PRETRAINED_MODEL.install(functools.partial(_make_load, should_stay_on_disk))
 
 
@@ -82,13 +83,15 @@ def uninstall_lazy_loading() -> None:
 
 
 def _make_from_pretrained(
-    check_arguments: Callable[[Mapping[str, Any]], None], after_loading: Callable[[nn.Module], None], original: Any
+    take_arguments: Callable[[Mapping[str, Any]], tuple[dict[str, Any], torch.device | None]],
+    after_loading: Callable[[nn.Module, torch.device | None], None],
+    original: Any,
 ) -> Any:
     @functools.wraps(original.__func__)
     def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        check_arguments(kwargs)
-        result = original.__func__(cls, *args, **kwargs)
-        after_loading(result[0] if isinstance(result, tuple) else result)  # a tuple with output_loading_info
+        arguments, device = take_arguments(kwargs)
+        result = original.__func__(cls, *args, **arguments)
+        after_loading(result[0] if isinstance(result, tuple) else result, device)  # a tuple with output_loading_info
         return result
 
     return classmethod(from_pretrained)

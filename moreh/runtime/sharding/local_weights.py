@@ -16,6 +16,7 @@ from torch import nn
 
 from moreh.errors import OptionError
 from moreh.models.introspection import is_causal_language_model
+from moreh.patches.cuda.device_maps import take_device_map
 from moreh.patches.lazy_loading import install_lazy_loading
 from moreh.runtime.sharding.mesh import Mesh
 from moreh.runtime.sharding.shards import is_owner, local_shape, local_shards
@@ -25,8 +26,8 @@ from moreh.runtime.sharding.spec import ParamSpec
 # dtype in the same attribute. Both are needed: wrapping a module (adapters) changes names, and replacing a parameter
 # (resized embeddings) loses the attribute.
 _TARGET_DTYPES = "_moreh_target_dtypes"
-# Arguments of from_pretrained that say where weights go.
-_PLACING_ARGUMENTS = ("device_map", "tp_plan", "tp_size", "distributed_config", "device_mesh")
+# Arguments of from_pretrained with which transformers distributes a model itself.
+_PLACING_ARGUMENTS = ("tp_plan", "tp_size", "distributed_config", "device_mesh")
 # Elements copied at once to a GPU in another dtype, which needs memory for a converted copy.
 _COPY_ELEMENTS = 1 << 24
 
@@ -40,18 +41,20 @@ def patch_lazy_loading() -> None:
     the files.
 
     Raises (from `from_pretrained`):
-        OptionError: the script gave `device_map`, or an argument with which transformers distributes a model itself.
+        OptionError: the script gave a `device_map` with several devices, or an argument with which transformers
+            distributes a model itself.
     """
-    install_lazy_loading(_check_arguments, _begin_loading, _finish_loading)
+    install_lazy_loading(_take_arguments, _begin_loading, _finish_loading)
 
 
-def _check_arguments(kwargs: Mapping[str, Any]) -> None:
+def _take_arguments(kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], torch.device | None]:
     for name in _PLACING_ARGUMENTS:
         if kwargs.get(name) is not None:
             raise OptionError(
                 f"from_pretrained was given {name}={kwargs[name]!r}, but with several workers the plan decides where "
                 f"the weights go. Leave {name} out."
             )
+    return take_device_map(kwargs)
 
 
 def _begin_loading(model: nn.Module, dtypes: dict[str, torch.dtype]) -> bool:
@@ -61,9 +64,11 @@ def _begin_loading(model: nn.Module, dtypes: dict[str, torch.dtype]) -> bool:
     return True
 
 
-def _finish_loading(model: nn.Module) -> None:
+def _finish_loading(model: nn.Module, device: torch.device | None) -> None:
     if is_causal_language_model(model):
         _mark_lazy(model, model.__dict__.get(_TARGET_DTYPES, {}))
+    if device is not None and device.type != "cpu":
+        model.to("cuda" if device.index is None else device)
 
 
 def _mark_lazy(model: nn.Module, dtypes: dict[str, torch.dtype]) -> None:

@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaForCausalLM
 
-from moreh.errors import OptionError
 from moreh.patches.lazy_loading import uninstall_lazy_loading
 from moreh.runtime.sharding.local_weights import (
     convert_to_target_dtypes,
@@ -215,15 +214,6 @@ def test_a_lazy_model_inside_another_module_is_left_alone(tmp_path, lazily):
     assert set(target_dtypes(outer).values()) == {torch.float16}
     materialize_local_shards(outer, {}, None)
     assert {parameter.dtype for parameter in outer.double().parameters()} == {torch.float64}
-
-
-@pytest.mark.parametrize("argument", [{"device_map": "auto"}, {"device_map": {"": 0}}, {"tp_plan": "auto"}])
-def test_arguments_that_place_weights_are_refused(tmp_path, lazily, argument):
-    write_checkpoint(tmp_path, "llama")
-    (name,) = argument
-    for model_class in (AutoModelForCausalLM, LlamaForCausalLM):
-        with pytest.raises(OptionError, match=rf"given {name}=.*the plan .*Leave {name} out"):
-            model_class.from_pretrained(tmp_path, **argument)
 
 
 def test_a_parameter_of_another_shape_than_its_spec_is_refused():
