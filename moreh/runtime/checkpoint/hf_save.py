@@ -33,7 +33,6 @@ from moreh.runtime.sharding.spec import ParamSpec
 # Unsupported arguments of save_pretrained, each with its remedy.
 _REFUSED = {
     "state_dict": "leave it out: the weights that are saved are the model's own",
-    "save_function": "leave it out: the files are written piece by piece",
     "push_to_hub": "save first, then upload the directory with `hf upload`",
     "distributed_checkpoint": "leave it out, or use torch.distributed.checkpoint to resume a training run",
 }

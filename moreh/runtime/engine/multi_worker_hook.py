@@ -119,6 +119,7 @@ class MultiWorkerHook:
         return True
 
     def _shard(self, module: nn.Module, inputs: ModelInputs, *, bfloat16: bool) -> None:
+        _check_has_data(module)
         with span("choose_plan"):
             plan = self._decide_on_first_worker(lambda: self._plan(module, inputs, bfloat16=bfloat16))
         shard_model(module, plan, self.options)
@@ -213,6 +214,17 @@ class MultiWorkerHook:
                 "%s is not a causal language model of transformers: each worker computes the whole model on all data.",
                 type(module).__name__,
             )
+
+
+def _check_has_data(module: nn.Module) -> None:
+    """Raise an OptionError if a parameter of a model is on the meta device."""
+    without = [name for name, parameter in module.named_parameters() if parameter.is_meta]
+    if without:
+        raise OptionError(
+            f"{len(without)} parameters have no data, such as {without[0]}, which is on the meta device: load the "
+            "model with from_pretrained, or call model.to_empty(device='cuda') and load or initialize its weights, "
+            "before it is called with labels"
+        )
 
 
 def install_multi_worker_hook(

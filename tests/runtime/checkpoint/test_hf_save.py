@@ -184,7 +184,6 @@ def test_comparison_of_files_finds_a_nan(tmp_path):
     [
         ({"push_to_hub": True}, "hf upload"),
         ({"state_dict": {"a": 1}}, "leave it out"),
-        ({"save_function": torch.save}, "piece by piece"),
         ({"safe_serialization": False}, "safetensors only"),
         ({"distributed_checkpoint": True}, "torch.distributed.checkpoint"),
     ],
