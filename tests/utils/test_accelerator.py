@@ -4,13 +4,18 @@ import os
 
 import pytest
 import torch
+import yaml
 
-from moreh.accelerator.registry import read_registry
+from moreh.accelerator.registry import read_registry, switch_model
 from moreh.options import ENABLE_VARIABLE
+from tests.conftest import ROOT
 from utils.accelerator import WORKERS_VARIABLE, accelerator_of
 from utils.config.yaml_file import load_config
 from utils.errors import UserError
+from utils.plan_only import plan_request, print_plan
 from utils.workers import max_over_ranks, rank
+
+SETTINGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 
 @pytest.fixture
@@ -74,3 +79,24 @@ def test_workers_need_the_line(tiny_config):
 def test_process_alone_is_rank_0():
     assert rank() == 0
     assert max_over_ranks(3) == 3
+
+
+@pytest.mark.parametrize("path", SETTINGS, ids=lambda path: path.stem)
+def test_settings_name_no_accelerator(path):
+    assert "model" not in (yaml.safe_load(path.read_text(encoding="utf-8")).get("accelerator") or {})
+
+
+@pytest.mark.parametrize("name", ["gpt_13b", "llama3_70b"])
+def test_chosen_accelerator_is_planned_for(state_directory, name):
+    switch_model("12xLarge.6144GB")
+    request = plan_request(load_config(str(ROOT / "configs" / f"{name}.yaml"), []))
+    assert request.environment.cluster.devices == 96
+
+
+def test_accelerator_that_cannot_hold_the_training_is_named_with_the_remedy(state_directory):
+    switch_model("Small.64GB")
+    config = load_config(str(ROOT / "configs" / "llama3_70b.yaml"), [])
+    with pytest.raises(
+        UserError, match=r"no plan fits Small\.64GB .*: give accelerator\.model=\S+, or a smaller train\.batch"
+    ):
+        print_plan(config)
