@@ -22,7 +22,7 @@ from typing import Any
 from torch.distributed.distributed_c10d import _get_default_store
 
 from moreh.errors import WorkerError
-from moreh.patches.script_files import install_script_files
+from moreh.patches.several_workers.script_files import install_script_files
 from moreh.runtime.launch.removals import Removals, is_called_by_script, is_called_by_tempfile, make_removal
 from moreh.runtime.launch.shared_calls import DONE, SharedCalls
 from moreh.runtime.launch.world import World

@@ -21,7 +21,7 @@ from moreh.log import logger
 from moreh.options import launch_variables
 from moreh.patches import world_variables
 from moreh.runtime.launch.paths import heartbeat_path, joined_path, stack_path
-from moreh.runtime.launch.random_states import share_random_states
+from moreh.runtime.launch.randomness.random_states import share_random_states
 from moreh.runtime.launch.rendezvous import RENDEZVOUS_TIMEOUT_S, rendezvous, world_from_environment
 from moreh.runtime.launch.rendezvous import World as World
 from moreh.runtime.launch.watch.heartbeat import start_heartbeat

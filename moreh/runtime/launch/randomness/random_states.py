@@ -1,10 +1,13 @@
 """Copies the random states of rank 0 to all workers."""
 
 import random
+import secrets
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from moreh.runtime.launch.randomness.fresh_seeds import agree_on_fresh_seeds
 
 try:
     import numpy as np
@@ -15,11 +18,13 @@ except ImportError:  # torch works without it
 def share_random_states() -> None:
     """Give every worker the states of worker 0's generators: Python's, NumPy's and torch's; collective.
 
-    A script that seeds nothing, or seeds after the line, then draws the same batches on every worker.
+    A script that seeds nothing, or seeds after the line, then draws the same batches on every worker. Generators that
+    it makes later without a seed agree as well.
     """
-    states: list[Any] = [_random_states() if dist.get_rank() == 0 else None]
+    states: list[Any] = [(_random_states(), secrets.token_bytes()) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(states, 0)
-    _set_random_states(states[0])
+    _set_random_states(states[0][0])
+    agree_on_fresh_seeds(states[0][1])
 
 
 def _random_states() -> dict[str, Any]:

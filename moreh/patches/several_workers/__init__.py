@@ -1,0 +1,1 @@
+"""Patches of what a script calls, for several workers."""
