@@ -2,13 +2,18 @@
 
 import doctest
 import importlib
+import re
 
 import pytest
 
 from tests.conftest import ROOT
 
+EXAMPLE = re.compile(r"^ *>>> ", re.MULTILINE)
 FILES = [
-    path for folder in ("moreh", "utils") for path in (ROOT / folder).rglob("*.py") if ">>> " in path.read_text("utf-8")
+    path
+    for folder in ("moreh", "utils")
+    for path in (ROOT / folder).rglob("*.py")
+    if EXAMPLE.search(path.read_text("utf-8"))
 ]
 
 

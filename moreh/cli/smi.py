@@ -174,7 +174,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "-l",
         "--loop",
-        type=positive_number(MAX_SECONDS_BETWEEN),
+        type=positive_number(MAX_SECONDS_BETWEEN, "seconds"),
         metavar="SECONDS",
         help="Repeat the output every SECONDS.",
     )

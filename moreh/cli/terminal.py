@@ -59,8 +59,8 @@ def whole_number(maximum: int) -> Callable[[str], int]:
     return parse
 
 
-def positive_number(maximum: float) -> Callable[[str], float]:
-    """The type of an option: a number above 0, at most `maximum`."""
+def positive_number(maximum: float, unit: str = "") -> Callable[[str], float]:
+    """The type of an option: a number above 0, at most `maximum`, of a unit that its errors name."""
 
     def parse(text: str) -> float:
         try:
@@ -68,7 +68,9 @@ def positive_number(maximum: float) -> Callable[[str], float]:
         except ValueError:
             value = math.nan
         if not 0 < value <= maximum:
-            raise argparse.ArgumentTypeError(f"{text}: give a number above 0, at most {maximum:g}")
+            raise argparse.ArgumentTypeError(
+                f"{text}: give a number{unit and f' of {unit}'} above 0, at most {maximum:g}"
+            )
         return value
 
     return parse

@@ -28,12 +28,12 @@ def functions_with_examples(functions: Iterable[tuple[str, str]], count: int) ->
     for index, (signature, body) in enumerate(functions):
         if len(chosen) == count:
             break
-        if _SIGN in signature and max_over_ranks(int(rank() == 0 and tests_its_body(signature, body))):
+        if _SIGN in signature and max_over_ranks(int(rank() == 0 and examples_need_body(signature, body))):
             chosen.append(index)
     return chosen
 
 
-def tests_its_body(signature: str, body: str) -> bool:
+def examples_need_body(signature: str, body: str) -> bool:
     """True if the examples in a docstring pass with the function's own body, and fail without it."""
     first = next((line for line in body.splitlines() if line.strip()), "")
     nothing = first[: len(first) - len(first.lstrip())] + "raise NotImplementedError\n"

@@ -3,7 +3,7 @@
 import copy
 import functools
 import weakref
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from unittest import mock
 
 import safetensors.torch
@@ -270,17 +270,20 @@ def received_at_once(family, plan, frees_buffers):
     model = new_model(family)
     shard_model(model, plan)
     received, most, lengths = [], 0, set()
-    make_room = LeanPipelineStage._allocate_buffers
+    receive_buffers = LeanPipelineStage._receive_buffers
 
+    @contextmanager
     def counted(stage, infos):
         nonlocal most
-        make_room(stage, infos)
-        received.extend(weakref.ref(info.buffer) for info in infos)
-        lengths.update(info.buffer.shape[1] for info in infos)
+        with receive_buffers(stage, infos):
+            yield
+        buffers = [info.buffer for info in infos]
+        received.extend(map(weakref.ref, buffers))
+        lengths.update(buffer.shape[1] for buffer in buffers)
         most = max(most, sum(reference() is not None for reference in received))
 
     keep = nullcontext() if frees_buffers else mock.patch.object(lean_stage, "_free_buffers", return_value=None)
-    with mock.patch.object(LeanPipelineStage, "_allocate_buffers", counted), keep:
+    with mock.patch.object(LeanPipelineStage, "_receive_buffers", counted), keep:
         for length in (LENGTH, LENGTH - 4):
             ids = torch.arange(ROWS * length).view(ROWS, length) % model.config.vocab_size
             # Nothing is packed where padding is in front.

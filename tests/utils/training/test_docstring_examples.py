@@ -6,7 +6,7 @@ import pytest
 
 from utils.errors import UserError
 from utils.training import docstring_examples, evaluation
-from utils.training.docstring_examples import examples_pass, functions_with_examples, tests_its_body
+from utils.training.docstring_examples import examples_need_body, examples_pass, functions_with_examples
 
 SIGNATURE = 'def add(a, b):\n    """Add.\n\n    >>> add(2, 3)\n    5\n    """\n'
 BODY = "    return a + b\n"
@@ -53,7 +53,7 @@ def test_directory_and_environment_of_the_run_are_hidden(tmp_path, monkeypatch):
     ('def add(self, b):\n    """Add.\n\n    >>> Class().add(1)\n    2\n    """\n', BODY, False),
 ])  # fmt: skip
 def test_examples_count_if_they_test_the_body(signature, body, counts):
-    assert tests_its_body(signature, body) is counts
+    assert examples_need_body(signature, body) is counts
 
 
 def test_first_functions_are_chosen():
