@@ -68,9 +68,8 @@ def positive_number(maximum: float, unit: str = "") -> Callable[[str], float]:
         except ValueError:
             value = math.nan
         if not 0 < value <= maximum:
-            raise argparse.ArgumentTypeError(
-                f"{text}: give a number{unit and f' of {unit}'} above 0, at most {maximum:g}"
-            )
+            number = f"number of {unit}" if unit else "number"
+            raise argparse.ArgumentTypeError(f"{text}: give a {number} above 0, at most {maximum:g}")
         return value
 
     return parse

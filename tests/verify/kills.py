@@ -28,6 +28,7 @@ from tests.helpers.scripts.disturbed_runs import DisturbedRun
 from tests.helpers.scripts.fork_server import start_forked
 
 STEPS = 12
+ABSENT = "has not come to MASTER_ADDR"
 # A checkpoint and an evaluation every second step: most moments are in neither the one nor the other.
 SETTINGS = ("checkpoint.every_steps=2", "log.eval_every_steps=2", "log.every_steps=1")
 # After so many, a round is left to end.
@@ -110,8 +111,11 @@ def killed_round(
         counts[phase] += codes.count(KILLED)
         if not any(codes):
             return []
-        # The others of a worker that was killed end with the error of a lost connection.
-        if KILLED not in codes or not set(codes) <= {0, 1, KILLED}:
+        # The others of a worker that was killed end with the error of a lost connection, or of one that never came.
+        strange = [
+            process for process in finished if process.returncode not in {0, 1, KILLED} and ABSENT not in process.stderr
+        ]
+        if KILLED not in codes or strange:
             return [f"exit codes {codes}: {[process.stderr[-1000:] for process in finished]}"]
     return [f"not ended after {10 * most} starts"]
 
