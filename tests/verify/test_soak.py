@@ -36,6 +36,10 @@ def test_what_grows_is_named(grown, problem):
     assert judge(samples(**grown), lambda line: None) == [f"worker 0: {problem}"]
 
 
+def test_descriptor_of_a_moment_is_no_leak():
+    assert judge(samples(descriptors=lambda step: 40 + (step == 3500)), lambda line: None) == []
+
+
 def test_steps_are_counted_by_lines(tmp_path):
     path = tmp_path / "metrics.jsonl"
     counter = StepCounter(path)
