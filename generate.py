@@ -82,7 +82,7 @@ def _generate(model: Any, tokenizer: Any, arguments: argparse.Namespace, prompt_
         else {"do_sample": False}
     )
     # A real GPU if there is one. The simulated accelerator is not needed, and a training job may be using it.
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     input_ids = torch.tensor([prompt_ids], device=device)
     generated = (
         model.to(device)

@@ -85,3 +85,9 @@ def test_docstrings_are_no_questions():
 def test_question_is_seen():
     assert questions('def f():\n    """Whether it rains."""\n') == ['Whether it rains."""']
     assert not questions('def f():\n    """True if it rains: whether it snows is unknown."""\n')
+
+
+def test_accelerators_are_asked_for_where_they_are_there():
+    """A CUDA build of torch names an accelerator on a machine without a GPU, too."""
+    unchecked = "current_accelerator" + "()"
+    assert not [path for path in python_files() if unchecked in (ROOT / path).read_text()]

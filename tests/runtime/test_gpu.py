@@ -13,7 +13,7 @@ from utils.training.checkpoint.random_states import random_states, restore_rando
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(torch.accelerator.current_accelerator() is None, reason="torch sees no GPU"),
+    pytest.mark.skipif(not torch.accelerator.is_available(), reason="torch sees no GPU"),
 ]
 DEVICE = "cuda"
 

@@ -15,7 +15,7 @@ class Gpus:
         monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device=0: self.states[device].clone())
         monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: [state.clone() for state in self.states])
         monkeypatch.setattr(torch.cuda, "set_rng_state", self.set)
-        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
 
     def set(self, state, device=0):
         self.states[device] = state.clone()

@@ -53,6 +53,6 @@ def _gpus() -> list[str]:
     """The GPUs that torch sees."""
     import torch
 
-    if torch.accelerator.current_accelerator() is None:
+    if not torch.accelerator.is_available():
         return []
     return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]

@@ -94,7 +94,7 @@ class LiveReport:
     def _take_environment(self) -> None:
         import torch
 
-        is_simulated = torch.accelerator.current_accelerator() is None
+        is_simulated = not torch.accelerator.is_available()
         self.state = replace(self.state, environment=environment_rows(), is_simulated=is_simulated)
 
     def _write(self) -> None:

@@ -135,7 +135,7 @@ def rows_of(batches: list[Batch]) -> str:
 
 def _memory_in_use() -> int:
     """Bytes that the run really holds: the most on a GPU, or those of this process where there is none."""
-    if torch.accelerator.current_accelerator() is not None:
+    if torch.accelerator.is_available():
         return torch.accelerator.max_memory_allocated()
     return int(psutil.Process().memory_info().rss)
 

@@ -46,7 +46,7 @@ def _gpu_states() -> list[torch.Tensor]:
 
 def _restore_gpu_states(states: list[torch.Tensor]) -> None:
     # The accelerator of torch itself: a simulated device draws from the CPU's generator.
-    if not states or torch.accelerator.current_accelerator() is None:
+    if not states or not torch.accelerator.is_available():
         return
     if len(states) == 1 or world_size() > 1:
         torch.cuda.set_rng_state(states[0])
