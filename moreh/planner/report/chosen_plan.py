@@ -53,11 +53,12 @@ def _chosen(
         plan_text(prediction.plan),
         device,
         prediction.plan.devices,
-        _pipeline_times(prediction),
+        pipeline_times(prediction),
     )
 
 
-def _pipeline_times(prediction: Prediction) -> PipelineTimes:
+def pipeline_times(prediction: Prediction) -> PipelineTimes:
+    """The arguments of `simulate` for a predicted step."""
     plan = prediction.plan
     return PipelineTimes(
         plan.schedule,

@@ -11,6 +11,7 @@ from moreh.planner.cost.pipeline_time import Timeline, simulate
 from moreh.planner.cost.prediction import DeviceMemory, Prediction
 from moreh.planner.plan.notation import plan_text
 from moreh.planner.plan.schedules import OPERATION_KINDS, SPLIT_BACKWARD
+from moreh.planner.report.chosen_plan import pipeline_times
 from moreh.planner.report.figures import new_figure
 from moreh.planner.search.request import Request
 from moreh.planner.units import GIB, seconds_text
@@ -76,16 +77,7 @@ def draw_plan(prediction: Prediction, request: Request, path: Path) -> None:
 
 def _draw_timeline(figure: Any, prediction: Prediction) -> None:
     plan = prediction.plan
-    timeline = simulate(
-        plan.schedule,
-        plan.pipeline,
-        plan.micro_batches,
-        plan.chunks,
-        prediction.stage_forward_s,
-        prediction.stage_backward_s,
-        prediction.weight_fraction,
-        prediction.send_s,
-    )
+    timeline = simulate(**vars(pipeline_times(prediction)))
     windows = readable_windows(timeline, plan.pipeline, prediction.step_time_s)
     panels = figure.subplots(1, len(windows), sharey=True, squeeze=False)[0]
     for panel, (start, end) in zip(panels, windows, strict=True):
