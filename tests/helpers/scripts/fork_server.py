@@ -228,7 +228,7 @@ def _become(request, files):
     import numpy
 
     from moreh import option
-    from tests.helpers.scripts.forked_workers import run_and_end, workers_are_forked
+    from tests.helpers.scripts.forked_workers import renew_thread_pool, run_and_end, workers_are_forked
 
     for number, file in enumerate(files[:3]):
         os.dup2(file, number)
@@ -244,6 +244,7 @@ def _become(request, files):
         os.setsid()
     of_worker = workers_are_forked() if _starts_workers(command, request["env"]) else None
     command = of_worker or command
+    renew_thread_pool()
     numpy.random.seed()
     sys.argv, sys.orig_argv = command, [sys.executable, *command]
     more = request["env"].get("PYTHONPATH", "")

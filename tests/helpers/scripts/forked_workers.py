@@ -93,6 +93,7 @@ def _become_worker(request, files):
     """Do what the new process does until it is the user's command; returns that command line."""
     from moreh import bootstrap
 
+    renew_thread_pool()
     os.setsid()
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_DFL)
@@ -110,6 +111,17 @@ def _become_worker(request, files):
     os.execv = execv
     signal.signal(signal.SIGINT, signal.default_int_handler)  # as a new Python does
     return commands[0][1:]
+
+
+def renew_thread_pool():
+    """Make torch's thread pool anew in a forked process, while it has one thread.
+
+    The first use of the pool after a fork replaces it, and a second thread of that moment fails with "Invalid thread
+    pool!" (`caffe2::pthreadpool`): transformers' loading threads, say.
+    """
+    import torch
+
+    torch.set_num_threads(torch.get_num_threads())
 
 
 def run_and_end(script):
