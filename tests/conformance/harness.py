@@ -83,8 +83,8 @@ class Harness:
     def outcomes(self, pattern, workers=(1, 2, 4)):
         """Outcomes on each number of workers for which the pattern has a plan."""
         plain = self.run(pattern, 1, with_line=False)
-        if plain.ranks[0] is None:
-            yield Outcome(pattern, 1, "", "failed", (), f"the plain run failed: {_last_line(plain.errors)}")
+        if problem := _problem_of_plain_run(plain, pattern.raises):
+            yield Outcome(pattern, 1, "", "failed", (), f"the plain run failed: {problem}")
             return
         for number in workers:
             plan = plan_in_turn(pattern.name, number, pattern.plans if number > 1 else ())
@@ -152,6 +152,18 @@ def judged(pattern, workers, plan, kind, details):
     elif kind == "refused" and expected.words not in " ".join(details[0].split()):
         complaint = f"expected {expected}, but the message is: {details[0]}"
     return Outcome(pattern, workers, plan, kind, tuple(details), complaint)
+
+
+def _problem_of_plain_run(run, raises):
+    """Why there is nothing to compare with, or an empty text: a script that cannot run is equal to itself."""
+    results = run.ranks[0]
+    if results is None:
+        return _last_line(run.errors) or "it ended without results"
+    if (results["error"] or {"type": ""})["type"] != raises:
+        return f"it ends with {_text(results['error'])}, and its entry says {raises or 'no error'}"
+    if not (results["values"] or run.output or any(run.directory.iterdir())):
+        return "it reports no value, prints no line and writes no file"
+    return ""
 
 
 def _results(path):

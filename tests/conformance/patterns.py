@@ -8,6 +8,7 @@ An entry has these keys:
   A script without the comment follows `HEADER`, which has it.
 - `one`, `several`: what is expected on one worker and on several: `equal` (the default), `refused: words of the
   message`, or `differs: the difference, as the documentation states it`.
+- `raises`: the class of the error that ends the script without the line; none by default.
 - `tolerance`: of numbers, relative; 1e-5 by default.
 - `options`: of the line, such as `num_micro_batches=2`; by default there is only `mixed_precision=False`.
 - `plans`: the plans that several workers carry out, names of `plans.PLANS`, where the harness must not choose.
@@ -55,6 +56,8 @@ class Pattern:
     """The expected outcome on one worker."""
     several: Expectation
     """The expected outcome on several workers."""
+    raises: str = ""
+    """The class of the error that ends the plain run; empty if it runs to its end."""
     tolerance: float = TOLERANCE
     """The largest relative difference of numbers."""
     options: str = ""
@@ -103,7 +106,7 @@ def parse(group, entry):
         ValueError: a key is missing or unknown, or a value is not allowed.
     """
     where = f"{group}.yaml, {entry.get('name')}"
-    known = {"name", "what", "script", "one", "several", "tolerance", "options", "plans"}
+    known = {"name", "what", "script", "one", "several", "raises", "tolerance", "options", "plans"}
     if missing := {"name", "what", "script"} - entry.keys():
         raise ValueError(f"{where}: keys are missing: {sorted(missing)}")
     if unknown := entry.keys() - known:
@@ -121,6 +124,7 @@ def parse(group, entry):
         script if MARK in script else HEADER + script,
         _expectation(where, entry.get("one", "equal")),
         _expectation(where, entry.get("several", "equal")),
+        entry.get("raises", ""),
         float(entry.get("tolerance", TOLERANCE)),
         entry.get("options", ""),
         plans,

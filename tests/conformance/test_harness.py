@@ -82,10 +82,24 @@ def test_stale_expectation_is_found(expected, kind, detail, complains):
     assert bool(judged(pattern, 2, "auto", kind, [detail]).complaint) == complains
 
 
-def test_script_that_fails_without_the_line_is_found(harness):
-    script = "import os\nos._exit(3)\n# LINE\n"
-    (outcome,) = harness.outcomes(pattern_of(script), [1])
-    assert outcome.complaint.startswith("the plain run failed")
+@pytest.mark.parametrize(
+    ("script", "raises", "words"),
+    [
+        ("import os\nos._exit(3)", "", "it ended without results"),
+        (
+            "print(no_such_name)",
+            "",
+            "it ends with NameError: name 'no_such_name' is not defined, and",
+        ),
+        ("print(no_such_name)", "KeyError", "and its entry says KeyError"),
+        ("print(1)", "KeyError", "it ends with no error, and its entry says KeyError"),
+        ("sum([1, 2])", "", "it reports no value, prints no line and writes no file"),
+    ],
+)
+def test_script_without_the_line_must_be_comparable(harness, script, raises, words):
+    (outcome,) = harness.outcomes(pattern_of(f"{script}\n# LINE\n", raises=raises), [1])
+    assert (outcome.kind, outcome.complaint.startswith("the plain run failed: ")) == ("failed", True)
+    assert words in outcome.complaint
 
 
 NAN, INFINITE = math.nan, math.inf
