@@ -32,7 +32,8 @@ def storage_of(tensor: torch.Tensor) -> torch.UntypedStorage | None:
         or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
     ):
         return None
-    return tensor.untyped_storage()
+    with torch._C.DisableTorchFunctionSubclass():  # a class may answer with the storage of a converted copy
+        return tensor.untyped_storage()
 
 
 def storage_address(storage: torch.UntypedStorage) -> int:

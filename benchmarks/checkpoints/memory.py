@@ -27,7 +27,7 @@ from safetensors import safe_open
 from torch.multiprocessing.spawn import start_processes
 
 from moreh.runtime.checkpoint.hf_save import save_sharded_model
-from moreh.runtime.sharding.local_weights import materialize_local_shards, patch_lazy_loading, target_dtypes
+from moreh.runtime.sharding.local_weights import materialize_local_shards, patch_lazy_loading
 from moreh.runtime.sharding.mesh import make_mesh
 from moreh.runtime.sharding.shards import full_tensor_bytes
 from moreh.runtime.sharding.spec import ParamSpec, TPSplit
@@ -213,7 +213,6 @@ def warm_up(directory: Path) -> None:
 
 def megatron_specs(model: torch.nn.Module, pipeline: int, data: int, tensor: int) -> dict[str, ParamSpec]:
     """Layers in stages, matrices split as in Megatron-LM, everything sharded over data-parallel ranks."""
-    dtypes = target_dtypes(model)
     specs = {}
     for name, parameter in model.named_parameters():
         dim = 1 if "o_proj" in name or "down_proj" in name else 0
@@ -221,7 +220,7 @@ def megatron_specs(model: torch.nn.Module, pipeline: int, data: int, tensor: int
         layer = re.search(r"layers\.(\d+)\.", name)
         stage = int(layer.group(1)) * pipeline // LAYERS if layer else 0 if "embed" in name else pipeline - 1
         shape = tuple(parameter.shape)
-        specs[name] = ParamSpec(name, shape, dtypes[name], (stage,), tp_split, 0 if data > 1 else None)
+        specs[name] = ParamSpec(name, shape, parameter.dtype, (stage,), tp_split, 0 if data > 1 else None)
     return specs
 
 

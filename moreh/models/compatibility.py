@@ -148,7 +148,8 @@ def has_grad_or_node_hooks(root: nn.Module) -> bool:
 
 
 def _accumulation_has_hooks(parameter: nn.Parameter) -> bool:
-    node = get_gradient_edge(parameter).node
+    with torch._C.DisableTorchFunctionSubclass():  # a view would convert a parameter whose data is in its file
+        node = get_gradient_edge(parameter).node
     for register in (node.register_hook, node.register_prehook):
         # The only way to the other hooks of a node is another one.
         handle = register(_no_change)

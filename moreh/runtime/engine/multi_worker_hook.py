@@ -42,10 +42,9 @@ from moreh.runtime.kernels.precision import autocast_if, choose_bfloat16, in_flo
 from moreh.runtime.launch.script_files import share_script_files
 from moreh.runtime.launch.world import World
 from moreh.runtime.sharding.local_weights import (
-    convert_to_target_dtypes,
+    convert_parameters,
     has_half_weights,
     patch_lazy_loading,
-    target_dtypes,
 )
 from moreh.trace import span
 
@@ -81,12 +80,12 @@ class MultiWorkerHook:
             return NotImplemented
         check_surroundings()
         check_modules(module)
-        bfloat16 = not inside_autocast() and self._target_dtype(module) == torch.float32 and self._uses_bfloat16()
+        bfloat16 = not inside_autocast() and self._dtype_of(module) == torch.float32 and self._uses_bfloat16()
         with autocast_if(bfloat16, self._device.type):
             if runner_of(module) is None:
                 inputs = read_inputs(unwrapped(module), args, kwargs)
                 if not self._must_be_sharded(module, inputs):
-                    convert_to_target_dtypes(module)
+                    convert_parameters(module)
                     if inputs.labels is None or unsupported_reason(module) is not None:
                         return NotImplemented
                     return evaluate_unsharded(module, inputs, self.world)
@@ -202,10 +201,10 @@ class MultiWorkerHook:
             )
         return self._bfloat16
 
-    def _target_dtype(self, module: nn.Module) -> torch.dtype:
-        """The dtype of the parameters, including those whose data has not been loaded yet."""
+    def _dtype_of(self, module: nn.Module) -> torch.dtype:
+        """The dtype of the parameters."""
         runner = runner_of(module)
-        return next(iter(target_dtypes(module).values())) if runner is None else runner.model.dtype
+        return next(module.parameters()).dtype if runner is None else runner.model.dtype
 
     def _log_unsharded(self, module: nn.Module) -> None:
         if type(module) not in self._logged_as_unsharded:

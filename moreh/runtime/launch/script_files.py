@@ -26,7 +26,7 @@ from moreh.patches.several_workers.script_files import install_script_files
 from moreh.runtime.launch.removals import Removals, is_called_by_script, is_called_by_tempfile, make_removal
 from moreh.runtime.launch.shared_calls import DONE, SharedCalls
 from moreh.runtime.launch.world import World
-from moreh.runtime.sharding.local_weights import with_target_dtypes
+from moreh.runtime.sharding.local_weights import converted_parameters
 
 
 def share_script_files(world: World) -> None:
@@ -127,7 +127,7 @@ def _make_save_pretrained(calls: SharedCalls, original: Any) -> Any:
             # transformers would leave it to worker 0, which may not have come yet.
             self.__dict__["should_save_on_this_rank"] = lambda is_main_process: is_main_process
             try:
-                with with_target_dtypes(self):
+                with converted_parameters(self):
                     results.append(original(self, save_directory, *args, **kwargs))
             finally:
                 del self.__dict__["should_save_on_this_rank"]

@@ -1,8 +1,9 @@
 """Models whose weights stay in their files until each rank has read its own shards.
 
 A lazy model is a full model that is waiting for its plan. Its parameters are views of memory-mapped files, in the
-dtypes of the files. It ignores moves (`.cuda()`, `.to(device)`) and remembers casts (`.half()`, `.to(dtype)`), also as
-a part of another module, until `materialize_local_shards` reads and converts what this rank holds.
+dtypes of the files (`lazy_parameters.py`). It ignores moves (`.cuda()`, `.to(device)`) and remembers casts (`.half()`,
+`.to(dtype)`), also as a part of another module, until `materialize_local_shards` reads and converts what this rank
+holds.
 """
 
 import functools
@@ -18,14 +19,13 @@ from moreh.errors import OptionError
 from moreh.models.introspection import is_causal_language_model
 from moreh.patches.cuda.device_maps import take_device_map
 from moreh.patches.lazy_loading import install_lazy_loading
+from moreh.runtime.sharding.lazy_parameters import LazyParameter, as_lazy, convert, file_data, make_ordinary
 from moreh.runtime.sharding.mesh import Mesh
 from moreh.runtime.sharding.shards import is_owner, local_shape, local_shards
 from moreh.runtime.sharding.spec import ParamSpec
 
-# The attribute of a lazy model with the dtypes that its parameters are to have, by name. Each parameter has its own
-# dtype in the same attribute. Both are needed: wrapping a module (adapters) changes names, and replacing a parameter
-# (resized embeddings) loses the attribute.
-_TARGET_DTYPES = "_moreh_target_dtypes"
+# The attribute of a lazy model. While the model is loaded, it has the dtypes that the parameters are to have, by name.
+_DTYPES_AFTER_LOADING = "_moreh_dtypes_after_loading"
 # Arguments of from_pretrained with which transformers distributes a model itself.
 _PLACING_ARGUMENTS = ("tp_plan", "tp_size", "distributed_config", "device_mesh")
 # Elements copied at once to a GPU in another dtype, which needs memory for a converted copy.
@@ -37,8 +37,7 @@ def patch_lazy_loading() -> None:
 
     Models that are not causal language models, which each worker computes whole, are loaded as always. transformers
     renames, ties, merges and initializes weights as always. It loads files that cannot be mapped (.bin,
-    gguf, quantized) as always. The model's `config.dtype` is what the script asked for; its tensors have the dtypes of
-    the files.
+    gguf, quantized) as always.
 
     Raises (from `from_pretrained`):
         OptionError: the script gave a `device_map` with several devices, or an argument with which transformers
@@ -66,21 +65,17 @@ def _begin_loading(model: nn.Module, dtypes: dict[str, torch.dtype]) -> bool:
 
 def _finish_loading(model: nn.Module, device: torch.device | None) -> None:
     if is_causal_language_model(model):
-        _mark_lazy(model, model.__dict__.get(_TARGET_DTYPES, {}))
+        dtypes = model.__dict__.get(_DTYPES_AFTER_LOADING, {})
+        for name, parameter in model.named_parameters():
+            as_lazy(parameter, dtypes.get(name, parameter.dtype))
+        _set_lazy(model, {})
     if device is not None and device.type != "cpu":
         model.to("cuda" if device.index is None else device)
 
 
-def _mark_lazy(model: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
-    """Make a full model lazy. `dtypes` has the dtype that a parameter is to have, where it is not the present one."""
-    _set_lazy(model, dtypes)
-    for name, parameter in model.named_parameters():
-        setattr(parameter, _TARGET_DTYPES, dtypes.get(name, parameter.dtype))
-
-
 def _set_lazy(model: nn.Module, dtypes: dict[str, torch.dtype]) -> None:
     # In `__dict__`, past Module.__setattr__. Unlike a bound method, a partial is copied and pickled with its model.
-    model.__dict__[_TARGET_DTYPES] = dtypes
+    model.__dict__[_DTYPES_AFTER_LOADING] = dtypes
     model.__dict__["_apply"] = functools.partial(_remember_dtypes, model)
 
 
@@ -91,9 +86,8 @@ def _remember_dtypes(
 
     Buffers are cast at once: they are in memory.
     """
-    dtypes = target_dtypes(model)
-    empty = {dtype: torch.empty(0, dtype=dtype) for dtype in dtypes.values()}
-    _mark_lazy(model, {name: function(empty[dtype]).dtype for name, dtype in dtypes.items()})
+    for parameter in model.parameters():
+        as_lazy(parameter, function(torch.empty(0, dtype=parameter.dtype)).dtype)
     for module in model.modules():
         for key, buffer in module._buffers.items():
             if buffer is not None:
@@ -103,49 +97,35 @@ def _remember_dtypes(
 
 def is_lazy_model(module: nn.Module) -> bool:
     """True if a module is a full model that has not been sharded yet."""
-    return _TARGET_DTYPES in module.__dict__
+    return _DTYPES_AFTER_LOADING in module.__dict__
 
 
-def target_dtypes(model: nn.Module) -> dict[str, torch.dtype]:
-    """The dtype that each parameter is to have once the model is sharded, by name."""
-    remembered: dict[str, torch.dtype] = {}
-    for prefix, module in model.named_modules():
-        for name, dtype in module.__dict__.get(_TARGET_DTYPES, {}).items():
-            remembered.setdefault(f"{prefix}.{name}" if prefix else name, dtype)
-    return {
-        name: getattr(parameter, _TARGET_DTYPES, remembered.get(name, parameter.dtype))
-        for name, parameter in model.named_parameters()
-    }
+def convert_parameters(model: nn.Module) -> list[tuple[LazyParameter, torch.Tensor]]:
+    """Convert a lazy model's parameters whole, as a call or a file of the model needs.
 
-
-def convert_to_target_dtypes(model: nn.Module) -> list[tuple[nn.Parameter, torch.Tensor]]:
-    """Give a lazy model's parameters the dtypes that they are to have, whole, as a call or a file of the model needs.
-
-    Returns the parameters that had another one, with their data.
+    Returns the parameters that were lazy, with their data in the dtypes of the files.
     """
-    if not any(is_lazy_model(module) for module in model.modules()):
-        return []
-    dtypes = target_dtypes(model)
-    others = [(p, p.data, dtypes[name]) for name, p in model.named_parameters() if p.dtype != dtypes[name]]
-    for parameter, data, dtype in others:
-        parameter.data = data.to(dtype)
-    return [(parameter, data) for parameter, data, _ in others]
+    stored = [(p, file_data(p)) for p in model.parameters() if isinstance(p, LazyParameter)]
+    for parameter, _ in stored:
+        convert(parameter)
+    return stored
 
 
 @contextmanager
-def with_target_dtypes(model: nn.Module) -> Iterator[None]:
-    """A block in which a lazy model's parameters have the dtypes that they are to have; converted ones need memory."""
-    converted = convert_to_target_dtypes(model)
+def converted_parameters(model: nn.Module) -> Iterator[None]:
+    """A block in which a lazy model's parameters are ordinary ones; converted ones need memory."""
+    stored = convert_parameters(model)
     try:
         yield
     finally:
-        for parameter, data in converted:
-            parameter.data = data
+        for parameter, data in stored:
+            dtype, parameter.data = parameter.dtype, data
+            as_lazy(parameter, dtype)
 
 
 def has_half_weights(model: nn.Module) -> bool:
-    """True if a model's weights are in half precision, as the first one is or will be once the model is sharded."""
-    return next(iter(target_dtypes(model).values())) in (torch.bfloat16, torch.float16)
+    """True if a model's weights are in half precision, as the first one is."""
+    return next(model.parameters()).dtype in (torch.bfloat16, torch.float16)
 
 
 @torch.no_grad()
@@ -169,12 +149,15 @@ def materialize_local_shards(
         if tuple(full.shape) != spec.shape:
             raise ValueError(f"{name} has the shape {tuple(full.shape)}, but its spec was made for {spec.shape}.")
         local = torch.empty(local_shape(spec, mesh), dtype=spec.dtype, device=device)
+        stored = file_data(full)
         for shard in local_shards(spec, mesh):
-            _copy(shard.view_of_local(local), shard.view_of_full(full))
+            _copy(shard.view_of_local(local), shard.view_of_full(stored))
         local_tensors[name] = local
+    for parameter in model.parameters():
+        make_ordinary(parameter)
     for module in model.modules():
         if is_lazy_model(module):
-            del module.__dict__[_TARGET_DTYPES], module.__dict__["_apply"]
+            del module.__dict__[_DTYPES_AFTER_LOADING], module.__dict__["_apply"]
     return local_tensors
 
 

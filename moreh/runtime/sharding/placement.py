@@ -8,7 +8,6 @@ from moreh.errors import PlanError
 from moreh.models.parts import ModelParts
 from moreh.planner.plan.plan import Plan
 from moreh.planner.plan.stage_layout import stage_to_rank
-from moreh.runtime.sharding.local_weights import target_dtypes
 from moreh.runtime.sharding.spec import ParamSpec, TPSplit
 
 
@@ -42,12 +41,11 @@ def parameter_specs(parts: ModelParts, plan: Plan, tp_splits: dict[str, TPSplit]
     `tp_splits` has the tensor-parallel splits by parameter name. FSDP shards along dimension 0.
     """
     pipeline_ranks = _pipeline_ranks(parts, plan)
-    dtypes = target_dtypes(parts.root)
     return {
         name: ParamSpec(
             name=name,
             shape=tuple(parameter.shape),
-            dtype=dtypes.get(name, parameter.dtype),
+            dtype=parameter.dtype,
             pipeline_ranks=tuple(sorted(_ranks_of(name, pipeline_ranks.get(id(parameter)), plan))),
             tp_split=tp_splits.get(name),
             fsdp_dim=0 if plan.sharding != "none" and plan.data > 1 else None,

@@ -20,7 +20,7 @@ from moreh.errors import WorkerError
 from moreh.runtime.launch.removals import Removals, make_removal
 from moreh.runtime.launch.script_files import _make_mkdir, _make_open, _make_save, _make_save_pretrained
 from moreh.runtime.launch.shared_calls import SharedCalls
-from moreh.runtime.sharding import local_weights
+from moreh.runtime.sharding.lazy_parameters import as_lazy, file_data
 from tests.helpers.models.tiny_models import build, tiny_config_of
 
 
@@ -121,7 +121,8 @@ def test_failed_save_leaves_the_file_as_it_was(tmp_path):
 def test_whole_model_is_saved_by_the_worker_that_comes_first(workers, tmp_path):
     """In the dtype that it was loaded for, though its tensors are those of the files."""
     model = build(tiny_config_of("llama", {}))
-    local_weights._mark_lazy(model, dict.fromkeys(dict(model.named_parameters()), torch.bfloat16))
+    for parameter in model.parameters():
+        as_lazy(parameter, torch.bfloat16)
     methods = [_make_save_pretrained(worker, type(model).save_pretrained) for worker in workers]
     for name in ("out", "temporary-0"):
         with (
@@ -136,7 +137,7 @@ def test_whole_model_is_saved_by_the_worker_that_comes_first(workers, tmp_path):
     for name in ("out", "temporary-0", "temporary-1"):
         saved = load_file(tmp_path / name / "model.safetensors")
         assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert {file_data(parameter).dtype for parameter in model.parameters()} == {torch.float32}
 
 
 def test_error_of_the_worker_that_saves_is_an_error_of_all(workers, tmp_path):
