@@ -13,7 +13,7 @@ from moreh.runtime.batch.model_inputs import ONE_WORKER
 from moreh.runtime.batch.scaling import scale_in_place
 from moreh.runtime.engine.parallel_model import ParallelModel, local_tensor
 from moreh.runtime.sharding.global_tensor import GlobalTensor
-from moreh.runtime.sharding.transfers import outgoing
+from moreh.runtime.sharding.mesh import outgoing
 from moreh.runtime.sharding.user_view import as_user_grad
 from moreh.trace import span
 

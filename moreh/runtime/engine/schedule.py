@@ -15,8 +15,8 @@ from torch.distributed.pipelining import (
 
 from moreh.runtime.engine.parallel_model import ParallelModel
 from moreh.runtime.pipeline.lean_stage import LeanPipelineStage, Pipeline
+from moreh.runtime.sharding.mesh import outgoing, transfer_device
 from moreh.runtime.sharding.placement import stage_placements
-from moreh.runtime.sharding.transfers import outgoing, transfer_device
 from moreh.trace import span
 
 _SCHEDULES = {

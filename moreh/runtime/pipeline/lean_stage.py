@@ -31,7 +31,7 @@ from torch.distributed.pipelining import PipelineStage
 
 from moreh import trace
 from moreh.runtime.pipeline.older_torch import OlderPipelineStage, needs_older_stage
-from moreh.runtime.sharding.transfers import outgoing, transfer_device
+from moreh.runtime.sharding.mesh import outgoing, transfer_device
 
 # The base is chosen at run time, which a type checker cannot follow.
 _Stage: Any = OlderPipelineStage if needs_older_stage() else PipelineStage

@@ -6,10 +6,9 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
-from moreh.runtime.sharding.mesh import Mesh
+from moreh.runtime.sharding.mesh import Mesh, outgoing, transfer_device
 from moreh.runtime.sharding.shards import LocalShard, all_shards, global_rank_of
 from moreh.runtime.sharding.spec import ParamSpec
-from moreh.runtime.sharding.transfers import outgoing, transfer_device
 
 # The maximum bytes of one message. A rank needs this much memory beyond the full tensor and its own shards.
 _MESSAGE_BYTES = 1 << 24

@@ -7,6 +7,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from moreh.accelerator.gpus import shares_gpus
+
 DIMENSIONS = ("pipeline", "data", "tensor")
 
 
@@ -64,3 +66,16 @@ def make_mesh(pipeline_size: int, dp_size: int, tp_size: int) -> Mesh:
 def single_rank_mesh(device: torch.device) -> Mesh:
     """The grid of a process that trains alone on a device, without a process group."""
     return Mesh(None, device)
+
+
+def transfer_device(device: torch.device) -> torch.device:
+    """The device of the messages between ranks that compute on `device`: the same, or the CPU if workers share a GPU.
+
+    Workers that share a GPU talk over gloo, whose collectives take tensors of GPUs; its sends and receives do not.
+    """
+    return torch.device("cpu") if shares_gpus() else device
+
+
+def outgoing(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor as it is sent: contiguous, on the device of messages."""
+    return tensor.contiguous().to(transfer_device(tensor.device))

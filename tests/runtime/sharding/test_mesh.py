@@ -6,7 +6,7 @@ import torch
 from moreh import option
 from moreh.accelerator.gpus import shares_gpus
 from moreh.errors import OptionError
-from moreh.runtime.sharding.transfers import outgoing, transfer_device
+from moreh.runtime.sharding.mesh import outgoing, transfer_device
 from tests.helpers.fake_gpus import A100, show_gpus
 
 GPU = torch.device("cuda", 0)
