@@ -33,7 +33,7 @@ class Run:
     """The results of a script's run."""
 
     ranks: list
-    """Of each rank, what `run_script` has written: `values` and `error`; None if it ended without writing."""
+    """Of each rank, what `run_script` has written: `values`, `error`, `has_plan`; None if it ended without writing."""
     output: str
     """The first rank's standard output, without the lines of the log."""
     errors: str
@@ -49,7 +49,7 @@ class Outcome:
     pattern: Pattern
     workers: int
     plan: str
-    """The name of the plan that the workers were to carry out."""
+    """The name of the plan that the workers have carried out, "auto" if no plan of that name can run the script."""
     kind: str
     """`equal`, `refused`, `differs`, or `failed` if there is nothing to compare."""
     details: tuple[str, ...]
@@ -89,7 +89,9 @@ class Harness:
         for number in workers:
             plan = plan_in_turn(pattern.name, number, pattern.plans if number > 1 else ())
             if plan is not None:
-                yield judged(pattern, number, plan, *compare(plain, self.run(pattern, number, plan), pattern.tolerance))
+                planned = self.run(pattern, number, plan)
+                carried_out = plan if all(rank is None or rank["has_plan"] for rank in planned.ranks) else "auto"
+                yield judged(pattern, number, carried_out, *compare(plain, planned, pattern.tolerance))
 
     def run(self, pattern, workers, plan="auto", *, with_line=True, fault=""):
         """Run the script in a directory of its own; `fault` names one of the `faults` that the runtime then has."""

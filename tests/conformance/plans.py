@@ -39,10 +39,13 @@ def plan_in_turn(pattern_name, workers, chosen=()):
 
 
 def force_plan(name):
-    """Let the planner of this process choose the fastest plan with some traits, or its own if no plan has them."""
+    """Let the planner of this process choose the fastest plan with some traits, or its own if no plan has them.
+
+    Returns the list to which each search adds whether a plan has them.
+    """
     from moreh.runtime.engine import choose_plan
 
-    traits = PLANS[name]
+    traits, found = PLANS[name], []
     search = choose_plan.search
 
     def search_with_traits(training, environment, constraints, count=10, threads=1):
@@ -52,10 +55,12 @@ def force_plan(name):
             for prediction in result.best
             if all(getattr(prediction.plan, trait) == value for trait, value in traits.items())
         ]
+        found.append(bool(fitting))
         return replace(result, best=(fitting or result.best)[:count])
 
     if traits:
         choose_plan.search = search_with_traits
+    return found
 
 
 def plan_for_fixed_devices():

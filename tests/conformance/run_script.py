@@ -26,8 +26,8 @@ def main(script):
     # Read now: the line takes the variables of the launcher out of the environment.
     path = Path(f"{os.environ['CONFORMANCE_RESULTS']}-{os.environ.get('RANK', '0')}")
     plan_for_fixed_devices()
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        force_plan(os.environ["CONFORMANCE_PLAN"])
+    several = os.environ.get("WORLD_SIZE", "1") != "1"
+    has_plan = force_plan(os.environ["CONFORMANCE_PLAN"]) if several else []
     if fault := os.environ["CONFORMANCE_FAULT"]:
         put_back(fault)
     sys.argv = [script]
@@ -37,7 +37,7 @@ def main(script):
     except Exception as raised:
         traceback.print_exc()
         error = {"type": type(raised).__name__, "text": str(raised), "is_ours": isinstance(raised, MorehError)}
-    results = {"values": prelude.reported(), "error": error}
+    results = {"values": prelude.reported(), "error": error, "has_plan": all(has_plan)}
     _SAVE(results, path)
     return 0 if error is None else 1
 
