@@ -100,10 +100,10 @@ def render_chat(messages: Sequence[Message], tokenizer: Any, end: str, tools: An
     return RenderedChat(text, fields, tuple(answers))
 
 
-def prompt_for_answer(messages: Sequence[Message], tokenizer: Any, tools: Any = None) -> FilledPrompt:
+def prompt_for_answer(messages: Sequence[Message], tokenizer: Any) -> FilledPrompt:
     """A conversation up to where the assistant's next turn begins."""
-    text = _render(messages, tokenizer, tools, add_generation_prompt=True)
-    contents = _contents(messages, text, tokenizer, tools, add_generation_prompt=True)
+    text = _render(messages, tokenizer, None, add_generation_prompt=True)
+    contents = _contents(messages, text, tokenizer, None, add_generation_prompt=True)
     return FilledPrompt(text, tuple(sorted((begin, end) for begin, end in contents.values() if begin is not None)))
 
 
