@@ -9,7 +9,8 @@ _NO_PUBLIC_WAY = "The script calls the function directly, and neither Python nor
 
 OPEN = Patch(
     target="builtins.open",
-    why="On several workers, only worker 0 appends to files; otherwise each worker would write each line.",
+    why="On several workers, only worker 0 appends to files; otherwise each worker would write each line. One worker "
+    "writes a file that all of them write; otherwise a slow one would empty it while a fast one reads it.",
     no_public_way=_NO_PUBLIC_WAY,
     tested=("Python 3.11",),
 )

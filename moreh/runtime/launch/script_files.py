@@ -1,6 +1,8 @@
 """Files and directories that a script creates when several workers run it.
 
 - Only worker 0 appends to files: logs have each line once. The other workers write such lines nowhere.
+- A file that the script writes (`"w"`) is written by the worker that comes first, for which the others wait when they
+  close it (`written_files.py`).
 - A file that the script opens as a new one (`"x"`) is made by the worker that comes first.
 - Of equal calls of `os.mkdir` on all workers, the first one makes the directory and decides about an error.
 - A script's calls of `os.remove`, `os.rename`, `os.replace` and `shutil.rmtree` are made once, when all workers have
@@ -26,30 +28,31 @@ from moreh.patches.several_workers.script_files import install_script_files
 from moreh.runtime.launch.removals import Removals, is_called_by_script, is_called_by_tempfile, make_removal
 from moreh.runtime.launch.shared_calls import DONE, SharedCalls
 from moreh.runtime.launch.world import World
+from moreh.runtime.launch.written_files import is_written_whole, open_once
 from moreh.runtime.sharding.local_weights import converted_parameters
 
 
 def share_script_files(world: World) -> None:
     """Let the files that the script makes from now on be those of one process, on each of several workers."""
     calls, private = SharedCalls(_get_default_store()), set[str]()
-    rank = world.rank
+    rank, one_machine = world.rank, world.local_size == world.size
     install_script_files(
-        functools.partial(_make_open, rank, calls),
+        functools.partial(_make_open, rank, calls, one_machine=one_machine),
         functools.partial(_make_mkdir, calls, private),
-        functools.partial(
-            make_removal, Removals(calls, private, world.size, one_machine=world.local_size == world.size)
-        ),
+        functools.partial(make_removal, Removals(calls, private, world.size, one_machine=one_machine)),
         functools.partial(_make_save, rank),
         functools.partial(_make_save_pretrained, calls),
     )
 
 
-def _make_open(rank: int, calls: SharedCalls, original: Any) -> Any:
+def _make_open(rank: int, calls: SharedCalls, original: Any, *, one_machine: bool) -> Any:
     @functools.wraps(original)
     def open_file(file: Any, mode: Any = "r", *args: Any, **kwargs: Any) -> Any:
         makes_new = isinstance(mode, str) and "x" in mode and isinstance(file, str | os.PathLike)
         if makes_new and calls.are_here() and is_called_by_script(sys._getframe(1)):
             return _new_file(calls, original, file, mode, *args, **kwargs)
+        if one_machine and calls.are_here() and is_written_whole(file, mode, kwargs):
+            return open_once(calls, rank, original, file, mode, *args, **kwargs)
         opened = original(file, mode, *args, **kwargs)
         only_appends = isinstance(mode, str) and "a" in mode and "+" not in mode
         if (

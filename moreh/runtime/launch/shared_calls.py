@@ -1,5 +1,6 @@
 """Equal calls of several workers that run one script, of which one counts for all."""
 
+import contextlib
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -55,6 +56,25 @@ class SharedCalls:
                     self._make(name, call)
                     return None
         return self._outcome(name)
+
+    def count(self, key: str) -> int:
+        """How often this worker has made a call."""
+        return self._calls[key]
+
+    def number(self, event: str) -> int:
+        """1 for the worker that comes to an event first, 2 for the next one."""
+        return int(self._store.add(f"moreh-files/{event}", 1))
+
+    def announce(self, event: str) -> None:
+        """Tell all workers that something has happened."""
+        if self.are_here():
+            self._store.set(f"moreh-files/{event}", "")
+
+    def wait_for(self, event: str, patience: timedelta) -> None:
+        """Wait until a worker has announced an event, at most for `patience`."""
+        if self.are_here():
+            with contextlib.suppress(DistStoreError):
+                self._store.wait([f"moreh-files/{event}"], patience)
 
     def _name(self, key: str) -> str:
         name = f"moreh-files/{key}/{self._calls[key]}"

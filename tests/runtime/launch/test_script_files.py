@@ -74,14 +74,14 @@ def test_directory_that_was_removed_since_is_made_again(workers, tmp_path):
 def test_only_the_first_worker_appends(tmp_path, workers, mode):
     path = tmp_path / "log.txt"
     for rank in (1, 0, 1):
-        with _make_open(rank, workers[0], open)(path, mode) as file:
+        with _make_open(rank, workers[0], open, one_machine=True)(path, mode) as file:
             file.write("line\n" if mode == "a" else b"line\n")
         assert path.exists()
     assert path.read_text() == "line\n"
 
 
 def test_errors_of_appending_and_other_modes_are_as_always(tmp_path, workers):
-    opened = _make_open(1, workers[1], open)
+    opened = _make_open(1, workers[1], open, one_machine=True)
     assert outcome(opened, tmp_path / "none" / "log.txt", "a") == "FileNotFoundError"
     with opened(tmp_path / "text.txt", mode="w", encoding="utf-8") as file:
         file.write("text")
@@ -154,7 +154,7 @@ def test_error_of_the_worker_that_saves_is_an_error_of_all(workers, tmp_path):
 
 
 def test_new_file_is_made_once_and_made_twice_is_an_error_on_each_worker(workers, tmp_path):
-    opened = [_make_open(rank, calls, open) for rank, calls in enumerate(workers)]
+    opened = [_make_open(rank, calls, open, one_machine=True) for rank, calls in enumerate(workers)]
     for rank in (1, 0):
         with opened[rank](tmp_path / "new", "x", encoding="utf-8") as file:
             file.write(f"of {rank}")

@@ -1,0 +1,114 @@
+"""Files that all workers of a script write: the worker that comes first writes them, and the others wait for it.
+
+If each worker wrote the file, a slow one would empty it while a fast one reads what it has just written.
+"""
+
+import os
+import shutil
+import stat
+import tempfile
+import weakref
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from moreh.runtime.launch.shared_calls import SharedCalls
+
+# How long a worker that has closed its file waits for the one that writes it.
+PATIENCE = timedelta(seconds=5)
+
+
+def is_written_whole(file: Any, mode: Any, kwargs: dict[str, Any]) -> bool:
+    """True if `open(file, mode, **kwargs)` empties or creates an ordinary file."""
+    if not isinstance(mode, str) or "w" not in mode or not isinstance(file, str | os.PathLike):
+        return False
+    if kwargs.get("opener") is not None:
+        return False
+    try:
+        return stat.S_ISREG(Path(file).stat().st_mode)
+    except OSError:
+        return True
+
+
+def open_once(calls: SharedCalls, rank: int, original: Any, file: Any, mode: str, *args: Any, **kwargs: Any) -> Any:
+    """The file on worker 0 or on the worker that comes first; on the others a file that is discarded.
+
+    Worker 0 writes in any case, since a script may write some lines there alone. Where it comes so late that another
+    worker has already closed the file, its own takes the place of that one once it is complete.
+
+    Raises:
+        OSError: the file cannot be opened.
+    """
+    path = os.path.abspath(file)  # noqa: PTH100  the name, without asking the file system
+    name = f"write/{path}/{calls.count(f'write/{path}')}"
+    opened: list[Any] = []
+    outcome = calls.first(
+        f"write/{path}", lambda: opened.append(_open_unshared(original, rank, file, mode, *args, **kwargs))
+    )
+    if outcome is None:
+        _call_after_close(opened[0], lambda: _end_of_first(calls, rank, name))
+        return opened[0]
+    if rank == 0 and calls.number(f"{name}/taken-over") == 1:
+        opened.append(_open_unshared(original, rank, file, mode, *args, **kwargs))
+        _call_after_close(opened[0], lambda: calls.announce(f"{name}/closed-by-0"))
+        return opened[0]
+    if outcome.isdecimal():
+        raise OSError(int(outcome), os.strerror(int(outcome)), os.fspath(file))
+    if rank == 0:
+        unfinished, target = _unfinished(rank, file)
+        private = original(unfinished, mode, *args, **kwargs)
+        _call_after_close(private, lambda: os.replace(unfinished, target))  # noqa: PTH105
+    else:
+        descriptor, unnamed = tempfile.mkstemp()
+        os.unlink(unnamed)  # noqa: PTH108
+        private = original(descriptor, mode, *args, **kwargs)
+        _call_after_close(private, lambda: calls.wait_for(f"{name}/closed", PATIENCE))
+    _set_name(private, file)
+    return private
+
+
+def _open_unshared(original: Any, rank: int, file: Any, mode: str, *args: Any, **kwargs: Any) -> Any:
+    """An empty file in the place of the present one, which is complete for those that are reading it."""
+    unfinished, target = _unfinished(rank, file)
+    if not target.exists() or not os.access(target, os.W_OK) or not os.access(target.parent, os.W_OK):
+        return original(file, mode, *args, **kwargs)
+    opened = original(unfinished, mode, *args, **kwargs)
+    shutil.copymode(target, unfinished)
+    os.replace(unfinished, target)  # noqa: PTH105
+    _set_name(opened, file)
+    return opened
+
+
+def _unfinished(rank: int, file: Any) -> tuple[Path, Path]:
+    """The name of a file until it takes its place, and that place."""
+    target = Path(os.path.realpath(file))
+    return target.with_name(f".{target.name}-unfinished-{rank}"), target
+
+
+def _set_name(opened: Any, file: Any) -> None:
+    """Let an open file say that it is `file`."""
+    raw = getattr(getattr(opened, "buffer", opened), "raw", opened)
+    raw.name = os.fspath(file)
+
+
+def _end_of_first(calls: SharedCalls, rank: int, name: str) -> None:
+    """Tell that the first worker has closed its file, after worker 0 if that writes it as well."""
+    if rank != 0 and calls.are_here() and calls.number(f"{name}/taken-over") > 1:
+        calls.wait_for(f"{name}/closed-by-0", PATIENCE)
+    calls.announce(f"{name}/closed")
+
+
+def _call_after_close(file: Any, function: Callable[[], None]) -> None:
+    """Call a function once a file is closed, by `close()`, at the end of a `with` or when nothing refers to it."""
+    reference = weakref.ref(file)  # a strong one would keep the file open
+
+    def close() -> None:
+        target = reference()
+        if target is not None and not target.closed:
+            try:
+                type(target).close(target)
+            finally:
+                function()
+
+    file.close = close
