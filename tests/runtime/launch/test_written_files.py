@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from torch.distributed import HashStore
+from torch.distributed import DistNetworkError, HashStore
 
 from moreh.runtime.launch import written_files
 from moreh.runtime.launch.script_files import _make_open
@@ -112,6 +112,48 @@ def test_error_of_opening_is_an_error_of_each_worker(openers, tmp_path, order):
             openers[rank](tmp_path / "none" / "file", "w")
         with pytest.raises(IsADirectoryError):
             openers[rank](tmp_path, "w")
+
+
+@pytest.mark.parametrize(
+    ("mode", "arguments"),
+    [
+        ("w", {}),
+        ("w", {"encoding": "utf-16", "newline": "\r\n", "buffering": 1}),
+        ("wb", {}),
+        ("wb", {"buffering": 0}),
+        ("w+b", {}),
+    ],
+)
+def test_discarded_file_has_the_positions_of_a_file(openers, tmp_path, mode, arguments):
+    found = []
+    for rank in (1, 0, 2):
+        with openers[rank](tmp_path / "file", mode, **arguments) as file:
+            line = "line\n" if mode == "w" else b"line\n"
+            written = [file.write(line), file.write(line), file.tell()]
+            file.flush()
+            os.fsync(file.fileno()) if rank != 2 else None
+            positions = [file.seek(2), file.tell(), file.seek(0, os.SEEK_END), file.seekable(), file.truncate(7)]
+            found.append([*written, *positions, file.seek(0, os.SEEK_END), file.readable(), file.writable(), file.mode])
+    assert found[0] == found[1] == found[2]
+    with pytest.raises(ValueError, match="invalid mode"):
+        openers[1](tmp_path / "other", "wz")
+    with pytest.raises(ValueError, match="mode"):
+        openers[2](tmp_path / "other", "wz")
+
+
+def test_script_goes_on_when_the_store_has_ended(openers, tmp_path, monkeypatch):
+    file = openers[1](tmp_path / "file", "w")
+    file.write("text")
+
+    def fail(*arguments):
+        raise DistNetworkError("connection reset by peer")
+
+    for name in ("add", "set", "wait", "get"):
+        monkeypatch.setattr(HashStore, name, fail)
+    file.close()
+    with openers[2](tmp_path / "other", "w") as other:
+        other.write("text")
+    assert (tmp_path / "file").read_text() == (tmp_path / "other").read_text() == "text"
 
 
 def test_other_files_are_opened_as_always(openers, tmp_path):
