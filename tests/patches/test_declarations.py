@@ -18,6 +18,8 @@ from tests.helpers.source.source_tree import ROOT, Source, sources
 OF_SINGLE_OBJECTS = {
     # A parameter that a script keeps in a list stands for the one that took its place.
     "moreh/runtime/engine/sharded/user_parameters.py": {"original.__class__, the class of an object"},
+    # A parameter whose data is in its file becomes an ordinary one once it is read.
+    "moreh/runtime/sharding/lazy_parameters.py": {"parameter.__class__, the class of an object"},
     # Outputs of a model get its own class once they are complete.
     "moreh/runtime/batch/loss_output.py": {
         "outputs.__class__, the class of an object",

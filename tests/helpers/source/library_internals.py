@@ -46,6 +46,7 @@ INTERNALS: dict[str, str] = {
         "expired() tells that a storage was freed; the reference keeps its address from being used again."
     ),
     "torch.Tensor._make_wrapper_subclass": "Makes a tensor of a class that has a geometry and no memory.",
+    "torch._C.DisableTorchFunctionSubclass": "In it, a subclass of Tensor is an ordinary tensor to torch's functions.",
     "torch._C._disabled_torch_function_impl": "A __torch_function__ that lets all functions of torch pass.",
     "torch._ops.OpOverload:_schema": "The operator's arguments and returns; alias_info tells what it writes or views.",
     "torch.ops.aten._to_copy": "The copy of a tensor in another dtype or on another device.",
