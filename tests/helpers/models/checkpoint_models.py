@@ -1,10 +1,13 @@
 """Tiny models of three kinds, and how ranks may shard them, for the tests of loading, saving and resuming."""
 
+import contextlib
 from typing import NamedTuple
 
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
+from moreh.patches.lazy_loading import uninstall_lazy_loading
+from moreh.runtime.sharding.local_weights import patch_lazy_loading
 from moreh.runtime.sharding.mesh import make_mesh
 from moreh.runtime.sharding.spec import ParamSpec, TPSplit
 
@@ -55,6 +58,16 @@ def build_model(family, saved_buffer=False, **changes):
     if saved_buffer:
         model.model.register_buffer("scale", torch.arange(5.0))
     return model
+
+
+@contextlib.contextmanager
+def lazy_loading():
+    """from_pretrained as in one of several workers."""
+    patch_lazy_loading()
+    try:
+        yield
+    finally:
+        uninstall_lazy_loading()
 
 
 def specs_of(model, grid):

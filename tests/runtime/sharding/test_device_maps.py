@@ -6,9 +6,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from moreh.accelerator.job import local_job
 from moreh.errors import AcceleratorError, OptionError
-from moreh.patches.lazy_loading import uninstall_lazy_loading
-from moreh.runtime.sharding.local_weights import is_lazy_model, patch_lazy_loading
-from tests.helpers.models.checkpoint_models import build_model
+from moreh.runtime.sharding.local_weights import is_lazy_model
+from tests.helpers.models.checkpoint_models import build_model, lazy_loading
 
 pytest.importorskip("accelerate", reason="without the line, device_map needs it")
 
@@ -17,9 +16,8 @@ pytest.importorskip("accelerate", reason="without the line, device_map needs it"
 def directory(tmp_path):
     """Of a saved model; from_pretrained loads it as in one of several workers."""
     build_model("llama").save_pretrained(tmp_path)
-    patch_lazy_loading()
-    yield tmp_path
-    uninstall_lazy_loading()
+    with lazy_loading():
+        yield tmp_path
 
 
 @pytest.mark.parametrize(

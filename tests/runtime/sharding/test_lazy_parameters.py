@@ -8,20 +8,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from moreh.patches.lazy_loading import uninstall_lazy_loading
 from moreh.runtime.sharding.lazy_parameters import file_data
-from moreh.runtime.sharding.local_weights import patch_lazy_loading
-from tests.helpers.models.checkpoint_models import build_model
-
-
-@contextlib.contextmanager
-def lazy_loading():
-    patch_lazy_loading()
-    try:
-        yield
-    finally:
-        uninstall_lazy_loading()
-
+from tests.helpers.models.checkpoint_models import build_model, lazy_loading
 
 # What a script may do with a model before its first batch.
 BEFORE_TRAINING = {

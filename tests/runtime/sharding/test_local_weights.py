@@ -1,6 +1,5 @@
 """Each rank reads its own shards of a checkpoint: the same bits as cut from the full model, and little memory."""
 
-import contextlib
 import copy
 import pickle
 import re
@@ -12,29 +11,17 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaForCausalLM
 
-from moreh.patches.lazy_loading import uninstall_lazy_loading
 from moreh.runtime.sharding.lazy_parameters import file_data
 from moreh.runtime.sharding.local_weights import (
     convert_parameters,
     converted_parameters,
     is_lazy_model,
     materialize_local_shards,
-    patch_lazy_loading,
 )
 from moreh.runtime.sharding.spec import ParamSpec, shard_boxes
-from tests.helpers.models.checkpoint_models import GRIDS, Grid, build_model, specs_of
+from tests.helpers.models.checkpoint_models import GRIDS, Grid, build_model, lazy_loading, specs_of
 from tests.helpers.tensor_cases import local_part
 from tests.helpers.workers import run_on_workers
-
-
-@contextlib.contextmanager
-def lazy_loading():
-    """from_pretrained as in one of several workers."""
-    patch_lazy_loading()
-    try:
-        yield
-    finally:
-        uninstall_lazy_loading()
 
 
 @pytest.fixture
