@@ -1,5 +1,6 @@
 """Parameters whose data is still in another dtype than they have: a view of their file, until something reads them."""
 
+import sys
 from typing import Any
 
 import torch
@@ -62,7 +63,11 @@ class LazyParameter(nn.Parameter):
             if function not in _WITHOUT_DATA:
                 for leaf in tree_leaves((args, kwargs)):
                     convert(leaf)
-            return function(*args, **kwargs)
+            result = function(*args, **kwargs)
+            if function is torch.Tensor.detach and sys._getframe(1).f_code is nn.Parameter.__new__.__code__:
+                # `nn.Parameter(parameter)` expects the class that the parameter has now.
+                return nn.Parameter(result, requires_grad=False)
+            return result
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
         """A lazy copy: the data is copied as it is."""
