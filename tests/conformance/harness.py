@@ -163,7 +163,7 @@ def _problem_of_plain_run(run, raises):
         return _last_line(run.errors) or "it ended without results"
     if (results["error"] or {"type": ""})["type"] != raises:
         return f"it ends with {_text(results['error'])}, and its entry says {raises or 'no error'}"
-    if not (results["values"] or run.output or any(run.directory.iterdir())):
+    if not (raises or results["values"] or run.output or any(run.directory.iterdir())):
         return "it reports no value, prints no line and writes no file"
     return ""
 
