@@ -70,6 +70,10 @@ class SharedCalls:
         if self.are_here():
             self._store.set(f"moreh-files/{event}", "")
 
+    def has(self, event: str) -> bool:
+        """True if a worker has announced an event."""
+        return bool(self._store.check([f"moreh-files/{event}"]))
+
     def wait_for(self, event: str, patience: timedelta) -> None:
         """Wait until a worker has announced an event, at most for `patience`."""
         if self.are_here():

@@ -36,10 +36,10 @@ def is_written_whole(file: Any, mode: Any, kwargs: dict[str, Any]) -> bool:
 
 
 def open_once(calls: SharedCalls, rank: int, original: Any, file: Any, mode: str, *args: Any, **kwargs: Any) -> Any:
-    """The file on worker 0 or on the worker that comes first; on the others a file that is discarded.
+    """The file on worker 0 or on the worker that comes first; on the others, while that is open, a discarded file.
 
-    Worker 0 writes in any case, since a script may write some lines there alone. Where it comes so late that another
-    worker has already closed the file, its own takes the place of that one once it is complete.
+    Worker 0 writes in any case, since a script may write some lines there alone. A worker that comes once the file is
+    closed writes its own, which takes the place of that one once it is complete: workers may write in turns.
 
     Raises:
         OSError: the file cannot be opened.
@@ -64,7 +64,7 @@ def open_once(calls: SharedCalls, rank: int, original: Any, file: Any, mode: str
         raise OSError(int(outcome), os.strerror(int(outcome)), os.fspath(file))
     if outcome != DONE:
         return original(file, mode, *args, **kwargs)  # the arguments are wrong
-    if rank == 0:
+    if rank == 0 or calls.has(f"{name}/closed"):
         unfinished, target = _unfinished(rank, file)
         private = original(unfinished, mode, *args, **kwargs)
         _call_after_close(private, lambda: os.replace(unfinished, target))  # noqa: PTH105
