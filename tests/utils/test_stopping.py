@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from utils.config.running_section import StopSection
 from utils.config.schema import Config
 from utils.errors import EXIT_REQUEUE, Stopped, UserError
 from utils.training.checkpoint import checkpoints as checkpoints_module
+from utils.training.checkpoint import stopping
 from utils.training.checkpoint import time_limit as limit_module
 from utils.training.checkpoint.checkpoints import Checkpoints
 from utils.training.checkpoint.disk_space import bytes_of_run, require_disk_space
@@ -24,8 +26,9 @@ from utils.training.checkpoint.time_limit import MINIMUM_GRACE_S, GracePeriod, T
 
 
 @pytest.fixture
-def handlers():
-    """The process's own handlers, back after the test."""
+def handlers(monkeypatch):
+    """The process's own handlers, back after the test; no thread of a test writes to the console of a later one."""
+    monkeypatch.setattr(stopping, "ACKNOWLEDGE_AFTER_S", 3600)
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     for number in STOP_SIGNALS:  # some may be ignored, as under nohup
         signal.signal(number, signal.SIG_DFL)
@@ -35,14 +38,25 @@ def handlers():
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
-def test_first_signal_asks_and_an_interrupt_after_it_ends_at_once(handlers, capfd, number):
+def test_first_signal_asks_and_an_interrupt_after_it_ends_at_once(handlers, number):
     request = StopRequest()
     assert request.signal is None
     os.kill(os.getpid(), number)
     assert request.signal is number
-    assert f"{number.name}: the run saves and ends after this step" in capfd.readouterr().err
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
+
+
+def test_run_that_goes_on_after_a_signal_says_that_it_has_come(handlers, capfd, monkeypatch):
+    monkeypatch.setattr(stopping, "ACKNOWLEDGE_AFTER_S", 0.3)
+    before = threading.enumerate()
+    StopRequest()
+    (waiting,) = set(threading.enumerate()).difference(before)
+    os.kill(os.getpid(), signal.SIGUSR1)
+    assert capfd.readouterr().err == ""  # the run may end at once
+    waiting.join(timeout=60)
+    expected = "SIGUSR1: the run saves and ends after this step; a second signal ends it at once\n"
+    assert capfd.readouterr().err == expected
 
 
 def test_second_termination_kills():

@@ -6,10 +6,14 @@ import shlex
 import signal
 import sys
 import threading
+import time
 from types import FrameType
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 """Ctrl-C, the usual end of a job, the warning of a batch system before its limit, and a closed terminal."""
+
+# A run that has ended by then says so in one line.
+ACKNOWLEDGE_AFTER_S = 2.0
 
 
 class StopRequest:
@@ -19,6 +23,9 @@ class StopRequest:
         self.signal: signal.Signals | None = None
         """The signal that asked the run to stop; None before."""
         self._pid = os.getpid()
+        # A handler may run while the main thread holds a lock, so it starts no thread: it wakes one.
+        read_end, self._wake = os.pipe()
+        threading.Thread(target=self._acknowledge, args=(read_end,), name="stop-request", daemon=True).start()
         # Only the main thread may set a signal handler.
         if threading.current_thread() is threading.main_thread():
             for number in STOP_SIGNALS:
@@ -30,12 +37,19 @@ class StopRequest:
             return
         if self.signal is None:
             self.signal = signal.Signals(number)
-            _say(f"{self.signal.name}: the run saves and ends after this step; a second signal ends it at once\n")
+            os.write(self._wake, b"\0")
             return
         if number == signal.SIGINT:
             raise KeyboardInterrupt
         signal.signal(number, signal.SIG_DFL)
         os.kill(self._pid, number)
+
+    def _acknowledge(self, read_end: int) -> None:
+        """Tell a user who has to wait for the end that the signal has come."""
+        os.read(read_end, 1)
+        time.sleep(ACKNOWLEDGE_AFTER_S)
+        if self.signal is not None:
+            _say(f"{self.signal.name}: the run saves and ends after this step; a second signal ends it at once\n")
 
 
 def resume_command() -> str:
