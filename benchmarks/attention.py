@@ -1,4 +1,4 @@
-"""Time causal attention in blocks (moreh/runtime/kernels/attention.py) beside torch's own CPU kernel.
+"""Time causal attention in blocks (moreh/runtime/kernels/attention/causal.py) beside torch's own CPU kernel.
 
 python benchmarks/attention.py
 
@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional
 
-from moreh.runtime.kernels.attention import causal_attention
+from moreh.runtime.kernels.attention.causal import causal_attention
 
 TOKENS = 1024
 HEAD_DIM = 64

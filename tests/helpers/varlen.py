@@ -2,19 +2,19 @@
 
 import torch
 
-from moreh.runtime.kernels import attention_dispatch, varlen_attention
+from moreh.runtime.kernels.attention import dispatch, varlen
 
 
 def one_by_one(query, key, value, cu_seqlens, longest, scale):
     """Each sequence by itself, with torch's attention."""
     assert longest >= int(cu_seqlens.diff().max())
     assert cu_seqlens.dtype == torch.int32
-    return varlen_attention._one_by_one([query, key, value], cu_seqlens.tolist(), scale)
+    return varlen._one_by_one([query, key, value], cu_seqlens.tolist(), scale)
 
 
 def as_one_sequence(query, key, value, cu_seqlens, longest, scale):
     """A fault: the sequences of a row see each other."""
-    return varlen_attention._one_by_one([query, key, value], [0, len(query)], scale)
+    return varlen._one_by_one([query, key, value], [0, len(query)], scale)
 
 
 def with_wrong_scale(query, key, value, cu_seqlens, longest, scale):
@@ -32,7 +32,7 @@ class VarlenOnCpu:
             self.calls += 1
             return function(*arguments)
 
-        monkeypatch.setattr(varlen_attention, "varlen_function", lambda device_type: counted)
-        monkeypatch.setattr(attention_dispatch, "packed_by_varlen", lambda device: True)
+        monkeypatch.setattr(varlen, "varlen_function", lambda device_type: counted)
+        monkeypatch.setattr(dispatch, "packed_by_varlen", lambda device: True)
         if is_proven:
-            monkeypatch.setattr(varlen_attention, "_is_proven", lambda *_: True)
+            monkeypatch.setattr(varlen, "_is_proven", lambda *_: True)

@@ -19,7 +19,7 @@ from moreh.models.compatibility import unsupported_reason
 from moreh.models.library_functions import LibraryFunctions
 from moreh.options import DEFAULT_OPTIONS
 from moreh.runtime.engine.fast_path import FastPath
-from moreh.runtime.kernels.attention_dispatch import attention_layers, use_block_attention
+from moreh.runtime.kernels.attention.dispatch import attention_layers, use_block_attention
 from moreh.runtime.kernels.faster_kernels import FasterKernels
 from tests.helpers.compare import worst
 from tests.helpers.fast_path_cases import LENGTH, MAX_TOKENS, batch, differences

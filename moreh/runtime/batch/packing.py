@@ -17,8 +17,8 @@ from moreh.runtime.batch.host_copies import to_device
 from moreh.runtime.batch.model_inputs import ModelInputs, with_labels_on
 from moreh.runtime.batch.shape_buckets import bucket_size
 from moreh.runtime.batch.shared_prefix import accepts_pairwise_mask
-from moreh.runtime.kernels import varlen_attention
-from moreh.runtime.kernels.attention import MAX_SEQUENCE_LENGTH
+from moreh.runtime.kernels.attention import varlen
+from moreh.runtime.kernels.attention.causal import MAX_SEQUENCE_LENGTH
 from moreh.runtime.sharding.mesh import Mesh
 
 # The length of packed rows is rounded up to a multiple of this.
@@ -49,7 +49,7 @@ def can_pack(
     if max_len > longest_sequence or num_tokens > (longest_row - max_len) * num_rows:
         return False
     if mesh.device.type != "cpu" and (
-        int(seq_lens.min()) == max_len or not varlen_attention.is_usable(mesh.device, next(causal.parameters()).dtype)
+        int(seq_lens.min()) == max_len or not varlen.is_usable(mesh.device, next(causal.parameters()).dtype)
     ):
         return False
     if causal.config.get_text_config().model_type not in packable_families():
@@ -153,7 +153,7 @@ def _on_device(packed: ModelInputs, mask: torch.Tensor | None, device: torch.dev
         name: to_device(value, device) if name.startswith("cu_seq_lens") else value
         for name, value in packed.others.items()
     }
-    varlen_attention.trust(others["cu_seq_lens_q"])
+    varlen.trust(others["cu_seq_lens_q"])
     tensors |= {} if mask is None else {_MASK: mask}
     return with_labels_on(device, replace(packed, tensors=tensors, others=others))
 

@@ -14,7 +14,7 @@ from torch import nn
 from moreh.models.provenance import is_stock_transformers
 from moreh.options import ParallelOptions
 from moreh.runtime.kernels import gelu, rms_norm
-from moreh.runtime.kernels.attention_dispatch import attention_layers, use_block_attention
+from moreh.runtime.kernels.attention.dispatch import attention_layers, use_block_attention
 
 
 class FasterKernels:

@@ -8,7 +8,8 @@ import torch
 from moreh.runtime.batch import host_copies, packing
 from moreh.runtime.batch.micro_batches import label_positions, useful_lengths
 from moreh.runtime.batch.model_inputs import read_inputs, slice_rows, with_labels_on
-from moreh.runtime.kernels import row_chunks, varlen_attention
+from moreh.runtime.kernels import row_chunks
+from moreh.runtime.kernels.attention import varlen
 from moreh.runtime.sharding.mesh import single_rank_mesh
 from tests.helpers.fast_path_cases import batch
 from tests.helpers.models.families import make_model
@@ -26,7 +27,7 @@ def inputs():
 @pytest.mark.parametrize("is_usable", [True, False])
 def test_rows_are_packed_where_attention_can_compute_them(inputs, is_usable, monkeypatch):
     model, read = inputs
-    monkeypatch.setattr(varlen_attention, "is_usable", lambda device, dtype: is_usable)
+    monkeypatch.setattr(varlen, "is_usable", lambda device, dtype: is_usable)
     seq_lens = useful_lengths(read)
     assert packing.can_pack(model, read, seq_lens, 2, single_rank_mesh(GPU)) == is_usable
     assert packing.can_pack(model, read, seq_lens, 2, single_rank_mesh(CPU))
@@ -34,7 +35,7 @@ def test_rows_are_packed_where_attention_can_compute_them(inputs, is_usable, mon
 
 def test_rows_of_one_length_are_not_packed_on_a_gpu(inputs, monkeypatch):
     model, read = inputs
-    monkeypatch.setattr(varlen_attention, "is_usable", lambda device, dtype: True)
+    monkeypatch.setattr(varlen, "is_usable", lambda device, dtype: True)
     assert not packing.can_pack(model, read, torch.full((read.batch_size,), 6), 2, single_rank_mesh(GPU))
 
 

@@ -87,7 +87,7 @@ def test_evaluation_shares_the_prefix():
     ("name", "broken"),
     [
         (f"{BATCH_CUTTER}.shared_prefix", lambda *arguments: PREFIX_LEN + 1),
-        ("moreh.runtime.kernels.attention_dispatch._shared_prefix_len", lambda *arguments: 0),
+        ("moreh.runtime.kernels.attention.dispatch._shared_prefix_len", lambda *arguments: 0),
         ("moreh.runtime.batch.packing._pairwise_mask", lambda packed, prefix_len, device: None),
     ],
     ids=["one token more than is shared", "keys of the prefix forgotten", "prefix forgotten in the mask"],

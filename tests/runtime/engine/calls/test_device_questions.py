@@ -11,7 +11,7 @@ from moreh.options import DEFAULT_OPTIONS
 from moreh.runtime.batch.loss_output import LazyOutput
 from moreh.runtime.batch.scaling import scale_in_place
 from moreh.runtime.engine.fast_path import FastPath
-from moreh.runtime.kernels import attention_dispatch, varlen_attention
+from moreh.runtime.kernels.attention import dispatch, varlen
 from tests.helpers.fast_path_cases import batch
 from tests.helpers.models.tiny_models import build, tiny_config_of
 
@@ -49,9 +49,9 @@ def test_a_step_asks_the_device_nothing(family, packs, without_data, monkeypatch
         attended.append(longest)
         return torch.empty(1, query.shape[2], query.shape[1], value.shape[3], device=META) + query.sum() + value.sum()
 
-    monkeypatch.setattr(varlen_attention, "is_usable", lambda device, dtype: packs)
-    monkeypatch.setattr(attention_dispatch, "packed_by_varlen", lambda device: packs)
-    monkeypatch.setattr(varlen_attention, "attend", attend)
+    monkeypatch.setattr(varlen, "is_usable", lambda device, dtype: packs)
+    monkeypatch.setattr(dispatch, "packed_by_varlen", lambda device: packs)
+    monkeypatch.setattr(varlen, "attend", attend)
     parameters = list(model.parameters())
     optimizer = torch.optim.SGD(parameters, lr=0.1)
     path = FastPath(DEFAULT_OPTIONS)

@@ -5,9 +5,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 
-from moreh.runtime.kernels import attention
-from moreh.runtime.kernels.attention import causal_attention
-from moreh.runtime.kernels.attention_blocks import SegmentSum
+from moreh.runtime.kernels.attention import causal
+from moreh.runtime.kernels.attention.blocks import SegmentSum
+from moreh.runtime.kernels.attention.causal import causal_attention
 from tests.helpers import compare
 
 # Batch, heads, key-value heads, and the boundaries of the sequences in a row.
@@ -56,19 +56,19 @@ def worst_difference(inputs, cu_seqlens, compute=causal_attention, prefix_len=0)
     return compare.worst(compare.max_difference(a, b) for a, b in pairs)
 
 
-@pytest.mark.parametrize("max_saved_bytes", [attention.MAX_SAVED_BYTES, 0])
+@pytest.mark.parametrize("max_saved_bytes", [causal.MAX_SAVED_BYTES, 0])
 @pytest.mark.parametrize(("batch", "heads", "kv_heads", "cu_seqlens"), CASES)
 def test_equals_attention_with_a_mask(monkeypatch, batch, heads, kv_heads, cu_seqlens, max_saved_bytes):
-    monkeypatch.setattr(attention, "MAX_SAVED_BYTES", max_saved_bytes)
+    monkeypatch.setattr(causal, "MAX_SAVED_BYTES", max_saved_bytes)
     assert worst_difference(make_inputs(batch, heads, kv_heads, cu_seqlens[-1]), cu_seqlens) < 1e-12
 
 
-@pytest.mark.parametrize("max_saved_bytes", [attention.MAX_SAVED_BYTES, 0])
+@pytest.mark.parametrize("max_saved_bytes", [causal.MAX_SAVED_BYTES, 0])
 @pytest.mark.parametrize(("batch", "heads", "kv_heads", "cu_seqlens", "prefix_len"), PREFIX_CASES)
 def test_equals_attention_with_a_mask_when_sequences_share_a_prefix(
     monkeypatch, batch, heads, kv_heads, cu_seqlens, prefix_len, max_saved_bytes
 ):
-    monkeypatch.setattr(attention, "MAX_SAVED_BYTES", max_saved_bytes)
+    monkeypatch.setattr(causal, "MAX_SAVED_BYTES", max_saved_bytes)
     inputs = make_inputs(batch, heads, kv_heads, cu_seqlens[-1])
     assert worst_difference(inputs, cu_seqlens, prefix_len=prefix_len) < 1e-12
 
@@ -83,9 +83,9 @@ def test_row_without_boundaries_is_one_sequence():
     assert torch.equal(causal_attention(*inputs, SCALE), causal_attention(*inputs, SCALE, (0, 130)))
 
 
-@pytest.mark.parametrize(("max_saved_bytes", "saved_scores"), [(attention.MAX_SAVED_BYTES, 128**2), (0, 0)])
+@pytest.mark.parametrize(("max_saved_bytes", "saved_scores"), [(causal.MAX_SAVED_BYTES, 128**2), (0, 0)])
 def test_saves_queries_keys_values_and_probabilities_up_to_a_size(monkeypatch, max_saved_bytes, saved_scores):
-    monkeypatch.setattr(attention, "MAX_SAVED_BYTES", max_saved_bytes)
+    monkeypatch.setattr(causal, "MAX_SAVED_BYTES", max_saved_bytes)
     inputs, saved = make_inputs(1, 1, 1, 128), []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor.numel()) or tensor, lambda t: t):
         causal_attention(*inputs, SCALE)
@@ -94,9 +94,9 @@ def test_saves_queries_keys_values_and_probabilities_up_to_a_size(monkeypatch, m
 
 def without_mask_in_backward(monkeypatch, inputs):
     """The output of a forward pass whose backward pass recomputes probabilities without the causal mask."""
-    monkeypatch.setattr(attention, "MAX_SAVED_BYTES", 0)
+    monkeypatch.setattr(causal, "MAX_SAVED_BYTES", 0)
     output = causal_attention(*inputs, SCALE)
-    monkeypatch.setattr(attention, "causal_bias", lambda queries, dtype: torch.zeros(queries, queries, dtype=dtype))
+    monkeypatch.setattr(causal, "causal_bias", lambda queries, dtype: torch.zeros(queries, queries, dtype=dtype))
     return output
 
 
@@ -129,10 +129,10 @@ def test_comparison_finds_wrong_boundaries_and_nans(compute):
 
 def test_comparison_finds_gradients_of_padding_queries(monkeypatch):
     def with_padding(sequences, layout):
-        index = attention.block_query_index(sequences, layout)
+        index = causal.block_query_index(sequences, layout)
         return SegmentSum(index, torch.arange(len(index)))
 
-    monkeypatch.setattr(attention, "block_grad_sum", with_padding)
+    monkeypatch.setattr(causal, "block_grad_sum", with_padding)
     assert worst_difference(make_inputs(*PACKED[:3], 300), PACKED[3]) > 1e-3
 
 
@@ -199,14 +199,14 @@ def test_backward_under_autocast_computes_in_the_dtype_of_forward():
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
-@pytest.mark.parametrize("max_saved_bytes", [attention.MAX_SAVED_BYTES, 0])
+@pytest.mark.parametrize("max_saved_bytes", [causal.MAX_SAVED_BYTES, 0])
 @pytest.mark.parametrize(
     ("batch", "heads", "kv_heads", "cu_seqlens", "prefix_len"),
     [(*CASES[0], 0), (*CASES[1], 0), (*PACKED, 0), PREFIX_CASES[0], PREFIX_CASES[3]],
 )
 def test_operators_pass_opcheck(monkeypatch, batch, heads, kv_heads, cu_seqlens, prefix_len, max_saved_bytes):
     """Schema, aliasing, autograd registration, fake implementation, and tracing with dynamic shapes."""
-    monkeypatch.setattr(attention, "MAX_SAVED_BYTES", max_saved_bytes)
+    monkeypatch.setattr(causal, "MAX_SAVED_BYTES", max_saved_bytes)
     inputs = make_inputs(batch, heads, kv_heads, cu_seqlens[-1], torch.float32)
     arguments = SCALE, list(cu_seqlens), prefix_len
     torch.library.opcheck(torch.ops.moreh.causal_attention.default, (*inputs, *arguments))

@@ -1,8 +1,8 @@
 """Causal attention on the CPU as a few batched matmuls over blocks of queries: `torch.ops.moreh.causal_attention`.
 
 In bfloat16, torch 2.13's own CPU kernel takes two to three times as long at the sequence lengths of fine-tuning
-(benchmarks/attention.py). The blocks are those of attention_blocks.py; attention_dispatch.py lets a transformers model
-use them.
+(benchmarks/attention.py). blocks.py has the blocks; dispatch.py lets a transformers model use
+them.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from moreh.runtime.kernels.attention_blocks import (
+from moreh.runtime.kernels.attention.blocks import (
     BlockShape,
     PackedSequences,
     as_rows,
@@ -121,7 +121,7 @@ def _(
     )
 
 
-# A custom operator too: if its body were traced, it would fill the caches of attention_blocks.py with fake tensors.
+# A custom operator too: if its body were traced, it would fill the caches of blocks.py with fake tensors.
 @torch.library.custom_op("moreh::causal_attention_backward", mutates_args=(), device_types="cpu")
 def _causal_attention_backward(
     grad_output: torch.Tensor,

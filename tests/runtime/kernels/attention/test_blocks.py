@@ -5,8 +5,8 @@ import doctest
 import pytest
 import torch
 
-from moreh.runtime.kernels import attention_blocks as blocks
-from moreh.runtime.kernels.attention_blocks import PackedSequences, block_groups, block_shapes
+from moreh.runtime.kernels.attention import blocks
+from moreh.runtime.kernels.attention.blocks import PackedSequences, block_groups, block_shapes
 
 LAYOUTS = [
     PackedSequences((0, 300)),

@@ -24,7 +24,7 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from moreh.models.provenance import is_stock_transformers
-from moreh.runtime.kernels import attention, varlen_attention
+from moreh.runtime.kernels.attention import causal, varlen
 
 NAME = "moreh_block"
 """The name under which transformers knows `block_attention`."""
@@ -54,12 +54,12 @@ def block_attention(
     """
     # Without a mask a row is one sequence, even if boundaries are passed: torch's attention ignores them.
     cu_seqlens = None if attention_mask is None else kwargs.get("cu_seq_lens_q")
-    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    hides_later_keys = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     length = query.shape[2]
     longest = max(kwargs.get("max_length_q", 0), kwargs.get("max_length_k", 0)) or length
     window = kwargs.get("sliding_window")
     is_plain = (
-        causal
+        hides_later_keys
         and dropout == 0.0
         and 1 < length == key.shape[2]
         and (window is None or window >= longest)
@@ -67,13 +67,13 @@ def block_attention(
     )
     if is_plain and packed_by_varlen(query.device) and cu_seqlens is not None and query.shape[0] == 1:
         scale = scaling if scaling is not None else float(query.shape[-1] ** -0.5)
-        output = varlen_attention.attend(query, key, value, cu_seqlens, longest, scale)
+        output = varlen.attend(query, key, value, cu_seqlens, longest, scale)
         if output is not None:
             return output, None
     if not (
         is_plain
         and query.device.type == "cpu"
-        and longest <= attention.MAX_SEQUENCE_LENGTH
+        and longest <= causal.MAX_SEQUENCE_LENGTH
         and (attention_mask is None or _is_packed_row(cu_seqlens, query.shape[0], length))
     ):
         return ALL_ATTENTION_FUNCTIONS[_SDPA](
@@ -89,9 +89,9 @@ def block_attention(
         )
     scale = scaling if scaling is not None else float(query.shape[-1] ** -0.5)
     if cu_seqlens is None:
-        return attention.causal_attention(query, key, value, scale), None
+        return causal.causal_attention(query, key, value, scale), None
     prefix_len = _shared_prefix_len(cu_seqlens, kwargs.get("cu_seq_lens_k"))
-    return attention.causal_attention(query, key, value, scale, tuple(cu_seqlens.tolist()), prefix_len), None
+    return causal.causal_attention(query, key, value, scale, tuple(cu_seqlens.tolist()), prefix_len), None
 
 
 AttentionInterface.register(NAME, block_attention)

@@ -14,8 +14,8 @@ from transformers.models.gptj import modeling_gptj
 
 from moreh.models.families import packable_families
 from moreh.options import DEFAULT_OPTIONS, ParallelOptions
-from moreh.runtime.kernels import attention, attention_dispatch
-from moreh.runtime.kernels.attention_dispatch import NAME, attention_layers, use_block_attention
+from moreh.runtime.kernels.attention import causal, dispatch
+from moreh.runtime.kernels.attention.dispatch import NAME, attention_layers, use_block_attention
 from moreh.runtime.kernels.faster_kernels import FasterKernels
 from moreh.runtime.kernels.recomputation import recompute_activations
 from tests.helpers.compare import worst_of_names
@@ -41,8 +41,8 @@ def names(model):
 @pytest.fixture
 def calls(monkeypatch):
     """The calls of block attention."""
-    seen, causal_attention = [], attention.causal_attention
-    monkeypatch.setattr(attention, "causal_attention", lambda *args: seen.append(args) or causal_attention(*args))
+    seen, causal_attention = [], causal.causal_attention
+    monkeypatch.setattr(causal, "causal_attention", lambda *args: seen.append(args) or causal_attention(*args))
     return seen
 
 
@@ -66,7 +66,7 @@ def call_layer(name, **changes):
         ({"attention_mask": torch.ones(2, 1, 20, 20, dtype=torch.bool).tril()}, False),
         ({"cu_seq_lens_q": torch.tensor([0, 5, 20])}, True),
         ({"dropout": 0.5}, False),
-        ({"max_length_q": attention.MAX_SEQUENCE_LENGTH + 1}, False),
+        ({"max_length_q": causal.MAX_SEQUENCE_LENGTH + 1}, False),
         ({"is_causal": False}, False),
         ({"position_bias": torch.zeros(2, 4, 20, 20, dtype=torch.float64)}, False),
     ],
@@ -198,7 +198,7 @@ def test_recomputation_computes_attention_again_unless_its_results_are_saved(kin
     expected = loss_and_gradients(model)
     recompute_activations(model, kind)
     # Called once by each run of the operator's forward pass, and by nothing else.
-    counted = mock.patch.object(attention, "block_query_index", wraps=attention.block_query_index)
+    counted = mock.patch.object(causal, "block_query_index", wraps=causal.block_query_index)
     with bound(model, ParallelOptions(disable=("fused_norm", "fused_activation"))), counted as runs:
         actual = loss_and_gradients(model)
     assert runs.call_count == len(model.model.layers) * (2 if kind == "full" else 1)
@@ -207,6 +207,6 @@ def test_recomputation_computes_attention_again_unless_its_results_are_saved(kin
 
 def test_shared_prefix_is_counted_from_the_second_sequence():
     cu_seqlens, cu_seqlens_k = torch.tensor([0, 9, 12, 20]), torch.tensor([0, 9, 16, 28])
-    assert attention_dispatch._shared_prefix_len(cu_seqlens, cu_seqlens_k) == 4
-    assert attention_dispatch._shared_prefix_len(cu_seqlens, None) == 0
-    assert attention_dispatch._shared_prefix_len(cu_seqlens[:2], cu_seqlens_k[:2]) == 0
+    assert dispatch._shared_prefix_len(cu_seqlens, cu_seqlens_k) == 4
+    assert dispatch._shared_prefix_len(cu_seqlens, None) == 0
+    assert dispatch._shared_prefix_len(cu_seqlens[:2], cu_seqlens_k[:2]) == 0
