@@ -44,6 +44,7 @@ OPTIMIZATIONS: Mapping[str, str] = {
     "block_attention": "Causal attention is computed as batched matmuls over blocks of queries (CPU).",
     "fused_activation": "GPT-2's tanh-GELU is one operation with one rounding instead of eight.",
     "fused_norm": "Llama's RMSNorm is one operation that saves only its input (CPU).",
+    "fused_lora": "A linear layer with a LoRA adapter is one operation without casts of activations (CPU).",
     "fused_optimizer": "Adam and AdamW use torch's fused kernels, unless the script chose an implementation.",
     "keep_freed_memory": "glibc keeps the memory freed by a step for the next step (CPU).",
 }

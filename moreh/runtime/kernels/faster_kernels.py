@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import nn
 
-from moreh.models.provenance import is_stock_transformers
+from moreh.models.provenance import is_library_function, is_stock_transformers
 from moreh.options import ParallelOptions
-from moreh.runtime.kernels import gelu, rms_norm
+from moreh.runtime.kernels import gelu, lora, rms_norm
 from moreh.runtime.kernels.attention.dispatch import attention_layers, use_block_attention
 
 
@@ -23,9 +23,16 @@ class FasterKernels:
     def __init__(self, root: nn.Module, options: ParallelOptions) -> None:
         self._attention_layers = attention_layers(root) if options.uses("block_attention") else []
         self._bindings: list[tuple[nn.Module, Callable[..., Any], Callable[..., Any]]] = []
-        for optimization, kernel in (("fused_activation", gelu), ("fused_norm", rms_norm)):
-            original = kernel.replaced_class().forward
-            if options.uses(optimization) and is_stock_transformers(original):
+        for optimization, kernel, is_stock in (
+            ("fused_activation", gelu, is_stock_transformers),
+            ("fused_norm", rms_norm, is_stock_transformers),
+            ("fused_lora", lora, is_library_function),
+        ):
+            replaced = kernel.replaced_class()  # type: ignore[attr-defined]
+            if replaced is None or not options.uses(optimization):
+                continue
+            original = replaced.forward
+            if is_stock(original):
                 self._bindings += [
                     (module, original, MethodType(kernel.fused_forward, module))
                     for module in root.modules()

@@ -132,6 +132,7 @@ INTERNALS: dict[str, str] = {
     "transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS": "Looked up in each forward pass of a layer.",
     "transformers.integrations.sdpa_attention.sdpa_attention_forward": "What block attention stands in for.",
     "transformers.models.llama.modeling_llama.LlamaRMSNorm.forward": "What fused_norm stands in for.",
+    "peft.tuners.lora.layer.Linear.forward": "What fused_lora stands in for.",
     "transformers.activations.NewGELUActivation.forward": "What fused_activation stands in for.",
     "transformers.loss.loss_utils.ForCausalLMLoss": "The loss that the runtime computes in its own way.",
     "transformers.modeling_utils.PreTrainedModel.warn_if_padding_and_no_attention_mask": "Models call it.",
