@@ -1,5 +1,6 @@
 """Files and folders stay small enough to be read."""
 
+import ast
 import re
 import subprocess
 from collections import Counter
@@ -91,3 +92,34 @@ def test_accelerators_are_asked_for_where_they_are_there():
     """A CUDA build of torch names an accelerator on a machine without a GPU, too."""
     unchecked = "current_accelerator" + "()"
     assert not [path for path in python_files() if unchecked in (ROOT / path).read_text()]
+
+
+def without_import_path(source):
+    """The modules of the checkout that a script imports before it has put the checkout on the import path."""
+    tree = ast.parse(source)
+    path_lines = [
+        node.lineno for node in ast.walk(tree) if isinstance(node, ast.stmt) and "sys.path" in ast.unparse(node)
+    ]
+    return {
+        node.module
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom)
+        and str(node.module).split(".")[0] in ("utils", "tests")
+        and not any(line < node.lineno for line in path_lines)
+    }
+
+
+def test_scripts_find_the_modules_of_the_checkout():
+    """Python puts a script's own folder on the import path; only `moreh` is installed."""
+    scripts = [path for folder in ("benchmarks", "scripts") for path in (ROOT / folder).rglob("*.py")]
+    sources = {path.relative_to(ROOT).as_posix(): path.read_text() for path in scripts}
+    lost = {path: without_import_path(source) for path, source in sources.items() if "__main__" in source}
+    assert len(lost) > 10
+    assert not any(lost.values()), f"imported before sys.path has the checkout: {lost}"
+
+
+def test_import_without_a_path_is_seen():
+    assert without_import_path("import sys\nfrom utils.cli import exit_code_of\nsys.path.insert(0, 'a')") == {
+        "utils.cli"
+    }
+    assert not without_import_path("import sys\nsys.path.insert(0, 'a')\nfrom utils.cli import exit_code_of")

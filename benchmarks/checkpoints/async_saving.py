@@ -10,6 +10,7 @@ the median over the rounds of the one time divided by the other.
 
 import argparse
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -19,6 +20,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from moreh.runtime.engine.checkpoint_api import save_training
+
+# Like the training scripts, this one is run from a checkout.
+sys.path.insert(0, str(Path(__file__).parent.parent.parent))
+
 from utils.config.yaml_file import load_config
 
 WARM_UP_STEPS = 5

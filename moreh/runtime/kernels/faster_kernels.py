@@ -28,7 +28,7 @@ class FasterKernels:
             ("fused_norm", rms_norm, is_stock_transformers),
             ("fused_lora", lora, is_library_function),
         ):
-            replaced = kernel.replaced_class()  # type: ignore[attr-defined]
+            replaced = kernel.replaced_class()
             if replaced is None or not options.uses(optimization):
                 continue
             original = replaced.forward
