@@ -85,8 +85,8 @@ class _ConsoleHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         text = printable(self.format(record), kept="\n\t", mark="\ufffd")
         width = terminal_width()
-        if len(text) > width and "\n" not in text:  # a sample keeps the model's own lines
-            text = wrap_line(text, width, indent=2)
+        lines = (wrap_line(line, width, indent=2) if len(line) > width else line for line in text.split("\n"))
+        text = "\n".join(lines)
         # A closed pipe, as after `| head`, or a full disk does not end the run: train.log continues.
         try:
             encoding = sys.stdout.encoding or "utf-8"  # a StringIO has none
