@@ -103,9 +103,14 @@ INTERNALS: dict[str, str] = {
     f"{_STAGE}:device": "Where the buffers are made.",
     f"{_STAGE}._prepare_forward_infra": "Before torch 2.13, makes args_recv_info, with buffers on self.device.",
     f"{_STAGE}._prepare_backward_infra": "Before torch 2.13, makes grad_recv_info, with buffers on self.device.",
+    f"{_STAGE}._get_init_p2p_neighbors_ops": "Before torch 2.13, the first messages to neighboring stages.",
     f"{_STAGE}._retrieve_recv_activations": "Gives the buffers of a micro-batch's hidden states.",
     f"{_STAGE}._validate_fwd_outputs": "Before torch 2.13, compares shapes with those of the first step.",
     f"{_STAGE}:_runtime_validate": "Whether shapes are compared with those of the first step.",
+    f"{_STAGE}.backward_maybe_with_nosync": "Computes all gradients, or those of the inputs or of the weights.",
+    "torch.distributed.pipelining._backward.stage_backward_input": (
+        "Its groups have params, and the intermediates with the gradients of their outputs, grads."
+    ),
     "torch.distributed.pipelining.stage._RecvInfo": "is_root_arg, tensor_meta and buffer of what is received.",
     "torch.distributed._checkpointable._Checkpointable": (
         "The methods by which torch.distributed.checkpoint asks an object what to write and read."
@@ -145,6 +150,7 @@ INTERNALS: dict[str, str] = {
 # What the source uses without spelling its name, with the word by which it does.
 WORDS: dict[str, str] = {
     "torch.distributed.pipelining.stage._RecvInfo": "is_root_arg",
+    "torch.distributed.pipelining._backward.stage_backward_input": "intermediates",
     "torch.distributed._checkpointable._Checkpointable": "__create_write_items__",
     "torch.amp.autocast_mode.autocast_decorator": "autocast_instance",
     "transformers.modeling_utils.LoadStateDictConfig": "load_config",
