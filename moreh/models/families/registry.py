@@ -79,7 +79,7 @@ _BUILT_IN = (
     Family(
         "gpt_oss",
         (attention_block("self_attn", "q_proj k_proj v_proj", "o_proj", per_head_parameters=("sinks",)),),
-        experts=Experts("mlp.experts", router="mlp.router", skips_others=False),
+        experts=Experts("mlp.experts", router="mlp.router"),
     ),
     gptj.FAMILY,
     Family("granite", FROM_TRANSFORMERS, packable=True),

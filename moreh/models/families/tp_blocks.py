@@ -96,8 +96,6 @@ class Experts:
     the indices and the weights of the experts of each token, both [tokens, experts per token]."""
     router: str
     """The module that chooses the experts of a token; every rank has it whole."""
-    skips_others: bool = True
-    """True if the experts in eager mode skip an index beyond the last one, as transformers' own kernels do."""
 
 
 def attention_block(module: str, columns: str, row: str, chunks: ChunkSizes = split_none, **options: Any) -> TPBlock:

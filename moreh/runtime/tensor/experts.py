@@ -5,6 +5,7 @@ with weight 0: transformers' kernels skip it. The ranks sum what their experts a
 the hidden states and of the weights, of which each rank has the part of its own experts, are summed as well.
 """
 
+import inspect
 from collections.abc import Iterable
 from typing import Any
 
@@ -72,11 +73,11 @@ def install_experts(layer: nn.Module, experts: Experts | None, group: dist.Proce
         return
     first, end = shard_range(module.num_experts, group.size(), group.rank())
     module.num_experts = end - first
-    # What transformers' kernels look at. Its eager code counts one index more than there are experts.
+    # What transformers' kernels look at.
     module._is_expert_parallel = True
     in_eager_mode = module.config._experts_implementation == "eager" if hasattr(module, "config") else True
-    # Where that code does not, the first expert computes such a token, with weight 0.
-    others = 0 if in_eager_mode and not experts.skips_others else end - first
+    # Where eager code does not skip others, the first expert computes such a token, with weight 0.
+    others = 0 if in_eager_mode and not _skips_others(module) else end - first
 
     def enter(called: nn.Module, args: Any) -> Any:
         hidden_states, index, weights = args
@@ -100,3 +101,12 @@ def install_experts(layer: nn.Module, experts: Experts | None, group: dist.Proce
 
     module.register_forward_pre_hook(enter)
     module.register_forward_hook(leave)
+
+
+def _skips_others(experts: nn.Module) -> bool:
+    """True if the eager code of experts skips an index beyond the last one; that of transformers 5.17 fails."""
+    try:
+        source = inspect.getsource(inspect.unwrap(type(experts).forward))
+    except OSError:
+        return False
+    return "self.num_experts + 1" in source

@@ -1,6 +1,7 @@
 """Models split over tensor-parallel ranks compute what one process does: loss, logits and gradients of every family."""
 
 import functools
+from contextlib import nullcontext
 from unittest import mock
 
 import pytest
@@ -21,7 +22,7 @@ from moreh.runtime.tensor.vocab_parallel import gather_logits
 from tests.helpers import tensor_cases
 from tests.helpers.compare import worst
 from tests.helpers.models.family_settings import FAMILY_CASES, HEADS
-from tests.helpers.models.tiny_models import build, tiny_config_of
+from tests.helpers.models.tiny_models import build, require_family, tiny_config_of
 from tests.helpers.tensor_cases import (
     compare_with_one_process,
     gathered_parts,
@@ -55,6 +56,7 @@ def wrong(results):
 
 @pytest.mark.parametrize("family", tensor_parallel_families())
 def test_every_family_computes_what_one_process_does(family):
+    require_family(family)
     splits_sequences = not FAMILIES[family].whole
     for changes in FAMILY_CASES[family].tensor_parallel:
         cases = [(family, changes, 2, False), (family, changes, 4, splits_sequences)]
@@ -216,6 +218,15 @@ def test_each_rank_needs_an_expert():
     model = build(tiny_config_of("mixtral", changes), device="meta")
     assert "has 3 experts, of which 4 tensor-parallel ranks cannot each have some" in tensor_parallel_refusal(model, 4)
     assert max_tensor_parallel(model) == 2
+
+
+@pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if family.experts])
+def test_eager_experts_are_known_to_skip_those_of_other_ranks_or_not_to(family):
+    model = build(tiny_config_of(family, FAMILY_CASES[family].training | {"experts_implementation": "eager"}))
+    own = experts.experts_of(model.model.layers[-1], FAMILIES[family].experts)
+    fails = pytest.raises(RuntimeError, match="Class values must be smaller than num_classes")
+    with nullcontext() if experts._skips_others(own) else fails:
+        own(torch.ones(1, 48), torch.tensor([[own.num_experts]]), torch.zeros(1, 1))
 
 
 def test_largest_size_divides_query_and_key_value_heads():
