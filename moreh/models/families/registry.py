@@ -45,6 +45,7 @@ from moreh.models.families.tp_blocks import (
     SHARED_EXPERTS,
     Experts,
     attention_block,
+    mlp_block,
 )
 
 _BUILT_IN = (
@@ -96,7 +97,8 @@ _BUILT_IN = (
     mixtral.FAMILY,
     mpt.FAMILY,
     Family("nanochat", FROM_TRANSFORMERS, packable=True),
-    Family("nemotron", FROM_TRANSFORMERS),
+    # transformers 5.17 has no plan for it.
+    Family("nemotron", (SEPARATE_QKV, mlp_block("mlp", "up_proj", "down_proj"))),
     Family("olmo", FROM_TRANSFORMERS, packable=True),
     olmo2.FAMILY,
     Family("olmo3", olmo2.FAMILY.tensor_parallel, packable=True),
