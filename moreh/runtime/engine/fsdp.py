@@ -9,6 +9,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_api import ReduceScatter
 
 from moreh.planner.plan.plan import Plan
+from moreh.runtime.pipeline.lean_stage import finalizes_backward
 from moreh.runtime.pipeline.stage import Stage
 from moreh.runtime.sharding.mesh import Mesh
 from moreh.runtime.tensor.collectives import reduce_scatter
@@ -30,6 +31,10 @@ def fully_shard_stage(stage: Stage, plan: Plan, mesh: Mesh) -> None:
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
             module.set_custom_reduce_scatter(_ReduceScatter())
+    if plan.pipeline > 1 and finalizes_backward():
+        root: Any = stage
+        # For good: see LeanPipelineStage.start_gradient_reduction.
+        root.set_manual_backward_finalization(True)
     for module, hooks in load_hooks:
         # FSDP's hooks expect its own parameters in the modules, but `load_state_dict` fills the script's.
         module._load_state_dict_post_hooks.clear()

@@ -17,7 +17,7 @@ torch has no public way to own the buffers, so this module relies on privates of
 | `_RecvInfo.allocate_buffer` | its presence shows that torch allocates buffers when a receive is posted |
 | `_runtime_validate` | turned off: it compares shapes with those of the first step |
 
-`get_*_ops`, `forward_one_chunk` and `backward_one_chunk` are public and called by the schedules.
+`get_*_ops`, `*_one_chunk` and `*_gradient_reduction` are public and called by the schedules.
 """
 
 from collections.abc import Iterator
@@ -35,6 +35,11 @@ from moreh.runtime.sharding.mesh import outgoing, transfer_device
 
 # The base is chosen at run time, which a type checker cannot follow.
 _Stage: Any = OlderPipelineStage if needs_older_stage() else PipelineStage
+
+
+def finalizes_backward() -> bool:
+    """True if the installed torch lets pipeline stages end FSDP's backward pass: 2.15 and later releases."""
+    return hasattr(PipelineStage, "start_gradient_reduction")
 
 
 class LeanPipelineStage(_Stage):  # type: ignore[misc]
@@ -103,6 +108,19 @@ class LeanPipelineStage(_Stage):  # type: ignore[misc]
         """Compute the gradients of a micro-batch that a zero-bubble schedule has left: those of the weights."""
         with trace.span("stage_backward_weight"):
             super().backward_weight_one_chunk(bwd_chunk_id, *args, **kwargs)
+
+    def start_gradient_reduction(self) -> None:
+        """Sum the gradients over ranks, as torch since 2.15 does, but leave FSDP's manual finalization on.
+
+        torch turns it on before a forward pass and off here. FSDP allows neither within a backward pass, where the
+        second pass of a script's own loss runs.
+        """
+        self.submod.set_requires_gradient_sync(True)
+        self.submod.set_reshard_after_backward(True)
+        self.submod.finalize_backward()
+
+    def wait_for_gradient_reduction(self, grad_scale_factor: int) -> None:
+        """Do nothing: `start_gradient_reduction` has waited."""
 
     @contextmanager
     def _buffers_on(self, device: torch.device) -> Iterator[None]:

@@ -3,12 +3,13 @@
 import copy
 import functools
 import weakref
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from unittest import mock
 
 import safetensors.torch
 import torch
 import torch.distributed as dist
+from torch.distributed.pipelining.stage import _RecvInfo
 
 from moreh.planner.plan.plan import Plan
 from moreh.runtime.batch import packing
@@ -282,8 +283,11 @@ def received_at_once(family, plan, frees_buffers):
         lengths.update(buffer.shape[1] for buffer in buffers)
         most = max(most, sum(reference() is not None for reference in received))
 
-    keep = nullcontext() if frees_buffers else mock.patch.object(lean_stage, "_free_buffers", return_value=None)
-    with mock.patch.object(LeanPipelineStage, "_receive_buffers", counted), keep:
+    with mock.patch.object(LeanPipelineStage, "_receive_buffers", counted), ExitStack() as faults:
+        if not frees_buffers:
+            faults.enter_context(mock.patch.object(lean_stage, "_free_buffers", return_value=None))
+            if hasattr(_RecvInfo, "take_buffer"):  # torch since 2.15 frees them, too
+                faults.enter_context(mock.patch.object(_RecvInfo, "take_buffer", lambda info: info.buffer))
         for length in (LENGTH, LENGTH - 4):
             ids = torch.arange(ROWS * length).view(ROWS, length) % model.config.vocab_size
             # Nothing is packed where padding is in front.
