@@ -10,6 +10,7 @@ a script starts itself are forked too (forked_workers.py). What happens while Py
 transformers cannot be tested with it. The server starts with the first script and ends with the process of the tests.
 """
 
+import atexit
 import gc
 import importlib
 import io
@@ -294,4 +295,6 @@ def _import_libraries():
 if __name__ == "__main__":
     _import_libraries()
     gc.freeze()
+    if "triton._C.libtriton" in sys.modules:  # at the end it reports what Python has not collected
+        atexit.register(gc.unfreeze)
     _become(*_serve(socket.socket(fileno=int(sys.argv[1]))))
