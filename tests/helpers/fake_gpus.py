@@ -34,3 +34,5 @@ def show_gpus(monkeypatch, names, total_bytes=A100_BYTES, compute_units=108, use
     }
     for name, answer in answers.items():
         monkeypatch.setattr(torch.cuda, name, answer)
+    # A CUDA build of torch finds an accelerator then, and optimizers ask for its stream.
+    monkeypatch.setattr(torch.accelerator, "current_stream", lambda: SimpleNamespace(is_capturing=lambda: False))
