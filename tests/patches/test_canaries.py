@@ -116,6 +116,17 @@ def test_change_says_which_patch_what_changed_and_what_to_look_at(now, parts):
         assert part in message
 
 
+def test_function_that_another_build_has_in_c_has_one_fingerprint(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    source = "if {}:\n    go = len\nelse:\n\n    def go(x: int = 1) -> int:\n        return x\n\n\nother = len\n"
+    for name in ("build_in_c", "build_in_python"):
+        (tmp_path / f"{name}.py").write_text(source.format(name == "build_in_c"), encoding="utf-8")
+    in_c, in_python = canaries.fingerprint("build_in_c.go"), canaries.fingerprint("build_in_python.go")
+    assert in_c == in_python
+    assert in_c["signature"] == "(x=1)"
+    assert canaries.fingerprint("build_in_c.other") == canaries.fingerprint("build_in_python.other") != in_c
+
+
 def test_new_name_is_asked_for():
     (message,) = canaries.changes({"torch.zeros": {"signature": "()", "source": ""}}, STORED, TORCH).values()
     assert "There is nothing to compare it with" in message

@@ -4,7 +4,9 @@
 tests/patches/canaries.json, beside those of other versions. Do it after you have looked at what has changed.
 """
 
+import ast
 import dataclasses
+import functools
 import hashlib
 import inspect
 import json
@@ -70,7 +72,9 @@ def fingerprint(name: str) -> Fingerprint:
     if inspect.isfunction(value):
         return {"signature": _signature(value), "source": _hash(_source(value))}
     if callable(value) or inspect.isgetsetdescriptor(value):
-        return _of_builtin(name, value)
+        owner, _, function = name.rpartition(".")
+        # The canary is the same whatever build of torch is installed.
+        return _alternatives(owner).get(function) or _of_builtin(name, value)
     return {"signature": _of_data(value), "source": ""}
 
 
@@ -87,6 +91,27 @@ def _of_class(value: type) -> Fingerprint:
         own = [name for name, member in methods.items() if member.__module__ == value.__module__]
         inside = ", ".join(f"{name}{_signature(methods[name])}" for name in own)
     return {"signature": f"class {value.__name__}({bases}): {inside}", "source": _hash(source)}
+
+
+@functools.cache
+def _alternatives(module: str) -> dict[str, Fingerprint]:
+    """The functions that a module defines in the `else` of a condition, as torch.cuda does in builds without CUDA."""
+    source = _source(sys.modules.get(module))
+    functions = [
+        node
+        for condition in ast.parse(source).body
+        if isinstance(condition, ast.If)
+        for node in condition.orelse
+        if isinstance(node, ast.FunctionDef)
+    ]
+    fingerprints = {}
+    for function in functions:
+        lines = source.splitlines(keepends=True)[function.lineno - 1 : function.end_lineno]
+        for argument in function.args.args:
+            argument.annotation = None
+        signature = f"({ast.unparse(function.args)})"
+        fingerprints[function.name] = {"signature": signature, "source": _hash(textwrap.dedent("".join(lines)))}
+    return fingerprints
 
 
 def _of_builtin(name: str, value: Any) -> Fingerprint:

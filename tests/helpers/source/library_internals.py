@@ -15,6 +15,7 @@ NOT_EVERYWHERE = {
     f"{_STAGE}._setup_backward_recv_info": "torch 2.11: see moreh/runtime/pipeline/older_torch.py",
     f"{_STAGE}:_runtime_validate": "torch 2.11: see moreh/runtime/pipeline/older_torch.py",
     f"{_STAGE}._validate_fwd_outputs": "torch 2.13: see moreh/runtime/pipeline/older_torch.py",
+    f"{_STAGE}._get_init_p2p_neighbors_ops": "torch 2.15: see moreh/runtime/pipeline/older_torch.py",
     f"{_EXPERTS}:_is_expert_parallel": "transformers 5.17: its kernels always skip them",
 }
 
