@@ -100,6 +100,24 @@ def test_tokenizer_has_not_seen_the_held_out_rows(tiny_config, monkeypatch):
     assert not any(data.tokenizer.decode(row["input_ids"][:-1]) in seen for row in data.evaluation)
 
 
+def test_tokenizer_of_large_data_has_seen_every_nth_row(tiny_config, monkeypatch):
+    texts = []
+    monkeypatch.setattr("utils.data.dataset.train_tokenizer", lambda seen, *_: texts.append(list(seen)) or 1 / 0)
+    for size in (2**28, 1):  # more than the data has, and less
+        monkeypatch.setattr("utils.data.dataset._TOKENIZER_BYTES", size)
+        with pytest.raises(ZeroDivisionError):
+            prepare(load_config(str(tiny_config), []))
+    whole, least = texts
+    assert least == whole[:1]
+    stored = sum(map(len, whole))
+    monkeypatch.setattr("utils.data.dataset._TOKENIZER_BYTES", stored)  # less than it is with all of a row
+    with pytest.raises(ZeroDivisionError):
+        prepare(load_config(str(tiny_config), []))
+    n = whole.index(texts[2][1])
+    assert n > 1
+    assert texts[2] == whole[::n]
+
+
 def test_cache_is_complete_or_absent(tmp_path):
     def write_half(directory):
         (directory / "part").write_text("x")
