@@ -22,17 +22,26 @@ def losses(lines):
     return torch.tensor([value for line in lines for key, value in line.items() if key in {"loss", "eval_loss"}])
 
 
-def test_run_is_near_that_in_float32_and_goes_on_as_if_never_interrupted(train, read_metrics, monkeypatch):
+def save_base(tmp_path):
+    """The directory of a model without dropout, with weights in float32."""
+    return save_gpt2(
+        tmp_path / "base", chat_tokenizer(), **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    )
+
+
+def test_run_is_near_that_in_float32_and_goes_on_as_if_never_interrupted(train, read_metrics, tmp_path, monkeypatch):
     made = []
     init = AdamWInFloat32.__init__
     monkeypatch.setattr(
         AdamWInFloat32, "__init__", lambda self, *args, **kw: (made.append(self), init(self, *args, **kw))[1]
     )
-    settings = [*HALF, "checkpoint.every_steps=2"]
+    # Saved weights: torch 2.11 draws other random numbers in bfloat16 than in float32.
+    model = ["tokenizer={}", f"model={{pretrained: {save_base(tmp_path)}}}"]
+    settings = [*model, *HALF, "checkpoint.every_steps=2"]
     whole = train("run.name=whole", *settings).with_name("whole")
-    exact = train("run.name=exact", "train.lr=1e-2", "train.schedule=constant").with_name("exact")
+    exact = train("run.name=exact", *model, "train.lr=1e-2", "train.schedule=constant").with_name("exact")
     half, float32 = losses(read_metrics(whole)), losses(read_metrics(exact))
-    assert 0 < (half - float32).abs().max() < 0.05
+    assert 0 < (half - float32).abs().max() < 0.02
     assert half[-1] < half[0] - 0.1
     assert AutoModelForCausalLM.from_pretrained(whole / "model", dtype="auto").dtype == torch.bfloat16
     train(*settings, "train.steps=2")
@@ -55,9 +64,7 @@ def test_two_workers_train_as_one(environment, train, tiny_config, tmp_path, rea
 def test_adapters_of_a_base_in_bfloat16_are_trained_in_float32(
     environment, train, tiny_config, tmp_path, read_metrics, workers
 ):
-    base = save_gpt2(
-        tmp_path / "base", chat_tokenizer(), **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
-    )
+    base = save_base(tmp_path)
     model = ["tokenizer={}", "train.lr=1e-2", f"model={{pretrained: {base}, lora: {{r: 4}}}}"]
     exact = losses(read_metrics(train("run.name=exact", *model).with_name("exact")))
     line = "accelerator.advanced_parallelization={mixed_precision: false}"
