@@ -172,9 +172,9 @@ def _free_buffers(infos: tuple[Any, ...]) -> None:
 
 
 def _as_sent(ops: list[dist.P2POp]) -> list[dist.P2POp]:
-    """The sends, of tensors that lie where messages do."""
+    """The sends, of tensors that lie where messages do. Their graph is left out, which torch may keep with them."""
     for op in ops:
-        op.tensor = outgoing(op.tensor)
+        op.tensor = outgoing(op.tensor.detach())
     return ops
 
 
