@@ -85,8 +85,9 @@ class _ConsoleHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         text = printable(self.format(record), kept="\n\t", mark="\ufffd")
         width = terminal_width()
-        lines = (wrap_line(line, width, indent=2) if len(line) > width else line for line in text.split("\n"))
-        text = "\n".join(lines)
+        if "\n" not in text or getattr(record, "is_sample", False):  # other texts with several lines are tables
+            lines = (wrap_line(line, width, indent=2) if len(line) > width else line for line in text.split("\n"))
+            text = "\n".join(lines)
         # A closed pipe, as after `| head`, or a full disk does not end the run: train.log continues.
         try:
             encoding = sys.stdout.encoding or "utf-8"  # a StringIO has none

@@ -203,7 +203,8 @@ class RunLog:
 
     def log_sample(self, step: int, text: str) -> None:
         """Write the model's sample of the evaluation after a step to the console, train.log and the report."""
-        self.info(f"Sample:\n{text}")
+        if self.is_writer:
+            train_logger.info(f"Sample:\n{text}", extra={"is_sample": True})
         if self._report is not None:
             self._report.add_sample(Sample(step, text))
 
