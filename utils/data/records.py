@@ -9,7 +9,7 @@ from typing_extensions import Self
 
 from utils.config.data_section import DataSection
 from utils.config.source_section import template_names
-from utils.errors import UserError
+from utils.errors import UserError, first_line
 from utils.text.template import FilledPrompt, fill_template
 
 
@@ -76,12 +76,15 @@ class Record:
         """The value of a field, of any type.
 
         Raises:
-            UnusableRow: there is no such field.
+            UnusableRow: there is no such field, or its value cannot be converted.
         """
         if field not in self.fields:
             names = ", ".join(map(repr, self.fields)) or "none"
             raise self.unusable(f"no field {field!r}: the fields are {names}")
-        return self.fields[field]
+        try:
+            return self.fields[field]
+        except (ValueError, OverflowError) as error:  # of a table: text that is not UTF-8, a date beyond Python's
+            raise self.unusable(f"field {field!r} cannot be read: {first_line(error)}") from None
 
     def unusable(self, reason: str) -> UnusableRow:
         """The error that this record is not usable, with the place of the record."""

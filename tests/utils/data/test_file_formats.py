@@ -3,8 +3,10 @@
 import bz2
 import datetime
 import gzip
+import itertools
 import json
 import lzma
+import struct
 from pathlib import Path
 
 import datasets
@@ -161,3 +163,19 @@ def test_numbers_are_the_digits_of_the_file_where_the_settings_say_so(tmp_path):
         (tmp_path / "d.jsonl").write_text(f'{{"prompt": "p", "response": {value}}}', encoding="utf-8")
         with pytest.raises(UserError, match="not a string"):
             pairs_of(tmp_path / "d.jsonl", numbers="text")
+
+
+def text_column(*contents):
+    """A column of text in which nothing checks that the bytes are UTF-8, as in a damaged file."""
+    offsets = [0, *itertools.accumulate(map(len, contents))]
+    buffers = [pyarrow.py_buffer(struct.pack(f"{len(offsets)}i", *offsets)), pyarrow.py_buffer(b"".join(contents))]
+    return pyarrow.StringArray.from_buffers(len(contents), *buffers)
+
+
+def test_text_of_a_table_that_is_not_utf_8_is_an_unusable_row(tmp_path):
+    path = tmp_path / "d.parquet"
+    columns = {"prompt": text_column(b"p", b"\xf2 4", b"r"), "response": ["x", "y", "z"]}
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    with pytest.raises(UserError, match=r"d\.parquet\[1\]: field 'prompt' cannot be read: 'utf-8' codec can't decode"):
+        pairs_of(path)
+    assert pairs_of(path, unusable="skip") == [("p", "x"), ("r", "z")]

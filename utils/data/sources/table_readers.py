@@ -3,6 +3,7 @@
 A value is converted when a pair needs it: another column may hold what Python has no type for.
 """
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,13 @@ class _Row(Mapping[str, Any]):
         self._batch, self._columns, self._index = batch, columns, index
 
     def __getitem__(self, name: str) -> Any:
+        if name not in self._batch.schema.names:
+            raise KeyError(name)
         if name not in self._columns:
-            if name not in self._batch.schema.names:
-                raise KeyError(name)
-            self._columns[name] = self._batch.column(name).to_pylist()
+            with contextlib.suppress(ValueError, OverflowError):  # of one value, such as text that is not UTF-8
+                self._columns[name] = self._batch.column(name).to_pylist()
+        if name not in self._columns:
+            return self._batch.column(name)[self._index].as_py()
         return self._columns[name][self._index]
 
     def __contains__(self, name: object) -> bool:
