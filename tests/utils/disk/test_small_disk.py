@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import wait
 
 import pytest
 
@@ -94,12 +95,28 @@ def losses(run):
     return [(row["step"], row.get("loss"), row.get("eval_loss")) for row in map(json.loads, lines)]
 
 
+@pytest.fixture
+def end_saves(monkeypatch):
+    """Wait until what is saved in the background is saved, or has failed."""
+    futures = []
+
+    def save_training(*args, **kwargs):
+        futures.append(original(*args, **kwargs))
+        return futures[-1]
+
+    original = checkpoints_module.save_training
+    monkeypatch.setattr(checkpoints_module, "save_training", save_training)
+    return lambda: wait(futures)
+
+
 @pytest.mark.parametrize("asks_first", [True, False], ids=["space is asked for", "the write fails"])
-def test_training_goes_on_and_is_complete_once_there_is_room(script, disk, tmp_path, at_step, monkeypatch, asks_first):
+def test_training_goes_on_and_is_complete_once_there_is_room(
+    script, disk, tmp_path, at_step, end_saves, monkeypatch, asks_first
+):
     assert script()[0] == 0
     if not asks_first:
         monkeypatch.setattr(checkpoints_module, "lack_of_space", lambda directory, needed: None)
-    at_step |= {4: lambda: fill(disk), 7: lambda: make_room(disk)}
+    at_step |= {4: lambda: end_saves() and fill(disk), 7: lambda: end_saves() and make_room(disk)}
     code, out, errors = script(f"run.directory={disk}")
     assert (code, errors) == (0, [])
     assert out.count("could not be saved: ") == 2  # steps 4 and 6
