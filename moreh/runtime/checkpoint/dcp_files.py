@@ -64,7 +64,8 @@ class SafeReader(FileSystemReader):
         """
         with (Path(self.path) / ".metadata").open("rb") as file:
             metadata = _MetadataUnpickler(file).load()
-        if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
+        parts = [getattr(metadata, name, None) for name in ("state_dict_metadata", "storage_data")]
+        if not isinstance(metadata, Metadata) or not all(isinstance(part, dict) for part in parts):
             raise ValueError("it is not the metadata of a checkpoint")
         others = {place.relative_path for place in metadata.storage_data.values()} - set(self._files)
         if others:

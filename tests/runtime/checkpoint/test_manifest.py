@@ -8,8 +8,10 @@ import shutil
 
 import pytest
 import torch
+from torch.distributed.checkpoint.metadata import Metadata
 
 from moreh.errors import CheckpointError
+from moreh.runtime.checkpoint.dcp_files import SafeReader
 from moreh.runtime.checkpoint.dcp_io import read_metadata, save_state_async
 from moreh.runtime.checkpoint.dcp_tensors import TensorChunks, chunks_of_full
 from moreh.runtime.checkpoint.manifest import (
@@ -170,3 +172,12 @@ def test_full_disk_is_named_in_the_systems_word(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left on device"):
         save_state_async(state, tmp_path / "state", None).result()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["state_dict_metadata", "storage_data"])
+def test_metadata_with_a_damaged_name_is_refused(tmp_path, name):
+    metadata = Metadata(state_dict_metadata={}, storage_data={})
+    vars(metadata)[f"{name}s"] = vars(metadata).pop(name)
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(ValueError, match="it is not the metadata of a checkpoint"):
+        SafeReader(tmp_path, {}).read_metadata()
