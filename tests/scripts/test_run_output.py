@@ -137,7 +137,9 @@ def test_second_interrupt_ends_the_run_at_any_time(environment, tiny_config, tmp
         os.kill(script.pid, signal.SIGINT)
         finished = script.finish(timeout=60)
         assert finished.returncode == 130
-        assert finished.stderr.splitlines()[-1] == "interrupted"
+        asked = "SIGINT: the run saves and ends after this step; a second signal ends it at once"
+        # On a busy machine, the second signal may end the run so late that the first one is acknowledged.
+        assert finished.stderr.splitlines() in (["interrupted"], [asked, "interrupted"])
     assert not (tmp_path / "runs" / "tiny" / "checkpoints").exists()
     assert "the run ended with KeyboardInterrupt" in (tmp_path / "runs" / "tiny" / "train.log").read_text(
         encoding="utf-8"

@@ -90,7 +90,9 @@ def test_a_run_stopped_by_ctrl_c_and_resumed_has_the_bits_of_a_run_left_alone(
     os.kill(stopped.pid, signal.SIGINT)
     stopped = stopped.finish(timeout=60)
     assert stopped.returncode == 130, stopped.stderr
-    said = stopped.stderr.splitlines()[-1]  # on a busy machine after a line that the signal has come
+    *asked, said = stopped.stderr.splitlines()
+    # On a busy machine, the end may take so long that the signal is acknowledged.
+    assert asked in ([], ["SIGINT: the run saves and ends after this step; a second signal ends it at once"])
     assert said.endswith(f"to continue: python train_gpt.py --config {config} run.name=tiny --resume auto")
     assert "Traceback" not in (tmp_path / "runs" / "tiny" / "train.log").read_text(encoding="utf-8")
     assert not (tmp_path / "runs" / "tiny" / "model").exists()

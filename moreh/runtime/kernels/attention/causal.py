@@ -1,8 +1,7 @@
 """Causal attention on the CPU as a few batched matmuls over blocks of queries: `torch.ops.moreh.causal_attention`.
 
 In bfloat16, torch 2.13's own CPU kernel takes two to three times as long at the sequence lengths of fine-tuning
-(benchmarks/attention.py). blocks.py has the blocks; dispatch.py lets a transformers model use
-them.
+(benchmarks/attention.py). blocks.py has the blocks; dispatch.py lets a transformers model use them.
 """
 
 from collections.abc import Sequence
