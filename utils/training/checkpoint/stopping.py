@@ -25,7 +25,8 @@ class StopRequest:
         self._pid = os.getpid()
         # A handler may run while the main thread holds a lock, so it starts no thread: it wakes one.
         read_end, self._wake = os.pipe()
-        threading.Thread(target=self._acknowledge, args=(read_end,), name="stop-request", daemon=True).start()
+        arguments = (read_end, ACKNOWLEDGE_AFTER_S)
+        threading.Thread(target=self._acknowledge, args=arguments, name="stop-request", daemon=True).start()
         # Only the main thread may set a signal handler.
         if threading.current_thread() is threading.main_thread():
             for number in STOP_SIGNALS:
@@ -44,10 +45,10 @@ class StopRequest:
         signal.signal(number, signal.SIG_DFL)
         os.kill(self._pid, number)
 
-    def _acknowledge(self, read_end: int) -> None:
+    def _acknowledge(self, read_end: int, after_s: float) -> None:
         """Tell a user who has to wait for the end that the signal has come."""
         os.read(read_end, 1)
-        time.sleep(ACKNOWLEDGE_AFTER_S)
+        time.sleep(after_s)
         if self.signal is not None:
             _say(f"{self.signal.name}: the run saves and ends after this step; a second signal ends it at once\n")
 
