@@ -7,14 +7,21 @@ metadata, and refuses all others. DCP itself reads the tensors with `torch.load(
 import io
 import os
 import pickle
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
 from moreh.runtime.checkpoint.manifest import ChecksumFile, FileSum
 
@@ -50,7 +57,7 @@ class _MetadataUnpickler(pickle.Unpickler):
 class SafeReader(FileSystemReader):
     """Reads the files of a checkpoint that its manifest names."""
 
-    def __init__(self, directory: Path, files: Collection[str]) -> None:
+    def __init__(self, directory: Path, files: Mapping[str, FileSum]) -> None:
         super().__init__(directory)
         self._files = files
 
@@ -64,13 +71,43 @@ class SafeReader(FileSystemReader):
         """
         with (Path(self.path) / ".metadata").open("rb") as file:
             metadata = _MetadataUnpickler(file).load()
-        parts = [getattr(metadata, name, None) for name in ("state_dict_metadata", "storage_data")]
-        if not isinstance(metadata, Metadata) or not all(isinstance(part, dict) for part in parts):
+        if not _is_metadata(metadata, sum(file.bytes for file in self._files.values())):
             raise ValueError("it is not the metadata of a checkpoint")
         others = {place.relative_path for place in metadata.storage_data.values()} - set(self._files)
         if others:
-            raise ValueError(f"it names the file {sorted(map(str, others))[0]}, which is none of the checkpoint's")
+            raise ValueError(f"it names the file {sorted(others)[0]}, which is none of the checkpoint's")
         return metadata
+
+
+def _is_metadata(metadata: Any, total_bytes: int) -> bool:
+    """True if an unpickled object has the fields of metadata, and no tensor is larger than all files together."""
+    if not _has_fields(metadata, Metadata, state_dict_metadata=dict, storage_data=dict):
+        return False
+    return all(
+        isinstance(name, str) and (isinstance(entry, BytesStorageMetadata) or _is_tensor(entry, total_bytes))
+        for name, entry in metadata.state_dict_metadata.items()
+    ) and all(
+        _has_fields(index, MetadataIndex, fqn=str)
+        and _has_fields(place, object, relative_path=str, offset=int, length=int)
+        for index, place in metadata.storage_data.items()
+    )
+
+
+def _is_tensor(entry: Any, total_bytes: int) -> bool:
+    fields = {"properties": TensorProperties, "size": torch.Size, "chunks": list}
+    if not _has_fields(entry, TensorStorageMetadata, **fields):
+        return False
+    if not _has_fields(entry.properties, TensorProperties, dtype=torch.dtype) or min(entry.size, default=0) < 0:
+        return False
+    fits = entry.size.numel() * entry.properties.dtype.itemsize <= total_bytes
+    return fits and all(
+        _has_fields(chunk, ChunkStorageMetadata, offsets=torch.Size, sizes=torch.Size) for chunk in entry.chunks
+    )
+
+
+def _has_fields(value: Any, kind: type, **fields: type) -> bool:
+    """True if it is of this class, and each of these attributes of its class. Unpickling sets what the file names."""
+    return isinstance(value, kind) and all(isinstance(getattr(value, name, None), of) for name, of in fields.items())
 
 
 class _ChecksumFileSystem(FileSystem):

@@ -120,7 +120,7 @@ def load_training_state(
     optimizer_tensors: list[dict[str, torch.Tensor]] = []
     with _together(action, mesh):
         state |= _model_chunks(specs, local_tensors, mesh, without)
-        saved = _saved_tensors(directory)
+        saved = _saved_tensors(directory, _GROUPS, _EXTRA)
         _check_model(directory, saved, {name: spec for name, spec in specs.items() if name not in without})
         for index, optimizer in enumerate(optimizers):
             prefix = _OPTIMIZER.format(index)
@@ -153,7 +153,7 @@ def load_extra(directory: str | os.PathLike[str]) -> Any:
         CheckpointError: there is no complete checkpoint.
     """
     directory = Path(directory)
-    extra_bytes = torch.empty(_saved_tensors(directory)[_EXTRA].size, dtype=torch.uint8)
+    extra_bytes = torch.empty(_saved_tensors(directory, _EXTRA)[_EXTRA].size, dtype=torch.uint8)
     read_state({_EXTRA: chunks_of_full(extra_bytes)}, directory, None, f"resuming from {directory}")
     return _object(extra_bytes, directory)
 
@@ -201,10 +201,18 @@ def _with_names_of_all_ranks(groups: list[dict[str, Any]], mesh: Mesh | None) ->
     ]
 
 
-def _saved_tensors(directory: Path) -> dict[str, TensorStorageMetadata]:
-    """The tensors of a checkpoint, by their names on the disk."""
+def _saved_tensors(directory: Path, *needed: str) -> dict[str, TensorStorageMetadata]:
+    """The tensors of a checkpoint, by their names on the disk.
+
+    Raises:
+        CheckpointError: there is no complete checkpoint, or it has none of a needed name.
+    """
     metadata = read_metadata(directory).state_dict_metadata
-    return {name: entry for name, entry in metadata.items() if isinstance(entry, TensorStorageMetadata)}
+    tensors = {name: entry for name, entry in metadata.items() if isinstance(entry, TensorStorageMetadata)}
+    missing = [name for name in needed if name not in tensors]
+    if missing:
+        raise CheckpointError(f"{directory} is damaged (it has no {missing[0]}). Give an earlier checkpoint.")
+    return tensors
 
 
 def _by_parameter(

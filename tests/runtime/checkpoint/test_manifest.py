@@ -8,10 +8,8 @@ import shutil
 
 import pytest
 import torch
-from torch.distributed.checkpoint.metadata import Metadata
 
 from moreh.errors import CheckpointError
-from moreh.runtime.checkpoint.dcp_files import SafeReader
 from moreh.runtime.checkpoint.dcp_io import read_metadata, save_state_async
 from moreh.runtime.checkpoint.dcp_tensors import TensorChunks, chunks_of_full
 from moreh.runtime.checkpoint.manifest import (
@@ -174,10 +172,57 @@ def test_full_disk_is_named_in_the_systems_word(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["state_dict_metadata", "storage_data"])
-def test_metadata_with_a_damaged_name_is_refused(tmp_path, name):
-    metadata = Metadata(state_dict_metadata={}, storage_data={})
-    vars(metadata)[f"{name}s"] = vars(metadata).pop(name)
-    (tmp_path / ".metadata").write_bytes(pickle.dumps(metadata))
-    with pytest.raises(ValueError, match="it is not the metadata of a checkpoint"):
-        SafeReader(tmp_path, {}).read_metadata()
+def parts_of_extra(metadata):
+    """The objects of the metadata that describe `extra`, by class and attribute."""
+    index, place = next((index, place) for index, place in metadata.storage_data.items() if index.fqn == "extra")
+    entry = metadata.state_dict_metadata["extra"]
+    parts = (metadata, entry, entry.properties, entry.chunks[0], index, place)
+    return {(type(part).__name__, name): part for part in parts for name in vars(part)}
+
+
+def damaged_name(metadata, part, name):
+    object.__setattr__(part, f"{name}s", part.__dict__.pop(name))
+
+
+def damaged_value(metadata, part, name):
+    object.__setattr__(part, name, "a")
+
+
+def renamed(metadata, part, name):
+    metadata.state_dict_metadata["extrb"] = metadata.state_dict_metadata.pop("extra")
+
+
+def negative_size(metadata, part, name):
+    part.size = torch.Size([-1])
+
+
+def huge_size(metadata, part, name):
+    part.size = torch.Size([2**60])
+
+
+# What a reader of the state does not use: defaults of the class, or of no effect on what is read.
+UNUSED = {
+    *(("Metadata", name) for name in ("planner_data", "storage_meta", "version")),
+    *(("TensorProperties", name) for name in ("layout", "memory_format", "pin_memory", "requires_grad")),
+    ("MetadataIndex", "index"),
+    ("_StorageInfo", "transform_descriptors"),
+}
+
+
+@pytest.mark.parametrize("damage", [damaged_name, damaged_value, renamed, negative_size, huge_size])
+def test_damaged_metadata_is_refused_in_one_line(saved, tmp_path, damage):
+    """Each attribute of each object, with checksums that fit."""
+    directory = tmp_path / "state"
+    keys = sorted(parts_of_extra(read_metadata(saved / "step-2")).keys() - UNUSED)
+    keys = keys if damage in (damaged_name, damaged_value) else [("TensorStorageMetadata", "size")]
+    assert keys
+    for key in keys:
+        if damage is damaged_name and key[0] == "TensorProperties":  # pickled without names
+            continue
+        shutil.copytree(saved / "step-2", directory)
+        metadata = read_metadata(directory)
+        damage(metadata, parts_of_extra(metadata)[key], key[1])
+        with_valid_manifest(directory, lambda m=metadata: (directory / ".metadata").write_bytes(pickle.dumps(m)))
+        with pytest.raises(CheckpointError, match="is damaged"):
+            load_extra(directory)
+        shutil.rmtree(directory)
