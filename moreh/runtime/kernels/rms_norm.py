@@ -63,22 +63,24 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None, None]:
         saved, weight, scale = ctx.saved_tensors
         weight_fp32 = weight.to(scale.dtype)
         inverse_weight = weight_fp32.reciprocal()
         # autograd casts the gradients to the dtypes of the inputs.
         grad_x = torch.empty_like(saved, dtype=scale.dtype, memory_format=torch.contiguous_format)
-        grad_weight = torch.zeros_like(weight_fp32)
+        grad_weight = torch.zeros_like(weight_fp32) if ctx.needs_input_grad[1] else None
         for chunk, scale_chunk, grad_output_chunk, grad_x_chunk in chunks(saved, scale, grad_output, grad_x):
-            # d(x * scale) = scale * (dx - normed * mean(normed * dx))
+            # d(x * scale) = scale * (dx - normed * mean(normed * dx)), with dx = grad_output * weight
             normed = (
                 scratch(0, chunk.shape, scale.dtype)
                 .copy_(chunk)
                 .mul_(inverse_weight if ctx.saves_output else scale_chunk)
             )
-            product = torch.mul(grad_x_chunk.copy_(grad_output_chunk), normed, out=scratch(1, chunk.shape, scale.dtype))
-            grad_weight += product.sum(0)
-            mean = product.mul_(weight_fp32).mean(-1, keepdim=True)
-            grad_x_chunk.mul_(weight_fp32).addcmul_(normed, mean, value=-1).mul_(scale_chunk)
+            product = scratch(1, chunk.shape, scale.dtype)
+            grad_x_chunk.copy_(grad_output_chunk)
+            if grad_weight is not None:
+                grad_weight += torch.mul(grad_x_chunk, normed, out=product).sum(0)
+            mean = torch.mul(grad_x_chunk.mul_(weight_fp32), normed, out=product).mean(-1, keepdim=True)
+            grad_x_chunk.addcmul_(normed, mean, value=-1).mul_(scale_chunk)
         return grad_x, grad_weight, None, None

@@ -23,11 +23,15 @@ def make_norm(dtype=torch.float64):
 
 
 def output_and_gradients(module, x):
-    """The output, and the gradients of the input and of the weight."""
+    """The output, and the gradients of the input and of the weight if it is trained."""
     output = module(x)
     torch.manual_seed(1)
     grad_output = torch.randn(output.shape, dtype=torch.float64).to(output.dtype)
-    return output, *torch.autograd.grad(output, (x, module.weight), grad_output)
+    return output, *torch.autograd.grad(output, [x, *filter(is_trained, module.parameters())], grad_output)
+
+
+def is_trained(parameter):
+    return parameter.requires_grad
 
 
 def bound(module):
@@ -44,13 +48,14 @@ def worst_difference(module, x):
     return compare.worst(compare.max_difference(a, b) for a, b in zip(actual, expected, strict=True))
 
 
-# 7 rows in chunks of 1, of 3, and together.
+# 7 rows in chunks of 1, of 3, and together. The weight is frozen where adapters are trained.
+@pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("chunk_elements", [1, 3 * SIZE, row_chunks.CHUNK_ELEMENTS])
-def test_equals_the_norm_of_transformers(monkeypatch, chunk_elements):
+def test_equals_the_norm_of_transformers(monkeypatch, chunk_elements, frozen):
     monkeypatch.setattr(row_chunks, "CHUNK_ELEMENTS", chunk_elements)
     # Not contiguous, as a slice of a longer sequence.
     x = torch.randn(1, 9, SIZE, dtype=torch.float64)[:, 1:8].requires_grad_()
-    assert worst_difference(make_norm(), x) < 1e-12
+    assert worst_difference(make_norm().requires_grad_(not frozen), x) < 1e-12
 
 
 def without_epsilon(x, weight, epsilon, dtype, compute=rms_norm.rms_norm):
