@@ -147,7 +147,7 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--momentum", action="store_true", help="With --optimizer sgd or rmsprop, use momentum.")
     group.add_argument(
-        "--own-loss", action="store_true", help="The script makes the loss of the logits, as in distillation."
+        "--own-loss", action="store_true", help="The script computes its loss from the logits, as in distillation."
     )
 
 

@@ -156,6 +156,7 @@ def _with_command(arguments: list[str]) -> list[str]:
 def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="moreh-smi",
+        usage="moreh-smi [options], or moreh-smi device {--list,--add,--rm,--switch}",
         description="Show your MoAI Accelerators and the jobs that run on them.",
         epilog=EXAMPLES + EXIT_CODES,
         formatter_class=help_formatter(),
@@ -199,7 +200,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def _add_device_command(parser: argparse.ArgumentParser) -> None:
-    commands = parser.add_subparsers(dest="command", metavar="device")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands", prog="moreh-smi")
     device = commands.add_parser(
         "device",
         help="List, add, remove or switch accelerators (see moreh-smi device --help).",
