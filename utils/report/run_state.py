@@ -13,6 +13,8 @@ from moreh.atomic_io import replacing_file
 
 FILE = "run.json"
 RUNNING, FINISHED, STOPPED, FAILED, KILLED = "running", "finished", "stopped", "failed", "killed"
+MAX_NUMBER = 2**63
+"""Numbers of a run are smaller: seconds, steps, bytes."""
 
 
 @dataclass(frozen=True)
@@ -69,12 +71,21 @@ def read_state(directory: Path) -> RunState | None:
     """The state of the run in a directory; None if it has left none, or one that cannot be read."""
     try:
         content = json.loads((directory / FILE).read_text(encoding="utf-8"))
+        if not _has_figures_of_a_run(content):
+            return None
         samples = _SAMPLES.validate_python(content.pop("samples"))
         for plan in content.get("plans", []):
             TypeAdapter(ChosenPlan).validate_python(plan)
         return replace(_STATE.validate_python({**content, "samples": []}), samples=samples)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
+
+
+def _has_figures_of_a_run(content: Any) -> bool:
+    """False if JSON has a number that no run writes: an infinite one, NaN, or one that overflows a sum of times."""
+    if isinstance(content, (dict, list)):
+        return all(map(_has_figures_of_a_run, content.values() if isinstance(content, dict) else content))
+    return not isinstance(content, (int, float)) or abs(content) < MAX_NUMBER
 
 
 def write_state(directory: Path, state: RunState) -> None:

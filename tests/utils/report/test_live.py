@@ -150,7 +150,21 @@ def test_error_is_one_warning_and_the_next_renewal_tries_again(directory, clock,
     assert "<b>4</b>" in (directory / "report.html").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"samples": [{}]}', '{"samples": [], "newer": 1}'])
+STRANGE_STATES = [
+    "",
+    "{",
+    "[]",
+    '{"samples": [{}]}',
+    '{"samples": [], "newer": 1}',
+    '{"samples": [], "started": Infinity}',
+    '{"samples": [], "started": 1, "ended": 1e999}',
+    '{"samples": [], "started": NaN}',
+    '{"samples": [], "started": 1, "total_steps": 1' + 400 * "0" + "}",
+    '{"samples": [{"step": -1' + 400 * "0" + ', "text": "a"}], "started": 1}',
+]
+
+
+@pytest.mark.parametrize("content", STRANGE_STATES)
 def test_state_that_cannot_be_read_is_none(directory, content):
     (directory / "run.json").write_text(content, encoding="utf-8")
     assert read_state(directory) is None
