@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-import moreh.runtime.kernels.attention  # noqa: F401  defines torch.ops.moreh.causal_attention
+import moreh.runtime.kernels.attention.causal  # noqa: F401  defines torch.ops.moreh.causal_attention
 from moreh.errors import OptionError
 
 _aten = torch.ops.aten
