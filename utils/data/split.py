@@ -35,9 +35,9 @@ def split_examples(
     held_out: int | None = None,
     mix: Mix | None = None,
 ) -> Split:
-    """Choose the held-out examples at random. Equal ones, where they are kept, are on the same side.
+    """Choose the held-out examples at random. Equal examples, where they are kept, are in the same part.
 
-    They are chosen before a weight repeats or leaves out rows, so that no held-out example is trained on.
+    The choice comes before a weight repeats or leaves out rows, so that no held-out example is trained on.
 
     Args:
         digests: a hash of each example: `[examples, 2]`.
@@ -54,36 +54,47 @@ def split_examples(
     if not keeps_duplicates:
         groups = _Groups(groups.members[groups.starts], np.arange(len(groups.starts)), np.ones_like(groups.starts))
     if held_out is not None:
-        is_held_out = groups.members[groups.starts] < held_out
-        others = _Groups(groups.members, groups.starts[~is_held_out], groups.sizes[~is_held_out])
-        training = _shuffled(others, seed).members
-        evaluation = np.sort(groups.members[groups.members < held_out])
-        if not len(training):
-            raise UserError("data.eval_files: all rows of the source are equal to rows of these files")
+        training, evaluation = _hold_out_first(groups, held_out, seed)
     else:
-        shuffled = _shuffled(groups, seed)
         mix = mix or Mix(np.zeros(len(digests), np.int64), np.ones(1))
-        source_of_group = mix.source_of[shuffled.members[shuffled.starts]]
-        rows_of_source = np.bincount(source_of_group, shuffled.sizes, len(mix.weights)).astype(np.int64)
-        count = int(mix.rows_once(rows_of_source).sum())
-        if eval_rows is None:
-            eval_rows = min(_MAX_EVAL_ROWS, max(1, count // 10))
-        if eval_rows >= count:
-            raise UserError(f"data.eval_rows: {eval_rows} rows are requested, but the data has only {count}")
-        is_held_out = np.zeros(len(shuffled.sizes), bool)
-        for source, rows in enumerate(mix.to_hold_out(rows_of_source, eval_rows)):
-            if rows:
-                groups_of_source = np.flatnonzero(source_of_group == source)
-                ends = np.cumsum(shuffled.sizes[groups_of_source])
-                is_held_out[groups_of_source[: np.searchsorted(ends, rows) + 1]] = True
-        if is_held_out.all():
-            raise UserError(
-                f"data.eval_rows: with {eval_rows} rows held out, none are left for training, because equal rows stay "
-                "together"
-            )
-        is_held_out_row = np.repeat(is_held_out, shuffled.sizes)
-        training, evaluation = shuffled.members[~is_held_out_row], shuffled.members[is_held_out_row]
+        training, evaluation = _hold_out_at_random(_shuffled(groups, seed), eval_rows, mix)
     return Split(training, evaluation, duplicates=len(digests) - len(training) - len(evaluation))
+
+
+def _hold_out_first(groups: "_Groups", count: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The examples to train on, and the first `count` examples; those equal to one of these are in neither part."""
+    is_held_out = groups.members[groups.starts] < count
+    others = _Groups(groups.members, groups.starts[~is_held_out], groups.sizes[~is_held_out])
+    training = _shuffled(others, seed).members
+    if not len(training):
+        raise UserError("data.eval_files: all rows of the source are equal to rows of these files")
+    return training, np.sort(groups.members[groups.members < count])
+
+
+def _hold_out_at_random(
+    shuffled: "_Groups", eval_rows: int | None, mix: Mix
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The examples to train on, and the held-out ones: the first groups of each source."""
+    source_of_group = mix.source_of[shuffled.members[shuffled.starts]]
+    rows_of_source = np.bincount(source_of_group, shuffled.sizes, len(mix.weights)).astype(np.int64)
+    count = int(mix.rows_once(rows_of_source).sum())
+    if eval_rows is None:
+        eval_rows = min(_MAX_EVAL_ROWS, max(1, count // 10))
+    if eval_rows >= count:
+        raise UserError(f"data.eval_rows: {eval_rows} rows are requested, but the data has only {count}")
+    is_held_out = np.zeros(len(shuffled.sizes), bool)
+    for source, rows in enumerate(mix.to_hold_out(rows_of_source, eval_rows)):
+        if rows:
+            groups_of_source = np.flatnonzero(source_of_group == source)
+            ends = np.cumsum(shuffled.sizes[groups_of_source])
+            is_held_out[groups_of_source[: np.searchsorted(ends, rows) + 1]] = True
+    if is_held_out.all():
+        raise UserError(
+            f"data.eval_rows: with {eval_rows} rows held out, none are left for training, because equal rows stay "
+            "together"
+        )
+    is_held_out_row = np.repeat(is_held_out, shuffled.sizes)
+    return shuffled.members[~is_held_out_row], shuffled.members[is_held_out_row]
 
 
 @dataclass(frozen=True)
