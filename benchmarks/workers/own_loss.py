@@ -1,9 +1,9 @@
-"""The cost of a script's own loss on several workers: a step with it against one with the model's own loss.
+"""The cost of a custom loss on several workers: a step with it, compared with a step with the built-in loss.
 
 python benchmarks/workers/own_loss.py [--rounds 5] [--only PART_OF_A_PLAN]
 
-A loss that a script makes of the logits needs a forward pass more. Both steps have the same plan, the same processes
-and the same model, and take turns; the ratios are those of medians, of the slowest worker's time and of all CPU time.
+A loss that the script computes from the logits needs an additional forward pass. Both steps have the same plan,
+processes and model, and alternate. The ratios are those of medians: of the slowest worker's time, and of all CPU time.
 Run it on a machine that does nothing else. Where there are fewer cores than workers, only the CPU time says something.
 """
 

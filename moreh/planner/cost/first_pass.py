@@ -1,7 +1,7 @@
-"""The cost of a script's own loss: a forward pass computes its logits, before the training passes.
+"""The cost of a custom loss: an additional forward pass computes the logits, before the training passes.
 
-The script makes the loss of the whole batch's logits, which every device has, and the gradient of that loss by them.
-Then a second pass of the schedule computes what any loss needs (`moreh/runtime/engine/calls/logits.py`).
+Every device gets the logits of the whole batch. The script computes its loss from them, and the gradient of the logits.
+A second pass of the schedule then computes the gradients of the parameters (`moreh/runtime/engine/calls/logits.py`).
 """
 
 import numpy as np

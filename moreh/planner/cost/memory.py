@@ -76,7 +76,7 @@ class PeakMemory:
 def peak_memory(plans: PlanTable, training: Training, software: SoftwareProfile) -> PeakMemory:
     """The memory of every plan."""
     needed = _memory_of_passes(plans, training, software)
-    # Between the two passes of a script's own loss there are its logits, and in the second one their gradient.
+    # A custom loss keeps its logits between its two passes, and their gradient during the second one.
     return replace(needed, logits=needed.logits + own_loss_bytes(training))
 
 

@@ -86,7 +86,7 @@ class Training:
     optimizer: OptimizerState = ADAMW
     """The optimizer that updates the weights."""
     own_loss: bool = False
-    """True if the script makes the loss of the logits, which on several devices takes a forward pass of its own."""
+    """True if the script computes its loss from the logits, which needs a second forward pass on several devices."""
 
     @property
     def tokens(self) -> int:

@@ -14,8 +14,8 @@ from moreh.planner.search.search import TIE_TOLERANCE
 from moreh.planner.units import gib, percent_text, seconds_text
 from moreh.tables import Column, Table
 
-# The meaning of the pieces that a plan's notation omits.
-DEFAULT_PIECES = {
+# The meaning of the fields that a plan's notation omits.
+DEFAULT_FIELDS = {
     "cp": "cp1",
     "ep": "ep1",
     "schedule": "1f1b",
@@ -45,7 +45,7 @@ def _explanation_rows(predictions: Sequence[Prediction]) -> list[tuple[str, ...]
     rows = [
         (part.name, *(seconds_text(getattr(prediction.parts, field), step_s) for prediction in predictions))
         for field, part in STEP_PARTS.items()
-        # Only a mixture of experts, and only a loss of the script's own, has these parts.
+        # Only a mixture of experts has the first of these parts, and only a custom loss the second.
         if field not in ("expert_exchange_s", "first_pass_s")
         or any(getattr(prediction.parts, field) for prediction in predictions)
     ]
@@ -125,13 +125,13 @@ def _more_or_less(seconds: float, step_s: float) -> str:
 
 
 def _cause(asked: Plan, best: Plan, field: str) -> str:
-    """The pieces of both plans that a part of the step depends on and in which they differ; empty where they do not."""
-    asked_pieces, best_pieces = plan_fields(asked), plan_fields(best)
-    names = [name for name in STEP_PARTS[field].pieces if asked_pieces[name] != best_pieces[name]]
+    """The fields of both plans that a part of the step depends on and in which they differ; empty where they do not."""
+    asked_fields, best_fields = plan_fields(asked), plan_fields(best)
+    names = [name for name in STEP_PARTS[field].plan_fields if asked_fields[name] != best_fields[name]]
     if not names:
         return ""
     asked_text, best_text = (
-        " ".join(pieces[name] or DEFAULT_PIECES[name] for name in names) for pieces in (asked_pieces, best_pieces)
+        " ".join(fields[name] or DEFAULT_FIELDS[name] for name in names) for fields in (asked_fields, best_fields)
     )
     return f", with {asked_text} instead of {best_text}"
 

@@ -10,8 +10,8 @@ class StepPart:
     name: str
     short: str
     """The name in a narrow table."""
-    pieces: tuple[str, ...]
-    """The pieces of a plan's notation that the part depends on most."""
+    plan_fields: tuple[str, ...]
+    """The fields of a plan's notation that the part depends on most."""
 
 
 # By the field of StepBreakdown.

@@ -166,10 +166,12 @@ class ModelRunner:
             return self._sum_over_ranks(losses)
 
     def logits(self, inputs: ModelInputs) -> torch.Tensor:
-        """The logits `[batch, sequence, vocabulary]` of a batch on every rank, with gradients on those of `call`.
+        """The logits `[batch, sequence, vocabulary]` of a batch on every rank; collective.
+
+        With gradients enabled, the logits are differentiable by the parameters.
 
         Raises:
-            OptionError: the script wants gradients of the inputs.
+            OptionError: the script needs gradients of the inputs.
         """
         return batch_logits(self._logits_passes, inputs)
 

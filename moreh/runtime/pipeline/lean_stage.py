@@ -113,7 +113,7 @@ class LeanPipelineStage(_Stage):  # type: ignore[misc]
         """Sum the gradients over ranks, as torch since 2.15 does, but leave FSDP's manual finalization on.
 
         torch turns it on before a forward pass and off here. FSDP allows neither within a backward pass, where the
-        second pass of a script's own loss runs.
+        second pass for a custom loss runs.
         """
         self.submod.set_requires_gradient_sync(True)
         self.submod.set_reshard_after_backward(True)

@@ -1,7 +1,7 @@
-"""Logits of a whole batch on every rank, and the backward pass of the script's own loss.
+"""Logits of a whole batch on every rank, and the backward pass of a custom loss.
 
-The forward pass of a call without labels, or of one whose logits are read, keeps no activations. The script's own loss
-gives the gradient of the logits at `backward()`. Then a second pass of the plan's schedule, with the same random
+The forward pass of a call without labels, or of one whose logits are read, keeps no activations. `backward()` of the
+custom loss computes the gradient of the logits. Then a second pass of the plan's schedule, with the same random
 numbers, computes the gradients of `(logits * gradient).sum()`.
 """
 
