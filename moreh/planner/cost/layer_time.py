@@ -12,7 +12,7 @@ from moreh.models.architecture import Architecture, DecoderLayer
 from moreh.planner.cost.expert_time import routing_s, token_exchange_s
 from moreh.planner.hardware.cluster import Cluster, RingLinks, ring_links
 from moreh.planner.hardware.roofline import Roofline
-from moreh.planner.plan.arrays import FloatArray, IntArray
+from moreh.planner.plan.arrays import BoolArray, FloatArray, IntArray
 from moreh.planner.plan.plan import Training
 from moreh.planner.plan.plan_table import RECOMPUTE_FULL, RECOMPUTE_SELECTIVE, PlanTable
 from moreh.planner.software_profile import SoftwareProfile
@@ -51,6 +51,17 @@ class LayerTime:
     expert_backward_s: FloatArray
     """The same in the backward pass, recomputation included."""
 
+    @property
+    def whole_forward_s(self) -> FloatArray:
+        """The forward pass with its communication, [n]."""
+        return self.forward_s + self.forward_exchange_s + self.expert_forward_s
+
+    @property
+    def whole_backward_s(self) -> FloatArray:
+        """The backward pass with its recomputation and communication, [n]."""
+        backward_s = self.backward_s + self.backward_exchange_s + self.recompute_s + self.recompute_exchange_s
+        return backward_s + self.expert_backward_s
+
 
 @dataclass(frozen=True)
 class EdgeTime:
@@ -58,6 +69,10 @@ class EdgeTime:
 
     forward_s: FloatArray
     backward_s: FloatArray
+
+    def where_s(self, applies: BoolArray) -> FloatArray:
+        """Forward and backward seconds for the plans to which they apply, [n]; 0 for the others."""
+        return np.where(applies, self.forward_s + self.backward_s, 0.0)
 
 
 def micro_batch_tokens(plans: PlanTable, training: Training) -> IntArray:
@@ -254,3 +269,17 @@ def head_time(roofline: Roofline, cluster: Cluster, plans: PlanTable, training: 
         forward_s=roofline.matmul_s(tokens, vocabulary_shard, hidden, float8=False) + loss_s,
         backward_s=backward_s + loss_s + exchange_s,
     )
+
+
+def orthogonalizing_s(roofline: Roofline, training: Training) -> float:
+    """Seconds in which Muon orthogonalizes the matrices of all layers; every device computes all of them."""
+    seconds, steps = 0.0, training.optimizer.orthogonalizing_steps
+    for layer, count in training.architecture.layer_kinds() if steps else ():
+        for linear in layer.linears:
+            if linear.is_trained_matrix:
+                short, long = sorted((linear.inputs, linear.outputs))
+                # X X', its square, and the product with X
+                matmuls = [(short, short, long), (short, short, short), (short, long, short)]
+                once_s = sum(float(roofline.matmul_s(*sizes, float8=False)) for sizes in matmuls)
+                seconds += count * linear.copies * steps * once_s
+    return seconds

@@ -1,7 +1,7 @@
 """Seconds of every pipeline stage, and of the work after the last micro-batch.
 
-`stage_time` adds up layer_time.py's layers to stages and puts data-parallel communication beside them. The simulation
-of pipeline_time.py and its bounds work on the result.
+`stage_time` adds up the layers of layer_time.py to stages, with the data-parallel communication that computation does
+not hide. The result is the input of the simulation in pipeline_time.py and of the bounds in pipeline_bounds.py.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -9,7 +9,15 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 
 from moreh.planner.cost.first_pass import first_pass_s
-from moreh.planner.cost.layer_time import EdgeTime, embedding_time, head_time, layer_time, micro_batch_tokens
+from moreh.planner.cost.layer_time import (
+    EdgeTime,
+    LayerTime,
+    embedding_time,
+    head_time,
+    layer_time,
+    micro_batch_tokens,
+    orthogonalizing_s,
+)
 from moreh.planner.cost.stage_parameters import (
     ReplicaRings,
     StageParameters,
@@ -20,7 +28,7 @@ from moreh.planner.cost.stage_parameters import (
 from moreh.planner.hardware.cluster import Cluster
 from moreh.planner.hardware.roofline import Roofline
 from moreh.planner.optimizer_state import state_bytes
-from moreh.planner.plan.arrays import BoolArray, FloatArray
+from moreh.planner.plan.arrays import FloatArray
 from moreh.planner.plan.plan import Training
 from moreh.planner.plan.plan_table import (
     SHARD_GRADIENTS,
@@ -57,7 +65,7 @@ class StageTime:
     all_work_s: FloatArray
     """All devices' micro-batches, if the CPU cores that they share are never idle; 0 where none are shared, [n]."""
     first_pass_s: FloatArray
-    """Time before the first micro-batch: the forward pass for a script's own loss, [n]."""
+    """Time before the first micro-batch: the forward pass for the logits of a custom loss, [n]."""
     computation_s: FloatArray
     """Matmuls and other kernels of one micro-batch on the busiest rank, [n]."""
     recomputation_s: FloatArray
@@ -82,22 +90,72 @@ class StageTime:
         return replace(self, **{name: factor * getattr(self, name) for name in seconds})
 
 
+@dataclass(frozen=True)
+class _ModelParts:
+    """Seconds of the parts of a model for one micro-batch."""
+
+    layer: LayerTime
+    """A layer: the mean over the model's layers."""
+    embedding: EdgeTime
+    """What the first stage computes besides its layers."""
+    head: EdgeTime
+    """What the last stage computes besides its layers."""
+
+
+@dataclass(frozen=True)
+class _Replicas:
+    """The parameters of a device, and the ranks that it exchanges parameters and gradients with."""
+
+    parameters: StageParameters
+    """All parameters."""
+    trainable: StageParameters
+    """The parameters that are not frozen."""
+    rings: ReplicaRings
+    """The groups of devices that hold the same weights."""
+
+
 def stage_time(roofline: Roofline, cluster: Cluster, plans: PlanTable, training: Training) -> StageTime:
     """The time of every stage of every plan."""
-    software = roofline.software
-    layer = layer_time(roofline, cluster, plans, training)
-    embedding = embedding_time(roofline, cluster, plans, training)
-    head = head_time(roofline, cluster, plans, training)
-    parameters = parameters_per_device(training.architecture, plans, trainable_only=False)
-    trainable = parameters_per_device(training.architecture, plans, trainable_only=True)
-    rings = ReplicaRings.of(roofline, cluster, plans)
+    arguments = (roofline, cluster, plans, training)
+    parts = _ModelParts(layer_time(*arguments), embedding_time(*arguments), head_time(*arguments))
+    replicas = _Replicas(
+        parameters_per_device(training.architecture, plans, trainable_only=False),
+        parameters_per_device(training.architecture, plans, trainable_only=True),
+        ReplicaRings.of(roofline, cluster, plans),
+    )
+    forward, backward = _passes_s(roofline, plans, training, parts, replicas)
+    rank_totals = sum_by_rank(plans, forward + backward)
+    gradients, optimizer = _step_end_s(roofline, plans, replicas, backward, training)
+    # All devices do a step's end at the same time, each with its share of a core.
+    sharing = cluster.devices_per_core
+    gradients = sharing * (gradients + _tied_exchange_s(roofline, cluster, plans, training))
+    optimizer = sharing * (optimizer + roofline.efficiency.step_host_s)
+    all_work = sharing * plans.micro_batches * rank_totals.mean(axis=1) if sharing > 1 else np.zeros(len(plans))
+    times = StageTime(
+        forward_s=forward,
+        backward_s=backward,
+        weight_fraction=parts.layer.weights_s / parts.layer.whole_backward_s,
+        send_s=_send_s(roofline, cluster, plans, stage_output_bytes(plans, training, roofline.software)),
+        gradients_s=gradients,
+        optimizer_s=optimizer,
+        all_work_s=all_work,
+        first_pass_s=first_pass_s(roofline, cluster, plans, forward, training),
+        **_busiest_rank_s(plans, parts, rank_totals),
+    )
+    return times.slower(roofline.efficiency.slowdown)
 
+
+def _passes_s(
+    roofline: Roofline, plans: PlanTable, training: Training, parts: _ModelParts, replicas: _Replicas
+) -> tuple[FloatArray, FloatArray]:
+    """Seconds of the forward and of the backward pass of one micro-batch through each stage, [n, stages] each."""
+    software, rings = roofline.software, replicas.rings
+    parameters, trainable = replicas.parameters, replicas.trainable
     # Sharded parameters are gathered for each forward and each backward pass. Sharded gradients are reduced in each
     # backward pass. Bytes of a parameter, 0 where that happens once a step or never.
     reshards = reshards_each_micro_batch(plans.pipeline, software)
     gather_bytes = np.where((plans.sharding == SHARD_PARAMETERS) & reshards, software.gather_bytes, 0)
     reduce_bytes = np.where((plans.sharding >= SHARD_GRADIENTS) & reshards, software.reduce_bytes, 0)
-
     zeros = np.zeros(len(plans))
 
     def with_exchange(
@@ -119,53 +177,44 @@ def stage_time(roofline: Roofline, cluster: Cluster, plans: PlanTable, training:
             return roofline.overlapped_s(computation_s, exchange_s)
         return computation_s + exchange_s
 
-    layer_forward = layer.forward_s + layer.forward_exchange_s
-    layer_forward = layer_forward + layer.expert_forward_s
-    layer_backward = layer.backward_s + layer.backward_exchange_s + layer.recompute_s + layer.recompute_exchange_s
-    layer_backward = layer_backward + layer.expert_backward_s
+    layer, embedding, head = parts.layer, parts.embedding, parts.head
     collectives = _matrices_of_layer(training) if software.exchanges_each_matrix else 1
-    forward_s = with_exchange(layer_forward, parameters.layer, zeros, parameters.experts, collectives=collectives)
+    forward_s = with_exchange(
+        layer.whole_forward_s, parameters.layer, zeros, parameters.experts, collectives=collectives
+    )
     backward_s = with_exchange(
-        layer_backward, parameters.layer, trainable.layer, parameters.experts, trainable.experts, collectives
+        layer.whole_backward_s, parameters.layer, trainable.layer, parameters.experts, trainable.experts, collectives
     )
     forward, backward = forward_s[:, None] * plans.stage_layers, backward_s[:, None] * plans.stage_layers
     forward[:, 0] += with_exchange(embedding.forward_s, parameters.first, zeros)
     backward[:, 0] += with_exchange(embedding.backward_s, zeros, trainable.first)
     forward[:, -1] += with_exchange(head.forward_s, parameters.last, zeros)
     backward[:, -1] += with_exchange(head.backward_s, parameters.last, trainable.last)
+    return forward, backward
 
-    rank_totals = sum_by_rank(plans, forward + backward)
-    busiest = np.argmax(rank_totals, axis=1)
-    rows = np.arange(len(plans))
+
+def _busiest_rank_s(plans: PlanTable, parts: _ModelParts, rank_totals: FloatArray) -> dict[str, FloatArray]:
+    """The last five fields of `StageTime`, by name.
+
+    Args:
+        rank_totals: Seconds of one micro-batch on each pipeline rank, forward and backward, [n, pipeline].
+    """
+    layer, busiest, rows = parts.layer, np.argmax(rank_totals, axis=1), np.arange(len(plans))
     layers = sum_by_rank(plans, plans.stage_layers.astype(np.float64))[rows, busiest]
     ranks = plans.stage_ranks
     computation = layers * (layer.forward_s + layer.backward_s)
-    computation += _edge_s(embedding, busiest == ranks[0]) + _edge_s(head, busiest == ranks[-1])
+    computation += parts.embedding.where_s(busiest == ranks[0]) + parts.head.where_s(busiest == ranks[-1])
     recomputation = layers * layer.recompute_s
     exchange = layers * (layer.forward_exchange_s + layer.backward_exchange_s + layer.recompute_exchange_s)
     experts = layers * (layer.expert_forward_s + layer.expert_backward_s)
-    gradients, optimizer = _step_end_s(roofline, plans, parameters, trainable, rings, backward, training)
-    # All devices do a step's end at the same time, each with its share of a core.
-    sharing = cluster.devices_per_core
-    gradients = sharing * (gradients + _tied_exchange_s(roofline, cluster, plans, training))
-    optimizer = sharing * (optimizer + roofline.efficiency.step_host_s)
-    all_work = sharing * plans.micro_batches * rank_totals.mean(axis=1) if sharing > 1 else zeros
-    times = StageTime(
-        forward_s=forward,
-        backward_s=backward,
-        weight_fraction=layer.weights_s / layer_backward,
-        send_s=_send_s(roofline, cluster, plans, stage_output_bytes(plans, training, roofline.software)),
-        gradients_s=gradients,
-        optimizer_s=optimizer,
-        all_work_s=all_work,
-        first_pass_s=first_pass_s(roofline, cluster, plans, forward, training),
-        computation_s=computation,
-        recomputation_s=recomputation,
-        tensor_exchange_s=exchange,
-        data_exchange_s=np.maximum(0.0, rank_totals[rows, busiest] - computation - recomputation - exchange - experts),
-        expert_exchange_s=experts,
-    )
-    return times.slower(roofline.efficiency.slowdown)
+    rest = rank_totals[rows, busiest] - computation - recomputation - exchange - experts
+    return {
+        "computation_s": computation,
+        "recomputation_s": recomputation,
+        "tensor_exchange_s": exchange,
+        "data_exchange_s": np.maximum(0.0, rest),
+        "expert_exchange_s": experts,
+    }
 
 
 def _matrices_of_layer(training: Training) -> float:
@@ -173,11 +222,6 @@ def _matrices_of_layer(training: Training) -> float:
     kinds = training.architecture.layer_kinds()
     matrices = sum(count * sum(not linear.is_expert for linear in layer.linears) for layer, count in kinds)
     return matrices / len(training.architecture.layers)
-
-
-def _edge_s(edge: EdgeTime, applies: BoolArray) -> FloatArray:
-    """Forward and backward seconds of the embedding or the output layer for the plans to which it applies, [n]."""
-    return np.where(applies, edge.forward_s + edge.backward_s, 0.0)
 
 
 def stage_output_bytes(plans: PlanTable, training: Training, software: SoftwareProfile) -> FloatArray:
@@ -209,19 +253,14 @@ def _tied_exchange_s(roofline: Roofline, cluster: Cluster, plans: PlanTable, tra
 
 
 def _step_end_s(
-    roofline: Roofline,
-    plans: PlanTable,
-    parameters: StageParameters,
-    trainable: StageParameters,
-    rings: ReplicaRings,
-    backward_s: FloatArray,
-    training: Training,
+    roofline: Roofline, plans: PlanTable, replicas: _Replicas, backward_s: FloatArray, training: Training
 ) -> tuple[FloatArray, FloatArray]:
     """Seconds after the last micro-batch on the rank that has most to do, [n] each: gradients and optimizer.
 
     The seconds of gradients are those of their reduction and of gathering the updated parameters.
     """
-    software = roofline.software
+    software, rings = roofline.software, replicas.rings
+    parameters, trainable = replicas.parameters, replicas.trainable
     most_trainable = sum_by_rank(plans, trainable.of_stages(plans)).max(axis=1)
     most_parameters = sum_by_rank(plans, parameters.of_stages(plans)).max(axis=1)
 
@@ -254,18 +293,4 @@ def _step_end_s(
     # Experts have fewer replicas to shard them over.
     trained = (most_trainable + trained_experts * (np.where(shards > 1, plans.expert, 1) - 1)) / shards
     optimizer_s = trained * (moved_bytes + software.weight_copy_bytes) / roofline.memory_rate
-    return gradients_s + gathers_s, optimizer_s + _orthogonalizing_s(roofline, training)
-
-
-def _orthogonalizing_s(roofline: Roofline, training: Training) -> float:
-    """Seconds in which Muon orthogonalizes the matrices of all layers; every device computes all of them."""
-    seconds, steps = 0.0, training.optimizer.orthogonalizing_steps
-    for layer, count in training.architecture.layer_kinds() if steps else ():
-        for linear in layer.linears:
-            if linear.is_trained_matrix:
-                short, long = sorted((linear.inputs, linear.outputs))
-                # X X', its square, and the product with X
-                matmuls = [(short, short, long), (short, short, short), (short, long, short)]
-                once_s = sum(float(roofline.matmul_s(*sizes, float8=False)) for sizes in matmuls)
-                seconds += count * linear.copies * steps * once_s
-    return seconds
+    return gradients_s + gathers_s, optimizer_s + orthogonalizing_s(roofline, training)

@@ -8,7 +8,7 @@ import numpy as np
 
 from moreh.errors import PlanError
 from moreh.planner.cost.memory import PeakMemory, peak_memory
-from moreh.planner.cost.pipeline_bounds import makespan_lower_bound
+from moreh.planner.cost.pipeline_bounds import PipelineTable, makespan_lower_bound
 from moreh.planner.cost.prediction import Prediction, predict_row, step_seconds
 from moreh.planner.cost.stage_time import StageTime, stage_time
 from moreh.planner.hardware.environment import Environment
@@ -168,14 +168,16 @@ def _cost_table(table: PlanTable, needed: PeakMemory, training: Training, enviro
         pipeline_s = table.micro_batches * (times.forward_s[:, 0] + times.backward_s[:, 0])
     else:
         pipeline_s = makespan_lower_bound(
-            table.schedule,
-            table.pipeline,
-            table.micro_batches,
-            table.chunks,
-            times.forward_s,
-            times.backward_s,
-            times.weight_fraction[:, None],
-            times.send_s,
+            PipelineTable(
+                schedule=table.schedule,
+                ranks=table.pipeline,
+                chunks=table.chunks,
+                micro_batches=table.micro_batches,
+                forward_s=times.forward_s,
+                backward_s=times.backward_s,
+                weight_fraction=times.weight_fraction[:, None],
+                send_s=times.send_s,
+            )
         )
     return _CostedTable(table, times, needed, np.maximum(pipeline_s, times.all_work_s) + times.tail_s)
 

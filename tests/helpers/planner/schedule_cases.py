@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from moreh.planner.cost.pipeline_bounds import makespan_lower_bound
+from moreh.planner.cost.pipeline_bounds import PipelineTable, makespan_lower_bound
 from moreh.planner.plan.plan import SCHEDULES, Schedule
 from moreh.planner.plan.schedules import is_runnable
 
@@ -53,8 +53,7 @@ def lower_bound(case: tuple[Any, ...]) -> float:
     """The lower bound of one candidate, given as arguments of `simulate`."""
     schedule, ranks, micro_batches, chunks, forward_s, backward_s, weight_fraction, send_s = case
     times = np.asarray(forward_s)[None], np.asarray(backward_s)[None]
-    bound = makespan_lower_bound(
-        schedule, ranks, np.array([micro_batches]), chunks, *times, weight_fraction, np.array([send_s])
-    )
+    count, sends = np.array([micro_batches]), np.array([send_s])
+    bound = makespan_lower_bound(PipelineTable(schedule, ranks, chunks, count, *times, weight_fraction, sends))
     assert bound.shape == (1,)
     return float(bound[0])

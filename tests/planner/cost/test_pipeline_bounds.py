@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from moreh.planner.cost.pipeline_bounds import makespan_lower_bound, operations_at_ends
+from moreh.planner.cost.pipeline_bounds import PipelineTable, makespan_lower_bound, operations_at_ends
 from moreh.planner.cost.pipeline_time import makespan
 from moreh.planner.plan.plan import SCHEDULES
 from moreh.planner.plan.schedules import SPLIT_BACKWARD, operations, peak_in_flight
@@ -78,7 +78,8 @@ def test_bounds_of_many_candidates_are_those_of_each_alone():
         micro_batches = rng.choice([ranks, 2 * ranks, 7 * ranks], 20)
         forward_s, backward_s = rng.uniform(0.5, 2, (2, 20, ranks * chunks))
         send_s = rng.choice([0.0, 0.2, 2.0], 20)
-        together = makespan_lower_bound(schedule, ranks, micro_batches, chunks, forward_s, backward_s, 0.4, send_s)
+        table = PipelineTable(schedule, ranks, chunks, micro_batches, forward_s, backward_s, 0.4, send_s)
+        together = makespan_lower_bound(table)
         candidates = zip(micro_batches.tolist(), forward_s, backward_s, send_s.tolist(), strict=True)
         alone = [lower_bound((schedule, ranks, count, chunks, f, b, 0.4, send)) for count, f, b, send in candidates]
         assert curve_difference(together, alone) < 1e-13

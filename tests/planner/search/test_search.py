@@ -78,7 +78,7 @@ def test_search_with_a_wrong_bound_misses_the_optimum(monkeypatch):
     constraints = Constraints(pipeline=4)
     right = search(Training(LLAMA, 32, 1024), environment, constraints, count=1)
     monkeypatch.setattr(
-        "moreh.planner.search.search.makespan_lower_bound", lambda *arguments: 1e6 / makespan_lower_bound(*arguments)
+        "moreh.planner.search.search.makespan_lower_bound", lambda table: 1e6 / makespan_lower_bound(table)
     )
     wrong = search(Training(LLAMA, 32, 1024), environment, constraints, count=1)
     assert wrong.best[0].step_time_s > right.best[0].step_time_s * 1.5
