@@ -166,9 +166,7 @@ class ModelRunner:
             return self._sum_over_ranks(losses)
 
     def logits(self, inputs: ModelInputs) -> torch.Tensor:
-        """The logits `[batch, sequence, vocabulary]` of a batch on every rank; collective.
-
-        With gradients enabled, the logits are differentiable by the parameters.
+        """The logits `[batch, sequence, vocabulary]` of a batch on every rank, differentiable if gradients are enabled.
 
         Raises:
             OptionError: the script needs gradients of the inputs.
