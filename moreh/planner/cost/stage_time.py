@@ -97,9 +97,9 @@ class _ModelParts:
     layer: LayerTime
     """A layer: the mean over the model's layers."""
     embedding: EdgeTime
-    """What the first stage computes besides its layers."""
+    """The additional work of the first stage."""
     head: EdgeTime
-    """What the last stage computes besides its layers."""
+    """The additional work of the last stage."""
 
 
 @dataclass(frozen=True)
