@@ -29,13 +29,13 @@ FROM_PRETRAINED = Patch(
     why="On several workers, the plan places the weights and not an argument, and a loaded model stays in its files "
     "until each rank has read its own shards.",
     no_public_way="transformers has no hook that receives a loaded model.",
-    tested=("transformers 5.23",),
+    tested=("transformers 5.17", "transformers 5.23", "transformers 5.24"),
 )
 LOAD_PRETRAINED_MODEL = Patch(
     target="transformers.modeling_utils.PreTrainedModel._load_pretrained_model",
     why="Maps tensors of safetensors files into memory as they are stored, instead of copying them in another dtype.",
     no_public_way="`from_pretrained(state_dict=...)` accepts a lazy mapping, but not with the name of a model.",
-    tested=("transformers 5.23",),
+    tested=("transformers 5.17", "transformers 5.23", "transformers 5.24"),
 )
 
 # Given a model on the meta device and the dtypes that its parameters would be loaded in, by name: whether to leave the

@@ -31,7 +31,7 @@ MODULE_CALL = Patch(
     why="Plans and computes the outermost call of a model, whatever its class and whenever the model was created.",
     no_public_way="Hooks are seen by TorchScript, pickled and copied with the model, cannot replace a call's result "
     "without computing it, and none is called when Ctrl-C ends a forward pass.",
-    tested=("torch 2.13",),
+    tested=("torch 2.11", "torch 2.13", "torch 2.15"),
 )
 
 _instead: list[InsteadOfCall] = []

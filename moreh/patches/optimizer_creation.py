@@ -21,7 +21,7 @@ OPTIMIZER_CREATION = Patch(
     "is sharded, and refuses one that would be wrong on shards on the line that creates it.",
     no_public_way="register_optimizer_step_pre_hook is called at the first step. By then a script has clipped, saved "
     "or resumed with the parameters and settings in the optimizer's groups.",
-    tested=("torch 2.13",),
+    tested=("torch 2.11", "torch 2.13", "torch 2.15"),
 )
 
 _callbacks: list[OptimizerCallback] = []

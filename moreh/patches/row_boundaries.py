@@ -16,7 +16,7 @@ ROW_BOUNDARIES = Patch(
     "The original waits for the GPU to determine it.",
     no_public_way="A mask of ones makes transformers wait too, and a mask of pairs of tokens rules out the fastest "
     "attention.",
-    tested=("transformers 5.17", "transformers 5.23"),
+    tested=("transformers 5.17", "transformers 5.23", "transformers 5.24"),
 )
 # A call with one of these may have several sequences in a row.
 _OTHER_ROWS = ("attention_mask", "position_ids")

@@ -31,13 +31,13 @@ SAFE_SAVE_FILE = Patch(
     target="transformers.modeling_utils.safe_save_file",
     why="While a sharded model is saved, records what weight files `save_pretrained` writes, instead of writing them.",
     no_public_way="`save_pretrained` accepts no function that writes files, and needs all tensors of a file in memory.",
-    tested=("transformers 5.23",),
+    tested=("transformers 5.17", "transformers 5.23", "transformers 5.24"),
 )
 SPLIT_INTO_SHARDS = Patch(
     target="transformers.modeling_utils.split_torch_state_dict_into_shards",
     why="While a sharded model is saved, finds tensors without data that share memory, which go into one file.",
     no_public_way="huggingface_hub treats all tensors on the meta device as different.",
-    tested=("transformers 5.23", "huggingface_hub 2.4"),
+    tested=("transformers 5.17", "transformers 5.23", "transformers 5.24", "huggingface_hub 2.4"),
 )
 
 

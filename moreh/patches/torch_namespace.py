@@ -11,14 +11,14 @@ TORCH_MOREH = Patch(
     target="torch.moreh",
     why="Scripts call torch.moreh.option.enable_advanced_parallelization(), as on the MoAI Platform.",
     no_public_way="torch has no registry of extensions that are not devices.",
-    tested=("torch 2.13",),
+    tested=("torch 2.11", "torch 2.13", "torch 2.15"),
     adds=True,
 )
 TORCH_VERSION_MOREH = Patch(
     target="torch.version.moreh",
     why="Scripts recognize the MoAI Platform's torch by torch.version.moreh, and read its version there.",
     no_public_way="torch has no registry of extensions that are not devices.",
-    tested=("torch 2.13",),
+    tested=("torch 2.11", "torch 2.13", "torch 2.15"),
     adds=True,
 )
 # torch's equivalents of the platform's other operators.
@@ -34,7 +34,7 @@ TORCH_OPS_MOREH = Patch(
     why="Models written for the MoAI Platform call its operators: one is a function of torch, the others name what to "
     "use instead.",
     no_public_way="torch.library registers operators with argument types, and those of the platform are not published.",
-    tested=("torch 2.13",),
+    tested=("torch 2.11", "torch 2.13", "torch 2.15"),
     adds=True,
 )
 

@@ -15,13 +15,13 @@ TOTAL_NORM = Patch(
     why="Gradients are clipped by the norm over all ranks, whatever list of parameters the script passes.",
     no_public_way="A script calls torch.nn.utils.clip_grad_norm_, which would compute the norm of each gradient "
     "with a separate message.",
-    tested=("torch 2.13",),
+    tested=("torch 2.11", "torch 2.13", "torch 2.15"),
 )
 PUBLIC_TOTAL_NORM = Patch(
     target="torch.nn.utils.get_total_norm",
     why="The same function under its public name, which torch binds at import.",
     no_public_way=TOTAL_NORM.no_public_way,
-    tested=("torch 2.13",),
+    tested=("torch 2.11", "torch 2.13", "torch 2.15"),
 )
 
 _functions: list[TotalNorm] = []

@@ -13,13 +13,13 @@ AUTOCAST = Patch(
     target="torch.autocast.__init__",
     why='`torch.autocast("cuda")` is the CPU\'s autocast, since the accelerator computes on the CPU.',
     no_public_way="torch has no aliases for device types.",
-    tested=("torch 2.13",),
+    tested=("torch 2.11", "torch 2.13", "torch 2.15"),
 )
 LOAD = Patch(
     target="torch.load",
     why='`torch.load(map_location="cuda")` loads into CPU memory, where the accelerator\'s tensors are.',
     no_public_way="`map_location` is an argument of the script, and torch has no hook that changes it.",
-    tested=("torch 2.13",),
+    tested=("torch 2.11", "torch 2.13", "torch 2.15"),
 )
 
 

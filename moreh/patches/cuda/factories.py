@@ -42,19 +42,19 @@ FACTORIES = Patch(
     names=(*_factory_names(), *(f"Tensor.{name}" for name in _NEW)),
     why="Functions that create a tensor take the accelerator as their device.",
     no_public_way=WHY_NO_FUNCTION_MODE,
-    tested=("torch 2.13",),
+    tested=("torch 2.11", "torch 2.13", "torch 2.15"),
 )
 DEVICE_CONTEXT = Patch(
     target="torch.utils._device.DeviceContext.__torch_function__",
     why='`with torch.device("cuda")` and `torch.set_default_device("cuda")` create tensors on the accelerator.',
     no_public_way="The mode calls torch's original functions, not the replaced ones.",
-    tested=("torch 2.13",),
+    tested=("torch 2.11", "torch 2.13", "torch 2.15"),
 )
 TORCHSCRIPT_BUILTINS = Patch(
     target="torch.jit._builtins._builtin_table",
     why="TorchScript identifies torch's functions by object identity; this entry makes it accept the replaced ones.",
     no_public_way="torch.jit has no function that declares another function to be an operator.",
-    tested=("torch 2.13",),
+    tested=("torch 2.11", "torch 2.13", "torch 2.15"),
 )
 
 

@@ -38,26 +38,26 @@ TENSOR_MOVES = Patch(
     names=("to", "cuda", "cpu", "pin_memory"),
     why="Tensors move to the accelerator and back, as copies.",
     no_public_way=WHY_NO_FUNCTION_MODE,
-    tested=("torch 2.13",),
+    tested=("torch 2.11", "torch 2.13", "torch 2.15"),
 )
 COMPILED_TENSOR_CUDA = Patch(
     target="torch._subclasses.functional_tensor.FunctionalTensor.cuda",
     why="`.cuda()` works in compiled functions, where this class stands in for tensors.",
     no_public_way="The class has its own `cuda`, which would start CUDA.",
-    tested=("torch 2.13",),
+    tested=("torch 2.11", "torch 2.13", "torch 2.15"),
 )
 LAZY_PARAMETER_METHODS = Patch(
     target="torch.nn.parameter.UninitializedTensorMixin._allowed_methods",
     why="Parameters of lazy modules, which have no data yet, accept the replaced methods.",
     no_public_way="The list is compared by identity and has no function that adds to it.",
-    tested=("torch 2.13",),
+    tested=("torch 2.11", "torch 2.13", "torch 2.15"),
 )
 MODULE_MOVES = Patch(
     target="torch.nn.Module",
     names=("cuda", "to", "to_empty", "cpu"),
     why="The accelerator counts the memory of modules that are moved to it, and refuses what does not fit.",
     no_public_way="torch has no hook for moving a module.",
-    tested=("torch 2.13",),
+    tested=("torch 2.11", "torch 2.13", "torch 2.15"),
 )
 
 

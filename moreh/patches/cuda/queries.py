@@ -49,7 +49,7 @@ QUERIES = Patch(
     ),
     why="Scripts get the accelerator's answers, and libraries get torch's.",
     no_public_way="Only torch's CUDA device can have the name cuda; a device made with PrivateUse1 has another name.",
-    tested=("torch 2.13",),
+    tested=("torch 2.11", "torch 2.13", "torch 2.15"),
 )
 # empty_cache already does nothing without a GPU.
 
@@ -58,14 +58,14 @@ RNG_STATE = Patch(
     names=("get_rng_state", "set_rng_state", "get_rng_state_all", "set_rng_state_all"),
     why="The accelerator's random numbers come from the CPU's generator; torch.random.fork_rng asks for its state.",
     no_public_way="The originals start CUDA.",
-    tested=("torch 2.13",),
+    tested=("torch 2.11", "torch 2.13", "torch 2.15"),
 )
 DEVICE_GUARD = Patch(
     target="torch.cuda",
     names=("_exchange_device", "_maybe_exchange_device"),
     why="`with torch.cuda.device(0):` makes the accelerator the current device, which it is.",
     no_public_way="The context manager calls these two; the originals start CUDA.",
-    tested=("torch 2.13",),
+    tested=("torch 2.11", "torch 2.13", "torch 2.15"),
 )
 
 

@@ -31,7 +31,7 @@ TORCH_SEED = Patch(
     names=("seed", "random.seed"),
     why="On several workers, `torch.seed()` of a script takes one seed on all of them.",
     no_public_way=_NO_PUBLIC_WAY,
-    tested=("torch 2.13",),
+    tested=("torch 2.11", "torch 2.13", "torch 2.15"),
 )
 
 # Makes the function that takes the place of an original.

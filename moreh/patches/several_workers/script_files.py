@@ -41,14 +41,14 @@ TORCH_SAVE = Patch(
     target="torch.save",
     why="On several workers, all of which write the file, it is complete at any time, so that each can read it.",
     no_public_way=_NO_PUBLIC_WAY,
-    tested=("torch 2.13",),
+    tested=("torch 2.11", "torch 2.13", "torch 2.15"),
 )
 SAVE_PRETRAINED = Patch(
     target="transformers.modeling_utils.PreTrainedModel.save_pretrained",
     why="On several workers, one of them saves a model that is not sharded, in the requested dtype, and the others "
     "wait for its files.",
     no_public_way=_NO_PUBLIC_WAY,
-    tested=("transformers 5.23",),
+    tested=("transformers 5.17", "transformers 5.23", "transformers 5.24"),
 )
 
 # Makes the function that takes the place of an original.
