@@ -138,12 +138,12 @@ def _prepare(
     _warn_of_full_disk(target, data, info)
     is_chat = data.format == "chat"
 
-    def reader(section: DataSection, records: Iterable[Record]) -> ExampleReader[Any]:
+    def make_reader(section: DataSection, records: Iterable[Record]) -> ExampleReader[Any]:
         make = maker_of_conversations(section, make_pair) if is_chat else maker_of_pairs(section, make_pair)
         return ExampleReader(section, records, make)
 
-    held_out = reader(data, held_out_records(data))
-    sources = [reader(section, source_records(section)) for section in data.each_source()]
+    held_out = make_reader(data, held_out_records(data))
+    sources = [make_reader(section, source_records(section)) for section in data.each_source()]
     store = target / "examples.arrow"
     examples = store_examples(chain(held_out if data.eval_files else (), *sources), store)
     used = [reader.counts.used for reader in (held_out, *sources)]
@@ -162,17 +162,12 @@ def _prepare(
     tokenizer = _tokenizer(config, examples.texts(sample, decode_conversation if is_chat else decode_pair))
     encoded = encode_examples(examples, target, tokenizer, data, make_example)
     content = {"tokenizer": hash_of_tokenizer(tokenizer)}
-    counts: dict[str, Any] = {}
-    kept = {"train": encoded.kept(split.training), "evaluation": encoded.kept(split.held_out)}
-    for name, indices in (("train", split.training), ("evaluation", split.held_out)):
-        row_counts = encoded.counts(indices)
-        if not row_counts.kept:
-            raise UserError(
-                f"no rows are left for {name}: of {len(indices)}, {row_counts.dropped_too_long} have more "
-                f"than data.max_length={data.max_length} tokens, {row_counts.dropped_without_label} no label, "
-                f"and {row_counts.unusable} are unusable"
-            )
-        counts[name] = asdict(row_counts)
+    parts = {"train": split.training, "evaluation": split.held_out}
+    counts: dict[str, Any] = {
+        name: asdict(_counts_of_rows_left(name, encoded.counts(indices), len(indices), data.max_length))
+        for name, indices in parts.items()
+    }
+    kept = {name: encoded.kept(indices) for name, indices in parts.items()}
     rows = {**kept, "train": mix.rows_of_epoch(kept["train"])}
     require_rows(mix, kept["train"], rows["train"])
     for name, indices in rows.items():
@@ -187,6 +182,21 @@ def _prepare(
     counts |= {"notes": encoded.notes, "content": content}
     (target / "counts.json").write_text(json.dumps(counts), encoding="utf-8")
     store.unlink()
+
+
+def _counts_of_rows_left(name: str, counts: RowCounts, examples: int, max_length: int) -> RowCounts:
+    """The counts of a part of the data.
+
+    Raises:
+        UserError: no rows are left of its examples.
+    """
+    if not counts.kept:
+        raise UserError(
+            f"no rows are left for {name}: of {examples}, {counts.dropped_too_long} have more than "
+            f"data.max_length={max_length} tokens, {counts.dropped_without_label} no label, and {counts.unusable} are "
+            "unusable"
+        )
+    return counts
 
 
 def _warn_of_full_disk(target: Path, data: DataSection, info: Callable[[str], None]) -> None:
