@@ -3,13 +3,15 @@
 import gc
 import multiprocessing
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed import Work
 from torch.nn import functional
 
 from moreh.models.describe.from_module import describe_module
@@ -17,6 +19,8 @@ from moreh.planner.plan.notation import parse_plan
 from moreh.planner.plan.plan import Training
 
 _MEASURED_STEP = "measured step"
+# Seconds after which gloo's thread has let go of the tensors of a collective that is done.
+_RELEASE_S = 0.005
 
 
 @dataclass(frozen=True)
@@ -167,7 +171,8 @@ class _Member:
         gc.collect()
         # MemTracker cannot track sharded parameters. The profiler reports each allocation, and the release of each
         # allocation that it has seen: from before the model is made, their sum is what is alive.
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        with _releases_in_view(), torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
             self.build(shape, plan)
             with torch.profiler.record_function(_MEASURED_STEP):
                 self._step()
@@ -187,6 +192,27 @@ class _Member:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
             self._step()
         return str(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=14, max_name_column_width=60))
+
+
+@contextmanager
+def _releases_in_view() -> Iterator[None]:
+    """Let this thread be the last one to hold the tensors of a collective.
+
+    gloo's thread holds them until a moment after `wait` returns. If it is the last to let go, the profiler, which sees
+    only the threads that it was started on, counts them as alive for ever.
+    """
+    wait = Work.wait
+
+    def wait_for_thread(work: Work, *arguments: Any) -> Any:
+        done = wait(work, *arguments)
+        time.sleep(_RELEASE_S)
+        return done
+
+    Work.wait = wait_for_thread  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Work.wait = wait  # type: ignore[method-assign]
 
 
 def _built_in(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
