@@ -22,7 +22,7 @@ from published_runs import PublishedRun, read_rows, usable_runs
 
 from moreh.accelerator.devices import all_devices
 from moreh.planner.calibration.sensitivity import log_step_time
-from moreh.planner.cost.memory import peak_memory
+from moreh.planner.cost.memory.peak_memory import peak_memory
 from moreh.planner.hardware.efficiency import MIN_RUNS_FOR_QUANTILE, Efficiency
 from moreh.planner.hardware.efficiency_distribution import from_unconstrained
 from moreh.planner.hardware.environment import Environment

@@ -29,7 +29,7 @@ from published_runs import PublishedRun, failure, read_rows, usable_runs
 
 from moreh.planner.calibration.prediction import Interval
 from moreh.planner.calibration.prediction import predict as predict_with_interval
-from moreh.planner.cost.memory import peak_memory
+from moreh.planner.cost.memory.peak_memory import peak_memory
 from moreh.planner.cost.prediction import Prediction, predict
 from moreh.planner.hardware.efficiency import fitted_rows
 from moreh.planner.hardware.environment import make_environment

@@ -11,7 +11,7 @@ from moreh.planner.calibration.calibrate import condition
 from moreh.planner.calibration.prediction import DEVIATIONS
 from moreh.planner.calibration.sensitivity import log_step_time, log_step_time_slopes
 from moreh.planner.calibration.support import least_factor
-from moreh.planner.cost.memory import peak_memory
+from moreh.planner.cost.memory.peak_memory import peak_memory
 from moreh.planner.hardware.efficiency_distribution import EfficiencyDistribution, prior_for
 from moreh.planner.hardware.environment import Environment, make_environment
 from moreh.planner.plan.arrays import FloatArray

@@ -5,8 +5,8 @@ from typing import Literal
 
 from published_programs import RunRow, cell
 
-from moreh.planner.cost.driver_memory import driver_memory
-from moreh.planner.cost.memory import PeakMemory
+from moreh.planner.cost.memory.driver_memory import driver_memory
+from moreh.planner.cost.memory.memory_parts import PeakMemory
 from moreh.planner.plan.plan import Plan
 
 # "states" are weights, gradients and optimizer state: what is allocated between two steps.

@@ -201,18 +201,19 @@ def _releases_in_view() -> Iterator[None]:
     gloo's thread holds them until a moment after `wait` returns. If it is the last to let go, the profiler, which sees
     only the threads that it was started on, counts them as alive for ever.
     """
-    wait = Work.wait
+    work_class: Any = Work
+    wait = work_class.wait
 
     def wait_for_thread(work: Work, *arguments: Any) -> Any:
         done = wait(work, *arguments)
         time.sleep(_RELEASE_S)
         return done
 
-    Work.wait = wait_for_thread  # type: ignore[method-assign]
+    work_class.wait = wait_for_thread
     try:
         yield
     finally:
-        Work.wait = wait  # type: ignore[method-assign]
+        work_class.wait = wait
 
 
 def _built_in(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ A plan says how the work is split. Two programs that run the same plan still dif
   benchmarks/published_programs.py, with a word on which traits are known and which were chosen.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 
@@ -95,11 +96,17 @@ class SoftwareProfile:
     none."""
     max_blocked_length: int = 0
     """Tokens of the longest sequence whose attention is computed in such blocks."""
+    max_saved_score_bytes: float = math.inf
+    """Bytes of the probabilities of a layer and micro-batch up to which such attention keeps them. It computes more
+    of them again in the backward pass."""
     keeps_gathered_inputs: bool = False
     """True if sequence parallelism keeps the inputs of column-split matmuls as gathered, besides a rank's part, and
     selective recomputation the results of row-split matmuls before they are reduced."""
     logit_bytes: float = 10.0
     """Bytes held for each logit at the peak of the loss."""
+    receives_all_parts: bool = False
+    """True if a reduce-scatter receives the parts of all ranks before it adds them up, into a buffer of the size of its
+    input."""
     all_reduce_bytes: float = 0.0
     """Bytes of the buffer through which gradients that are not sharded are reduced after the backward pass; 0 if they
     are reduced in place or in the backward pass."""
@@ -257,7 +264,9 @@ def moreh_on_cpu(compute: str, *, half_weights: bool = False) -> SoftwareProfile
         optimizer_temporaries=0.0,
         attention_block=128,
         max_blocked_length=1024,
+        max_saved_score_bytes=2**23,
         keeps_gathered_inputs=True,
+        receives_all_parts=True,
         all_reduce_bytes=64 * 2**20,
         scratch_bytes=10 * 2**20,
     )

@@ -15,7 +15,7 @@ from moreh.models.describe.from_module import describe_module
 from moreh.models.describe.from_source import describe, describe_config
 from moreh.models.describe.with_lora import ALL_LINEAR, Lora, with_lora
 from moreh.models.families import planned_families
-from moreh.planner.cost.activation_memory import layer_activations
+from moreh.planner.cost.memory.activation_memory import layer_activations
 from moreh.planner.cost.prediction import model_flops_per_step, predict
 from moreh.planner.hardware.cluster import cluster_for_devices
 from moreh.planner.hardware.environment import make_environment

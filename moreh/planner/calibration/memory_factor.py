@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moreh.planner.calibration.measured_step import MeasuredStep
-from moreh.planner.cost.memory import peak_memory
+from moreh.planner.cost.memory.peak_memory import peak_memory
 from moreh.planner.hardware.efficiency import memory_spread
 from moreh.planner.plan.plan import Plan, Training
 from moreh.planner.plan.plan_table import PlanTable

@@ -6,7 +6,8 @@ import numpy as np
 
 from moreh.models.architecture import Architecture, DecoderLayer
 from moreh.planner.cost.layer_time import head_is_frozen, linear_attention_flops
-from moreh.planner.cost.memory import PeakMemory, peak_memory
+from moreh.planner.cost.memory.memory_parts import PeakMemory
+from moreh.planner.cost.memory.peak_memory import peak_memory
 from moreh.planner.cost.pipeline_time import makespan
 from moreh.planner.cost.stage_time import StageTime, stage_time
 from moreh.planner.hardware.environment import Environment

@@ -3,7 +3,7 @@
 from moreh.accelerator.flavors import Flavor
 from moreh.accelerator.job_status import ChosenPlan, PipelineTimes
 from moreh.accelerator.this_machine import THIS_MACHINE
-from moreh.planner.cost.driver_memory import driver_memory, driver_tool
+from moreh.planner.cost.memory.driver_memory import driver_memory, driver_tool
 from moreh.planner.cost.prediction import Prediction
 from moreh.planner.plan.notation import plan_text
 from moreh.planner.plan.plan import Training

@@ -4,7 +4,7 @@ from moreh.accelerator.devices import Device
 from moreh.planner.calibration.calibrate import Calibration
 from moreh.planner.calibration.prediction import Interval, IntervalPrediction
 from moreh.planner.calibration.prediction import predict as predict_interval
-from moreh.planner.cost.driver_memory import driver_memory, driver_tool
+from moreh.planner.cost.memory.driver_memory import driver_memory, driver_tool
 from moreh.planner.cost.prediction import Prediction
 from moreh.planner.hardware.environment import Environment
 from moreh.planner.plan.plan import Training

@@ -3,7 +3,7 @@
 from dataclasses import asdict
 from typing import Any
 
-from moreh.planner.cost.driver_memory import driver_memory
+from moreh.planner.cost.memory.driver_memory import driver_memory
 from moreh.planner.cost.prediction import Prediction
 from moreh.planner.plan.notation import plan_text
 from moreh.planner.report.plan_rows import uncertainty_text

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from moreh.errors import PlanError
-from moreh.planner.cost.memory import PeakMemory, peak_memory
+from moreh.planner.cost.memory.memory_parts import PeakMemory
+from moreh.planner.cost.memory.peak_memory import peak_memory
 from moreh.planner.cost.pipeline_bounds import PipelineTable, makespan_lower_bound
 from moreh.planner.cost.prediction import Prediction, predict_row, step_seconds
 from moreh.planner.cost.stage_time import StageTime, stage_time

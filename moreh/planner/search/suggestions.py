@@ -5,7 +5,7 @@ from math import ceil
 
 from moreh.accelerator.flavors import all_flavors
 from moreh.accelerator.this_machine import THIS_MACHINE
-from moreh.planner.cost.memory import peak_memory
+from moreh.planner.cost.memory.peak_memory import peak_memory
 from moreh.planner.search.candidates import candidate_tables
 from moreh.planner.search.constraints import constraints_text
 from moreh.planner.search.relaxations import has_candidates, on_usable_devices

@@ -4,7 +4,7 @@ import pytest
 
 from moreh.accelerator.devices import all_devices, find_device
 from moreh.accelerator.flavors import Flavor, find_flavor
-from moreh.planner.cost.driver_memory import driver_memory, driver_tool
+from moreh.planner.cost.memory.driver_memory import driver_memory, driver_tool
 from moreh.planner.cost.prediction import predict
 from moreh.planner.plan.plan import Plan, Training
 from moreh.planner.report.chosen_plan import memory_text

@@ -6,7 +6,7 @@ import pytest
 
 from moreh.errors import PlanError
 from moreh.models.describe.from_source import describe, describe_config
-from moreh.planner.cost.memory import peak_memory
+from moreh.planner.cost.memory.peak_memory import peak_memory
 from moreh.planner.cost.prediction import model_flops_per_step, predict
 from moreh.planner.plan.plan import Plan, Training
 from moreh.planner.plan.plan_table import PlanTable

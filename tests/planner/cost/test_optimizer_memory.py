@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moreh.models.describe.from_module import describe_module
-from moreh.planner.cost.memory import peak_memory
+from moreh.planner.cost.memory.peak_memory import peak_memory
 from moreh.planner.cost.prediction import predict
 from moreh.planner.hardware.cluster import cluster_for_flavor
 from moreh.planner.hardware.environment import make_environment

@@ -9,8 +9,9 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from moreh.models.describe.from_module import describe_module
-from moreh.planner.cost.activation_memory import layer_activations
-from moreh.planner.cost.memory import PeakMemory, peak_memory
+from moreh.planner.cost.memory.activation_memory import layer_activations
+from moreh.planner.cost.memory.memory_parts import PeakMemory
+from moreh.planner.cost.memory.peak_memory import peak_memory
 from moreh.planner.plan.plan import Plan, Training
 from moreh.planner.plan.plan_table import PlanTable
 from moreh.planner.software_profile import MOREH, TRANSFORMERS, TRANSFORMERS_AUTOCAST, SoftwareProfile, worker_software

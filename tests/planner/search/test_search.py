@@ -7,7 +7,7 @@ import pytest
 
 from moreh.accelerator.flavors import find_flavor
 from moreh.models.describe.from_source import describe
-from moreh.planner.cost.memory import peak_memory
+from moreh.planner.cost.memory.peak_memory import peak_memory
 from moreh.planner.cost.pipeline_bounds import makespan_lower_bound
 from moreh.planner.cost.prediction import predict, step_seconds
 from moreh.planner.cost.stage_time import stage_time

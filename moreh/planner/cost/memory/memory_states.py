@@ -1,13 +1,15 @@
 """The kinds of memory at any moment of a step: model states, copies of weights, gradients, logits, and the
-micro-batches in flight. memory.py puts them together."""
+micro-batches in flight. peak_memory.py puts them together."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
-from moreh.models.architecture import Architecture, DecoderLayer, Linear
+from moreh.models.architecture import DecoderLayer, Linear
 from moreh.planner.cost.layer_time import micro_batch_tokens
+from moreh.planner.cost.memory.activation_memory import matmul_output_elements, residual_elements
+from moreh.planner.cost.memory.optimizer_memory import optimizer_bytes_of
 from moreh.planner.cost.stage_parameters import (
     StageParameters,
     mean_shards,
@@ -15,7 +17,6 @@ from moreh.planner.cost.stage_parameters import (
     reshards_each_micro_batch,
     shards_gradients,
 )
-from moreh.planner.optimizer_state import state_bytes
 from moreh.planner.plan.arrays import BoolArray, FloatArray, IntArray
 from moreh.planner.plan.plan import Schedule, Training
 from moreh.planner.plan.plan_table import (
@@ -61,6 +62,8 @@ class ModelStates:
     """Buffers for parameters that are gathered, layer by layer, [n, 1]."""
     exchange_bytes: FloatArray
     """Buffers for parameters that are gathered and gradients that are reduced, layer by layer, [n, 1]."""
+    reduction_bytes: FloatArray
+    """Buffers of the moment in which `fully_shard` reduces a layer's gradients within the backward pass, [n, 1]."""
 
 
 def model_states(plans: PlanTable, training: Training, software: SoftwareProfile) -> ModelStates:
@@ -78,6 +81,9 @@ def model_states(plans: PlanTable, training: Training, software: SoftwareProfile
     gathered = np.where(gathers, 2 * parameters.layer * software.gather_bytes, 0.0)
     reduces = shards_gradients(plans, software)
     reduced = np.where(reduces, trainable.layer * software.reduce_bytes, 0.0)
+    # The flat gradients, beside the gradients that they are copied from or the parts that are received.
+    flattens = software.uses_fully_shard & (plans.sharding > SHARD_NONE) & (plans.pipeline == 1)
+    reduction = np.where(flattens, 2 * trainable.layer * software.reduce_bytes, 0.0)
     # Copies that last: sharded weights that are gathered once a step, or low-precision copies of weights that are
     # whole.
     gathers_once = np.where(sharding == SHARD_PARAMETERS, not reshards, software.uses_fully_shard)
@@ -103,42 +109,8 @@ def model_states(plans: PlanTable, training: Training, software: SoftwareProfile
         optimizer_share=optimizer_share,
         gathered_bytes=gathered[:, None],
         exchange_bytes=(gathered + reduced)[:, None],
+        reduction_bytes=reduction[:, None],
     )
-
-
-def optimizer_bytes_of(trainable: StageParameters, training: Training, software: SoftwareProfile) -> StageParameters:
-    """Bytes of optimizer state in the place of the numbers of trainable parameters."""
-    optimizer, architecture = training.optimizer, training.architecture
-
-    def bytes_of(values: float) -> float:
-        return state_bytes(values, optimizer, software.moment_bytes, software.optimizer_bytes)
-
-    layer_bytes = bytes_of(optimizer.values)
-    if optimizer.matrix_values is not None:
-        share = matrix_share(architecture)
-        layer_bytes = share * bytes_of(optimizer.matrix_values) + (1 - share) * layer_bytes
-    others = bytes_of(optimizer.values)
-    return StageParameters(
-        trainable.layer * layer_bytes,
-        trainable.first * others,
-        trainable.last * others,
-        trainable.experts * layer_bytes,
-    )
-
-
-def matrix_share(architecture: Architecture) -> float:
-    """The share of the layers' trainable parameters that are weights of matrices (0 to 1).
-
-    Experts of a mixture that are stacked in one tensor are none.
-    """
-    kinds = list(architecture.layer_kinds())
-    matrices = sum(
-        count * linear.copies * linear.inputs * linear.outputs
-        for layer, count in kinds
-        for linear in layer.linears
-        if linear.is_trained_matrix
-    )
-    return matrices / max(sum(count * layer.trainable_parameters for layer, count in kinds), 1)
 
 
 @dataclass(frozen=True)
@@ -186,12 +158,15 @@ class HeldGradients:
     """Number of the output layer's weights that have a gradient, on the rank that has the output layer."""
 
 
-def held_gradients(states: ModelStates, plans: PlanTable, training: Training, all_exist: BoolArray) -> HeldGradients:
+def held_gradients(
+    states: ModelStates, plans: PlanTable, training: Training, all_exist: BoolArray, head_waits: BoolArray
+) -> HeldGradients:
     """Gradients at the moments of a micro-batch's passes.
 
     Args:
         all_exist: Whether all gradients exist before, [n, 1]: where they are never freed, and from the second
             micro-batch on. Otherwise, only those that the backward pass has reached.
+        head_waits: Whether the output layer's gradient waits for the embedding's, and is counted elsewhere, [n, 1].
     """
     everything = states.rank_trainable * states.gradient_bytes
     trainable, unsharded_bytes = states.trainable, states.unsharded_gradient_bytes
@@ -201,8 +176,10 @@ def held_gradients(states: ModelStates, plans: PlanTable, training: Training, al
     head_weights = last * np.minimum(embedding_weights, trainable.last)[:, None]
     # The highest moment of a layer's backward pass is at its activation, after the down projection.
     down = down_projection_parameters(plans, training)[:, None] * states.gradient_bytes
-    last_layer = last * trainable.last[:, None] * states.gradient_bytes + down
-    not_yet = (first * trainable.first[:, None] + trainable.layer[:, None]) * states.gradient_bytes
+    head = last * trainable.last[:, None] * states.gradient_bytes
+    waiting = np.where(head_waits, head, 0.0)
+    last_layer = head - waiting + down
+    not_yet = (first * trainable.first[:, None] + trainable.layer[:, None]) * states.gradient_bytes + waiting
     first_layer = everything - not_yet + down
     last_layer, first_layer = np.where(all_exist, everything, last_layer), np.where(all_exist, everything, first_layer)
     embedding = everything + first_weights * unsharded_bytes * all_exist
@@ -242,6 +219,14 @@ def logit_elements(plans: PlanTable, training: Training, software: SoftwareProfi
     if plans.pipeline > 1:
         logits *= np.minimum(software.min_in_flight, plans.micro_batches)[:, None]
     return logits
+
+
+def deferred_layer_elements(plans: PlanTable, training: Training) -> FloatArray:
+    """Elements of the gradients that a layer keeps for its backward pass for the weights, [n].
+
+    They are the gradients of the results of matmuls and norms.
+    """
+    return matmul_output_elements(plans, training) + 2 * residual_elements(plans, training)
 
 
 def down_projection_parameters(plans: PlanTable, training: Training) -> FloatArray:

@@ -1,7 +1,7 @@
 """Bytes that a layer keeps between its forward and its backward pass, for one micro-batch on each device of a plan.
 
 The formulas are those of https://arxiv.org/abs/2205.05198 (Korthikanti et al.), for any widths and with the traits of a
-`SoftwareProfile`. memory.py multiplies them by the layers and the micro-batches in flight.
+`SoftwareProfile`. peak_memory.py multiplies them by the layers and the micro-batches in flight.
 """
 
 from dataclasses import dataclass, fields
@@ -27,6 +27,8 @@ class LayerActivations:
     """Held besides `kept` while the layer is recomputed; 0 without recomputation."""
     backward: FloatArray
     """Activations and their gradients at the highest moment of the layer's backward pass. They replace `kept`."""
+    attention_backward: FloatArray
+    """Tensors that exist only in the backward pass of attention, besides the gradients of its inputs."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,11 @@ class _LayerTensors:
     """Queries, keys, values and the result of attention."""
     scores: FloatArray
     """Bytes that attention keeps for each pair of tokens; 0 for fused attention."""
-    score_matrix: FloatArray
-    """One tensor of attention scores. Not part of `all`."""
+    attention_backward: FloatArray
+    """Tensors that exist only in attention's backward pass, besides gradients of inputs. Not part of `all`."""
+    partial: FloatArray
+    """Tensors of the size of the whole sequence that a reduce-scatter of sequence parallelism has. Not part of
+    `all`."""
     matmul_outputs: FloatArray
     """Results of the feed-forward network's first matmuls (up projection, and gate)."""
     activated: FloatArray
@@ -79,7 +84,10 @@ def layer_activations(plans: PlanTable, training: Training, software: SoftwarePr
         recomputed = np.where(is_full, tensors.all, np.maximum(0.0, tensors.all - kept))
         backward = _backward_peak(tensors, architecture, software)
         result = LayerActivations(
-            result.kept + share * kept, result.recomputed + share * recomputed, result.backward + share * backward
+            result.kept + share * kept,
+            result.recomputed + share * recomputed,
+            result.backward + share * backward,
+            result.attention_backward + share * tensors.attention_backward,
         )
     return result
 
@@ -103,7 +111,7 @@ def _layer_tensors(
         norms = norms + np.where(plans.sequence_parallel, 2 * tokens * architecture.hidden * element_bytes, 0.0)
     masks = 2 * residual * dropout_mask_bytes(element_bytes, software) if architecture.dropout else 0.0 * residual
     attention = (2 * queries + 2 * keys) * element_bytes
-    scores = score_matrix = np.zeros(len(plans))
+    scores = attention_backward = np.zeros(len(plans))
     if not attention_is_fused(architecture, software):
         score_bytes = software.score_bytes or element_bytes
         attention = attention + (queries + 2 * keys) * (score_bytes - element_bytes)
@@ -112,12 +120,9 @@ def _layer_tensors(
             2 * score_bytes + dropout_mask_bytes(score_bytes, software) if architecture.dropout else score_bytes
         )
         pairs = layer.heads / plans.tensor * tokens * training.sequence_length
-        scores, score_matrix = pairs * kept_bytes, pairs * score_bytes
+        scores, attention_backward = pairs * kept_bytes, pairs * score_bytes
     elif training.sequence_length <= software.max_blocked_length:
-        mean_keys = (
-            min(layer.window or training.sequence_length, training.sequence_length) + software.attention_block
-        ) / 2
-        scores = score_matrix = layer.heads / plans.tensor * tokens * mean_keys * element_bytes
+        scores, attention_backward = _block_attention(plans, training, software, layer)
     activated_copies = software.gated_copies if architecture.gated else software.activation_copies
     return _LayerTensors(
         residual=residual * residual_element_bytes(software),
@@ -125,12 +130,42 @@ def _layer_tensors(
         masks=masks,
         attention=attention,
         scores=scores,
-        score_matrix=score_matrix,
+        attention_backward=attention_backward,
+        partial=_partial_sums(plans, training, software),
         matmul_outputs=inner * element_bytes,
         activated=inner * element_bytes * activated_copies,
         adapters=tokens * _adapter_bytes(layer, software),
         routed=2 * experts_per_token(layer) * tokens * architecture.hidden * element_bytes,
     )
+
+
+def _block_attention(
+    plans: PlanTable, training: Training, software: SoftwareProfile, layer: DecoderLayer
+) -> tuple[FloatArray, FloatArray]:
+    """Bytes that attention in blocks keeps of its probabilities, and that only its backward pass has, [n] each."""
+    tokens = micro_batch_tokens(plans, training).astype(np.float64)
+    block = software.attention_block
+    longest = min(layer.window or training.sequence_length, training.sequence_length)
+    keys_of_block = (longest + block) / 2
+    head_bytes = layer.heads / plans.tensor * tokens * software.activation_bytes
+    probabilities = head_bytes * keys_of_block
+    keeps = probabilities <= software.max_saved_score_bytes
+    # Blocks with equally many keys are one matmul; the last ones of all sequences have the most.
+    largest = head_bytes * min(block, training.sequence_length) / training.sequence_length * longest
+    # The gradients of the probabilities and of the scores, and the probabilities where they are not kept.
+    of_blocks = np.where(keeps, 2, 3) * largest
+    # In the order of the blocks: keys and values, which several blocks need, and their gradients; the gradients of the
+    # result and of the queries.
+    gathered = 4 * layer.kv_heads / plans.tensor * tokens * layer.head_dim * keys_of_block / block
+    gathered = gathered + 2 * layer.heads / plans.tensor * tokens * layer.head_dim
+    return np.where(keeps, probabilities, 0.0), of_blocks + gathered * software.activation_bytes
+
+
+def _partial_sums(plans: PlanTable, training: Training, software: SoftwareProfile) -> FloatArray:
+    """Bytes of the input of sequence parallelism's reduce-scatter, of its parts in order, and of what it receives."""
+    whole = micro_batch_tokens(plans, training).astype(np.float64) * training.architecture.hidden
+    tensors = 3 if software.receives_all_parts else 2
+    return np.where(plans.sequence_parallel, tensors * whole * software.activation_bytes, 0.0)
 
 
 def _adapter_bytes(layer: DecoderLayer, software: SoftwareProfile) -> float:
@@ -175,8 +210,10 @@ def _backward_peak(tensors: _LayerTensors, architecture: Architecture, software:
     input_gradients = 1 if architecture.gated or software.activation_copies <= 1 else 2
     feed_forward = tensors.all - tensors.masks / 2 + tensors.residual + input_gradients * tensors.matmul_outputs
     # Attention: the network's activations are gone, and so are the dropped scores, where there are any.
-    attention = tensors.norms / 2 + 1.5 * tensors.attention + tensors.residual + tensors.scores + tensors.score_matrix
-    return np.maximum(feed_forward, attention)
+    attention = tensors.norms / 2 + 1.5 * tensors.attention + tensors.residual + tensors.scores
+    # Between both: the gradient of the network's input is scattered over the sequence.
+    scatter = tensors.norms / 2 + tensors.attention + tensors.residual + tensors.scores + tensors.partial
+    return np.maximum(feed_forward, np.maximum(attention + tensors.attention_backward, scatter))
 
 
 def attention_is_fused(architecture: Architecture, software: SoftwareProfile) -> bool:
@@ -224,12 +261,17 @@ def final_activations(plans: PlanTable, training: Training, software: SoftwarePr
 
 
 def matmul_output_elements(plans: PlanTable, training: Training) -> FloatArray:
-    """Elements of the results of a layer's matmuls for one micro-batch on a device, [n]: the mean over the layers."""
+    """Elements of the results of a layer's trained matmuls for one micro-batch on a device, [n]: the mean over layers.
+
+    A row-split matmul's result is whole on each tensor-parallel rank, until it is reduced or scattered.
+    """
     tokens = micro_batch_tokens(plans, training)
     architecture = training.architecture
     elements = np.zeros(len(plans))
     for layer, count in architecture.layer_kinds():
         for linear in layer.linears:
-            shards = plans.tensor if linear.split == "column" else np.where(plans.sequence_parallel, plans.tensor, 1)
+            if linear.frozen:
+                continue
+            shards = plans.tensor if linear.split == "column" else 1
             elements = elements + count / len(architecture.layers) * tokens * linear.outputs * linear.active / shards
     return elements
