@@ -54,8 +54,8 @@ def test_predictions_are_near_the_measured_peaks():
         table = PlanTable.from_plans([parse_plan(plan, trainings[model], int(workers))])
         predicted = peak_memory(table, trainings[model], SOFTWARE).total.max()
         errors.append(abs(predicted / (float(measured_gib) * GIB) - 1))
-    assert statistics.median(errors) <= 0.05
-    assert max(errors) <= 0.12
+    assert statistics.median(errors) <= 0.02
+    assert max(errors) <= 0.08
 
 
 @pytest.mark.parametrize("length", [512, 1024])

@@ -27,7 +27,7 @@ from moreh.planner.plan.plan_table import (
     PlanTable,
     sum_by_rank,
 )
-from moreh.planner.plan.schedules import peak_in_flight
+from moreh.planner.plan.schedules import micro_batches_per_round, peak_in_flight
 from moreh.planner.software_profile import SoftwareProfile
 
 
@@ -181,7 +181,8 @@ def held_gradients(
     last_layer = head - waiting + down
     not_yet = (first * trainable.first[:, None] + trainable.layer[:, None]) * states.gradient_bytes + waiting
     first_layer = everything - not_yet + down
-    last_layer, first_layer = np.where(all_exist, everything, last_layer), np.where(all_exist, everything, first_layer)
+    at_last = _gradients_at_last_stages(states, plans, everything)
+    last_layer, first_layer = np.where(all_exist, at_last, last_layer), np.where(all_exist, everything, first_layer)
     embedding = everything + first_weights * unsharded_bytes * all_exist
     if training.architecture.tied and plans.stages == 1:
         # The gradient from the output layer waits for the one from the embedding; their sum is a third tensor.
@@ -189,7 +190,19 @@ def held_gradients(
         last_layer = last_layer + first_weights * unsharded_bytes
         first_layer = first_layer + first_weights * unsharded_bytes
         embedding = embedding + 2 * first_weights * unsharded_bytes
-    return HeldGradients(np.where(all_exist, everything, 0.0), last_layer, first_layer, embedding, head_weights)
+    return HeldGradients(np.where(all_exist, at_last, 0.0), last_layer, first_layer, embedding, head_weights)
+
+
+def _gradients_at_last_stages(states: ModelStates, plans: PlanTable, everything: FloatArray) -> FloatArray:
+    """The gradients of a rank when it comes to its last stage after a micro-batch, [n, pipeline].
+
+    With a single round of micro-batches, all of them pass the last stages before any passes the others backward.
+    """
+    if plans.chunks == 1:
+        return everything
+    per_round = micro_batches_per_round(plans.schedule, plans.pipeline, plans.micro_batches, plans.chunks)
+    of_last = states.trainable.of_stages(plans)[:, -plans.pipeline :] * states.gradient_bytes
+    return np.where((per_round == plans.micro_batches)[:, None], of_last, everything)
 
 
 def edge_ranks(plans: PlanTable) -> tuple[FloatArray, FloatArray]:

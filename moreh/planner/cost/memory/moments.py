@@ -213,8 +213,8 @@ def _last_moments(passes: _Passes, plans: PlanTable) -> list[PeakMemory]:
     # The first micro-batch has no shards to add to, and the last one no gathered copies.
     reduced = np.where(micro_batches > 2, edges.reduced_again, edges.reduced)
     between = np.where(reduces & (micro_batches > 1), edges.gathered + reduced, 0.0)
-    # The last micro-batch has sharded the layers' gradients one after the other. A pipeline comes to them later.
-    whole_layers = (plans.pipeline > 1) * passes.layers * states.trainable.layer[:, None]
+    # The last micro-batch has sharded the layers' gradients one after the other. A stage comes to them later.
+    whole_layers = (plans.pipeline > 1) * passes.layers / plans.chunks * states.trainable.layer[:, None]
     shards = states.optimizer_share * states.rank_trainable + (1 - states.optimizer_share) * whole_layers
     at_last = np.where(edges.reduced > 0, shards * states.unsharded_gradient_bytes, everything)
     copies = -states.layer_copy_bytes - edges.copies
