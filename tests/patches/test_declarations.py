@@ -171,7 +171,7 @@ def test_active_lists_every_replaced_name(run_python):
     assert finished.returncode == 0, finished.stderr
     shown = finished.stdout.splitlines()[-1]
     assert "'file': 'moreh/patches/module_call.py'" in shown
-    assert "'tested': ('torch 2.13',)" in shown
+    assert "'tested': ('torch 2.11', 'torch 2.13'" in shown
     assert "'why': 'Plans and computes" in shown
 
 
