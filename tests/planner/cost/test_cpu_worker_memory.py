@@ -46,18 +46,20 @@ def test_embedding_and_output_layer_are_gathered_together_for_the_whole_step():
         assert edges.gathered == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(
-    ("length", "has_scores"),
-    [(512, True), (768, True), pytest.param(1024, False, id="more than 8 MiB"), pytest.param(2048, False, id="fused")],
-)
-def test_block_attention_keeps_the_probabilities_of_its_causal_blocks(length, has_scores):
+@pytest.mark.parametrize("length", [512, 768, pytest.param(1024, id="more than 8 MiB"), pytest.param(2048, id="fused")])
+def test_block_attention_keeps_the_probabilities_of_its_causal_blocks(length):
     plan = Plan((LAYERS,), micro_batches=2)
     kept = memory_of(plan, length=length).activations[0, 0]
     fused = memory_of(plan, replace(SOFTWARE, max_blocked_length=0), length).activations[0, 0]
     heads, keys = 4, (length + SOFTWARE.attention_block) / 2
     scores = heads * length * keys * BYTES
     # In the last layer's backward pass, the tensors of attention's own backward pass may come on top.
-    assert kept - fused == pytest.approx(LAYERS * scores * has_scores, abs=0.15 * LAYERS * scores)
+    if length <= 768:
+        assert kept - fused == pytest.approx(LAYERS * scores, rel=0.15)
+    elif length == 1024:
+        assert 0 <= kept - fused <= scores
+    else:
+        assert kept - fused == 0
 
 
 def test_sequence_parallel_ranks_keep_gathered_inputs():
