@@ -27,6 +27,7 @@ from moreh.runtime.engine.calls.checks import has_wrong_ids
 from moreh.runtime.engine.calls.history import CallHistories, CallHistory
 from moreh.runtime.engine.calls.pending_loss import Gradients, PendingLoss, pending_loss
 from moreh.runtime.engine.calls.recorded import RecordedCall
+from moreh.runtime.engine.calls.unread import keep_weights_at_steps
 from moreh.runtime.engine.model_runner import ModelRunner
 from moreh.threads import CALL_THREADS
 from moreh.trace import span
@@ -82,7 +83,7 @@ class FastPath:
             history.add_read(late=call.has_changed)
             return call.outputs_beside_the_loss(tensors)
 
-        call.keep_weights_at_steps()
+        keep_weights_at_steps(call)
         return with_lazy_outputs(output_class_of(runner.model.parts.causal), loss, compute_other_outputs)
 
     @staticmethod

@@ -30,6 +30,8 @@ class CallHistory:
 
     def __init__(self, *, training: bool) -> None:
         self.needs_own_forward = False
+        # True once a call of a sharded model has kept the weights before a step.
+        self.has_kept_weights = False
         self._training = training
         self._calls = self._reads = self._late_gradients = 0
         self._last: LossUse | None = None

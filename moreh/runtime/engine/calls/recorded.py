@@ -1,28 +1,23 @@
 """A recorded call that can be repeated: its arguments, random states, precision and weights."""
 
-import itertools
 import threading
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from moreh.errors import OptionError
 from moreh.patches.module_call import inside_of_call
+from moreh.runtime.engine.calls.unread import CHANGED_SINCE_CALL, stop_keeping_weights
 from moreh.threads import CALL_THREADS
 
 CHANGED_WEIGHTS_MESSAGE = (
     "one of the variables needed for gradient computation has been modified by an inplace operation: the weights or "
     "inputs have changed since the call that made this loss"
 )
-# The calls whose outputs have not been read. Before an optimizer's step they keep the weights that it changes.
-_unread: "weakref.WeakSet[RecordedCall]" = weakref.WeakSet()
-_hook: Any = None
 
 
 def mode_of(module: nn.Module, kind: str) -> Callable[[], AbstractContextManager[None]]:
@@ -63,8 +58,8 @@ class RecordedCall:
         if self._device.type == "cuda":
             self._rng.append(torch.cuda.get_rng_state(self._device))
         self._weights_before_step: dict[str, torch.Tensor] = {}
-        self._input_versions = [_version(tensor) for tensor in self.tensors]
-        self._weights = {name: (id(parameter), _version(parameter)) for name, parameter in parameters.items()}
+        self._input_versions = [version_of(tensor) for tensor in self.tensors]
+        self._weights = {name: (id(parameter), version_of(parameter)) for name, parameter in parameters.items()}
 
     def arguments(self, tensors: list[torch.Tensor] | tuple[torch.Tensor, ...]) -> tuple[tuple[Any, ...], Any]:
         """The arguments of the call, with `tensors` in the place of its own."""
@@ -125,12 +120,9 @@ class RecordedCall:
             OptionError: inputs or weights have been changed.
         """
         changed = self._changed_weights() - self._weights_before_step.keys()
-        if changed or self._input_versions != [_version(tensor) for tensor in tensors]:
-            raise OptionError(
-                "outputs other than the loss are computed when they are asked for, and the weights or inputs have "
-                "changed since the call: read them before the next step and the next call"
-            )
-        _unread.discard(self)
+        if changed or self._input_versions != [version_of(tensor) for tensor in tensors]:
+            raise OptionError(CHANGED_SINCE_CALL)
+        stop_keeping_weights(self)
         if not self._weights_before_step:
             return self.own_forward(tensors, labels=None)
         args, kwargs = self.arguments(tensors)
@@ -144,39 +136,23 @@ class RecordedCall:
         with CALL_THREADS.call(with_grad=self._grad, thread=self.thread), self.restored(), inside_of_call():
             yield
 
-    def keep_weights_at_steps(self) -> None:
-        """Keep the weights that an optimizer changes while this call's outputs are alive and unread."""
-        global _hook
-        if _hook is None:
-            _hook = register_optimizer_step_pre_hook(_before_optimizer_step)
-        _unread.add(self)
-
     def drop_kept_weights(self) -> None:
         """Free the weights that were kept: another call of the model has begun."""
-        _unread.discard(self)
+        stop_keeping_weights(self)
         self._weights_before_step = {}
 
-    def keep_weights(self, parameters: set[int]) -> None:
+    def keep_weights(self, changing: set[int]) -> None:
         """Copy the weights with these ids, before they are changed."""
         for name, parameter in self._module.named_parameters():
-            is_as_in_call = self._weights.get(name) == (id(parameter), _version(parameter))
-            if id(parameter) in parameters and is_as_in_call:
+            is_as_in_call = self._weights.get(name) == (id(parameter), version_of(parameter))
+            if id(parameter) in changing and is_as_in_call:
                 self._weights_before_step[name] = parameter.detach().clone()
 
     def _changed_weights(self) -> set[str]:
-        now = {name: (id(parameter), _version(parameter)) for name, parameter in self._module.named_parameters()}
+        now = {name: (id(parameter), version_of(parameter)) for name, parameter in self._module.named_parameters()}
         return {name for name, weight in self._weights.items() if now.get(name) != weight}
 
 
-def _before_optimizer_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    if _unread:
-        groups = (group["params"] for group in optimizer.param_groups)
-        # Parameters without a gradient do not change.
-        changing = {id(p) for p in itertools.chain.from_iterable(groups) if p.grad is not None}
-        for call in list(_unread):
-            call.keep_weights(changing)
-
-
-def _version(tensor: torch.Tensor) -> int:
+def version_of(tensor: torch.Tensor) -> int:
     """A number that grows when a tensor is changed in place; tensors of `inference_mode` have none."""
     return -1 if tensor.is_inference() else tensor._version

@@ -1,11 +1,9 @@
 """Answers a script's call of a sharded model."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from moreh.errors import OptionError
 from moreh.models.compatibility import has_call_hooks, uses_fp16_loss_scaling
@@ -19,11 +17,10 @@ from moreh.runtime.engine.calls.checks import (
     check_surroundings,
     refusing_counts,
 )
-from moreh.runtime.engine.calls.history import CallHistories, CallHistory
-from moreh.runtime.engine.calls.logits import weight_versions
-from moreh.runtime.engine.calls.recorded import mode_of
+from moreh.runtime.engine.calls.history import CallHistories
 from moreh.runtime.engine.model_runner import ModelRunner
 from moreh.runtime.engine.parallel_model import ParallelModel
+from moreh.runtime.engine.sharded.late_logits import LateLogits
 from moreh.runtime.engine.sharded.registry import is_submodule_of_sharded, runner_of, whole_model
 from moreh.trace import span
 
@@ -80,7 +77,7 @@ def _answer(runner: ModelRunner, args: tuple[Any, ...], kwargs: dict[str, Any]) 
         loss, logits = runner.loss_and_logits(inputs)
         return (loss, logits) if as_tuple else output_class(loss=loss, logits=logits)
     loss = runner.loss(inputs)
-    return with_lazy_outputs(output_class, loss, _deferred_logits(runner, inputs, history))
+    return with_lazy_outputs(output_class, loss, LateLogits(runner, inputs, history).compute)
 
 
 def _checked_inputs(model: ParallelModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ModelInputs:
@@ -101,23 +98,3 @@ def _checked_inputs(model: ParallelModel, args: tuple[Any, ...], kwargs: dict[st
             f"would vanish; use bfloat16, or {ONE_WORKER}"
         )
     return inputs
-
-
-def _deferred_logits(runner: ModelRunner, inputs: ModelInputs, history: CallHistory) -> Callable[[], Any]:
-    """A function that computes the logits of a call when the script reads them, in the modes of the call."""
-    model = runner.model
-    as_in_call = mode_of(model.parts.root, model.mesh.device.type)
-    versions, with_grads = weight_versions(model), torch.is_grad_enabled()
-
-    def compute_logits() -> Any:
-        if weight_versions(model) != versions:
-            raise OptionError(
-                "outputs other than the loss are computed when they are asked for, and the weights have changed since "
-                "the call: read them before the optimizer's step"
-            )
-        history.add_read(late=False)
-        # The script's random generator continues from its state after the call.
-        with torch.random.fork_rng([]), as_in_call(), torch.set_grad_enabled(with_grads):
-            return CausalLMOutputWithPast(logits=runner.logits(inputs))
-
-    return compute_logits
