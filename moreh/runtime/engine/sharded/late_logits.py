@@ -7,6 +7,7 @@ from torch import nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from moreh.errors import OptionError
+from moreh.patches.module_call import inside_of_call
 from moreh.runtime.batch.model_inputs import ModelInputs
 from moreh.runtime.engine.calls.history import CallHistory
 from moreh.runtime.engine.calls.recorded import mode_of, version_of
@@ -55,7 +56,9 @@ class LateLogits:
         self._check_can_compute(changed)
         self._history.add_read(late=bool(changed))
         stop_keeping_weights(self)
-        with torch.random.fork_rng([]), self._as_in_call(), torch.set_grad_enabled(self._with_grads and not changed):
+        with_grads = self._with_grads and not changed
+        # The stages call the model outside a call of the script.
+        with inside_of_call(), torch.random.fork_rng([]), self._as_in_call(), torch.set_grad_enabled(with_grads):
             self._exchange_weights()
             try:
                 return CausalLMOutputWithPast(logits=self._runner.logits(self._inputs))
