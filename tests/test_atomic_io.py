@@ -3,6 +3,7 @@
 import os
 import re
 import stat
+from pathlib import Path
 
 import pytest
 
@@ -45,6 +46,24 @@ def test_a_directory_appears_as_a_whole(tmp_path, exists):
     commit_directory(staging, target)
     assert [path.name for path in target.iterdir()] == ["new"]
     assert list(target.parent.iterdir()) == [target]
+
+
+def test_contents_are_on_the_disk_before_they_have_their_name(tmp_path, monkeypatch):
+    target, flushed = tmp_path / "state", set()
+
+    def fsync(descriptor):
+        flushed.add((Path(f"/proc/self/fd/{descriptor}").readlink().name, target.exists()))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    staging = make_staging_directory(target)
+    (staging / "part").mkdir()
+    (staging / "part" / "a").touch()
+    commit_directory(staging, target)
+    assert flushed == {("a", False), ("part", False), (staging.name, False), (tmp_path.name, True)}
+    path = tmp_path / "b.json"
+    with replacing_file(path, durable=True) as file:
+        file.write("text")
+    assert [name for name, _ in flushed if name.startswith("b.json.")]
 
 
 def test_two_processes_that_write_one_directory_do_not_meet(tmp_path):

@@ -1,6 +1,7 @@
 """A damaged entry of the cache is made anew, with one line; what killed processes have left is removed."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -103,6 +104,17 @@ def test_leftovers_of_killed_processes_are_removed(tmp_path):
     make_once(tmp_path / "data-1", lambda target: (target / "a").touch(), lambda line: None)
     assert not leftover.exists()
     assert other.exists()
+
+
+def test_entry_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    entry, flushed = tmp_path / "data-1", set()
+
+    def fsync(descriptor):
+        flushed.add((Path(f"/proc/self/fd/{descriptor}").readlink().name, entry.exists()))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    make_once(entry, lambda target: (target / "a").touch(), lambda line: None)
+    assert {("a", False), (MANIFEST, False), (tmp_path.name, True)} <= flushed
 
 
 def test_full_disk_is_one_line(tmp_path):
