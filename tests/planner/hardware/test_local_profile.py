@@ -2,18 +2,24 @@
 
 import dataclasses
 import json
+import os
+import sys
+import tempfile
 import threading
 import time
 from dataclasses import replace
 
+import psutil
 import pytest
 
 from moreh.errors import PlanError
 from moreh.planner.hardware import local_profile as module
+from moreh.planner.hardware import worker_processes
 from moreh.planner.hardware.local_profile import concurrent_workers, local_profile, measure
 from moreh.planner.hardware.measured_device import measured_cluster, measured_device, ring_latency_and_rate
 from moreh.planner.hardware.microbenchmarks import CHAIN, Worker
 from tests.helpers.planner.synthetic_profile import roofline_of, synthetic_profile
+from tests.helpers.scripts.fork_server import ForkedProcess
 
 
 def test_one_worker_is_measured_once_and_kept(state_directory, monkeypatch):
@@ -142,6 +148,46 @@ def test_two_workers_are_measured_together(state_directory):
     assert 0 <= profile.skew <= 1
     assert measured_device(profile).devices_per_node == 2
     assert list(state_directory.glob("this-machine-*.json"))
+
+
+MEASURING = """
+import sys, tempfile
+from moreh.planner.hardware.worker_processes import run_workers
+tempfile.tempdir = sys.argv[1]
+run_workers(2, 1)
+"""
+
+
+def _measuring(processes):
+    """Those that have become the command of a measurement."""
+    commands = {process: process.cmdline() for process in processes}
+    return [process for process, command in commands.items() if command[1:2] == ["-m"]]
+
+
+def test_nothing_is_left_of_a_measurement_that_is_killed(environment, tmp_path, monkeypatch):
+    """Its processes end with it, and the next measurement removes its files."""
+    script = tmp_path / "script.py"
+    script.write_text(MEASURING, encoding="utf-8")
+    measuring = ForkedProcess([sys.executable, script, tmp_path], env=environment, cwd=tmp_path)
+    try:
+        while len(processes := _measuring(psutil.Process(measuring.pid).children())) < 2:
+            time.sleep(0.02)
+        for process in processes:
+            process.suspend()  # they would end by themselves
+    finally:
+        measuring.kill()
+        measuring.wait()
+    _, left = psutil.wait_procs(processes, timeout=15)
+    for process in left:
+        process.kill()
+    assert not left
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (leftover,) = tmp_path.glob(f"{worker_processes._PREFIX}*")
+    of_this_process = tmp_path / f"{worker_processes._PREFIX}{os.getpid()}-a"
+    of_this_process.mkdir()
+    worker_processes._remove_leftovers()
+    assert not leftover.exists()
+    assert of_this_process.exists()
 
 
 @pytest.mark.parametrize("workers", [0, -1])
