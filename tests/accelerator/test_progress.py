@@ -8,7 +8,15 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from moreh.accelerator.job_status import CpuSample, JobProgress, JobStatus, write_status
+from moreh.accelerator.job import local_job
+from moreh.accelerator.job_status import (
+    DEFAULT_GRACE_S,
+    CpuSample,
+    JobProgress,
+    JobStatus,
+    grace_of,
+    write_status,
+)
 from moreh.accelerator.registry import start_job
 from moreh.cli import smi
 from tests.helpers.planner.plan_tool import table_rows
@@ -46,6 +54,17 @@ def test_json_has_the_progress(show):
 
 def test_script_that_says_nothing_has_no_progress(show):
     assert "Progress" not in show(None)
+
+
+def test_job_says_at_once_how_long_it_needs_to_save():
+    job = local_job()
+    job.report()
+    try:
+        job.need_grace(300.0)
+        assert grace_of(job.job) == 300.0
+    finally:
+        job.need_grace(DEFAULT_GRACE_S)
+    assert grace_of(job.job) == DEFAULT_GRACE_S
 
 
 def test_training_script_says_how_far_it_is(train, read_metrics, monkeypatch):

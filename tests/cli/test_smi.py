@@ -1,6 +1,7 @@
 """moreh-smi as a person and as a script use it."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -9,6 +10,9 @@ import time
 import psutil
 import pytest
 
+from moreh.accelerator.job_status import CpuSample, JobStatus, write_status
+from moreh.accelerator.registry import start_job
+from moreh.cli import smi
 from moreh.cli.smi_report import SIMULATED_NOTE
 from moreh.version import __version__
 from tests.helpers.scripts.fork_server import ForkedProcess
@@ -179,6 +183,16 @@ def test_reset_kills_a_job_that_does_not_end(environment, tmp_path, monkeypatch)
 
     assert "did not end" in _end_job(None)
     assert process.wait() == -9
+
+
+def test_reset_waits_as_long_as_the_job_needs_to_save(state_directory, monkeypatch):
+    job, _ = start_job(psutil.Process(os.getppid()), "train_gpt.py")
+    write_status(job, JobStatus({}, True, 1, CpuSample(0, 0), CpuSample(1, 0), grace_s=300.0))
+    waited = []
+    monkeypatch.setattr(psutil.Process, "terminate", lambda self: None)
+    monkeypatch.setattr(smi, "_ends_within", lambda seconds, job: waited.append(seconds) or True)
+    assert smi._end_job(None).startswith("Ended job 1 ")
+    assert waited == [300.0 + smi.SECONDS_AFTER_GRACE]
 
 
 def test_loop_shows_again(environment):

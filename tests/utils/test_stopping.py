@@ -215,6 +215,15 @@ def test_grace_is_twice_a_step_and_a_save_or_as_set(clock):
     assert GracePeriod(StopSection(grace_seconds=5)).seconds == 5
 
 
+def test_grace_is_told_to_those_who_end_the_run(monkeypatch):
+    told = []
+    monkeypatch.setattr(limit_module, "local_job_if_started", lambda: SimpleNamespace(need_grace=told.append))
+    grace = GracePeriod(StopSection(grace_seconds=5))
+    grace.expect_save(1)
+    grace.end_step()
+    assert told == [5, 5]
+
+
 def test_run_saves_before_its_time_limit_and_asks_to_be_started_again(handlers, tmp_path, clock):
     _, end_step = make_checkpoints(tmp_path, every_minutes=None, stop={"before": "1h10m", "grace_seconds": 100})
     clock.seconds = 4200 - 101

@@ -40,6 +40,29 @@ def test_a_signal_lets_all_workers_save(start, number, exit_code):
     assert seconds < MAX_SECONDS_TO_END
 
 
+STUBBORN = """
+from moreh.accelerator.job import local_job
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, signal.SIG_IGN)
+if world.rank == 0:
+    local_job().need_grace(0.5)
+reduce()
+print("go", flush=True)
+time.sleep(100)
+"""
+
+
+def test_workers_have_the_time_that_the_job_needs_to_save(start):
+    """Here half a second, and not the minute of a job that has not said how long it needs."""
+    process = start(STUBBORN, forked=True)
+    wait_for_line(process, "go")
+    os.kill(process.pid, signal.SIGTERM)
+    exit_code, _, errors, seconds = finish(process)
+    assert errors == ["error: after SIGTERM, worker 0, 1 of 2 did not end in time and was killed"]
+    assert exit_code == -signal.SIGTERM
+    assert seconds < MAX_SECONDS_TO_END
+
+
 WARNED = """
 got = []
 signal.signal(signal.SIGUSR1, lambda number, frame: got.append(number))
