@@ -157,12 +157,18 @@ def test_malicious_objects_run_nothing(tmp_path):
     assert not proof.exists()
 
 
-def test_full_disk_is_named_in_the_systems_word(tmp_path, monkeypatch):
-    """torch's own error is "file write failed", from far below."""
+@pytest.mark.parametrize("failures", [1, 10**6], ids=["once", "always"])
+def test_full_disk_is_named_in_the_systems_word(tmp_path, monkeypatch, failures):
+    """torch's own error is "file write failed", from far below. Later writes may succeed."""
     from moreh.runtime.checkpoint import manifest
+
+    failed = []
 
     class FullFile(manifest.io.FileIO):
         def write(self, data):
+            if len(failed) == failures:
+                return super().write(data)
+            failed.append(self.name)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(manifest.io, "FileIO", FullFile)
