@@ -103,13 +103,15 @@ def test_full_disk_behind_standard_output_does_not_end_a_training(environment, t
 
 @needs_full
 def test_tools_say_that_standard_output_is_full(environment):
-    for command in ("moreh-smi", "moreh-switch-model 1"):
+    """At once, or what Python still keeps when it ends."""
+    for command, unbuffered in (("moreh-smi", ""), ("moreh-smi", "1"), ("moreh-switch-model 1", "")):
+        variables = {**environment, "PYTHONUNBUFFERED": unbuffered}
         full = subprocess.run(
-            ["sh", "-c", f"{command} >/dev/full"], capture_output=True, text=True, env=environment, check=False
+            ["sh", "-c", f"{command} >/dev/full"], capture_output=True, text=True, env=variables, check=False
         )
         assert (full.returncode, full.stderr) == (1, "error: standard output: No space left on device\n"), command
         closed = subprocess.run(
-            ["sh", "-c", f"{command} >&-"], capture_output=True, text=True, env=environment, check=False
+            ["sh", "-c", f"{command} >&-"], capture_output=True, text=True, env=variables, check=False
         )
         assert (closed.returncode, closed.stderr) == (0, "")
 
