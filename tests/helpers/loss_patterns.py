@@ -119,6 +119,26 @@ def twice_a_call(call, model):
     (loss + loss.square()).backward()
 
 
+def refilled(call, model):
+    """A loader that fills the same mask and labels for each batch. Autograd would refuse that for ids."""
+    mask, labels = (torch.empty_like(batch(model)[name]) for name in ("attention_mask", "labels"))
+    losses = []
+    for step in range(3):
+        inputs = inputs_of(model, step)
+        mask.copy_(inputs["attention_mask"].roll(step, 0))
+        labels.copy_(inputs["labels"])
+        losses.append(call(**inputs | {"attention_mask": mask, "labels": labels}).loss)
+    sum(losses).backward()
+
+
+def logits_of_refilled(call, model):
+    """The logits of a call whose mask has been filled again."""
+    inputs = inputs_of(model, 0)
+    outputs = call(**inputs)
+    inputs["attention_mask"].copy_(inputs["attention_mask"].roll(1, 0))
+    (outputs.loss + outputs.logits.square().mean()).backward()
+
+
 PATTERNS = [
     weighted,
     distilled,
@@ -135,4 +155,6 @@ PATTERNS = [
     grad_norm,
     in_eval_mode,
     twice_a_call,
+    refilled,
+    logits_of_refilled,
 ]

@@ -16,7 +16,7 @@ from tests.helpers.sharded.cases import error_of, weight_difference
 
 
 def train(model, *, accumulation=1):
-    """Three steps; returns the losses, and the logits that the script reads after each step."""
+    """Three steps; returns the losses, and the logits that the script reads after each step and refilled inputs."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-3)
     read = []
     for step in range(3):
@@ -26,6 +26,8 @@ def train(model, *, accumulation=1):
             (outputs.loss / accumulation).backward()
         optimizer.step()
         optimizer.zero_grad()
+        ids.zero_()
+        mask.zero_()
         read += [outputs.loss.detach(), outputs.logits.detach().clone()]
     return read
 
@@ -62,8 +64,9 @@ def what_is_said(plan):
         outputs.loss.backward()
         return outputs
 
-    changed = call()
-    ids.add_(1).remainder_(model.config.vocab_size)
+    embeds = torch.zeros(*ids.shape, model.config.hidden_size, dtype=torch.float64)
+    changed = model(inputs_embeds=embeds, labels=labels)
+    embeds.add_(1)
     said = {"changed inputs": error_of(lambda: changed.logits)}
     by_hand = call()
     with torch.no_grad():

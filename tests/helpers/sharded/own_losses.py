@@ -64,7 +64,18 @@ def last_position(model, frozen, ids, mask, labels):
     return functional.softplus(-model(input_ids=ids, attention_mask=mask, logits_to_keep=1).logits[:, 0, 3]).mean()
 
 
-LOSSES = {loss.__name__: loss for loss in (weighted_tokens, label_smoothing, distillation, z_loss, dpo, last_position)}
+def refilled_mask(model, frozen, ids, mask, labels):
+    """A mask that the script fills again before the backward pass."""
+    buffer = mask.clone()
+    logits = model(input_ids=ids, attention_mask=buffer).logits[:, :-1]
+    buffer.copy_(mask.roll(1, 0))
+    return functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
+
+
+LOSSES = {
+    loss.__name__: loss
+    for loss in (weighted_tokens, label_smoothing, distillation, z_loss, dpo, last_position, refilled_mask)
+}
 
 
 def train_with(name, model, frozen, steps=2, accumulation=2):

@@ -180,7 +180,7 @@ def _with_second_pass(logits: torch.Tensor, passes: LogitsPasses, inputs: ModelI
         weight_versions(model),
         mode_of(model.parts.root, model.mesh.device.type),
     )
-    tensors = [tensor.data for tensor in inputs.tensors.values()]
+    tensors = [tensor.detach() for tensor in inputs.tensors.values()]
     result: torch.Tensor = _Logits.apply(logits, state, tensors, *(model.user_params[name] for name in names))  # type: ignore[no-untyped-call]
     return result
 

@@ -39,8 +39,7 @@ class PendingLoss:
 def pending_loss(loss: torch.Tensor, pending: PendingLoss, parameters: Sequence[torch.Tensor]) -> torch.Tensor:
     """The loss as a function of the parameters. Autograd keeps the inputs of the call as long as a backward pass may
     come: until one has come, or until the last one where the script retains the graph."""
-    # Autograd would take a change of the labels' values for an error, which torch does not.
-    tensors = [tensor.data for tensor in pending.call.take_tensors()]
+    tensors = [tensor.detach() for tensor in pending.call.take_tensors()]
     result: torch.Tensor = _PendingLoss.apply(loss, pending, tensors, *parameters)  # type: ignore[no-untyped-call]
     return result
 

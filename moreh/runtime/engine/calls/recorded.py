@@ -50,7 +50,7 @@ class RecordedCall:
         self._module = module
         self.thread = threading.current_thread()
         leaves, self._structure = tree_flatten((args, kwargs))
-        self.tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        self.tensors = [kept(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor)]
         self._others = [None if isinstance(leaf, torch.Tensor) else (leaf,) for leaf in leaves]
         self._device = next(iter(parameters.values())).device
         self._as_in_call, self._grad = mode_of(module, self._device.type), torch.is_grad_enabled()
@@ -151,6 +151,15 @@ class RecordedCall:
     def _changed_weights(self) -> set[str]:
         now = {name: (id(parameter), version_of(parameter)) for name, parameter in self._module.named_parameters()}
         return {name for name, weight in self._weights.items() if now.get(name) != weight}
+
+
+def kept(tensor: torch.Tensor) -> torch.Tensor:
+    """An input as it is now, for a later computation: a script may fill the same ids, mask or labels again.
+
+    Of a tensor with more than two dimensions, such as a mask with a row per query, the tensor itself. Autograd finds
+    that it was changed.
+    """
+    return tensor.clone() if tensor.dim() <= 2 else tensor
 
 
 def version_of(tensor: torch.Tensor) -> int:

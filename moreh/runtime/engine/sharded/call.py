@@ -1,5 +1,6 @@
 """Answers a script's call of a sharded model."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from moreh.runtime.engine.calls.checks import (
     refusing_counts,
 )
 from moreh.runtime.engine.calls.history import CallHistories
+from moreh.runtime.engine.calls.recorded import kept
 from moreh.runtime.engine.model_runner import ModelRunner
 from moreh.runtime.engine.parallel_model import ParallelModel
 from moreh.runtime.engine.sharded.late_logits import LateLogits
@@ -97,4 +99,4 @@ def _checked_inputs(model: ParallelModel, args: tuple[Any, ...], kwargs: dict[st
             "training in float16: gradients are computed in the call, before the script scales the loss, and most "
             f"would vanish; use bfloat16, or {ONE_WORKER}"
         )
-    return inputs
+    return replace(inputs, tensors={name: kept(tensor) for name, tensor in inputs.tensors.items()})
