@@ -47,9 +47,9 @@ PROCESS_CHANGES = (
     ),
     ProcessChange(
         "global hooks of torch",
-        "moreh/runtime/engine/calls/recorded.py",
-        "From the first training batch on one worker: before an optimizer's step, keeps the weights of a batch whose "
-        "logits a script may still read.",
+        "moreh/runtime/engine/calls/unread.py",
+        "From the first training batch: before an optimizer's step, keeps the weights of a batch whose logits a script "
+        "may still read; on several workers at the first step.",
     ),
     ProcessChange(
         "sys.unraisablehook",

@@ -5,6 +5,7 @@ fast path does not support.
 """
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -74,7 +75,7 @@ class FastPath:
         runner.max_tokens = max_tokens
         if (last_call := self._last_calls.pop(module, None)) is not None and (recorded := last_call()) is not None:
             recorded.drop_kept_weights()
-        call = RecordedCall(module, parameters, args, kwargs)
+        call = RecordedCall(module, parameters, args, kwargs, self._runners[module].computes_as_now())
         self._last_calls[module] = weakref.ref(call)
         tensors = call.tensors
         loss = self._loss(runner, inputs, call, history, trainable)
@@ -132,6 +133,11 @@ class _KnownModel:
         # The version of the model that the runner was created for.
         self._version = -1
         self._logged: set[str] = set()
+
+    def computes_as_now(self) -> Callable[[], bool]:
+        """A function that says later whether the model's computation is known and has the same modules as now."""
+        computation, version = self._computation, self._computation.version
+        return lambda: computation.unknown_reason() is None and computation.version == version
 
     def runner_for_call(self, options: ParallelOptions) -> ModelRunner | None:
         """The runner if the runtime supports the model in its current state, else None."""

@@ -98,12 +98,13 @@ class ModelRunner:
 
         Raises:
             IndexError: a label is not a token id, as in torch.
-            OptionError: the model has an unregistered loss function, or the script needs gradients of inputs that the
-                plan does not compute.
+            OptionError: the loss function is not registered, or the plan computes no gradients of such inputs.
         """
         if not torch.is_grad_enabled():
             return self.loss_and_grads(inputs, with_grads=False)[0]
         inputs, differentiable = detached_inputs(inputs, self.plan)
+        if not differentiable and not any(p.requires_grad for p in self.model.user_params.values()):
+            return self.loss_and_grads(inputs, with_grads=False)[0]
         loss, grads = self.loss_and_grads(inputs, with_grads=True)
         input_grads = [(entry.tensor, reduced_grad(entry, self.model.mesh)) for entry in differentiable]
         return loss_with_deferred_grads(loss, self.model, grads, input_grads)

@@ -139,6 +139,8 @@ INTERNALS: dict[str, str] = {
     "transformers.integrations.sdpa_attention.sdpa_attention_forward": "What block attention stands in for.",
     "transformers.models.llama.modeling_llama.LlamaRMSNorm.forward": "What fused_norm stands in for.",
     "peft.tuners.lora.layer.Linear.forward": "What fused_lora stands in for.",
+    "peft.tuners.lora.layer.LoraLayer:_disable_adapters": "Of each layer with adapters: True while they are off.",
+    "peft.tuners.lora.layer.LoraLayer:_active_adapter": "The names of the adapters that compute.",
     "transformers.activations.NewGELUActivation.forward": "What fused_activation stands in for.",
     "transformers.loss.loss_utils.ForCausalLMLoss": "The loss that the runtime computes in its own way.",
     "transformers.modeling_utils.PreTrainedModel.warn_if_padding_and_no_attention_mask": "Models call it.",

@@ -207,7 +207,7 @@ def test_logits_of_a_training_batch_can_be_read_until_weights_are_changed_by_han
     outputs.loss.backward()
     with torch.no_grad():
         model.lm_head.weight.add_(1.0)
-    with pytest.raises(OptionError, match="before the next step"):
+    with pytest.raises(OptionError, match="before the optimizer's step"):
         _ = outputs.logits
 
 

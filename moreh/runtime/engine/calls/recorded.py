@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from moreh.errors import OptionError
+from moreh.models.adapters import AdapterState
 from moreh.patches.module_call import inside_of_call
 from moreh.runtime.engine.calls.unread import CHANGED_SINCE_CALL, stop_keeping_weights
 from moreh.threads import CALL_THREADS
@@ -21,8 +22,8 @@ CHANGED_WEIGHTS_MESSAGE = (
 
 
 def mode_of(module: nn.Module, kind: str) -> Callable[[], AbstractContextManager[None]]:
-    """Makes contexts that compute as now: in the module's mode, and with autocast of a kind of device as it is."""
-    is_training = module.training
+    """Makes contexts that compute as now: in the module's mode, with its adapters, and with a device's autocast."""
+    is_training, adapters = module.training, AdapterState(module)
     enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
 
     @contextmanager
@@ -31,7 +32,7 @@ def mode_of(module: nn.Module, kind: str) -> Callable[[], AbstractContextManager
         try:
             if changed:
                 module.train(is_training)
-            with torch.autocast(kind, dtype=dtype, enabled=enabled):
+            with adapters.restored(), torch.autocast(kind, dtype=dtype, enabled=enabled):
                 yield
         finally:
             for inner, was_training in changed:
@@ -44,10 +45,16 @@ class RecordedCall:
     """A call of a model on one worker."""
 
     def __init__(
-        self, module: nn.Module, parameters: Mapping[str, nn.Parameter], args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        module: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        computes_the_same: Callable[[], bool] = lambda: True,
     ) -> None:
-        """`parameters` are those of the module, by name."""
-        self._module = module
+        """`parameters` are those of the module, by name; `computes_the_same` is True until the script changes modules,
+        functions or hooks."""
+        self._module, self._computes_the_same = module, computes_the_same
         self.thread = threading.current_thread()
         leaves, self._structure = tree_flatten((args, kwargs))
         self.tensors = [kept(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor)]
@@ -82,10 +89,16 @@ class RecordedCall:
         """Check that the call would give the same now.
 
         Raises:
+            OptionError: modules, functions or hooks of the model have changed.
             RuntimeError: a weight has been changed in place.
         """
         if self.has_changed:
             raise RuntimeError(CHANGED_WEIGHTS_MESSAGE)
+        if not self._computes_the_same():
+            raise OptionError(
+                "modules, functions or hooks of the model have changed since the call that made this loss, whose "
+                "gradients are computed now: call backward() before the change"
+            )
 
     @contextmanager
     def restored(self) -> Iterator[None]:
@@ -117,9 +130,9 @@ class RecordedCall:
         After an optimizer's step there are no gradients, as in torch, where the backward pass has used them up.
 
         Raises:
-            OptionError: inputs or weights have been changed.
+            OptionError: inputs, weights or the model's computation have been changed.
         """
-        changed = self._changed_weights() - self._weights_before_step.keys()
+        changed = self._changed_weights() - self._weights_before_step.keys() or not self._computes_the_same()
         if changed or self._input_versions != [version_of(tensor) for tensor in tensors]:
             raise OptionError(CHANGED_SINCE_CALL)
         stop_keeping_weights(self)

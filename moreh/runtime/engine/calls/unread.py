@@ -8,7 +8,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 CHANGED_SINCE_CALL = (
-    "outputs other than the loss are computed when they are asked for, and the weights or inputs have changed since "
+    "outputs other than the loss are computed when they are asked for, and the model or its inputs have changed since "
     "the call: read them before the optimizer's step and the model's next call"
 )
 
