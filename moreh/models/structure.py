@@ -49,7 +49,7 @@ def check_structure(root: nn.Module, expected: Structure) -> None:
         what = f"the parameter {'.'.join(filter(None, (name, keys[0])))} was put into, taken out of or replaced in"
     raise OptionError(
         f"{what} the model after it was sharded over workers, where it would be ignored: change the model before its "
-        "first training step, or run on 1 worker for that (MOREH_WORKERS=1)"
+        "first training step, or save it with save_pretrained and load that, or run on 1 worker (MOREH_WORKERS=1)"
     )
 
 

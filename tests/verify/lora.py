@@ -1,13 +1,14 @@
 """Train LoRA adapters of a pretrained model under plans of each kind, and compare them with one worker and with PEFT.
 
-    python -m tests.verify.lora models/smollm2-135m [--steps 20] [--plain]
+    python -m tests.verify.lora models/smollm2-135m [--steps 20] [--plain] [--floor]
 
 Each run is `train_llama3_70b.py` with configs/llama_smollm2_lora.yaml in float32. Compared are
 
 - the loss of each step and the adapter's weights, under each plan, with those of one worker,
 - the logits of the merged model (scripts/export.py --merge) with those of the base and the adapter in plain PEFT.
 
-With --plain, a run without the line is the reference: the padded loop of transformers and PEFT.
+With --plain, a run without the line is the reference: the padded loop of transformers and PEFT. With --floor, that loop
+is compared with itself on a CPU without AVX-512, which shows how much the rounding of float32 is worth.
 """
 
 import argparse
@@ -41,6 +42,7 @@ SETTINGS = (
     "checkpoint.every_minutes=null",
 )
 FLOAT32 = "{mixed_precision: false}"
+AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
 RUN_SCRIPT = """
 import runpy, sys
 sys.argv[0] = "train_llama3_70b.py"
@@ -54,9 +56,12 @@ def main():
     parser.add_argument("model", type=Path, help="the directory of a pretrained model")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--plain", action="store_true", help="compare with the loop without the line, which is slow")
+    parser.add_argument("--floor", action="store_true", help="only compare the plain loop with itself under AVX2")
     options = parser.parse_args()
     model = options.model.resolve()
     with tempfile.TemporaryDirectory(prefix="lora-") as directory:
+        if options.floor:
+            return floor(model, options.steps, Path(directory))
         return compare(model, options.steps, Path(directory), is_plain=options.plain)
 
 
@@ -83,6 +88,17 @@ def compare(model, steps, directory, *, is_plain):
     return 1 if failed else 0
 
 
+def floor(model, steps, directory):
+    """Print the difference of two runs without the line, with different CPU instructions; returns the exit code."""
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        sys.exit("this CPU has no AVX-512, so AVX2 makes no difference: run --floor on one that has it")
+    losses = losses_of(train(model, steps, directory, "avx512", None, 1))
+    others = losses_of(train(model, steps, directory, "avx2", None, 1, AVX2))
+    differences = [abs(loss - other) for loss, other in zip(losses, others, strict=True)]
+    print(f"without the line, AVX-512 and AVX2: losses {worst(differences):.1e}")
+    return 0
+
+
 def plans_of(model):
     """Numbers of workers and plans. Tensor parallelism divides the heads of the model."""
     config = AutoConfig.from_pretrained(model)
@@ -97,15 +113,18 @@ def plans_of(model):
     ]
 
 
-def train(model, steps, directory, name, plan, workers):
-    """Train adapters; returns the directory of the run. A plan of None is without the line, "" is the planner's."""
+def train(model, steps, directory, name, plan, workers, variables=None):
+    """Train adapters, with further environment variables; returns the directory of the run.
+
+    A plan of None is without the line, "" is the planner's.
+    """
     script = directory / "run.py"
     script.write_text((WITH_PLAN.replace("PLAN", repr(plan)) if plan else "") + RUN_SCRIPT)
     line = "null" if plan is None else FLOAT32
     overrides = [f"model.pretrained={model}", f"train.steps={steps}", f"run.directory={directory}", f"run.name={name}"]
     overrides += [f"accelerator.workers={workers}", f"accelerator.advanced_parallelization={line}", *SETTINGS]
     state = {"MOREH_STATE_DIR": str(directory / "state")}
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **state}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **state, **(variables or {})}
     environment.setdefault("GOMP_SPINCOUNT", "1000")
     command = [sys.executable, str(script), "--config", CONFIG, *overrides]
     finished = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

@@ -88,6 +88,7 @@ class MultiWorkerHook:
                     convert_parameters(module)
                     if inputs.labels is None or unsupported_reason(module) is not None:
                         return NotImplemented
+                    check_thread()
                     return evaluate_unsharded(module, inputs, self.world)
                 check_thread()
                 self._shard(module, inputs, bfloat16=bfloat16)
@@ -178,6 +179,7 @@ class MultiWorkerHook:
 
     def _decide_on_first_worker(self, decide: Callable[[], Decision]) -> Decision:
         """Worker 0's decision, on all workers; collective. An error of worker 0 is raised on all workers."""
+        check_thread()
         decision_or_error: list[Any] = [None, None]
         if self.world.rank == 0:
             try:

@@ -60,7 +60,7 @@ def check_thread() -> None:
     """
     if threading.current_thread() is not threading.main_thread():
         raise OptionError(
-            "a model that is sharded over workers was called in a thread of the script's own, where calls of the "
+            "a model on several workers was called in a thread of the script's own, where calls of the "
             f"workers would meet in any order: call it in the main thread, or {ONE_WORKER}"
         )
 
