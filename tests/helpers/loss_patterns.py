@@ -1,11 +1,15 @@
 """Uses of the losses and logits of calls with labels, each a function of the call and the model."""
 
+import copy
+
 import torch
 from torch.nn import functional
 
 from moreh.options import DEFAULT_OPTIONS
 from moreh.runtime.engine.fast_path import FastPath
-from tests.helpers.fast_path_cases import MAX_TOKENS, batch
+from tests.helpers.compare import worst, worst_of_names
+from tests.helpers.fast_path_cases import MAX_TOKENS, batch, gradients
+from tests.helpers.float64 import exact_float64
 
 
 class Calls:
@@ -21,6 +25,25 @@ class Calls:
             return self.model(**inputs)
         self.fast += 1
         return outputs
+
+
+def worst_difference(pattern, plain):
+    """The largest relative difference of a gradient between the fast path and plain torch, over three steps."""
+    model = copy.deepcopy(plain)
+    calls = Calls(model)
+    differences = []
+    with exact_float64():
+        for _ in range(3):
+            pattern(calls, model)
+            pattern(plain, plain)
+            actual, expected = gradients(model), gradients(plain)
+            floor = 1e-6 * max(float(gradient.abs().max()) for gradient in expected.values())
+            differences.append(worst_of_names(actual, expected, floor=floor))
+            for each in (model, plain):
+                torch.optim.SGD(each.parameters(), lr=0.05).step()
+                each.zero_grad()
+    assert calls.fast > 0
+    return worst(differences)
 
 
 def inputs_of(model, step):

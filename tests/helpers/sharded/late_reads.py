@@ -51,13 +51,17 @@ def compare_without_exchange(family, plan):
     return compare(family, plan, exchanges=False)
 
 
-def what_is_said(plan):
-    """Errors of reads that come too late, and whether logits that are read after a step have gradients."""
+def _sharded(plan):
     install_sharding_support()
     model = make_model("llama")
     shard_model(model, Plan(**plan))
     ids, _, labels = batch(0, model.config.vocab_size)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return model, ids, labels, torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+def what_is_said(plan):
+    """Errors of reads that come too late, and whether logits that are read after a step have gradients."""
+    model, ids, labels, optimizer = _sharded(plan)
 
     def call():
         outputs = model(input_ids=ids, labels=labels)
@@ -80,11 +84,7 @@ def what_is_said(plan):
 
 def second_step(plan):
     """The error of a read after the second step, whose logits no earlier step lets expect."""
-    install_sharding_support()
-    model = make_model("llama")
-    shard_model(model, Plan(**plan))
-    ids, _, labels = batch(0, model.config.vocab_size)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model, ids, labels, optimizer = _sharded(plan)
     for _ in range(2):
         outputs = model(input_ids=ids, labels=labels)
         outputs.loss.backward()

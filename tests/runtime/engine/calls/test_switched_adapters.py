@@ -1,50 +1,25 @@
 """What a call gives is that of its own adapters, whichever the script has switched to when it is computed."""
 
-import copy
-
 import pytest
-import torch
 
 from moreh.errors import OptionError
 from moreh.models.adapters import AdapterState
-from tests.helpers.compare import worst, worst_of_names
-from tests.helpers.fast_path_cases import gradients
-from tests.helpers.float64 import exact_float64
-from tests.helpers.loss_patterns import Calls, inputs_of
+from tests.helpers.compare import worst
+from tests.helpers.loss_patterns import Calls, inputs_of, worst_difference
 from tests.helpers.models.families import make_model
 from tests.helpers.sharded.adapter_switches import SWITCHES, compare, make_adapted, reference_without_adapter
 from tests.helpers.workers import run_on_workers
 from tests.runtime.engine.calls.test_own_losses import PLANS
 
 
-def difference(pattern):
-    """The largest relative difference of a gradient between the fast path and plain torch over three steps."""
-    plain = make_adapted()
-    model = copy.deepcopy(plain)
-    calls = Calls(model)
-    differences = []
-    with exact_float64():
-        for _ in range(3):
-            pattern(calls, model)
-            pattern(plain, plain)
-            actual, expected = gradients(model), gradients(plain)
-            floor = 1e-6 * max(float(gradient.abs().max()) for gradient in expected.values())
-            differences.append(worst_of_names(actual, expected, floor=floor))
-            for each in (model, plain):
-                torch.optim.SGD(each.parameters(), lr=0.05).step()
-                each.zero_grad()
-    assert calls.fast > 0
-    return worst(differences)
-
-
 @pytest.mark.parametrize("pattern", SWITCHES, ids=lambda pattern: pattern.__name__)
 def test_gradients_are_those_of_plain_torch(pattern):
-    assert difference(pattern) < 1e-9
+    assert worst_difference(pattern, make_adapted()) < 1e-9
 
 
 def test_comparison_finds_the_adapters_of_now(monkeypatch):
     monkeypatch.setattr(AdapterState, "__init__", lambda self, root: setattr(self, "_layers", []))
-    assert difference(reference_without_adapter) > 1e-3
+    assert worst_difference(reference_without_adapter, make_adapted()) > 1e-3
 
 
 @pytest.mark.parametrize("plan", ["pp-tp", "pp-sharded"])
