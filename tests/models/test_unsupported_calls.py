@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from moreh.errors import OptionError
 from moreh.options import DEFAULT_OPTIONS
 from moreh.runtime.engine.fast_path import FastPath
-from tests.helpers.compare import worst
+from tests.helpers.compare import max_difference, worst
 from tests.helpers.fast_path_cases import LENGTH, MAX_TOKENS, ROWS, batch, differences
 from tests.helpers.float64 import exact_float64
 from tests.helpers.models.family_settings import FAMILY_SETTINGS
@@ -108,12 +109,23 @@ def test_labels_that_are_no_tokens_raise_torchs_error(label):
         FastPath(DEFAULT_OPTIONS).call(model, (), inputs, MAX_TOKENS)
 
 
-def test_logits_of_inputs_that_have_changed_are_refused():
-    model = llama()
+def test_logits_are_those_of_the_inputs_of_the_call():
+    model = llama().eval()
     inputs = batch(model)
-    outputs = FastPath(DEFAULT_OPTIONS).call(model, (), inputs, MAX_TOKENS)
-    inputs["input_ids"].zero_()
-    with pytest.raises(Exception, match="weights or inputs have changed"):
+    with exact_float64():
+        expected = model(**inputs).logits
+        outputs = FastPath(DEFAULT_OPTIONS).call(model, (), inputs, MAX_TOKENS)
+        for name in ("input_ids", "attention_mask", "labels"):
+            inputs[name].zero_()
+        assert max_difference(outputs.logits, expected) < 1e-9
+
+
+def test_logits_of_a_large_mask_that_has_changed_are_refused():
+    model = llama()
+    mask = torch.ones(ROWS, 1, LENGTH, LENGTH, dtype=torch.bool).tril()
+    outputs = call(model, attention_mask=mask)
+    mask.logical_not_()
+    with pytest.raises(OptionError, match="the model or its inputs have changed"):
         _ = outputs.logits
 
 
