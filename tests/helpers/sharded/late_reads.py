@@ -1,6 +1,7 @@
 """Scripts that read the logits of a call after the optimizer's step."""
 
 import copy
+from unittest import mock
 
 import torch
 
@@ -32,7 +33,7 @@ def train(model, *, accumulation=1):
     return read
 
 
-def compare(family, plan, accumulation=1, exchanges=True):
+def compare(family, plan, accumulation=1):
     """The largest difference of a loss or a logit from those of a whole model, and that of a weight."""
     install_sharding_support()
     whole = make_model(family)
@@ -40,15 +41,14 @@ def compare(family, plan, accumulation=1, exchanges=True):
     with exact_float64():
         expected = train(whole, accumulation=accumulation)
         runner = shard_model(sharded, Plan(**plan))
-        if not exchanges:
-            late_logits.LateLogits._exchange_weights = lambda self: None
         read = train(sharded, accumulation=accumulation)
     differences = worst(max_difference(own, other) for own, other in zip(read, expected, strict=True))
     return differences, weight_difference(runner.model, whole)
 
 
 def compare_without_exchange(family, plan):
-    return compare(family, plan, exchanges=False)
+    with mock.patch.object(late_logits.LateLogits, "_exchange_weights"):
+        return compare(family, plan)
 
 
 def _sharded(plan):
@@ -92,8 +92,22 @@ def second_step(plan):
     return error_of(lambda: outputs.logits)
 
 
+def after_the_step_of_another_model(plan):
+    """The largest difference of logits that are read after a step of another model and one of their own."""
+    model, ids, labels, optimizer = _sharded(plan)
+    other = torch.nn.Linear(2, 1)
+    expected = model(input_ids=ids).logits.detach().clone()
+    outputs = model(input_ids=ids, labels=labels)
+    other(torch.ones(2)).sum().backward()
+    torch.optim.SGD(other.parameters(), lr=0.1).step()
+    outputs = model(input_ids=ids, labels=labels)
+    outputs.loss.backward()
+    optimizer.step()
+    return max_difference(outputs.logits, expected)
+
+
 def without_memory(plan):
     """The error of every rank where one has no memory for the copies."""
-    if torch.distributed.get_rank() == 1:
-        late_logits._free_bytes = lambda device: 0
-    return error_of(lambda: compare("llama", plan))
+    free_bytes = 0 if torch.distributed.get_rank() == 1 else 2**40
+    with mock.patch.object(late_logits, "_free_bytes", return_value=free_bytes):
+        return error_of(lambda: compare("llama", plan))

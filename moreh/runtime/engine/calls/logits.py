@@ -198,7 +198,7 @@ class _State:
     """The call's inputs without tensors."""
     input_names: list[str]
     """The names of the tensors."""
-    versions: list[int]
+    versions: dict[str, tuple[int, int]]
     """The versions of the weights in the first pass."""
     as_in_call: Callable[[], AbstractContextManager[None]]
     """The mode and precision of the first pass."""
@@ -231,10 +231,9 @@ class _Logits(torch.autograd.Function):
         return None, None, None, *(by_name.get(name) for name in state.names)
 
 
-def weight_versions(model: ParallelModel) -> list[int]:
-    """Numbers that grow when a weight is changed in place.
+def weight_versions(model: ParallelModel) -> dict[str, tuple[int, int]]:
+    """Numbers that grow when a weight is changed in place, by the parameter's name.
 
     A change of a whole tensor counts for that tensor; a change of an alias, such as `p.data`, for the local part.
     """
-    parameters = model.user_params.values()
-    return [tensor._version for parameter in parameters for tensor in (parameter, local_tensor(parameter))]
+    return {name: (p._version, local_tensor(p)._version) for name, p in model.user_params.items()}

@@ -10,10 +10,11 @@ from moreh.errors import OptionError
 from moreh.patches.module_call import inside_of_call
 from moreh.runtime.batch.model_inputs import ModelInputs
 from moreh.runtime.engine.calls.history import CallHistory
+from moreh.runtime.engine.calls.logits import weight_versions
 from moreh.runtime.engine.calls.recorded import mode_of, version_of
 from moreh.runtime.engine.calls.unread import CHANGED_SINCE_CALL, keep_weights_at_steps, stop_keeping_weights
 from moreh.runtime.engine.model_runner import ModelRunner
-from moreh.runtime.engine.parallel_model import ParallelModel, local_tensor
+from moreh.runtime.engine.parallel_model import local_tensor
 from moreh.system import available_memory_bytes
 
 # The copies take at most this share of the memory that is free before an optimizer's step.
@@ -34,7 +35,7 @@ class LateLogits:
         self._runner, self._inputs, self._history = runner, inputs, history
         self._as_in_call = mode_of(model.parts.root, model.mesh.device.type)
         self._with_grads = torch.is_grad_enabled()
-        self._weight_versions = _weight_versions(model)
+        self._weight_versions = weight_versions(model)
         self._input_versions = _input_versions(inputs)
         self._weights_before_step: dict[str, torch.Tensor] = {}
         last_call = _last_calls.pop(model.parts.root, None)
@@ -68,7 +69,9 @@ class LateLogits:
     def keep_weights(self, changing: set[int]) -> None:
         """Copy this rank's part of the weights with these ids, before they are changed, where memory is free."""
         model = self._runner.model
-        versions = _weight_versions(model)
+        if changing.isdisjoint(map(id, model.user_params.values())):
+            return  # the step of another model
+        versions = weight_versions(model)
         parts = {
             name: local_tensor(model.user_params[name]).detach()
             for name in model.compute_params
@@ -83,7 +86,7 @@ class LateLogits:
         self._weights_before_step = {}
 
     def _changed_weights(self) -> set[str]:
-        now = _weight_versions(self._runner.model)
+        now = weight_versions(self._runner.model)
         return {name for name, version in self._weight_versions.items() if now[name] != version}
 
     def _check_can_compute(self, changed: set[str]) -> None:
@@ -105,11 +108,6 @@ class LateLogits:
             now = part.clone()
             part.copy_(kept)
             kept.copy_(now)
-
-
-def _weight_versions(model: ParallelModel) -> dict[str, tuple[int, int]]:
-    """Numbers that grow when a weight is changed in place, as in `weight_versions`, by the parameter's name."""
-    return {name: (p._version, local_tensor(p)._version) for name, p in model.user_params.items()}
 
 
 def _input_versions(inputs: ModelInputs) -> list[int]:

@@ -39,5 +39,9 @@ def test_only_the_first_step_keeps_weights():
     assert all(TOO_LATE in said for said in on_workers(late_reads.second_step, PP_TP))
 
 
+def test_step_of_another_model_is_not_the_first():
+    assert max(on_workers(late_reads.after_the_step_of_another_model, PP_TP)) < 1e-9
+
+
 def test_ranks_refuse_together_where_one_has_no_memory():
     assert all(TOO_LATE in said for said in on_workers(late_reads.without_memory, PP_TP))
