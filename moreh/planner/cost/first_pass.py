@@ -2,6 +2,9 @@
 
 Every device gets the logits of the whole batch. The script computes its loss from them, and the gradient of the logits.
 A second pass of the schedule then computes the gradients of the parameters (`moreh/runtime/engine/calls/logits.py`).
+
+Two effects are left out. The second pass mostly omits the output layer's forward matmul, and the script's own
+computation of its loss takes time.
 """
 
 import numpy as np

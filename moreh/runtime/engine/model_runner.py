@@ -27,6 +27,7 @@ from moreh.runtime.batch.model_inputs import ONE_WORKER, ModelInputs
 from moreh.runtime.engine.calls.checks import check_labels
 from moreh.runtime.engine.calls.logits import LogitsPasses, MicroBatchSeeds, batch_logits
 from moreh.runtime.engine.calls.out_of_memory import MicroBatchLimit
+from moreh.runtime.engine.calls.output_layer import OutputLayer, with_gradient
 from moreh.runtime.engine.gradients import collect_grads, loss_with_deferred_grads
 from moreh.runtime.engine.parallel_model import (
     ParallelModel,
@@ -65,8 +66,7 @@ class ModelRunner:
         self._micro_batches: list[ModelInputs] = []
         self._vocabulary_size = causal.get_output_embeddings().weight.shape[0]
         self._training_steps = 0
-        # For logits with a custom loss: the seeds of both passes, and in the second pass the gradients of the logits,
-        # one tensor per micro-batch.
+        # For custom losses: the seeds of both passes, and in the second one the gradients of each micro-batch's logits.
         self._seeds: MicroBatchSeeds | None = None
         self._grad_logits: list[torch.Tensor] = []
         make_model = build_unsharded if plan.devices == 1 else build_sharded
@@ -74,7 +74,7 @@ class ModelRunner:
             root, plan, self._micro_batch_inputs, self._micro_batch_output, self._logit_positions
         )
         self._kernels = FasterKernels(root, options)
-        self._tied_embedding = TiedEmbedding(causal)
+        self._tied_embedding, self._output_layer = TiedEmbedding(causal), OutputLayer(causal)
         self._cutter = BatchCutter(
             self.model.parts,
             plan,
@@ -83,9 +83,8 @@ class ModelRunner:
             pack_rows=skip_padding and options.uses("pack_rows") and is_token_wise,
             share_prefix=options.uses("share_prefix"),
         )
-        self._logits_passes = LogitsPasses(
-            self.model, self._vocabulary_size, self._cutter.sequence_multiple, self._forward, self._second_pass
-        )
+        passes = self._forward, self._second_pass, self._output_layer
+        self._logits_passes = LogitsPasses(self.model, self._vocabulary_size, self._cutter.sequence_multiple, *passes)
         # An output layer inside another module, as in BERT, receives that module's output at all positions.
         head = causal.get_output_embeddings()
         self._chooses_positions = any(slot.module is head for slot in self.model.parts.post_layers)
@@ -217,8 +216,9 @@ class ModelRunner:
         micro_batch = self._micro_batches[index]
         group = self.model.mesh.group("tensor") if self.plan.tensor > 1 else None
         if self._grad_logits:
-            return (outputs.logits * self._grad_logits[index].to(outputs.logits.dtype)).sum()
+            return with_gradient(outputs.logits, self._grad_logits[index])
         if micro_batch.labels is None:
+            self._output_layer.compare(outputs.logits)
             return gather_logits(outputs.logits, group, self._vocabulary_size) if group is not None else outputs.logits
         positions = self._logit_positions(index)
         labels = micro_batch.labels if positions is None else micro_batch.labels.flatten()[positions].unsqueeze(0)

@@ -3,13 +3,16 @@
 import copy
 import functools
 from types import SimpleNamespace
+from unittest import mock
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.nn import functional
 
 from moreh.planner.plan.plan import Plan
 from moreh.runtime.batch.model_inputs import read_inputs
+from moreh.runtime.engine.calls.output_layer import OutputLayer
 from moreh.runtime.engine.evaluation import evaluate_unsharded
 from moreh.runtime.engine.sharded.install import install_sharding_support
 from moreh.runtime.engine.sharded.shard_model import shard_model
@@ -143,6 +146,25 @@ def with_wrong_part(runner):
 
 def compare_with_wrong_part(name, family, plan):
     return compare(name, family, plan, with_wrong_part)
+
+
+def compare_without_comparison(name, family, plan):
+    """As `compare`, where the second pass takes any logits for the outputs of the output layer."""
+    with mock.patch.object(OutputLayer, "compare", lambda layer, logits: None):
+        return compare(name, family, plan)
+
+
+def leaves_out_outputs(family, plan):
+    """True if this rank's second pass computes no outputs of the output layer."""
+    install_sharding_support()
+    model = make_model(family)
+    shard_model(model, Plan(**plan))
+    ids, mask, _ = batch(0, model.config.vocab_size)
+    loss = model(input_ids=ids, attention_mask=mask).logits.square().mean()
+    with mock.patch.object(OutputLayer, "_forward_without_outputs", autospec=True) as left_out:
+        left_out.side_effect = lambda layer, hidden: nn.Linear.forward(layer._head, hidden)
+        loss.backward()
+    return left_out.called
 
 
 def dropout_of_both_passes(family, plan):

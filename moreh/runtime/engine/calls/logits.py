@@ -26,6 +26,7 @@ from moreh.runtime.batch.model_inputs import (
     pad_inputs,
     slice_rows,
 )
+from moreh.runtime.engine.calls.output_layer import OutputLayer
 from moreh.runtime.engine.calls.recorded import CHANGED_WEIGHTS_MESSAGE, mode_of
 from moreh.runtime.engine.gradients import hand_over_grads, names_with_grads
 from moreh.runtime.engine.parallel_model import ParallelModel, local_tensor
@@ -52,6 +53,8 @@ class LogitsPasses:
     if a second pass may follow."""
     second_pass: Callable[[list[ModelInputs], int, list[torch.Tensor]], dict[str, torch.Tensor]]
     """Computes gradients by parameter name, given micro-batches, the seed and the gradients of their logits."""
+    output_layer: OutputLayer
+    """The layer that the second pass needs no outputs of."""
 
 
 class MicroBatchSeeds:
@@ -87,7 +90,8 @@ def batch_logits(passes: LogitsPasses, inputs: ModelInputs) -> torch.Tensor:
                 f"sharded over workers gives none to its inputs; detach them, or {ONE_WORKER}"
             )
         micro_batches = _cut_rows(passes, inputs)
-        outputs, seed = passes.forward(micro_batches, with_seeds=True)
+        with passes.output_layer.observed():
+            outputs, seed = passes.forward(micro_batches, with_seeds=True)
         assert seed is not None
         logits = _whole_logits(passes, outputs, micro_batches)[: inputs.batch_size, : inputs.sequence_length]
     return _with_second_pass(logits, passes, inputs, seed)[:, kept_positions(inputs)]
@@ -141,7 +145,7 @@ def _whole_logits(passes: LogitsPasses, outputs: list[torch.Tensor], micro_batch
     """The logits of all rows on every rank, padding included, from those of this rank's micro-batches."""
     model = passes.model
     rows = sum(micro_batch.batch_size for micro_batch in micro_batches)
-    own = torch.cat(outputs) if outputs else None
+    own = (torch.cat(outputs) if len(outputs) > 1 else outputs[0]) if outputs else None
     own = _from_last_stage(passes, own, (rows, micro_batches[0].sequence_length))
     if model.plan.data == 1:
         return own
@@ -160,7 +164,8 @@ def _own_part(passes: LogitsPasses, grad: torch.Tensor, micro_batches: list[Mode
     parts = []
     for row in range(first, first + len(micro_batches) * size, size):
         part = grad[row : row + size, :, start:stop]
-        parts.append(functional.pad(part, (0, 0, 0, length - part.shape[1], 0, size - part.shape[0])))
+        padding = (0, 0, 0, length - part.shape[1], 0, size - part.shape[0])
+        parts.append(functional.pad(part, padding) if any(padding) else part)  # padding by nothing would copy
     return parts
 
 
@@ -223,7 +228,7 @@ class _Logits(torch.autograd.Function):
             raise RuntimeError(CHANGED_WEIGHTS_MESSAGE)
         micro_batches = _cut_rows(state.passes, replace(state.inputs, tensors=tensors))
         # The stages call the model in this backward pass.
-        with state.as_in_call(), inside_of_call():
+        with state.as_in_call(), inside_of_call(), state.passes.output_layer.without_outputs():
             parts = _own_part(state.passes, grad_outputs[0], micro_batches)
             grads = state.passes.second_pass(micro_batches, state.seed, parts)
         computed = names_with_grads(model, grads)
