@@ -50,7 +50,8 @@ def test_gradients_are_those_of_the_layer(dtype, bias, autocast):
         expected = torch.autograd.grad((logits * grad).sum(), parameters)
         with layer.without_outputs():
             empty = causal.lm_head(hidden)
-    assert empty.shape == logits.shape and empty.dtype == logits.dtype and not empty.any()
+    assert (empty.shape, empty.dtype) == (logits.shape, logits.dtype)
+    assert not empty.any()
     assert empty.untyped_storage().nbytes() == empty.element_size()
     for ours, theirs in zip(torch.autograd.grad(with_gradient(empty, grad), parameters), expected, strict=True):
         assert torch.equal(ours, theirs)
