@@ -72,7 +72,7 @@ class OutputLayer:
         )
 
     def _forward_without_outputs(self, input: torch.Tensor) -> torch.Tensor:
-        with _NoMatmul():
+        with _NoMatmul():  # type: ignore[no-untyped-call]
             return nn.Linear.forward(self._head, input)
 
 
