@@ -17,7 +17,6 @@ import io
 import json
 import logging
 import os
-import runpy
 import select
 import signal
 import socket
@@ -243,16 +242,14 @@ def _become(request, files):
     command = request["command"]
     if request["session"]:
         os.setsid()
-    of_worker = workers_are_forked() if _starts_workers(command, request["env"]) else None
-    command = of_worker or command
+    if _starts_workers(command, request["env"]):
+        command = workers_are_forked() or command
     renew_thread_pool()
     numpy.random.seed()
     sys.argv, sys.orig_argv = command, [sys.executable, *command]
     more = request["env"].get("PYTHONPATH", "")
     sys.path[:1] = [str(Path(command[0]).resolve().parent), *filter(None, more.split(os.pathsep))]
-    if of_worker:
-        run_and_end(command[0])
-    runpy.run_path(command[0], run_name="__main__")
+    run_and_end(command[0])
 
 
 def _renew_streams():
@@ -295,6 +292,4 @@ def _import_libraries():
 if __name__ == "__main__":
     _import_libraries()
     gc.freeze()
-    if "triton._C.libtriton" in sys.modules:  # at the end it reports what Python has not collected
-        atexit.register(gc.unfreeze)
     _become(*_serve(socket.socket(fileno=int(sys.argv[1]))))

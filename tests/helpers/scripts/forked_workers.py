@@ -7,6 +7,7 @@ process that it started. The seed of Python's hashes and options of the interpre
 """
 
 import atexit
+import contextlib
 import ctypes
 import json
 import os
@@ -125,20 +126,28 @@ def renew_thread_pool():
 
 
 def run_and_end(script):
-    """Run a worker's script and end with its exit code, unless an exception ends it.
+    """Run a script and end with its exit code, as Python does but for the objects that it leaves.
 
-    Python would take apart all that the server has imported, for longer than what a script imports, and a launcher
-    waits for a second once a worker has lost the connection to this one.
+    Python would take apart all that the server has imported, which takes longer than most scripts, and a launcher waits
+    for a second once a worker has lost the connection to this one.
     """
     code = 0
     try:
         runpy.run_path(script, run_name="__main__")
     except SystemExit as end:
-        if not isinstance(end.code, int | None):
-            raise
         code = end.code or 0
+        if not isinstance(code, int):
+            print(code, file=sys.stderr)
+            code = 1
+    except KeyboardInterrupt:  # ends with the signal
+        raise
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        code = 1
     threading._shutdown()
     atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code & 0xFF)
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code & 0xFF)
+    sys.exit(code)  # Python reports output that cannot be written
