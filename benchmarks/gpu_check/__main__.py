@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import datetime
+import gc
 import importlib.util
 import os
 import subprocess
@@ -118,6 +119,7 @@ def _import_libraries(environment: dict[str, str]) -> None:
 
     with contextlib.suppress(ImportError):  # it needs accelerate
         import transformers.trainer  # noqa: F401
+    gc.freeze()  # the copies collect what they make themselves
 
 
 def _commit() -> str:

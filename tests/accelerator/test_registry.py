@@ -20,6 +20,8 @@ from moreh.errors import AcceleratorError, RegistryError
 pytestmark = pytest.mark.usefixtures("state_directory")
 # A fork of a process with threads, which other tests have started, may wait for ever for a lock that one of them held.
 CONTEXT = multiprocessing.get_context("forkserver")
+# What each of many processes would import for itself.
+CONTEXT.set_forkserver_preload(["pytest", "moreh.accelerator.registry"])
 
 
 def test_thirteen_flavors_of_the_platform():
