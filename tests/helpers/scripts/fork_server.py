@@ -10,7 +10,6 @@ a script starts itself are forked too (forked_workers.py). What happens while Py
 transformers cannot be tested with it. The server starts with the first script and ends with the process of the tests.
 """
 
-import atexit
 import gc
 import importlib
 import io
@@ -32,7 +31,8 @@ TIMEOUT_S = 300
 # Once a worker has failed: the others may wait for it in a collective.
 GRACE_S = 10
 # What scripts import besides what the pools of workers do.
-LIBRARIES_OF_SCRIPTS = ["datasets", "transformers.tokenization_utils_tokenizers"]
+LIBRARIES_OF_SCRIPTS = ["datasets", "transformers.tokenization_utils_tokenizers", "matplotlib.backends.backend_agg"]
+LIBRARIES_OF_SCRIPTS += ["matplotlib.figure", "utils.cli", "utils.data.batches", "utils.training.model"]
 MAX_REQUEST_BYTES = 1 << 17
 PID_BYTES = 4
 
