@@ -138,11 +138,10 @@ def _normalize_mask(causal: Any, inputs: dict[str, Any], tokens: torch.Tensor) -
         inputs[_MASK] = torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)
 
 
-def kept_positions(inputs: ModelInputs) -> torch.Tensor:
-    """The positions `[positions]` whose logits a call asks for: all of them, the last ones, or a list."""
+def kept_positions(inputs: ModelInputs) -> torch.Tensor | slice:
+    """An index of the positions whose logits a call asks for: all of them, the last ones, or a list."""
     kept = inputs.others.get(LOGITS_TO_KEEP, 0)
-    positions = torch.arange(inputs.sequence_length)
-    return positions[kept] if isinstance(kept, torch.Tensor) else positions[-kept:]
+    return kept if isinstance(kept, torch.Tensor) else slice(-kept, None)
 
 
 def pad_inputs(inputs: ModelInputs, batch_size: int, sequence_multiple: int) -> ModelInputs:

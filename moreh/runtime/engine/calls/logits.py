@@ -106,9 +106,11 @@ def _logits_of_all_rows(passes: LogitsPasses, inputs: ModelInputs) -> torch.Tens
         # The output layer sees a part of the positions only: they are chosen afterwards.
         padded = replace(padded, others={k: v for k, v in padded.others.items() if k != LOGITS_TO_KEEP})
     outputs, _ = passes.forward([slice_rows(padded, 0, padded.batch_size, model.mesh.device)], with_seeds=False)
-    num_positions = padded.sequence_length if model.plan.sequence_parallel else len(kept)
-    logits = _from_last_stage(passes, outputs[0] if outputs else None, (padded.batch_size, num_positions))
-    return logits[:, kept] if model.plan.sequence_parallel else logits
+    positions = torch.arange(padded.sequence_length, device=kept.device if isinstance(kept, torch.Tensor) else None)
+    if not model.plan.sequence_parallel:
+        positions = positions[kept]
+    logits = _from_last_stage(passes, outputs[0] if outputs else None, (padded.batch_size, len(positions)))
+    return logits[:, : inputs.sequence_length][:, kept] if model.plan.sequence_parallel else logits
 
 
 def _cut_rows(passes: LogitsPasses, inputs: ModelInputs) -> list[ModelInputs]:
@@ -216,7 +218,8 @@ class _Logits(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.state = state
         ctx.save_for_backward(*tensors)
-        return logits.view_as(logits)
+        # An alias that autograd does not know as a view: scripts may change logits in place.
+        return logits.new_empty(0).set_(logits)
 
     @staticmethod
     @once_differentiable
