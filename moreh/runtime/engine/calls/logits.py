@@ -219,7 +219,8 @@ class _Logits(torch.autograd.Function):
         ctx.state = state
         ctx.save_for_backward(*tensors)
         # An alias that autograd does not know as a view: scripts may change logits in place.
-        return logits.new_empty(0).set_(logits)
+        alias = logits.new_empty(0)
+        return alias.set_(logits.untyped_storage(), logits.storage_offset(), logits.shape, logits.stride())
 
     @staticmethod
     @once_differentiable
