@@ -16,6 +16,7 @@ from moreh.cli import smi
 from moreh.cli.smi_report import SIMULATED_NOTE
 from moreh.version import __version__
 from tests.helpers.scripts.fork_server import ForkedProcess
+from tests.helpers.scripts.launched_scripts import WITHOUT_MODELS
 
 HOLDING_SCRIPT = """
 import sys, time, torch
@@ -131,7 +132,7 @@ print("went on")
 @pytest.mark.parametrize("command", [(), ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")])
 def test_second_process_waits_until_the_first_has_ended(environment, tmp_path, busy, command):
     script = tmp_path / "waiting.py"
-    script.write_text(WAITING, encoding="utf-8")
+    script.write_text((WITHOUT_MODELS if command else "") + WAITING, encoding="utf-8")
     waiting = (subprocess.Popen if command else ForkedProcess)(
         [sys.executable, *command, script], env=environment, cwd=tmp_path, stdout=subprocess.PIPE, text=True
     )

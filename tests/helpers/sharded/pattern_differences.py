@@ -43,8 +43,8 @@ PATTERNS = {
 }
 
 
-def difference(family, plan, pattern, scale=1.0):
-    """On each rank: the largest difference of what a pattern sees on a sharded model; `scale` falsifies it."""
+def differences(family, plan, pattern, scales=(1.0,)):
+    """On each rank: the largest difference of what a pattern sees on a sharded model, for factors that falsify it."""
     install_sharding_support()
     whole = make_model(family)
     if "gradients_from_before" in pattern:
@@ -61,7 +61,7 @@ def difference(family, plan, pattern, scale=1.0):
     with exact_float64(), label_positions_rounded_to(4):
         expected, actual = PATTERNS[pattern](whole), PATTERNS[pattern](sharded)
     assert len(expected) == len(actual)
-    return worst(_difference(a, b, scale) for a, b in zip(actual, expected, strict=True))
+    return [worst(_difference(a, b, scale) for a, b in zip(actual, expected, strict=True)) for scale in scales]
 
 
 def _difference(actual, expected, scale):

@@ -4,7 +4,7 @@ import pytest
 
 from tests.helpers.models.families import PLANS as PLANS_OF_FOUR
 from tests.helpers.sharded.model_changes import difference_with_own_module, errors_of_changes
-from tests.helpers.sharded.pattern_differences import PATTERNS, difference
+from tests.helpers.sharded.pattern_differences import PATTERNS, differences
 from tests.helpers.workers import WorkerError, run_on_workers
 
 WHOLE, HALVES = {"stage_layers": (3,)}, {"micro_batches": 2, "micro_batch_size": 2}
@@ -18,23 +18,19 @@ PLANS = {
 
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_pattern_sees_what_it_sees_on_one_device(pattern):
-    for found in run_on_workers(difference, [("gpt2", PLANS["dp2"], pattern)])[0]:
-        assert found < 1e-9
+    """The comparison finds a wrong number and one that is none."""
+    scales = 1.0, 1.001, float("nan")
+    for same, *wrong in run_on_workers(differences, [("gpt2", PLANS["dp2"], pattern, scales)])[0]:
+        assert same < 1e-9
+        assert min(wrong) > 1e-4
 
 
 # With the test above, each pattern meets each kind of parallelism: data, tensors with sharded data, stages of tensors.
 @pytest.mark.parametrize(("family", "plan"), [("llama", "tp-sharded"), ("gpt2", "pp-tp")])
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_pattern_on_four_workers(pattern, family, plan):
-    for found in run_on_workers(difference, [(family, PLANS_OF_FOUR[plan], pattern)], size=4)[0]:
+    for (found,) in run_on_workers(differences, [(family, PLANS_OF_FOUR[plan], pattern)], size=4)[0]:
         assert found < 1e-9
-
-
-@pytest.mark.parametrize("pattern", PATTERNS)
-def test_comparison_of_patterns_finds_a_wrong_number(pattern):
-    for scale in (1.001, float("nan")):
-        for found in run_on_workers(difference, [("gpt2", PLANS["dp2"], pattern, scale)])[0]:
-            assert found > 1e-4
 
 
 @pytest.mark.parametrize("plan", ["pp2", "dp2", "dp2-sharded"])

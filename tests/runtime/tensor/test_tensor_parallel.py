@@ -59,8 +59,8 @@ def test_every_family_computes_what_one_process_does(family):
     require_family(family)
     splits_sequences = not FAMILIES[family].whole
     for changes in FAMILY_CASES[family].tensor_parallel:
-        cases = [(family, changes, 2, False), (family, changes, 4, splits_sequences)]
-        for results in run_on_workers(compare_with_one_process, cases, size=4):
+        for size, sequence in ((2, False), (4, splits_sequences)):
+            (results,) = run_on_workers(compare_with_one_process, [(family, changes, size, sequence)], size=size)
             assert len(results[0]) > 10
             assert wrong(results) == {}
 
