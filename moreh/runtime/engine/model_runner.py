@@ -37,7 +37,7 @@ from moreh.runtime.engine.parallel_model import (
     install_user_params,
 )
 from moreh.runtime.engine.schedule import run_forward, run_forward_backward
-from moreh.runtime.kernels.allocator import after_training_step, before_training_step
+from moreh.runtime.kernels.allocator import FreedMemory
 from moreh.runtime.kernels.faster_kernels import FasterKernels
 from moreh.runtime.kernels.tied_embedding import TiedEmbedding
 from moreh.runtime.sharding.rng import rank_local_rng
@@ -65,7 +65,6 @@ class ModelRunner:
         self._options = options
         self._micro_batches: list[ModelInputs] = []
         self._vocabulary_size = causal.get_output_embeddings().weight.shape[0]
-        self._training_steps = 0
         # For custom losses: the seeds of both passes, and in the second one the gradients of each micro-batch's logits.
         self._seeds: MicroBatchSeeds | None = None
         self._grad_logits: list[torch.Tensor] = []
@@ -73,6 +72,8 @@ class ModelRunner:
         self.model: ParallelModel = make_model(
             root, plan, self._micro_batch_inputs, self._micro_batch_output, self._logit_positions
         )
+        on_cpu = self.model.mesh.device.type == "cpu"
+        self._freed_memory = FreedMemory(keep=options.uses("keep_freed_memory") and on_cpu)
         self._kernels = FasterKernels(root, options)
         self._tied_embedding, self._output_layer = TiedEmbedding(causal), OutputLayer(causal)
         self._cutter = BatchCutter(
@@ -131,18 +132,11 @@ class ModelRunner:
 
     def _train(self, inputs: ModelInputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The loss of a batch on every rank, and this rank's gradients by parameter name."""
-        model = self.model
-        keeps_memory = self._options.uses("keep_freed_memory") and model.mesh.device.type == "cpu"
-        if keeps_memory:
-            before_training_step(self._training_steps)
-        with self._rank_local_rng():
-            cut = partial(self._cut_batch, inputs, self.plan.micro_batches)
-            losses, grads = self._limit.compute(cut, self._forward_backward, model.mesh)
-        loss = self._sum_over_ranks(losses)
-        if keeps_memory:
-            after_training_step(self._training_steps)
-        self._training_steps += 1
-        return loss, grads
+        with self._freed_memory.of_step():
+            with self._rank_local_rng():
+                cut = partial(self._cut_batch, inputs, self.plan.micro_batches)
+                losses, grads = self._limit.compute(cut, self._forward_backward, self.model.mesh)
+            return self._sum_over_ranks(losses), grads
 
     def _forward_backward(
         self, hidden_shape: tuple[int, int, int]
@@ -197,7 +191,8 @@ class ModelRunner:
     ) -> dict[str, torch.Tensor]:
         """The gradients of `sum(logits * grad_logits)`; `grad_logits` has one tensor per micro-batch."""
         device = self.model.mesh.device
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
+        rng = torch.random.fork_rng([device] if device.type == "cuda" else [])
+        with rng, torch.enable_grad(), self._freed_memory.of_step():
             self._micro_batches, self._seeds, self._grad_logits = micro_batches, MicroBatchSeeds(seed), grad_logits
             try:
                 return self._forward_backward(self._hidden_shape(micro_batches[0]))[1]

@@ -7,6 +7,8 @@ gradient of a large vocabulary's embedding. The kernel clears each page again wh
 import ctypes
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 # Parameters of mallopt. Source: https://man7.org/linux/man-pages/man3/mallopt.3.html; numbers as in glibc's <malloc.h>.
 _M_TRIM_THRESHOLD = -1
@@ -27,6 +29,23 @@ _VARIABLES = (
     "MALLOC_TOP_PAD_",
     "GLIBC_TUNABLES",
 )
+
+
+class FreedMemory:
+    """The memory that the training steps of a model free."""
+
+    def __init__(self, *, keep: bool) -> None:
+        self._keep, self._steps_done = keep, 0
+
+    @contextmanager
+    def of_step(self) -> Iterator[None]:
+        """Keep the memory for the next step, for the time of forward and backward passes."""
+        if self._keep:
+            before_training_step(self._steps_done)
+        yield
+        if self._keep:
+            after_training_step(self._steps_done)
+        self._steps_done += 1
 
 
 def before_training_step(steps_done: int) -> None:

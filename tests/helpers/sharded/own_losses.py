@@ -16,6 +16,7 @@ from moreh.runtime.engine.calls.output_layer import OutputLayer
 from moreh.runtime.engine.evaluation import evaluate_unsharded
 from moreh.runtime.engine.sharded.install import install_sharding_support
 from moreh.runtime.engine.sharded.shard_model import shard_model
+from moreh.runtime.kernels import allocator
 from tests.helpers.batches import ROWS, batch
 from tests.helpers.compare import curve_difference, max_difference
 from tests.helpers.float64 import exact_float64
@@ -165,6 +166,18 @@ def leaves_out_outputs(family, plan):
         left_out.side_effect = lambda layer, hidden: nn.Linear.forward(layer._head, hidden)
         loss.backward()
     return left_out.called
+
+
+def steps_that_keep_memory(plan):
+    """The numbers of the backward passes of a loss of logits in which freed memory is kept."""
+    install_sharding_support()
+    model = make_model("llama")
+    shard_model(model, Plan(**plan))
+    ids, mask, _ = batch(0, model.config.vocab_size)
+    with mock.patch.object(allocator, "before_training_step") as before:
+        for _ in range(2):
+            model(input_ids=ids, attention_mask=mask).logits.square().mean().backward()
+    return [call.args[0] for call in before.call_args_list]
 
 
 def dropout_of_both_passes(family, plan):

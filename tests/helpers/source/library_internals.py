@@ -32,6 +32,7 @@ INTERNALS: dict[str, str] = {
     "torch._C._len_torch_dispatch_stack": "The number of active modes that see each operation.",
     "torch._C._len_torch_function_stack": "The number of active modes that see each call of torch's functions.",
     "torch._C._get_function_stack_at": "The active mode with an index.",
+    "torch.utils._python_dispatch.TorchDispatchMode": "It sees matmuls after autograd has made their nodes.",
     "torch.utils._device.DeviceContext": "The mode of `with torch.device(...)`.",
     "torch.autograd.forward_ad._current_level": "It is negative where no forward-mode derivatives are computed.",
     "torch.nn.modules.module._has_any_global_hook": "Whether a hook is registered for all modules.",

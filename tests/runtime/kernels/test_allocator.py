@@ -61,28 +61,34 @@ def calls(monkeypatch):
 
 
 def test_memory_is_kept_from_the_first_step_on_but_not_between_the_first_two(calls):
-    allocator.before_training_step(0)
+    memory = allocator.FreedMemory(keep=True)
     keep = [(-4, 0), (-1, 2**31 - 1)]
-    assert calls == keep
-    allocator.after_training_step(0)
+    with memory.of_step():
+        assert calls == keep
     assert calls[2:] == [(-4, 2**16), (-3, 2**17)]
-    allocator.before_training_step(1)
-    assert calls[4:] == [*keep, "trim"]
-    allocator.after_training_step(1)
-    allocator.before_training_step(2)
+    with memory.of_step():
+        assert calls[4:] == [*keep, "trim"]
+    with memory.of_step():
+        pass
     assert len(calls) == 7
+
+
+def test_nothing_is_changed_where_memory_is_not_to_be_kept(calls):
+    with allocator.FreedMemory(keep=False).of_step():
+        pass
+    assert not calls
 
 
 def test_nothing_is_changed_when_the_user_has_tuned_glibc(calls, monkeypatch):
     monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "0")
-    allocator.before_training_step(0)
-    allocator.after_training_step(0)
+    with allocator.FreedMemory(keep=True).of_step():
+        pass
     assert not calls
 
 
 @pytest.mark.parametrize("library", [SimpleNamespace(), SimpleNamespace(mallopt=None)])
 def test_nothing_is_changed_without_glibc(calls, monkeypatch, library):
     monkeypatch.setattr(allocator.ctypes, "CDLL", lambda name: library)
-    allocator.before_training_step(0)
-    allocator.after_training_step(0)
+    with allocator.FreedMemory(keep=True).of_step():
+        pass
     assert not calls

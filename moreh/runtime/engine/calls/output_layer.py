@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
-from torch.nn.modules import module as torch_module
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moreh.models.provenance import is_stock_transformers
@@ -67,7 +67,7 @@ class OutputLayer:
         return (
             type(self._head) is not nn.Linear
             or any("forward" in module.__dict__ or module._forward_hooks for module in modules)
-            or bool(torch_module._global_forward_hooks)
+            or _has_any_global_hook()
             or not is_stock_transformers(type(self._causal).forward)
         )
 

@@ -67,6 +67,10 @@ def test_both_passes_have_the_same_dropout(plan):
     assert max(on_workers(own_losses.dropout_of_both_passes, "gpt2", PLANS[plan])) < 1e-4
 
 
+def test_memory_that_the_backward_passes_free_is_kept():
+    assert on_workers(own_losses.steps_that_keep_memory, PP_TP) == [[0, 1]] * 4
+
+
 def test_what_cannot_be_done_is_said():
     for said in on_workers(own_losses.what_is_said, PP_TP):
         assert "backward through the graph a second time" in said["twice"]
