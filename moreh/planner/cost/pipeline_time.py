@@ -134,7 +134,8 @@ def sequence_operations(table: OperationTable, schedule: Schedule, chunks: int) 
 
 
 @lru_cache(maxsize=64)
-def _execution_sequence(schedule: Schedule, ranks: int, micro_batches: int, chunks: int) -> ExecutionSequence:
+def execution_sequence(schedule: Schedule, ranks: int, micro_batches: int, chunks: int) -> ExecutionSequence:
+    """The operations of a step of a schedule, in one sequence."""
     return sequence_operations(operation_table(schedule, ranks, micro_batches, chunks), schedule, chunks)
 
 
@@ -153,7 +154,7 @@ def _end_times(sequence: ExecutionSequence, ranks: int, durations: list[float], 
     return ends
 
 
-def _durations(
+def operation_durations(
     schedule: Schedule,
     ranks: int,
     chunks: int,
@@ -161,7 +162,11 @@ def _durations(
     backward_s: Sequence[float],
     weight_fraction: float,
 ) -> list[float]:
-    """Seconds of operations, by kind * stages + stage."""
+    """Seconds of operations, by kind * stages + stage.
+
+    Raises:
+        ValueError: the times are not those of as many stages.
+    """
     stages = ranks * chunks
     if len(forward_s) != stages or len(backward_s) != stages:
         raise ValueError(
@@ -196,8 +201,8 @@ def simulate(
             on.
     """
     table = operation_table(schedule, ranks, micro_batches, chunks)
-    durations = _durations(schedule, ranks, chunks, forward_s, backward_s, weight_fraction)
-    sequence = _execution_sequence(schedule, ranks, micro_batches, chunks)
+    durations = operation_durations(schedule, ranks, chunks, forward_s, backward_s, weight_fraction)
+    sequence = execution_sequence(schedule, ranks, micro_batches, chunks)
     ends = np.array(_end_times(sequence, ranks, durations, send_s))
     arrivals = ends[np.asarray(sequence.source)] + send_s
     duration = np.array(durations)[np.asarray(sequence.duration)]
@@ -230,10 +235,10 @@ def makespan(
 
     The arguments are those of `simulate`.
     """
-    durations = _durations(schedule, ranks, chunks, forward_s, backward_s, weight_fraction)
+    durations = operation_durations(schedule, ranks, chunks, forward_s, backward_s, weight_fraction)
 
     def simulate_rounds(rounds: int) -> tuple[ExecutionSequence, list[float]]:
-        sequence = _execution_sequence(schedule, ranks, rounds * per_round, chunks)
+        sequence = execution_sequence(schedule, ranks, rounds * per_round, chunks)
         return sequence, _end_times(sequence, ranks, durations, send_s)
 
     per_round = int(micro_batches_per_round(schedule, ranks, np.asarray(micro_batches), chunks))

@@ -9,6 +9,7 @@ from moreh.planner.cost.layer_time import head_is_frozen, linear_attention_flops
 from moreh.planner.cost.memory.memory_parts import PeakMemory
 from moreh.planner.cost.memory.peak_memory import peak_memory
 from moreh.planner.cost.pipeline_time import makespan
+from moreh.planner.cost.shared_cores import shared_makespan
 from moreh.planner.cost.stage_time import StageTime, stage_time
 from moreh.planner.hardware.environment import Environment
 from moreh.planner.plan.plan import Plan, Training
@@ -141,17 +142,13 @@ def predict(plan: Plan, training: Training, environment: Environment) -> Predict
 
 
 def step_seconds(table: PlanTable, row: int, times: StageTime) -> float:
-    """Seconds of one step: the simulated pipeline, and the time before and after it.
-
-    Cores that workers share are never idle while any worker can compute. So the micro-batches take as long as the work
-    of all workers, unless they take longer even with a core for each worker.
-    """
-    return max(_pipeline_s(table, row, times), float(times.all_work_s[row])) + float(times.tail_s[row])
+    """Seconds of one step: the simulated pipeline, and the time before and after it."""
+    return _pipeline_s(table, row, times) + float(times.tail_s[row])
 
 
-def _pipeline_s(table: PlanTable, row: int, times: StageTime) -> float:
-    """Seconds of the simulated pipeline, with a core for each worker."""
-    return makespan(
+def _pipeline_s(table: PlanTable, row: int, times: StageTime, *, own_cores: bool = False) -> float:
+    """Seconds of the simulated pipeline; with `own_cores`, as if no workers shared a core."""
+    arguments = (
         table.schedule,
         table.pipeline,
         int(table.micro_batches[row]),
@@ -161,6 +158,11 @@ def _pipeline_s(table: PlanTable, row: int, times: StageTime) -> float:
         float(times.weight_fraction[row]),
         float(times.send_s[row]),
     )
+    if own_cores or times.devices_per_core == 1:
+        return makespan(*arguments)
+    if table.pipeline == 1:
+        return float(times.all_work_s[row])
+    return shared_makespan(*arguments, concurrent_ranks=table.pipeline / times.devices_per_core)
 
 
 def predict_row(
@@ -169,8 +171,8 @@ def predict_row(
     """The cost of one row of a table, from the arrays that were computed for all of it."""
     pipeline_s = _pipeline_s(table, row, times)
     # Cores that workers share are slower for each of them.
-    sharing = max(pipeline_s, float(times.all_work_s[row])) / pipeline_s
-    step_time_s = sharing * pipeline_s + float(times.tail_s[row])
+    sharing = pipeline_s / _pipeline_s(table, row, times, own_cores=True)
+    step_time_s = pipeline_s + float(times.tail_s[row])
     passes = sharing * int(table.micro_batches[row])
     parts = StepBreakdown(
         computation_s=passes * float(times.computation_s[row]),

@@ -62,6 +62,8 @@ class StageTime:
     """Communication of gradients and parameters at the end of a step that computation does not hide, [n]."""
     optimizer_s: FloatArray
     """The optimizer's step, and the host's work between steps, [n]."""
+    devices_per_core: float
+    """Devices that share a CPU core; 1 if each has its own."""
     all_work_s: FloatArray
     """All devices' micro-batches, if the CPU cores that they share are never idle; 0 where none are shared, [n]."""
     first_pass_s: FloatArray
@@ -138,6 +140,7 @@ def stage_time(roofline: Roofline, cluster: Cluster, plans: PlanTable, training:
         send_s=_send_s(roofline, cluster, plans, stage_output_bytes(plans, training, roofline.software)),
         gradients_s=gradients,
         optimizer_s=optimizer,
+        devices_per_core=sharing,
         all_work_s=all_work,
         first_pass_s=first_pass_s(roofline, cluster, plans, forward, training),
         **_busiest_rank_s(plans, parts, rank_totals),
