@@ -54,6 +54,9 @@ class SoftwareProfile:
     """Kernels that a layer's forward pass launches besides its matmuls and attention."""
     logit_traffic_bytes: float = 30.0
     """Memory traffic of the loss for each logit, forward and backward together."""
+    adds_gradients: bool = False
+    """True if kernels of their own add the gradients of a micro-batch to those of the micro-batches before, as in
+    autograd, and not the matmuls that compute them."""
     overlaps_data_parallel: bool = True
     """True if gathering parameters and reducing gradients overlap with computation."""
     exchanges_each_matrix: bool = False
@@ -253,6 +256,9 @@ def moreh_on_cpu(compute: str, *, half_weights: bool = False) -> SoftwareProfile
         name="moreh on CPU",
         uses_fully_shard=True,
         reshards_in_pipeline=False,
+        # The layers are those of MOREH.
+        layer_kernels=MOREH.layer_kernels,
+        adds_gradients=True,
         # gloo's collectives run on the cores that compute.
         overlaps_data_parallel=False,
         # Kernels of moreh/runtime/kernels: the norm keeps only its result, the activation only its input and its

@@ -119,9 +119,14 @@ def _one_layer(
 
     # An all-reduce after attention and one after the feed-forward network, in both directions
     # (https://arxiv.org/abs/1909.08053). With sequence parallelism each is a reduce-scatter and an all-gather instead
-    # (https://arxiv.org/abs/2205.05198), which takes as long.
+    # (https://arxiv.org/abs/2205.05198).
     links = ring_links(cluster, plans.tensor, np.ones_like(plans.tensor))
-    exchange_s = 4 * roofline.ring_s(tokens * hidden * software.activation_bytes, links)
+    exchanged_bytes = tokens * hidden * software.activation_bytes
+    exchange_s = 2 * np.where(
+        plans.sequence_parallel,
+        2 * roofline.ring_s(exchanged_bytes, links),
+        roofline.all_reduce_s(exchanged_bytes, links),
+    )
     forward_s = matmuls_s + attention_s + elementwise_s
     if software.overlaps_tensor_parallel:
         exchange_s = roofline.overlapped_s(matmuls_s, exchange_s) - matmuls_s
@@ -137,6 +142,8 @@ def _one_layer(
     is_selective, is_full = plans.recomputation == RECOMPUTE_SELECTIVE, plans.recomputation == RECOMPUTE_FULL
     selective_s = software.recomputed_matmuls * matmuls_s
     selective_s = selective_s + (elementwise_s if software.fused_attention else attention_s)
+    # The sum after attention is computed again where only its parts are kept.
+    selective_exchange_s = exchange_s / 2 + skew * selective_s if software.keeps_gathered_inputs else 0.0
     return LayerTime(
         forward_s=forward_s,
         backward_s=backward_s,
@@ -144,7 +151,9 @@ def _one_layer(
         recompute_s=np.where(is_full, forward_s, np.where(is_selective, selective_s, 0.0)),
         forward_exchange_s=exchange_s + skew * forward_s,
         backward_exchange_s=exchange_s + skew * backward_s,
-        recompute_exchange_s=np.where(is_full, exchange_s + skew * forward_s, 0.0),
+        recompute_exchange_s=np.where(
+            is_full, exchange_s + skew * forward_s, np.where(is_selective, selective_exchange_s, 0.0)
+        ),
         expert_forward_s=token_exchange,
         expert_backward_s=token_exchange * np.where(is_full, 2, 1),
     )
@@ -239,7 +248,7 @@ def embedding_time(roofline: Roofline, cluster: Cluster, plans: PlanTable, train
     gradient_bytes = architecture.embedding_parameters / plans.tensor * software.gradient_bytes
     # Each tensor-parallel rank looks up the tokens in its shard of the vocabulary; an all-reduce adds up the results.
     links = ring_links(cluster, plans.tensor, np.ones_like(plans.tensor))
-    exchange_s = 2 * roofline.ring_s(tokens * architecture.hidden * software.activation_bytes, links)
+    exchange_s = roofline.all_reduce_s(tokens * architecture.hidden * software.activation_bytes, links)
     if architecture.embedding_frozen:
         backward_s = np.zeros(len(plans))
     else:
@@ -258,7 +267,7 @@ def head_time(roofline: Roofline, cluster: Cluster, plans: PlanTable, training: 
     hidden = training.architecture.hidden
     vocabulary_shard = training.architecture.vocabulary / plans.tensor
     links: RingLinks = ring_links(cluster, plans.tensor, np.ones_like(plans.tensor))
-    exchange_s = 2 * roofline.ring_s(tokens * hidden * roofline.software.activation_bytes, links)
+    exchange_s = roofline.all_reduce_s(tokens * hidden * roofline.software.activation_bytes, links)
     # Half of the loss's memory traffic in each direction.
     loss_s = roofline.memory_s(tokens * vocabulary_shard * roofline.software.logit_traffic_bytes / 2, kernels=4)
     # Programs with float8 keep the output layer in half precision.

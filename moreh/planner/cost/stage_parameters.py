@@ -139,7 +139,7 @@ class ReplicaRings:
 
     def replicas_s(self, gradients: FloatArray, gradient_bytes: FloatArray | int) -> FloatArray:
         """Seconds in which groups of ranks add up the shards of their gradients, [n]; 0 in one group or for 0 bytes."""
-        seconds = 2 * self.roofline.ring_s(gradients * gradient_bytes / self.shard_ranks, self.replicas)
+        seconds = self.roofline.all_reduce_s(gradients * gradient_bytes / self.shard_ranks, self.replicas)
         return np.where(gradients * gradient_bytes > 0, seconds, 0.0)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
+from moreh.planner.cost.data_parallel_time import gradient_addition_s, sharding_skew
 from moreh.planner.cost.first_pass import first_pass_s
 from moreh.planner.cost.layer_time import (
     EdgeTime,
@@ -15,16 +16,15 @@ from moreh.planner.cost.layer_time import (
     embedding_time,
     head_time,
     layer_time,
-    micro_batch_tokens,
     orthogonalizing_s,
 )
 from moreh.planner.cost.stage_parameters import (
     ReplicaRings,
     StageParameters,
-    first_and_last_stage_on_different_ranks,
     parameters_per_device,
     reshards_each_micro_batch,
 )
+from moreh.planner.cost.stage_sends import send_s, stage_output_bytes, tied_exchange_s
 from moreh.planner.hardware.cluster import Cluster
 from moreh.planner.hardware.roofline import Roofline
 from moreh.planner.optimizer_state import state_bytes
@@ -39,7 +39,6 @@ from moreh.planner.plan.plan_table import (
     sum_by_rank,
 )
 from moreh.planner.plan.schedules import SPLIT_BACKWARD
-from moreh.planner.software_profile import SoftwareProfile
 
 
 @dataclass(frozen=True)
@@ -130,14 +129,14 @@ def stage_time(roofline: Roofline, cluster: Cluster, plans: PlanTable, training:
     gradients, optimizer = _step_end_s(roofline, plans, replicas, backward, training)
     # All devices do a step's end at the same time, each with its share of a core.
     sharing = cluster.devices_per_core
-    gradients = sharing * (gradients + _tied_exchange_s(roofline, cluster, plans, training))
+    gradients = sharing * (gradients + tied_exchange_s(roofline, cluster, plans, training))
     optimizer = sharing * (optimizer + roofline.efficiency.step_host_s)
     all_work = sharing * plans.micro_batches * rank_totals.mean(axis=1) if sharing > 1 else np.zeros(len(plans))
     times = StageTime(
         forward_s=forward,
         backward_s=backward,
         weight_fraction=parts.layer.weights_s / parts.layer.whole_backward_s,
-        send_s=_send_s(roofline, cluster, plans, stage_output_bytes(plans, training, roofline.software)),
+        send_s=send_s(roofline, cluster, plans, stage_output_bytes(plans, training, roofline.software)),
         gradients_s=gradients,
         optimizer_s=optimizer,
         devices_per_core=sharing,
@@ -181,18 +180,30 @@ def _passes_s(
         return computation_s + exchange_s
 
     layer, embedding, head = parts.layer, parts.embedding, parts.head
+    forward_skew, backward_skew = sharding_skew(roofline, plans)
     collectives = _matrices_of_layer(training) if software.exchanges_each_matrix else 1
     forward_s = with_exchange(
-        layer.whole_forward_s, parameters.layer, zeros, parameters.experts, collectives=collectives
+        layer.whole_forward_s * (1 + forward_skew),
+        parameters.layer,
+        zeros,
+        parameters.experts,
+        collectives=collectives,
     )
     backward_s = with_exchange(
-        layer.whole_backward_s, parameters.layer, trainable.layer, parameters.experts, trainable.experts, collectives
+        layer.whole_backward_s * (1 + backward_skew),
+        parameters.layer,
+        trainable.layer,
+        parameters.experts,
+        trainable.experts,
+        collectives,
     )
     forward, backward = forward_s[:, None] * plans.stage_layers, backward_s[:, None] * plans.stage_layers
     forward[:, 0] += with_exchange(embedding.forward_s, parameters.first, zeros)
     backward[:, 0] += with_exchange(embedding.backward_s, zeros, trainable.first)
     forward[:, -1] += with_exchange(head.forward_s, parameters.last, zeros)
     backward[:, -1] += with_exchange(head.backward_s, parameters.last, trainable.last)
+    if software.adds_gradients:
+        backward += gradient_addition_s(roofline, plans, trainable, reduce_bytes > 0)
     return forward, backward
 
 
@@ -227,34 +238,6 @@ def _matrices_of_layer(training: Training) -> float:
     return matrices / len(training.architecture.layers)
 
 
-def stage_output_bytes(plans: PlanTable, training: Training, software: SoftwareProfile) -> FloatArray:
-    """Bytes that a device sends to the next stage for a micro-batch, [n]."""
-    shards = np.where(plans.sequence_parallel, plans.tensor, 1)
-    return micro_batch_tokens(plans, training) * training.architecture.hidden * software.activation_bytes / shards
-
-
-def _send_s(roofline: Roofline, cluster: Cluster, plans: PlanTable, sent_bytes: FloatArray) -> FloatArray:
-    """Seconds until `sent_bytes` have arrived at another stage, [n]."""
-    if plans.pipeline == 1:
-        return np.zeros(len(plans))
-    device, efficiency = cluster.device, roofline.efficiency
-    stage_distance = plans.tensor * plans.context * plans.data
-    across_nodes = stage_distance * plans.pipeline > cluster.devices_per_node
-    network_rate = cluster.network_rate(stage_distance * plans.pipeline) * efficiency.network
-    rate = np.where(across_nodes, network_rate, device.node_bytes_per_second * efficiency.node)
-    return sent_bytes / rate + np.where(across_nodes, efficiency.network_hop_s, efficiency.node_hop_s)
-
-
-def _tied_exchange_s(roofline: Roofline, cluster: Cluster, plans: PlanTable, training: Training) -> FloatArray:
-    """Seconds in which the first and the last stage add up the gradients of the embedding that both hold, [n]."""
-    architecture = training.architecture
-    held_twice = architecture.tied and first_and_last_stage_on_different_ranks(plans)
-    if not held_twice or architecture.embedding_frozen:
-        return np.zeros(len(plans))
-    sent_bytes = architecture.embedding_parameters / plans.tensor * roofline.software.reduce_bytes
-    return _send_s(roofline, cluster, plans, sent_bytes)
-
-
 def _step_end_s(
     roofline: Roofline, plans: PlanTable, replicas: _Replicas, backward_s: FloatArray, training: Training
 ) -> tuple[FloatArray, FloatArray]:
@@ -274,9 +257,11 @@ def _step_end_s(
     gather_s = rings.exchange_s(most_parameters, all_experts, software.gather_bytes)
     gather_updated_s = rings.exchange_s(most_trainable, trained_experts, software.gather_bytes)
     reshards = reshards_each_micro_batch(plans.pipeline, software)
-    # Without sharding gradients need an all-reduce, which is two rings; with it a reduce-scatter, once a step.
+    # Without sharding gradients need an all-reduce; with it a reduce-scatter, once a step.
     reduces_once = (plans.sharding == SHARD_OPTIMIZER) | (not reshards)
-    gradients_s = np.where(plans.sharding == SHARD_NONE, 2 * reduce_s, np.where(reduces_once, reduce_s, 0.0))
+    gradients_s = np.where(
+        plans.sharding == SHARD_NONE, rings.weights.all_reduce_rings * reduce_s, np.where(reduces_once, reduce_s, 0.0)
+    )
     gathers_s = np.where(plans.sharding == SHARD_NONE, 0.0, gather_updated_s)
     gathers_s = np.where(plans.sharding == SHARD_PARAMETERS, 0.0 if reshards else gather_s, gathers_s)
     if software.overlaps_data_parallel:

@@ -23,6 +23,8 @@ class Cluster:
     """Nodes that one switch joins at the full rate of the network; None for all."""
     oversubscription: float = 1.0
     """The oversubscription of a device's network towards nodes at other switches."""
+    all_reduce_rings: float = 2.0
+    """Rings of an all-gather that an all-reduce of as many bytes takes as long as."""
     concurrent_devices: float | None = None
     """Devices that can compute at the same time: on a CPU, the workers that its cores suffice for. None for all."""
 
@@ -117,6 +119,8 @@ class RingLinks:
     """True if the ring leaves a node."""
     share_of_node: FloatArray
     """The share of a node's devices that are in the ring (0 to 1)."""
+    all_reduce_rings: float
+    """The cluster's `all_reduce_rings`."""
 
 
 def ring_links(cluster: Cluster, size: IntArray, stride: IntArray) -> RingLinks:
@@ -138,4 +142,4 @@ def ring_links(cluster: Cluster, size: IntArray, stride: IntArray) -> RingLinks:
     if device.package_bytes_per_second is not None:
         inside_package = (span <= device.devices_per_package) & (device.devices_per_package % span == 0)
         rate = np.where(inside_package, device.package_bytes_per_second, rate)
-    return RingLinks(size, rate, ~inside_node, np.minimum(1.0, size / node))
+    return RingLinks(size, rate, ~inside_node, np.minimum(1.0, size / node), cluster.all_reduce_rings)

@@ -55,7 +55,13 @@ def with_measured_rates(device: Device, profile: LocalProfile) -> Device:
 def measured_cluster(profile: LocalProfile) -> Cluster:
     """The workers as one node."""
     device = measured_device(profile)
-    return Cluster(device, profile.workers, profile.workers, concurrent_devices=profile.concurrent_workers)
+    return Cluster(
+        device,
+        profile.workers,
+        profile.workers,
+        all_reduce_rings=all_reduce_rings(profile),
+        concurrent_devices=profile.concurrent_workers,
+    )
 
 
 def measured_efficiency(profile: LocalProfile, compute: str = "half") -> Efficiency:
@@ -70,17 +76,32 @@ def measured_efficiency(profile: LocalProfile, compute: str = "half") -> Efficie
     return replace(fitted, matmul=fitted.matmul / scale, attention=fitted.attention / scale)
 
 
+def all_reduce_rings(profile: LocalProfile) -> float:
+    """Rings of an all-gather that an all-reduce takes as long as: the median of all sizes; 2 without measurements.
+
+    gloo's all-reduce and all-gather of as many bytes take almost equally long.
+    """
+    seconds = {(c.operation, c.size_bytes): c.seconds for c in profile.collectives}
+    factors = [
+        s / seconds["all-gather", size]
+        for (operation, size), s in seconds.items()
+        if operation == "all-reduce" and ("all-gather", size) in seconds
+    ]
+    return float(np.median(factors)) if factors else 2.0
+
+
 @functools.lru_cache(maxsize=8)
 def ring_latency_and_rate(profile: LocalProfile) -> tuple[float, float]:
     """Latency (s) and rate (bytes/s of a worker) of an all-gather over the workers; 0 and infinite with one worker.
 
-    They are the least squares fit of relative errors to all collectives, where an all-reduce is two rings:
-    T = 2 (latency + share * bytes / rate).
+    They are the least squares fit of relative errors to all collectives, where an all-reduce is `all_reduce_rings`
+    rings: T = rings (latency + share * bytes / rate).
     """
     if profile.workers == 1:
         return 0.0, float("inf")
     share = (profile.workers - 1) / profile.workers
-    rings = np.array([2 if c.operation == "all-reduce" else 1 for c in profile.collectives])
+    all_reduce = all_reduce_rings(profile)
+    rings = np.array([all_reduce if c.operation == "all-reduce" else 1 for c in profile.collectives])
     sent_bytes = np.array([share * c.size_bytes for c in profile.collectives])
     ring_s = np.array([c.seconds for c in profile.collectives]) / rings
     latency, per_byte = np.linalg.lstsq(

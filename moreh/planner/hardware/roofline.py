@@ -93,8 +93,7 @@ class Roofline:
     def ring_s(self, whole_bytes: Number, links: RingLinks, collectives: Number = 1) -> FloatArray:
         """Seconds of ring all-gathers or reduce-scatters whose whole tensors have `whole_bytes`; 0 in a group of one.
 
-        `collectives` follow each other, and each of them has the latency of a ring. An all-reduce is both, one after
-        the other: Thakur et al. 2005, https://doi.org/10.1177/1094342005051521.
+        `collectives` follow each other, and each of them has the latency of a ring.
         """
         inside_node = self.efficiency.node * links.share_of_node**self.efficiency.partial_node
         fraction = np.where(links.across_nodes, self.efficiency.network, inside_node)
@@ -102,6 +101,14 @@ class Roofline:
         share = (links.size - 1) / links.size
         seconds = share * whole_bytes / (links.bytes_per_second * fraction) + collectives * (links.size - 1) * hop_s
         return np.where(links.size > 1, seconds, 0.0)
+
+    def all_reduce_s(self, whole_bytes: Number, links: RingLinks) -> FloatArray:
+        """Seconds of all-reduces of tensors of `whole_bytes`; 0 in a group of one.
+
+        On rings, each is a reduce-scatter, then an all-gather: Thakur et al. 2005,
+        https://doi.org/10.1177/1094342005051521. Other implementations differ by a constant factor.
+        """
+        return links.all_reduce_rings * self.ring_s(whole_bytes, links)
 
     def overlapped_s(self, computation_s: FloatArray, communication_s: FloatArray) -> FloatArray:
         """Seconds of a computation and a communication that run at the same time and slow each other down."""

@@ -8,11 +8,13 @@ import pytest
 
 from moreh.accelerator.devices import find_device
 from moreh.models.describe.from_source import describe_config
+from moreh.planner.cost.layer_time import layer_time
 from moreh.planner.cost.prediction import model_flops_per_step, predict
 from moreh.planner.hardware.cluster import Cluster, cluster_for_devices, ring_links
 from moreh.planner.hardware.environment import make_environment
 from moreh.planner.plan.layer_balancing import even_layers
 from moreh.planner.plan.plan import Plan, Training
+from moreh.planner.plan.plan_table import PlanTable
 from moreh.planner.software_profile import MOREH, moreh_software
 
 GCD = find_device("MI250 GCD")
@@ -177,3 +179,58 @@ def test_dropout_that_is_part_of_an_addition_moves_less():
         return predict(plan, training, make_environment(cluster, replace(MOREH, fuses_dropout=fuses))).step_time_s
 
     assert seconds(True) < seconds(False)
+
+
+@pytest.mark.parametrize(("sharding", "shards"), [("none", 1), ("gradients", 8), ("optimizer", 1)])
+def test_gradients_are_added_to_those_of_earlier_micro_batches(sharding, shards):
+    whole = replace(EIGHT_GCDS, efficiency=replace(EIGHT_GCDS.efficiency, slowdown=1.0))
+    adding = replace(whole, software=replace(MOREH, adds_gradients=True))
+    for micro_batches in (1, 4):
+        plain, added = (
+            predicted(environment, micro_batches=micro_batches, sharding=sharding) for environment in (whole, adding)
+        )
+        # All additions but that of the first micro-batch read two numbers and write one.
+        numbers = 3 * (micro_batches - 1) * LLAMA.parameters / shards
+        expected_s = numbers * MOREH.gradient_bytes / EIGHT_GCDS.roofline.memory_rate
+        difference_s = sum(added.stage_backward_s) - sum(plain.stage_backward_s)
+        assert micro_batches * difference_s == pytest.approx(expected_s, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("sharding", "forwards", "backwards"),
+    [("none", 0, 0), ("optimizer", 1, 1), ("gradients", 1, 4), ("parameters", 4, 4)],
+)
+def test_ranks_wait_at_each_layer_that_they_exchange(sharding, forwards, backwards):
+    """A step has 4 micro-batches. Sharded layers are gathered in so many, and their gradients are reduced."""
+    software = replace(MOREH, uses_fully_shard=True, overlaps_data_parallel=False)
+    efficiency = replace(EIGHT_GCDS.efficiency, skew=0.0, slowdown=1.0)
+    even = predicted(replace(EIGHT_GCDS, software=software, efficiency=efficiency), micro_batches=4, sharding=sharding)
+    uneven = predicted(
+        replace(EIGHT_GCDS, software=software, efficiency=replace(efficiency, skew=0.1)),
+        micro_batches=4,
+        sharding=sharding,
+    )
+    layers = layer_time(
+        replace(EIGHT_GCDS.roofline, software=software, efficiency=efficiency),
+        EIGHT_GCDS.cluster,
+        PlanTable.from_plans([even.plan]),
+        Training(LLAMA, 32, 512),
+    )
+    for stage_s, pass_s, passes in (
+        ("stage_forward_s", layers.whole_forward_s, forwards),
+        ("stage_backward_s", layers.whole_backward_s, backwards),
+    ):
+        waits_s = getattr(uneven, stage_s)[0] - getattr(even, stage_s)[0]
+        assert waits_s == pytest.approx(0.1 * 8 * float(pass_s[0]) * passes / 4, rel=1e-6)
+
+
+@pytest.mark.parametrize(("keeps_parts", "repeated"), [(False, 0), (True, 1)])
+def test_selective_recomputation_repeats_the_sum_after_attention_if_only_its_parts_are_kept(keeps_parts, repeated):
+    software = replace(MOREH, keeps_gathered_inputs=keeps_parts)
+    environment = replace(EIGHT_GCDS, software=software, efficiency=replace(EIGHT_GCDS.efficiency, skew=0.0))
+    plain, selective = (
+        predicted(environment, data=4, tensor=2, recomputation=recomputation) for recomputation in ("none", "selective")
+    )
+    # Two sums in each direction.
+    factor = (4 + repeated) / 4
+    assert selective.parts.tensor_exchange_s == pytest.approx(factor * plain.parts.tensor_exchange_s)

@@ -52,3 +52,19 @@ def test_noisy_collectives_still_give_positive_constants():
     latency_s, rate = ring_latency_and_rate(dataclasses.replace(profile, collectives=tuple(noisy)))
     assert latency_s >= 0
     assert rate > 0
+
+
+def test_all_reduce_takes_as_many_rings_as_measured():
+    profile = synthetic_profile(4)
+    halved = tuple(
+        dataclasses.replace(c, seconds=0.6 * c.seconds) if c.operation == "all-reduce" else c
+        for c in profile.collectives
+    )
+    profile = dataclasses.replace(profile, collectives=halved)
+    cluster = measured_cluster(profile)
+    assert cluster.all_reduce_rings == pytest.approx(1.2)
+    links = ring_links(cluster, np.array([4]), np.array([1]))
+    roofline = roofline_of(profile, "float32")
+    for collective in halved:
+        seconds = roofline.all_reduce_s if collective.operation == "all-reduce" else roofline.ring_s
+        assert seconds(collective.size_bytes, links)[0] == pytest.approx(collective.seconds, rel=0.05)
