@@ -1,4 +1,4 @@
-"""What data parallelism and micro-batches add to passes: waits for slower ranks, and additions of gradients."""
+"""Additions of data parallelism and micro-batches to passes: waits for slower ranks, and sums of gradients."""
 
 import numpy as np
 
