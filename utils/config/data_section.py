@@ -38,7 +38,8 @@ class DataSection(SourceKeys):
     """How to treat a pair that equals an earlier one. With `keep`, equal pairs are either all held out or all trained
     on."""
     empty_responses: Literal["drop", "keep", "refuse"] = "drop"
-    """How to treat a pair with an empty response. Such a pair teaches the model to answer with nothing."""
+    """How to treat a pair with an empty response. Such a pair teaches the model to answer with nothing. In a
+    conversation with other answers, `drop` only leaves out the label of the empty answer."""
     unusable: Literal["refuse", "skip"] = "refuse"
     """How to treat a row in which a field is missing, null or not text."""
     numbers: Literal["refuse", "text"] = "refuse"

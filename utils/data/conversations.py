@@ -23,6 +23,8 @@ _ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "ass
 # In ShareGPT's layout, a turn of the assistant whose text is the call of a function, as JSON.
 _CALL_ROLE = "function_call"
 _KNOWN_ROLES = ("system", "developer", "user", "assistant", "tool")
+# Fields of an answer that say if it is trained on: OpenAI's, and the two of Axolotl's examples.
+_TRAINED_FIELDS = ("weight", "train", "training")
 
 
 @dataclass(frozen=True)
@@ -60,14 +62,20 @@ class Conversation:
     @property
     def has_answer(self) -> bool:
         """True if the assistant says or calls something."""
-        return any(
-            message["role"] == "assistant" and (message["content"].strip() or message.get("tool_calls"))
-            for message in self.messages
+        return any(message["role"] == "assistant" and not _is_empty(message) for message in self.messages)
+
+    @property
+    def has_empty_answer(self) -> bool:
+        """True if an answer is empty, or if there is none."""
+        return not self.has_answer or any(
+            message["role"] == "assistant" and _is_empty(message) for message in self.messages
         )
 
 
 def read_conversation(record: Record, data: DataSection) -> Conversation:
     """The conversation in a record's `messages` (role, content) or `conversations` (from, value).
+
+    A text in the record's field `system` is its system message.
 
     Raises:
         UnusableRow: the record has no such field, or something else than messages in it.
@@ -80,8 +88,9 @@ def read_conversation(record: Record, data: DataSection) -> Conversation:
         except ValueError as error:
             raise record.unusable(f"field {field!r} is a string, but not JSON: {error}") from None
     if not isinstance(value, Sequence) or not value:
-        raise record.unusable(f"field {field!r} is {str(value)[:40]!r}, not a list of messages")
+        raise record.unusable(f"field {field!r} is {_shown(value)}, not a list of messages")
     messages = tuple(_read_message(record, field, number, message) for number, message in enumerate(value, start=1))
+    messages = _with_system_message(record, messages)
     tools = record.fields.get("tools", None)
     if isinstance(tools, str):
         try:
@@ -108,7 +117,8 @@ def encode_conversation(
 ) -> Row:
     """A row of token ids, in which the answers of the assistant, each with the token that ends it, are the labels.
 
-    `end` is the `end_of_turn` of the tokenizer's chat template. `data.loss_on` chooses the answers.
+    `end` is the `end_of_turn` of the tokenizer's chat template. `data.loss_on` chooses the answers. No labels are on an
+    answer of weight 0 or, unless `data.empty_responses` keeps it, on an empty one.
 
     Raises:
         UnusableRow: the chat template cannot render the messages.
@@ -128,11 +138,14 @@ def encode_conversation(
     segments = segments_of(chat)
     ids = encode_segments([text for text, _ in segments], tokenizer, parse=data.control_tokens == "parse")
     last = max((number for number, (_, is_answer) in enumerate(segments) if is_answer), default=-1)
+    is_learned = iter([_is_learned(message, data) for message in messages if message["role"] == "assistant"])
     input_ids: list[int] = []
     labels: list[int] = []
     prompt_length = 0
     for number, ((_, is_answer), segment) in enumerate(zip(segments, ids, strict=True)):
         is_label = data.loss_on == "all" or (is_answer and (data.loss_on == "response" or number == last))
+        if is_answer:
+            is_label &= next(is_learned)
         if is_answer and len(input_ids) < data.max_length:
             prompt_length = len(input_ids)
         input_ids += segment
@@ -140,10 +153,39 @@ def encode_conversation(
     return Row(conversation.location, input_ids, labels, prompt_length)
 
 
+def _shown(value: Any) -> str:
+    """A value of a row as an error names it."""
+    if value is None:
+        return "null"
+    return repr(value)[:40] if value or isinstance(value, int) else "empty"
+
+
+def _is_empty(answer: Message) -> bool:
+    return not answer["content"].strip() and not answer.get("tool_calls")
+
+
+def _is_learned(answer: Message, data: DataSection) -> bool:
+    """True if an answer of the assistant may have labels: a label on the end of an empty one teaches to say nothing."""
+    is_wanted = all(answer.get(name, 1) for name in _TRAINED_FIELDS)
+    return is_wanted and (data.empty_responses == "keep" or not _is_empty(answer))
+
+
+def _with_system_message(record: Record, messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    """The messages after the text of the record's field `system`, where it has one beside them."""
+    if "system" not in record.fields or record.value("system") in (None, ""):
+        return messages
+    text = record.text("system")
+    if messages[0]["role"] not in ("system", "developer"):
+        return ({"role": "system", "content": text}, *messages)
+    if messages[0]["content"] != text:
+        raise record.unusable("it has a system message and another text in the field 'system': remove one of them")
+    return messages
+
+
 def _read_message(record: Record, field: str, number: int, message: Any) -> Message:
     where = f"message {number} of {field!r}"
     if not isinstance(message, Mapping):
-        raise record.unusable(f"{where} is {str(message)[:40]!r}, not an object with a role and text")
+        raise record.unusable(f"{where} is {_shown(message)}, not an object with a role and text")
     # Tables have null for the fields that a message lacks.
     given = {key: value for key, value in message.items() if value is not None}
     role_key, text_key = next((keys for keys in _LAYOUTS.values() if keys[0] in given), _LAYOUTS["messages"])
@@ -158,7 +200,12 @@ def _read_message(record: Record, field: str, number: int, message: Any) -> Mess
     if "tool_calls" in others:
         others["tool_calls"] = _with_parsed_arguments(others["tool_calls"])
     if text_key not in given and not (role == "assistant" and "tool_calls" in others):
-        raise record.unusable(f"{where} has no {text_key}: its fields are {', '.join(message) or 'none'}")
+        problem = f"null as its {text_key}" if text_key in message else f"no {text_key}"
+        raise record.unusable(f"{where} has {problem}: its fields are {', '.join(message) or 'none'}")
+    for name in _TRAINED_FIELDS if role == "assistant" else ():
+        if others.get(name, 1) not in (0, 1):
+            expected = "0 or 1" if name == "weight" else "true or false"
+            raise record.unusable(f"{where} has the {name} {others[name]!r}; expected {expected}")
     return {**others, "role": role, "content": _text(record, where, given.get(text_key, ""))}
 
 

@@ -40,7 +40,7 @@ from utils.text.chat_template import drop_other_chat_template
 from utils.text.tokenizers import load_tokenizer
 
 # Part of each cache key: raise it when the same settings are to give other rows.
-_FORMAT = 10
+_FORMAT = 11
 # Peak size of the cache while it is made, relative to the files of the data: it holds the texts, and for each token
 # (three or four bytes of a text) eight bytes of ids and labels.
 _TIMES_ITS_FILES = 3
@@ -146,6 +146,8 @@ def _prepare(
     sources = [make_reader(section, source_records(section)) for section in data.each_source()]
     store = target / "examples.arrow"
     examples = store_examples(chain(held_out if data.eval_files else (), *sources), store)
+    _require_examples("data.eval_files", [held_out] if data.eval_files else [])
+    _require_examples("data", sources)
     used = [reader.counts.used for reader in (held_out, *sources)]
     mix = Mix(np.repeat(np.arange(-1, len(sources)), used), np.array(data.weights()))
     split = split_examples(
@@ -184,6 +186,16 @@ def _prepare(
     store.unlink()
 
 
+def _require_examples(key: str, readers: list[ExampleReader[Any]]) -> None:
+    """Refuse a part of the data in which no row can be used.
+
+    Raises:
+        UserError: all rows were left out.
+    """
+    if readers and not any(reader.counts.used for reader in readers):
+        raise UserError(f"{key}: no row can be used: {', and '.join(str(reader.counts) for reader in readers)}")
+
+
 def _counts_of_rows_left(name: str, counts: RowCounts, examples: int, max_length: int) -> RowCounts:
     """The counts of a part of the data.
 
@@ -191,11 +203,14 @@ def _counts_of_rows_left(name: str, counts: RowCounts, examples: int, max_length
         UserError: no rows are left of its examples.
     """
     if not counts.kept:
-        raise UserError(
-            f"no rows are left for {name}: of {examples}, {counts.dropped_too_long} have more than "
-            f"data.max_length={max_length} tokens, {counts.dropped_without_label} no label, and {counts.unusable} are "
-            "unusable"
-        )
+        reasons = [
+            (counts.dropped_too_long, f"have more than data.max_length={max_length} tokens"),
+            (counts.dropped_without_label, f"have no label in their first data.max_length={max_length} tokens"),
+            (counts.unusable, f"are unusable, the first: {counts.first_unusable}"),
+        ]
+        found = "; ".join(f"{count} {what}" for count, what in reasons if count)
+        part = {"train": "training", "evaluation": "held-out"}[name]
+        raise UserError(f"data: no {part} rows are left of {examples}: {found}")
     return counts
 
 

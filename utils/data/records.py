@@ -134,3 +134,8 @@ class Pair:
     def has_answer(self) -> bool:
         """True if the response is not empty."""
         return bool(self.response)
+
+    @property
+    def has_empty_answer(self) -> bool:
+        """True if the response is empty."""
+        return not self.response

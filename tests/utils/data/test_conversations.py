@@ -17,6 +17,10 @@ def read(**fields):
     return read_conversation(Record("chats.jsonl:1", fields), DataSection(hub="x", format="chat"))
 
 
+def answer(content="a", **fields):
+    return {"role": "assistant", "content": content, **fields}
+
+
 def chats(count):
     return [
         [{"role": "user", "content": f"Name {number}?"}, {"role": "assistant", "content": f"It is {number}."}]
@@ -78,11 +82,68 @@ def test_calls_have_their_arguments_as_objects_in_each_layout():
     assert read(messages=[message]).messages[0]["tool_calls"] == plain
 
 
+def test_field_system_is_the_system_message():
+    turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    read_turns = read(conversations=turns).messages
+    assert read(conversations=turns, system="s").messages == ({"role": "system", "content": "s"}, *read_turns)
+    assert read(conversations=turns, system="").messages == read_turns
+    assert read(conversations=turns, system=None).messages == read_turns
+    with_message = [{"from": "system", "value": "s"}, *turns]
+    assert read(conversations=with_message, system="s") == read(conversations=with_message)
+
+
+@pytest.mark.parametrize("is_empty_kept", [False, True])
+@pytest.mark.parametrize("loss_on", ["response", "all", "last"])
+def test_answers_of_weight_0_and_empty_ones_have_no_labels(chat_config, loss_on, is_empty_kept):
+    question = {"role": "user", "content": "Why?"}
+    without_labels = [answer("no", weight=0), answer("no", train=False), answer("no", training=False)]
+    wanted = [answer("yes", weight=1), answer("yes", train=True), answer("yes", weight=1.0)]
+    turns = [message for reply in [answer(" "), *without_labels, *wanted] for message in (question, reply)]
+    rows = [{"messages": turns}, *({"messages": chat} for chat in chats(3))]
+    kept = {"empty_responses": "keep"} if is_empty_kept else {}
+    data = prepare(chat_config(rows, eval_rows=1, loss_on=loss_on, max_length=512, **kept))
+    shown = next(text for text in format_rows(list(data.train), data.tokenizer) if "Why?" in text)
+    assert shown.count("no") == 3
+    label_text = "".join(part.split("\u27e7")[0] for part in shown.split("\u27e6")[1:])
+    assert "no" not in label_text
+    assert label_text.count("yes<|im_end|>") == (1 if loss_on == "last" else 3)
+    empty = label_text.count("assistant\n <|im_end|>") if loss_on == "all" else label_text.count(" <|im_end|>")
+    assert empty == (is_empty_kept and loss_on != "last")
+
+
+def test_empty_answer_beside_others_is_refused_where_asked(chat_config):
+    turns = [*chats(1)[0], {"role": "user", "content": "And?"}, answer("")]
+    with pytest.raises(UserError, match=r"chats\.jsonl:1: the response is empty"):
+        prepare(chat_config([{"messages": turns}], empty_responses="refuse"))
+
+
+@pytest.mark.parametrize(
+    ("rows", "data", "problem"),
+    [
+        ([[answer(" ")]], {}, r"data: no row can be used: 1 read; left out: 1 with an empty response"),
+        (
+            [[answer(text, weight=0)] for text in "abc"],
+            {"eval_rows": 1},
+            "no training rows are left of 2: 2 have no label",
+        ),
+    ],
+)
+def test_data_without_usable_rows_says_why(chat_config, rows, data, problem):
+    with pytest.raises(UserError, match=problem):
+        prepare(chat_config([{"messages": messages} for messages in rows], **data))
+
+
 @pytest.mark.parametrize(
     ("fields", "problem"),
     [
         ({"prompt": "x"}, "no field 'messages': the fields are 'prompt'"),
-        ({"messages": []}, r"field 'messages' is '\[\]', not a list of messages"),
+        ({"messages": []}, "field 'messages' is empty, not a list of messages"),
+        ({"messages": None}, "field 'messages' is null, not a list of messages"),
+        ({"messages": [{"role": "user", "content": None}]}, "has null as its content: its fields are role, content"),
+        ({"messages": [answer(weight=0.5)]}, "message 1 of 'messages' has the weight 0.5; expected 0 or 1"),
+        ({"messages": [answer(train="no")]}, "has the train 'no'; expected true or false"),
+        ({"messages": [{"role": "system", "content": "a"}], "system": "b"}, "another text in the field 'system'"),
+        ({"messages": [answer()], "system": ["b"]}, "field 'system' is .* not a string"),
         ({"messages": "{"}, "field 'messages' is a string, but not JSON"),
         ({"messages": ["hello"]}, "message 1 of 'messages' is 'hello', not an object with a role and text"),
         ({"messages": [{"role": "boss", "content": "x"}]}, "has the role 'boss'; expected one of system, .*human"),

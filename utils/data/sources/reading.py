@@ -70,7 +70,7 @@ class ExampleReader(Generic[ExampleT]):
             counts = self.counts = replace(self.counts, read=self.counts.read + 1)
             try:
                 example = self._make(replace(record, numbers=data.numbers))
-                if not example.has_answer and data.empty_responses == "refuse":
+                if example.has_empty_answer and data.empty_responses == "refuse":
                     raise UserError(
                         f"{record.location}: the response is empty (data.empty_responses=drop leaves it out)"
                     )
