@@ -109,8 +109,31 @@ def test_pattern_stands_for_the_files_that_match(tiny_config, tmp_path):
     assert files(f"{directory}[ab].jsonl") == [f"{directory}a.jsonl", f"{directory}b.jsonl"]
     assert files(f"{tmp_path}/**/*.txt") == [f"{directory}c.txt"]
     assert files(f"{directory}d[1].jsonl") == [f"{directory}d[1].jsonl"]  # a file of that very name
-    with pytest.raises(UserError, match=r"there is no file .*/x\*\.jsonl"):
+    with pytest.raises(UserError, match=r"there is no file .*/x\*\.jsonl$"):
         files(f"{directory}x*.jsonl")
+    with pytest.raises(UserError, match=r"there is no file a,b; write several files in brackets"):
+        load_config(str(tiny_config), ["data.files=a,b"])
+    with pytest.raises(
+        UserError, match=r"data is a directory, and not one of save_to_disk: .* example .*/data/\*\.jsonl"
+    ):
+        files(f"{tmp_path / 'data'}")
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("trian.lr=1", "trian: unknown key; did you mean train?"),
+        ("trian.x.y=1", "trian: unknown key; did you mean train?"),
+        ("lr=1", "lr: unknown key; did you mean train.lr?"),
+        ("pretrained=x", "pretrained: unknown key; did you mean model.pretrained or tokenizer.pretrained?"),
+        ("learning_rate=1", "learning_rate: unknown key; did you mean train.lr?"),
+        ("train.num_train_epochs=1", "train.num_train_epochs: unknown key; did you mean epochs?"),
+        ("train.x=1", "train.x: unknown key. Allowed here: steps"),
+    ],
+)
+def test_unknown_key_has_its_place_and_the_key_that_it_may_stand_for(tiny_config, override, problem):
+    with pytest.raises(UserError, match=rf"^command line: {re.escape(problem)}"):
+        load_config(str(tiny_config), [override])
 
 
 PATHS = ("run.directory", "run.cache_directory", "tokenizer.pretrained", "model.pretrained", "data.hub")

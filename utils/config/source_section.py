@@ -145,19 +145,30 @@ def existing_files(files: list[str] | None) -> list[str] | None:
     """Names of files; a pattern is replaced with the names that it matches.
 
     Raises:
-        ValueError: there is no such file.
+        ValueError: there is no such file, or it is a directory that `save_to_disk` has not written.
     """
     if files is None:
         return None
-    found, missing = [], []
+    found: list[str] = []
+    missing, directories = [], []
     for name in files:
         path = Path(name)
         matches = [name] if path.is_file() or is_saved_dataset(path) else _matches(name)
         usable = [match for match in matches if Path(match).is_file() or is_saved_dataset(Path(match))]
         found += usable
-        missing += [] if usable else [name]
+        if path.is_dir() and not usable:
+            directories.append(name)
+        elif not usable:
+            missing.append(name)
+    if directories:
+        raise ValueError(
+            f"{', '.join(directories)} is a directory, and not one of save_to_disk: give its files, for example "
+            f"{Path(directories[0]) / '*.jsonl'}"
+        )
     if missing:
-        raise ValueError(f"there is no file {', '.join(missing)}")
+        is_list = any("," in name for name in missing)
+        several = "; write several files in brackets, as in [a.jsonl, b.jsonl]" if is_list else ""
+        raise ValueError(f"there is no file {', '.join(missing)}{several}")
     return found
 
 

@@ -21,6 +21,20 @@ from utils.errors import UserError
 
 # Where a key is nested: ("train", "lr") is train.lr, ("data", "files", 0) the first of data.files.
 KeyPath = tuple[str | int, ...]
+# Keys that other trainers have for settings of this one.
+_NAMES_ELSEWHERE = {
+    "learning_rate": "lr",
+    "lr_scheduler": "schedule",
+    "lr_scheduler_type": "schedule",
+    "max_seq_length": "max_length",
+    "max_steps": "steps",
+    "micro_batch_size": "batch_size",
+    "num_epochs": "epochs",
+    "num_train_epochs": "epochs",
+    "per_device_train_batch_size": "batch_size",
+    "rank": "r",
+    "sequence_len": "max_length",
+}
 # Where each key was written: ("train", "lr") -> "configs/gpt.yaml:12" or "command line".
 Locations = dict[KeyPath, str]
 
@@ -222,9 +236,18 @@ def _describe_all(errors: list[ErrorDetails], locations: Locations, path: str) -
     for key_path, errors_of_key in errors_of.items():
         # A missing key has no line, so its section's line is given.
         known = next((key_path[:n] for n in range(len(key_path), 0, -1) if key_path[:n] in locations), None)
-        prefix = [path if known is None else locations[known], ".".join(str(part) or "''" for part in key_path)]
+        prefix = [
+            _place_of_key(key_path, locations, path) if known is None else locations[known],
+            ".".join(str(part) or "''" for part in key_path),
+        ]
         problems.append(": ".join([*filter(None, prefix), _describe(errors_of_key, key_path)]))
     return problems
+
+
+def _place_of_key(key_path: KeyPath, locations: Locations, path: str) -> str:
+    """The place of a key that has none itself: that of the first key below it, or the file."""
+    below = (place for other, place in locations.items() if key_path and other[: len(key_path)] == key_path)
+    return next(below, path)
 
 
 def _describe(errors: list[ErrorDetails], key_path: KeyPath) -> str:
@@ -232,7 +255,7 @@ def _describe(errors: list[ErrorDetails], key_path: KeyPath) -> str:
     first = errors[0]
     if first["type"] == "extra_forbidden":
         allowed = _keys_of(key_path[:-1])
-        return f"unknown key{did_you_mean(str(key_path[-1]), allowed) or '.'} Allowed here: {', '.join(allowed)}"
+        return f"unknown key{_suggestion(key_path, allowed) or '.'} Allowed here: {', '.join(allowed)}"
     if first["type"] == "missing":
         return "this key is missing"
     if first["type"] == "value_error":
@@ -241,6 +264,18 @@ def _describe(errors: list[ErrorDetails], key_path: KeyPath) -> str:
         return first["msg"]
     messages = [details["msg"][0].lower() + details["msg"][1:] for details in errors]
     return f"{_shown(first['input'])} is not allowed: {', or '.join(messages)}"
+
+
+def _suggestion(key_path: KeyPath, allowed: list[str]) -> str:
+    """The key that an unknown one may stand for, as the end of a sentence; empty if there is none."""
+    name = str(key_path[-1])
+    if (name_here := _NAMES_ELSEWHERE.get(name, name)) in allowed:
+        return f"; did you mean {name_here}?"
+    # A key without its section.
+    sections = [section for section in allowed if name_here in _keys_of((section,))] if len(key_path) == 1 else []
+    if sections:
+        return f"; did you mean {' or '.join(f'{section}.{name_here}' for section in sections)}?"
+    return did_you_mean(name, allowed)
 
 
 def _is_union_branch(part: str | int) -> bool:

@@ -84,6 +84,24 @@ def test_packed_parquet_is_refused(tmp_path):
         pairs_of(tmp_path / "d.parquet.gz")
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "problem"),
+    [
+        (
+            "d.jsonl",
+            LINES + '{"prompt": "p"\n' + LINES,
+            r"d\.jsonl:3: not valid JSON: Expecting ',' delimiter at column 15$",
+        ),
+        ("d.jsonl", "\xe9", r"d\.jsonl: not UTF-8 text: byte 0 is 0xe9; convert it, for example with iconv"),
+        ("d.csv", 'prompt,response\n"a\nb",c\n\n"a\nb\nc"\n', r"d\.csv:5: 1 columns, but the header has 2"),
+    ],
+)
+def test_broken_row_has_the_place_where_it_begins(tmp_path, name, text, problem):
+    (tmp_path / name).write_text(text, encoding="latin-1")
+    with pytest.raises(UserError, match=problem):
+        pairs_of(tmp_path / name)
+
+
 @pytest.mark.parametrize("extension", ["jsonl", "json", "parquet"])
 def test_name_given_twice_is_refused(tmp_path, extension):
     path = tmp_path / f"d.{extension}"

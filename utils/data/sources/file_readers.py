@@ -50,7 +50,8 @@ def read_file(path: Path) -> Iterator[Record]:
             empty = False
             yield Record(location, row)
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}") from None
+        byte = f"byte {error.start} is {error.object[error.start]:#04x}"
+        raise UserError(f"{path}: not UTF-8 text: {byte}; convert it, for example with iconv -t utf-8") from None
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     if empty:
@@ -89,7 +90,7 @@ def _rows_of_lines(path: Path, lines: Iterable[str]) -> _Rows:
             continue
         location = f"{path}:{line_number}"
         try:
-            yield location, _load_json(line)
+            yield location, _load_json(line.rstrip("\n"))  # an error at the end of the line has its column there
         except json.JSONDecodeError as error:
             raise UserError(f"{location}: not valid JSON: {error.msg} at column {error.colno}") from None
         except (ValueError, RecursionError) as error:  # a number of thousands of digits, or as many brackets
@@ -146,8 +147,10 @@ def _read_csv(path: Path, delimiter: str = ",") -> _Rows:
                 return
             if len(set(header)) < len(header):
                 raise UserError(f"{path}:1: a column's name is given twice: {', '.join(header)}")
+            first_line = reader.line_num + 1  # of the row, whose fields may have several lines
             for row in reader:
-                location = f"{path}:{reader.line_num}"
+                location = f"{path}:{first_line}"
+                first_line = reader.line_num + 1
                 if row and len(row) != len(header):
                     raise UserError(f"{location}: {len(row)} columns, but the header has {len(header)}")
                 if row:
