@@ -50,7 +50,12 @@ def answer(arguments: argparse.Namespace) -> None:
     generate = partial(_generate, model, tokenizer, arguments)
     torch.manual_seed(arguments.seed or 0)
     if arguments.chat:
-        end_of_turn(tokenizer)  # raises for a model that has no chat template
+        if not tokenizer.chat_template:
+            raise UserError(
+                "the tokenizer has no chat template, so the model takes no conversation: leave --chat out, and give "
+                "a prompt"
+            )
+        end_of_turn(tokenizer)  # raises for a template whose answers have no end
         chat(_typed_lines(), generate, tokenizer, arguments.system)
         return
     template = None if arguments.raw else load_template(expand_home(arguments.checkpoint))

@@ -10,14 +10,14 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from moreh.accelerator.waiting import VARIABLE as WAIT_VARIABLE
 from moreh.console.output import flush_output, say
 from moreh.console.printable import printable
 from moreh.errors import MorehError
 from moreh.options import PLATFORM_LINES_VARIABLE
-from moreh.tables import terminal_width
+from moreh.tables import terminal_width, wrap_line
 from utils.accelerator import accelerator_of
 from utils.config.schema import RESUME_WITH_KEYS, Config
 from utils.config.section import expand_home
@@ -77,15 +77,23 @@ def run_script(
     return exit_code_of(program, debug=arguments.debug)
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """End the program with a message; an unknown option may be meant as a setting."""
+        is_unknown = message.startswith("unrecognized arguments: --")
+        super().error(message + ("; a setting is written as section.key=value, such as train.lr=1e-4" * is_unknown))
+
+
 def _parser(default_config: str, description: str | None) -> argparse.ArgumentParser:
     """The options of a training script."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default=default_config, metavar="FILE", help="settings (default: %(default)s)")
-    parser.add_argument("--plan-only", action="store_true", help="print the best plans for the accelerator, and exit")
-    parser.add_argument(
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--plan-only", action="store_true", help="print the best plans for the accelerator, and exit")
+    instead.add_argument(
         "--dry-run", action="store_true", help="train three steps, estimate the duration of the run, write nothing"
     )
-    parser.add_argument(
+    instead.add_argument(
         "--show-rows", type=_positive, metavar="N", help="print N training rows with their labels marked, and exit"
     )
     parser.add_argument(
@@ -209,7 +217,7 @@ def exit_code_of(program: Callable[[], None], *, debug: bool) -> int:
             say(f"error: {printable(problem)}")
         return EXIT_USER_ERROR
     except DryRunEnd as end:
-        print(end)
+        print(wrap_line(str(end), terminal_width(), indent=2))
     except Stopped as stop:
         say(str(stop))
         return stop.exit_code

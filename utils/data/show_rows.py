@@ -25,9 +25,7 @@ def print_rows(config: Config, make_pair: MakePair, make_example: MakeExample, c
         UserError: the data or the tokenizer cannot be read.
     """
     data = prepare_data(config, make_pair, make_example, _say)
-    print(
-        f"The first {min(count, len(data.train))} of {len(data.train)} training rows; labels are in {''.join(MARKS)}:"
-    )
+    print(f"{min(count, len(data.train))} of {len(data.train)} training rows; labels are in {''.join(MARKS)}:")
     for text in format_rows(data.train.select(range(min(count, len(data.train)))), data.tokenizer):
         print(f"\n{text}")
 

@@ -163,7 +163,9 @@ def test_row_without_a_conversation_is_named(fields, problem):
 def test_lines_above_the_rows_are_wrapped(chat_config, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "60")
     print_rows(chat_config([{"messages": chat} for chat in chats(5)], eval_rows=1), make_pair, make_example, 1)
-    lines = capsys.readouterr().err.splitlines()
+    shown = capsys.readouterr()
+    assert shown.out.startswith("1 of 4 training rows; labels are in ")
+    lines = shown.err.splitlines()
     assert any(line.startswith("  ") for line in lines)
     assert [line for line in lines if len(line) > 60 and len(line.split()) > 1 and "examples/s" not in line] == []
 
