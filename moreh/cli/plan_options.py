@@ -143,7 +143,7 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
         type=Path,
         metavar="FILE",
         help="Calibrate with measured steps of the training program: measured.jsonl of a run, or a file with one JSON "
-        "object per line, with plan, batch_size, sequence_length, step_time_s and more (docs/planning.md).",
+        "object per line, with plan, batch_size, sequence_length, step_time_s and more (docs/planning-clusters.md).",
     )
     group.add_argument("--momentum", action="store_true", help="With --optimizer sgd or rmsprop, use momentum.")
     group.add_argument(
