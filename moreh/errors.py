@@ -13,6 +13,10 @@ class SecondBackwardError(OptionError, RuntimeError):
     """A second `backward()` through a loss. Also a RuntimeError, like torch's own error."""
 
 
+class MissingCacheError(OptionError, AttributeError):
+    """The cache of a model on several workers is used. Also an AttributeError, so that `hasattr` says no."""
+
+
 class AcceleratorError(MorehError, RuntimeError):
     """An accelerator is unknown or busy, or there are too many accelerators."""
 

@@ -9,6 +9,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from moreh.models.introspection import unwrapped
 from moreh.models.losses import token_loss_of
 from moreh.runtime.batch.loss_output import output_class_of, with_lazy_outputs
+from moreh.runtime.batch.missing_cache import missing_cache
 from moreh.runtime.batch.model_inputs import ModelInputs, check_same_on_all_ranks, pad_inputs, slice_rows
 from moreh.runtime.engine.calls.checks import check_call
 from moreh.runtime.launch.world import World
@@ -42,11 +43,14 @@ def evaluate_unsharded(model: Any, inputs: ModelInputs, world: World) -> Any:
             dist.all_reduce(total)
     loss = (total / inputs.loss_divisor).to(torch.promote_types(logits.dtype, torch.float32))
 
+    output_class = output_class_of(causal)
+
     def compute_logits() -> CausalLMOutputWithPast:
         """The logits of all rows on every worker; collective."""
         rows = logits.new_empty(world.size * len(logits), *logits.shape[1:])
         with span("all_gather_logits", rows.nbytes):
             dist.all_gather_into_tensor(rows, logits.contiguous())
-        return CausalLMOutputWithPast(logits=rows[: inputs.batch_size])
+        cache = missing_cache(causal, output_class, inputs)
+        return CausalLMOutputWithPast(logits=rows[: inputs.batch_size], **cache)
 
-    return with_lazy_outputs(output_class_of(causal), loss, compute_logits)
+    return with_lazy_outputs(output_class, loss, compute_logits)

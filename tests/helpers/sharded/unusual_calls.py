@@ -1,5 +1,6 @@
 """Calls, graphs and modules that several workers refuse, or compute as one worker does."""
 
+import copy
 import tempfile
 from pathlib import Path
 
@@ -47,6 +48,37 @@ def errors_of_calls(plan):
     noise = error_of(lambda: sharded(input_ids=ids, labels=labels))
     losses = [loss(model.eval()) for model in (whole, sharded)]  # where NEFTune adds no noise
     return expected, actual, cache, noise, losses
+
+
+def errors_of_caches(plan):
+    """The errors of uses of the cache in a sharded model's outputs, and the fields of its outputs and a whole model's.
+
+    A tuple of two lists: of errors, and of pairs of fields.
+    """
+    whole, sharded, _ = sharded_copy("llama", plan)
+    whole, sharded = whole.eval(), sharded.eval()
+    ids, _, labels = batch(0, whole.config.vocab_size)
+    calls = [
+        lambda model: model(ids, labels=labels),
+        lambda model: model(ids),
+        lambda model: model(ids, labels=labels, use_cache=False),
+        lambda model: model(ids, use_cache=False),
+    ]
+    with torch.no_grad():
+        fields = [(list(call(whole)), list(call(sharded))) for call in calls]
+        lengths = [len(model(ids, labels=labels, return_dict=False)) for model in (whole, sharded)]
+        unread, cache = sharded(ids, labels=labels), sharded(ids).past_key_values
+        errors = [
+            error_of(lambda: sharded(ids[:, -1:], past_key_values=cache)),
+            error_of(lambda: whole(ids[:, -1:], past_key_values=cache)),
+            error_of(lambda: unread.past_key_values.get_seq_length()),
+            error_of(lambda: list(cache)),
+            error_of(lambda: cache[0]),
+            error_of(lambda: len(cache)),
+        ]
+    assert not hasattr(cache, "dtype")
+    assert copy.deepcopy(cache)
+    return errors, [*fields, lengths]
 
 
 def errors_of_earlier_graphs(plan):

@@ -113,7 +113,10 @@ def check_call(causal: Any, inputs: ModelInputs) -> None:
         OptionError: the call hands a cache over, or its noise would be another than on one worker.
     """
     if given := [name for name in CACHE_ARGUMENTS if inputs.others.get(name) is not None]:
-        raise OptionError(f"{given[0]}: a model on several workers keeps no cache; leave it out, or {ONE_WORKER}")
+        raise OptionError(
+            f"{given[0]}: "
+            f"a model on several workers keeps no cache; leave it out and give the model all tokens, or {ONE_WORKER}"
+        )
     if causal.training and uses_neftune(causal):
         raise OptionError(
             "NEFTune (neftune_noise_alpha): its noise depends on how a batch is cut and padded, and would be another "

@@ -11,6 +11,7 @@ from moreh.models.compatibility import has_call_hooks, uses_fp16_loss_scaling
 from moreh.models.library_functions import LibraryFunctions
 from moreh.models.structure import check_structure, structure_of
 from moreh.runtime.batch.loss_output import output_class_of, with_lazy_outputs
+from moreh.runtime.batch.missing_cache import missing_cache
 from moreh.runtime.batch.model_inputs import ONE_WORKER, ModelInputs, check_same_on_all_ranks, read_inputs
 from moreh.runtime.engine.calls.checks import (
     check_call,
@@ -70,16 +71,17 @@ def _answer(runner: ModelRunner, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     model = runner.model
     as_tuple, output_class = kwargs.get("return_dict") is False, output_class_of(model.parts.causal)
     inputs = _checked_inputs(model, args, kwargs)
+    cache = missing_cache(model.parts.causal, output_class, inputs)
     if inputs.labels is None:
         logits = runner.logits(inputs)
-        return (logits,) if as_tuple else output_class(logits=logits)
+        return (logits, *cache.values()) if as_tuple else output_class(logits=logits, **cache)
     history = _histories.of(model.parts.root)
     history.add_call()
     if as_tuple or history.needs_own_forward:
         loss, logits = runner.loss_and_logits(inputs)
-        return (loss, logits) if as_tuple else output_class(loss=loss, logits=logits)
+        return (loss, logits, *cache.values()) if as_tuple else output_class(loss=loss, logits=logits, **cache)
     loss = runner.loss(inputs)
-    return with_lazy_outputs(output_class, loss, LateLogits(runner, inputs, history).compute)
+    return with_lazy_outputs(output_class, loss, LateLogits(runner, inputs, history, cache).compute)
 
 
 def _checked_inputs(model: ParallelModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ModelInputs:

@@ -1,6 +1,7 @@
 """The logits of a sharded model's call with labels, computed when the script reads them."""
 
 import weakref
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,9 +31,11 @@ class LateLogits:
     gives them. Later steps copy nothing.
     """
 
-    def __init__(self, runner: ModelRunner, inputs: ModelInputs, history: CallHistory) -> None:
+    def __init__(
+        self, runner: ModelRunner, inputs: ModelInputs, history: CallHistory, cache: dict[str, Any]
+    ) -> None:
         model = runner.model
-        self._runner, self._inputs, self._history = runner, inputs, history
+        self._runner, self._inputs, self._history, self._cache = runner, inputs, history, cache
         self._as_in_call = mode_of(model.parts.root, model.mesh.device.type)
         self._with_grads = torch.is_grad_enabled()
         self._weight_versions = weight_versions(model)
@@ -62,7 +65,7 @@ class LateLogits:
         with inside_of_call(), torch.random.fork_rng([]), self._as_in_call(), torch.set_grad_enabled(with_grads):
             self._exchange_weights()
             try:
-                return CausalLMOutputWithPast(logits=self._runner.logits(self._inputs))
+                return CausalLMOutputWithPast(logits=self._runner.logits(self._inputs), **self._cache)
             finally:
                 self._exchange_weights()
 

@@ -29,6 +29,13 @@ def test_calls_with_wrong_ids_caches_and_noise(plan):
 
 
 @pytest.mark.parametrize("plan", PLANS)
+def test_cache_in_the_outputs_cannot_be_used(plan):
+    for errors, fields in on_workers(unusual_calls.errors_of_caches, PLANS[plan]):
+        assert all("keeps no cache" in error for error in errors), errors
+        assert all(whole == sharded for whole, sharded in fields), fields
+
+
+@pytest.mark.parametrize("plan", PLANS)
 def test_calls_that_are_recomputed_or_watched_are_refused(plan):
     for (recomputed, in_backward, counted), losses in on_workers(unusual_calls.errors_of_recomputed_calls, PLANS[plan]):
         assert "called inside of torch.utils.checkpoint, which" in recomputed
