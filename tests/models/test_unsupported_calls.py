@@ -30,8 +30,9 @@ def call(model, fast_path=None, **changes):
         {"adapter_names": ["a"] * ROWS},
         {"attention_mask": {"full_attention": None}},
         {"attention_mask": torch.ones(2, 1, LENGTH, LENGTH, dtype=torch.bool)},
+        {"labels": torch.ones(ROWS, LENGTH, dtype=torch.int32)},
     ],
-    ids=["ignored label", "adapters of rows", "masks by kind", "mask of other rows"],
+    ids=["ignored label", "adapters of rows", "masks by kind", "mask of other rows", "labels of another dtype"],
 )
 def test_calls_that_ask_for_more_run_the_models_own_forward(changes):
     model = llama()

@@ -88,6 +88,8 @@ def read_inputs(causal: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> M
             f"labels are {tuple(shifted_labels.shape)}: expected a label for each of the {tuple(tokens.shape[:2])} "
             "tokens of the batch"
         )
+    if shifted_labels is not None and shifted_labels.dtype != torch.int64:
+        raise OptionError(f"labels are {shifted_labels.dtype}: expected torch.int64, as labels.long() gives")
     batch_size = tokens.shape[0]
     _normalize_mask(causal, inputs, tokens)
     tensors = {
