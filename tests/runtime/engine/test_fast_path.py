@@ -211,6 +211,37 @@ def test_logits_of_a_training_batch_can_be_read_until_weights_are_changed_by_han
         _ = outputs.logits
 
 
+def change_data(model, factor):
+    for parameter in model.parameters():
+        parameter.data.mul_(factor)
+
+
+def assign_data(model, factor):
+    for parameter in model.parameters():
+        parameter.data = parameter.data * factor
+
+
+def change_arrays(model, factor):
+    for parameter in model.parameters():
+        array = parameter.detach().numpy()
+        array *= factor
+
+
+@pytest.mark.parametrize("change", [change_data, assign_data, change_arrays])
+def test_weights_changed_through_an_alias_are_noticed(change):
+    model = make_model("llama")
+    fast_path = FastPath(DEFAULT_OPTIONS)
+    outputs, later, last = (fast_path.call(model, (), batch(model), MAX_TOKENS) for _ in range(3))
+    change(model, 2)
+    with pytest.raises(OptionError, match="before the optimizer's step"):
+        _ = outputs.logits
+    with pytest.raises(OptionError, match="before the change"):
+        later.loss.backward()
+    change(model, 1 / 2)
+    assert last.logits is not None
+    later.loss.backward()
+
+
 @pytest.mark.parametrize(
     "arguments",
     [{"output_hidden_states": True}, {"return_dict": False}, {"labels": None}],

@@ -15,6 +15,8 @@ from moreh.patches.module_call import inside_of_call
 from moreh.runtime.engine.calls.unread import CHANGED_SINCE_CALL, stop_keeping_weights
 from moreh.threads import CALL_THREADS
 
+# Of each call: a few microseconds for each parameter.
+_SAMPLED_PARAMETERS, _SAMPLED_ELEMENTS = 16, 8
 CHANGED_WEIGHTS_MESSAGE = (
     "one of the variables needed for gradient computation has been modified by an inplace operation: the weights or "
     "inputs have changed since the call that made this loss"
@@ -67,6 +69,7 @@ class RecordedCall:
         self._weights_before_step: dict[str, torch.Tensor] = {}
         self._input_versions = [version_of(tensor) for tensor in self.tensors]
         self._weights = {name: (id(parameter), version_of(parameter)) for name, parameter in parameters.items()}
+        self._samples = _samples(parameters)
 
     def arguments(self, tensors: list[torch.Tensor] | tuple[torch.Tensor, ...]) -> tuple[tuple[Any, ...], Any]:
         """The arguments of the call, with `tensors` in the place of its own."""
@@ -82,18 +85,23 @@ class RecordedCall:
 
     @property
     def has_changed(self) -> bool:
-        """True if a weight has been changed in place since the call."""
+        """True if a weight has been changed since the call, in place or through an alias such as `p.data`."""
         return bool(self._changed_weights())
 
     def check_unchanged(self) -> None:
         """Check that the call would give the same now.
 
         Raises:
-            OptionError: modules, functions or hooks of the model have changed.
+            OptionError: modules, functions or hooks of the model have changed, or a weight through an alias.
             RuntimeError: a weight has been changed in place.
         """
-        if self.has_changed:
+        if self._weights_with_other_versions():
             raise RuntimeError(CHANGED_WEIGHTS_MESSAGE)
+        if changed := self._changed_weights():
+            raise OptionError(
+                f"{min(changed)} has changed since the call that made this loss, through p.data or another alias, and "
+                "the gradients of the loss are computed now: call backward() before the change"
+            )
         if not self._computes_the_same():
             raise OptionError(
                 "modules, functions or hooks of the model have changed since the call that made this loss, whose "
@@ -156,12 +164,17 @@ class RecordedCall:
 
     def keep_weights(self, changing: set[int]) -> None:
         """Copy the weights with these ids, before they are changed."""
+        changed = self._changed_weights()
         for name, parameter in self._module.named_parameters():
-            is_as_in_call = self._weights.get(name) == (id(parameter), version_of(parameter))
-            if id(parameter) in changing and is_as_in_call:
+            if id(parameter) in changing and name in self._weights and name not in changed:
                 self._weights_before_step[name] = parameter.detach().clone()
 
     def _changed_weights(self) -> set[str]:
+        changed, now = self._weights_with_other_versions(), dict(self._module.named_parameters())
+        same = self._samples.keys() - changed
+        return changed | {name for name in same if not torch.equal(_sample(now[name]), self._samples[name])}
+
+    def _weights_with_other_versions(self) -> set[str]:
         now = {name: (id(parameter), version_of(parameter)) for name, parameter in self._module.named_parameters()}
         return {name for name, weight in self._weights.items() if now.get(name) != weight}
 
@@ -178,3 +191,18 @@ def kept(tensor: torch.Tensor) -> torch.Tensor:
 def version_of(tensor: torch.Tensor) -> int:
     """A number that grows when a tensor is changed in place; tensors of `inference_mode` have none."""
     return -1 if tensor.is_inference() else tensor._version
+
+
+def _samples(parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copies of some elements of some parameters: no version tells of changes through `p.data`, NumPy and the like.
+
+    Scripts with a step by hand change all elements of all parameters that they train.
+    """
+    trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
+    names = list(trained)[:: max(1, len(trained) // _SAMPLED_PARAMETERS)]
+    return {name: _sample(trained[name]) for name in names}
+
+
+def _sample(parameter: torch.Tensor) -> torch.Tensor:
+    flat = parameter.detach().reshape(-1)
+    return flat[:: max(1, len(flat) // _SAMPLED_ELEMENTS)].double().nan_to_num()
