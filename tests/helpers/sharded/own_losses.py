@@ -18,7 +18,7 @@ from moreh.runtime.engine.sharded.install import install_sharding_support
 from moreh.runtime.engine.sharded.shard_model import shard_model
 from moreh.runtime.kernels import allocator
 from tests.helpers.batches import ROWS, batch
-from tests.helpers.compare import curve_difference, max_difference
+from tests.helpers.compare import curve_difference, max_difference, relative_difference
 from tests.helpers.float64 import exact_float64
 from tests.helpers.models.families import make_model
 from tests.helpers.plans.training import new_model
@@ -178,6 +178,25 @@ def steps_that_keep_memory(plan):
         for _ in range(2):
             model(input_ids=ids, attention_mask=mask).logits.square().mean().backward()
     return [call.args[0] for call in before.call_args_list]
+
+
+def logits_in_autocast(family, plan):
+    """Logits in bfloat16, with gradients and without, and a gradient: the largest differences from a whole model."""
+    install_sharding_support()
+    whole = make_model(family).float()
+    sharded = copy.deepcopy(whole)
+    shard_model(sharded, Plan(**plan))
+    ids, mask, _ = batch(0, whole.config.vocab_size)
+    read = []
+    for model in (whole, sharded):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits = model(input_ids=ids, attention_mask=mask).logits
+            with torch.no_grad():
+                evaluated = model(input_ids=ids, attention_mask=mask).logits
+        assert logits.dtype == evaluated.dtype == torch.bfloat16
+        logits.float().square().mean().backward()
+        read.append([logits.float(), evaluated.float(), model.get_output_embeddings().weight.grad.clone()])
+    return [relative_difference(of_sharded, of_whole) for of_whole, of_sharded in zip(*read, strict=True)]
 
 
 def dropout_of_both_passes(family, plan):

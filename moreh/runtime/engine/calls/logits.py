@@ -34,6 +34,7 @@ from moreh.runtime.sharding.placement import stage_placements
 from moreh.runtime.sharding.spec import shard_range
 from moreh.trace import span
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Odd, so that different stages and micro-batches get different seeds.
 _STAGE_STRIDE, _MICRO_BATCH_STRIDE = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9
 
@@ -135,8 +136,11 @@ def _from_last_stage(passes: LogitsPasses, logits: torch.Tensor | None, shape: t
     mesh = model.mesh
     last_rank = stage_placements(model.plan)[-1].pipeline_rank
     source = mesh.global_rank(last_rank, mesh.rank("data"), mesh.rank("tensor"))
+    # Not always that of the parameters: under autocast it is another one, and some families cast their logits.
+    dtype = torch.tensor(0 if logits is None else _DTYPES.index(logits.dtype), device=mesh.device)
+    dist.broadcast(dtype, source, group=mesh.group("pipeline"))
     if logits is None:
-        logits = torch.empty(*shape, passes.vocabulary_size, dtype=model.dtype, device=mesh.device)
+        logits = torch.empty(*shape, passes.vocabulary_size, dtype=_DTYPES[int(dtype)], device=mesh.device)
     logits = logits.contiguous()
     with span("broadcast_logits", logits.nbytes):
         dist.broadcast(logits, source, group=mesh.group("pipeline"))

@@ -54,6 +54,12 @@ def test_every_loss(family, plan, loss):
         assert max(curve_difference, weight_difference) < 1e-9
 
 
+@pytest.mark.parametrize("plan", ["pp-tp", "pp-sharded", "dp"])
+def test_logits_have_the_dtype_of_autocast(plan):
+    for differences in on_workers(own_losses.logits_in_autocast, "llama", PLANS[plan]):
+        assert max(differences) < 0.03
+
+
 @pytest.mark.parametrize("plan", ["pp-tp", "dp"])
 def test_comparison_finds_gradients_of_other_tokens(plan):
     results = on_workers(own_losses.compare_with_wrong_part, "weighted_tokens", "llama", PLANS[plan])
