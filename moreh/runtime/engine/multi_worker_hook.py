@@ -24,7 +24,7 @@ from moreh.planner.report.chosen_plan import flavor_plan, local_device, local_pl
 from moreh.planner.search.constraints import constraints_from_options
 from moreh.planner.units import seconds_text
 from moreh.runtime.batch.model_inputs import ModelInputs, read_inputs
-from moreh.runtime.engine.calls.checks import check_modules, check_surroundings, check_thread
+from moreh.runtime.engine.calls.checks import check_functional_call, check_modules, check_surroundings, check_thread
 from moreh.runtime.engine.checkpoint_api import is_waiting_for_state, load_pending
 from moreh.runtime.engine.choose_plan import (
     predicted_use,
@@ -36,7 +36,7 @@ from moreh.runtime.engine.evaluation import evaluate_unsharded
 from moreh.runtime.engine.optimizer_in_use import optimizer_in_use
 from moreh.runtime.engine.sharded.call import call_sharded
 from moreh.runtime.engine.sharded.install import support_optimizers_and_clipping
-from moreh.runtime.engine.sharded.registry import is_submodule_of_sharded, runner_of, whole_model
+from moreh.runtime.engine.sharded.registry import check_not_sharded, is_submodule_of_sharded, runner_of, whole_model
 from moreh.runtime.engine.sharded.shard_model import shard_model
 from moreh.runtime.kernels.precision import autocast_if, choose_bfloat16, in_float32, inside_autocast
 from moreh.runtime.launch.script_files import share_script_files
@@ -83,6 +83,7 @@ class MultiWorkerHook:
         bfloat16 = not inside_autocast() and self._dtype_of(module) == torch.float32 and self._uses_bfloat16()
         with autocast_if(bfloat16, self._device.type):
             if runner_of(module) is None:
+                check_not_sharded(module)
                 inputs = read_inputs(unwrapped(module), args, kwargs)
                 if not self._must_be_sharded(module, inputs):
                     convert_parameters(module)
@@ -120,6 +121,7 @@ class MultiWorkerHook:
 
     def _shard(self, module: nn.Module, inputs: ModelInputs, *, bfloat16: bool) -> None:
         _check_has_data(module)
+        check_functional_call()
         with span("choose_plan"):
             plan = self._decide_on_first_worker(lambda: self._plan(module, inputs, bfloat16=bfloat16))
         shard_model(module, plan, self.options)

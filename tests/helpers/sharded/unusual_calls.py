@@ -9,10 +9,12 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
+from peft import LoraConfig, get_peft_model
 from transformers import DynamicCache
 
 from moreh.planner.plan.plan import Plan
 from moreh.runtime.engine.sharded.install import install_sharding_support
+from moreh.runtime.engine.sharded.registry import check_not_sharded, whole_model
 from moreh.runtime.engine.sharded.shard_model import shard_model
 from tests.helpers.batches import batch
 from tests.helpers.models.families import make_model
@@ -79,6 +81,14 @@ def errors_of_caches(plan):
     assert not hasattr(cache, "dtype")
     assert copy.deepcopy(cache)
     return errors, [*fields, lengths]
+
+
+def errors_of_wrappers(plan):
+    """The errors of wrappers around a sharded model, and whether its compiled version counts as the model itself."""
+    _, sharded, _ = sharded_copy("llama", plan)
+    compiled = torch.compile(sharded, backend="eager")
+    adapted = get_peft_model(sharded, LoraConfig(r=2, target_modules=["q_proj"]))
+    return [error_of(lambda: check_not_sharded(adapted))], whole_model(compiled) is sharded
 
 
 def errors_of_earlier_graphs(plan):

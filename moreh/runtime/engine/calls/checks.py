@@ -1,5 +1,7 @@
 """Checks for calls that several workers cannot compute as one worker does."""
 
+import inspect
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.utils import stateless
 
 from moreh.errors import OptionError
 from moreh.models.compatibility import compiled_module, inner_backward_hook, inner_hook, uses_neftune
@@ -63,6 +66,23 @@ def check_thread() -> None:
             "a model on several workers was called in a thread of the script's own, where calls of the "
             f"workers would meet in any order: call it in the main thread, or {ONE_WORKER}"
         )
+
+
+def check_functional_call() -> None:
+    """Check that the model that is to be sharded in a call has its own parameters.
+
+    Raises:
+        OptionError: the call is one of `torch.func.functional_call`, which has put others in their place.
+    """
+    functions = torch.func.functional_call, inspect.unwrap(stateless.functional_call)
+    frame: Any = sys._getframe()
+    while frame is not None:
+        if any(frame.f_code is function.__code__ for function in functions):
+            raise OptionError(
+                "the first training batch was given to a model by torch.func.functional_call, whose parameters would "
+                f"be sharded in the place of the model's own: call the model itself first, or {ONE_WORKER}"
+            )
+        frame = frame.f_back
 
 
 def check_functions(root: nn.Module, expected: LibraryFunctions) -> LibraryFunctions:

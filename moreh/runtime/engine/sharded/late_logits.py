@@ -31,9 +31,7 @@ class LateLogits:
     gives them. Later steps copy nothing.
     """
 
-    def __init__(
-        self, runner: ModelRunner, inputs: ModelInputs, history: CallHistory, cache: dict[str, Any]
-    ) -> None:
+    def __init__(self, runner: ModelRunner, inputs: ModelInputs, history: CallHistory, cache: dict[str, Any]) -> None:
         model = runner.model
         self._runner, self._inputs, self._history, self._cache = runner, inputs, history, cache
         self._as_in_call = mode_of(model.parts.root, model.mesh.device.type)

@@ -1,7 +1,11 @@
 """Several workers refuse what they would compute differently from one."""
 
 import pytest
+import torch
+from torch import nn
 
+from moreh.errors import OptionError
+from moreh.runtime.engine.calls.checks import check_functional_call
 from tests.helpers.sharded import unusual_calls
 from tests.helpers.workers import run_on_workers
 
@@ -33,6 +37,34 @@ def test_cache_in_the_outputs_cannot_be_used(plan):
     for errors, fields in on_workers(unusual_calls.errors_of_caches, PLANS[plan]):
         assert all("keeps no cache" in error for error in errors), errors
         assert all(whole == sharded for whole, sharded in fields), fields
+
+
+def test_wrappers_around_a_sharded_model_are_refused():
+    for errors, is_compiled_version in on_workers(unusual_calls.errors_of_wrappers, PLANS["tp2"]):
+        assert all("made of a model that is sharded over workers" in error for error in errors), errors
+        assert is_compiled_version
+
+
+class Model(nn.Linear):
+    def forward(self, x):
+        check_functional_call()
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    "functional_call",
+    [
+        torch.func.functional_call,
+        pytest.param(
+            torch.nn.utils.stateless.functional_call, marks=pytest.mark.filterwarnings("ignore::FutureWarning")
+        ),
+    ],
+)
+def test_functional_call_is_refused_before_sharding(functional_call):
+    model, inputs = Model(2, 2), torch.ones(1, 2)
+    model(inputs)
+    with pytest.raises(OptionError, match="call the model itself first"):
+        functional_call(model, dict(model.named_parameters()), (inputs,))
 
 
 @pytest.mark.parametrize("plan", PLANS)
