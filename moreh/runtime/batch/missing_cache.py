@@ -41,7 +41,11 @@ def missing_cache(causal: Any, output_class: type[ModelOutput], inputs: ModelInp
     uses_cache = inputs.others.get("use_cache")
     if uses_cache is None:
         uses_cache = getattr(causal.config.get_text_config(), "use_cache", False)
-    if not uses_cache or (causal.training and causal.is_gradient_checkpointing):
+    if not uses_cache or (causal.training and _recomputes_activations(causal)):
         return {}
     fields = getattr(output_class, "__dataclass_fields__", {})
     return {name: MissingCache() for name in CACHE_ARGUMENTS if name in fields}
+
+
+def _recomputes_activations(causal: Any) -> bool:
+    return any(getattr(module, "gradient_checkpointing", False) for module in causal.modules())
