@@ -48,8 +48,8 @@ def errors_of_changes(plan):
     install_sharding_support()
     ids, _, labels = batch(0, make_model("llama").config.vocab_size)
 
-    def sharded():
-        model = make_model("llama")
+    def sharded(model=None):
+        model = model or make_model("llama")
         shard_model(model, Plan(**plan))
         return model
 
@@ -71,10 +71,14 @@ def errors_of_changes(plan):
         model(input_ids=ids, labels=labels).loss.backward()
         change(model)
         errors[change.__name__] = error_of(lambda model=model: model(input_ids=ids, labels=labels))
-    model = sharded()
+    model = make_model("llama")
+    row, joined = model.lm_head.weight.data[1], torch.nn.Parameter(model.lm_head.weight.detach().flatten())
+    sharded(model)
     weight = model.lm_head.weight
     loss = model(input_ids=ids, labels=labels).loss
     return errors | {
+        "view": error_of(row.zero_),
+        "flat parameter": error_of(lambda: torch.optim.SGD([joined], lr=0.1).zero_grad()),
         "copy": error_of(lambda: copy.deepcopy(model)),
         "average": error_of(lambda: torch.optim.swa_utils.AveragedModel(model)),
         "save": error_of(lambda: torch.save(model, io.BytesIO())),

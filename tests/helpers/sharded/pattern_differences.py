@@ -39,6 +39,7 @@ PATTERNS = {
         gradient_patterns.attributes_from_before_the_first_step,
         state_patterns.state_saved,
         state_patterns.state_loaded,
+        state_patterns.aliases_from_before_the_first_step,
     )
 }
 
@@ -57,6 +58,7 @@ def differences(family, plan, pattern, scales=(1.0,)):
         for number, parameter in enumerate(model.parameters()):
             parameter.mark = 1.5 + number
         model.__dict__["numbers"] = {parameter: number for number, parameter in enumerate(model.parameters())}
+        state_patterns.keep_aliases(model)
     shard_model(sharded, Plan(**plan))
     with exact_float64(), label_positions_rounded_to(4):
         expected, actual = PATTERNS[pattern](whole), PATTERNS[pattern](sharded)

@@ -66,3 +66,30 @@ def state_loaded(model):
     losses.append(backward(model, 5))
     texts = torch.tensor(list("".join([*missing, errors]).encode())).double()
     return [changed, *losses, texts, *weights(model)]
+
+
+def keep_aliases(model):
+    """Give a model a state dict, its `data` and detached parameters, without copies, for the pattern below."""
+    parameters = list(model.parameters())
+    model.__dict__["aliases"] = model.state_dict(), [p.data for p in parameters], [p.detach() for p in parameters]
+    model.__dict__["earlier"] = dict(model.named_parameters())
+
+
+def aliases_from_before_the_first_step(model):
+    """They show what a step makes of the weights, are saved with it, and changes of them change the weights."""
+    state, data, detached = model.__dict__["aliases"]
+    backward(model)
+    sgd(model).step()
+    model.zero_grad()
+    file = io.BytesIO()
+    torch.save([state, model.__dict__["earlier"]], file)
+    file.seek(0)
+    saved = [tensor for tensors in torch.load(file) for tensor in tensors.values()]
+    saved += copy.deepcopy(list(model.__dict__["earlier"].values()))
+    for number, alias in enumerate(data):
+        alias.mul_(1 + 0.1 * number)
+        alias[0] += 0.5
+    distances = [(alias - p).norm() for alias, p in zip(detached, model.parameters(), strict=True)]
+    loss = backward(model, 1)
+    model.load_state_dict({name: 0.5 * tensor for name, tensor in state.items()})
+    return [*saved, *distances, loss, backward(model, 2), *copy.deepcopy(detached), *weights(model)]

@@ -12,6 +12,7 @@ from moreh.planner.plan.plan import Plan
 from moreh.runtime.engine.gradients import keep_earlier_grads
 from moreh.runtime.engine.model_runner import ModelRunner
 from moreh.runtime.engine.sharded.call import remember_computation
+from moreh.runtime.engine.sharded.earlier_aliases import aliases_of, replace_aliases
 from moreh.runtime.engine.sharded.model_methods import replace_methods
 from moreh.runtime.engine.sharded.registry import register
 from moreh.runtime.engine.sharded.user_parameters import replace_params
@@ -27,10 +28,12 @@ def shard_model(root: nn.Module, plan: Plan, options: ParallelOptions = DEFAULT_
     """
     with span("shard_model"):
         originals = dict(root.named_parameters())
+        aliases = aliases_of(originals)
         runner = ModelRunner(root, plan, options)
         parameters = runner.model.user_params
         keep_earlier_grads(runner.model, originals)
         replace_params({id(p): parameters[name] for name, p in originals.items()}, list(originals.values()))
+        replace_aliases(aliases, parameters)
         register(root, runner)
         revisit_optimizers()
         replace_methods(runner.model)

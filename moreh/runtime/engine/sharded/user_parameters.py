@@ -1,5 +1,6 @@
 """Replaces the script's parameters, in optimizers and in its own lists, when their model is sharded."""
 
+import copy
 import weakref
 from typing import Any, NoReturn
 
@@ -37,6 +38,12 @@ class _ReplacedParameter(nn.Parameter):
         return True if other is self.__dict__[_REPLACEMENT] else super().__eq__(other)
 
     __hash__ = nn.Parameter.__hash__
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.__dict__[_REPLACEMENT].__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(self.__dict__[_REPLACEMENT], memo)
 
 
 def replace_params(replacements: dict[int, nn.Parameter], originals: list[nn.Parameter]) -> None:
