@@ -86,7 +86,7 @@ class RecordedCall:
     @property
     def has_changed(self) -> bool:
         """True if a weight has been changed since the call, in place or through an alias such as `p.data`."""
-        return bool(self._changed_weights())
+        return bool(self._weights_with_other_versions() or self._weights_with_other_elements())
 
     def check_unchanged(self) -> None:
         """Check that the call would give the same now.
@@ -97,7 +97,7 @@ class RecordedCall:
         """
         if self._weights_with_other_versions():
             raise RuntimeError(CHANGED_WEIGHTS_MESSAGE)
-        if changed := self._changed_weights():
+        if changed := self._weights_with_other_elements():
             raise OptionError(
                 f"{min(changed)} has changed since the call that made this loss, through p.data or another alias, and "
                 "the gradients of the loss are computed now: call backward() before the change"
@@ -140,8 +140,13 @@ class RecordedCall:
         Raises:
             OptionError: inputs, weights or the model's computation have been changed.
         """
-        changed = self._changed_weights() - self._weights_before_step.keys() or not self._computes_the_same()
-        if changed or self._input_versions != [version_of(tensor) for tensor in tensors]:
+        changed = self._weights_with_other_versions() - self._weights_before_step.keys()
+        changed |= self._weights_with_other_elements()
+        if (
+            changed
+            or not self._computes_the_same()
+            or self._input_versions != [version_of(tensor) for tensor in tensors]
+        ):
             raise OptionError(CHANGED_SINCE_CALL)
         stop_keeping_weights(self)
         if not self._weights_before_step:
@@ -164,15 +169,18 @@ class RecordedCall:
 
     def keep_weights(self, changing: set[int]) -> None:
         """Copy the weights with these ids, before they are changed."""
-        changed = self._changed_weights()
         for name, parameter in self._module.named_parameters():
-            if id(parameter) in changing and name in self._weights and name not in changed:
+            is_as_in_call = self._weights.get(name) == (id(parameter), version_of(parameter))
+            if id(parameter) in changing and is_as_in_call:
                 self._weights_before_step[name] = parameter.detach().clone()
 
-    def _changed_weights(self) -> set[str]:
-        changed, now = self._weights_with_other_versions(), dict(self._module.named_parameters())
-        same = self._samples.keys() - changed
-        return changed | {name for name in same if not torch.equal(_sample(now[name]), self._samples[name])}
+    def _weights_with_other_elements(self) -> set[str]:
+        """Sampled parameters that are not as in the call, nor were so when they were kept."""
+        now: dict[str, torch.Tensor] = {**dict(self._module.named_parameters()), **self._weights_before_step}
+        is_same = {
+            name: name in now and torch.equal(_sample(now[name]), sample) for name, sample in self._samples.items()
+        }
+        return {name for name, same in is_same.items() if not same}
 
     def _weights_with_other_versions(self) -> set[str]:
         now = {name: (id(parameter), version_of(parameter)) for name, parameter in self._module.named_parameters()}
