@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import nn
 
 from moreh.errors import OptionError, SecondBackwardError
-from moreh.runtime.batch.loss_output import BACKWARD_TWICE_MESSAGE
+from moreh.runtime.batch.loss_output import BACKWARD_TWICE_MESSAGE, print_as_loss
 from moreh.runtime.batch.model_inputs import ONE_WORKER
 from moreh.runtime.batch.scaling import scale_in_place
 from moreh.runtime.engine.parallel_model import ParallelModel, local_tensor
@@ -143,6 +143,7 @@ def names_with_grads(model: ParallelModel, grads: dict[str, torch.Tensor]) -> li
     return [name for name, has in zip(model.specs, has_grad.tolist(), strict=True) if has]
 
 
+@print_as_loss
 class _LossWithDeferredGrads(torch.autograd.Function):
     @staticmethod
     def forward(

@@ -312,3 +312,9 @@ def test_micro_batches_have_similar_rows(multiple):
     assert sum(micro_batch.batch_size for micro_batch in cut) == ROWS
     assert widths[0] == -(-int(lengths.max()) // multiple) * multiple
     assert sum(int((micro_batch.labels != -100).sum()) for micro_batch in cut) == int((inputs.labels != -100).sum())
+
+
+def test_loss_is_printed_as_the_models_own():
+    model = make_model("llama").float()
+    loss = FastPath(DEFAULT_OPTIONS).call(model, (), batch(model), MAX_TOKENS).loss
+    assert repr(loss) == repr(model(**batch(model)).loss)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from moreh.runtime.batch.loss_output import print_as_loss
 from moreh.runtime.batch.scaling import scale_in_place
 from moreh.runtime.engine.calls.history import CallHistory, LossUse
 from moreh.runtime.engine.calls.recorded import RecordedCall
@@ -44,6 +45,7 @@ def pending_loss(loss: torch.Tensor, pending: PendingLoss, parameters: Sequence[
     return result
 
 
+@print_as_loss
 class _PendingLoss(torch.autograd.Function):
     @staticmethod
     def forward(
