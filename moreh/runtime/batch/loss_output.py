@@ -22,11 +22,11 @@ BACKWARD_TWICE_MESSAGE = (
 _ABSENT = frozenset(("hidden_states", "attentions", "cross_attentions", "router_logits", "aux_loss", "z_loss"))
 
 
-def print_as_loss(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
-    """Let the losses of an autograd function be printed with the name that torch gives a cross-entropy's node."""
-    node: Any = function._backward_cls
-    node.__name__ = "NllLossBackward0"
-    return function
+def printed_as_loss(loss: torch.Tensor) -> torch.Tensor:
+    """A loss of an autograd function of this package, printed with the name that torch gives a cross-entropy's node."""
+    if loss.grad_fn is not None:
+        type(loss.grad_fn).__name__ = "NllLossBackward0"
+    return loss
 
 
 def output_class_of(causal: Any) -> type[ModelOutput]:

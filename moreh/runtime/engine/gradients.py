@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import nn
 
 from moreh.errors import OptionError, SecondBackwardError
-from moreh.runtime.batch.loss_output import BACKWARD_TWICE_MESSAGE, print_as_loss
+from moreh.runtime.batch.loss_output import BACKWARD_TWICE_MESSAGE, printed_as_loss
 from moreh.runtime.batch.model_inputs import ONE_WORKER
 from moreh.runtime.batch.scaling import scale_in_place
 from moreh.runtime.engine.parallel_model import ParallelModel, local_tensor
@@ -131,7 +131,7 @@ def loss_with_deferred_grads(
     loss_with_grads: torch.Tensor = _LossWithDeferredGrads.apply(
         loss, model, held, grads_of_inputs, *tensors, *parameters
     )  # type: ignore[no-untyped-call]
-    return loss_with_grads
+    return printed_as_loss(loss_with_grads)
 
 
 def names_with_grads(model: ParallelModel, grads: dict[str, torch.Tensor]) -> list[str]:
@@ -143,7 +143,6 @@ def names_with_grads(model: ParallelModel, grads: dict[str, torch.Tensor]) -> li
     return [name for name, has in zip(model.specs, has_grad.tolist(), strict=True) if has]
 
 
-@print_as_loss
 class _LossWithDeferredGrads(torch.autograd.Function):
     @staticmethod
     def forward(

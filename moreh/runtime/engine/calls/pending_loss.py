@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from moreh.runtime.batch.loss_output import print_as_loss
+from moreh.runtime.batch.loss_output import printed_as_loss
 from moreh.runtime.batch.scaling import scale_in_place
 from moreh.runtime.engine.calls.history import CallHistory, LossUse
 from moreh.runtime.engine.calls.recorded import RecordedCall
@@ -42,10 +42,9 @@ def pending_loss(loss: torch.Tensor, pending: PendingLoss, parameters: Sequence[
     come: until one has come, or until the last one where the script retains the graph."""
     tensors = [tensor.detach() for tensor in pending.call.take_tensors()]
     result: torch.Tensor = _PendingLoss.apply(loss, pending, tensors, *parameters)  # type: ignore[no-untyped-call]
-    return result
+    return printed_as_loss(result)
 
 
-@print_as_loss
 class _PendingLoss(torch.autograd.Function):
     @staticmethod
     def forward(
