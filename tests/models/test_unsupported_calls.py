@@ -31,8 +31,19 @@ def call(model, fast_path=None, **changes):
         {"attention_mask": {"full_attention": None}},
         {"attention_mask": torch.ones(2, 1, LENGTH, LENGTH, dtype=torch.bool)},
         {"labels": torch.ones(ROWS, LENGTH, dtype=torch.int32)},
+        {"input_ids": torch.ones(ROWS, LENGTH)},
+        {"input_ids": torch.ones(ROWS, LENGTH, 1, dtype=torch.int64)},
+        {"position_ids": torch.ones(ROWS, LENGTH)},
+        {"position_ids": torch.ones(1, 2, dtype=torch.int64)},
+        {"attention_mask": torch.ones(ROWS, LENGTH, LENGTH, dtype=torch.bool)},
+        {"attention_mask": torch.ones(ROWS, 1, 2, 2, dtype=torch.bool)},
+        {"attention_mask": torch.ones(ROWS, 1, LENGTH, LENGTH, dtype=torch.int64)},
     ],
-    ids=["ignored label", "adapters of rows", "masks by kind", "mask of other rows", "labels of another dtype"],
+    ids=[
+        *("ignored label", "adapters of rows", "masks by kind", "mask of other rows", "labels of another dtype"),
+        *("ids of another dtype", "ids of another shape", "positions of another dtype", "positions of another shape"),
+        *("mask of three dimensions", "mask of another shape", "mask of another dtype"),
+    ],
 )
 def test_calls_that_ask_for_more_run_the_models_own_forward(changes):
     model = llama()

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from moreh.errors import OptionError, WorkerError
 from moreh.models.losses import IGNORED_LABEL
 from moreh.runtime.batch.host_copies import to_device
+from moreh.runtime.batch.input_checks import check_tensors
 from moreh.trace import span
 
 # Arguments that ask for tensors of all layers, which exist only in parts on different ranks.
@@ -91,6 +92,7 @@ def read_inputs(causal: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> M
     if shifted_labels is not None and shifted_labels.dtype != torch.int64:
         raise OptionError(f"labels are {shifted_labels.dtype}: expected torch.int64, as labels.long() gives")
     batch_size = tokens.shape[0]
+    check_tensors(causal, inputs, has_cache=not inputs.keys().isdisjoint(CACHE_ARGUMENTS))
     _normalize_mask(causal, inputs, tokens)
     tensors = {
         name: value.expand(batch_size, *value.shape[1:]) if name == _POSITIONS else value

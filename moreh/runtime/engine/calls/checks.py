@@ -176,9 +176,11 @@ def refusing_counts(root: nn.Module, mesh: Mesh) -> Iterator[None]:
 def has_wrong_ids(causal: Any, inputs: ModelInputs) -> bool:
     """True if a token id or a position is out of range, even at a token that no label depends on."""
     embeddings = causal.get_input_embeddings()
-    ids, weight = inputs.tensors.get("input_ids"), getattr(embeddings, "weight", None)
-    if ids is not None and weight is not None and bool(_is_outside(ids, weight.shape[0]).any()):
-        return True
+    weight = getattr(embeddings, "weight", None)
+    # GPT-2 embeds token types by the matrix of its vocabulary.
+    for ids in (inputs.tensors.get(name) for name in ("input_ids", "token_type_ids")):
+        if ids is not None and weight is not None and bool(_is_outside(ids, weight.shape[0]).any()):
+            return True
     size = getattr(causal.config.get_text_config(), "max_position_embeddings", None)
     numbers = inputs.tensors.get("position_ids")
     if size is None or (inputs.sequence_length <= size and numbers is None):
