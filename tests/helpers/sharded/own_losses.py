@@ -191,8 +191,7 @@ def logits_in_autocast(family, plan):
     for model in (whole, sharded):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             logits = model(input_ids=ids, attention_mask=mask).logits
-            with torch.no_grad():
-                evaluated = model(input_ids=ids, attention_mask=mask).logits
+            evaluated = torch.no_grad()(model)(input_ids=ids, attention_mask=mask).logits
         assert logits.dtype == evaluated.dtype == torch.bfloat16
         logits.float().square().mean().backward()
         read.append([logits.float(), evaluated.float(), model.get_output_embeddings().weight.grad.clone()])
