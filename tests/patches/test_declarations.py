@@ -18,12 +18,15 @@ from tests.helpers.source.source_tree import ROOT, Source, sources
 OF_SINGLE_OBJECTS = {
     # A parameter that a script keeps in a list stands for the one that took its place.
     "moreh/runtime/engine/sharded/user_parameters.py": {"original.__class__, the class of an object"},
+    "moreh/runtime/engine/sharded/earlier_aliases.py": {"tensor.__class__, the class of an object"},
     # A parameter whose data is in its file becomes an ordinary one once it is read.
     "moreh/runtime/sharding/lazy_parameters.py": {"parameter.__class__, the class of an object"},
     # Outputs of a model get its own class once they are complete.
     "moreh/runtime/batch/loss_output.py": {
         "outputs.__class__, the class of an object",
         "self.__class__, the class of an object",
+        # Of the node that torch makes of a function of this package.
+        "type(loss.grad_fn).__name__, an attribute of a class",
     },
 }
 
