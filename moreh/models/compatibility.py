@@ -36,6 +36,9 @@ _KNOWN_LOSSES = re.compile(
     r"|self\.\w*aux_loss_coef \* aux_loss\.to\(loss\.device\)"
 )
 
+EMBEDDING_OPTIONS = ("max_norm", "scale_grad_by_freq", "sparse")
+"""Attributes of embeddings that the faster kernels and several workers do not compute."""
+
 
 def unsupported_reason(root: Any) -> str | None:
     """A reason (a clause for messages) why a model computed part by part may give another loss; None without one."""
@@ -66,6 +69,8 @@ def unsupported_reason(root: Any) -> str | None:
         return f"{name} is more than a language model"
     if (norm := whole_batch_norm(root)) is not None:
         return f"{name} has {norm}"
+    if (option := embedding_option(root)) is not None:
+        return f"{name} has {option}"
     if not hasattr(causal.get_output_embeddings(), "weight"):
         return f"the output layer of {name} is not a single matrix"
     if getattr(config, "output_router_logits", False):
@@ -163,6 +168,21 @@ def _accumulation_has_hooks(parameter: nn.Parameter) -> bool:
 
 def _no_change(*gradients: Any) -> None:
     """A hook that changes nothing."""
+
+
+def embedding_option(root: nn.Module) -> str | None:
+    """An option of an embedding that counts, changes or lists the tokens of a whole batch, as a clause for messages."""
+    for module in root.modules():
+        if isinstance(module, nn.Embedding):
+            for name, value in zip(EMBEDDING_OPTIONS, embedding_options(module), strict=True):
+                if value:
+                    return f"an embedding with {name}={value}"
+    return None
+
+
+def embedding_options(module: nn.Embedding) -> tuple[Any, ...]:
+    """The values of `EMBEDDING_OPTIONS`."""
+    return module.max_norm, module.scale_grad_by_freq, module.sparse
 
 
 def uses_neftune(root: nn.Module) -> bool:

@@ -16,6 +16,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from moreh.models.compatibility import (
+    embedding_options,
     has_call_hooks,
     has_gradient_hooks,
     has_node_hooks,
@@ -39,6 +40,7 @@ class KnownComputation:
         """Grows whenever modules, parameters or shapes have changed."""
         self._root = root
         self._modules: list[nn.Module] = []
+        self._embeddings: list[nn.Embedding] = []
         self._parameters: list[nn.Parameter] = []
         # Functions that modules have as attributes of their own, by the module's dictionary and their name.
         self._attributes: list[tuple[dict[str, Any], str]] = []
@@ -49,6 +51,8 @@ class KnownComputation:
         self._reason: str | None = None
         self._hook: str | None = None
         self._has_node_hooks = False
+        self.changes = 0
+        """Grows whenever classes, attributes, settings or functions have changed."""
         # torch numbers hooks of every kind: where no number was given, none was added.
         self._last_hook = self._last_node_hook = -1
 
@@ -61,12 +65,14 @@ class KnownComputation:
                 return "its parameters are computed from other tensors"
             self._record_layout()
         if self._has_changed():
+            self.changes += 1
             self._reason = self._look_at_computation()
         return self._reason or self._look_at_hooks()
 
     def _record_layout(self) -> None:
         self.version += 1
         self._modules = list(self._root.modules())
+        self._embeddings = [module for module in self._modules if isinstance(module, nn.Embedding)]
         self._parameters = list(self._root.parameters())
         self._layout = self._layout_now()
         self._functions = None
@@ -100,6 +106,8 @@ class KnownComputation:
         dictionaries = list(map(vars, self._modules))
         return [
             list(map(type, self._modules)),
+            list(map(embedding_options, self._embeddings)),
+            [dictionary.get("is_causal") for dictionary in dictionaries],
             list(map(len, dictionaries)),
             [id(dictionary.get(name)) for dictionary, name in self._attributes],
         ]

@@ -146,3 +146,32 @@ def test_only_the_last_models_are_kept_in_memory():
     for _ in range(6):
         call(llama(), fast_path)
     assert len(fast_path._runners) == 4
+
+
+@pytest.mark.parametrize("options", [{"max_norm": 0.5}, {"scale_grad_by_freq": True}, {"sparse": True}])
+def test_options_of_embeddings_run_the_models_own_forward(options):
+    model = llama()
+    fast_path = FastPath(DEFAULT_OPTIONS)
+    assert call(model, fast_path) is not NotImplemented
+    vars(model.get_input_embeddings()).update(options)
+    assert call(model, fast_path) is NotImplemented
+
+
+@pytest.mark.parametrize("place", ["configuration", "modules"])
+def test_batches_are_cut_again_for_a_model_that_sees_later_tokens(place):
+    model = llama()
+    fast_path = FastPath(DEFAULT_OPTIONS)
+    inputs = batch(model)
+    if place == "modules":
+        inputs = {**inputs, "attention_mask": None}
+    with exact_float64(), torch.no_grad():
+        causal = fast_path.call(model, (), inputs, MAX_TOKENS).loss
+        if place == "configuration":
+            model.config.is_causal = False
+        else:
+            for layer in model.model.layers:
+                layer.self_attn.is_causal = False
+        expected = model(**inputs).loss
+        assert abs(fast_path.call(model, (), inputs, MAX_TOKENS).loss - expected) < 1e-9
+    assert place == "modules" or abs(causal - expected) > 1e-4
+    assert fast_path.call(model, (), {**inputs, "is_causal": False}, MAX_TOKENS) is NotImplemented

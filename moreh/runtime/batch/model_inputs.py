@@ -72,6 +72,11 @@ def read_inputs(causal: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> M
         raise OptionError(
             f"ignore_index={ignored}: the only label that is ignored is {IGNORED_LABEL}; replace {ignored} with it"
         )
+    if inputs.get("is_causal", True) is not True:
+        raise OptionError(
+            "is_causal=False in a call: set model.config.is_causal before the model's first training batch, or "
+            f"{ONE_WORKER}"
+        )
     if "adapter_names" in inputs:
         raise OptionError(f"adapter_names: all rows of a batch are computed with the active adapters: {ONE_WORKER}")
     if "input_ids" not in inputs and "inputs_embeds" not in inputs:

@@ -23,6 +23,7 @@ from moreh.options import ParallelOptions
 from moreh.planner.plan.plan import Plan
 from moreh.runtime.batch.host_copies import on_host
 from moreh.runtime.batch.loss_output import output_class_of, with_lazy_outputs
+from moreh.runtime.batch.micro_batches import is_causal_model
 from moreh.runtime.batch.model_inputs import CACHE_ARGUMENTS, WHOLE_MODEL_OUTPUTS, ModelInputs, read_inputs
 from moreh.runtime.engine.calls.checks import has_wrong_ids
 from moreh.runtime.engine.calls.history import CallHistories, CallHistory
@@ -132,6 +133,8 @@ class _KnownModel:
         self._runner: ModelRunner | None = None
         # The version of the model that the runner was created for.
         self._version = -1
+        # Those of the computation that the runner's batches are cut for.
+        self._changes = 0
         self._logged: set[str] = set()
 
     def computes_as_now(self) -> Callable[[], bool]:
@@ -144,6 +147,10 @@ class _KnownModel:
         if not self._is_language_model:
             return None
         reason = self._computation.unknown_reason()
+        if self._changes != self._computation.changes:
+            self._changes = self._computation.changes
+            if self._runner is not None and self._runner.is_causal != is_causal_model(unwrapped(self._module)):
+                self._computation.version += 1
         if reason is None and self._version != self._computation.version:
             # Dropped first: a runner that cannot be made leaves none behind.
             self._runner, self._version = None, self._computation.version

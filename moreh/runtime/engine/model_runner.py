@@ -57,7 +57,9 @@ class ModelRunner:
         causal: Any = unwrapped(root)
         # Checked before sharding changes classes. A custom module may mix tokens or rows, so it receives whole rows.
         is_token_wise = unsupported_module(root) is None
-        skip_padding = options.uses("skip_padding") and is_causal_model(causal) and is_token_wise
+        # True if no token sees a later one; the batches are cut for that.
+        self.is_causal = is_causal_model(causal)
+        skip_padding = options.uses("skip_padding") and self.is_causal and is_token_wise
         self.plan = plan
         # Maximum number of tokens per micro-batch; None: the tokens of the plan's rows.
         self.max_tokens: int | None = None

@@ -6,7 +6,9 @@ import io
 import torch
 
 from moreh.planner.plan.plan import Plan
+from moreh.runtime.engine.calls.checks import check_configuration, check_modules
 from moreh.runtime.engine.sharded.install import install_sharding_support
+from moreh.runtime.engine.sharded.registry import runner_of
 from moreh.runtime.engine.sharded.shard_model import shard_model
 from tests.helpers.batches import batch
 from tests.helpers.compare import curve_difference
@@ -43,6 +45,11 @@ def difference_with_own_module(plan):
     return curve_difference(*curves)
 
 
+def with_fewer_layers(model):
+    model.parts.causal.config.num_hidden_layers = 1
+    return model
+
+
 def errors_of_changes(plan):
     """The errors for scripts that copy a sharded model or change its modules."""
     install_sharding_support()
@@ -65,8 +72,14 @@ def errors_of_changes(plan):
     def tie(model):
         model.lm_head.weight = model.model.embed_tokens.weight
 
+    def see_later_tokens(model):
+        model.config.is_causal = False
+
+    def renormalize(model):
+        model.get_input_embeddings().max_norm = 1.0
+
     errors = {}
-    for change in (add_parameter, replace_module, replace_forward, tie):
+    for change in (add_parameter, replace_module, replace_forward, tie, see_later_tokens):
         model = sharded()
         model(input_ids=ids, labels=labels).loss.backward()
         change(model)
@@ -77,6 +90,10 @@ def errors_of_changes(plan):
     weight = model.lm_head.weight
     loss = model(input_ids=ids, labels=labels).loss
     return errors | {
+        "renormalize": error_of(lambda: renormalize(model) or check_modules(model)),
+        "fewer layers": error_of(
+            lambda: check_configuration(with_fewer_layers(runner_of(model).model), was_causal=True)
+        ),
         "view": error_of(row.zero_),
         "flat parameter": error_of(lambda: torch.optim.SGD([joined], lr=0.1).zero_grad()),
         "copy": error_of(lambda: copy.deepcopy(model)),

@@ -51,6 +51,9 @@ def test_copies_and_changes_of_a_sharded_model_are_refused(plan):
         assert "lm_head was replaced in the model after it was sharded" in errors["replace_module"]
         assert "the forward pass of model.layers.0 was replaced" in errors["replace_forward"]
         assert "the parameter lm_head.weight was put into" in errors["tie"]
+        assert "set it in model.config before the first training step" in errors["see_later_tokens"]
+        assert "an embedding with max_norm=1.0" in errors["renormalize"]
+        assert (errors["fewer layers"] is None) == (plan != "pp2")
         assert "memory with parts of lm_head.weight" in errors["view"]
         assert "make the view again after that batch" in errors["flat parameter"]
         assert "copy it before its first training step" in errors["copy"]

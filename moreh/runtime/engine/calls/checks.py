@@ -13,18 +13,20 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils import stateless
 
 from moreh.errors import OptionError
-from moreh.models.compatibility import compiled_module, inner_backward_hook, inner_hook, uses_neftune
+from moreh.models.compatibility import compiled_module, embedding_option, inner_backward_hook, inner_hook, uses_neftune
 from moreh.models.library_functions import LibraryFunctions
 from moreh.models.losses import IGNORED_LABEL
 from moreh.models.observers import observer_of_operations
 from moreh.models.provenance import forward_counts
+from moreh.runtime.batch.micro_batches import is_causal_model
 from moreh.runtime.batch.model_inputs import CACHE_ARGUMENTS, ONE_WORKER, ModelInputs
+from moreh.runtime.engine.parallel_model import ParallelModel
 from moreh.runtime.sharding.mesh import Mesh
 from moreh.trace import span
 
 
 def check_modules(root: nn.Module) -> None:
-    """Check that a script has no hooks on modules of a model, and has not compiled its layers.
+    """Check that a script has no hooks on modules of a model, no compiled layers, and no options of its embeddings.
 
     Raises:
         OptionError: a hook would see one worker's part of the batch, and what it keeps or changes would be wrong; or
@@ -34,6 +36,12 @@ def check_modules(root: nn.Module) -> None:
     if compiled is not None:
         raise OptionError(
             f"{compiled} is compiled by itself: leave out its compile() on several workers, or {ONE_WORKER}"
+        )
+    option = embedding_option(root)
+    if option is not None:
+        raise OptionError(
+            f"{option} counts, changes or lists the tokens of a whole batch, of which each worker has a part: leave it "
+            f"out, or {ONE_WORKER}"
         )
     name = inner_hook(root)
     if name is not None:
@@ -51,6 +59,27 @@ def check_modules(root: nn.Module) -> None:
         raise OptionError(
             "a hook on all modules (torch.nn.modules.module.register_module_forward_hook and its like) would see parts "
             f"of the batch, and other modules than one worker has: remove it, or {ONE_WORKER}"
+        )
+
+
+def check_configuration(model: ParallelModel, *, was_causal: bool) -> None:
+    """Check that a model computes all its layers, and that its tokens see those that they saw when it was sharded.
+
+    Raises:
+        OptionError: its configuration, or a module's `is_causal`, says otherwise.
+    """
+    causal: Any = model.parts.causal
+    if is_causal_model(causal) != was_causal:
+        raise OptionError(
+            "is_causal was changed after the model was sharded over workers, which was done for the value before: set "
+            f"it in model.config before the first training step, or {ONE_WORKER}"
+        )
+    layers = len(model.parts.layers)
+    used = getattr(causal.config.get_text_config(), "num_hidden_layers", layers)
+    if used < layers and model.plan.pipeline > 1:
+        raise OptionError(
+            f"config.num_hidden_layers is {used}, and the model has {layers} layers, which are divided among the "
+            f"workers: remove the others from the model before its first training step, or {ONE_WORKER}"
         )
 
 

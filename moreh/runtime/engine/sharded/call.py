@@ -15,6 +15,7 @@ from moreh.runtime.batch.missing_cache import missing_cache
 from moreh.runtime.batch.model_inputs import ONE_WORKER, ModelInputs, check_same_on_all_ranks, read_inputs
 from moreh.runtime.engine.calls.checks import (
     check_call,
+    check_configuration,
     check_functions,
     check_surroundings,
     refusing_counts,
@@ -50,6 +51,7 @@ def call_sharded(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     if runner is not None:
         check_structure(module, module.__dict__[_STRUCTURE])
         module.__dict__[_FUNCTIONS] = check_functions(module, module.__dict__[_FUNCTIONS])
+        check_configuration(runner.model, was_causal=runner.is_causal)
         with refusing_counts(module, runner.model.mesh):
             return _answer(runner, args, kwargs)
     if is_submodule_of_sharded(module):
