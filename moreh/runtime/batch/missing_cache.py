@@ -1,4 +1,4 @@
-"""What stands in outputs for the keys and values of earlier tokens, which no worker has whole."""
+"""The stand-in in outputs for the keys and values of earlier tokens, which no worker has whole."""
 
 from typing import Any, NoReturn
 
