@@ -214,7 +214,7 @@ def test_settings_that_cannot_be_are_refused(train, settings, base, tiny_config,
         ("{alpha: 0}", r"model\.lora\.alpha: 0 is not allowed"),
         ("{dropout: 1.0}", r"model\.lora\.dropout: 1.0 is not allowed"),
         ("{targets: []}", r"model\.lora\.targets: \[\] is not allowed"),
-        ("{rank: 8}", r"model\.lora\.rank: unknown key\. Allowed here: r, alpha, dropout, targets"),
+        ("{rank: 8}", r"model\.lora\.rank: unknown key; did you mean r\? Allowed here: r, alpha, dropout, targets"),
     ]
     for lora, message in cases:
         with pytest.raises(UserError, match=message):

@@ -212,5 +212,6 @@ def _samples(parameters: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _sample(parameter: torch.Tensor) -> torch.Tensor:
+    """The bytes of some elements: unlike numbers, those of a NaN are equal to themselves."""
     flat = parameter.detach().reshape(-1)
-    return flat[:: max(1, len(flat) // _SAMPLED_ELEMENTS)].double().nan_to_num()
+    return flat[:: max(1, len(flat) // _SAMPLED_ELEMENTS)].clone().view(torch.uint8)
