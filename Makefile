@@ -1,7 +1,7 @@
 # make install          create .venv with the packages of requirements.txt and the package moreh
 # make train            install, and train the default model (configs/gpt.yaml): minutes
 # make smollm2          install, and fetch the pretrained model of configs/llama_smollm2.yaml
-# make test             install, and run the tests: 10 to 15 minutes
+# make test             install, and run the tests: about 10 minutes
 # make check            check formatting, lint, types and the direction of imports
 # make test-versions    run the tests with the lowest and the newest torch and transformers, in separate environments
 # make verify-plans     train with each plan of the planner on eight processes, and compare with one process: an hour
