@@ -46,14 +46,14 @@ print("to the console", file=sys.stderr)
 if world.rank == 0:
     time.sleep(0.5)  # the others end first
 """
-    process = start(DRAW + source, "a b", models=True, before=DRAW_BEFORE_THE_LINE)
+    process = start(DRAW + source, "a b", workers=3, models=True, before=DRAW_BEFORE_THE_LINE)
     exit_code, printed, errors, _ = finish(process, "line\n")
     assert exit_code == 0, errors
     assert printed == [
-        "2 1 1",
+        "3 1 1",
         "argument a b",
         "jobs True",
-        "world World(rank=0, size=2, local_rank=0, local_size=2) []",
+        "world World(rank=0, size=3, local_rank=0, local_size=3) []",
         "before the line False 1",
         "input line gloo",
     ]
