@@ -2,7 +2,7 @@
 
 python benchmarks/workers/own_loss.py [--rounds 5] [--only PART_OF_A_PLAN]
 
-A loss that the script computes from the logits needs an additional forward pass. Both steps have the same plan,
+A loss that the script computes from the logits repeats some of the forward passes. Both steps have the same plan,
 processes and model, and alternate. The ratios are those of medians: of the slowest worker's time, and of all CPU time.
 Run it on a machine that does nothing else. Where there are fewer cores than workers, only the CPU time says something.
 """

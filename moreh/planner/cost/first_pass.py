@@ -1,7 +1,8 @@
-"""The cost of a custom loss: an additional forward pass computes the logits, before the training passes.
+"""The cost of a custom loss: a forward pass computes the logits of all micro-batches before the training passes.
 
 Every device gets the logits of the whole batch. The script computes its loss from them, and the gradient of the logits.
 A second pass of the schedule then computes the gradients of the parameters (`moreh/runtime/engine/calls/logits.py`).
+It repeats only those forward passes that a stage has not kept: stage s of P keeps P - s.
 
 Two effects are left out. The second pass mostly omits the output layer's forward matmul, and the script's own
 computation of its loss takes time.
@@ -24,7 +25,7 @@ _TENSORS = 2
 def first_pass_s(
     roofline: Roofline, cluster: Cluster, plans: PlanTable, forward_s: FloatArray, training: Training
 ) -> FloatArray:
-    """Seconds until every device has the logits, [n]; 0 for the loss that the model itself computes.
+    """Seconds that a custom loss adds to a step, [n]; 0 for the loss that the model itself computes.
 
     Args:
         roofline: of the devices.
@@ -35,13 +36,16 @@ def first_pass_s(
     """
     if not training.own_loss:
         return np.zeros(len(plans))
-    # The first micro-batch passes all stages; each further one adds the busiest rank's time for one.
+    # The first micro-batch passes all stages; each further one adds the busiest rank's time for one. In the second pass
+    # the first micro-batch passes the stages that have kept its forward pass in no time.
+    kept = np.maximum(plans.pipeline - np.arange(forward_s.shape[1]), 0)
     busiest_s = sum_by_rank(plans, forward_s).max(axis=1)
-    pass_s = forward_s.sum(axis=1) + (plans.micro_batches - 1) * busiest_s
+    pass_s = (forward_s * (kept == 0)).sum(axis=1) + (plans.micro_batches - 1) * busiest_s
     # Cores that workers share are never idle while any worker can compute.
     sharing = cluster.devices_per_core
     if sharing > 1:
-        pass_s = np.maximum(pass_s, sharing * plans.micro_batches * sum_by_rank(plans, forward_s).mean(axis=1))
+        repeated_s = plans.micro_batches * forward_s.sum(axis=1) - (kept * forward_s).sum(axis=1)
+        pass_s = np.maximum(pass_s, sharing * repeated_s / plans.pipeline)
     ones = np.ones(len(plans), dtype=np.int64)
     vocabulary = training.architecture.vocabulary
     of_replica = (plans.micro_batches * micro_batch_tokens(plans, training) * vocabulary * _LOGIT_BYTES).astype(

@@ -1,6 +1,7 @@
 """Gradients of a sharded model: reduced over ranks, and assigned to the script's parameters."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +20,22 @@ from moreh.trace import span
 
 # The largest buffer in which several gradients are reduced together.
 BUFFER_BYTES = 64 * 2**20
+
+
+@contextmanager
+def without_earlier_grads(model: ParallelModel) -> Iterator[None]:
+    """Set aside the gradients of earlier calls, which must not mix with those of this call.
+
+    They are restored even after an error or Ctrl-C, so a script that catches the error keeps its accumulated gradients.
+    """
+    earlier = [(parameter, parameter.grad) for parameter in model.compute_params.values()]
+    try:
+        for parameter, _ in earlier:
+            parameter.grad = None
+        yield
+    finally:
+        for parameter, grad in earlier:
+            parameter.grad = grad
 
 
 def collect_grads(model: ParallelModel) -> dict[str, torch.Tensor]:

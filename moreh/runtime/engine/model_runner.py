@@ -25,10 +25,11 @@ from moreh.runtime.batch.input_gradients import detached_inputs, reduced_grad
 from moreh.runtime.batch.micro_batches import is_causal_model, label_positions
 from moreh.runtime.batch.model_inputs import ONE_WORKER, ModelInputs
 from moreh.runtime.engine.calls.checks import check_labels
+from moreh.runtime.engine.calls.kept_forwards import KeptForwards
 from moreh.runtime.engine.calls.logits import LogitsPasses, MicroBatchSeeds, batch_logits
 from moreh.runtime.engine.calls.out_of_memory import MicroBatchLimit
-from moreh.runtime.engine.calls.output_layer import OutputLayer, with_gradient
-from moreh.runtime.engine.gradients import collect_grads, loss_with_deferred_grads
+from moreh.runtime.engine.calls.output_layer import OutputLayer, with_gradient, without_values
+from moreh.runtime.engine.gradients import collect_grads, loss_with_deferred_grads, without_earlier_grads
 from moreh.runtime.engine.parallel_model import (
     ParallelModel,
     build_sharded,
@@ -86,7 +87,8 @@ class ModelRunner:
             pack_rows=skip_padding and options.uses("pack_rows") and is_token_wise,
             share_prefix=options.uses("share_prefix"),
         )
-        passes = self._forward, self._second_pass, self._output_layer
+        self._kept_forwards = KeptForwards(self.model)
+        passes = self._kept_forwards, self._forward, self._second_pass, self._output_layer
         self._logits_passes = LogitsPasses(self.model, self._vocabulary_size, self._cutter.sequence_multiple, *passes)
         # An output layer inside another module, as in BERT, receives that module's output at all positions.
         head = causal.get_output_embeddings()
@@ -134,6 +136,7 @@ class ModelRunner:
 
     def _train(self, inputs: ModelInputs) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The loss of a batch on every rank, and this rank's gradients by parameter name."""
+        self._kept_forwards.drop()
         with self._freed_memory.of_step():
             with self._rank_local_rng():
                 cut = partial(self._cut_batch, inputs, self.plan.micro_batches)
@@ -144,9 +147,12 @@ class ModelRunner:
         self, hidden_shape: tuple[int, int, int]
     ) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
         """The losses of this rank's micro-batches, which are forgotten, and its gradients by parameter name."""
-        with self._without_earlier_grads(), self._computing():
-            with span("forward_backward"):
-                losses = run_forward_backward(self.model, len(self._micro_batches), hidden_shape)
+        with without_earlier_grads(self.model), self._computing():
+            try:
+                with span("forward_backward"):
+                    losses = run_forward_backward(self.model, len(self._micro_batches), hidden_shape)
+            finally:
+                self._micro_batches = []
             self._tied_embedding.add_gradient()
             return losses, collect_grads(self.model)
 
@@ -216,7 +222,10 @@ class ModelRunner:
             return with_gradient(outputs.logits, self._grad_logits[index])
         if micro_batch.labels is None:
             self._output_layer.compare(outputs.logits)
-            return gather_logits(outputs.logits, group, self._vocabulary_size) if group is not None else outputs.logits
+            logits = outputs.logits.detach()
+            if torch.is_grad_enabled():  # kept for the second pass, which needs no values
+                outputs.logits = without_values(outputs.logits)
+            return gather_logits(logits, group, self._vocabulary_size) if group is not None else logits
         positions = self._logit_positions(index)
         labels = micro_batch.labels if positions is None else micro_batch.labels.flatten()[positions].unsqueeze(0)
         token_loss = token_loss_of(self.model.parts.causal.loss_function, vocab_parallel_cross_entropy)
@@ -265,23 +274,6 @@ class ModelRunner:
     def _evaluation_rng(self) -> AbstractContextManager[None]:
         """Keeps the ranks' generators in step if dropout is active in an evaluation."""
         return self._rank_local_rng() if self.model.parts.root.training else nullcontext()
-
-    @contextmanager
-    def _without_earlier_grads(self) -> Iterator[None]:
-        """Set aside the gradients of earlier calls, which must not mix with those of this call.
-
-        They are restored even after an error or Ctrl-C, so a script that catches the error keeps its accumulated
-        gradients.
-        """
-        earlier = [(parameter, parameter.grad) for parameter in self.model.compute_params.values()]
-        try:
-            for parameter, _ in earlier:
-                parameter.grad = None
-            yield
-        finally:
-            self._micro_batches = []
-            for parameter, grad in earlier:
-                parameter.grad = grad
 
     @contextmanager
     def _computing(self) -> Iterator[None]:

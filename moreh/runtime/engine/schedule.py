@@ -58,6 +58,8 @@ def run_forward_backward(
 def run_forward(model: ParallelModel, num_micro_batches: int, hidden_shape: tuple[int, int, int]) -> list[torch.Tensor]:
     """The last stage's outputs for all micro-batches, without gradients; an empty list on ranks without that stage.
 
+    A stage that keeps forward passes computes them with gradients.
+
     torch's `schedule.eval()` is not used for two reasons. A 1F1B schedule needs at least as many micro-batches as
     stages, while an evaluation has as few as possible. And each stage would keep the hidden states of all micro-batches
     until its next step.
@@ -72,14 +74,20 @@ def run_forward(model: ParallelModel, num_micro_batches: int, hidden_shape: tupl
         micro_batch = torch.tensor([index])
         hidden: torch.Tensor | None = None
         for number, stage in stages.items():
+            keeps = index < stage.kept.count
             if not stage.is_first and placements[number - 1].pipeline_rank != pipeline_rank:
                 device = model.mesh.device
                 hidden = torch.empty(hidden_shape, dtype=model.dtype, device=transfer_device(device))
                 with span("recv_hidden_states", hidden.nbytes):
                     dist.recv(hidden, _peer(model, placements[number - 1].pipeline_rank))
                 hidden = hidden.to(device)
-            with span("forward"):
-                hidden = stage(*(() if stage.is_first else (hidden,)), micro_batch=micro_batch)
+                if keeps:
+                    stage.kept.received[index] = hidden.requires_grad_()
+            with span("forward"), torch.set_grad_enabled(keeps):
+                hidden = stage(*(() if stage.is_first else (hidden,)), micro_batch=micro_batch).detach()
+            if keeps:
+                # Autocast's cache would keep the graph of its copies of the weights for the micro-batches to come.
+                torch.clear_autocast_cache()
             if stage.is_last:
                 outputs.append(hidden)
             elif placements[number + 1].pipeline_rank != pipeline_rank:

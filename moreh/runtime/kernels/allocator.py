@@ -1,4 +1,4 @@
-"""Lets glibc keep the memory that a training step frees on the CPU, for the next step.
+"""Free memory, and a way to let glibc keep what a training step frees on the CPU for the next step.
 
 By default glibc returns the free top of the heap to the kernel, and every freed block of more than 32 MiB, such as the
 gradient of a large vocabulary's embedding. The kernel clears each page again when the next step asks for it.
@@ -9,6 +9,10 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+import torch
+
+from moreh.system import available_memory_bytes
 
 # Parameters of mallopt. Source: https://man7.org/linux/man-pages/man3/mallopt.3.html; numbers as in glibc's <malloc.h>.
 _M_TRIM_THRESHOLD = -1
@@ -29,6 +33,14 @@ _VARIABLES = (
     "MALLOC_TOP_PAD_",
     "GLIBC_TUNABLES",
 )
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that new tensors on a device can have, in bytes."""
+    if device.type != "cuda":
+        return available_memory_bytes()
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + unused
 
 
 class FreedMemory:

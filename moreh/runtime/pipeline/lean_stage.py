@@ -12,6 +12,7 @@ torch has no public way to own the buffers, so this module relies on privates of
 | private | what for |
 |---|---|
 | `_setup_forward_recv_info`, `_setup_backward_recv_info` | overridden: the only places that allocate the buffers |
+| `_retrieve_recv_activations` | overridden: gives hidden states that have a graph already |
 | `args_recv_info`, `grad_recv_info` | by micro-batch, tuples of `_RecvInfo` for hidden states and for gradients |
 | `_RecvInfo.buffer`, `.tensor_meta`, `.is_root_arg` | the buffer, its shape and dtype, whether the script passes it |
 | `_RecvInfo.allocate_buffer` | its presence shows that torch allocates buffers when a receive is posted |
@@ -121,6 +122,11 @@ class LeanPipelineStage(_Stage):  # type: ignore[misc]
 
     def wait_for_gradient_reduction(self, grad_scale_factor: int) -> None:
         """Do nothing: `start_gradient_reduction` has waited."""
+
+    def _retrieve_recv_activations(self, fwd_chunk_id: int) -> Any:
+        """The hidden states that the stage computes with, of which the backward pass computes the gradient."""
+        kept = self.submod.kept.received.pop(fwd_chunk_id, None)
+        return super()._retrieve_recv_activations(fwd_chunk_id) if kept is None else (kept,)
 
     @contextmanager
     def _buffers_on(self, device: torch.device) -> Iterator[None]:

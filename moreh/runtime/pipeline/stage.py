@@ -18,6 +18,7 @@ from torch import nn
 from moreh import trace
 from moreh.models.parts import ModelParts, ModuleSlot
 from moreh.patches.row_boundaries import one_sequence_in_each_row
+from moreh.runtime.pipeline.kept_passes import KeptPasses
 from moreh.runtime.pipeline.stubs import (
     BoundaryLayer,
     EmbeddingStub,
@@ -42,7 +43,8 @@ LogitPositions = Callable[[int], torch.Tensor | None]
 class Stage(nn.Module):
     """The layers `first` to `last - 1` of a model; in the first and last stage, also the modules before or after them.
 
-    The parameters of a stage are those of the modules that it computes.
+    The parameters of a stage are those of the modules that it computes. A call uses the forward pass that `kept` has
+    for its micro-batch, or may add one.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class Stage(nn.Module):
         self.ends = nn.ModuleList(slot.module for slot in ends)
         self._inputs, self._output_fn, self._logit_positions = inputs, output_fn, logit_positions
         self._state = StageState()
+        self.kept = KeptPasses()
         self._model = _Model(parts.causal, self._make_stubs(parts, slots, first, last))
 
     def _make_stubs(
@@ -114,22 +117,29 @@ class Stage(nn.Module):
         with trace.span("stage_forward"):
             index = int(micro_batch)
             inputs = self._inputs(index)
-            tokens = inputs["input_ids"] if "input_ids" in inputs else inputs["inputs_embeds"]
-            state = self._state
-            state.received, state.sent, state.layers_started = received, None, False
-            state.batch_shape = tuple(tokens.shape[:2])
-            state.logit_positions = self._logit_positions(index) if self.is_last else None
-            with self._stubs_in_slots(), one_sequence_in_each_row(inputs):
-                # Other stages have no hidden states for the output layer, which is outside the base model.
-                model = self._model.causal if self.is_last else self._model.causal.base_model
-                outputs = model(**inputs)
-            sent = state.sent
-            # No tensor of the micro-batch outlives its use.
-            state.received = state.sent = None
-            if self.is_last:
-                return self._output_fn(outputs, index)
-            assert sent is not None
-            return sent
+            outputs = self.kept.outputs.pop(index, None)
+            if outputs is None:
+                outputs = self._compute(index, inputs, received)
+            result: torch.Tensor = self._output_fn(outputs, index) if self.is_last else outputs
+            if torch.is_grad_enabled() and index < self.kept.count:
+                self.kept.outputs[index] = outputs
+            return result
+
+    def _compute(self, index: int, inputs: dict[str, Any], received: torch.Tensor | None) -> Any:
+        """The outputs of the model's forward pass on the last stage, the hidden states on any other."""
+        tokens = inputs["input_ids"] if "input_ids" in inputs else inputs["inputs_embeds"]
+        state = self._state
+        state.received, state.sent, state.layers_started = received, None, False
+        state.batch_shape = tuple(tokens.shape[:2])
+        state.logit_positions = self._logit_positions(index) if self.is_last else None
+        with self._stubs_in_slots(), one_sequence_in_each_row(inputs):
+            # Other stages have no hidden states for the output layer, which is outside the base model.
+            model = self._model.causal if self.is_last else self._model.causal.base_model
+            outputs = model(**inputs)
+        sent = state.sent
+        # No tensor of the micro-batch outlives its use.
+        state.received = state.sent = None
+        return outputs if self.is_last else sent
 
     @contextmanager
     def _stubs_in_slots(self) -> Iterator[None]:

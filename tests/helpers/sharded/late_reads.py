@@ -109,5 +109,5 @@ def after_the_step_of_another_model(plan):
 def without_memory(plan):
     """The error of every rank where one has no memory for the copies."""
     free_bytes = 0 if torch.distributed.get_rank() == 1 else 2**40
-    with mock.patch.object(late_logits, "_free_bytes", return_value=free_bytes):
+    with mock.patch.object(late_logits, "free_bytes", return_value=free_bytes):
         return error_of(lambda: compare("llama", plan))

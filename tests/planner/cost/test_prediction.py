@@ -76,19 +76,20 @@ def test_pipeline_with_one_micro_batch_gains_nothing_from_cores_of_its_own():
 
 
 @pytest.mark.parametrize("text", ["tp2 pp4 dp2 mb2x8", "tp1 pp1 dp16 mb4x1 shard:parameters", "tp4 pp2 dp2 mb1x16"])
-def test_own_loss_takes_a_forward_pass_and_the_logits_of_the_batch(text):
+def test_own_loss_repeats_forward_passes_and_has_the_logits_of_the_batch(text):
     environment = environment_of("A100 80GB", 16)
     training = Training(LLAMA, 64 if "mb4x1" in text else 32, 2048)
     plan = parse_plan(text, training, 16)
     built_in, own = (predict(plan, replace(training, own_loss=value), environment) for value in (False, True))
     assert built_in.parts.first_pass_s == 0
     forward_s = built_in.stage_forward_s
-    pass_s = sum(forward_s) + (plan.micro_batches - 1) * max(forward_s)
+    # Each stage has kept the forward pass of the first micro-batch.
+    pass_s = (plan.micro_batches - 1) * max(forward_s)
     assert own.parts.first_pass_s > pass_s
     assert own.step_time_s == pytest.approx(built_in.step_time_s + own.parts.first_pass_s)
     assert sum(getattr(own.parts, name) for name in own.parts.__dataclass_fields__) == pytest.approx(own.step_time_s)
-    # Without the exchange of logits, it is what a forward pass is of a step: about a third.
-    assert 0.2 < pass_s / built_in.step_time_s < 0.45
+    # Without the exchange of logits, it is less than a forward pass is of a step, which is about a third.
+    assert pass_s / built_in.step_time_s < 0.33
     logits_bytes = 2 * 4 * training.tokens * LLAMA.vocabulary
     assert own.memory_bytes - built_in.memory_bytes == pytest.approx(logits_bytes)
 

@@ -1,8 +1,8 @@
 """Logits of a whole batch on every rank, and the backward pass of a custom loss.
 
-The forward pass of a call without labels, or of one whose logits are read, keeps no activations. `backward()` of the
-custom loss computes the gradient of the logits. Then a second pass of the plan's schedule, with the same random
-numbers, computes the gradients of `(logits * gradient).sum()`.
+The forward pass of a call without labels, or of one whose logits are read, keeps few activations (kept_forwards.py).
+`backward()` of the custom loss computes the gradient of the logits. Then a second pass of the plan's schedule, with the
+same random numbers, computes the gradients of `(logits * gradient).sum()`.
 """
 
 from collections import Counter
@@ -26,10 +26,12 @@ from moreh.runtime.batch.model_inputs import (
     pad_inputs,
     slice_rows,
 )
+from moreh.runtime.engine.calls.kept_forwards import KeptForwards
 from moreh.runtime.engine.calls.output_layer import OutputLayer
 from moreh.runtime.engine.calls.recorded import CHANGED_WEIGHTS_MESSAGE, mode_of
 from moreh.runtime.engine.gradients import hand_over_grads, names_with_grads
 from moreh.runtime.engine.parallel_model import ParallelModel, local_tensor
+from moreh.runtime.pipeline.kept_passes import KeptPasses
 from moreh.runtime.sharding.placement import stage_placements
 from moreh.runtime.sharding.spec import shard_range
 from moreh.trace import span
@@ -49,6 +51,8 @@ class LogitsPasses:
     """Rows of its output layer."""
     sequence_multiple: int
     """The number that padded row lengths are a multiple of."""
+    kept_forwards: KeptForwards
+    """The forward passes that the second pass need not repeat."""
     forward: Callable[..., tuple[list[torch.Tensor], int | None]]
     """Computes the logits (on the last stage) and the seed of the random numbers, given micro-batches, and `with_seeds`
     if a second pass may follow."""
@@ -91,11 +95,13 @@ def batch_logits(passes: LogitsPasses, inputs: ModelInputs) -> torch.Tensor:
                 f"sharded over workers gives none to its inputs; detach them, or {ONE_WORKER}"
             )
         micro_batches = _cut_rows(passes, inputs)
-        with passes.output_layer.observed():
+        with passes.output_layer.observed(), passes.kept_forwards.of_first_pass() as kept:
             outputs, seed = passes.forward(micro_batches, with_seeds=True)
         assert seed is not None
-        logits = _whole_logits(passes, outputs, micro_batches)[: inputs.batch_size, : inputs.sequence_length]
-    return _with_second_pass(logits, passes, inputs, seed)[:, kept_positions(inputs)]
+        logits = _whole_logits(passes, outputs, micro_batches)
+        passes.kept_forwards.drop_if_memory_is_short(logits)
+        logits = logits[: inputs.batch_size, : inputs.sequence_length]
+    return _with_second_pass(logits, passes, inputs, seed, kept)[:, kept_positions(inputs)]
 
 
 def _logits_of_all_rows(passes: LogitsPasses, inputs: ModelInputs) -> torch.Tensor:
@@ -175,7 +181,9 @@ def _own_part(passes: LogitsPasses, grad: torch.Tensor, micro_batches: list[Mode
     return parts
 
 
-def _with_second_pass(logits: torch.Tensor, passes: LogitsPasses, inputs: ModelInputs, seed: int) -> torch.Tensor:
+def _with_second_pass(
+    logits: torch.Tensor, passes: LogitsPasses, inputs: ModelInputs, seed: int, kept: KeptPasses
+) -> torch.Tensor:
     """The logits as a function of the script's parameters; the backward pass is collective.
 
     Autograd keeps the inputs as long as a backward pass may come.
@@ -185,6 +193,7 @@ def _with_second_pass(logits: torch.Tensor, passes: LogitsPasses, inputs: ModelI
     state = _State(
         passes,
         seed,
+        kept,
         names,
         replace(inputs, tensors={}),
         list(inputs.tensors),
@@ -203,6 +212,8 @@ class _State:
     passes: LogitsPasses
     seed: int
     """The seed of the first pass."""
+    kept: KeptPasses
+    """This rank's forward passes of the first pass that have graphs."""
     names: list[str]
     """The parameters that get gradients."""
     inputs: ModelInputs
@@ -236,9 +247,11 @@ class _Logits(torch.autograd.Function):
             raise RuntimeError(CHANGED_WEIGHTS_MESSAGE)
         micro_batches = _cut_rows(state.passes, replace(state.inputs, tensors=tensors))
         # The stages call the model in this backward pass.
-        with state.as_in_call(), inside_of_call(), state.passes.output_layer.without_outputs():
-            parts = _own_part(state.passes, grad_outputs[0], micro_batches)
-            grads = state.passes.second_pass(micro_batches, state.seed, parts)
+        passes = state.passes
+        with state.as_in_call(), inside_of_call(), passes.output_layer.without_outputs():
+            parts = _own_part(passes, grad_outputs[0], micro_batches)
+            with passes.kept_forwards.in_second_pass(state.kept):
+                grads = passes.second_pass(micro_batches, state.seed, parts)
         computed = names_with_grads(model, grads)
         by_name = dict(zip(computed, hand_over_grads(model, {name: grads.get(name) for name in computed}), strict=True))
         return None, None, None, *(by_name.get(name) for name in state.names)

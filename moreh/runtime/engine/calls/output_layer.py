@@ -95,6 +95,23 @@ def with_gradient(logits: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
     return result
 
 
+def without_values(logits: torch.Tensor) -> torch.Tensor:
+    """Zeros that take no memory, whose gradient is passed on to `logits`; the graph does not keep `logits`."""
+    result: torch.Tensor = _WithoutValues.apply(logits)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _WithoutValues(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor) -> torch.Tensor:
+        return logits.new_zeros(()).expand(logits.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> torch.Tensor:
+        return grad_outputs[0]
+
+
 class _WithGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ from moreh.runtime.engine.calls.recorded import mode_of, version_of
 from moreh.runtime.engine.calls.unread import CHANGED_SINCE_CALL, keep_weights_at_steps, stop_keeping_weights
 from moreh.runtime.engine.model_runner import ModelRunner
 from moreh.runtime.engine.parallel_model import local_tensor
-from moreh.system import available_memory_bytes
+from moreh.runtime.kernels.allocator import free_bytes
 
 # The copies take at most this share of the memory that is free before an optimizer's step.
 _SHARE_OF_FREE_MEMORY = 0.5
@@ -78,7 +78,7 @@ class LateLogits:
             for name in model.compute_params
             if id(model.user_params[name]) in changing and versions[name] == self._weight_versions[name]
         }
-        if sum(part.nbytes for part in parts.values()) <= _SHARE_OF_FREE_MEMORY * _free_bytes(model.mesh.device):
+        if sum(part.nbytes for part in parts.values()) <= _SHARE_OF_FREE_MEMORY * free_bytes(model.mesh.device):
             self._weights_before_step.update({name: part.clone() for name, part in parts.items()})
             self._history.has_kept_weights = True
 
@@ -113,11 +113,3 @@ class LateLogits:
 
 def _input_versions(inputs: ModelInputs) -> list[int]:
     return [version_of(tensor) for tensor in inputs.tensors.values()]
-
-
-def _free_bytes(device: torch.device) -> int:
-    """Memory that tensors on a device can have."""
-    if device.type != "cuda":
-        return available_memory_bytes()
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(torch.cuda.mem_get_info(device)[0]) + unused

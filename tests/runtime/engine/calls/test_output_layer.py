@@ -21,7 +21,7 @@ def test_outputs_are_left_out_where_they_are_the_logits(plan):
 
 @pytest.mark.parametrize("family", CHANGED)
 def test_scaled_and_capped_logits_are_computed(family):
-    plan = {"stage_layers": (3,), "tensor": 2, "micro_batch_size": 8}
+    plan = {"stage_layers": (3,), "tensor": 2, "micro_batch_size": 2}
     for curve_difference, weight_difference in run_on_workers(
         own_losses.compare, [("label_smoothing", family, plan)], size=2
     )[0]:
@@ -30,7 +30,7 @@ def test_scaled_and_capped_logits_are_computed(family):
 
 
 def test_comparison_finds_capped_logits_that_are_left_out():
-    plan = {"stage_layers": (3,), "tensor": 2, "micro_batch_size": 8}
+    plan = {"stage_layers": (3,), "tensor": 2, "micro_batch_size": 2}
     results = run_on_workers(own_losses.compare_without_comparison, [("label_smoothing", "gemma2", plan)], size=2)[0]
     assert all(weight_difference > 1e-6 for _, weight_difference in results)
 
