@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
@@ -34,6 +35,7 @@ from utils.errors import (
 )
 from utils.logging.run_log import RunLog, disable_progress_bars
 from utils.machine_errors import dead_loader_text, out_of_memory_text
+from utils.training.checkpoint.files import checkpoints_to_resume
 
 if TYPE_CHECKING:
     from utils.data.records import MakePair
@@ -164,7 +166,13 @@ def show_any_text() -> None:
 
 
 def run_main(main: Main, config: Config, *, is_dry: bool = False) -> None:
-    """Call the main function of a training script, with the accelerator of the settings and the log of the run."""
+    """Call the main function of a training script, with the accelerator of the settings and the log of the run.
+
+    Raises:
+        UserError: there is no checkpoint where the settings say.
+    """
+    if "RANK" not in os.environ:  # before torch is imported; a restarted worker may resume another checkpoint
+        checkpoints_to_resume(config.checkpoint.resume, Path(config.run.directory) / config.run.name, None)
     if "torch" not in sys.modules:
         _import_libraries()
     with RunLog(config, is_dry=is_dry) as log, accelerator_of(config):

@@ -13,6 +13,10 @@ from utils.config.source_section import MixedSource, SourceKeys, existing_files
 _INHERITED = {"pairs": ("prompt_field", "response_field", "template"), "chat": ("messages_field",)}
 
 
+CHATML_NAME = "chatml"
+"""The `chat_template` that is not a file."""
+
+
 class DataSection(SourceKeys):
     """The training data: exactly one of docstrings, summaries, files, hub and sources."""
 
@@ -23,7 +27,8 @@ class DataSection(SourceKeys):
     it sets its own. The template of `data` is saved with the model. With `format: chat`, a source of pairs
     gives conversations of two turns."""
     chat_template: PathText | None = None
-    """A file with a Jinja chat template; null: the tokenizer's own, or ChatML for a newly trained tokenizer."""
+    """A file with a Jinja chat template, or `chatml`, whose control tokens the tokenizer must have; null: the
+    tokenizer's own template, or ChatML for a newly trained tokenizer."""
     control_tokens: Literal["text", "parse"] = "text"
     """How to tokenize the name of a control token, such as `<|im_end|>`, in a field: as plain text, or as the token.
     In the template, the name is always the token."""
@@ -120,8 +125,8 @@ class DataSection(SourceKeys):
     @field_validator("chat_template")
     @classmethod
     def _template_exists(cls, name: str | None) -> str | None:
-        if name is not None and not Path(name).is_file():
-            raise ValueError(f"there is no file {name}: give one that holds a chat template in Jinja")
+        if name not in (None, CHATML_NAME) and not Path(name).is_file():
+            raise ValueError(f"there is no file {name}: give {CHATML_NAME}, or a file with a chat template in Jinja")
         return name
 
     @field_validator("eval_files")

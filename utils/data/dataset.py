@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moreh.planner.units import gib
+from utils.config.data_section import CHATML_NAME
 from utils.config.schema import Config, DataSection
 from utils.data.cache import make_once
 from utils.data.content import hash_of_tokenizer
@@ -233,18 +234,18 @@ def _every_nth(mask: NDArray[np.bool_], n: int) -> NDArray[np.bool_]:
 def _tokenizer(config: Config, texts: Iterable[str]) -> Any:
     """The tokenizer of the settings, or one that is trained on the texts; for chats, with its template and end."""
     name, data = config.model.pretrained or config.tokenizer.pretrained, config.data
-    trains_chatml = name is None and data.format == "chat" and data.chat_template is None
+    has_chatml = data.chat_template == CHATML_NAME or (name is None and data.chat_template is None)
     if name is not None:
         tokenizer = load_tokenizer(name, data.end_token)
     else:
-        control_tokens = CHATML_TOKENS if trains_chatml else ()
+        control_tokens = CHATML_TOKENS if has_chatml and data.format == "chat" else ()
         entries = config.tokenizer.entries_to_train()
         tokenizer = train_tokenizer(texts, entries, data.end_token or END_OF_TEXT, control_tokens)
     if data.format == "chat":
-        if data.chat_template is not None:
-            tokenizer.chat_template = Path(data.chat_template).read_text(encoding="utf-8")
-        elif trains_chatml:
+        if has_chatml:
             tokenizer.chat_template = CHATML
+        elif data.chat_template is not None:
+            tokenizer.chat_template = Path(data.chat_template).read_text(encoding="utf-8")
         tokenizer.eos_token = end_of_turn(tokenizer)
     return tokenizer
 

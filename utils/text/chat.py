@@ -17,7 +17,7 @@ CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-"""The chat template of a tokenizer that is trained on conversations."""
+"""The chat template `chatml`, also that of a tokenizer that is trained on conversations."""
 CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
 """The control tokens of `CHATML`."""
 
@@ -57,7 +57,9 @@ def end_of_turn(tokenizer: Any) -> str:
             not stop.
     """
     if not tokenizer.chat_template:
-        raise ChatError("the tokenizer has no chat template: name a file with one in data.chat_template")
+        raise ChatError(
+            "the tokenizer has no chat template: name chatml or a file with a template in data.chat_template"
+        )
     answer = _marked("a", 1)
     text = _render([{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}], tokenizer)
     rest = text[text.rfind(answer[-1]) + 1 :]

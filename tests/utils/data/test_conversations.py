@@ -6,10 +6,11 @@ import pytest
 
 from tests.helpers.scripts.tiny_runs import prepare
 from train_gpt import make_example, make_pair
-from utils.config.schema import Config, DataSection
+from utils.config.schema import Config, DataSection, TokenizerSection
 from utils.data.conversations import read_conversation
 from utils.data.records import Record, UnusableRow
 from utils.data.show_rows import format_rows, print_rows
+from utils.data.tokenization import train_tokenizer
 from utils.errors import UserError
 
 
@@ -213,6 +214,24 @@ def test_conversation_that_the_template_refuses_ends_the_run_or_is_skipped(chat_
     assert any("unusable, the first: " in line for line in lines)
 
 
+def test_chatml_is_a_template_that_can_be_named(chat_config, tmp_path):
+    """Of a new tokenizer, and of one without a template, which must have the control tokens."""
+    rows = [{"messages": chat} for chat in chats(3)]
+    new = prepare(chat_config(rows, eval_rows=1, chat_template="chatml"))
+    assert new.tokenizer.decode(new.train[0]["input_ids"]).startswith("<|im_start|>user\nName ")
+    new.tokenizer.chat_template = None
+    new.tokenizer.save_pretrained(tmp_path / "base")
+    config = chat_config(rows, eval_rows=1, chat_template="chatml")
+    config = config.model_copy(update={"tokenizer": TokenizerSection(pretrained=str(tmp_path / "base"))})
+    base = prepare(config)
+    assert base.tokenizer.eos_token == "<|im_end|>"
+    assert [row["labels"] for row in base.train] == [row["labels"] for row in new.train]
+    train_tokenizer(["no control tokens"] * 3, 300).save_pretrained(tmp_path / "plain")
+    config = config.model_copy(update={"tokenizer": TokenizerSection(pretrained=str(tmp_path / "plain"))})
+    with pytest.raises(UserError, match="which is not a token of the tokenizer"):
+        prepare(config)
+
+
 def test_other_template_is_other_data(chat_config, tmp_path):
     template = tmp_path / "plain.jinja"
     text = "{% for message in messages %}A{{ message.content }}<|endoftext|>{% endfor %}"
@@ -232,7 +251,8 @@ def test_other_template_is_other_data(chat_config, tmp_path):
         ({"messages_field": "m"}, "messages_field is 'm', which needs format: chat"),
         ({"format": "chat", "template": "Q: {prompt}"}, "template is 'Q: {prompt}', but format is 'chat'"),
         ({"format": "chat", "end_token": "</s>"}, "end_token is '</s>', but format is 'chat'"),
-        ({"format": "chat", "chat_template": "none.jinja"}, "there is no file none.jinja"),
+        ({"format": "chat", "chat_template": "none.jinja"}, "there is no file none.jinja: give chatml, or a file"),
+        ({"chat_template": "chatml"}, "chat_template is 'chatml', which needs format: chat"),
         ({"format": "chat", "hub": None, "docstrings": ["stdlib"]}, "docstrings gives pairs: give files or hub"),
     ],
 )

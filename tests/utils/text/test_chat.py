@@ -204,7 +204,9 @@ def test_template_whose_end_is_no_token_is_refused(chatml):
     with pytest.raises(ChatError, match="ends a turn of the assistant with no token"):
         end_of_turn(plain)
     plain.chat_template = None
-    with pytest.raises(ChatError, match=r"has no chat template: name a file with one in data\.chat_template"):
+    with pytest.raises(
+        ChatError, match=r"no chat template: name chatml or a file with a template in data\.chat_template"
+    ):
         end_of_turn(plain)
 
 

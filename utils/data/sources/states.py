@@ -4,7 +4,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from utils.config.data_section import DataSection
+from utils.config.data_section import CHATML_NAME, DataSection
 from utils.data.sources.python_sources import source_files
 from utils.data.sources.table_readers import load_hub
 from utils.errors import UserError
@@ -20,7 +20,7 @@ def state_of_data(data: DataSection) -> Any:
     Raises:
         UserError: a package is not installed, or a dataset of the hub cannot be loaded.
     """
-    template = [] if data.chat_template is None else _states([Path(data.chat_template)])
+    template = [] if data.chat_template in (None, CHATML_NAME) else _states([Path(data.chat_template)])
     held_out = [_states(_files_of(Path(name))) for name in data.eval_files or []]
     return [template, *map(_state_of_source, data.each_source()), held_out]
 
