@@ -26,7 +26,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 from moreh.errors import WorkerError
 from moreh.patches.several_workers.script_files import install_script_files
 from moreh.runtime.launch.removals import Removals, is_called_by_script, is_called_by_tempfile, make_removal
-from moreh.runtime.launch.shared_calls import DONE, ENDED, SharedCalls
+from moreh.runtime.launch.shared_calls import DONE, SharedCalls
 from moreh.runtime.launch.world import World
 from moreh.runtime.launch.written_files import is_written_whole, open_once
 from moreh.runtime.sharding.local_weights import converted_parameters
@@ -77,8 +77,6 @@ def _new_file(calls: SharedCalls, original: Any, file: Any, mode: str, *args: An
         return opened[0]
     if outcome.isdecimal():
         raise OSError(int(outcome), os.strerror(int(outcome)), os.fspath(file))
-    if outcome == ENDED and not Path(path).exists():
-        return original(file, mode, *args, **kwargs)
     return original(os.devnull, mode.replace("x", "w"), *args, **kwargs)
 
 
@@ -92,7 +90,7 @@ def _make_mkdir(calls: SharedCalls, private: set[str], original: Any) -> Any:
             return
         key = f"mkdir/{os.path.abspath(path)}"  # noqa: PTH100  the name, without asking the file system
         outcome = calls.first(key, lambda: original(path, mode))
-        if outcome in (DONE, ENDED):
+        if outcome == DONE:
             with contextlib.suppress(FileExistsError):
                 original(path, mode)  # again, for it may be on another machine, or removed since
         elif outcome is not None and outcome.isdecimal():
@@ -142,9 +140,7 @@ def _make_save_pretrained(calls: SharedCalls, original: Any) -> Any:
             save()
             return results[0]
         outcome = calls.first(f"save_pretrained/{os.path.abspath(save_directory)}", save)  # noqa: PTH100
-        if outcome == ENDED and not Path(save_directory).exists():
-            save()
-        elif outcome not in (None, DONE, ENDED):
+        if outcome not in (None, DONE):
             raise WorkerError(f"another worker failed while saving the model to {save_directory}: {outcome}")
         return results[0] if results else None
 

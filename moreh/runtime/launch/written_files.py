@@ -47,9 +47,12 @@ def open_once(calls: SharedCalls, rank: int, original: Any, file: Any, mode: str
     path = os.path.abspath(file)  # noqa: PTH100  the name, without asking the file system
     name = f"write/{path}/{calls.count(f'write/{path}')}"
     opened: list[Any] = []
-    outcome = calls.first(
-        f"write/{path}", lambda: opened.append(_open_unshared(original, rank, file, mode, *args, **kwargs))
-    )
+    try:
+        outcome = calls.first(
+            f"write/{path}", lambda: opened.append(_open_unshared(original, rank, file, mode, *args, **kwargs))
+        )
+    except DistError:  # worker 0 has ended, which has the store if no launcher has it
+        return opened[0] if opened else original(file, mode, *args, **kwargs)
     if outcome is None:
         _call_after_close(opened[0], lambda: _end_of_first(calls, rank, name))
         return opened[0]
@@ -60,7 +63,7 @@ def open_once(calls: SharedCalls, rank: int, original: Any, file: Any, mode: str
     if outcome.isdecimal():
         raise OSError(int(outcome), os.strerror(int(outcome)), os.fspath(file))
     if outcome != DONE:
-        return original(file, mode, *args, **kwargs)  # the arguments are wrong, or worker 0 has ended
+        return original(file, mode, *args, **kwargs)  # the arguments are wrong
     if rank == 0 or calls.has(f"{name}/closed"):
         unfinished, target = _unfinished(rank, file)
         private = original(unfinished, mode, *args, **kwargs)

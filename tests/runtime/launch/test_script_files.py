@@ -14,12 +14,12 @@ from unittest import mock
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.distributed import HashStore, TCPStore
+from torch.distributed import HashStore
 
 from moreh.errors import WorkerError
 from moreh.runtime.launch.removals import Removals, make_removal
 from moreh.runtime.launch.script_files import _make_mkdir, _make_open, _make_save, _make_save_pretrained
-from moreh.runtime.launch.shared_calls import ENDED, SharedCalls
+from moreh.runtime.launch.shared_calls import SharedCalls
 from moreh.runtime.sharding.lazy_parameters import as_lazy, file_data
 from tests.helpers.models.tiny_models import build, tiny_config_of
 
@@ -29,15 +29,6 @@ def workers():
     """What two workers have in common, of which each has its own counts."""
     store = HashStore()
     return [SharedCalls(store), SharedCalls(store)]
-
-
-@pytest.fixture
-def last_workers():
-    """Workers 1 and 2 of three, whose worker 0 has ended with the store, and no other worker has called."""
-    server = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    calls = [SharedCalls(TCPStore("localhost", server.port, wait_for_workers=False)) for _ in range(2)]
-    del server
-    return calls
 
 
 def outcome(call, *arguments):
@@ -230,60 +221,3 @@ def test_own_temporary_files_are_removed_without_the_others(workers, tmp_path):
     private = set()
     with mock.patch("os.mkdir", _make_mkdir(workers[0], private, os.mkdir)), tempfile.TemporaryDirectory() as directory:
         assert private == {directory}
-
-
-def test_worker_0_has_made_the_calls_when_it_ends(last_workers, tmp_path):
-    """Its directories, new files and models are there; those of another worker alone are not."""
-    model = build(tiny_config_of("llama", {}))
-    for made_by_0 in ("one", "two"):
-        (tmp_path / made_by_0).mkdir()
-    (tmp_path / "new").write_text("of worker 0")
-    for calls in last_workers:
-        make_directory = _make_mkdir(calls, set(), os.mkdir)
-        save = functools.partial(_make_save_pretrained(calls, type(model).save_pretrained), model)
-        open_file = _make_open(1, calls, open, one_machine=True)
-        make_directory(tmp_path / "one")
-        save(tmp_path / "two")
-        with open_file(tmp_path / "new", "x") as file:
-            file.write("of another worker")
-    assert not list((tmp_path / "two").iterdir())
-    assert (tmp_path / "new").read_text() == "of worker 0"
-    make_directory(tmp_path / "alone")
-    save(tmp_path / "alone-saved")
-    with open_file(tmp_path / "alone" / "new", "x") as file:
-        file.write("of worker 2")
-    assert (tmp_path / "alone" / "new").read_text() == "of worker 2"
-    assert (tmp_path / "alone-saved" / "model.safetensors").exists()
-
-
-@pytest.mark.parametrize("mode", ["w", "w+b", "a"])
-def test_files_are_written_when_worker_0_has_ended(last_workers, tmp_path, mode):
-    for rank, calls in enumerate(last_workers, 1):
-        with _make_open(rank, calls, open, one_machine=True)(tmp_path / "file", mode) as file:
-            file.write(b"text" if "b" in mode else "text")
-    assert (tmp_path / "file").read_text() == ("" if mode == "a" else "text")
-
-
-def test_files_are_removed_when_worker_0_has_ended(last_workers, tmp_path):
-    (tmp_path / "file").touch()
-    for calls in last_workers:
-        make_removal(Removals(calls, set(), 3, one_machine=True), os.remove)(tmp_path / "file")
-    assert not list(tmp_path.iterdir())
-
-
-def test_waits_for_worker_0_end_with_it():
-    server = [TCPStore("localhost", 0, is_master=True, wait_for_workers=False)]
-    maker, waiting = (SharedCalls(TCPStore("localhost", server[0].port, wait_for_workers=False)) for _ in range(2))
-    may_end, found = threading.Event(), []
-    threads = [
-        threading.Thread(target=lambda: found.append(maker.first("key", lambda: may_end.wait(30)))),
-        threading.Thread(target=lambda: found.append(waiting.first("key", lambda: None))),
-    ]
-    for thread in threads:
-        thread.start()
-        time.sleep(0.1)
-    server.clear()
-    threads[1].join(30)
-    may_end.set()
-    threads[0].join(30)
-    assert found == [ENDED, None]
