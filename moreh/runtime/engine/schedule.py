@@ -85,8 +85,8 @@ def run_forward(model: ParallelModel, num_micro_batches: int, hidden_shape: tupl
                     stage.kept.received[index] = hidden.requires_grad_()
             with span("forward"), torch.set_grad_enabled(keeps):
                 hidden = stage(*(() if stage.is_first else (hidden,)), micro_batch=micro_batch).detach()
-            if keeps:
-                # Autocast's cache would keep the graph of its copies of the weights for the micro-batches to come.
+            if index == stage.kept.count - 1:
+                # Autocast's cache would keep its copies of the weights when their graphs are gone.
                 torch.clear_autocast_cache()
             if stage.is_last:
                 outputs.append(hidden)

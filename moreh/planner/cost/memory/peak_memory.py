@@ -38,8 +38,16 @@ from moreh.planner.software_profile import SoftwareProfile
 def peak_memory(plans: PlanTable, training: Training, software: SoftwareProfile) -> PeakMemory:
     """The memory of every plan."""
     needed = _memory_of_passes(plans, training, software)
-    # A custom loss keeps its logits between its two passes, and their gradient during the second one.
-    return replace(needed, logits=needed.logits + own_loss_bytes(training))
+    if not training.own_loss:
+        return needed
+    # A custom loss keeps its logits between its two passes, and their gradient during the second one. Forward passes
+    # that a pipeline keeps in between have copies of the weights of their own.
+    logits = needed.logits + own_loss_bytes(training)
+    if plans.pipeline > 1:
+        logits = (
+            logits + autocast_copies(model_states(plans, training, software), plans, training, software).forward_end
+        )
+    return replace(needed, logits=logits)
 
 
 def _memory_of_passes(plans: PlanTable, training: Training, software: SoftwareProfile) -> PeakMemory:

@@ -8,16 +8,22 @@ The script's loss then needs its memory beside the activations, which a training
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from weakref import ReferenceType, ref
+from typing import Any
+from weakref import ReferenceType, WeakSet, ref
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from moreh.runtime.engine.parallel_model import ParallelModel
 from moreh.runtime.kernels.allocator import free_bytes
 from moreh.runtime.pipeline.kept_passes import KeptPasses
 
-# A distillation has two probabilities, a product and the gradient, each of the size of the logits.
-_TENSORS_OF_LOSS = 4
+# A distillation has the logits, two probabilities, a product and the gradient in float32.
+_BYTES_OF_LOSS = 5 * 4
+
+
+_live: WeakSet["KeptForwards"] = WeakSet()
+_hook: Any = None
 
 
 class KeptForwards:
@@ -34,6 +40,7 @@ class KeptForwards:
         self.drop()
         kept = KeptPasses(self._count)
         self._latest = ref(kept)
+        _drop_at_steps(self)
         self._stage.kept = kept
         try:
             yield kept
@@ -51,7 +58,7 @@ class KeptForwards:
 
     def drop_if_memory_is_short(self, logits: torch.Tensor) -> None:
         """Drop the forward passes if a rank may lack memory for a loss that the script makes of logits; collective."""
-        model, needed_bytes = self._model, _TENSORS_OF_LOSS * logits.nbytes
+        model, needed_bytes = self._model, _BYTES_OF_LOSS * logits.numel()
         if logits.device.type == "cpu":
             needed_bytes *= model.plan.devices  # the workers share the memory
         is_short = torch.tensor(float(needed_bytes > free_bytes(logits.device)), device=logits.device)
@@ -59,8 +66,28 @@ class KeptForwards:
         if is_short:
             self.drop()
 
+    def drop_if_changed(self, changing: set[int]) -> None:
+        """Drop the forward passes if parameters with these ids change; on every rank, since all have all parameters."""
+        if not changing.isdisjoint(map(id, self._model.user_params.values())):
+            self.drop()
+
     def drop(self) -> None:
         """Free the activations. The second pass of their call computes them again."""
         latest = None if self._latest is None else self._latest()
         if latest is not None:
             latest.take()
+
+
+def _drop_at_steps(forwards: KeptForwards) -> None:
+    """Let forward passes be dropped at an optimizer's step, after which their graphs are of other weights."""
+    global _hook
+    if _hook is None:
+        _hook = register_optimizer_step_pre_hook(_before_optimizer_step)
+    _live.add(forwards)
+
+
+def _before_optimizer_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    if _live:
+        changing = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        for forwards in list(_live):
+            forwards.drop_if_changed(changing)

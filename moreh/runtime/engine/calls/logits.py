@@ -220,7 +220,7 @@ class _State:
     """The call's inputs without tensors."""
     input_names: list[str]
     """The names of the tensors."""
-    versions: dict[str, tuple[int, int]]
+    versions: dict[str, tuple[int, int, int]]
     """The versions of the weights in the first pass."""
     as_in_call: Callable[[], AbstractContextManager[None]]
     """The mode and precision of the first pass."""
@@ -243,7 +243,11 @@ class _Logits(torch.autograd.Function):
         state: _State = ctx.state
         model = state.passes.model
         tensors = dict(zip(state.input_names, ctx.saved_tensors, strict=True))
-        if weight_versions(model) != state.versions:
+        # Only the ranks that hold a weight see some changes of it.
+        has_changed = torch.tensor(float(weight_versions(model) != state.versions), device=model.mesh.device)
+        model.mesh.all_reduce(has_changed)
+        if has_changed:
+            state.kept.take()
             raise RuntimeError(CHANGED_WEIGHTS_MESSAGE)
         micro_batches = _cut_rows(state.passes, replace(state.inputs, tensors=tensors))
         # The stages call the model in this backward pass.
@@ -257,9 +261,14 @@ class _Logits(torch.autograd.Function):
         return None, None, None, *(by_name.get(name) for name in state.names)
 
 
-def weight_versions(model: ParallelModel) -> dict[str, tuple[int, int]]:
-    """Numbers that grow when a weight is changed in place, by the parameter's name.
+def weight_versions(model: ParallelModel) -> dict[str, tuple[int, int, int]]:
+    """Numbers that differ once a weight has been changed, by the parameter's name.
 
-    A change of a whole tensor counts for that tensor; a change of an alias, such as `p.data`, for the local part.
+    A change of a whole tensor counts for that tensor; a change of an alias, such as `p.data`, for the local part. With
+    `p.data = ...`, the local part has another address.
     """
-    return {name: (p._version, local_tensor(p)._version) for name, p in model.user_params.items()}
+    local_parts = {name: local_tensor(p) for name, p in model.user_params.items()}
+    return {
+        name: (p._version, local_parts[name]._version, local_parts[name].data_ptr())
+        for name, p in model.user_params.items()
+    }

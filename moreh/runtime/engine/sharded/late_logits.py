@@ -54,11 +54,10 @@ class LateLogits:
         Raises:
             OptionError: weights or inputs have changed since the call, and the weights were not kept.
         """
-        changed = self._changed_weights()
-        self._check_can_compute(changed)
-        self._history.add_read(late=bool(changed))
+        has_changed = self._check_weights()
+        self._history.add_read(late=has_changed)
         stop_keeping_weights(self)
-        with_grads = self._with_grads and not changed
+        with_grads = self._with_grads and not has_changed
         # The stages call the model outside a call of the script.
         with inside_of_call(), torch.random.fork_rng([]), self._as_in_call(), torch.set_grad_enabled(with_grads):
             self._exchange_weights()
@@ -90,17 +89,21 @@ class LateLogits:
         now = weight_versions(self._runner.model)
         return {name for name, version in self._weight_versions.items() if now[name] != version}
 
-    def _check_can_compute(self, changed: set[str]) -> None:
-        """Check on all ranks that each has its weights and inputs of the call; collective if weights have changed."""
-        model = self._runner.model
+    def _check_weights(self) -> bool:
+        """True if weights have changed since the call; collective, because only its holders see some changes of one.
+
+        Raises:
+            OptionError: a rank lacks weights or inputs of the call.
+        """
+        model, changed = self._runner.model, self._changed_weights()
         missing = (changed & model.compute_params.keys()) - self._weights_before_step.keys()
         cannot = bool(missing) or self._input_versions != _input_versions(self._inputs)
-        if changed:
-            ranks_that_cannot = torch.tensor(float(cannot), device=model.mesh.device)
-            model.mesh.all_reduce(ranks_that_cannot)
-            cannot = ranks_that_cannot.item() > 0
-        if cannot:
+        ranks = torch.tensor([float(bool(changed)), float(cannot)], device=model.mesh.device)
+        model.mesh.all_reduce(ranks)
+        ranks_that_changed, ranks_that_cannot = ranks.tolist()
+        if ranks_that_cannot:
             raise OptionError(CHANGED_SINCE_CALL)
+        return ranks_that_changed > 0
 
     def _exchange_weights(self) -> None:
         """Exchange the model's weights with those that were kept, without a trace in their versions."""

@@ -1,6 +1,7 @@
 """The second pass of a custom loss uses the forward passes of the first pass that were kept."""
 
 import weakref
+from collections import Counter
 from contextlib import contextmanager, nullcontext
 from unittest import mock
 
@@ -17,6 +18,7 @@ from tests.helpers.compare import worst_of_names
 from tests.helpers.float64 import exact_float64
 from tests.helpers.plans.cases import batch, plan_of
 from tests.helpers.plans.training import custom_loss, new_model
+from tests.helpers.sharded.cases import error_of
 from tests.helpers.workers import run_on_workers
 
 # How often each rank computes a micro-batch with one of its stages, in the first pass and in the second pass.
@@ -72,6 +74,20 @@ def test_short_memory_of_one_rank_is_that_of_all(notation):
 
 def test_activations_are_freed_with_the_logits():
     assert on_workers(is_alive, "dp2 tp2 mb2x2") == [(True, False, False)] * 4
+
+
+def test_activations_are_freed_before_the_weights_change():
+    assert on_workers(is_alive_after_steps, "dp2 tp2 mb2x2") == [(True, False)] * 4
+
+
+@pytest.mark.parametrize("notation", FEW)
+def test_replaced_weights_are_an_error(notation):
+    for error in on_workers(changed_by_data, notation):
+        assert "modified by an inplace operation" in error
+
+
+def test_kept_forwards_share_copies_of_weights():
+    assert on_workers(copies_of_weights, "pp2 tp2 mb2x4") == [1] * 4
 
 
 def make_pair(plan, dtype=torch.float64):
@@ -193,19 +209,70 @@ def call_and_differentiate(model, context):
 
 
 def is_alive(plan):
-    """True if activations of a call live: before its backward pass, after it, and after its loss has been dropped."""
+    """True if activations of a call live: before its backward pass, after it, and without its loss."""
     _, sharded = make_pair(plan)
-    activations = []
-    layer = sharded.model.layers[0].mlp.act_fn
-    handle = layer.register_forward_hook(lambda module, args, output: activations.append(weakref.ref(output)))
-    alive = []
-    loss = custom_loss(sharded, batch(0))
-    alive.append(activations[0]() is not None)
-    loss.backward()
-    alive.append(activations[0]() is not None)
-    activations.clear()
-    loss = custom_loss(sharded, batch(1))
-    del loss
-    alive.append(activations[0]() is not None)
-    handle.remove()
+    with activations_of(sharded) as activations:
+        alive = []
+        loss = custom_loss(sharded, batch(0))
+        alive.append(activations[0]() is not None)
+        loss.backward()
+        alive.append(activations[0]() is not None)
+        activations.clear()
+        loss = custom_loss(sharded, batch(1))
+        del loss
+        alive.append(activations[0]() is not None)
     return tuple(alive)
+
+
+def is_alive_after_steps(plan):
+    """True if activations of logits that are only looked at live: after a step of another optimizer, and of its own."""
+    _, sharded = make_pair(plan)
+    other = torch.nn.Linear(2, 2)
+    optimizers = [torch.optim.SGD(module.parameters(), lr=0.1) for module in (other, sharded)]
+    outputs = sharded(**batch(0))
+    outputs.loss.backward()
+    with activations_of(sharded) as activations:
+        outputs.logits.argmax(-1)
+        alive = []
+        for optimizer in optimizers:
+            optimizer.step()
+            alive.append(activations[0]() is not None)
+    return tuple(alive)
+
+
+@contextmanager
+def activations_of(model):
+    """Weak references to activations that the graph of the first layer saves, one for each forward pass."""
+    activations = []
+    module = model.model.layers[0].mlp.act_fn
+    handle = module.register_forward_hook(lambda module, args, output: activations.append(weakref.ref(output)))
+    yield activations
+    handle.remove()
+
+
+def changed_by_data(plan):
+    """The error of a backward pass after a weight was replaced by `p.data = ...`."""
+    _, sharded = make_pair(plan)
+    loss = custom_loss(sharded, batch(0))
+    parameter = sharded.model.norm.weight
+    parameter.data = parameter.data * 2
+    return error_of(loss.backward)
+
+
+def copies_of_weights(plan):
+    """The largest number of copies that the kept forward passes have of a weight under autocast."""
+    install_sharding_support()
+    model = new_model("llama").float()
+    runner = shard_model(model, plan)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = custom_loss(model, batch(0))
+    outputs = runner._kept_forwards._latest().outputs.values()
+    nodes = [(output if isinstance(output, torch.Tensor) else output.logits).grad_fn for output in outputs]
+    visited = set(nodes)
+    while nodes:
+        following = {node for node, _ in nodes.pop().next_functions if node is not None} - visited
+        visited |= following
+        nodes += following
+    copied = [node.next_functions[0][0] for node in visited if node.name() == "ToCopyBackward0"]
+    assert logits.requires_grad
+    return max(Counter(node for node in copied if node.name() == "torch::autograd::AccumulateGrad").values())
