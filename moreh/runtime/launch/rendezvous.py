@@ -1,5 +1,6 @@
 """Rendezvous of the workers: environment variables with the address, and a store in which each worker registers."""
 
+import contextlib
 import os
 import socket
 import sys
@@ -17,6 +18,8 @@ from moreh.patches.world_variables import REQUIRED, variables
 # How long workers wait for each other, and when they say so.
 RENDEZVOUS_TIMEOUT_S = 600.0
 WARNING_AFTER_S = 60.0
+# How long rank 0 lives on for workers that are behind it. One that was killed never comes.
+ENDING_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,18 @@ def rendezvous(world: World, timeout_s: float) -> Any:
     except dist.DistNetworkError as error:
         raise WorkerError(f"rank 0 at {where} has ended: {_first_line(error)}") from None
     raise WorkerError(f"the workers have not all come to {where} within {timeout_s:.0f} s")
+
+
+def end_after_others(world: World, store: Any) -> None:
+    """Wait at the end of rank 0 until the other workers end, which need its store for the files that they write."""
+    if isinstance(store, PrefixStore):  # the agent's, which lives on
+        return
+    names = [f"moreh/ended/{rank}" for rank in range(world.size)]
+    has_failed = hasattr(sys, "last_type")
+    with contextlib.suppress(dist.DistError):
+        store.set(names[world.rank], b"1")
+        if world.rank == 0 and not has_failed:
+            store.wait(names, timedelta(seconds=ENDING_S))
 
 
 def _connect(world: World, host: str, port: int, where: str, timeout_s: float) -> Any:

@@ -9,6 +9,7 @@ import threading
 import time
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,7 +23,12 @@ from moreh.options import launch_variables
 from moreh.patches import world_variables
 from moreh.runtime.launch.paths import heartbeat_path, joined_path, stack_path
 from moreh.runtime.launch.randomness.random_states import share_random_states
-from moreh.runtime.launch.rendezvous import RENDEZVOUS_TIMEOUT_S, rendezvous, world_from_environment
+from moreh.runtime.launch.rendezvous import (
+    RENDEZVOUS_TIMEOUT_S,
+    end_after_others,
+    rendezvous,
+    world_from_environment,
+)
 from moreh.runtime.launch.rendezvous import World as World
 from moreh.runtime.launch.watch.heartbeat import start_heartbeat
 from moreh.runtime.launch.worker_errors import ERROR_FILE, record_errors
@@ -124,17 +130,20 @@ def _init_process_group(world: World) -> None:
         backend, store=store, rank=world.rank, world_size=world.size, timeout=TIMEOUT, device_id=device
     )
     sys.excepthook = excepthook  # torch's puts the rank before each line of a traceback
-    atexit.register(_destroy_process_group, os.getpid())
+    atexit.register(_destroy_process_group, os.getpid(), world, store)
 
 
-def _destroy_process_group(pid: int) -> None:
+def _destroy_process_group(pid: int, world: World, store: Any) -> None:
     """Destroy the process group of process `pid` and wait for its threads, before Python shuts down.
 
     A thread of gloo releases a tensor a moment after the operation was reported as done. If Python has shut down by
     then, the process aborts ("terminate called without an active exception"). Groups that a device mesh holds keep
     their threads.
     """
-    if os.getpid() != pid or not dist.is_initialized():
+    if os.getpid() != pid:
+        return
+    end_after_others(world, store)
+    if not dist.is_initialized():
         return
     dist.destroy_process_group()
     deadline = time.monotonic() + THREADS_END_S

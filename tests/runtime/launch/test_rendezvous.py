@@ -1,13 +1,18 @@
 """Workers that do not find each other say so in one line, and name who is missing."""
 
 import socket
+import sys
+import threading
+import time
 
 import pytest
+from torch.distributed import PrefixStore, TCPStore
 
 from moreh.errors import OptionError, PlanError, WorkerError
 from moreh.option import _workers_to_start
 from moreh.planner.hardware.local_profile import measure
-from moreh.runtime.launch.rendezvous import World, rendezvous, world_from_environment
+from moreh.runtime.launch import rendezvous as module
+from moreh.runtime.launch.rendezvous import World, end_after_others, rendezvous, world_from_environment
 from moreh.system import LEAST_PROCESSES, refused_processes
 
 WORLD = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
@@ -67,6 +72,38 @@ def test_a_world_of_one_meets_at_once(world):
     own = world(WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
     assert own == World(0, 1, 0, 1)
     assert rendezvous(own, 5.0).check(["moreh/here/0"])
+
+
+def test_rank_0_lives_as_long_as_workers_that_use_its_store(world):
+    server = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    clients = [server, TCPStore("localhost", server.port, wait_for_workers=False)]
+    ended = []
+    threads = [
+        threading.Thread(target=lambda: [end_after_others(World(0, 2, 0, 2), clients[0]), ended.append(0)]),
+        threading.Thread(
+            target=lambda: [time.sleep(0.5), ended.append(1), end_after_others(World(1, 2, 1, 2), clients[1])]
+        ),
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert ended == [1, 0]
+
+
+@pytest.mark.parametrize("reason", ["the agent has the store", "rank 0 has failed", "rank 1 was killed"])
+def test_rank_0_does_not_wait_in_vain(monkeypatch, reason):
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    if reason == "the agent has the store":
+        store = PrefixStore("worker", store)
+    elif reason == "rank 0 has failed":
+        monkeypatch.setattr(sys, "last_type", ValueError, raising=False)
+    else:
+        monkeypatch.setattr(module, "ENDING_S", 0.1)
+    waiting = threading.Thread(target=end_after_others, args=(World(0, 2, 0, 2), store), daemon=True)
+    waiting.start()
+    waiting.join(20)
+    assert not waiting.is_alive()
 
 
 def test_more_processes_than_cores_or_memory_allow_are_refused(monkeypatch):
