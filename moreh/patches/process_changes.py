@@ -47,6 +47,11 @@ PROCESS_CHANGES = (
     ),
     ProcessChange(
         "global hooks of torch",
+        "moreh/runtime/engine/calls/kept_forwards.py",
+        "On several workers, from the first custom loss: frees activations before the step of the weights they are of.",
+    ),
+    ProcessChange(
+        "global hooks of torch",
         "moreh/runtime/engine/calls/unread.py",
         "From the first training batch: before an optimizer's step, keeps the weights of a batch whose logits a script "
         "may still read; on several workers at the first step.",

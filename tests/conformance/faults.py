@@ -43,12 +43,11 @@ def _yes(*_: Any, **__: Any) -> bool:
 
 
 @contextlib.contextmanager
-def _grads_of_earlier_calls_are_lost_by_an_error(runner: Any) -> Iterator[None]:
-    earlier = [(parameter, parameter.grad) for parameter in runner.model.compute_params.values()]
+def _grads_of_earlier_calls_are_lost_by_an_error(model: Any) -> Iterator[None]:
+    earlier = [(parameter, parameter.grad) for parameter in model.compute_params.values()]
     for parameter, _ in earlier:
         parameter.grad = None
     yield
-    runner._micro_batches = []
     for parameter, grad in earlier:
         parameter.grad = grad
 
@@ -114,7 +113,7 @@ FAULTS = {
         "wrong-id-in-accumulation",
         "",
         {
-            f"{_ENGINE}.model_runner.ModelRunner._without_earlier_grads": _grads_of_earlier_calls_are_lost_by_an_error,
+            f"{_ENGINE}.model_runner.without_earlier_grads": _grads_of_earlier_calls_are_lost_by_an_error,
             # Else torch's own forward pass raises the error.
             f"{_ENGINE}.fast_path.has_wrong_ids": lambda causal, inputs: False,
         },
