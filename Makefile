@@ -8,7 +8,7 @@
 #                       (SAMPLE=40: 40 plans per model; LOSS=custom: with a custom loss)
 # make verify-families  the same for all model families, with plans of each kind on four processes
 # make verify-lora      adapters of SmolLM2 on 1 to 6 processes, merged and in PEFT (MODEL=DIRECTORY: of another model)
-# make conformance      run patterns of users' scripts with and without the line, on 1, 2 and 4 workers: half an hour
+# make conformance      run patterns of users' scripts with and without the line, on 1, 2 and 4 workers: 15 minutes
 # make verify-cost      time and memory of those patterns that loop, with and without the line: half an hour
 # make chaos            train on two workers while they are killed, stopped and their checkpoints damaged: 20 minutes
 #                       (MINUTES=5 SEED=2)

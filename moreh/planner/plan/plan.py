@@ -86,7 +86,7 @@ class Training:
     optimizer: OptimizerState = ADAMW
     """The optimizer that updates the weights."""
     own_loss: bool = False
-    """True if the script computes its loss from the logits, which needs a second forward pass on several devices."""
+    """True if the script computes its loss from the logits, which repeats forward passes on several devices."""
 
     @property
     def tokens(self) -> int:

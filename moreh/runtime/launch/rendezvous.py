@@ -103,7 +103,7 @@ def end_after_others(world: World, store: Any) -> None:
     if isinstance(store, PrefixStore):  # the agent's, which lives on
         return
     names = [f"moreh/ended/{rank}" for rank in range(world.size)]
-    has_failed = hasattr(sys, "last_type")
+    has_failed = hasattr(sys, "last_type")  # Python sets it when an error ends the script
     with contextlib.suppress(dist.DistError):
         store.set(names[world.rank], b"1")
         if world.rank == 0 and not has_failed:

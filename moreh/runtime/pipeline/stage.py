@@ -139,7 +139,10 @@ class Stage(nn.Module):
         sent = state.sent
         # No tensor of the micro-batch outlives its use.
         state.received = state.sent = None
-        return outputs if self.is_last else sent
+        if self.is_last:
+            return outputs
+        assert sent is not None
+        return sent
 
     @contextmanager
     def _stubs_in_slots(self) -> Iterator[None]:
