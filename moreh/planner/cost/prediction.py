@@ -59,7 +59,7 @@ class StepBreakdown:
     optimizer_s: float
     """The optimizer's step."""
     first_pass_s: float = 0.0
-    """The additional forward pass for the logits of a custom loss, with their exchange."""
+    """The repeated forward passes for a custom loss, and the exchange of its logits."""
 
     @property
     def largest_overhead(self) -> str:
