@@ -13,6 +13,7 @@ import torch
 
 from moreh.accelerator.job import local_job_if_started
 from moreh.accelerator.job_status import JobProgress
+from moreh.planner.units import seconds_text
 from moreh.runtime.launch.watch.heartbeat import begin_step
 from moreh.tables import terminal_width
 from utils.config.schema import Config
@@ -98,9 +99,10 @@ class StepMeter:
         step_s = statistics.mean(self._step_s[1:] or self._step_s)
         total = self._total_steps * step_s + self._evaluations * self._log.evaluation_s
         return (
-            f"Dry run: a step takes {step_s:.2f} s (the first {self._step_s[0]:.2f} s), an evaluation "
-            f"{self._log.evaluation_s:.2f} s, and {self._total_steps} steps with {self._evaluations} evaluations about "
-            f"{duration_text(total)}; {_memory_in_use() / 2**30:.1f} GiB of memory in use. Nothing was written."
+            f"Dry run: a step takes {seconds_text(step_s)} (the first {seconds_text(self._step_s[0])}), an evaluation "
+            f"{seconds_text(self._log.evaluation_s)}, and {self._total_steps} steps with {self._evaluations} "
+            f"evaluations about {duration_text(total)}; {_memory_in_use() / 2**30:.1f} GiB of memory in use. "
+            "Nothing was written."
         )
 
     def _time_left(self, step: int) -> str:
