@@ -189,3 +189,16 @@ def test_private_functions_in_c_behave_as_they_are_used():
     assert torch.allclose(actual, expected, rtol=1e-12, atol=1e-14)
     bags = torch._embedding_bag_forward_only(torch.eye(4), torch.tensor([0, 1, 3]), torch.tensor([0, 2]))[0]
     assert bags.tolist() == [[1, 1, 0, 0], [0, 0, 0, 1]]
+
+
+def test_nodes_of_a_backward_pass_say_whether_it_computes_them():
+    first, second = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
+    nodes = [torch.autograd.graph.get_gradient_edge(leaf).node for leaf in (first, second)]
+    seen = []
+    loss = (first * second).sum()
+    loss.register_hook(lambda _: seen.append([torch._C._will_engine_execute_node(node) for node in nodes]))
+    loss.backward(retain_graph=True)
+    loss.backward(retain_graph=True, inputs=[second])
+    assert seen == [[True, True], [False, True]]
+    with pytest.raises(RuntimeError, match="leaf node"):
+        torch.autograd.grad(loss, [first])

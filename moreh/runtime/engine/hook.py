@@ -29,6 +29,7 @@ from moreh.planner.search.constraints import constraints_from_options
 from moreh.planner.units import seconds_text
 from moreh.runtime.engine.choose_plan import Selection, predicted_use, select_local_plan, select_plan
 from moreh.runtime.engine.optimizer_in_use import optimizer_in_use
+from moreh.runtime.kernels.allocator import before_own_forward
 from moreh.runtime.kernels.fused_adam import use_fused_kernels
 from moreh.runtime.kernels.precision import autocast_if, choose_bfloat16, in_float32, inside_autocast
 from moreh.runtime.kernels.recomputation import recompute_activations
@@ -100,6 +101,12 @@ class SingleWorkerHook:
 
     def instead_of_call(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The outputs of a batch with labels; NotImplemented for calls that the model's own forward must compute."""
+        outputs = self._fast_outputs(model, args, kwargs)
+        if outputs is NotImplemented:
+            before_own_forward()
+        return outputs
+
+    def _fast_outputs(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if kwargs.get("labels") is None or self._is_small(model, args, kwargs):
             return NotImplemented
         if self._fast_path is None:

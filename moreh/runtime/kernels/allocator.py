@@ -23,8 +23,9 @@ _M_MMAP_MAX = -4
 """Number of blocks that may be mapped by themselves at a time."""
 
 _INT_MAX = 2**31 - 1
-# The values that glibc starts with.
+# The values that glibc starts with, and the largest threshold that it takes by itself as blocks are freed.
 _MMAP_MAX_DEFAULT, _MMAP_THRESHOLD_DEFAULT_BYTES = 2**16, 2**17
+_MMAP_THRESHOLD_MAX_BYTES = 2**25
 # A user who sets one of these variables has tuned glibc already.
 _VARIABLES = (
     "MALLOC_TRIM_THRESHOLD_",
@@ -33,6 +34,8 @@ _VARIABLES = (
     "MALLOC_TOP_PAD_",
     "GLIBC_TUNABLES",
 )
+
+_after_first_step = False
 
 
 def free_bytes(device: torch.device) -> int:
@@ -66,8 +69,10 @@ def before_training_step(steps_done: int) -> None:
     The one exception is a trim between the first and the second step, when little of the free memory lies where the
     second step can use it. Does nothing without glibc.
     """
+    global _after_first_step
     glibc = _glibc() if steps_done < 2 else None
     if glibc is not None:
+        _after_first_step = False
         glibc.mallopt(_M_MMAP_MAX, 0)
         glibc.mallopt(_M_TRIM_THRESHOLD, _INT_MAX)
         if steps_done == 1:
@@ -80,10 +85,26 @@ def after_training_step(steps_done: int) -> None:
     In between, the optimizer creates its state, which is never freed. On the heap the state would lie between blocks
     that the first step has freed, and leave holes that no block fits.
     """
+    global _after_first_step
     glibc = _glibc() if steps_done == 0 else None
     if glibc is not None:
+        _after_first_step = True
         glibc.mallopt(_M_MMAP_MAX, _MMAP_MAX_DEFAULT)
         glibc.mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_DEFAULT_BYTES)
+
+
+def before_own_forward() -> None:
+    """Before a model's own forward pass, end the state between the first and the second training step.
+
+    A second step may never come. `mallopt` has ended glibc's own adjustment of its thresholds, so every tensor would
+    be mapped and cleared again. The thresholds are set to those that glibc reaches where large blocks are freed.
+    """
+    global _after_first_step
+    glibc = _glibc() if _after_first_step else None
+    if glibc is not None:
+        _after_first_step = False
+        glibc.mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_MAX_BYTES)
+        glibc.mallopt(_M_TRIM_THRESHOLD, 2 * _MMAP_THRESHOLD_MAX_BYTES)
 
 
 def _glibc() -> ctypes.CDLL | None:

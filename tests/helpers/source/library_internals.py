@@ -23,6 +23,7 @@ INTERNALS: dict[str, str] = {
     # torch: autograd and tensors
     "torch._C._profiler._RecordFunctionFast": "A span that torch.profiler shows.",
     "torch._C._current_graph_task_id": "It is -1 outside of a backward pass.",
+    "torch._C._will_engine_execute_node": "A node of this backward pass; it raises for a leaf of `autograd.grad`.",
     "torch._C._autograd._saved_tensors_hooks_is_enabled": "It is False within disable_saved_tensors_hooks.",
     "torch._C._autograd._top_saved_tensors_default_hooks": (
         "It is None where no hooks on saved tensors are active; the argument ignores those of a tracer."

@@ -75,7 +75,24 @@ class _PendingLoss(torch.autograd.Function):
                 pending.history.add_late_gradients()
             pending.call.check_unchanged()
             gradients = pending.compute(tensors)
+        elif not pending.use.used and not _most_are_needed(ctx):
+            pending.history.use_own_forward("asks for the gradients of few parameters")
         pending.use.used = True
         with span("accumulate_grads"):
             scale_in_place([gradient for gradient in gradients if gradient is not None], grad_outputs[0])
         return None, None, None, *gradients
+
+
+def _most_are_needed(ctx: Any) -> bool:
+    """True if this backward pass asks for the gradients of half of the parameters' elements, or more."""
+    nodes = [node for node, _ in ctx.next_functions][-len(ctx.parameters) :]
+    sizes = [parameter.numel() for parameter in ctx.parameters]
+    needed = sum(size for size, node in zip(sizes, nodes, strict=True) if node is not None and _is_needed(node))
+    return 2 * needed >= sum(sizes)
+
+
+def _is_needed(node: Any) -> bool:
+    try:
+        return bool(torch._C._will_engine_execute_node(node))
+    except RuntimeError:  # `autograd.grad` asks for the gradient itself, which torch does not answer
+        return True

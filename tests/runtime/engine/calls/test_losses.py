@@ -12,6 +12,7 @@ from tests.helpers.fast_path_cases import LENGTH, batch, gradients
 from tests.helpers.loss_patterns import (
     PATTERNS,
     Calls,
+    chosen_parameters,
     grad_norm,
     gradient_penalty,
     inputs_of,
@@ -31,7 +32,7 @@ def test_gradients_are_those_of_plain_torch(pattern):
     assert worst_difference(pattern, make_model("llama")) < 1e-9
 
 
-@pytest.mark.parametrize("pattern", [z_loss, retained, many_losses, gradient_penalty, grad_norm])
+@pytest.mark.parametrize("pattern", [z_loss, retained, many_losses, chosen_parameters, gradient_penalty, grad_norm])
 def test_other_uses_are_left_to_the_models_own_forward_once_they_are_known(pattern):
     model = make_model("llama")
     calls = Calls(model)
@@ -60,6 +61,16 @@ def test_rare_reads_leave_the_fast_path_on():
         if step % 8 == 7:
             assert outputs.logits.shape[1] == LENGTH
     assert calls.fast == 20
+
+
+def test_most_parameters_by_name_stay_on_the_fast_path():
+    model = make_model("llama")
+    calls, most = Calls(model), list(model.parameters())[1:]
+    assert 2 * sum(p.numel() for p in most) > sum(p.numel() for p in model.parameters())
+    for step in range(2):
+        calls(**inputs_of(model, step)).loss.backward(inputs=most)
+        torch.autograd.grad(calls(**inputs_of(model, step)).loss, most)
+    assert calls.fast == 4
 
 
 def counted_passes(monkeypatch):
