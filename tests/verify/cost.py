@@ -6,8 +6,8 @@ Measured are the patterns that loop over `batches` and come out equal on one wor
 next. The time of a run is the median over its steps without the first ones; the time of a pattern is that of its
 fastest run, since neighbours only ever make a run slower. Memory is the peak resident set of the process.
 
-The models are made wide and the batches tall (timed_script.py), for steps of tens of milliseconds; `--tiny` leaves
-both as they are. The exit code is 1 if a pattern is above the bounds of 1.05 x (`--tiny`: 1.3 x in time).
+The models are made wide and the batches tall (timed_script.py), for steps of a tenth of a second; `--tiny` leaves both
+as they are. The exit code is 1 if a pattern is above the bounds of 1.05 x (`--tiny`: 1.3 x in time).
 """
 
 import argparse
