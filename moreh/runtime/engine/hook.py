@@ -102,8 +102,10 @@ class SingleWorkerHook:
     def instead_of_call(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The outputs of a batch with labels; NotImplemented for calls that the model's own forward must compute."""
         outputs = self._fast_outputs(model, args, kwargs)
-        if outputs is NotImplemented:
-            before_own_forward()
+        if outputs is NotImplemented and self.options.uses("keep_freed_memory"):
+            parameter = first_parameter(model)
+            if parameter is not None and parameter.is_cpu:
+                before_own_forward(with_grad=torch.is_grad_enabled())
         return outputs
 
     def _fast_outputs(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 
@@ -35,7 +36,8 @@ _VARIABLES = (
     "GLIBC_TUNABLES",
 )
 
-_after_first_step = False
+# The last change to glibc's settings in this process.
+_state: Literal["unchanged", "kept", "after first step", "own forward"] = "unchanged"
 
 
 def free_bytes(device: torch.device) -> int:
@@ -69,10 +71,10 @@ def before_training_step(steps_done: int) -> None:
     The one exception is a trim between the first and the second step, when little of the free memory lies where the
     second step can use it. Does nothing without glibc.
     """
-    global _after_first_step
+    global _state
     glibc = _glibc() if steps_done < 2 else None
     if glibc is not None:
-        _after_first_step = False
+        _state = "kept"
         glibc.mallopt(_M_MMAP_MAX, 0)
         glibc.mallopt(_M_TRIM_THRESHOLD, _INT_MAX)
         if steps_done == 1:
@@ -85,26 +87,28 @@ def after_training_step(steps_done: int) -> None:
     In between, the optimizer creates its state, which is never freed. On the heap the state would lie between blocks
     that the first step has freed, and leave holes that no block fits.
     """
-    global _after_first_step
+    global _state
     glibc = _glibc() if steps_done == 0 else None
     if glibc is not None:
-        _after_first_step = True
+        _state = "after first step"
         glibc.mallopt(_M_MMAP_MAX, _MMAP_MAX_DEFAULT)
         glibc.mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_DEFAULT_BYTES)
 
 
-def before_own_forward() -> None:
-    """Before a model's own forward pass, end the state between the first and the second training step.
+def before_own_forward(*, with_grad: bool) -> None:
+    """Before a model's own forward pass, keep what lies on the heap, and map larger blocks as glibc does by default.
 
-    A second step may never come. `mallopt` has ended glibc's own adjustment of its thresholds, so every tensor would
-    be mapped and cleared again. The thresholds are set to those that glibc reaches where large blocks are freed.
+    Whether glibc returns the top of the heap after each step depends on what happens to lie there, with steps that take
+    up to twice as long. Without gradients this only ends the state between the first and the second training step, of
+    which the second may never come.
     """
-    global _after_first_step
-    glibc = _glibc() if _after_first_step else None
-    if glibc is not None:
-        _after_first_step = False
-        glibc.mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_MAX_BYTES)
-        glibc.mallopt(_M_TRIM_THRESHOLD, 2 * _MMAP_THRESHOLD_MAX_BYTES)
+    global _state
+    if _state == "after first step" or (_state == "unchanged" and with_grad):
+        _state = "own forward"
+        glibc = _glibc()
+        if glibc is not None:
+            glibc.mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_MAX_BYTES)
+            glibc.mallopt(_M_TRIM_THRESHOLD, _INT_MAX)
 
 
 def _glibc() -> ctypes.CDLL | None:

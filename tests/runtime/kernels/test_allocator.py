@@ -57,7 +57,7 @@ def calls(monkeypatch):
     library = SimpleNamespace(mallopt=lambda *args: seen.append(args), malloc_trim=lambda pad: seen.append("trim"))
     monkeypatch.setattr(allocator.ctypes, "CDLL", lambda name: library)
     monkeypatch.setattr(allocator.sys, "platform", "linux")
-    monkeypatch.setattr(allocator, "_after_first_step", False)
+    monkeypatch.setattr(allocator, "_state", "unchanged")
     return seen
 
 
@@ -75,20 +75,25 @@ def test_memory_is_kept_from_the_first_step_on_but_not_between_the_first_two(cal
 
 
 def test_own_forward_pass_ends_the_state_between_the_first_two_steps(calls):
-    allocator.before_own_forward()
-    assert not calls
     memory = allocator.FreedMemory(keep=True)
     with memory.of_step():
         pass
     del calls[:]
-    allocator.before_own_forward()
-    assert calls == [(-3, 2**25), (-1, 2**26)]
-    allocator.before_own_forward()
+    allocator.before_own_forward(with_grad=False)
+    assert calls == [(-3, 2**25), (-1, 2**31 - 1)]
+    allocator.before_own_forward(with_grad=True)
     assert len(calls) == 2
     with memory.of_step():
         assert calls[2:] == [(-4, 0), (-1, 2**31 - 1), "trim"]
-    allocator.before_own_forward()
+    allocator.before_own_forward(with_grad=True)
     assert len(calls) == 5
+
+
+def test_own_forward_pass_keeps_the_heap_where_it_trains(calls):
+    allocator.before_own_forward(with_grad=False)
+    assert not calls
+    allocator.before_own_forward(with_grad=True)
+    assert calls == [(-3, 2**25), (-1, 2**31 - 1)]
 
 
 def test_nothing_is_changed_where_memory_is_not_to_be_kept(calls):
