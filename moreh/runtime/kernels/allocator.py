@@ -104,11 +104,13 @@ def before_own_forward(*, with_grad: bool) -> None:
     """
     global _state
     if _state == "after first step" or (_state == "unchanged" and with_grad):
-        _state = "own forward"
         glibc = _glibc()
         if glibc is not None:
             glibc.mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_MAX_BYTES)
             glibc.mallopt(_M_TRIM_THRESHOLD, _INT_MAX)
+            if _state == "after first step":
+                glibc.malloc_trim(0)
+        _state = "own forward"
 
 
 def _glibc() -> ctypes.CDLL | None:
