@@ -138,7 +138,8 @@ def encode_conversation(
     segments = segments_of(chat)
     ids = encode_segments([text for text, _ in segments], tokenizer, parse=data.control_tokens == "parse")
     last = max((number for number, (_, is_answer) in enumerate(segments) if is_answer), default=-1)
-    is_learned = iter([_is_learned(message, data) for message in messages if message["role"] == "assistant"])
+    answers = [_is_learned(message, data) for message in messages if message["role"] == "assistant"]
+    is_learned = iter(answers)
     input_ids: list[int] = []
     labels: list[int] = []
     prompt_length = 0
@@ -150,7 +151,7 @@ def encode_conversation(
             prompt_length = len(input_ids)
         input_ids += segment
         labels += segment if is_label else [IGNORED] * len(segment)
-    return Row(conversation.location, input_ids, labels, prompt_length)
+    return Row(conversation.location, input_ids, labels, prompt_length, unlearned_answers=answers.count(False))
 
 
 def _shown(value: Any) -> str:

@@ -41,7 +41,7 @@ from utils.text.chat_template import drop_other_chat_template
 from utils.text.tokenizers import load_tokenizer
 
 # Part of each cache key: raise it when the same settings are to give other rows.
-_FORMAT = 11
+_FORMAT = 12
 # Peak size of the cache while it is made, relative to the files of the data: it holds the texts, and for each token
 # (three or four bytes of a text) eight bytes of ids and labels.
 _TIMES_ITS_FILES = 3

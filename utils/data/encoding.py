@@ -38,6 +38,7 @@ _RESULT = {
     "outcome": datasets.Value("int8"),
     "content_hash": datasets.Value("int64"),
     "problem": datasets.Value("string"),
+    "unlearned_answers": datasets.Value("int32"),
     "spelled": datasets.Value("string"),
 }
 _FILES = "rows*.arrow"
@@ -66,7 +67,9 @@ class EncodedExamples:
         """The counts of the examples with these indices, by outcome."""
         outcomes = self.outcomes[indices]
         unusable = indices[outcomes == Outcome.UNUSABLE]
-        return count_rows(outcomes, self.dataset[int(unusable.min())]["problem"] if len(unusable) else "")
+        first_unusable = self.dataset[int(unusable.min())]["problem"] if len(unusable) else ""
+        unlearned = self.dataset.data.column("unlearned_answers").to_numpy()[self.kept(indices)]
+        return count_rows(outcomes, first_unusable, int(unlearned.sum()))
 
 
 def encode_examples(
@@ -119,6 +122,8 @@ def _encode_batch(
     else:
         pairs = list(map(decode_pair, batch["location"], batch["content"]))
         rows = encode_pairs(pairs, tokenizer, data, make_example, spelled)
-    columns = {name: [getattr(row, name) for row in rows] for name in (*_ROW, "outcome", "problem")}
+    columns = {
+        name: [getattr(row, name) for row in rows] for name in (*_ROW, "outcome", "problem", "unlearned_answers")
+    }
     columns["content_hash"] = list(map(hash_of_row, rows))
     return {**columns, "spelled": [json.dumps(spelled.counts()), *[""] * (len(rows) - 1)]}

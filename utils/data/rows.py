@@ -40,6 +40,8 @@ class Row:
     """The outcome of the example."""
     problem: str = ""
     """The reason why the example is unusable."""
+    unlearned_answers: int = 0
+    """Number of the assistant's turns that have no labels because of their weight, or because they are empty."""
 
 
 @dataclass(frozen=True)
@@ -58,12 +60,20 @@ class RowCounts:
     """Conversations skipped because the chat template cannot render them."""
     first_unusable: str = ""
     """The reason why the first of these was skipped."""
+    unlearned_answers: int = 0
+    """Number of the assistant's turns without labels in kept conversations."""
 
     def __str__(self) -> str:
-        unusable = f", {self.unusable} unusable, the first: {self.first_unusable}" if self.unusable else ""
+        answers, unusable = "", ""
+        if self.unlearned_answers:
+            answers = (
+                f"; turns without labels, since they are empty or say so (weight, train): {self.unlearned_answers}"
+            )
+        if self.unusable:
+            unusable = f", {self.unusable} unusable, the first: {self.first_unusable}"
         return (
             f"{self.kept} kept ({self.truncated} of them truncated), {self.dropped_too_long} dropped for their length, "
-            f"{self.dropped_without_label} dropped because no label was left{unusable}"
+            f"{self.dropped_without_label} dropped because no label was left{unusable}{answers}"
         )
 
 
@@ -84,7 +94,7 @@ def unusable_row(location: str, problem: Exception) -> Row:
     return Row(location, [], [], 0, Outcome.UNUSABLE, str(problem))
 
 
-def count_rows(outcomes: NDArray[np.int8], first_unusable: str = "") -> RowCounts:
+def count_rows(outcomes: NDArray[np.int8], first_unusable: str = "", unlearned_answers: int = 0) -> RowCounts:
     """The number of rows of each outcome."""
     counts = np.bincount(outcomes, minlength=len(Outcome)).tolist()
     return RowCounts(
@@ -94,6 +104,7 @@ def count_rows(outcomes: NDArray[np.int8], first_unusable: str = "") -> RowCount
         dropped_without_label=counts[Outcome.WITHOUT_LABEL],
         unusable=counts[Outcome.UNUSABLE],
         first_unusable=first_unusable,
+        unlearned_answers=unlearned_answers,
     )
 
 

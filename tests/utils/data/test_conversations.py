@@ -110,6 +110,11 @@ def test_answers_of_weight_0_and_empty_ones_have_no_labels(chat_config, loss_on,
     assert label_text.count("yes<|im_end|>") == (1 if loss_on == "last" else 3)
     empty = label_text.count("assistant\n <|im_end|>") if loss_on == "all" else label_text.count(" <|im_end|>")
     assert empty == (is_empty_kept and loss_on != "last")
+    unlearned = 3 if is_empty_kept else 4
+    assert f"; turns without labels, since they are empty or say so (weight, train): {unlearned}" in str(
+        data.train_counts
+    )
+    assert "without labels" not in str(data.evaluation_counts)
 
 
 def test_empty_answer_beside_others_is_refused_where_asked(chat_config):
