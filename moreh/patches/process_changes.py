@@ -57,11 +57,6 @@ PROCESS_CHANGES = (
         "may still read; on several workers at the first step.",
     ),
     ProcessChange(
-        "sys.unraisablehook",
-        "moreh/accelerator/memory/saved_activations.py",
-        "When the process becomes a job: repeats a Ctrl-C that arrives in the backward pass, where Python discards it.",
-    ),
-    ProcessChange(
         "mallopt",
         "moreh/runtime/kernels/allocator.py",
         "From the first training step on a CPU: tells glibc to keep freed memory for the next step instead of "

@@ -3,9 +3,8 @@
 The memory ledger turns counting on around the outermost call of a model, through torch's hooks on saved tensors.
 """
 
-import _thread
-import sys
 import threading
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -14,60 +13,28 @@ import torch
 
 from moreh.storages import storage_address, storage_of
 
-SECONDS_UNTIL_INTERRUPT = 0.01
-
-
-class SavedTensor:
-    """A tensor that autograd saved. While this object exists, the tensor's storage counts."""
-
-    __slots__ = ("address", "owner", "tensor", "version")
-
-    def __init__(self, owner: "SavedActivations", tensor: torch.Tensor, address: int | None) -> None:
-        """`address` is the address of the tensor's storage; None for a tensor without a storage, which counts 0."""
-        # Detached, because an operation may save its own output. The output would keep the operation alive, and the
-        # operation would keep the output alive.
-        self.owner, self.tensor, self.address = owner, tensor.detach(), address
-        self.version = tensor._version
-
-    def __del__(self) -> None:
-        address = getattr(self, "address", None)  # Ctrl-C may come before the attribute is set
-        if address is not None:
-            self.owner.release(address)
-
-
-def _pass_on_interrupts() -> None:
-    """Let Ctrl-C end a program even if it arrives where Python discards exceptions.
-
-    In a backward pass it nearly always arrives there: the only Python code that runs is `SavedTensor.__del__`.
-    """
-    previous_hook = sys.unraisablehook
-
-    def hook(unraisable: Any) -> None:
-        if unraisable.exc_type is KeyboardInterrupt:
-            # Sent again a little later: an interrupt now would arrive in this function, where it is discarded too.
-            timer = threading.Timer(SECONDS_UNTIL_INTERRUPT, _thread.interrupt_main)
-            timer.daemon = True
-            timer.start()
-        else:
-            previous_hook(unraisable)
-
-    sys.unraisablehook = hook
+# A count in the middle of a forward pass comes after this many new tensors, or as many as are known.
+_MIN_NEW_TENSORS = 16
+# What autograd keeps in place of a tensor: the tensor, detached, and its version when it was saved.
+_Saved = tuple[torch.Tensor, int]
 
 
 class SavedActivations:
-    """The storages that saved tensors keep alive, each counted once however many tensors share it."""
+    """The storages that saved tensors keep alive, each counted once however many tensors share it.
+
+    The hooks run for every tensor of every step, so they only note it. Tensors are counted when someone asks: those
+    that the backward pass has freed by then cost nothing more.
+    """
 
     def __init__(self, is_counted_elsewhere: Callable[[int], bool]) -> None:
         """`is_counted_elsewhere` tells whether the storage at an address is a parameter or input, not an activation."""
         self._is_counted_elsewhere = is_counted_elsewhere
-        # By a storage's address: the number of saved tensors that share the storage, and the bytes that it counts.
-        self._num_users: dict[int, int] = {}
-        self._bytes: dict[int, int] = {}
-        self._lock = threading.RLock()  # the autograd engine frees tensors in threads of its own
-        self.total_bytes = 0
+        self._new: list[weakref.ref[torch.Tensor]] = []
+        # Each saved tensor with its storage's address, and the bytes that the storage counts.
+        self._known: list[tuple[weakref.ref[torch.Tensor], int, int]] = []
+        self._lock = threading.RLock()  # the autograd engine saves and frees tensors in threads of its own
         self._peak_since_report = 0
         self._peak_since_forward = 0
-        _pass_on_interrupts()
 
     def counting(self) -> AbstractContextManager[Any]:
         """A context in which every tensor that autograd saves is counted.
@@ -82,12 +49,35 @@ class SavedActivations:
             or autograd._top_saved_tensors_default_hooks(True) is not None
         ):
             return nullcontext()
-        return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
+        return torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of the storages that saved tensors keep alive now."""
+        with self._lock:
+            new, self._new = self._new, []
+            alive = [entry for entry in self._known if entry[0]() is not None]
+            sizes = {address: nbytes for _, address, nbytes in alive}
+            for reference in new:
+                tensor = reference()
+                storage = None if tensor is None else storage_of(tensor)
+                if storage is None:
+                    continue
+                address = storage_address(storage)
+                if address not in sizes:
+                    sizes[address] = 0 if self._is_counted_elsewhere(address) else storage.nbytes()
+                alive.append((reference, address, sizes[address]))
+            self._known = alive
+            total = sum(sizes.values())
+            self._peak_since_report = max(self._peak_since_report, total)
+            self._peak_since_forward = max(self._peak_since_forward, total)
+        return total
 
     def take_peak_since_report(self) -> int:
         """The highest total in bytes since the last call, which an allocator still holds between two steps."""
         with self._lock:
-            peak, self._peak_since_report = self._peak_since_report, self.total_bytes
+            total = self.total_bytes
+            peak, self._peak_since_report = self._peak_since_report, total
         return peak
 
     def take_peak_since_forward(self) -> int:
@@ -96,39 +86,29 @@ class SavedActivations:
         A forward pass may contain backward passes of its parts, so the total at its end may be lower than its peak.
         """
         with self._lock:
-            peak, self._peak_since_forward = self._peak_since_forward, self.total_bytes
+            total = self.total_bytes
+            peak, self._peak_since_forward = self._peak_since_forward, total
         return peak
 
-    def release(self, address: int) -> None:
-        """Count one saved tensor less for the storage at an address."""
+    def _pack(self, tensor: torch.Tensor) -> _Saved:
+        # Detached, because an operation may save its own output. The output would keep the operation alive, and the
+        # operation would keep the output alive.
+        saved = tensor.detach()
         with self._lock:
-            self._num_users[address] -= 1
-            if self._num_users[address] == 0:
-                del self._num_users[address]
-                self.total_bytes -= self._bytes.pop(address)
+            self._new.append(weakref.ref(saved))
+            if len(self._new) > max(_MIN_NEW_TENSORS, len(self._known)):
+                _ = self.total_bytes
+        return saved, tensor._version
 
-    def _pack(self, tensor: torch.Tensor) -> SavedTensor:
-        storage = storage_of(tensor)
-        if storage is None:
-            return SavedTensor(self, tensor, None)
-        address = storage_address(storage)
-        with self._lock:
-            self._num_users[address] = self._num_users.get(address, 0) + 1
-            if self._num_users[address] == 1:
-                self._bytes[address] = 0 if self._is_counted_elsewhere(address) else storage.nbytes()
-                self.total_bytes += self._bytes[address]
-                self._peak_since_report = max(self._peak_since_report, self.total_bytes)
-                self._peak_since_forward = max(self._peak_since_forward, self.total_bytes)
-        return SavedTensor(self, tensor, address)
 
-    @staticmethod
-    def _unpack(saved: SavedTensor) -> torch.Tensor:
-        # With hooks active, autograd skips its own check for tensors that were changed in place after they were
-        # saved, and the gradients would be wrong without any error.
-        if saved.tensor._version != saved.version:
-            raise RuntimeError(
-                "one of the variables needed for gradient computation has been modified by an inplace operation: "
-                f"a tensor of shape {list(saved.tensor.shape)} is at version {saved.tensor._version}; "
-                f"expected version {saved.version} instead"
-            )
-        return saved.tensor
+def _unpack(saved: _Saved) -> torch.Tensor:
+    # With hooks active, autograd skips its own check for tensors that were changed in place after they were saved, and
+    # the gradients would be wrong without any error.
+    tensor, version = saved
+    if tensor._version != version:
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace operation: "
+            f"a tensor of shape {list(tensor.shape)} is at version {tensor._version}; expected version {version} "
+            "instead"
+        )
+    return tensor
