@@ -18,6 +18,7 @@ from moreh.models.describe.from_module import describe_module
 from moreh.models.introspection import is_causal_language_model, unwrapped
 from moreh.options import ParallelOptions, PlannerVariables
 from moreh.patches.module_call import instead_of_model_calls
+from moreh.patches.several_workers.numpy_arrays import note_arrays
 from moreh.planner.plan.notation import plan_text
 from moreh.planner.plan.plan import Plan, Training
 from moreh.planner.report.chosen_plan import flavor_plan, local_device, local_plan, memory_text
@@ -238,6 +239,7 @@ def install_multi_worker_hook(
     dist.all_gather_object(workers, (world.rank, socket.gethostname(), os.getpid()))
     job.worker_pids = tuple((rank, pid) for rank, host, pid in workers if host == socket.gethostname())
     share_script_files(world)
+    note_arrays()
     patch_lazy_loading()
     support_optimizers_and_clipping()
     instead_of_model_calls(MultiWorkerHook(options, variables, job, world).call)

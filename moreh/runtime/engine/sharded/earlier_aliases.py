@@ -1,7 +1,7 @@
 """Tensors that share memory with a model's parameters when it is sharded, such as a state dict from before it.
 
 In plain PyTorch they show what the parameters become. Sharding gives the parameters other memory, so these tensors are
-replaced as well, or refused when they are used.
+replaced as well, or refused when they are used. NumPy arrays are refused at once, since nobody sees how they are used.
 """
 
 import copy
@@ -10,10 +10,13 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from moreh.errors import OptionError
+from moreh.patches.several_workers.numpy_arrays import known_arrays
+from moreh.runtime.batch.model_inputs import ONE_WORKER
 
 # Keys in the `__dict__` of an alias: the tensor that replaces it, and the name of its parameter.
 _REPLACEMENT, _NAME = "_moreh_alias_of", "_moreh_alias_name"
@@ -60,6 +63,26 @@ class _RefusedAlias(torch.Tensor):
         raise OptionError(
             f"a tensor from before the first training batch shares memory with parts of {found[0]}, which that batch "
             "has sharded over workers: make the view again after that batch, or clone it before"
+        )
+
+
+def check_arrays(parameters: dict[str, nn.Parameter]) -> None:
+    """Check that no NumPy array shares memory with parameters that are about to be sharded; collective.
+
+    Raises:
+        OptionError: a script has one, on whichever rank.
+    """
+    extents = {name: _extent(p) for name, p in parameters.items() if type(p) is nn.Parameter and not p.is_meta}
+    arrays = [_extent_of_array(array) for array in known_arrays() if array.size]
+    found = next((name for name, extent in extents.items() if any(_meet(extent, array) for array in arrays)), None)
+    if dist.is_initialized():
+        of_ranks: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(of_ranks, found)
+        found = next((name for name in of_ranks if name is not None), None)
+    if found is not None:
+        raise OptionError(
+            f"a NumPy array shares memory with {found}, which is about to be sharded over workers, and would keep the "
+            f"untrained numbers: copy it (.numpy().copy()), delete it before the first training batch, or {ONE_WORKER}"
         )
 
 
@@ -114,10 +137,20 @@ def _is_whole(tensor: torch.Tensor, parameter: torch.Tensor) -> bool:
 
 def _overlap(tensor: torch.Tensor, other: torch.Tensor) -> bool:
     """True if the memory from the first to the last element of two tensors overlaps."""
-    (first, end), (other_first, other_end) = _extent(tensor), _extent(other)
-    return first < other_end and other_first < end
+    return _meet(_extent(tensor), _extent(other))
+
+
+def _meet(extent: tuple[int, int], other: tuple[int, int]) -> bool:
+    return extent[0] < other[1] and other[0] < extent[1]
 
 
 def _extent(tensor: torch.Tensor) -> tuple[int, int]:
     elements = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.data_ptr(), tensor.data_ptr() + (elements + 1) * tensor.element_size()
+
+
+def _extent_of_array(array: Any) -> tuple[int, int]:
+    address: int = array.__array_interface__["data"][0]
+    steps = [(size - 1) * stride for size, stride in zip(array.shape, array.strides, strict=True)]
+    first = address + sum(step for step in steps if step < 0)
+    return first, address + sum(step for step in steps if step > 0) + array.itemsize

@@ -12,7 +12,7 @@ from moreh.planner.plan.plan import Plan
 from moreh.runtime.engine.gradients import keep_earlier_grads
 from moreh.runtime.engine.model_runner import ModelRunner
 from moreh.runtime.engine.sharded.call import remember_computation
-from moreh.runtime.engine.sharded.earlier_aliases import aliases_of, replace_aliases
+from moreh.runtime.engine.sharded.earlier_aliases import aliases_of, check_arrays, replace_aliases
 from moreh.runtime.engine.sharded.model_methods import replace_methods
 from moreh.runtime.engine.sharded.registry import register
 from moreh.runtime.engine.sharded.user_parameters import replace_params
@@ -23,11 +23,12 @@ def shard_model(root: nn.Module, plan: Plan, options: ParallelOptions = DEFAULT_
     """Shard a model over all ranks as the plan says, and its optimizers with it; collective.
 
     Raises:
-        OptionError: the model cannot be computed on several workers.
+        OptionError: the model cannot be computed on several workers, or a NumPy array shares memory with it.
         PlanError: tensor parallelism cannot split the model as the plan says.
     """
     with span("shard_model"):
         originals = dict(root.named_parameters())
+        check_arrays(originals)
         aliases = aliases_of(originals)
         runner = ModelRunner(root, plan, options)
         parameters = runner.model.user_params
