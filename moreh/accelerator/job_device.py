@@ -7,7 +7,7 @@ import torch
 
 from moreh.accelerator.environment import visible_device
 from moreh.accelerator.flavors import ACCELERATOR_NAME
-from moreh.accelerator.job import local_job, local_job_if_started
+from moreh.accelerator.job import LocalJob, local_job, local_job_if_started
 from moreh.accelerator.registry import read_registry
 from moreh.storages import storage_of
 
@@ -37,17 +37,17 @@ class JobDevice:
 
     def allocated_bytes(self) -> int:
         """Memory that the job uses now, in bytes."""
-        job = local_job_if_started()
+        job = _watched_job()
         return 0 if job is None else job.ledger.total_bytes()
 
     def peak_bytes(self) -> int:
         """The most memory that the job has used, in bytes."""
-        job = local_job_if_started()
+        job = _watched_job()
         return 0 if job is None else job.peak_bytes()
 
     def reset_peak(self) -> None:
         """Forget the peak so far."""
-        job = local_job_if_started()
+        job = _watched_job()
         if job is not None:
             job.ledger.reset_peak()
 
@@ -102,3 +102,11 @@ class JobDevice:
         job = local_job_if_started()
         if job is not None:
             job.ledger.remove_module(module)
+
+
+def _watched_job() -> LocalJob | None:
+    """The job, whose activations are counted in all calls from now on; None before it has started."""
+    job = local_job_if_started()
+    if job is not None:
+        job.ledger.activations.is_watched = True
+    return job

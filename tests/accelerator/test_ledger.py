@@ -8,6 +8,7 @@ import torch
 import torch.utils.checkpoint
 
 from moreh.accelerator.job import local_job
+from moreh.accelerator.memory import saved_activations
 from moreh.accelerator.memory.ledger import weight_bytes
 
 IDS = torch.arange(32).reshape(2, 16)
@@ -17,6 +18,12 @@ IDS = torch.arange(32).reshape(2, 16)
 def _no_garbage():
     """Frees what other tests left in reference cycles: the ledger counts it, until Python frees it at some time."""
     gc.collect()
+
+
+@pytest.fixture(autouse=True)
+def _all_calls_count(monkeypatch):
+    """As for a script that asks for its memory, however many calls other tests have made."""
+    monkeypatch.setattr(local_job().ledger.activations, "is_watched", True)
 
 
 @pytest.fixture
@@ -85,6 +92,38 @@ def test_report_shows_what_the_step_needed(make_gpt2, monkeypatch):
     job.report_soon()
     job.report()
     assert read_status(job.job).memory_bytes["activations"] >= needed > job.ledger.activations.total_bytes
+
+
+def test_short_calls_are_counted_now_and_then_until_the_script_asks_for_its_memory(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(saved_activations.time, "monotonic", lambda: now[0])
+    activations = saved_activations.SavedActivations(is_counted_elsewhere=lambda address: False)
+    weight = torch.ones(8, requires_grad=True)
+
+    def counted(calls):
+        found = []
+        for _ in range(calls):
+            with activations.counting():
+                loss = weight.exp().exp().sum()
+            found.append(activations.total_bytes > 0)
+            del loss
+            now[0] += 1e-4
+        return found
+
+    assert all(counted(4))
+    # Two tensors are saved in a call, which cost 12 us: 0.5 % of 2.4 ms, or of 24 calls.
+    later = counted(480)
+    assert sum(later) == 20
+    assert activations.take_peak_since_report() == 2 * 8 * 4
+    activations.is_watched = True
+    assert all(counted(50))
+
+
+def test_script_that_asks_for_its_memory_is_watched(monkeypatch):
+    for ask in (torch.cuda.memory_allocated, torch.cuda.max_memory_allocated, torch.cuda.reset_peak_memory_stats):
+        monkeypatch.setattr(local_job().ledger.activations, "is_watched", False)
+        ask()
+        assert local_job().ledger.activations.is_watched
 
 
 def test_recomputation_keeps_less(make_gpt2, usage):

@@ -4,6 +4,7 @@ The memory ledger turns counting on around the outermost call of a model, throug
 """
 
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -15,6 +16,11 @@ from moreh.storages import storage_address, storage_of
 
 # A count in the middle of a forward pass comes after this many new tensors, or as many as are known.
 _MIN_NEW_TENSORS = 16
+# The calls of models that are counted however short they are, and the share of a script's time that counting may take
+# after them.
+_FIRST_CALLS, _MAX_SHARE_OF_TIME = 4, 0.005
+# What the hooks cost for a tensor that is saved, used and freed.
+_SECONDS_PER_TENSOR = 6e-6
 # What autograd keeps in place of a tensor: the tensor, detached, and its version when it was saved.
 _Saved = tuple[torch.Tensor, int]
 
@@ -22,8 +28,9 @@ _Saved = tuple[torch.Tensor, int]
 class SavedActivations:
     """The storages that saved tensors keep alive, each counted once however many tensors share it.
 
-    The hooks run for every tensor of every step, so they only note it. Tensors are counted when someone asks: those
-    that the backward pass has freed by then cost nothing more.
+    The hooks run for every tensor of a step, so they only note it. Tensors are counted when someone asks: those that
+    the backward pass has freed by then cost nothing more. Of many short calls, only some are counted, unless the script
+    asks for its memory.
     """
 
     def __init__(self, is_counted_elsewhere: Callable[[int], bool]) -> None:
@@ -35,6 +42,10 @@ class SavedActivations:
         self._lock = threading.RLock()  # the autograd engine saves and frees tensors in threads of its own
         self._peak_since_report = 0
         self._peak_since_forward = 0
+        self.is_watched = False
+        """True once the script has asked for its memory: from then on, all calls are counted."""
+        self._calls = self._tensors = 0
+        self._next_call = 0.0  # when the next call is to be counted, by time.monotonic()
 
     def counting(self) -> AbstractContextManager[Any]:
         """A context in which every tensor that autograd saves is counted.
@@ -49,6 +60,12 @@ class SavedActivations:
             or autograd._top_saved_tensors_default_hooks(True) is not None
         ):
             return nullcontext()
+        now = time.monotonic()
+        if not self.is_watched and self._calls >= _FIRST_CALLS and now < self._next_call:
+            return nullcontext()
+        # The next call is as long as the last one that was counted.
+        self._next_call = now + self._tensors * _SECONDS_PER_TENSOR / _MAX_SHARE_OF_TIME
+        self._calls, self._tensors = self._calls + 1, 0
         return torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
 
     @property
@@ -95,6 +112,7 @@ class SavedActivations:
         # operation would keep the output alive.
         saved = tensor.detach()
         with self._lock:
+            self._tensors += 1
             self._new.append(weakref.ref(saved))
             if len(self._new) > max(_MIN_NEW_TENSORS, len(self._known)):
                 _ = self.total_bytes
