@@ -40,6 +40,16 @@ def test_view_of_a_parameter_is_refused(view):
     check_arrays(weights)
 
 
+def test_parameters_may_lie_inside_of_one_another():
+    whole = torch.ones(100)
+    weights = {"whole": nn.Parameter(whole), "start": nn.Parameter(whole[10:20]), "other": nn.Parameter(torch.ones(9))}
+    assert weights["start"].data_ptr() == whole[10:].data_ptr()
+    kept = [whole[60:70].numpy()]
+    with pytest.raises(OptionError, match="shares memory with whole"):
+        check_arrays(weights)
+    assert len(kept) == 1
+
+
 def test_copies_and_arrays_of_others_are_allowed():
     weights, other = parameters(), torch.ones(4)
     kept = [weights["first"].detach().numpy().copy(), other.numpy(), torch.ones(0).numpy()]

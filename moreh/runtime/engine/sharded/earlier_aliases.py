@@ -6,7 +6,9 @@ replaced as well, or refused when they are used. NumPy arrays are refused at onc
 
 import copy
 import gc
+from bisect import bisect_left
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, NoReturn
 
 import torch
@@ -72,9 +74,18 @@ def check_arrays(parameters: dict[str, nn.Parameter]) -> None:
     Raises:
         OptionError: a script has one, on whichever rank.
     """
-    extents = {name: _extent(p) for name, p in parameters.items() if type(p) is nn.Parameter and not p.is_meta}
-    arrays = [_extent_of_array(array) for array in known_arrays() if array.size]
-    found = next((name for name, extent in extents.items() if any(_meet(extent, array) for array in arrays)), None)
+    plain = ((name, p) for name, p in parameters.items() if type(p) is nn.Parameter and not p.is_meta)
+    # Sorted, since a script may have a million arrays of its data.
+    extents = sorted((*_extent(parameter), name) for name, parameter in plain)
+    starts = [start for start, _, _ in extents]
+    # Of the parameters up to each, the one that ends last.
+    last = list(accumulate(extents, _that_ends_later))
+    found = None
+    for first, end in (_extent_of_array(array) for array in known_arrays() if array.size):
+        index = bisect_left(starts, end) - 1
+        if index >= 0 and last[index][1] > first:
+            found = last[index][2]
+            break
     if dist.is_initialized():
         of_ranks: list[str | None] = [None] * dist.get_world_size()
         dist.all_gather_object(of_ranks, found)
@@ -137,16 +148,17 @@ def _is_whole(tensor: torch.Tensor, parameter: torch.Tensor) -> bool:
 
 def _overlap(tensor: torch.Tensor, other: torch.Tensor) -> bool:
     """True if the memory from the first to the last element of two tensors overlaps."""
-    return _meet(_extent(tensor), _extent(other))
-
-
-def _meet(extent: tuple[int, int], other: tuple[int, int]) -> bool:
-    return extent[0] < other[1] and other[0] < extent[1]
+    (first, end), (other_first, other_end) = _extent(tensor), _extent(other)
+    return first < other_end and other_first < end
 
 
 def _extent(tensor: torch.Tensor) -> tuple[int, int]:
     elements = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.data_ptr(), tensor.data_ptr() + (elements + 1) * tensor.element_size()
+
+
+def _that_ends_later(extent: tuple[int, int, str], other: tuple[int, int, str]) -> tuple[int, int, str]:
+    return other if other[1] > extent[1] else extent
 
 
 def _extent_of_array(array: Any) -> tuple[int, int]:
