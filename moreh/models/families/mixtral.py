@@ -6,7 +6,7 @@ from moreh.models.architecture import Architecture, Linear
 from moreh.models.families.family import Family
 from moreh.models.families.hf_config import ConfigKeys, HFConfig
 from moreh.models.families.layers import llama_like, separate_projections
-from moreh.models.families.tp_blocks import SEPARATE_QKV, Experts
+from moreh.models.families.tp_blocks import GATED_EXPERTS, SEPARATE_QKV
 
 
 def _architecture(config: HFConfig) -> Architecture:
@@ -31,7 +31,7 @@ def _architecture(config: HFConfig) -> Architecture:
 FAMILY = Family(
     "mixtral",
     tensor_parallel=(SEPARATE_QKV,),
-    experts=Experts("mlp.experts", router="mlp.gate"),
+    experts=GATED_EXPERTS,
     packable=True,
     config_keys=ConfigKeys(
         defaults={

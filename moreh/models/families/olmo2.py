@@ -3,16 +3,10 @@
 from moreh.models.families.family import Family
 from moreh.models.families.tp_blocks import GATED_MLP, attention_block
 
-FAMILY = Family(
-    "olmo2",
-    tensor_parallel=(
-        attention_block(
-            "self_attn",
-            "q_proj k_proj v_proj",
-            "o_proj",
-            cross_rank_norms=("self_attn.q_norm", "self_attn.k_norm"),
-        ),
-        GATED_MLP,
-    ),
-    packable=True,
+ATTENTION = attention_block(
+    "self_attn",
+    "q_proj k_proj v_proj",
+    "o_proj",
+    cross_rank_norms=("self_attn.q_norm", "self_attn.k_norm"),
 )
+FAMILY = Family("olmo2", tensor_parallel=(ATTENTION, GATED_MLP), packable=True)

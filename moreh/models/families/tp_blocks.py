@@ -96,6 +96,8 @@ class Experts:
     the indices and the weights of the experts of each token, both [tokens, experts per token]."""
     router: str
     """The module that chooses the experts of a token; every rank has it whole."""
+    shared_expert_gate: str | None = None
+    """The module that weighs what an expert of all tokens adds; every rank has it whole. None if nothing does."""
 
 
 def attention_block(module: str, columns: str, row: str, chunks: ChunkSizes = split_none, **options: Any) -> TPBlock:
@@ -127,6 +129,8 @@ def mlp_block(module: str, columns: str, row: str, chunks: ChunkSizes = split_no
 
 # What several families have in common.
 SEPARATE_QKV = attention_block("self_attn", "q_proj k_proj v_proj", "o_proj")
+# Each query head has a sink that its softmax counts beside the keys.
+ATTENTION_WITH_SINKS = attention_block("self_attn", "q_proj k_proj v_proj", "o_proj", per_head_parameters=("sinks",))
 GATED_MLP = mlp_block("mlp", "gate_proj up_proj", "down_proj")
 FUSED_GATED_MLP = mlp_block("mlp", "gate_up_proj", "down_proj", split_gate_up)
 NEOX_MLP = mlp_block("mlp", "dense_h_to_4h", "dense_4h_to_h")
@@ -134,3 +138,5 @@ GPTJ_MLP = mlp_block("mlp", "fc_in", "fc_out")
 # Dense layers of a mixture of experts, and an expert that all tokens pass through.
 DENSE_LAYERS = mlp_block("mlp", "gate_proj up_proj", "down_proj", only_some_layers=True)
 SHARED_EXPERTS = mlp_block("mlp.shared_experts", "gate_proj up_proj", "down_proj", only_some_layers=True)
+GATED_EXPERTS = Experts("mlp.experts", router="mlp.gate")
+BLOCK_SPARSE_EXPERTS = Experts("block_sparse_moe.experts", router="block_sparse_moe.router")

@@ -58,8 +58,10 @@ def split_experts(layer: nn.Module, experts: Experts, size: int) -> dict[int, TP
 
 
 def whole_parameters(layer: nn.Module, experts: Experts | None, whole: Iterable[str]) -> set[int]:
-    """The ids of a layer's parameters that every rank has and uses whole: those of its router, and of `whole`."""
-    names = [*whole, *([experts.router] if experts is not None and experts_of(layer, experts) is not None else [])]
+    """The ids of a layer's parameters that every rank has and uses whole: of its router and gate, and of `whole`."""
+    names = [*whole]
+    if experts is not None and experts_of(layer, experts) is not None:
+        names += [name for name in (experts.router, experts.shared_expert_gate) if name is not None]
     return {id(parameter) for name in names for parameter in layer.get_submodule(name).parameters()}
 
 

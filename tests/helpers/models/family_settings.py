@@ -6,7 +6,7 @@ A test fails for a family without an entry (tests/models/test_families.py).
 from dataclasses import dataclass, field
 from typing import Any
 
-from tests.helpers.models.expert_settings import GPT_OSS, LATENT_EXPERTS, QWEN3_EXPERTS
+from tests.helpers.models.expert_settings import GPT_OSS, ONE_CONFIGURATION, QWEN3_EXPERTS, WINDOWS
 
 # Changes of the tiny configuration of tests/helpers/models/tiny_models.py.
 Changes = dict[str, Any]
@@ -59,15 +59,11 @@ FAMILY_CASES = {
     ),
     "cohere2": FamilyCases(),
     "cwm": FamilyCases(
-        training={"num_key_value_heads": 2, "head_dim": 12},
-    ),
-    "deepseek_v3": FamilyCases(
-        training=LATENT_EXPERTS,
-        tensor_parallel=(LATENT_EXPERTS,),
+        training={"num_key_value_heads": 2, "head_dim": 12, **WINDOWS},
     ),
     "ernie4_5": FamilyCases(),
     "exaone4": FamilyCases(
-        training={"num_key_value_heads": 2},
+        training={"num_key_value_heads": 2, **WINDOWS},
     ),
     "falcon": FamilyCases(
         training={"new_decoder_architecture": True, "num_kv_heads": 2},
@@ -147,6 +143,7 @@ FAMILY_CASES = {
         ),
     ),
     "granite": FamilyCases(),
+    "granite_swa": FamilyCases(training=WINDOWS, tensor_parallel=({"num_key_value_heads": 4, **WINDOWS},)),
     "helium": FamilyCases(
         training={"num_key_value_heads": 2, "head_dim": 12},
         tensor_parallel=(HEADS | {"head_dim": 12},),
@@ -173,7 +170,7 @@ FAMILY_CASES = {
         ),
     ),
     "ministral": FamilyCases(
-        training={"num_key_value_heads": 2, "head_dim": 12},
+        training={"num_key_value_heads": 2, "head_dim": 12, **WINDOWS},
         tensor_parallel=(HEADS | {"head_dim": 12},),
     ),
     "ministral3": FamilyCases(
@@ -267,6 +264,7 @@ FAMILY_CASES = {
         ),
     ),
     "vaultgemma": FamilyCases(),
+    **{name: FamilyCases(changes, (changes,)) for name, changes in ONE_CONFIGURATION.items()},
 }
 
 # By family, what a tiny model needs to be trained.
